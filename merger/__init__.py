@@ -1,0 +1,3 @@
+"""Merge language-model checkpoints."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,61 @@
+"""Every error a user can mend, and the exit code it ends in.
+
+    MergerError
+    ├── RecipeError      2   the recipe, or what it names as output, is wrong
+    ├── CheckpointError  3   an input (checkpoint, adapter, calibration data) is wrong
+    ├── ResourceError    4   not enough disk or memory
+    └── VerifyError      5   an output is not what its manifest says
+
+Anything else that escapes is a defect of merger and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+INTERRUPTED = 130
+"""Exit code of a run that was stopped by SIGINT or SIGTERM."""
+
+
+class MergerError(Exception):
+    """Base of all errors that are said in a line or more, without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(MergerError):
+    """The recipe is wrong; ``faults`` holds one line for each thing to mend."""
+
+    exit_code = 2
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class CheckpointError(MergerError):
+    """An input cannot be used: missing, broken, of another shape, or of a refused kind."""
+
+    exit_code = 3
+
+
+class ResourceError(MergerError):
+    """The machine has too little disk or memory for what was asked."""
+
+    exit_code = 4
+
+
+class VerifyError(MergerError):
+    """A written model differs from its manifest."""
+
+    exit_code = 5
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A clause that offers the name that was probably meant, or else lists all of them."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"choose from {', '.join(names)}" if names else "there is none"

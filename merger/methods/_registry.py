@@ -1,0 +1,212 @@
+"""The registry: a decorator per kind of function, and what can be read off a signature.
+
+What stands before the ``*`` is supplied by the runner, by name:
+
+    deltas         [k r c]  what earlier stages left of each expert's task vector
+    originals      [k r c]  the task vectors before the first stage
+    base           [r c]    the base weights, float32
+    scores         [k r c]  the score named by the stage's own parameter ``score``
+    uniform        draws: ``uniform(purpose, double=False)`` -> [k r c] in [0, 1), keyed by tensor and expert
+    second_moment  [k 1 c]  E[x_j^2] of each expert's input to this matrix, or None where it has none
+    mean_input     [k 1 c]  E[x_j], or None likewise
+    token_share    [k r 1]  how often each row of an embedding is looked up, or None elsewhere
+    kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
+    experts        tuple    the experts' names
+
+What stands after it is the recipe's schema: annotation, default, bounds. A trailing underscore is
+dropped from a name (``lambda_`` is written ``lambda``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    create_model,
+)
+
+from merger.errors import nearest
+
+Kind = Literal["score", "sparsifier", "merger", "scale", "method"]
+Takes = Literal["slice", "rows", "matrix"]
+"""Any slice; rows, one for each output neuron; the whole oriented matrix."""
+F = TypeVar("F", bound=Callable[..., Any])
+Stage = partial[Any]
+"""A registered function with the parameters of one recipe."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    class Draw(Protocol):
+        """Draws one uniform for every position of the slice, from a stream named for this purpose."""
+
+        def __call__(self, purpose: str, *, double: bool = False) -> Tensor: ...
+
+
+def _by_scope(*, scope: str = "tensor", **_: object) -> Takes:
+    return "rows" if scope == "row" else "slice"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered function."""
+
+    name: str
+    kind: Kind
+    function: Callable[..., Any]
+    takes: Callable[..., Takes] = _by_scope  # the least it must see at once, given its parameters
+    align: str | None = None  # the parameter whose multiple every slice must begin at
+    experts: int | None = None  # how many experts it merges, where that is fixed
+    check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
+
+    @property
+    def summary(self) -> str:
+        """The docstring's first line."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def paper(self) -> str:
+        """The first link in the method's file, which is the paper's."""
+        text = inspect.getdoc(inspect.getmodule(self.function)) or ""
+        return next((word.strip("().,") for word in text.split() if word.startswith("https://")), "")
+
+
+ENTRIES: dict[str, Entry] = {}
+"""Stages and named methods."""
+SCORES: dict[str, Entry] = {}
+"""Scores. Each is also a stage of its own: `obm: {density: 0.3}` keeps the top of that score."""
+
+
+def _register(kind: Kind, table: dict[str, Entry], **traits: Any) -> Callable[[F], F]:
+    def keep(function: F) -> F:
+        name = function.__name__.rstrip("_")
+        assert name not in table, f"two methods are named {name}"
+        table[name] = Entry(name, kind, function, **traits)
+        return function
+
+    return keep
+
+
+def score(function: F) -> F:
+    """Registers a score: ``deltas`` [k r c] -> non-negative [k r c], the higher the more worth keeping."""
+    return _register("score", SCORES)(function)
+
+
+def sparsifier(**traits: Any) -> Callable[[F], F]:
+    """Registers a stage k -> k that thins each expert's task vector."""
+    return _register("sparsifier", ENTRIES, **traits)
+
+
+def merger(**traits: Any) -> Callable[[F], F]:
+    """Registers a stage k -> 1 that makes one task vector [r c] of all."""
+    return _register("merger", ENTRIES, **traits)
+
+
+def scale(**traits: Any) -> Callable[[F], F]:
+    """Registers a stage that multiplies whatever it is given, before a merger or after it."""
+    return _register("scale", ENTRIES, **traits)
+
+
+def method(**traits: Any) -> Callable[[F], F]:
+    """Registers a named method: its parameters in, a short list of stages out."""
+    return _register("method", ENTRIES, **traits)
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """The recipe's side of a signature: name as written -> (annotation, default)."""
+    found = {}
+    for name, each in inspect.signature(function).parameters.items():
+        if each.kind is each.KEYWORD_ONLY:
+            default = ... if each.default is each.empty else each.default
+            found[name] = (eval(each.annotation, function.__globals__), default)
+    return found
+
+
+def supplied(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The runner's side of a signature: the names before the ``*``."""
+    each = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in each if p.kind is not p.KEYWORD_ONLY)
+
+
+@cache
+def schema(entry: Entry) -> type[BaseModel]:
+    """A strict model of the entry's parameters, under the names a recipe writes."""
+    fields: dict[str, Any] = {
+        name: (kind, Field(default, alias=name.rstrip("_"), validate_default=default is not ...))
+        for name, (kind, default) in parameters(entry.function).items()
+    }
+    config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    return create_model(entry.name, __config__=config, __doc__=entry.summary, **fields)
+
+
+def checked(name: str, written: Mapping[str, Any]) -> Stage:
+    """The stage or method ``name`` with validated parameters; pydantic's errors pass through.
+
+    A score's name stands for `top` with that score, and takes the parameters of both.
+    """
+    if name in ENTRIES:
+        return _bound(ENTRIES[name], written)
+    own = {key: value for key, value in written.items() if key in _names(SCORES[name])}
+    rest = {key: value for key, value in written.items() if key not in own}
+    return _bound(ENTRIES["top"], {**rest, "score": _bound(SCORES[name], own)})
+
+
+def _names(entry: Entry) -> set[str]:
+    return {name.rstrip("_") for name in parameters(entry.function)}
+
+
+def parameter_names(name: str) -> set[str]:
+    """All parameters that the stage, method or score ``name`` takes in a recipe."""
+    if name in ENTRIES:
+        return _names(ENTRIES[name])
+    return _names(SCORES[name]) | _names(ENTRIES["top"]) - {"score"}
+
+
+def _bound(entry: Entry, written: Mapping[str, Any]) -> Stage:
+    model = schema(entry)(**written)
+    return partial(entry.function, **{field: getattr(model, field) for field in type(model).model_fields})
+
+
+def stage(function: Callable[..., Any], **given: Any) -> Stage:
+    """A stage of a named method: ``function`` with ``given`` parameters and its defaults for the rest."""
+    return _bound(entry_of(function), {name.rstrip("_"): value for name, value in given.items()})
+
+
+def _score(value: Any) -> Stage:
+    """A score written as its name, or as {name: {parameter: value}}."""
+    if isinstance(value, partial):
+        return value
+    named = {value: {}} if isinstance(value, str) else value
+    if not isinstance(named, Mapping) or len(named) != 1:
+        raise ValueError("expected a score's name, or {name: {parameter: value}}")
+    ((name, written),) = named.items()
+    if name not in SCORES:
+        raise ValueError(f"there is no score {name!r}; {nearest(str(name), SCORES)}")
+    return _bound(SCORES[name], written)
+
+
+def written(stage: Stage) -> dict[str, Any]:
+    """The stage as a recipe writes it, every parameter spelled out: {name: {parameter: value}}."""
+    entry = entry_of(stage.func)
+    model = schema(entry).model_construct(**stage.keywords)
+    return {entry.name: model.model_dump(mode="json", by_alias=True)}
+
+
+Score = Annotated[
+    Any, BeforeValidator(_score), PlainSerializer(written), WithJsonSchema({"type": ["string", "object"]})
+]
+"""A parameter that names one of the registered scores."""
+
+
+def entry_of(function: Callable[..., Any]) -> Entry:
+    """The entry of a registered function."""
+    return next(e for table in (ENTRIES, SCORES) for e in table.values() if e.function is function)

@@ -1,0 +1,50 @@
+"""Balanced n:m sparsification. CABS, https://arxiv.org/abs/2503.01874, section 4.2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from merger._lazy import torch
+from merger.methods._parameters import Order
+from merger.methods._registry import Score, sparsifier
+from merger.ops import Flow, Size, top_of_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _whole_blocks(n: int, m: int, **_: object) -> None:
+    if n > m:
+        raise ValueError(f"n is {n} and m is {m}: n of every m elements can be kept only while n <= m")
+
+
+@sparsifier(align="m", check=_whole_blocks)
+def bs(
+    deltas: Tensor,
+    scores: Tensor,
+    *,
+    n: Annotated[int, Field(ge=0)] = 64,
+    m: Annotated[int, Field(ge=1)] = 256,
+    score: Score = "magnitude",
+    tail: Literal["proportional", "drop"] = "proportional",
+    exclusive: Order | None = None,
+    claim_zeros: bool = True,
+) -> Flow[Tensor]:
+    """Keeps the `n` highest scores of every `m` consecutive elements of the flat tensor.
+
+    A shorter last block of r elements keeps floor(n * r / m) of them, or none. With `exclusive` an
+    expert chooses only among positions that earlier ones left free.
+    At 2:4, (5, 1, -4, 2, 3, -9, 8) keeps 5, -4 and -9.
+    """
+    rest = (yield Size()) % m
+    short = n * rest // m if tail == "proportional" else 0
+    free = torch.ones_like(deltas, dtype=torch.bool) if claim_zeros else deltas != 0
+    if exclusive is None:
+        return deltas * top_of_blocks(scores, n, m, free, short)
+    kept = torch.zeros_like(free)
+    for k in exclusive:
+        open_ = free[k : k + 1] & ~kept.any(0)
+        kept[k] = top_of_blocks(scores[k : k + 1], n, m, open_, short)[0]
+    return deltas * kept

@@ -1,0 +1,16 @@
+"""Magnitude: the size of a change is its worth. TIES-Merging, https://arxiv.org/abs/2306.01708, section 3.1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger.methods._registry import score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@score
+def magnitude(deltas: Tensor) -> Tensor:
+    """|delta|: (4, -3, 1, 0) scores (4, 3, 1, 0)."""
+    return deltas.abs()

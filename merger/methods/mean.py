@@ -1,0 +1,30 @@
+"""Average task vectors. Model soups, https://arxiv.org/abs/2203.05482, section 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from merger.methods._parameters import Numbers
+from merger.methods._registry import merger
+from merger.ops import column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def positive_sum(weight: Sequence[Fraction], **_: object) -> None:
+    if abs(sum(weight)) < Fraction(1, 10**8):
+        raise ValueError("the weights sum to zero, so there is no mean")
+
+
+@merger(check=positive_sum)
+def mean(deltas: Tensor, *, weight: Numbers = 1) -> Tensor:
+    """The weighted mean of the task vectors, anchored at the first so that equal ones come back bit for bit.
+
+    (4, -3) and (-2, -4) make (1, -3.5).
+    """
+    first, rest = deltas[:1], deltas[1:]
+    shares = [w / sum(weight) for w in weight[1:]]
+    return first[0] + ((rest - first) * column(shares, deltas)).sum(0)

@@ -1,0 +1,24 @@
+"""Give a thinned task vector its norm back: what mergekit does after DARE and DELLA, https://github.com/arcee-ai/mergekit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from merger.methods._registry import sparsifier
+from merger.ops import Flow, Sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@sparsifier()
+def rescale(deltas: Tensor, originals: Tensor, *, by: Literal["l1", "l2"] = "l1") -> Flow[Tensor]:
+    """Scales each expert's tensor so that its l1 or l2 norm is that of the task vector before the pipeline.
+
+    (4, -3, 1, 0) thinned to (4, 0, 0, 0) becomes (8, 0, 0, 0) by l1.
+    """
+    power = 1 if by == "l1" else 2
+    whole = yield Sum(originals.double().abs().pow(power).sum((1, 2)))
+    left = yield Sum(deltas.double().abs().pow(power).sum((1, 2)))
+    factor = (whole / left.where(left > 0, 1)).pow(1 / power)
+    return deltas * factor.to(deltas).view(-1, 1, 1)

@@ -1,0 +1,43 @@
+"""Settle conflicts by electing a sign. TIES-Merging, https://arxiv.org/abs/2306.01708, sections 3.2 and 3.3."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from merger.methods._parameters import Numbers
+from merger.methods._registry import merger
+from merger.ops import Flow, Sum, Whole, column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merger()
+def sign_elect(
+    deltas: Tensor,
+    *,
+    weight: Numbers = 1,
+    merge: Literal["mean", "sum", "max"] = "mean",
+    zero_sign: Literal["zero", "majority", "positive"] = "zero",
+    scope: Whole = "tensor",
+) -> Flow[Tensor]:
+    """Elects the sign of the weighted sum at each position and merges only the experts that agree with it.
+
+    Where the sum is exactly 0 nobody agrees; `zero_sign` may elect + or the majority of all elected
+    signs (over `scope`) instead. (4, -3), (-2, -4) and (1, 2) make (2.5, -3.5).
+    """
+    weights = column(weight, deltas)
+    elected = (deltas * weights).sum(0).sign()
+    if zero_sign == "majority":
+        majority = (yield Sum(elected.double().sum(), scope)).sign().to(elected)
+        elected = elected.where(elected != 0, majority)
+    elif zero_sign == "positive":
+        elected = elected.where(elected != 0, 1)
+    agree = deltas * elected > 0
+    if merge == "max":
+        return elected * (deltas.abs() * agree).amax(0)
+    shares = weights * agree
+    if merge == "mean":
+        together = shares.sum(0)
+        shares = shares / together.where(together != 0, 1)  # one expert alone has a share of exactly 1
+    return (deltas * shares).sum(0)

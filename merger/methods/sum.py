@@ -1,0 +1,18 @@
+"""Add task vectors. Task arithmetic, https://arxiv.org/abs/2212.04089, section 2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger.methods._parameters import Numbers
+from merger.methods._registry import merger
+from merger.ops import column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merger()
+def sum_(deltas: Tensor, *, weight: Numbers = 1) -> Tensor:
+    """The weighted sum of the task vectors: (4, -3) and (-2, -4) make (2, -7)."""
+    return (deltas * column(weight, deltas)).sum(0)

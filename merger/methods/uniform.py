@@ -1,0 +1,18 @@
+"""Random scores, for tensors that no other score can tell apart. OBIM, arXiv to appear; methods.md 2.2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger.methods._registry import score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merger.methods._registry import Draw
+
+
+@score
+def uniform(uniform: Draw) -> Tensor:
+    """Random draws in [0, 1), one per position and expert: keeping the top of them keeps any subset alike."""
+    return uniform("im-random", double=True)

@@ -1,0 +1,250 @@
+"""Tensor arithmetic that methods share: questions about a whole tensor, exact selection, draws.
+
+A method sees one slice of one tensor at a time. What it must know of the whole it asks with a
+``yield``: the flow stops there, the runner puts the question to every slice, and the flow goes on
+with the answer. Selection is written once, in terms of such questions, so every method that keeps
+the largest of something is exact at any scope and never needs a whole tensor in memory.
+
+Shapes: k experts, r rows, c columns; a vector is one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from merger._lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Scope = Literal["tensor", "row", "global"]
+Whole = Literal["tensor", "global"]
+RatioOf = Literal["total", "remaining"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Asks for the sum of ``value`` over all slices of the tensor, or of all merged tensors."""
+
+    value: Tensor
+    scope: Whole = "tensor"
+
+
+@dataclass(frozen=True)
+class Before:
+    """Asks for the sum of ``value`` over the slices that come before this one."""
+
+    value: Tensor
+    scope: Whole = "tensor"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Asks how many elements the tensor, or all merged tensors together, have. Costs no pass."""
+
+    scope: Whole = "tensor"
+
+
+Question = Sum | Before | Size
+Flow = Generator[Question, Any, T]
+"""A computation over one slice that may ask about the whole; its return value is the result."""
+
+
+def count(share: Fraction, of: int, *, up: bool = False) -> int:
+    """How many of ``of`` elements a ratio selects: floor(share * of), exact (methods.md 0.3)."""
+    return math.ceil(share * of) if up else math.floor(share * of)
+
+
+def column(values: Sequence[Fraction], like: Tensor) -> Tensor:
+    """One number per expert as a [k 1 1] tensor of ``like``'s dtype and device."""
+    return torch.tensor([float(v) for v in values], dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+
+# --- selection: the top of a score, as a count and never as a threshold ---------------------------
+
+
+def select(
+    scores: Tensor,
+    density: Sequence[Fraction],
+    *,
+    scope: Scope = "tensor",
+    order: Sequence[int] | None = None,
+    eligible: Tensor | None = None,
+    ratio_of: RatioOf = "total",
+    round_up: bool = False,
+) -> Flow[Tensor]:
+    """The mask of each expert's highest scores; equal scores go to the lower flat index.
+
+    ``scores`` [k r c] is non-negative, compared as float32; ``density`` is the kept share of each
+    expert, as a count that is rounded down. With an ``order`` each expert chooses only among
+    positions that earlier ones left free, so the masks are disjoint. ``eligible`` [k r c] bars
+    positions from the start. Returns bool [k r c].
+    """
+    pool = torch.ones_like(scores, dtype=torch.bool) if eligible is None else eligible
+    if order is None:
+        return (yield from _take(scores, pool, density, scope, ratio_of, round_up))
+    kept = torch.zeros_like(pool)
+    free = torch.ones_like(pool[0])
+    for k in order:
+        mine = slice(k, k + 1)
+        (kept[k],) = yield from _take(
+            scores[mine], pool[mine] & free, density[mine], scope, ratio_of, round_up
+        )
+        free &= ~kept[k]
+    return kept
+
+
+def _take(
+    scores: Tensor,
+    free: Tensor,
+    density: Sequence[Fraction],
+    scope: Scope,
+    ratio_of: RatioOf,
+    round_up: bool,
+) -> Flow[Tensor]:
+    """The top ``density`` of each expert's ``scores`` among its ``free`` positions."""
+    if scope == "row":
+        sizes = free.sum(-1) if ratio_of == "remaining" else torch.full(free.shape[:2], free.shape[-1])
+        wanted = [
+            [count(d, n, up=round_up) for n in row] for d, row in zip(density, sizes.tolist(), strict=True)
+        ]
+        return top_of_rows(scores, torch.tensor(wanted, device=scores.device), free)
+    if ratio_of == "remaining":
+        of = (yield Sum(free.sum((1, 2)), scope)).tolist()
+    else:
+        of = [(yield Size(scope))] * len(density)
+    wanted = [count(d, n, up=round_up) for d, n in zip(density, of, strict=True)]
+    return (yield from _top(scores, free, wanted, scope))
+
+
+def _top(scores: Tensor, free: Tensor, wanted: list[int], scope: Whole) -> Flow[Tensor]:
+    """Exactly ``wanted[k]`` of the free positions, or all of them: a radix selection on the bits.
+
+    A non-negative float32 sorts as its own bit pattern. One histogram of the high 16 bits finds
+    the bucket of the last one taken, one of the low 16 bits within it finds its exact value, and
+    the equal ones are handed out in flat order (methods.md 0.4).
+    """
+    bits = torch.where(free, scores.float().view(torch.int32), -1)
+    high = bits >> 16  # -1 where not free
+    tally = yield Sum(_histogram(high + 1, _BUCKETS + 1), scope)
+    wanted = [min(w, n) for w, n in zip(wanted, tally[:, 1:].sum(1).tolist(), strict=True)]
+    bucket, left = _descend(tally[:, 1:], wanted)
+    inside = high == bucket
+    tally = yield Sum(_histogram(torch.where(inside, bits & 0xFFFF, 65536), 65537), scope)
+    level, left = _descend(tally[:, :-1], left)
+    last = (bucket << 16) | level
+    ties = tally.gather(1, level.view(-1, 1).long()).flatten().tolist()
+    if left == ties:
+        return bits >= last
+    equal = bits == last
+    before = yield Before(equal.sum((1, 2)), scope)
+    return (bits > last) | _first(equal, [n - b for n, b in zip(left, before.tolist(), strict=True)])
+
+
+_BUCKETS = 32768  # values of the high half of a non-negative float32; the last ones are NaNs, never used
+
+
+def _histogram(bins: Tensor, size: int) -> Tensor:
+    """How often each of ``size`` whole numbers occurs, per expert: [k, size]."""
+    return torch.stack([torch.bincount(each.flatten(), minlength=size) for each in bins])
+
+
+def _descend(tally: Tensor, wanted: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Per expert the bin that holds the ``wanted``-th from the top, and how many of that bin to take.
+
+    ``tally`` [k bins]; ``wanted`` is at most its sum. Where nothing is wanted: the last bin, none of it.
+    """
+    above = tally.flip(1).cumsum(1)
+    target = torch.tensor(wanted, device=tally.device).view(-1, 1)
+    steps = torch.searchsorted(above, target)
+    bins = tally.shape[1] - 1 - steps
+    left = target - (above.gather(1, steps) - tally.gather(1, bins))
+    return bins.to(torch.int32).view(-1, 1, 1), left.flatten().tolist()
+
+
+def _first(mask: Tensor, budgets: Sequence[int]) -> Tensor:
+    """The first ``budgets[k]`` true positions of each expert's mask, in flat order."""
+    rank = mask.flatten(1).cumsum(1, dtype=torch.int32).view_as(mask)
+    return mask & (rank <= torch.tensor(budgets, device=mask.device).view(-1, 1, 1))
+
+
+def top_of_rows(scores: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
+    """Each row's ``wanted`` [k r] highest free scores (all the free ones where there are fewer).
+
+    ``scores`` [k r c] is non-negative; equal scores go to the lower column. Returns bool [k r c].
+    """
+    barred = torch.where(free, scores.float(), -1.0)
+    wanted = torch.minimum(wanted, free.sum(-1)).unsqueeze(-1)
+    last = _sorted(barred).gather(-1, (barred.shape[-1] - wanted).clamp(max=barred.shape[-1] - 1))
+    above, equal = barred > last, barred == last
+    room = wanted - above.sum(-1, keepdim=True)
+    kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+    return kept & (wanted > 0)
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Each row in ascending order; on the CPU through numpy, whose sort is 20 times torch's in speed."""
+    if rows.device.type != "cpu":
+        return rows.sort(-1).values
+    import numpy
+
+    return torch.from_numpy(numpy.sort(rows.numpy(), -1))
+
+
+def ranks_of_rows(scores: Tensor) -> Tensor:
+    """Each element's place in its row, 0 for the highest score; equal scores rank by column. [k r c]"""
+    descending = (~scores.float().view(torch.int32)).long() << 32
+    columns = torch.arange(scores.shape[-1], device=scores.device)
+    ordered = _sorted(descending | columns) & 0xFFFFFFFF  # the column at each place
+    return torch.empty_like(ordered).scatter_(-1, ordered, columns.expand_as(ordered))
+
+
+def exclusive(masks: Tensor, order: Sequence[int]) -> Tensor:
+    """The masks [k r c] with every position left to the first expert in ``order`` that holds it."""
+    taken = torch.zeros_like(masks[0])
+    disjoint = masks.clone()
+    for k in order:
+        disjoint[k] &= ~taken
+        taken |= masks[k]
+    return disjoint
+
+
+def top_of_blocks(scores: Tensor, n: int, m: int, free: Tensor, tail: int) -> Tensor:
+    """The ``n`` highest free scores of every ``m`` consecutive elements of the flat slice (n:m).
+
+    A last block that is shorter keeps ``tail``. A slice begins at a block's first element.
+    """
+    k, size = scores.shape[0], scores[0].numel()
+    padding = -size % m
+    flat = torch.nn.functional.pad(scores.flatten(1), (0, padding)).view(k, -1, m)
+    open_ = torch.nn.functional.pad(free.flatten(1), (0, padding)).view(k, -1, m)
+    wanted = torch.full(flat.shape[:2], n, device=scores.device)
+    if padding:
+        wanted[:, -1] = tail
+    return top_of_rows(flat, wanted, open_).flatten(1)[:, :size].view_as(scores)
+
+
+# --- draws: counter-based, so that no mask depends on what was visited before ---------------------
+
+
+def uniforms(key: tuple[object, ...], start: int, size: int, *, double: bool = False) -> Tensor:
+    """``size`` uniforms in [0, 1) from position ``start`` of the stream named by ``key``.
+
+    Philox4x64-10, keyed by the first 16 bytes of the SHA-256 of the names joined by 0x1f
+    (methods.md 0.7): float32 takes 24 bits of each 32-bit half, low half first, float64 takes 53.
+    """
+    import numpy
+
+    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
+    bits = numpy.random.Philox(key=numpy.frombuffer(digest[:16], "<u8"))
+    lanes = 4 if double else 8  # uniforms in one 256-bit step of the counter
+    bits.advance(start // lanes)
+    skip = start % lanes
+    dtype = numpy.float64 if double else numpy.float32
+    return torch.from_numpy(numpy.random.Generator(bits).random(skip + size, dtype=dtype)[skip:])

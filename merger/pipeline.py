@@ -1,0 +1,353 @@
+"""A pipeline of stages, applied to one tensor slice by slice: stages in, one merged delta out.
+
+Every slice runs the same flow. Where a flow asks about the whole tensor, the question goes to all
+slices, their parts are put together, and every flow goes on with the answer: those that were held
+in memory from where they stopped, the others from the start, with the answers so far.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from merger._lazy import torch
+from merger.methods._parameters import Place, resolve
+from merger.methods._registry import Entry, Stage, Takes, entry_of, parameters, supplied
+from merger.ops import Before, Flow, Question, Size, Sum, uniforms
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Mapper = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
+"""Like ``map``: calls a function on every slice's number and gives the results in order."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What calibration knows of the inputs of one matrix: a value per expert and input feature."""
+
+    second_moment: Tensor | None = None  # [k c]
+    mean: Tensor | None = None  # [k c]
+    token_share: Tensor | None = None  # [k r], for an embedding
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One tensor as its stages see it: r rows of c columns."""
+
+    name: str
+    kind: str
+    place: Place
+    rows: int
+    columns: int
+    seed: int = 0
+    first: int = 0  # its first element's position in the stored tensor (a slice of packed experts)
+    transposed: bool = False  # stored [in, out] and oriented to [out, in] here
+    inputs: Inputs = field(default_factory=Inputs)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some whole rows of a tensor, in float32."""
+
+    row: int
+    base: Tensor  # [r c]
+    deltas: Tensor  # [k r c]
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def expand(chosen: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
+    """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself."""
+    entry = entry_of(chosen.func)
+    if entry.kind != "method":
+        return [chosen]
+    known = {"kind": kind, "experts": tuple(experts)}
+    stages: list[Stage] = chosen(**{name: known[name] for name in supplied(chosen.func)})
+    return stages
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A stage with its parameters settled for one tensor."""
+
+    entry: Entry
+    values: dict[str, Any]
+    score: Bound | None = None
+
+    @property
+    def takes(self) -> Takes:
+        """The least this stage must see at once."""
+        return self.entry.takes(**self.values)
+
+    @property
+    def align(self) -> int:
+        """The number of elements that every slice must begin at a multiple of."""
+        return int(self.values[self.entry.align]) if self.entry.align else 1
+
+
+def bind(stage: Stage, place: Place) -> Bound:
+    """Settles a stage's parameters for the tensor at ``place``; ValueError if they exclude each other.
+
+    An expert's own weight multiplies the `weight` that a merger is given for it.
+    """
+    entry = entry_of(stage.func)
+    values = {
+        name: resolve(annotation, stage.keywords[name], place)
+        for name, (annotation, _) in parameters(stage.func).items()
+    }
+    if "weight" in values and place.weights:
+        values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
+    if entry.check is not None:
+        entry.check(**values)
+    score = values.pop("score", None)
+    return Bound(entry, values, None if score is None else bind(score, place))
+
+
+def flow(stages: Sequence[Bound], part: Slice, subject: Subject) -> Flow[Tensor]:
+    """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger)."""
+    known = _supplies(part, subject)
+    deltas = part.deltas
+    for stage in stages:
+        known["deltas"] = deltas
+        if stage.score is not None:
+            known["scores"] = yield from _call(stage.score, known)
+        deltas = yield from _call(stage, known)
+    return deltas
+
+
+def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
+    needed = [known[name] for name in supplied(stage.entry.function)]
+    result = stage.entry.function(*needed, **stage.values)
+    return (yield from result) if inspect.isgenerator(result) else result
+
+
+def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
+    """What a stage may ask for by name; the registry's docstring explains each."""
+    rows = slice(part.row, part.row + part.base.shape[0])
+    inputs = subject.inputs
+    return {
+        "base": part.base,
+        "originals": part.deltas,
+        "uniform": partial(_draw, part, subject),
+        "second_moment": _by_column(inputs.second_moment),
+        "mean_input": _by_column(inputs.mean),
+        "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
+        "kind": subject.kind,
+        "experts": subject.place.experts,
+    }
+
+
+def _by_column(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.unsqueeze(1)
+
+
+def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) -> Tensor:
+    """A uniform for every position of the slice, by its place in the stored tensor: [k r c]."""
+    rows, columns = part.base.shape
+    start = subject.first + part.row * columns
+    drawn = [
+        uniforms((subject.seed, purpose, subject.name, expert), start, rows * columns, double=double)
+        for expert in subject.place.experts
+    ]
+    stacked = torch.stack(drawn).to(part.base.device)
+    if subject.transposed:  # the stream runs over the stored order
+        return stacked.view(-1, columns, rows).transpose(1, 2)
+    return stacked.view(-1, rows, columns)
+
+
+# --- questions: put to every slice, and for the whole model to every tensor -----------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many elements a share is a share of."""
+
+    tensor: int
+    model: int
+
+    def of(self, scope: str) -> int:
+        """The elements of the tensor, or of all tensors that are ranked together with it."""
+        return self.model if scope == "global" else self.tensor
+
+
+def run(
+    count: int,
+    start: Callable[[int], Flow[Tensor]],
+    finish: Callable[[int, Tensor], None],
+    *,
+    sizes: Sizes,
+    known: Sequence[Any] = (),
+    hold: bool = False,
+    mapper: Mapper = map,
+) -> Question | None:
+    """Carries the flows of a tensor's ``count`` slices as far as what is ``known`` of the model allows.
+
+    ``start(i)`` reads slice i and begins its flow; ``finish(i, merged)`` takes its result. With
+    ``hold`` unfinished flows stay in memory between questions, else their slices are read again.
+    Returns None when all is done, or the first question about the model that ``known`` does not
+    answer, with this tensor's part of it.
+    """
+    answers: list[Callable[[int], Any]] = [lambda i: None]  # what starts a generator
+    held: dict[int, tuple[Flow[Tensor], int]] = {}
+    used = 0
+
+    def step(i: int) -> Question | None:
+        running, given = held.pop(i) if i in held else (start(i), 0)
+        try:
+            for answer in answers[given:]:
+                question = running.send(answer(i))
+                while isinstance(question, Size):
+                    question = running.send(sizes.of(question.scope))
+        except StopIteration as done:
+            finish(i, done.value)
+            return None
+        if hold:
+            held[i] = running, len(answers)
+        return question
+
+    while True:
+        question, total, before = _sum(mapper(step, range(count)))
+        if question is None:
+            return None
+        outside = None
+        if question.scope == "global":
+            if used == len(known):
+                return replace(question, value=total)
+            outside, used = known[used], used + 1
+        answers.append(_answer(question, total, before, outside))
+
+
+def _sum(questions: Iterable[Question | None]) -> tuple[Sum | Before | None, Any, list[Any]]:
+    """One question in all slices' name, the sum of its values, and for `Before` the sum ahead of each."""
+    asked, total, before = None, None, []
+    for question in questions:
+        if isinstance(question, Sum | Before):
+            asked = question
+            total = torch.zeros_like(question.value) if total is None else total
+            if isinstance(question, Before):
+                before.append(total)
+            total = total + question.value
+    return asked, total, before
+
+
+def _answer(question: Question, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
+    if isinstance(question, Before):
+        return lambda i: before[i] + (0 if outside is None else outside)
+    return lambda i: total if outside is None else outside
+
+
+def settle(
+    groups: Sequence[Hashable],
+    visit: Callable[[int, Sequence[Any]], Question | None],
+    mapper: Mapper = map,
+) -> None:
+    """Visits every tensor until none has an open question about all tensors of its group.
+
+    ``visit(i, known)`` is `run` on tensor i. Tensors are visited in order, which for a shared
+    ranking is the canonical one: equal scores go to the earlier tensor (methods.md 0.4).
+    """
+    known: list[list[Any]] = [[] for _ in groups]
+    waiting = list(range(len(groups)))
+    while waiting:
+        totals: dict[Hashable, Any] = {}
+        asked: list[int] = []
+        for i, question in zip(waiting, mapper(lambda i: visit(i, known[i]), waiting), strict=True):
+            if isinstance(question, Sum | Before):
+                total = totals.get(groups[i], torch.zeros_like(question.value))
+                known[i].append(total if isinstance(question, Before) else None)
+                totals[groups[i]] = total + question.value
+                asked.append(i)
+        for i in asked:
+            if known[i][-1] is None:
+                known[i][-1] = totals[groups[i]]
+        waiting = asked
+
+
+def step_rows(columns: int, stages: Sequence[Bound], elements: int) -> int:
+    """How many whole rows of a tensor make a slice of about ``elements`` that starts where stages allow."""
+    align = math.lcm(*(stage.align for stage in stages))
+    unit = align // math.gcd(align, columns)
+    return max(1, elements // (columns * unit)) * unit
+
+
+# --- in memory ------------------------------------------------------------------------------------
+
+
+def merge_tensors(
+    chosen: Stage | Sequence[Stage],
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    places: Mapping[str, Place] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Inputs] | None = None,
+    seed: int = 0,
+    slice_elements: int = 1 << 20,
+) -> dict[str, Tensor]:
+    """Merges tensors that are in memory by the same stages as `merge` does files; float32 in and out.
+
+    ``base`` maps names to tensors, ``experts`` an expert's name to its tensors of the same names.
+    """
+    names = sorted(base, key=natural)
+    merged = {name: torch.empty_like(base[name], dtype=torch.float32) for name in names}
+    model = sum(base[name].numel() for name in names)
+
+    def visit(i: int, known: Sequence[Any]) -> Question | None:
+        name = names[i]
+        whole = _matrix(base[name])
+        own = torch.stack([_matrix(tensors[name]) for tensors in experts.values()])
+        kind = (kinds or {}).get(name, "linear" if base[name].dim() > 1 else "vector")
+        place = (places or {}).get(name, Place(tuple(experts)))
+        subject = Subject(
+            name, kind, place, *whole.shape, seed=seed, inputs=(inputs or {}).get(name, Inputs())
+        )
+        given = [chosen] if isinstance(chosen, partial) else chosen
+        stages = [bind(s, place) for stage in given for s in expand(stage, kind, place.experts)]
+        rows = (
+            whole.shape[0]
+            if any(s.takes == "matrix" for s in stages)
+            else step_rows(whole.shape[1], stages, slice_elements)
+        )
+        firsts = range(0, whole.shape[0], rows)
+
+        def start(j: int) -> Flow[Tensor]:
+            part = slice(firsts[j], firsts[j] + rows)
+            return flow(stages, Slice(firsts[j], whole[part], own[:, part] - whole[part]), subject)
+
+        def finish(j: int, delta: Tensor) -> None:
+            part = slice(firsts[j], firsts[j] + rows)
+            _matrix(merged[name])[part] = restored(whole[part], own[:, part], delta)
+
+        return run(len(firsts), start, finish, sizes=Sizes(whole.numel(), model), known=known)
+
+    settle([0] * len(names), visit)
+    return merged
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Rows of the last axis; a vector or a scalar is one row."""
+    return tensor.float().reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.float().reshape(1, -1)
+
+
+def restored(base: Tensor, experts: Tensor, delta: Tensor) -> Tensor:
+    """base + delta, but the stored value itself wherever the delta is zero or exactly one expert's.
+
+    base + (expert - base) can differ from expert in its last bit, and -0 + 0 is +0; a copy must be
+    a copy (methods.md 0.2). All are float32: base [r c], experts [k r c], delta [r c].
+    """
+    merged = base + delta
+    for expert in experts:
+        merged = torch.where(delta == expert - base, expert, merged)
+    return torch.where(delta == 0, base, merged)
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorts names with their numbers as numbers: layers.2 before layers.10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
