@@ -66,6 +66,18 @@ def column(values: Sequence[Fraction], like: Tensor) -> Tensor:
     return torch.tensor([float(v) for v in values], dtype=like.dtype, device=like.device).view(-1, 1, 1)
 
 
+def summed(terms: Tensor) -> Tensor:
+    """The sum over the experts [k r c] -> [r c], always in their order.
+
+    torch's own sum over five or more associates by the slice's shape, so its last bit would depend
+    on how a tensor was cut.
+    """
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
 # --- selection: the top of a score, as a count and never as a threshold ---------------------------
 
 

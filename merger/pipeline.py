@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.methods._parameters import Place, resolve
+from merger.methods._parameters import Place, resolve, turns
 from merger.methods._registry import Entry, Stage, Takes, entry_of, parameters, supplied
 from merger.ops import Before, Flow, Question, Size, Sum, uniforms
 
@@ -87,6 +87,12 @@ class Bound:
         return self.entry.takes(**self.values)
 
     @property
+    def calibrated(self) -> bool:
+        """Whether this stage looks at what enters the layer."""
+        score = self.score is not None and self.score.calibrated
+        return score or self.entry.calibrated(**self.values)
+
+    @property
     def align(self) -> int:
         """The number of elements that every slice must begin at a multiple of."""
         return int(self.values[self.entry.align]) if self.entry.align else 1
@@ -98,10 +104,14 @@ def bind(stage: Stage, place: Place) -> Bound:
     An expert's own weight multiplies the `weight` that a merger is given for it.
     """
     entry = entry_of(stage.func)
-    values = {
-        name: resolve(annotation, stage.keywords[name], place)
-        for name, (annotation, _) in parameters(stage.func).items()
-    }
+    values = {}
+    for name, (annotation, _) in parameters(stage.func).items():
+        try:
+            values[name] = resolve(annotation, stage.keywords[name], place)
+        except ValueError as error:
+            raise ValueError(f"{name.rstrip('_')}: {error}") from None
+    if values.get("scope") == "global" and any(turns(value) for value in stage.keywords.values()):
+        raise ValueError("scope: global ranks the whole model at once, so no order can rotate; list it")
     if "weight" in values and place.weights:
         values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
@@ -179,8 +189,7 @@ class Sizes:
 
 def run(
     count: int,
-    start: Callable[[int], Flow[Tensor]],
-    finish: Callable[[int, Tensor], None],
+    start: Callable[[int], Flow[None]],
     *,
     sizes: Sizes,
     known: Sequence[Any] = (),
@@ -189,13 +198,13 @@ def run(
 ) -> Question | None:
     """Carries the flows of a tensor's ``count`` slices as far as what is ``known`` of the model allows.
 
-    ``start(i)`` reads slice i and begins its flow; ``finish(i, merged)`` takes its result. With
-    ``hold`` unfinished flows stay in memory between questions, else their slices are read again.
+    ``start(i)`` is a flow that reads slice i, merges it and puts the result away. With ``hold``
+    unfinished flows stay in memory between questions, else they are started again.
     Returns None when all is done, or the first question about the model that ``known`` does not
     answer, with this tensor's part of it.
     """
     answers: list[Callable[[int], Any]] = [lambda i: None]  # what starts a generator
-    held: dict[int, tuple[Flow[Tensor], int]] = {}
+    held: dict[int, tuple[Flow[None], int]] = {}
     used = 0
 
     def step(i: int) -> Question | None:
@@ -205,8 +214,7 @@ def run(
                 question = running.send(answer(i))
                 while isinstance(question, Size):
                     question = running.send(sizes.of(question.scope))
-        except StopIteration as done:
-            finish(i, done.value)
+        except StopIteration:
             return None
         if hold:
             held[i] = running, len(answers)
@@ -296,12 +304,14 @@ def merge_tensors(
     ``base`` maps names to tensors, ``experts`` an expert's name to its tensors of the same names.
     """
     names = sorted(base, key=natural)
-    merged = {name: torch.empty_like(base[name], dtype=torch.float32) for name in names}
+    merged = {name: torch.empty(base[name].shape, device=base[name].device) for name in names}
     model = sum(base[name].numel() for name in names)
 
     def visit(i: int, known: Sequence[Any]) -> Question | None:
         name = names[i]
         whole = _matrix(base[name])
+        if not whole.numel():
+            return None
         own = torch.stack([_matrix(tensors[name]) for tensors in experts.values()])
         kind = (kinds or {}).get(name, "linear" if base[name].dim() > 1 else "vector")
         place = (places or {}).get(name, Place(tuple(experts)))
@@ -317,15 +327,14 @@ def merge_tensors(
         )
         firsts = range(0, whole.shape[0], rows)
 
-        def start(j: int) -> Flow[Tensor]:
+        def carry(j: int) -> Flow[None]:
             part = slice(firsts[j], firsts[j] + rows)
-            return flow(stages, Slice(firsts[j], whole[part], own[:, part] - whole[part]), subject)
+            piece = Slice(firsts[j], whole[part], own[:, part] - whole[part])
+            delta = yield from flow(stages, piece, subject)
+            merged_part = restored(piece.base, own[:, part], piece.base, piece.deltas, delta, torch.float32)
+            _matrix(merged[name])[part] = merged_part
 
-        def finish(j: int, delta: Tensor) -> None:
-            part = slice(firsts[j], firsts[j] + rows)
-            _matrix(merged[name])[part] = restored(whole[part], own[:, part], delta)
-
-        return run(len(firsts), start, finish, sizes=Sizes(whole.numel(), model), known=known)
+        return run(len(firsts), carry, sizes=Sizes(whole.numel(), model), known=known)
 
     settle([0] * len(names), visit)
     return merged
@@ -333,19 +342,22 @@ def merge_tensors(
 
 def _matrix(tensor: Tensor) -> Tensor:
     """Rows of the last axis; a vector or a scalar is one row."""
-    return tensor.float().reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.float().reshape(1, -1)
+    *rows, columns = tensor.shape or (1,)
+    return tensor.float().reshape(math.prod(rows), columns)
 
 
-def restored(base: Tensor, experts: Tensor, delta: Tensor) -> Tensor:
-    """base + delta, but the stored value itself wherever the delta is zero or exactly one expert's.
+def restored(
+    base: Tensor, experts: Sequence[Tensor], base32: Tensor, deltas: Tensor, delta: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """base + delta in ``dtype``, but the stored value itself where delta is zero or exactly one expert's.
 
     base + (expert - base) can differ from expert in its last bit, and -0 + 0 is +0; a copy must be
-    a copy (methods.md 0.2). All are float32: base [r c], experts [k r c], delta [r c].
+    a copy (methods.md 0.2). ``base`` and ``experts`` are as stored, the rest float32.
     """
-    merged = base + delta
-    for expert in experts:
-        merged = torch.where(delta == expert - base, expert, merged)
-    return torch.where(delta == 0, base, merged)
+    merged = (base32 + delta).to(dtype)
+    for expert, own in zip(experts, deltas, strict=True):
+        merged = torch.where(delta == own, expert.to(dtype), merged)
+    return torch.where(delta == 0, base.to(dtype), merged)
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:

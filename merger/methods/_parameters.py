@@ -7,7 +7,7 @@ fits, a list of numbers over the model's depth fits too; the plural kinds also t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -23,6 +23,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from merger.errors import nearest
 from merger.ops import Scope as Scope
 
 
@@ -144,12 +145,22 @@ def resolve(annotation: Any, value: Any, place: Place) -> Any:
     marks = [type(mark) for mark in getattr(annotation, "__metadata__", ())]
     if EachExpert in marks:
         by_name = value if isinstance(value, Mapping) else dict.fromkeys(place.experts, value)
-        return [_at(by_name[name], place.depth) for name in place.experts]
+        _same_names(by_name, place.experts, complete=True)
+        return [at_depth(by_name[name], place.depth) for name in place.experts]
     if Varying in marks:
-        return _at(value, place.depth)
+        return at_depth(value, place.depth)
     if is_order(annotation) and value is not None:
         return order_of(value, place)
     return value
+
+
+def _same_names(given: Iterable[str], experts: Sequence[str], *, complete: bool) -> None:
+    for name in given:
+        if name not in experts:
+            raise ValueError(f"there is no expert {name!r}; {nearest(name, experts)}")
+    absent = [name for name in experts if name not in given]
+    if complete and absent:
+        raise ValueError(f"has no value for {', '.join(absent)}")
 
 
 def is_order(annotation: Any) -> bool:
@@ -157,7 +168,12 @@ def is_order(annotation: Any) -> bool:
     return annotation == Order or Order in getattr(annotation, "__args__", ())
 
 
-def _at(value: Any, depth: Fraction) -> Fraction:
+def turns(value: Any) -> bool:
+    """Whether a parameter's value is an order that differs from block to block."""
+    return value == "rotation" or (isinstance(value, Pinned) and value.rest == "rotate")
+
+
+def at_depth(value: Any, depth: Fraction) -> Fraction:
     """A number, or the exact linear interpolation of a list at ``depth``."""
     if not isinstance(value, list):
         return _exact(value)
@@ -170,11 +186,17 @@ def order_of(value: Any, place: Place) -> tuple[int, ...]:
     """The experts' indices in merging order for one tensor (methods.md 2.2, decision d)."""
     names = list(place.experts)
     if isinstance(value, list):
+        _same_names(value, names, complete=True)
+        if len(set(value)) < len(value):
+            raise ValueError(f"expected each expert once, found {', '.join(value)}")
         return tuple(names.index(name) for name in value)
     if value == "listed":
         return tuple(range(len(names)))
     pin = Pinned() if value == "rotation" else value
     pinned = [name for name in (pin.first, pin.last) if name is not None]
+    _same_names(pinned, names, complete=False)
+    if len(set(pinned)) < len(pinned):
+        raise ValueError(f"{pin.first} cannot be both first and last")
     rest = [name for name in names if name not in pinned]
     if pin.rest == "rotate" and rest:
         turn = (place.block if pin.unit == "block" else place.linear) % len(rest)

@@ -56,6 +56,10 @@ def _by_scope(*, scope: str = "tensor", **_: object) -> Takes:
     return "rows" if scope == "row" else "slice"
 
 
+def _never(**_: object) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered function."""
@@ -66,6 +70,7 @@ class Entry:
     takes: Callable[..., Takes] = _by_scope  # the least it must see at once, given its parameters
     align: str | None = None  # the parameter whose multiple every slice must begin at
     experts: int | None = None  # how many experts it merges, where that is fixed
+    calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
 
     @property
@@ -96,9 +101,9 @@ def _register(kind: Kind, table: dict[str, Entry], **traits: Any) -> Callable[[F
     return keep
 
 
-def score(function: F) -> F:
+def score(**traits: Any) -> Callable[[F], F]:
     """Registers a score: ``deltas`` [k r c] -> non-negative [k r c], the higher the more worth keeping."""
-    return _register("score", SCORES)(function)
+    return _register("score", SCORES, **traits)
 
 
 def sparsifier(**traits: Any) -> Callable[[F], F]:

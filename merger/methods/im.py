@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from merger.methods._parameters import Number, Numbers, Order, Shares, SharesOrAuto
+from merger.methods._parameters import Number, Numbers, Order, Shares, SharesOrAuto, at_depth
 from merger.methods._registry import Score, Stage, method, stage
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
@@ -18,8 +18,10 @@ def at_most_whole(density: Any, experts: tuple[str, ...], ratio_of: str) -> None
     if ratio_of != "total":
         return
     by_name = density if isinstance(density, dict) else dict.fromkeys(experts, density)
-    highest = [by_name.get(name, 0) for name in experts]
-    total = sum(max(d) if isinstance(d, list) else d for d in highest)
+    shares = [by_name.get(name, 0) for name in experts]
+    lists = [d for d in shares if isinstance(d, list)]
+    bends = {Fraction(0), *(Fraction(i, len(d) - 1) for d in lists for i in range(len(d)))}
+    total = max(sum(at_depth(d, bend) for d in shares) for bend in bends)
     if total > 1:
         raise ValueError(
             f"the densities add up to {float(total):g}, but disjoint masks cannot hold more than 1: "

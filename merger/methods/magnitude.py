@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@score
+@score()
 def magnitude(deltas: Tensor) -> Tensor:
     """|delta|: (4, -3, 1, 0) scores (4, 3, 1, 0)."""
     return deltas.abs()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Numbers
 from merger.methods._registry import merger
-from merger.ops import column
+from merger.ops import column, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,6 @@ def mean(deltas: Tensor, *, weight: Numbers = 1) -> Tensor:
 
     (4, -3) and (-2, -4) make (1, -3.5).
     """
-    first, rest = deltas[:1], deltas[1:]
-    shares = [w / sum(weight) for w in weight[1:]]
-    return first[0] + ((rest - first) * column(shares, deltas)).sum(0)
+    first = deltas[0]
+    shares = [w / sum(weight) for w in weight]
+    return first + summed((deltas - first) * column(shares, deltas))

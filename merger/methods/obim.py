@@ -10,6 +10,7 @@ from merger.methods.im import im
 from merger.methods.mean import mean
 from merger.methods.obm import obm
 from merger.methods.scale import scale
+from merger.methods.sum import sum_
 from merger.ops import RatioOf
 
 
@@ -37,7 +38,7 @@ def obim(
     if kind in ("vector", "other") and nonlinear == "average":
         return [stage(mean, weight=weight), stage(scale, lambda_=lambda_)]
     if kind in ("vector", "other") and nonlinear == "base":
-        return [stage(mean, weight=weight), stage(scale, lambda_=0)]
+        return [stage(sum_, weight=weight), stage(scale, lambda_=0)]
     fallback = nonlinear if nonlinear in ("random", "magnitude") else "magnitude"
     saliency = stage(obm, hessian=hessian, nonlinear=fallback, embedding=embedding)
     return im(

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from merger.methods._registry import Draw
 
 
-@score
+def _looks_at_inputs(hessian: str, **_: object) -> bool:
+    return hessian != "none"
+
+
+@score(calibrated=_looks_at_inputs)
 def obm(
     deltas: Tensor,
     second_moment: Tensor | None,
@@ -39,7 +43,8 @@ def obm(
         return deltas.square()
     if second_moment is not None and mean_input is not None:
         h = second_moment if hessian == "second_moment" else mean_input.square()
-        return h * deltas.square()
+        never_reached = (h == 0).all(-1, keepdim=True)  # a packed expert that no token was routed to
+        return deltas.abs().where(never_reached, h * deltas.square())
     rule = embedding if kind == "embedding" else nonlinear
     if rule == "token_freq" and token_share is not None:
         return token_share * deltas.square()

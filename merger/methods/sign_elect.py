@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.methods._parameters import Numbers
 from merger.methods._registry import merger
-from merger.ops import Flow, Sum, Whole, column
+from merger.ops import Flow, Sum, Whole, column, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ def sign_elect(
     signs (over `scope`) instead. (4, -3), (-2, -4) and (1, 2) make (2.5, -3.5).
     """
     weights = column(weight, deltas)
-    elected = (deltas * weights).sum(0).sign()
+    elected = summed(deltas * weights).sign()
     if zero_sign == "majority":
         majority = (yield Sum(elected.double().sum(), scope)).sign().to(elected)
         elected = elected.where(elected != 0, majority)
@@ -38,6 +38,6 @@ def sign_elect(
         return elected * (deltas.abs() * agree).amax(0)
     shares = weights * agree
     if merge == "mean":
-        together = shares.sum(0)
+        together = summed(shares)
         shares = shares / together.where(together != 0, 1)  # one expert alone has a share of exactly 1
-    return (deltas * shares).sum(0)
+    return summed(deltas * shares)

@@ -34,9 +34,10 @@ def slerp(
     flat = vectors.flatten(1).double()
     (aa, ab), (_, bb) = (yield Sum(flat @ flat.T, scope)).tolist()
     ahead, norms = float(t), math.sqrt(aa) * math.sqrt(bb)
-    start, end = 1 - ahead, ahead
     if min(aa, bb) >= 1e-16 and abs(ab) <= 0.9995 * norms:
         angle = math.acos(ab / norms)
         start, end = (math.sin(share * angle) / math.sin(angle) for share in (1 - ahead, ahead))
-    merged = vectors[0] * start + vectors[1] * end
+        merged = vectors[0] * start + vectors[1] * end
+    else:  # from the first on, so that equal weights come back bit for bit
+        merged = vectors[0] + (vectors[1] - vectors[0]) * ahead
     return merged if space == "delta" else merged - base

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from merger.methods._registry import Draw
 
 
-@score
+@score()
 def uniform(uniform: Draw) -> Tensor:
     """Random draws in [0, 1), one per position and expert: keeping the top of them keeps any subset alike."""
     return uniform("im-random", double=True)

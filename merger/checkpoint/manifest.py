@@ -1,0 +1,77 @@
+"""What is written beside the weights: manifest, model card, config, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merger.errors import CheckpointError
+
+FORMAT = 1
+
+# what transformers reads beside config and weights; licences and code are the user's to copy
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "*chat_template.jinja",
+)  # fmt: skip
+_BASE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def side_files(base: Path, tokenizer: Path) -> dict[str, Path]:
+    """Files to copy, by name: the tokenizer's from one model, the rest from the base."""
+    found = {path.name: path for pattern in _BASE for path in sorted(base.glob(pattern)) if path.is_file()}
+    for pattern in _TOKENIZER:
+        found |= {path.name: path for path in sorted(tokenizer.glob(pattern)) if path.is_file()}
+    return found
+
+
+def copy_side_files(files: Mapping[str, Path], to: Path) -> None:
+    """Copies them; content only, so that no file is read-only or older than it should be."""
+    for name, path in files.items():
+        shutil.copyfile(path, to / name)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide the bytes."""
+    from merger import __version__
+
+    return {
+        "merger": __version__,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+    }
+
+
+def portable(source: str) -> str:
+    """A model's name without the machine's folders: an absolute path keeps only its last part."""
+    return Path(source).name if Path(source).expanduser().is_absolute() else source
+
+
+def card(title: str, models: Iterable[str], recipe: Mapping[str, Any], tensors: Mapping[str, int]) -> str:
+    """README.md: what the Hub shows of a merged model."""
+    front = {"library_name": "transformers", "base_model": list(models), "base_model_relation": "merge"}
+    front["tags"] = ["merge", "merger"]
+    counts = ", ".join(f"{count} {what}" for what, count in tensors.items())
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
+        f"Merged with `merger`. Tensors: {counts}. "
+        "`merger.json` names every input and what happened to each tensor.\n\n"
+        f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
+    )

@@ -1,0 +1,253 @@
+"""Writing a checkpoint: shards laid out beforehand, filled in any order, hashed as they fill, whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from merger.checkpoint.header import ITEM_SIZE, Info
+from merger.checkpoint.stored import INDEX, SINGLE
+from merger.errors import RecipeError, ResourceError
+
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its header, and where each tensor's bytes go."""
+
+    file: str
+    header: bytes
+    offsets: Mapping[str, int]  # of each tensor in the file, in file order
+    size: int
+
+
+def layout(tensors: Sequence[tuple[str, Info]], shard_size: int) -> list[Shard]:
+    """Deals the tensors out to shards of at most ``shard_size`` bytes (or one larger tensor), in order."""
+    groups: list[list[tuple[str, Info]]] = [[]]
+    filled = 0
+    for name, info in tensors:
+        if groups[-1] and filled + info.nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, info))
+        filled += info.nbytes
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _shard(file: str, tensors: list[tuple[str, Info]]) -> Shard:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # widest numbers first, so that every tensor lies at a multiple of its own width
+    ordered = sorted(tensors, key=lambda each: -ITEM_SIZE[each[1].dtype])
+    offsets, position = {}, 0
+    for name, info in ordered:
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        offsets[name] = position
+        position += info.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    placed = {name: start + offset for name, offset in offsets.items()}
+    return Shard(file, len(text).to_bytes(8, "little") + text, placed, start + position)
+
+
+def index(shards: Sequence[Shard], infos: Mapping[str, Info]) -> dict[str, Any]:
+    """model.safetensors.index.json of several shards."""
+    return {
+        "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+        "weight_map": {name: shard.file for shard in shards for name in sorted(shard.offsets)},
+    }
+
+
+def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Refuses an output that is occupied, or that would touch an input; symbolic links are followed first."""
+    real = path.resolve()
+    for each in inputs:
+        directory = each.resolve()
+        if real == directory or directory in real.parents or real in directory.parents:
+            raise RecipeError(
+                f"output.path: {path} is, holds or lies in the input {each}; choose another folder"
+            )
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if (path.exists() or path.is_symlink()) and not force:
+        raise RecipeError(
+            f"output.path: {path} is there already; choose another folder, or replace it with --force"
+        )
+
+
+class Writer:
+    """A checkpoint that is being written to ``PATH.partial`` and renamed to ``PATH`` when it is whole.
+
+    `write` may be called from several threads. A thread of its own follows the finished tensors in
+    file order and hashes them while they are still in the page cache.
+    """
+
+    def __init__(self, path: Path, shards: Sequence[Shard], infos: Mapping[str, Info]) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self._shards = shards
+        self._infos = infos
+        self._ready = {name: Event() for shard in shards for name in shard.offsets}
+        self._stopped = False
+        self._lock = self._claim()
+        try:
+            self._files = {shard.file: self._create(shard) for shard in shards}
+        except BaseException:
+            self._remove()
+            raise
+        self._places = {
+            name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()
+        }
+        self._pool = ThreadPoolExecutor(1, "merger-hash")
+        self._hashes: Future[dict[str, str]] = self._pool.submit(self._hash)
+
+    def _claim(self) -> int:
+        """Makes the folder and locks it; what a dead run left there is removed."""
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.partial / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise ResourceError(f"{self.partial}: cannot be made: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise RecipeError(f"{self.partial}: another run is writing it; wait for it or stop it") from None
+        for left in self.partial.iterdir():
+            if left.name != ".lock":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return lock
+
+    def _create(self, shard: Shard) -> int:
+        """The file at its full size, so that a full disk is found before the work; its header is in it."""
+        target = self.partial / shard.file
+        try:
+            file = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            os.posix_fallocate(file, 0, shard.size)
+            os.pwrite(file, shard.header, 0)
+        except OSError as error:
+            raise _resource_error(target, error, shard.size) from None
+        return file
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Writes ``data`` from byte ``start`` of a tensor on."""
+        file, offset = self._places[name]
+        position = offset + start
+        try:
+            while data:
+                count = os.pwrite(self._files[file], data, position)
+                data, position = data[count:], position + count
+        except OSError as error:
+            raise _resource_error(self.partial / file, error, 0) from None
+
+    def done(self, name: str) -> None:
+        """Says that all bytes of a tensor are written."""
+        self._ready[name].set()
+
+    def _hash(self) -> dict[str, str]:
+        buffer = memoryview(bytearray(CHUNK))
+        digests = {}
+        for shard in self._shards:
+            digest = hashlib.sha256(shard.header)
+            file = self._files[shard.file]
+            for name, offset in shard.offsets.items():
+                self._ready[name].wait()
+                if self._stopped:
+                    return {}
+                end = offset + self._infos[name].nbytes
+                while offset < end:
+                    count = os.preadv(file, [buffer[: min(CHUNK, end - offset)]], offset)
+                    digest.update(buffer[:count])
+                    offset += count
+            try:
+                os.fsync(file)
+            except OSError as error:
+                raise _resource_error(self.partial / shard.file, error, 0) from None
+            digests[shard.file] = digest.hexdigest()
+        return digests
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every shard, once all tensors are done and on disk."""
+        return self._hashes.result()
+
+    def finish(self, *, force: bool) -> None:
+        """Writes the index and renames the folder into place; whatever was there is replaced only now."""
+        if len(self._shards) > 1:
+            write_json(self.partial / INDEX, index(self._shards, self._infos))
+        self._close()
+        (self.partial / ".lock").unlink()
+        for each in self.partial.iterdir():
+            _sync(each)
+        _sync(self.partial)
+        replaced = None
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+        elif force and (self.path.exists() or self.path.is_symlink()):
+            replaced = self.path.with_name(self.path.name + ".replaced")
+            os.rename(self.path, replaced)
+        os.rename(self.partial, self.path)
+        _sync(self.path.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
+
+    def abandon(self) -> None:
+        """Stops and removes what was written so far."""
+        self._stopped = True
+        for event in self._ready.values():
+            event.set()
+        self._close()
+        self._remove()
+
+    def _close(self) -> None:
+        self._pool.shutdown(wait=True)
+        for file in self._files.values():
+            os.close(file)
+        os.close(self._lock)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _resource_error(path: Path, error: OSError, size: int) -> ResourceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        needed = f" ({size:,} bytes are needed for it)" if size else ""
+        return ResourceError(f"{path}: the disk is full{needed}; free some space, or write elsewhere")
+    return ResourceError(f"{path}: cannot be written: {error.strerror}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file as people like to read it, the same bytes for the same value."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file; a full disk is a ResourceError."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _resource_error(path, error, len(text)) from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""What the machine gives to a merge: device, threads, memory, disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from merger._lazy import torch
+from merger.errors import ResourceError
+from merger.pipeline import step_rows
+from merger.plan import Part, Plan, TensorPlan
+
+SLICE = 1 << 20
+"""Elements of one model that are worked on at once: what fits the caches of one core.
+
+It decides no byte of the output, except in the last bit of float sums over a tensor (slerp's angle, l1
+and l2 norms), so it is a constant and not an option.
+"""
+
+HOLD = 256 << 20
+"""Bytes of one tensor's unfinished slices that stay in memory between two questions, unless capped."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the work is done, and how much of it at once."""
+
+    device: str
+    workers: int  # threads that each carry a slice on its whole trip
+    in_flight: int  # tensors that are worked on side by side
+    hold: int  # bytes of unfinished slices of one tensor that may stay in memory
+
+    @classmethod
+    def of(cls, device: str, max_memory: int | None, plan: Plan) -> Machine:
+        """Settles the device and shares the memory out; ResourceError if it is too little."""
+        chosen = _device(device)
+        workers = max(1, min(os.cpu_count() or 1, 16))
+        need = memory_needed(plan, workers)
+        if max_memory is None:
+            return cls(chosen, workers, 2, HOLD)
+        while workers > 1 and need > max_memory:
+            workers -= 1
+            need = memory_needed(plan, workers)
+        if need > max_memory:
+            raise ResourceError(
+                f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
+            )
+        in_flight = 2 if workers > 1 else 1
+        return cls(chosen, workers, in_flight, min(HOLD, (max_memory - need) // in_flight))
+
+
+INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux with a CPU build
+
+
+def memory_needed(plan: Plan, workers: int) -> int:
+    """Bytes of host memory that the merge takes at least, with so many slices at once."""
+    largest = max(
+        (_slice_elements(tensor, part) for tensor in plan.tensors for part in tensor.parts), default=0
+    )
+    return INTERPRETER + workers * largest * bytes_per_element(len(plan.models) - 1)
+
+
+def bytes_per_element(experts: int) -> int:
+    """What one element takes while it is worked on: stored values, deltas, scores, keys and masks."""
+    return 12 + experts * 18
+
+
+def _slice_elements(tensor: TensorPlan, part: Part) -> int:
+    return min(part.rows, slice_rows(tensor, part)) * part.columns
+
+
+def slice_rows(tensor: TensorPlan, part: Part) -> int:
+    """Rows of one slice: all of them where a stage needs the whole matrix or another orientation."""
+    if part.transposed or any(stage.takes == "matrix" for stage in tensor.stages):
+        return part.rows
+    return step_rows(part.columns, tensor.stages, SLICE)
+
+
+def _device(wanted: str) -> str:
+    kind, _, number = wanted.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
+        raise ResourceError(f"--device {wanted}: expected auto, cpu, cuda or cuda:0")
+    if kind == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= count:
+        raise ResourceError(
+            f"--device {wanted}: this machine has {count or 'no'} CUDA devices that torch can use"
+        )
+    return wanted if kind == "cuda" else ("cuda" if count else "cpu")
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """ResourceError if the output cannot fit the disk it goes to."""
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if plan.bytes_written > free:
+        raise ResourceError(f"{output}: needs {plan.bytes_written:,} bytes, but its disk has {free:,} free")
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Within it torch works on one thread: slices run side by side, and sums do not depend on cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,471 @@
+"""The recipe: what was asked, validated and frozen, with every fault told by file, line and key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+import merger.methods  # noqa: F401 registers every method
+from merger.document import Document, KeyPath, at, key_path, parse, read, value_of
+from merger.errors import RecipeError, nearest
+from merger.methods._parameters import Number, Place
+from merger.methods._registry import ENTRIES, SCORES, Stage, checked, entry_of, parameter_names, written
+from merger.pipeline import bind, expand
+
+Kind = Literal["linear", "conv1d", "head", "tied", "embedding", "vector", "expert3d", "other", "buffer"]
+DType = Literal["float64", "float32", "bfloat16", "float16"]
+_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+_SIZE = re.compile(r"^\s*([0-9.]+)\s*([kKmMgGtT]?)(i?)[bB]?\s*$")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(_Strict):
+    """A checkpoint: a folder, or a Hub repository with an optional @revision, and an adapter on top of it."""
+
+    model: str = Field(min_length=1)
+    adapter: str | None = Field(None, min_length=1)
+
+
+class Expert(Source):
+    """A fine-tune of the base, or an adapter for it."""
+
+    weight: Number = Fraction(1)
+
+
+def _source(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def byte_size(value: Any) -> Any:
+    """5GB, 500 MiB or a plain number of bytes, as a number of bytes."""
+    if isinstance(value, str) and (found := _SIZE.match(value)) and found[1].count(".") < 2:
+        step = 1024 if found[3] else 1000
+        return int(Fraction(found[1]) * step ** (" kmgt".index(found[2].lower() or " ")))
+    return value
+
+
+class Output(_Strict):
+    """Where the merged checkpoint goes, and in what form."""
+
+    path: str = Field(min_length=1)
+    dtype: DType | None = None  # None: that of each base tensor
+    shard_size: Annotated[int, BeforeValidator(byte_size), Field(ge=1)] = 5_000_000_000
+    tokenizer: str | None = None  # base or an expert; None: the base, or who added tokens to it
+
+
+class Calibration(_Strict):
+    """The text that goes through the experts, or the statistics that came out of it earlier."""
+
+    data: str | dict[str, str] | None = None
+    stats: dict[str, str] = Field(default_factory=dict)
+    samples: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] = 100
+    max_tokens: int = Field(2048, ge=1)
+    weighting: Literal["token", "sample"] = "token"
+    skip_first_tokens: int = Field(0, ge=0)
+    calib_text: Literal["input", "input+target"] = "input"
+
+
+def _expert_name(name: str) -> str:
+    if name == "base" or not _NAME.match(name):
+        raise ValueError("an expert's name is letters, digits, _ . -, and not `base`")
+    return name
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    return text
+
+
+class _Choice(_Strict):
+    """A method with its parameters, or a pipeline of stages."""
+
+    method: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    pipeline: list[str | dict[str, Any]] | None = None
+    _stages: tuple[Stage, ...] = PrivateAttr(())
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What was chosen, with validated parameters; a named method is one entry, not yet expanded."""
+        return self._stages
+
+
+class Rule(_Choice):
+    """What happens to the tensors whose name or kind it matches; the first rule that matches wins."""
+
+    tensors: Annotated[str, AfterValidator(_pattern)] | None = (
+        None  # a regular expression, found anywhere in the name
+    )
+    kinds: list[Kind] | None = None
+    use: str | None = None  # `base` or an expert: copied, not merged
+
+    @model_validator(mode="after")
+    def _says_what_it_is_about(self) -> Rule:
+        if self.tensors is None and self.kinds is None:
+            raise ValueError("expected tensors: (a regular expression) or kinds:, to say what it is about")
+        return self
+
+    def matches(self, name: str, kind: str) -> bool:
+        """Whether this rule is about the tensor ``name``."""
+        named = self.tensors is None or re.search(self.tensors, name) is not None
+        return named and (self.kinds is None or kind in self.kinds)
+
+
+class Recipe(_Choice):
+    """A merge: inputs, method, rules, output."""
+
+    base: Annotated[Source, BeforeValidator(_source)]
+    experts: dict[
+        Annotated[str, AfterValidator(_expert_name)], Annotated[Expert, BeforeValidator(_source)]
+    ] = Field(min_length=1)
+    rules: list[Rule] = Field(default_factory=list)
+    missing: Literal["error", "zero"] = "error"
+    extra_rows: Literal["keep", "drop"] = "keep"
+    calibration: Calibration | None = None
+    output: Output
+    seed: int = Field(0, ge=0)
+    _folder: Path = PrivateAttr(Path())
+    _overrides: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths are relative to: the recipe's own folder."""
+        return self._folder
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The `--set` arguments that changed it."""
+        return self._overrides
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Reads and checks a recipe; RecipeError with all faults at once, each with its line and key."""
+        return _build(_overridden(read(Path(path)), overrides), overrides)
+
+    @classmethod
+    def parse(cls, text: str | Mapping[str, Any], folder: str | Path = ".") -> Recipe:
+        """A recipe from YAML text or from a dictionary; relative paths start at ``folder``."""
+        if isinstance(text, str):
+            return _build(parse(text, "recipe", Path(folder).resolve()), ())
+        return _build(Document("recipe", Path(folder).resolve(), dict(text)), ())
+
+    def spelled_out(self) -> dict[str, Any]:
+        """The recipe with every default written down, as the manifest keeps it."""
+        plain = self.model_dump(
+            mode="json", by_alias=True, exclude={"method", "parameters", "pipeline", "rules"}
+        )
+        return {
+            **plain,
+            "pipeline": [written(stage) for stage in self.stages],
+            "rules": [_spelled_rule(rule) for rule in self.rules],
+        }
+
+    def choices(self) -> Iterator[_Choice]:
+        """The recipe's own choice, then each rule's."""
+        yield self
+        yield from self.rules
+
+
+def _spelled_rule(rule: Rule) -> dict[str, Any]:
+    plain = rule.model_dump(mode="json", include={"tensors", "kinds", "use"}, exclude_none=True)
+    return plain if rule.use else {**plain, "pipeline": [written(stage) for stage in rule.stages]}
+
+
+# --- building: every fault at once ----------------------------------------------------------------
+
+
+def _overridden(document: Document, overrides: Iterable[str]) -> Document:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {override}: expected key.path=value")
+        try:
+            document = document.changed(key_path(key.strip()), value_of(value))
+        except KeyError as missing:
+            raise RecipeError(f"--set {override}: there is no {missing} in the list") from None
+    return document
+
+
+def _build(document: Document, overrides: Sequence[str]) -> Recipe:
+    faults: list[tuple[KeyPath, str]] = []
+    recipe = None
+    try:
+        recipe = Recipe(**document.value)
+    except ValidationError as error:
+        faults += _said(error, document.value, Recipe)
+    except TypeError:
+        faults.append(((), "keys must be text"))
+    raw = document.value
+    experts = raw["experts"] if isinstance(raw.get("experts"), dict) else {}
+    names = tuple(str(name) for name in experts)
+    rules = raw["rules"] if isinstance(raw.get("rules"), list) else []
+    places: list[tuple[KeyPath, Any]] = [((), raw), *((("rules", i), rule) for i, rule in enumerate(rules))]
+    chosen = [_stages(node, path, names, faults) for path, node in places if isinstance(node, Mapping)]
+    if recipe is not None:
+        for choice, stages in zip(recipe.choices(), chosen, strict=True):
+            choice._stages = tuple(stages)
+        faults += _conflicts(recipe)
+        recipe._folder, recipe._overrides = document.folder, tuple(overrides)
+    if faults or recipe is None:
+        placed = sorted(dict.fromkeys(faults), key=lambda f: document.lines.get(f[0], 0))
+        raise RecipeError([document.fault(path, message) for path, message in placed])
+    return recipe
+
+
+def _stages(
+    node: Mapping[str, Any], path: KeyPath, experts: tuple[str, ...], faults: list[tuple[KeyPath, str]]
+) -> list[Stage]:
+    """The stages of one choice; what is wrong with it goes to ``faults``."""
+    asked = [key for key in ("method", "pipeline", "use") if node.get(key) is not None]
+    if len(asked) != 1:
+        expected = "one of method, pipeline, use" if path else "a method or a pipeline"
+        faults.append((path, f"expected {expected}, found {' and '.join(asked) or 'none'}"))
+        return []
+    if asked == ["use"]:
+        if node["use"] not in ("base", *experts):
+            near = nearest(str(node["use"]), ["base", *experts])
+            faults.append(((*path, "use"), f"there is no expert {node['use']!r}; {near}"))
+        return []
+    before = len(faults)
+    stages = []
+    for where, name, parameters in _named(node, path, faults):
+        table = {**ENTRIES, **SCORES} if asked == ["method"] else _only_stages()
+        if name not in table:
+            here = (*path, "method") if asked == ["method"] else where
+            faults.append((here, _no_such(name, table, asked[0])))
+            continue
+        try:
+            stages.append(checked(name, parameters))
+        except ValidationError as error:
+            faults += [
+                ((*where, *inner), message)
+                for inner, message in _said(error, parameters, parameter_names(name))
+            ]
+    if len(faults) == before:
+        faults += _sequence_faults(stages, path, asked[0], experts)
+    return stages
+
+
+def _only_stages() -> dict[str, Any]:
+    return {**{name: e for name, e in ENTRIES.items() if e.kind != "method"}, **SCORES}
+
+
+def _no_such(name: str, table: Mapping[str, Any], where: str) -> str:
+    if where == "pipeline" and name in ENTRIES:
+        return f"{name} is a method; a pipeline is made of stages (`merger methods {name}` shows which)"
+    return f"there is no {'method' if where == 'method' else 'stage'} {name!r}; {nearest(name, table)}"
+
+
+def _named(
+    node: Mapping[str, Any], path: KeyPath, faults: list[tuple[KeyPath, str]]
+) -> Iterator[tuple[KeyPath, str, dict[str, Any]]]:
+    """Where each stage's parameters stand, its name, and the parameters."""
+    if node.get("pipeline") is None:
+        given = node.get("parameters") or {}
+        if isinstance(node["method"], str) and isinstance(given, Mapping):
+            yield (*path, "parameters"), node["method"], dict(given)
+        return
+    if node.get("parameters"):
+        faults.append(((*path, "parameters"), "belongs to a method; in a pipeline each stage has its own"))
+    for i, each in enumerate(node["pipeline"] if isinstance(node["pipeline"], list) else []):
+        here = (*path, "pipeline", i)
+        if isinstance(each, str):
+            yield here, each, {}
+        elif isinstance(each, Mapping) and len(each) == 1 and isinstance(next(iter(each)), str):
+            ((name, given),) = each.items()
+            if given is None or isinstance(given, Mapping):
+                yield (*here, name), name, dict(given or {})
+            else:
+                faults.append(((*here, name), "expected parameters, as in {density: 0.5}"))
+        else:
+            faults.append((here, "expected a stage's name, or {stage: {parameter: value}}"))
+
+
+def _sequence_faults(
+    stages: Sequence[Stage], path: KeyPath, where: str, experts: tuple[str, ...]
+) -> list[tuple[KeyPath, str]]:
+    """Whether the stages make one task vector of K, and their parameters go together for these experts."""
+    here = (*path, where)
+    found: list[str] = []
+    for kind in ("linear", "vector", "embedding", "head"):
+        for depth in (Fraction(0), Fraction(1, 2), Fraction(1)):
+            try:
+                expanded = [each for stage in stages for each in expand(stage, kind, experts)]
+                bounds = [bind(stage, Place(experts, depth=depth)) for stage in expanded]
+            except ValueError as error:
+                found.append(str(error))
+                continue
+            found += _order_faults([bound.entry.kind for bound in bounds])
+            found += [
+                f"{b.entry.name} merges exactly {b.entry.experts} experts, not {len(experts)}"
+                for b in bounds
+                if b.entry.experts not in (None, len(experts))
+            ]
+            found += [
+                f"scope: global ranks the whole model at once, so {name} cannot vary over depth"
+                for stage in expanded
+                if stage.keywords.get("scope") == "global"
+                for name, value in stage.keywords.items()
+                if _varies(value)
+            ]
+    return [(here, message) for message in dict.fromkeys(found)]
+
+
+def _varies(value: Any) -> bool:
+    several = value.values() if isinstance(value, Mapping) else [value]
+    return any(isinstance(each, list) and isinstance(each[0], Fraction) for each in several)
+
+
+def _order_faults(kinds: Sequence[str]) -> list[str]:
+    mergers = [i for i, kind in enumerate(kinds) if kind == "merger"]
+    if len(mergers) != 1:
+        mergers_known = ", ".join(name for name, entry in ENTRIES.items() if entry.kind == "merger")
+        return [
+            f"expected exactly one merger among the stages, found {len(mergers)}; mergers are {mergers_known}"
+        ]
+    if "sparsifier" in kinds[mergers[0] :]:
+        return [
+            "a sparsifier stands after the merger; it thins each expert's task vector, so it must come before"
+        ]
+    return []
+
+
+def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    """What is wrong between the parts of a recipe that is well formed."""
+    found: list[tuple[KeyPath, str]] = []
+    if recipe.output.tokenizer not in (None, "base", *recipe.experts):
+        near = nearest(str(recipe.output.tokenizer), ["base", *recipe.experts])
+        found.append((("output", "tokenizer"), f"there is no expert {recipe.output.tokenizer!r}; {near}"))
+    return found + _calibration_faults(recipe)
+
+
+def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    found: list[tuple[KeyPath, str]] = []
+    experts, given = tuple(recipe.experts), recipe.calibration
+    if given is not None:
+        by_expert = {"data": given.data, "stats": given.stats, "samples": given.samples}
+        for key, value in by_expert.items():
+            for name in value if isinstance(value, dict) else ():
+                if name not in experts:
+                    found.append(
+                        (("calibration", key, name), f"there is no such expert; {nearest(name, experts)}")
+                    )
+    if not is_calibrated(recipe):
+        return found
+    if given is None:
+        return [
+            ((), "its saliency needs calibration: {data: ...}, or a score that looks at no inputs"),
+            *found,
+        ]
+    have = set(given.stats) | (
+        set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
+    )
+    lacking = [name for name in experts if name not in have]
+    if lacking:
+        found.append((("calibration",), f"no data and no stats for {', '.join(lacking)}"))
+    return found
+
+
+def is_calibrated(recipe: Recipe) -> bool:
+    """Whether any stage looks at what enters the layers."""
+    place = Place(tuple(recipe.experts))
+    try:
+        return any(
+            bind(each, place).calibrated
+            for choice in recipe.choices()
+            for stage in choice.stages
+            for each in expand(stage, "linear", place.experts)
+        )
+    except ValueError:  # already told as a fault of its own
+        return False
+
+
+# --- pydantic's errors in this tool's words -------------------------------------------------------
+
+_TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed"}
+
+
+def _said(
+    error: ValidationError, raw: Any, names: type[BaseModel] | Iterable[str]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Each error's key path in the file, and one sentence about it."""
+    for each in error.errors(include_url=False):
+        path = tuple(part for part in each["loc"] if part not in _TAGS and not _is_type_tag(part))
+        yield path, _sentence(dict(each), path, raw, names)
+
+
+def _is_type_tag(part: Any) -> bool:
+    """Names that pydantic puts into a path for a branch of a union, such as dict[str,str]."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "function-before"))
+
+
+def _sentence(each: dict[str, Any], path: KeyPath, raw: Any, names: type[BaseModel] | Iterable[str]) -> str:
+    kind, given, context = each["type"], each["input"], each.get("ctx", {})
+    if kind == "extra_forbidden":
+        valid = _fields_at(names, path[:-1]) if isinstance(names, type) else set(names)
+        return f"unknown key; {nearest(str(path[-1]), valid)}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "literal_error":
+        expected = [word.strip("' ") for word in re.split(r", | or ", context["expected"])]
+        return f"is {given!r}, expected {context['expected']}{_close(given, expected)}"
+    if kind == "value_error":
+        return str(context["error"])
+    bounds = {"less_than_equal": "at most", "greater_than_equal": "at least", "too_short": "at least"}
+    if kind in bounds:
+        limit = context.get("le", context.get("ge", context.get("min_length")))
+        number = float(given) if isinstance(given, Fraction) else given
+        return f"is {number!r}, expected {bounds[kind]} {limit}"
+    return f"is {given!r}: {each['msg'][0].lower()}{each['msg'][1:]}"
+
+
+def _close(given: Any, expected: list[str]) -> str:
+    near = nearest(str(given), expected)
+    return f"; {near}" if near.startswith("did") else ""
+
+
+def _fields_at(model: type[BaseModel], path: KeyPath) -> set[str]:
+    """The keys that are valid at ``path`` of the recipe."""
+    fields: Any = model
+    for part in path:
+        if isinstance(part, int) or part not in fields.model_fields:
+            continue
+        found = [
+            m for m in (Source, Expert, Output, Calibration, Rule) if m.__name__.lower() == part.rstrip("s")
+        ]
+        fields = found[0] if found else (Source if part == "base" else fields)
+    return {name for name in fields.model_fields}
+
+
+__all__ = [
+    "Calibration",
+    "Expert",
+    "Output",
+    "Recipe",
+    "Rule",
+    "Source",
+    "at",
+    "byte_size",
+    "entry_of",
+    "is_calibrated",
+]

@@ -1,0 +1,408 @@
+"""The loop: every tensor's slices are read, carried through the stages, and written; then the folder is named."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from merger._lazy import torch
+from merger.checkpoint import manifest
+from merger.checkpoint.header import TORCH_NAMES
+from merger.checkpoint.stored import Checkpoint
+from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
+from merger.errors import CheckpointError
+from merger.machine import (
+    SLICE,
+    Machine,
+    bytes_per_element,
+    check_disk,
+    one_thread_each,
+    peak_memory,
+    slice_rows,
+)
+from merger.ops import Flow, Question
+from merger.pipeline import Inputs, Sizes, Slice, Subject, flow, restored, run, settle
+from merger.plan import ExtraRows, Part, Plan, TensorPlan
+from merger.plan import plan as make_plan
+from merger.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Progress = Callable[[int, int], None]
+"""Told the bytes that are done and the bytes there are to do, as far as is known."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a merge did."""
+
+    output: str
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    tensors: dict[str, int]  # how many were merged, copied, dropped
+    peak_memory_bytes: int
+    device: str
+    seed: int
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain dictionary for machines."""
+        return asdict(self)
+
+
+def merge(
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    max_memory: int | None = None,
+    offline: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Result:
+    """Merges what ``recipe`` says into a checkpoint folder, which appears whole or not at all.
+
+    ``device`` is auto, cpu or cuda[:i]; ``max_memory`` caps host memory in bytes; ``force`` replaces
+    an output that is there already. Raises a `MergerError` for whatever the user can mend.
+    """
+    began = time.monotonic()
+    output = recipe.folder / Path(recipe.output.path).expanduser()
+    plan = make_plan(recipe, offline=offline, headers_only=False)
+    try:
+        check_output(output, [model.directory for model in plan.models.values()], force=force)
+        check_disk(plan, output)
+        machine = Machine.of(device, max_memory, plan)
+        return _Merge(plan, machine, output, progress, notice).run(began, force=force)
+    finally:
+        plan.close()
+
+
+# --- the merge ------------------------------------------------------------------------------------
+
+
+class _Merge:
+    """One run: its plan, its workers, its writer."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        machine: Machine,
+        output: Path,
+        progress: Progress | None,
+        notice: Callable[[str], None] | None,
+    ) -> None:
+        self.plan = plan
+        self.machine = machine
+        self.output = output
+        self.tell = progress or (lambda done, total: None)
+        self.notes = list(plan.notes)
+        self.notice = notice or (lambda message: None)
+        self.work = [(tensor, part) for tensor in plan.tensors for part in tensor.parts]
+        self.sizes: Counter[int] = Counter()
+        for tensor, part in self.work:
+            self.sizes[tensor.group] += part.rows * part.columns if tensor.stages else 0
+        self.left = Counter(tensor.name for tensor, _ in self.work)
+        self.lock = Lock()
+        self.done_bytes, self.total_bytes = 0, plan.bytes_read
+        self.bytes_read = 0
+
+    def run(self, began: float, *, force: bool) -> Result:
+        infos = {tensor.name: tensor.info for tensor in self.plan.tensors}
+        shards = layout(list(infos.items()), self.plan.recipe.output.shard_size)
+        for note in self.notes:
+            self.notice(note)
+        self.writer = Writer(self.output, shards, infos)
+        try:
+            with (
+                one_thread_each(),
+                ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
+                ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
+                ThreadPoolExecutor(1, "merger-input") as hashing,
+            ):
+                inputs = self._hash_inputs(hashing)
+                try:
+                    settle([t.group for t, _ in self.work], self._visit, partial(_map, tensors))
+                    self._write_side_files(inputs)
+                except BaseException:
+                    for pool in (tensors, self.slices, hashing):
+                        pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            self.writer.finish(force=force)
+        except BaseException:
+            self.writer.abandon()
+            raise
+        return self._result(began)
+
+    # --- one tensor ---
+
+    def _visit(self, i: int, known: Sequence[Any]) -> Question | None:
+        tensor, part = self.work[i]
+        size = sum(
+            part.rows * part.columns * _width(self.plan.models[m], n) for m, n in tensor.reads.items() if n
+        )
+        question = self._merge(tensor, part, known) if tensor.stages else self._copy(tensor, part)
+        with self.lock:
+            self.bytes_read += size
+            self.done_bytes += size
+            self.total_bytes += size if question is not None else 0  # it will be read again
+            self.left[tensor.name] -= question is None
+            whole = self.left[tensor.name] == 0
+            self.tell(self.done_bytes, self.total_bytes)
+        if whole:
+            for rows in tensor.extra:
+                self._extra_rows(tensor, rows)
+            self.writer.done(tensor.name)
+        return question
+
+    def _merge(self, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
+        subject = Subject(
+            name=tensor.stream_name,
+            kind=tensor.kind,
+            place=tensor.place,
+            rows=part.rows,
+            columns=part.columns,
+            seed=self.plan.recipe.seed,
+            first=part.row * part.columns,
+            transposed=part.transposed,
+            inputs=Inputs(),
+        )
+        step = slice_rows(tensor, part)
+        count = -(-part.rows // step) if part.columns else 0
+        elements = part.rows * part.columns
+        hold = count == 1 or elements * bytes_per_element(len(self.plan.models) - 1) <= self.machine.hold
+
+        def carry(j: int) -> Flow[None]:
+            rows = range(j * step, min((j + 1) * step, part.rows))
+            base, experts, piece = self._read(tensor, part, rows)
+            delta = yield from flow(tensor.stages, piece, subject)
+            self._put(tensor, part, rows, base, experts, piece, delta)
+
+        sizes = Sizes(elements, self.sizes[tensor.group])
+        return run(count, carry, sizes=sizes, known=known, hold=hold, mapper=partial(_map, self.slices))
+
+    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> tuple[Tensor, list[Tensor], Slice]:
+        """Some rows of a part: the base and the experts as stored, and the slice that its stages see."""
+        first, last = part.row + rows.start, part.row + rows.stop
+        if part.transposed:
+            first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
+        name = tensor.reads["base"]
+        assert name is not None
+        stored = self.plan.base.read_rows(name, first, last).to(self.machine.device)
+        base = stored.float()
+        deltas = base.new_empty(len(self.plan.models) - 1, *base.shape)
+        experts = []
+        for k, label in enumerate(tensor.place.experts):
+            read = tensor.reads[label]
+            if read is None:  # `missing: zero`
+                experts.append(stored)
+                deltas[k].zero_()
+                continue
+            expert, deltas[k] = self.plan.models[label].rows_delta(read, first, last, base)
+            experts.append(expert)
+        self._check_finite(tensor, base, deltas)
+        if part.transposed:
+            base, deltas = base.T, deltas.transpose(1, 2)
+        return stored, experts, Slice(rows.start, base, deltas)
+
+    def _check_finite(self, tensor: TensorPlan, base: Tensor, deltas: Tensor) -> None:
+        """CheckpointError that names the model if any value is NaN or infinite."""
+        if torch.isfinite(deltas.sum()):
+            return
+        if not torch.isfinite(base).all():
+            raise CheckpointError(f"base: {tensor.reads['base']} holds NaN or infinity")
+        for k, label in enumerate(tensor.place.experts):
+            if not torch.isfinite(deltas[k]).all():
+                raise CheckpointError(f"{label}: {tensor.reads[label]} holds NaN or infinity")
+
+    def _put(
+        self,
+        tensor: TensorPlan,
+        part: Part,
+        rows: range,
+        stored: Tensor,
+        experts: list[Tensor],
+        piece: Slice,
+        delta: Tensor,
+    ) -> None:
+        """Rounds once to the output's dtype and writes; what equals an input keeps that input's bits."""
+        dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
+        base, deltas = piece.base, piece.deltas
+        if part.transposed:
+            base, deltas, delta = base.T, deltas.transpose(1, 2), delta.T
+        if _arithmetic_copies(base, deltas, experts):
+            merged = (base + delta).to(dtype)
+        else:
+            merged = restored(stored, experts, base, deltas, delta, dtype)
+        if not torch.isfinite(merged.sum(dtype=torch.float32)):
+            raise CheckpointError(
+                f"{tensor.name}: the merged values overflow {tensor.info.dtype}; lower lambda or the weights, "
+                "or set output.dtype: float32"
+            )
+        first = 0 if part.transposed else rows.start
+        self._write(tensor, part.row + first, merged)
+
+    def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
+        data = memoryview(values.contiguous().cpu().view(torch.uint8).numpy()).cast("B")
+        width = tensor.info.matrix[1] * values.element_size()
+        self.writer.write(tensor.name, row * width, data)
+
+    def _copy(self, tensor: TensorPlan, part: Part) -> None:
+        """Copies a tensor slice by slice; a buffer that differs between models is told of."""
+        dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
+        step = slice_rows(tensor, part)
+        source = tensor.reads[tensor.source]
+        assert source is not None
+        others = {label: read for label, read in tensor.reads.items() if label != tensor.source and read}
+        differing = set()
+        for start in range(0, part.rows if part.columns else 0, step):
+            stop = min(start + step, part.rows)
+            values = self.plan.models[tensor.source].read_rows(source, start, stop)
+            for label, read in others.items():
+                same = (
+                    self.plan.models[label].tensors[read].shape
+                    == self.plan.models[tensor.source].tensors[source].shape
+                )
+                if not same or not torch.equal(values, self.plan.models[label].read_rows(read, start, stop)):
+                    differing.add(label)
+            self._write(tensor, start, values.to(dtype))
+        if differing:
+            self._note(
+                f"{tensor.name}: copied from {tensor.source}, but differs in {', '.join(sorted(differing))}"
+            )
+
+    def _extra_rows(self, tensor: TensorPlan, rows: ExtraRows) -> None:
+        """Vocabulary rows that not all models have: the mean of those that have them."""
+        dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
+        having = [(self.plan.models[label], tensor.reads[label]) for label in rows.models]
+        step = max(1, SLICE // max(1, tensor.info.matrix[1]))
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            several = [model.read_rows(name, start, stop) for model, name in having if name is not None]
+            mean = (
+                several[0] if len(several) == 1 else torch.stack([each.double() for each in several]).mean(0)
+            )
+            self._write(tensor, start, mean.to(dtype))
+
+    def _note(self, message: str) -> None:
+        with self.lock:
+            self.notes.append(message)
+        self.notice(message)
+
+    # --- what stands beside the weights ---
+
+    def _hash_inputs(self, pool: Executor) -> dict[Path, Future[str]]:
+        """Begins to hash every weight file that no Hub commit already names."""
+        files = {file for model in self.plan.models.values() if model.commit is None for file in model.files}
+        return {file: pool.submit(manifest.sha256, file) for file in sorted(files)}
+
+    def _write_side_files(self, hashes: Mapping[Path, Future[str]]) -> None:
+        plan, folder = self.plan, self.writer.partial
+        manifest.copy_side_files(
+            manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory), folder
+        )
+        write_json(folder / "config.json", plan.config)
+        inputs = {
+            label: {
+                "source": manifest.portable(source.model),
+                **({"adapter": manifest.portable(source.adapter)} if source.adapter else {}),
+                **_origin(plan.models[label], hashes),
+            }
+            for label, source in {"base": plan.recipe.base, **plan.recipe.experts}.items()
+        }
+        recipe = _portable(plan.recipe.spelled_out())
+        record = {
+            "format": manifest.FORMAT,
+            "versions": manifest.versions(),
+            "seed": plan.recipe.seed,
+            "device": self.machine.device.partition(":")[0],
+            "recipe": recipe,
+            "set": list(plan.recipe.overrides),
+            "inputs": inputs,
+            "shards": self.writer.digests(),
+            "tensors": {tensor.name: _fate(tensor) for tensor in plan.tensors},
+            "dropped": {label: names for label, names in plan.dropped.items() if names},
+            "notes": sorted(self.notes),
+        }
+        write_json(folder / "merger.json", record)
+        sources = [each["source"] for each in inputs.values()]
+        write_text(folder / "README.md", manifest.card(self.output.name, sources, recipe, self._counts()))
+
+    def _counts(self) -> dict[str, int]:
+        counts = Counter("merged" if tensor.stages else "copied" for tensor in self.plan.tensors)
+        dropped = sum(len(names) for names in self.plan.dropped.values())
+        return {"merged": counts["merged"], "copied": counts["copied"], "dropped": dropped}
+
+    def _result(self, began: float) -> Result:
+        return Result(
+            output=str(self.output),
+            seconds=round(time.monotonic() - began, 3),
+            bytes_read=self.bytes_read,
+            bytes_written=self.plan.bytes_written,
+            tensors=self._counts(),
+            peak_memory_bytes=peak_memory(),
+            device=self.machine.device,
+            seed=self.plan.recipe.seed,
+            notes=self.notes,
+        )
+
+
+def _map(pool: ThreadPoolExecutor, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+    return pool.map(function, numbers)
+
+
+def _width(model: Checkpoint, name: str) -> int:
+    info = model.tensors[name]
+    return info.nbytes // max(1, info.elements)
+
+
+def _arithmetic_copies(base: Tensor, deltas: Tensor, experts: list[Tensor]) -> bool:
+    """Whether base + delta gives every expert's own bits back, and base + 0 the base's.
+
+    It nearly always does in 16 bits; it fails where an expert is 2^15 times smaller than the base,
+    often in float32, and for -0.
+    """
+    one = base.add(0.0)
+    if not torch.equal(one.view(torch.int32), base.view(torch.int32)):
+        return False
+    for delta, expert in zip(deltas, experts, strict=True):
+        torch.add(base, delta, out=one)
+        if not torch.equal(one.view(torch.int32), expert.float().view(torch.int32)):
+            return False
+    return True
+
+
+def _origin(model: Checkpoint, hashes: Mapping[Path, Future[str]]) -> dict[str, Any]:
+    if model.commit is not None:
+        return {"commit": model.commit}
+    return {"files": {file.name: hashes[file].result() for file in model.files}}
+
+
+def _fate(tensor: TensorPlan) -> dict[str, Any]:
+    """What happened to one tensor, for the manifest."""
+    by = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
+    said: dict[str, Any] = {"kind": tensor.kind}
+    said |= {"merged by": by} if tensor.stages else {"copied from": tensor.source}
+    others = {label: name for label, name in tensor.reads.items() if name != tensor.name}
+    return said | ({"reads": others} if others else {})
+
+
+def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without the machine's folders."""
+
+    def source(each: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: manifest.portable(v) if key in ("model", "adapter") and v else v for key, v in each.items()
+        }
+
+    experts = {name: source(each) for name, each in recipe["experts"].items()}
+    output = {**recipe["output"], "path": manifest.portable(recipe["output"]["path"])}
+    return {**recipe, "base": source(recipe["base"]), "experts": experts, "output": output}

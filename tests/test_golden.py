@@ -1,0 +1,338 @@
+"""Every golden value, each on the whole tensor and on slices of one row."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from tiny import inputs_of, kept, merge, sliced, sparse, tensor
+
+from merger.methods._parameters import Pinned, Place, order_of
+from merger.methods._registry import checked
+from merger.methods.magprune import magprune
+from merger.methods.obm import obm
+from merger.methods.random import random
+from merger.methods.rescale import rescale
+from merger.ops import select, uniforms
+from merger.pipeline import merge_tensors
+
+EXPERTS = ("a", "b", "c")
+
+
+@pytest.fixture(params=[1 << 20, 4], ids=["whole", "by-row"])
+def slice_elements(request):
+    return request.param
+
+
+@pytest.fixture
+def merged(golden, slice_elements):
+    """Merges a golden case's experts with a method of ours."""
+
+    def run(case, method, written, **more):
+        inputs = golden[case]["inputs"]
+        known = inputs_of(inputs["X"].values()) if "X" in inputs else None
+        return merge(
+            checked(method, written),
+            inputs["deltas"],
+            base=inputs["base"],
+            inputs=known,
+            slice_elements=slice_elements,
+            **more,
+        )
+
+    return run
+
+
+@pytest.fixture
+def claimed(golden, slice_elements):
+    """The masks of iterative merging, which `sparse` cannot tell where a claimed delta is 0."""
+
+    def run(case, density, order, **more):
+        inputs = golden[case]["inputs"]
+        deltas = stacked(inputs["deltas"])
+        scores = deltas.abs()
+        if "X" in inputs:
+            scores = inputs_of(inputs["X"].values()).second_moment.unsqueeze(1) * deltas.square()
+        shares = [Fraction(density[name]) for name in inputs["deltas"]]
+        indices = [list(inputs["deltas"]).index(name) for name in order]
+        rows = 2 if slice_elements > 4 else 1
+        flow = lambda i, part: select(scores[:, part], shares, order=indices, **more)  # noqa: E731
+        (masks,) = sliced(flow, [scores], rows)
+        return dict(zip(inputs["deltas"], masks, strict=True))
+
+    return run
+
+
+def stacked(by_expert):
+    return torch.stack([tensor(values) for values in by_expert.values()])
+
+
+def assert_close(got, expected):
+    torch.testing.assert_close(got, tensor(expected), rtol=0, atol=2e-6)
+
+
+def assert_masks(got, expected):
+    assert {name: mask.tolist() for name, mask in got.items()} == expected
+
+
+# --- basic merging --------------------------------------------------------------------------------
+
+
+def test_average(golden, merged):
+    assert_close(merged("average", "linear", {}), golden["average"]["outputs"]["merged"])
+    assert_close(merged("average", "mean", {}), golden["average"]["outputs"]["merged"])
+
+
+def test_weighted_average(golden, merged):
+    weight = dict(zip(EXPERTS, golden["linear_weighted"]["params"]["weights"], strict=True))
+    got = merged("linear_weighted", "linear", {"weight": weight})
+    assert_close(got, golden["linear_weighted"]["outputs"]["merged"])
+
+
+def test_task_arithmetic(golden, merged):
+    got = merged("task_arithmetic", "task_arithmetic", {"lambda": 0.5})
+    assert_close(got, golden["task_arithmetic"]["outputs"]["merged"])
+
+
+@pytest.mark.parametrize("case", ["slerp_right_angle", "slerp_quarter", "slerp_colinear"])
+@pytest.mark.parametrize("base", [0, 1])
+def test_slerp_of_weights(golden, slice_elements, case, base):
+    inputs, start = golden[case]["inputs"], torch.full((2, 1), float(base))
+    deltas = {name: tensor(inputs[name]).view(2, 1) - base for name in ("v0", "v1")}
+    stage = checked("slerp", {"t": golden[case]["params"]["t"], "space": "weights"})
+    got = merge(stage, deltas, base=start, slice_elements=slice_elements // 4)
+    assert_close(got.flatten(), golden[case]["outputs"]["merged"])
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_slerp_of_task_vectors(golden, merged, scope):
+    got = merged("slerp_delta_space", "slerp", {"scope": scope})
+    assert_close(got, golden["slerp_delta_space"]["outputs"]["merged"])
+
+
+# --- TIES, DARE, DELLA, Breadcrumbs ---------------------------------------------------------------
+
+
+def test_ties_at_half_density(golden, merged):
+    got = merged("ties_tensor_half", "ties", {"density": 0.5, "scope": "tensor"})
+    assert_close(got, golden["ties_tensor_half"]["outputs"]["merged"])
+    assert (got - 1).sign().tolist() == golden["ties_tensor_half"]["outputs"]["sign"]
+
+
+def test_ties_trims_equal_magnitudes_by_lower_index(golden, slice_elements):
+    inputs, outputs = golden["ties_tensor_half"]["inputs"], golden["ties_tensor_half"]["outputs"]
+    got = sparse(checked("top", {"density": 0.5}), inputs["deltas"], slice_elements=slice_elements)
+    assert {name: left.tolist() for name, left in got.items()} == outputs["trimmed"]
+
+
+@pytest.mark.parametrize("zero_sign", ["zero", "positive", "majority"])
+def test_ties_settles_cancelled_positions(golden, merged, zero_sign):
+    case = f"ties_zero_sign_{zero_sign}"
+    got = merged(case, "ties", {"density": 1, "zero_sign": zero_sign})
+    assert_close(got, golden[case]["outputs"]["merged"])
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_trimming_by_tensor_and_over_the_whole_model(golden, slice_elements, scope):
+    case = golden["trim_global_vs_tensor"]
+    deltas = {name: tensor(delta) for name, delta in case["inputs"]["delta"].items()}
+    zero = {name: torch.zeros(2, 2) for name in deltas}
+    stages = [checked("top", {"density": 0.5, "scope": scope}), checked("sum", {})]
+    got = merge_tensors(stages, zero, {"a": deltas}, slice_elements=slice_elements // 2)
+    assert_masks({name: left != 0 for name, left in got.items()}, case["outputs"][scope])
+
+
+@pytest.mark.parametrize(("divisor", "output"), [("inverse", "sparse"), ("none", "sparse_no_rescale")])
+def test_dare_with_a_given_mask(golden, divisor, output):
+    case = golden["dare_given_mask"]
+    draws = tensor(case["inputs"]["keep"]) * 0.5  # 0.5 is kept at a drop rate of 0.5, 0 is not
+    deltas = tensor(case["inputs"]["delta"])[None]
+    got = random(deltas, lambda purpose: draws[None], density=[Fraction(1, 2)], rescale=divisor)
+    assert_close(got[0], case["outputs"][output])
+
+
+def test_l1_rescaling_after_a_given_mask(golden, slice_elements):
+    case = golden["dare_given_mask"]
+    delta, keep = tensor(case["inputs"]["delta"])[None], tensor(case["inputs"]["keep"])
+    flow = lambda i, part: rescale(delta[:, part] * keep[part], delta[:, part], by="l1")  # noqa: E731
+    (got,) = sliced(flow, [delta], slice_elements // 4)
+    assert_close(got[0], case["outputs"]["sparse_l1"])
+
+
+def test_random_stream_of_float32(golden):
+    case = golden["rng_stream"]
+    key = tuple(case["params"].values())
+    assert_close(uniforms(key, 0, 8), case["outputs"]["first8_float32"])
+
+
+def test_random_stream_decides_what_dare_keeps(golden):
+    case = golden["rng_stream"]
+    name, expert = case["params"]["tensor"], case["params"]["expert"]
+    ones, zeros = {name: torch.ones(2, 4)}, {name: torch.zeros(2, 4)}
+    stages = [checked("random", {"density": 0.5}), checked("sum", {})]
+    for size in (8, 4):
+        got = merge_tensors(stages, zeros, {expert: ones}, seed=0, slice_elements=size)[name]
+        assert (got != 0).flatten().tolist() == case["outputs"]["keep_at_drop_0.5"]
+
+
+def test_random_stream_of_float64(golden):
+    case = golden["rng_stream_f64"]
+    got = uniforms(tuple(case["params"].values()), 0, 4, double=True)
+    assert got.tolist() == pytest.approx(case["outputs"]["first4_float64"], abs=1e-11)
+
+
+@pytest.mark.parametrize(("rank_norm", "output"), [("n", "drop_n"), ("n-1", "drop_n_minus_1")])
+def test_della_drop_probabilities(golden, rank_norm, output):
+    case = golden["della_probabilities"]
+    scores = tensor(case["inputs"]["row"]).abs().view(1, 1, 4)
+    rescaled = magprune(
+        torch.ones(1, 1, 4),
+        scores,
+        lambda purpose: torch.ones(1, 1, 4),  # everything is kept
+        density=[Fraction(1, 2)],
+        epsilon=Fraction(2, 5),
+        rank_norm=rank_norm,
+    )
+    assert_close(1 - 1 / rescaled.flatten(), case["outputs"][output])
+
+
+def test_breadcrumbs(golden, merged):
+    got = merged("breadcrumbs", "breadcrumbs", {"drop_low": 0.5, "drop_high": 0.125})
+    assert_close(got, golden["breadcrumbs"]["outputs"]["merged"])
+
+
+def test_breadcrumbs_masks(golden, slice_elements):
+    case = golden["breadcrumbs"]
+    stage = checked("band", {"drop_low": 0.5, "drop_high": 0.125})
+    got = kept(stage, case["inputs"]["deltas"], slice_elements=slice_elements)
+    assert_masks(got, case["outputs"]["masks"])
+
+
+# --- OBIM -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hessian", "output"), [("second_moment", "saliency"), ("mean_square", "saliency_mean_square")]
+)
+def test_obm_saliency(golden, hessian, output):
+    case = golden["obm_saliency"]
+    known = inputs_of(case["inputs"]["X"].values())
+    deltas = stacked(case["inputs"]["deltas"])
+    got = obm(
+        deltas, known.second_moment[:, None], known.mean[:, None], None, None, "linear", hessian=hessian
+    )
+    assert_close(got, stacked(case["outputs"][output]))
+
+
+def test_second_moments_of_the_tokens(golden):
+    case = golden["obm_saliency"]
+    known = inputs_of(case["inputs"]["X"].values())
+    assert_close(known.second_moment, stacked(case["outputs"]["h"]))
+    assert_close(known.mean.square(), stacked(case["outputs"]["h_mean_square"]))
+
+
+def test_obim_in_a_fixed_order(golden, merged, claimed):
+    case = golden["obim_fixed_order"]
+    n, order = case["params"]["n"], case["params"]["order"]
+    got = merged("obim_fixed_order", "obim", {"density": n, "order": order})
+    assert_close(got, case["outputs"]["merged"])
+    assert_masks(claimed("obim_fixed_order", n, order), case["outputs"]["masks"])
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_obim_rotates_by_block(golden, merged, claimed, index):
+    case = golden["obim_rotation"]
+    expected = case["outputs"]["by_rotation_index"][str(index)]
+    got = merged("obim_rotation", "obim", {"density": case["params"]["n"]}, place=Place(EXPERTS, block=index))
+    assert_close(got, expected["merged"])
+    masks = claimed("obim_rotation", case["params"]["n"], expected["order"])
+    assert_masks(masks, expected["masks"])
+
+
+def test_obim_with_even_shares_leaves_what_does_not_divide_at_the_base(golden, merged, claimed):
+    case = golden["obim_one_over_k"]
+    got = merged("obim_one_over_k", "obim", {"density": "auto", "order": "listed"})
+    assert_close(got, case["outputs"]["merged"])
+    masks = claimed("obim_one_over_k", dict.fromkeys(EXPERTS, "1/3"), EXPERTS)
+    assert_masks(masks, case["outputs"]["masks"])
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == case["outputs"]["counts"]
+    assert int((~sum(masks.values()).bool()).sum()) == case["outputs"]["unassigned"]
+
+
+def test_im_with_shares_of_what_remains(golden, merged, claimed):
+    case = golden["im_ratio_of_remaining"]
+    masks = claimed("im_ratio_of_remaining", dict.fromkeys(EXPERTS, "1/2"), EXPERTS, ratio_of="remaining")
+    assert_masks(masks, case["outputs"]["masks"])
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == case["outputs"]["sizes"]
+    got = merged(
+        "im_ratio_of_remaining",
+        "im",
+        {"density": 0.5, "ratio_of": "remaining", "order": "listed", "score": "obm"},
+    )
+    deltas = {name: tensor(delta) for name, delta in case["inputs"]["deltas"].items()}
+    assert_close(got, 1 + sum(deltas[name] * masks[name] for name in EXPERTS))
+
+
+@pytest.mark.parametrize(
+    ("output", "order"),
+    [("rotation", "rotation"), ("first_a", Pinned(first="a")), ("last_c", Pinned(last="c"))],
+)
+def test_orders(golden, output, order):
+    expected = golden["im_orders"]["outputs"][output]
+    indices = [order_of(order, Place(EXPERTS, block=block)) for block in range(len(expected))]
+    assert [[EXPERTS[k] for k in each] for each in indices] == expected
+
+
+def test_ties_obm(golden, merged):
+    got = merged("ties_obm", "ties_obm", {"density": 0.5})
+    assert_close(got, golden["ties_obm"]["outputs"]["merged"])
+    assert (got - 1).sign().tolist() == golden["ties_obm"]["outputs"]["sign"]
+
+
+def test_ties_obm_trims_by_saliency(golden, slice_elements):
+    inputs, outputs = golden["ties_obm"]["inputs"], golden["ties_obm"]["outputs"]
+    known = inputs_of(inputs["X"].values())
+    stage = checked("obm", {"density": 0.5})
+    got = sparse(stage, inputs["deltas"], inputs=known, slice_elements=slice_elements)
+    assert {name: left.tolist() for name, left in got.items()} == outputs["trimmed"]
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_ties_im(golden, merged, claimed, scope):
+    case = golden["ties_im"]
+    n, order = case["params"]["n"], case["params"]["order"]
+    got = merged("ties_im", "ties_im", {"density": n, "order": order, "scope": scope})
+    assert_close(got, case["outputs"]["merged"])
+    assert_masks(claimed("ties_im", n, order, scope=scope), case["outputs"]["masks"])
+
+
+# --- CABS -----------------------------------------------------------------------------------------
+
+
+def test_balanced_sparsification(golden, slice_elements):
+    case = golden["cabs_bs"]
+    delta = {"a": case["inputs"]["delta"]}
+    got = sparse(checked("bs", case["params"]), delta, slice_elements=slice_elements)["a"]
+    assert got.tolist() == case["outputs"]["sparse"]
+    assert (got != 0).tolist() == case["outputs"]["mask"]
+
+
+def test_cabs(golden, merged):
+    case = golden["cabs_2_of_4"]
+    shared = {key: case["params"][key] for key in ("n", "m", "order")}
+    weights = dict(zip("ab", case["params"]["lambda"], strict=True))
+    assert_close(merged("cabs_2_of_4", "cabs", {**shared, "lambda": weights}), case["outputs"]["merged"])
+
+
+def test_cabs_masks(golden, slice_elements):
+    case = golden["cabs_2_of_4"]
+    stage = checked("bs", {"n": 2, "m": 4, "exclusive": case["params"]["order"]})
+    masks = kept(stage, case["inputs"]["deltas"], slice_elements=slice_elements)
+    assert_masks(masks, case["outputs"]["masks"])
+
+
+@pytest.mark.parametrize("tail", ["proportional", "drop"])
+def test_a_short_last_block(golden, tail):
+    case = golden["cabs_tail"]
+    stage = checked("bs", {**case["params"], "tail": tail})
+    got = kept(stage, {"a": case["inputs"]["delta"]})["a"]
+    assert got.tolist() == case["outputs"][f"tail_{tail}"]

@@ -1,0 +1,309 @@
+"""The laws that hold for every registered merger, sparsifier and method, with any valid parameters.
+
+A function is found in the registry and its parameters are drawn from its own signature, so a new one
+is tested here as soon as it is registered. Where a law holds only with some of a function's
+parameters fixed, they stand in a table beside the law.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from tiny import bits
+
+import merger.methods  # noqa: F401 registers every method
+from merger.methods._parameters import Number, Numbers, Place, Share, Shares, SharesOrAuto, is_order
+from merger.methods._registry import ENTRIES, SCORES, Score, checked, parameters
+from merger.ops import Before, Size
+from merger.pipeline import Inputs, Sizes, Slice, Subject, bind, expand, flow, merge_tensors
+
+every = pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
+EXPERTS = "abcde"
+
+
+# --- a model and a merge of it, both drawn --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What `merge_tensors` is called with."""
+
+    stages: list[Any]
+    base: dict[str, torch.Tensor]
+    experts: dict[str, dict[str, torch.Tensor]]
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def merged(self, **more):
+        return merge_tensors(self.stages, self.base, self.experts, **self.known, **more)
+
+    def only(self, name):
+        """The same merge of one of its tensors."""
+        experts = {expert: {name: tensors[name]} for expert, tensors in self.experts.items()}
+        return replace(self, base={name: self.base[name]}, experts=experts)
+
+    def bound(self, name):
+        """The stages as they are settled for one tensor."""
+        kind, place = self.known["kinds"][name], self.known["places"][name]
+        return [bind(each, place) for stage in self.stages for each in expand(stage, kind, place.experts)]
+
+
+SHAPES = [(), (1,), (7,), (1, 1), (1, 5), (4, 1), (2, 4), (3, 5), (2, 3, 4)]
+FEW = [(0.0,), (0.0, 0.25), (-1.0, 1.0), (-1.0, -0.25, 0.0, 0.25, 0.5, 1.0, 2.5)]  # equal scores abound
+ODD = (0.0, -0.0, 1.0, -3.14159, 1e-40, 1e30, 0.1)
+NUMBERS = st.sampled_from([0, 1, 2, -1, 0.3, "1/3", 1.2])
+SHARES = st.sampled_from([0, 1, 0.5, "1/3", 0.29, 0.2, "1/8"])
+
+
+def drawn(generator, shape, values):
+    """A tensor whose every element is one of ``values``."""
+    return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
+
+
+def numbers(one, experts):
+    """A number as recipes write it: one, several over the depth, or by expert."""
+    several = st.lists(one, min_size=2, max_size=3)
+    return one | several | st.fixed_dictionaries({expert: one | several for expert in experts})
+
+
+def values_of(annotation, default, experts):
+    """What a recipe may write for a parameter; its default alone for a kind that is not known here."""
+    if annotation in (Number, Share):
+        one = SHARES if annotation == Share else NUMBERS
+        return one | st.lists(one, min_size=2, max_size=3)
+    if annotation in (Numbers, Shares):
+        return numbers(SHARES if annotation == Shares else NUMBERS, experts)
+    if annotation == SharesOrAuto:
+        return st.just("auto") | st.just(str(Fraction(1, len(experts)))) | numbers(SHARES, experts)
+    if annotation == Score:
+        return st.sampled_from(sorted(SCORES))
+    if is_order(annotation):
+        ends = [{"first": experts[-1]}, {"last": experts[0], "rest": "listed"}]
+        return st.sampled_from(["listed", "rotation", *ends]) | st.permutations(experts)
+    if annotation is bool:
+        return st.booleans()
+    if get_origin(annotation) is Literal:
+        return st.sampled_from(get_args(annotation))
+    if get_origin(annotation) is Annotated and get_args(annotation)[0] is int:
+        least = [each.ge for each in get_args(annotation)[1].metadata if hasattr(each, "ge")]
+        return st.integers(*least, 8)
+    return st.just(default)
+
+
+def parameters_of(name, experts):
+    """Valid values for some of a function's parameters; the others are left out."""
+    own = {} if name in ENTRIES else parameters(SCORES[name].function)
+    own |= parameters(ENTRIES[name if name in ENTRIES else "top"].function)
+    if name in SCORES:
+        del own["score"]
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            key.rstrip("_"): values_of(annotation, default, experts)
+            for key, (annotation, default) in own.items()
+        },
+    )
+
+
+def staged(name, written):
+    """A merge with the function ``name`` in it: whatever it is, the K deltas become one."""
+    stage, kind = checked(name, written), ENTRIES[name].kind if name in ENTRIES else "sparsifier"
+    if kind == "scale":
+        return [checked("sum", {}), stage]
+    return [stage, checked("sum", {})] if kind == "sparsifier" else [stage]
+
+
+@st.composite
+def cases(draw, name, given=None, base=FEW[-1], least=1):
+    """A merge by the function ``name``, with ``given`` parameters and the others drawn."""
+    fixed = ENTRIES[name].experts if name in ENTRIES else None
+    experts = tuple(EXPERTS[: fixed or draw(st.integers(least, 5))])
+    written = draw(parameters_of(name, experts)) | (given or {})
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    names = draw(st.sampled_from([("norm",), ("layers.10.w", "layers.2.w"), ("b", "layers.2.w", "a")]))
+    shapes = {key: draw(st.sampled_from(SHAPES)) for key in names}
+    start = {key: drawn(generator, shape, base) for key, shape in shapes.items()}
+    values = draw(st.sampled_from(FEW))
+    tuned = {
+        expert: {key: start[key] + drawn(generator, shape, values) for key, shape in shapes.items()}
+        for expert in experts
+    }
+    depth = draw(st.sampled_from([Fraction(0), Fraction(1, 3), Fraction(1)]))
+    kinds = {
+        key: draw(st.sampled_from(["linear", "head", "embedding"] if len(shape) > 1 else ["vector", "other"]))
+        for key, shape in shapes.items()
+    }
+    known = {
+        "kinds": kinds,
+        "places": {
+            key: Place(experts, depth=depth, block=draw(st.integers(0, 4)), linear=i)
+            for i, key in enumerate(shapes)
+        },
+        "inputs": {key: _inputs(generator, kinds[key], len(experts), shape) for key, shape in shapes.items()},
+        "seed": draw(st.integers(0, 3)),
+    }
+    try:
+        case = Case(staged(name, written), start, tuned, known)
+        assert all(case.bound(key) for key in start)
+    except ValueError:
+        assume(False)  # a combination of parameters that is refused
+    return case
+
+
+def _inputs(generator, kind, k, shape):
+    if kind == "embedding":
+        return Inputs(token_share=drawn(generator, (k, math.prod(shape[:-1])), (0.0, 0.25, 0.5)))
+    if kind in ("vector", "other"):
+        return Inputs()
+    return Inputs(
+        second_moment=drawn(generator, (k, shape[-1]), (0.0, 0.25, 1.0, 4.0)),
+        mean=drawn(generator, (k, shape[-1]), (-1.0, 0.0, 0.5)),
+    )
+
+
+def sums_floats(case):
+    """Whether some answer is a sum of floating-point numbers, so that it depends on where slices end."""
+    return any(_sums_floats(case.only(name), name) for name in case.base)
+
+
+def _sums_floats(case, name):
+    base = case.base[name].reshape(-1, case.base[name].shape[-1] if case.base[name].dim() else 1)
+    own = torch.stack([tensors[name].reshape(base.shape) for tensors in case.experts.values()])
+    subject = Subject(
+        name,
+        case.known["kinds"][name],
+        case.known["places"][name],
+        *base.shape,
+        inputs=case.known["inputs"][name],
+    )
+    running = flow(case.bound(name), Slice(0, base, own - base), subject)
+    question, sizes = next(running, None), Sizes(base.numel(), base.numel())
+    while question is not None:
+        if isinstance(question, Size):
+            answer = sizes.of(question.scope)
+        elif question.value.is_floating_point():
+            return True
+        else:
+            answer = torch.zeros_like(question.value) if isinstance(question, Before) else question.value
+        try:
+            question = running.send(answer)
+        except StopIteration:
+            return False
+    return False
+
+
+def assert_same(got, expected, *, exactly=True):
+    assert got.keys() == expected.keys()
+    for name, values in got.items():
+        if exactly:
+            assert torch.equal(bits(values), bits(expected[name])), name
+        else:
+            torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=1e-6)
+
+
+# --- the laws -------------------------------------------------------------------------------------
+
+WEIGHTED_MEAN = {"linear": {"normalize": True}}  # else the output is the base times the sum of the weights
+
+
+@every
+@given(st.data())
+def test_experts_equal_to_the_base_give_the_base(name, data):
+    case = data.draw(cases(name, WEIGHTED_MEAN.get(name), base=ODD))
+    untrained = replace(case, experts=dict.fromkeys(case.experts, case.base))
+    assert_same(untrained.merged(), case.base)
+
+
+@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if "lambda_" in parameters(e.function)])
+@given(st.data())
+def test_a_lambda_of_zero_gives_the_base(name, data):
+    case = data.draw(cases(name, {"lambda": 0}, base=ODD))
+    assert_same(case.merged(), case.base)
+
+
+@every
+@given(st.data())
+def test_names_and_shapes_are_those_of_the_base(name, data):
+    case = data.draw(cases(name))
+    merged = case.merged()
+    assert {key: values.shape for key, values in merged.items()} == {
+        key: values.shape for key, values in case.base.items()
+    }
+    assert all(values.dtype == torch.float32 and values.isfinite().all() for values in merged.values())
+
+
+@every
+@given(st.data())
+def test_the_same_merge_twice_gives_the_same_bits(name, data):
+    case = data.draw(cases(name))
+    assert_same(case.merged(), case.merged())
+
+
+@every
+@given(st.data())
+def test_the_size_of_slices_does_not_matter(name, data):
+    case = data.draw(cases(name, least=2))
+    exactly = not sums_floats(case)
+    whole = case.merged()
+    assert_same(case.merged(slice_elements=1), whole, exactly=exactly)
+    assert_same(case.merged(slice_elements=10), whole, exactly=exactly)
+
+
+@every
+def test_the_size_of_slices_does_not_matter_to_long_rows(name):
+    generator = torch.Generator().manual_seed(0)
+    experts = EXPERTS[: ENTRIES[name].experts or 5] if name in ENTRIES else EXPERTS
+    base = {"w": torch.randn(40, 67, generator=generator)}
+    tuned = {expert: {"w": torch.randn(40, 67, generator=generator)} for expert in experts}
+    known = {
+        "kinds": {"w": "linear"},
+        "places": {"w": Place(tuple(experts))},
+        "inputs": {"w": _inputs(generator, "linear", len(experts), (40, 67))},
+    }
+    case = Case(staged(name, {}), base, tuned, known)
+    assert_same(case.merged(slice_elements=400), case.merged(), exactly=not sums_floats(case))
+
+
+@every
+@given(st.data())
+def test_the_order_of_tensors_does_not_matter(name, data):
+    case = data.draw(cases(name))
+    turned = replace(case, base=dict(reversed(case.base.items())))
+    assert_same(turned.merged(), case.merged())
+
+
+@every
+@given(st.data())
+def test_a_tensor_that_is_not_ranked_with_others_does_not_depend_on_them(name, data):
+    case = data.draw(cases(name))
+    assume(not any(bound.values.get("scope") == "global" for bound in case.bound(next(iter(case.base)))))
+    merged = case.merged()
+    assert_same({key: case.only(key).merged()[key] for key in case.base}, merged)
+
+
+@every
+@given(st.data())
+def test_inputs_are_left_as_they_were(name, data):
+    case = data.draw(cases(name))
+    before = {key: values.clone() for key, values in case.base.items()}
+    tuned = {e: {key: values.clone() for key, values in own.items()} for e, own in case.experts.items()}
+    case.merged()
+    assert_same(case.base, before)
+    for expert, tensors in case.experts.items():
+        assert_same(tensors, tuned[expert])
+
+
+HOMOGENEOUS = {**WEIGHTED_MEAN, "slerp": {"space": "delta"}}
+
+
+@every
+@given(st.data(), st.sampled_from([0.5, 2.0, 8.0]))
+def test_scaling_the_task_vectors_scales_what_is_merged(name, data, factor):
+    case = data.draw(cases(name, HOMOGENEOUS.get(name), base=(0.0,)))
+    scaled = {e: {key: values * factor for key, values in own.items()} for e, own in case.experts.items()}
+    once = {key: values * factor for key, values in case.merged().items()}
+    assert_same(replace(case, experts=scaled).merged(), once, exactly=False)

@@ -1,0 +1,69 @@
+"""Tensors small enough to think about, and short ways to send them through stages."""
+
+import torch
+
+from merger.methods._parameters import Place
+from merger.methods._registry import checked
+from merger.pipeline import Inputs, Sizes, merge_tensors, run, settle
+
+NAME = "layers.0.w"
+
+
+def tensor(values):
+    return torch.as_tensor(values, dtype=torch.float32)
+
+
+def bits(values):
+    """Equal bits are equal numbers with the same sign of zero."""
+    return values.contiguous().view(torch.int32)
+
+
+def merge(chosen, deltas, *, base=None, place=None, inputs=None, kind=None, **more):
+    """The one tensor that comes of base + each expert's delta; ``deltas`` maps experts to task vectors."""
+    deltas = {expert: tensor(delta) for expert, delta in deltas.items()}
+    base = torch.zeros_like(next(iter(deltas.values()))) if base is None else tensor(base)
+    return merge_tensors(
+        chosen,
+        {NAME: base},
+        {expert: {NAME: base + delta} for expert, delta in deltas.items()},
+        places={NAME: place or Place(tuple(deltas))},
+        inputs={NAME: inputs or Inputs()},
+        kinds=None if kind is None else {NAME: kind},
+        **more,
+    )[NAME]
+
+
+def sparse(stage, deltas, **more):
+    """What a sparsifier leaves of each expert's task vector."""
+    only = {one: {expert: int(expert == one) for expert in deltas} for one in deltas}
+    return {one: merge([stage, checked("sum", {"weight": only[one]})], deltas, **more) for one in deltas}
+
+
+def kept(stage, deltas, **more):
+    """Where a sparsifier leaves something."""
+    return {expert: left != 0 for expert, left in sparse(stage, deltas, **more).items()}
+
+
+def sliced(begin, tensors, rows=1):
+    """Runs the flow ``begin(i, part)`` on every ``rows`` rows of each tensor i [.. r c], ranked together."""
+    model = sum(each[0].numel() for each in tensors)
+    found = [{} for _ in tensors]
+
+    def visit(i, known):
+        starts = range(0, tensors[i].shape[-2], rows)
+
+        def carry(j):
+            found[i][j] = yield from begin(i, slice(starts[j], starts[j] + rows))
+
+        return run(len(starts), carry, sizes=Sizes(tensors[i][0].numel(), model), known=known)
+
+    settle([0] * len(tensors), visit)
+    return [torch.cat([parts[j] for j in sorted(parts)], -2) for parts in found]
+
+
+def inputs_of(tokens):
+    """What calibration knows of experts whose tokens [t c] are given."""
+    return Inputs(
+        second_moment=torch.stack([tensor(x).square().mean(0) for x in tokens]),
+        mean=torch.stack([tensor(x).mean(0) for x in tokens]),
+    )
