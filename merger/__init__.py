@@ -1,3 +1,58 @@
-"""Merge language-model checkpoints."""
+"""Merge language-model checkpoints: streamed, reproducible, and with methods that look at activations.
+
+    import merger
+
+    recipe = merger.Recipe.load("recipe.yaml")
+    print(merger.plan(recipe).bytes_written)
+    result = merger.merge(recipe, progress=lambda done, total: print(done / total))
+
+Everything the commands do is one of these calls; they raise `MergerError` for what a user can mend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
+    from merger.pipeline import merge_tensors
+    from merger.planning import Plan, plan
+    from merger.recipe import Recipe
+    from merger.run import Result, merge
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "MergerError": "errors",
+    "Plan": "planning",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "ResourceError": "errors",
+    "Result": "run",
+    "VerifyError": "errors",
+    "merge": "run",
+    "merge_tensors": "pipeline",
+    "plan": "planning",
+}
+__all__ = [
+    "CheckpointError",
+    "MergerError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "ResourceError",
+    "Result",
+    "VerifyError",
+    "merge",
+    "merge_tensors",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for, so that `merger --help` answers at once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'merger' has no attribute {name!r}")
+    return getattr(import_module(f"merger.{_HOMES[name]}"), name)

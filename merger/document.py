@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,3 @@ def _walk(
 def key_path(text: str) -> KeyPath:
     """``rules.0.method`` as the keys it goes through."""
     return tuple(int(part) if part.isdigit() else part for part in text.split("."))
-
-
-def at(value: Any, path: KeyPath) -> Any:
-    """What stands at ``path``; KeyError if nothing does."""
-    for key in path:
-        if (isinstance(value, Mapping) and key in value) or (isinstance(value, Sequence) and isinstance(key, int) and key < len(value)):
-            value = value[key]
-        else:
-            raise KeyError(key)
-    return value

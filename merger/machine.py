@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import shutil
@@ -14,9 +15,9 @@ from pathlib import Path
 from merger._lazy import torch
 from merger.errors import ResourceError
 from merger.pipeline import step_rows
-from merger.plan import Part, Plan, TensorPlan
+from merger.planning import Part, Plan, TensorPlan
 
-SLICE = 1 << 20
+SLICE = 1 << 18
 """Elements of one model that are worked on at once: what fits the caches of one core.
 
 It decides no byte of the output, except in the last bit of float sums over a tensor (slerp's angle, l1
@@ -56,6 +57,19 @@ class Machine:
 
 
 INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux with a CPU build
+
+
+def _keep_freed_memory() -> None:
+    """Asks glibc to reuse a slice's memory instead of handing it back after every operation.
+
+    Measured on the 1.1B linear merge: 26 s of system time without it, 9 s with it. Elsewhere than on
+    glibc there is no such knob, and nothing happens.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 32 << 20)
 
 
 def memory_needed(plan: Plan, workers: int) -> int:
@@ -98,10 +112,14 @@ def _device(wanted: str) -> str:
 
 def check_disk(plan: Plan, output: Path) -> None:
     """ResourceError if the output cannot fit the disk it goes to."""
-    there = next(folder for folder in (output, *output.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    free = _free(output)
     if plan.bytes_written > free:
         raise ResourceError(f"{output}: needs {plan.bytes_written:,} bytes, but its disk has {free:,} free")
+
+
+def _free(output: Path) -> int:
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    return shutil.disk_usage(there).free
 
 
 def peak_memory() -> int:
@@ -111,11 +129,30 @@ def peak_memory() -> int:
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Within it torch works on one thread: slices run side by side, and sums do not depend on cores."""
+def tuned() -> Iterator[None]:
+    """Within it torch works on one thread, for slices run side by side and no sum may depend on the cores."""
+    _keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a merge would take on this machine."""
+
+    memory: int  # bytes of host memory
+    disk_free: int
+    passes_over_model: bool  # whether some stage ranks all tensors together, and so reads them again
+
+
+def preview(plan: Plan, output: Path, max_memory: int | None) -> Forecast:
+    """What a merge would take, with the same refusals as the merge itself; nothing is done."""
+    machine = Machine.of("cpu", max_memory, plan)
+    check_disk(plan, output)
+    ranked = any(stage.values.get("scope") == "global" for tensor in plan.tensors for stage in tensor.stages)
+    memory = memory_needed(plan, machine.workers) + machine.in_flight * machine.hold
+    return Forecast(memory, _free(output), ranked)

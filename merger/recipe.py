@@ -20,10 +20,10 @@ from pydantic import (
 )
 
 import merger.methods  # noqa: F401 registers every method
-from merger.document import Document, KeyPath, at, key_path, parse, read, value_of
+from merger.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.errors import RecipeError, nearest
 from merger.methods._parameters import Number, Place
-from merger.methods._registry import ENTRIES, SCORES, Stage, checked, entry_of, parameter_names, written
+from merger.methods._registry import ENTRIES, SCORES, Stage, checked, parameter_names, schema, written
 from merger.pipeline import bind, expand
 
 Kind = Literal["linear", "conv1d", "head", "tied", "embedding", "vector", "expert3d", "other", "buffer"]
@@ -66,7 +66,9 @@ class Output(_Strict):
 
     path: str = Field(min_length=1)
     dtype: DType | None = None  # None: that of each base tensor
-    shard_size: Annotated[int, BeforeValidator(byte_size), Field(ge=1)] = 5_000_000_000
+    shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = (
+        5_000_000_000
+    )
     tokenizer: str | None = None  # base or an expert; None: the base, or who added tokens to it
 
 
@@ -113,9 +115,7 @@ class _Choice(_Strict):
 class Rule(_Choice):
     """What happens to the tensors whose name or kind it matches; the first rule that matches wins."""
 
-    tensors: Annotated[str, AfterValidator(_pattern)] | None = (
-        None  # a regular expression, found anywhere in the name
-    )
+    tensors: Annotated[str, AfterValidator(_pattern)] | None = None  # a regular expression, found anywhere in the name
     kinds: list[Kind] | None = None
     use: str | None = None  # `base` or an expert: copied, not merged
 
@@ -134,9 +134,10 @@ class Rule(_Choice):
 class Recipe(_Choice):
     """A merge: inputs, method, rules, output."""
 
-    base: Annotated[Source, BeforeValidator(_source)]
+    base: Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)]
     experts: dict[
-        Annotated[str, AfterValidator(_expert_name)], Annotated[Expert, BeforeValidator(_source)]
+        Annotated[str, AfterValidator(_expert_name)],
+        Annotated[Expert, BeforeValidator(_source, json_schema_input_type=str | Expert)],
     ] = Field(min_length=1)
     rules: list[Rule] = Field(default_factory=list)
     missing: Literal["error", "zero"] = "error"
@@ -171,9 +172,7 @@ class Recipe(_Choice):
 
     def spelled_out(self) -> dict[str, Any]:
         """The recipe with every default written down, as the manifest keeps it."""
-        plain = self.model_dump(
-            mode="json", by_alias=True, exclude={"method", "parameters", "pipeline", "rules"}
-        )
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"method", "parameters", "pipeline", "rules"})
         return {
             **plain,
             "pipeline": [written(stage) for stage in self.stages],
@@ -258,8 +257,7 @@ def _stages(
             stages.append(checked(name, parameters))
         except ValidationError as error:
             faults += [
-                ((*where, *inner), message)
-                for inner, message in _said(error, parameters, parameter_names(name))
+                ((*where, *inner), message) for inner, message in _said(error, parameters, parameter_names(name))
             ]
     if len(faults) == before:
         faults += _sequence_faults(stages, path, asked[0], experts)
@@ -340,13 +338,9 @@ def _order_faults(kinds: Sequence[str]) -> list[str]:
     mergers = [i for i, kind in enumerate(kinds) if kind == "merger"]
     if len(mergers) != 1:
         mergers_known = ", ".join(name for name, entry in ENTRIES.items() if entry.kind == "merger")
-        return [
-            f"expected exactly one merger among the stages, found {len(mergers)}; mergers are {mergers_known}"
-        ]
+        return [f"expected exactly one merger among the stages, found {len(mergers)}; mergers are {mergers_known}"]
     if "sparsifier" in kinds[mergers[0] :]:
-        return [
-            "a sparsifier stands after the merger; it thins each expert's task vector, so it must come before"
-        ]
+        return ["a sparsifier stands after the merger; it thins each expert's task vector, so it must come before"]
     return []
 
 
@@ -367,9 +361,7 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         for key, value in by_expert.items():
             for name in value if isinstance(value, dict) else ():
                 if name not in experts:
-                    found.append(
-                        (("calibration", key, name), f"there is no such expert; {nearest(name, experts)}")
-                    )
+                    found.append((("calibration", key, name), f"there is no such expert; {nearest(name, experts)}"))
     if not is_calibrated(recipe):
         return found
     if given is None:
@@ -377,9 +369,7 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
             ((), "its saliency needs calibration: {data: ...}, or a score that looks at no inputs"),
             *found,
         ]
-    have = set(given.stats) | (
-        set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
-    )
+    have = set(given.stats) | (set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ()))
     lacking = [name for name in experts if name not in have]
     if lacking:
         found.append((("calibration",), f"no data and no stats for {', '.join(lacking)}"))
@@ -405,9 +395,7 @@ def is_calibrated(recipe: Recipe) -> bool:
 _TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed"}
 
 
-def _said(
-    error: ValidationError, raw: Any, names: type[BaseModel] | Iterable[str]
-) -> Iterator[tuple[KeyPath, str]]:
+def _said(error: ValidationError, raw: Any, names: type[BaseModel] | Iterable[str]) -> Iterator[tuple[KeyPath, str]]:
     """Each error's key path in the file, and one sentence about it."""
     for each in error.errors(include_url=False):
         path = tuple(part for part in each["loc"] if part not in _TAGS and not _is_type_tag(part))
@@ -450,22 +438,32 @@ def _fields_at(model: type[BaseModel], path: KeyPath) -> set[str]:
     for part in path:
         if isinstance(part, int) or part not in fields.model_fields:
             continue
-        found = [
-            m for m in (Source, Expert, Output, Calibration, Rule) if m.__name__.lower() == part.rstrip("s")
-        ]
+        found = [m for m in (Source, Expert, Output, Calibration, Rule) if m.__name__.lower() == part.rstrip("s")]
         fields = found[0] if found else (Source if part == "base" else fields)
     return {name for name in fields.model_fields}
 
 
-__all__ = [
-    "Calibration",
-    "Expert",
-    "Output",
-    "Recipe",
-    "Rule",
-    "Source",
-    "at",
-    "byte_size",
-    "entry_of",
-    "is_calibrated",
-]
+# --- for editors ----------------------------------------------------------------------------------
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe: each method's parameters are checked as the method's own."""
+    whole = Recipe.model_json_schema()
+    whole["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    whole["title"] = "merger recipe"
+    definitions = whole.setdefault("$defs", {})
+    for entry in (*ENTRIES.values(), *SCORES.values()):
+        one = schema(entry).model_json_schema(ref_template="#/$defs/{model}")
+        definitions |= one.pop("$defs", {})
+        definitions[f"parameters of {entry.name}"] = one
+    methods = sorted({**ENTRIES, **SCORES})
+    for holder in (whole, definitions["Rule"]):
+        holder["properties"]["method"] = {"enum": methods, "description": "A method, or a single stage."}
+        holder["allOf"] = [
+            {
+                "if": {"properties": {"method": {"const": name}}, "required": ["method"]},
+                "then": {"properties": {"parameters": {"$ref": f"#/$defs/parameters of {name}"}}},
+            }
+            for name in ENTRIES
+        ]
+    return whole

@@ -18,7 +18,7 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
-settings.register_profile("thorough", settings.get_profile("quick"), max_examples=300, derandomize=False)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=100, derandomize=False)
 settings.load_profile("quick")
 
 

@@ -217,9 +217,7 @@ def test_obm_saliency(golden, hessian, output):
     case = golden["obm_saliency"]
     known = inputs_of(case["inputs"]["X"].values())
     deltas = stacked(case["inputs"]["deltas"])
-    got = obm(
-        deltas, known.second_moment[:, None], known.mean[:, None], None, None, "linear", hessian=hessian
-    )
+    got = obm(deltas, known.second_moment[:, None], known.mean[:, None], None, None, "linear", hessian=hessian)
     assert_close(got, stacked(case["outputs"][output]))
 
 

@@ -67,7 +67,7 @@ def drawn(generator, shape, values):
 def numbers(one, experts):
     """A number as recipes write it: one, several over the depth, or by expert."""
     several = st.lists(one, min_size=2, max_size=3)
-    return one | several | st.fixed_dictionaries({expert: one | several for expert in experts})
+    return one | several | st.fixed_dictionaries(dict.fromkeys(experts, one | several))
 
 
 def values_of(annotation, default, experts):
@@ -103,8 +103,7 @@ def parameters_of(name, experts):
     return st.fixed_dictionaries(
         {},
         optional={
-            key.rstrip("_"): values_of(annotation, default, experts)
-            for key, (annotation, default) in own.items()
+            key.rstrip("_"): values_of(annotation, default, experts) for key, (annotation, default) in own.items()
         },
     )
 
@@ -118,13 +117,13 @@ def staged(name, written):
 
 
 @st.composite
-def cases(draw, name, given=None, base=FEW[-1], least=1):
+def cases(draw, name, given=None, base=FEW[-1]):
     """A merge by the function ``name``, with ``given`` parameters and the others drawn."""
     fixed = ENTRIES[name].experts if name in ENTRIES else None
-    experts = tuple(EXPERTS[: fixed or draw(st.integers(least, 5))])
+    experts = tuple(EXPERTS[: fixed or draw(st.sampled_from([1, 2, 3, 5]))])
     written = draw(parameters_of(name, experts)) | (given or {})
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    names = draw(st.sampled_from([("norm",), ("layers.10.w", "layers.2.w"), ("b", "layers.2.w", "a")]))
+    names = draw(st.sampled_from([("norm",), ("layers.10.w", "layers.2.w")]))
     shapes = {key: draw(st.sampled_from(SHAPES)) for key in names}
     start = {key: drawn(generator, shape, base) for key, shape in shapes.items()}
     values = draw(st.sampled_from(FEW))
@@ -140,8 +139,7 @@ def cases(draw, name, given=None, base=FEW[-1], least=1):
     known = {
         "kinds": kinds,
         "places": {
-            key: Place(experts, depth=depth, block=draw(st.integers(0, 4)), linear=i)
-            for i, key in enumerate(shapes)
+            key: Place(experts, depth=depth, block=draw(st.integers(0, 4)), linear=i) for i, key in enumerate(shapes)
         },
         "inputs": {key: _inputs(generator, kinds[key], len(experts), shape) for key, shape in shapes.items()},
         "seed": draw(st.integers(0, 3)),
@@ -237,20 +235,10 @@ def test_names_and_shapes_are_those_of_the_base(name, data):
 
 
 @every
-@given(st.data())
-def test_the_same_merge_twice_gives_the_same_bits(name, data):
+@given(st.data(), st.sampled_from([1, 10]))
+def test_the_size_of_slices_does_not_matter(name, data, elements):
     case = data.draw(cases(name))
-    assert_same(case.merged(), case.merged())
-
-
-@every
-@given(st.data())
-def test_the_size_of_slices_does_not_matter(name, data):
-    case = data.draw(cases(name, least=2))
-    exactly = not sums_floats(case)
-    whole = case.merged()
-    assert_same(case.merged(slice_elements=1), whole, exactly=exactly)
-    assert_same(case.merged(slice_elements=10), whole, exactly=exactly)
+    assert_same(case.merged(slice_elements=elements), case.merged(), exactly=not sums_floats(case))
 
 
 @every
@@ -270,7 +258,7 @@ def test_the_size_of_slices_does_not_matter_to_long_rows(name):
 
 @every
 @given(st.data())
-def test_the_order_of_tensors_does_not_matter(name, data):
+def test_a_second_merge_gives_the_same_bits_whatever_the_order_of_tensors(name, data):
     case = data.draw(cases(name))
     turned = replace(case, base=dict(reversed(case.base.items())))
     assert_same(turned.merged(), case.merged())
@@ -297,6 +285,7 @@ def test_inputs_are_left_as_they_were(name, data):
         assert_same(tensors, tuned[expert])
 
 
+# Saliencies of different tensors are not on one scale (methods.md 2.4), so neither is their global rank.
 HOMOGENEOUS = {**WEIGHTED_MEAN, "slerp": {"space": "delta"}}
 
 
@@ -304,6 +293,8 @@ HOMOGENEOUS = {**WEIGHTED_MEAN, "slerp": {"space": "delta"}}
 @given(st.data(), st.sampled_from([0.5, 2.0, 8.0]))
 def test_scaling_the_task_vectors_scales_what_is_merged(name, data, factor):
     case = data.draw(cases(name, HOMOGENEOUS.get(name), base=(0.0,)))
+    stages = case.bound(next(iter(case.base)))
+    assume(not any(bound.calibrated and bound.values.get("scope") == "global" for bound in stages))
     scaled = {e: {key: values * factor for key, values in own.items()} for e, own in case.experts.items()}
     once = {key: values * factor for key, values in case.merged().items()}
     assert_same(replace(case, experts=scaled).merged(), once, exactly=False)

@@ -33,6 +33,7 @@ class Info:
     shape: tuple[int, ...]
     file: Path | None = None
     offset: int = 0  # of its first byte in the file
+    strides: tuple[int, ...] | None = None  # between its elements, where a pickle stores it out of row order
 
     @property
     def elements(self) -> int:
@@ -75,18 +76,26 @@ def parse_header(file: IO[bytes], size: int, path: Path) -> dict[str, Info]:
         raise CheckpointError(f"{path}: its header claims {length:,} bytes, more than the format allows")
     if 8 + length > size:
         raise CheckpointError(
-            f"{path}: its header claims {length:,} bytes but the file has {size:,}; it is truncated or no safetensors file"
+            f"{path}: its header claims {length:,} bytes but the file has {size:,}; "
+            "it is truncated or no safetensors file; download it again"
         )
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_no_duplicates)
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
         header.pop("__metadata__", None)
-        tensors = {name: _info(entry, path, 8 + length) for name, entry in header.items()}
+        tensors = {checked_name(name): _info(entry, path, 8 + length) for name, entry in header.items()}
+        _check_tiling(tensors, 8 + length, size)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is broken: {error}") from None
-    _check_tiling(tensors, 8 + length, size, path)
     return tensors
+
+
+def checked_name(name: str) -> str:
+    """A tensor's name, if a terminal, a log and a JSON file can carry it; ValueError otherwise."""
+    if not name.isprintable():  # line breaks, escape sequences, lone surrogates
+        raise ValueError(f"the name {name!r} has characters that cannot be printed")
+    return name
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,27 +108,25 @@ def _info(entry: Any, path: Path, start: int) -> Info:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise ValueError(f"expected dtype, shape and data_offsets, found {str(entry)[:80]}") from None
+        raise ValueError(f"expected dtype, shape and data_offsets, found {str(entry)[:80]!r}") from None
     numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"shape and data_offsets must be whole numbers, found {str(entry)[:80]}")
-    if dtype not in ITEM_SIZE:
-        raise ValueError(f"the dtype {dtype!r} is unknown")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(f"shape and data_offsets must be whole numbers, found {str(entry)[:80]!r}")
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise ValueError(f"the dtype {str(dtype)[:20]!r} is unknown")
     info = Info(dtype, tuple(shape), path, start + begin)
     if info.nbytes != end - begin:
-        raise ValueError(f"{dtype} {shape} takes {info.nbytes} bytes, but its offsets span {end - begin}")
+        raise ValueError(f"{dtype} {str(shape)[:80]} does not take the {end - begin} bytes that its offsets span")
     return info
 
 
-def _check_tiling(tensors: dict[str, Info], start: int, size: int, path: Path) -> None:
+def _check_tiling(tensors: dict[str, Info], start: int, size: int) -> None:
     position = start
     for name, info in sorted(tensors.items(), key=lambda each: (each[1].offset, each[1].nbytes)):
         if info.offset != position:
             problem = "overlaps the one before it" if info.offset < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: {name} {problem}; the file is damaged")
+            raise ValueError(f"{name} {problem}; download the file again")
         position += info.nbytes
     if position != size:
-        problem = "truncated" if position > size else "longer than its tensors"
-        raise CheckpointError(
-            f"{path}: is {problem}: its tensors end at byte {position:,} and the file at {size:,}; download it again"
-        )
+        problem = "the file is truncated" if position > size else "the file is longer than its tensors"
+        raise ValueError(f"{problem}: they end at byte {position:,} and it at {size:,}; download it again")

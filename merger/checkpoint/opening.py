@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from merger.checkpoint.stored import Checkpoint, read_config, refuse_quantised_tensors, safetensors_tensors
+from merger.checkpoint import hub
+from merger.checkpoint.adapter import CONFIG, Adapted
+from merger.checkpoint.folder import (
+    ADAPTER,
+    MODEL,
+    Folder,
+    find_weights,
+    local_folder,
+    read_json,
+    read_tensors,
+    refuse_quantised_config,
+    refuse_quantised_tensors,
+)
+from merger.checkpoint.stored import Checkpoint
 from merger.errors import CheckpointError
 
 
@@ -16,15 +30,55 @@ def open_checkpoint(
     folder: Path,
     offline: bool = False,
     headers_only: bool = False,
+    base: Checkpoint | None = None,
 ) -> Checkpoint:
     """Opens the checkpoint ``model`` (with ``adapter`` on top), relative to ``folder`` if it is a path.
 
-    ``headers_only`` is for a plan: of a Hub repository only configs and headers are fetched.
+    ``headers_only`` is for a plan: of a Hub repository only configs and headers are fetched. ``base`` is
+    what the checkpoint will be compared with: an adapter that sits on it differs from it by B·A exactly.
     """
-    directory = (folder / Path(model).expanduser()).resolve()
-    if not directory.is_dir():
-        raise CheckpointError(f"{label}: there is no folder {directory}")
-    config = read_config(directory, label)
-    tensors = safetensors_tensors(directory, label)
-    refuse_quantised_tensors(tensors, label)
-    return Checkpoint(label, directory, tensors, config)
+    found = _find(model, label, folder, offline)
+    _refuse_adapter(found, model)
+    config = read_json(found, "config.json")
+    refuse_quantised_config(found, config)
+    weights = find_weights(found, MODEL)
+    if not headers_only:
+        found = hub.download(found, weights.files)
+    tensors = read_tensors(found, weights)
+    refuse_quantised_tensors(found, tensors)
+    opened = Checkpoint(label, found.directory, tensors, config, commit=found.commit)
+    if adapter is None:
+        return opened
+    return Adapted(opened, _open_adapter(adapter, label, folder, offline, headers_only), base)
+
+
+def _open_adapter(adapter: str, label: str, folder: Path, offline: bool, headers_only: bool) -> Checkpoint:
+    """An adapter's own tensors and config, by the names that peft gave them."""
+    found = _find(adapter, label, folder, offline)
+    config = read_json(found, CONFIG)
+    weights = find_weights(found, ADAPTER)
+    if not headers_only:
+        found = hub.download(found, weights.files)
+    named = f"{label}: the adapter {found.source}"
+    return Checkpoint(named, found.directory, read_tensors(found, weights), config, commit=found.commit)
+
+
+def _find(source: str, label: str, folder: Path, offline: bool) -> Folder:
+    """A folder wins over a repository; what looks like a path never goes to the Hub."""
+    path = folder / os.path.expanduser(source)
+    if path.is_dir():
+        return local_folder(path.resolve(), label)
+    if path.is_file():
+        raise CheckpointError(f"{label}: {path} is a file; give the folder that it lies in")
+    if not hub.is_repository(source):
+        raise CheckpointError(f"{label}: there is no folder {path}")
+    return hub.open_repository(source, label=label, offline=offline)
+
+
+def _refuse_adapter(found: Folder, model: str) -> None:
+    has_model = any(name in found.sizes or f"{name}.index.json" in found.sizes for name in MODEL)
+    if CONFIG in found.sizes and not has_model:
+        on = read_json(found, CONFIG).get("base_model_name_or_path") or "the model it was trained on"
+        raise CheckpointError(
+            f"{found.label}: {model} is a PEFT adapter, not a model; write {{model: {on}, adapter: {model}}}"
+        )

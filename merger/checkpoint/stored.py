@@ -1,8 +1,7 @@
-"""A checkpoint in a local folder: which tensors it holds, and their bytes, read where they lie."""
+"""An open checkpoint: its tensors' bytes, read where they lie."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.checkpoint.header import TORCH_NAMES, Info, read_header
+from merger.checkpoint.header import TORCH_NAMES, Info
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-PICKLE = "pytorch_model.bin"
 
 
 class Checkpoint:
-    """An open checkpoint of safetensors files. Threads may read from it side by side; nothing is mapped."""
+    """An open checkpoint. Threads may read from it side by side; nothing is mapped."""
+
+    adapter: Checkpoint | None = None  # what sits on top of it, as far as it has files and a commit
 
     def __init__(
         self,
@@ -49,23 +48,34 @@ class Checkpoint:
         return sorted({info.file for info in self.tensors.values() if info.file is not None})
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor in its stored dtype and shape."""
+        """A whole tensor in its shape, in the dtype of `read_rows`."""
         info = self.tensors[name]
         return self.read_rows(name, 0, info.matrix[0]).view(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor as [rows, columns], in its stored dtype."""
-        info = self.tensors[name]
-        columns = info.matrix[1]
-        part = torch.empty((stop - start, columns), dtype=getattr(torch, TORCH_NAMES[info.dtype]))
-        width = columns * part.element_size()
-        self._fill(info, info.offset + start * width, memoryview(part.view(torch.uint8).numpy()).cast("B"))
-        return part
+        return self._read(self.tensors[name], start, stop)
 
     def rows_delta(self, name: str, start: int, stop: int, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of a tensor as stored, on the base's device, and their float32 difference from ``base``."""
+        """Rows as `read_rows` has them, on the base's device, and their float32 difference from ``base``."""
         stored = self.read_rows(name, start, stop).to(base.device)
         return stored, stored.float().sub_(base)
+
+    def _read(self, info: Info, start: int, stop: int) -> Tensor:
+        rows, columns = info.matrix
+        if info.strides is None:
+            skipped = start * columns * torch_dtype(info).itemsize
+            return self._numbers(info, skipped, (stop - start) * columns).view(stop - start, columns)
+        # Its rows lie scattered over the file. Such tensors are rare, and are read whole for each slice of them.
+        extent = 1 + sum((n - 1) * step for n, step in zip(info.shape, info.strides, strict=True))
+        whole = self._numbers(info, 0, extent).as_strided(info.shape, info.strides)
+        return whole.reshape(rows, columns)[start:stop].clone()
+
+    def _numbers(self, info: Info, skipped: int, count: int) -> Tensor:
+        """``count`` numbers from ``skipped`` bytes behind the tensor's first one on."""
+        part = torch.empty(count, dtype=torch_dtype(info))
+        self._fill(info, info.offset + skipped, part.view(torch.uint8).numpy().data)
+        return part
 
     def _fill(self, info: Info, position: int, buffer: memoryview) -> None:
         assert info.file is not None, "only a plan is made from headers alone"
@@ -101,99 +111,7 @@ class Checkpoint:
         self.close()
 
 
-def read_config(directory: Path, label: str) -> dict[str, Any]:
-    """config.json of a checkpoint; a quantised one is refused."""
-    config = read_json(directory / "config.json", label)
-    refuse_quantised(config, label)
-    return config
-
-
-def read_json(path: Path, label: str) -> dict[str, Any]:
-    """A JSON object from a checkpoint's folder."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{label}: {path.parent} has no {path.name}; is it a model's folder?") from None
-    except OSError as error:
-        raise CheckpointError(f"{label}: {path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label}: {path}: is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{label}: {path}: expected a JSON object")
-    return value
-
-
-def weight_files(directory: Path, index_name: str, single: str, label: str) -> dict[str, Path] | list[Path]:
-    """The files an index maps tensors to (name -> file), or the one file of an unsharded checkpoint."""
-    if (directory / index_name).exists():
-        weight_map = read_json(directory / index_name, label).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{label}: {directory / index_name}: has no weight_map")
-        return {str(name): _inside(directory, file, label, index_name) for name, file in weight_map.items()}
-    return [directory / single]
-
-
-def _inside(directory: Path, file: Any, label: str, index_name: str) -> Path:
-    """The shard an index names: a plain file name beside the index, never a way out of the folder."""
-    if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\\" in file:
-        raise CheckpointError(
-            f"{label}: {directory / index_name}: names {file!r}, which is not a file in its folder"
-        )
-    if not (directory / file).is_file():
-        raise CheckpointError(
-            f"{label}: {directory / index_name}: names {file}, which is missing; download it again"
-        )
-    return directory / file
-
-
-def safetensors_tensors(directory: Path, label: str) -> dict[str, Info]:
-    """All tensors of a folder's safetensors files, from their headers."""
-    listed = weight_files(directory, INDEX, SINGLE, label)
-    if isinstance(listed, list):
-        return read_header(listed[0])
-    headers = {file: read_header(file) for file in sorted(set(listed.values()))}
-    for name, file in listed.items():
-        if name not in headers[file]:
-            raise CheckpointError(f"{label}: {file}: has no tensor {name}, which the index says it holds")
-    stray = [name for header in headers.values() for name in header if name not in listed]
-    if stray:
-        raise CheckpointError(
-            f"{label}: {directory / INDEX}: does not list {stray[0]}, which is in its files"
-        )
-    return {name: headers[file][name] for name, file in listed.items()}
-
-
-_QUANTISED_PARTS = (
-    ".qweight",
-    ".qzeros",
-    ".g_idx",
-    ".SCB",
-    ".absmax",
-    ".quant_map",
-    ".weight_scale",
-    ".weight_scale_inv",
-)
-
-
-def refuse_quantised(config: Mapping[str, Any], label: str) -> None:
-    """A quantised checkpoint's numbers are codes, and merging codes means nothing."""
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        kind = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else ""
-        raise CheckpointError(_quantised(label, f"config.json names quantization_config {kind}".strip()))
-
-
-def refuse_quantised_tensors(tensors: Mapping[str, Info], label: str) -> None:
-    """The same, told from the tensors themselves."""
-    for name, info in tensors.items():
-        if info.dtype.startswith("F8"):
-            raise CheckpointError(_quantised(label, f"{name} is {info.dtype}"))
-        if name.endswith(_QUANTISED_PARTS):
-            raise CheckpointError(_quantised(label, f"it has {name}"))
-
-
-def _quantised(label: str, evidence: str) -> str:
-    return (
-        f"{label}: is quantised ({evidence}); merge the 16- or 32-bit checkpoint it was made from, "
-        "and quantise the result"
-    )
+def torch_dtype(info: Info) -> torch.dtype:
+    """What torch calls the dtype of a stored tensor."""
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
+    return dtype

@@ -81,15 +81,11 @@ def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
     for each in inputs:
         directory = each.resolve()
         if real == directory or directory in real.parents or real in directory.parents:
-            raise RecipeError(
-                f"output.path: {path} is, holds or lies in the input {each}; choose another folder"
-            )
+            raise RecipeError(f"output.path: {path} is, holds or lies in the input {each}; choose another folder")
     if path.is_dir() and not any(path.iterdir()):
         return
     if (path.exists() or path.is_symlink()) and not force:
-        raise RecipeError(
-            f"output.path: {path} is there already; choose another folder, or replace it with --force"
-        )
+        raise RecipeError(f"output.path: {path} is there already; choose another folder, or replace it with --force")
 
 
 class Writer:
@@ -112,9 +108,7 @@ class Writer:
         except BaseException:
             self._remove()
             raise
-        self._places = {
-            name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()
-        }
+        self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
         self._pool = ThreadPoolExecutor(1, "merger-hash")
         self._hashes: Future[dict[str, str]] = self._pool.submit(self._hash)
 

@@ -1,0 +1,5 @@
+"""`python -m merger` is `merger`."""
+
+from merger.cli import main
+
+main()

@@ -1,0 +1,199 @@
+"""The forward pass, one transformer block at a time.
+
+For each block the model's own forward pass runs on every batch, from the embedding on, but of the blocks only
+that one is real: those before it hand on what they are given, and the real one gets the hidden states that
+were carried over from its predecessor. Where the next block would begin, its input is kept and the pass ends.
+So masks, positions and whatever else a model prepares for its blocks are made by the model itself, and
+nothing here knows an architecture.
+
+This is right if blocks tell each other nothing but hidden states. Whatever stands for an embedding or an
+earlier block is random and differs from pass to pass, so a block that is told anything else that depends on them
+is told something else in every pass; that is checked on each block's first batch. A model that fails runs whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from merger.calibration.rig import Rig, Stop
+from merger.errors import MergerError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from merger.calibration.moments import Moments
+    from merger.calibration.texts import Batch
+    from merger.calibration.watch import Watch
+
+Progress = Callable[[int, int], None]
+Results = Iterator[tuple[str, dict[str, "Moments"]]]
+
+
+class Unfit(Exception):
+    """The blocks of this model cannot be run one at a time; the message says why."""
+
+
+def by_block(rig: Rig, host_memory: int | None, progress: Progress) -> Results:
+    """All batches through one block after the other; what is outside the blocks comes last, under no name."""
+    names = rig.block_names
+    if not names:
+        raise Unfit("it has no list of blocks")
+    with tempfile.TemporaryDirectory(prefix="merger-") as folder:
+        relay = Relay(rig.blocks, rig.watch, Carried(host_memory, Path(folder)))
+        for block, name in enumerate(names):
+            rig.loader.load(name)
+            if block > 0:
+                rig.forget_embedding(seed=block)
+            for number, batch in enumerate(rig.batches):
+                _pass(rig, relay, block, number, batch)
+                progress(block * len(rig.batches) + number + 1, len(names) * len(rig.batches))
+            moments = rig.take(name)
+            rig.loader.drop(name)
+            yield rig.unit(name), moments
+        yield "", rig.rest()
+
+
+def _pass(rig: Rig, relay: Relay, block: int, number: int, batch: Batch) -> None:
+    """One batch through one block; with the true embedding back in place if it turns out to be told of that."""
+    try:
+        relay.begin(block, number)
+        _forward(rig, batch)
+    except Unfit:
+        if block != 1 or number != 0 or not rig.recall_embedding():
+            raise
+        relay.begin(block, number)
+        _forward(rig, batch)
+    relay.end()
+
+
+def _forward(rig: Rig, batch: Batch) -> None:
+    try:
+        rig.forward(batch)
+    except (MergerError, Unfit, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # model code that meets stand-ins can fail in any way
+        raise Unfit(f"{type(error).__name__}: {error}") from error
+
+
+def whole(rig: Rig, progress: Progress) -> Results:
+    """The whole model on every batch; its blocks are loaded when they are called and dropped after."""
+    for name, block in zip(rig.block_names, rig.blocks, strict=True):
+        block.register_forward_pre_hook(lambda *_, name=name: rig.loader.load(name))
+        block.register_forward_hook(lambda *_, name=name: rig.loader.drop(name))
+    rig.watch.on = True
+    for number, batch in enumerate(rig.batches):
+        rig.forward(batch)
+        progress(number + 1, len(rig.batches))
+    yield "", rig.rest()
+
+
+class Relay:
+    """Stands in for all blocks of a model but one, in the forward pass that the model itself makes."""
+
+    def __init__(self, blocks: Sequence[nn.Module], watch: Watch, carried: Carried) -> None:
+        self._watch, self._carried = watch, carried
+        self._forms: dict[int, int] = {}  # how long a tuple each block returns; 0 for a bare tensor
+        self._told: list[Any] = []  # what the next block was told beside its hidden states, of the first batch
+        for index, block in enumerate(blocks):
+            block.forward = functools.partial(self._call, index, block.forward)
+
+    def begin(self, block: int, batch: int) -> None:
+        """Says which block is real in the next pass, and which batch goes through it."""
+        self._block, self._batch, self._next = block, batch, 0
+        self._watch.on = block == 0
+
+    def end(self) -> None:
+        """Checks that the pass came as far as the real block."""
+        if self._next <= self._block:
+            raise Unfit(f"its block {self._next} is never called")
+
+    def _call(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index != self._next:
+            raise Unfit("its blocks do not follow one another")
+        self._next += 1
+        hidden, told = _parted(args, kwargs)
+        if index < self._block:
+            return self._as_block(index, hidden)
+        if index > self._block:
+            if self._batch == 0:
+                self._told = told
+            self._carried.put(self._batch, hidden)
+            raise Stop
+        if index > 0:
+            if self._batch == 0 and not _same(told, self._told):
+                raise Unfit("its blocks depend on one another by more than hidden states")
+            args, kwargs = _put_back(args, kwargs, self._carried.get(self._batch).to(hidden.device))
+        self._watch.on = True
+        output = forward(*args, **kwargs)
+        self._forms[index] = _form(output)
+        return output
+
+    def _as_block(self, index: int, hidden: Tensor) -> Any:
+        length = self._forms[index]
+        return (hidden, *[None] * (length - 1)) if length else hidden
+
+
+def _parted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
+    """The hidden states among a block's arguments, and everything else."""
+    if args:
+        return args[0], tree_leaves((args[1:], kwargs))
+    if "hidden_states" not in kwargs:
+        raise Unfit(f"its blocks take {', '.join(kwargs) or 'nothing'}, and no hidden states")
+    return kwargs["hidden_states"], tree_leaves({name: kwargs[name] for name in kwargs if name != "hidden_states"})
+
+
+def _put_back(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+
+def _form(output: Any) -> int:
+    if isinstance(output, torch.Tensor):
+        return 0
+    if type(output) is not tuple or not isinstance(output[0], torch.Tensor):
+        raise Unfit(f"its blocks return a {type(output).__name__}")
+    return len(output)
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether a block was told the same twice; of objects such as an empty cache only the kind is compared."""
+
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return torch.equal(a, b)
+        return type(a) is type(b) and (a == b or not isinstance(a, (bool, int, float, str)))
+
+    return len(one) == len(other) and all(map(equal, one, other))
+
+
+class Carried:
+    """The hidden states between two blocks, batch by batch: in host memory, and above ``budget`` bytes in files."""
+
+    def __init__(self, budget: int | None, folder: Path) -> None:
+        self._left, self._folder = budget, folder
+        self._held: dict[int, Tensor] = {}
+        self._mapped: dict[int, Tensor] = {}
+
+    def get(self, batch: int) -> Tensor:
+        """What was put there last."""
+        return self._mapped[batch] if batch in self._mapped else self._held[batch]
+
+    def put(self, batch: int, hidden: Tensor) -> None:
+        """Keeps the hidden states of a batch in the place of those it had."""
+        if batch not in self._held and batch not in self._mapped and self._left is not None:
+            self._left -= hidden.nbytes
+            if self._left < 0:
+                file = str(self._folder / f"{batch}.bin")
+                self._mapped[batch] = torch.from_file(
+                    file, shared=True, size=hidden.numel(), dtype=hidden.dtype
+                ).view(hidden.shape)
+        if batch in self._mapped:
+            self._mapped[batch].copy_(hidden)
+        else:
+            self._held[batch] = hidden.cpu()

@@ -1,0 +1,221 @@
+"""Weights that come and go module by module, and the names by which the checkpoint and the model know them."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from merger.calibration.moments import Moments, Sums, stacked
+from merger.calibration.watch import Key
+from merger.errors import CheckpointError
+from merger.pipeline import natural
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merger.checkpoint.header import Info
+    from merger.checkpoint.stored import Checkpoint
+
+
+# --- names: from the checkpoint's to the model's --------------------------------------------------
+
+
+
+@dataclass(frozen=True)
+class Group:
+    """Checkpoint tensors that together make a parameter (or several, with a converter)."""
+
+    target: str
+    sources: Mapping[str | None, tuple[str, ...]]  # by the converter's pattern, in natural order
+    converter: Any | None  # transformers.core_model_loading.WeightConverter
+
+    @property
+    def names(self) -> Iterator[tuple[int, str]]:
+        """Its tensors, each with its place among those of its pattern."""
+        return chain.from_iterable(map(enumerate, self.sources.values()))
+
+
+def locate(model: Any, names: Mapping[str, Info]) -> dict[str, Group]:
+    """What each parameter and buffer is made of."""
+    known = model.state_dict()
+    rename, converters = _renamer(model, known)
+    found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(names, key=natural):
+        target, pattern = rename(name)
+        if target in known:
+            found[target][pattern].append(name)
+    groups: dict[str, Group] = {}
+    for target, sources in found.items():
+        converter = converters.get(next(iter(sources)))
+        group = Group(target, {pattern: tuple(each) for pattern, each in sources.items()}, converter)
+        for other in converter.target_patterns if converter else ("",):
+            groups[target.replace(converter.target_patterns[0], other) if converter else target] = group
+    return groups
+
+
+def _renamer(model: Any, known: Mapping[str, Any]) -> tuple[Callable[[str], tuple[str, str | None]], dict[Any, Any]]:
+    """What transformers does to a checkpoint's names, and by pattern its converters of tensors."""
+    prefix = model.base_model_prefix
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # transformers 4 stores a parameter under its own name, with or without the prefix
+        spellings = ("{}", f"{prefix}.{{}}") if prefix else ("{}",)
+
+        def plain(name: str) -> tuple[str, str | None]:
+            tried = [each.format(name) for each in spellings] + [name.removeprefix(f"{prefix}.")]
+            return next((each for each in tried if each in known), name), None
+
+        return plain, {}
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
+
+    def rename(name: str) -> tuple[str, str | None]:  # the order of from_pretrained: what is renamed in vain keeps its name
+        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if target not in known and name in known:
+            return rename_source_key(name, [], [], prefix, known)
+        return target, pattern
+
+    return rename, {pattern: each for each in converters for pattern in each.source_patterns}
+
+
+# --- weights: in and out --------------------------------------------------------------------------
+
+
+class Loader:
+    """Puts a checkpoint's weights into a model that was built without, and takes them out again."""
+
+    def __init__(self, model: Any, weights: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self._weights = weights
+        self._groups = locate(model, weights.tensors)
+        self._empty = dict(model.named_parameters(remove_duplicate=False))
+        aliases = defaultdict(list)
+        for name, parameter in self._empty.items():
+            aliases[id(parameter)].append(name)
+        self._aliases = {name: aliases[id(parameter)] for name, parameter in self._empty.items()}
+        self._at: dict[int, str] = {}  # what lies where in memory
+        self._exact = _kept_in_float32(model, dtype)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+
+    def load(self, prefix: str, *, recurse: bool = True) -> None:
+        """Loads the weights of the module of this name, with those of the modules in it or without."""
+        wanted = self._held(prefix, recurse)
+        for name in wanted:
+            if name in self._empty and self._group(name) is None:
+                raise CheckpointError(f"{self._weights.label}: {name} is not in the checkpoint, but its model needs it")
+        groups = {id(group): group for group in map(self._group, wanted) if group is not None}
+        for group in groups.values():
+            for target, tensor in self._converted(group).items():
+                for name in self._aliases.get(target, [target]):
+                    if name in wanted:
+                        self._put(name, tensor)
+
+    def drop(self, prefix: str) -> None:
+        """Takes the weights of the module out again."""
+        for name in self._held(prefix, True):
+            if name in self._empty:
+                self.place(name, self._empty[name])
+
+    def place(self, name: str, parameter: nn.Parameter) -> None:
+        """Makes a tensor the parameter of this name; one on the meta device is nowhere in memory."""
+        module, _, leaf = name.rpartition(".")
+        parameters = self.model.get_submodule(module)._parameters
+        if not parameters[leaf].is_meta:
+            self._at.pop(parameters[leaf].untyped_storage().data_ptr(), None)
+        parameters[leaf] = parameter
+        if not parameter.is_meta:
+            self._at[parameter.untyped_storage().data_ptr()] = name
+
+    def find(self, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """The loaded parameter that a tensor is, or is a part of, by its name and itself."""
+        name = None if tensor.is_meta else self._at.get(tensor.untyped_storage().data_ptr())
+        return None if name is None else (name, self.model.get_parameter(name))
+
+    def _held(self, prefix: str, recurse: bool) -> dict[str, None]:
+        """The names of a module's parameters, and of its buffers that are stored; in order."""
+        module = self.model.get_submodule(prefix)
+        parameters = module.named_parameters(prefix, recurse, remove_duplicate=False)
+        buffers = module.named_buffers(prefix, recurse)
+        names = [name for name, _ in parameters] + [name for name, _ in buffers if name in self._groups]
+        return dict.fromkeys(names)
+
+    def _group(self, name: str) -> Group | None:
+        """What a parameter is made of: tied ones of what is stored for any of them."""
+        return next((self._groups[each] for each in self._aliases.get(name, [name]) if each in self._groups), None)
+
+    def _converted(self, group: Group) -> dict[str, Tensor]:
+        tensors = {name: self._weights.read(name) for _, name in group.names}
+        if group.converter is None:
+            return {group.target: tensor for tensor in tensors.values()}
+        converter = copy.deepcopy(group.converter)
+        for pattern, names in group.sources.items():
+            for name in names:
+                converter.add_tensor(group.target, name, pattern, tensors.pop(name))
+        made = converter.convert(group.target, model=self.model, config=self.model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(module)
+        empty = self._empty.get(name, owner._buffers.get(leaf))
+        if tensor.shape != empty.shape:
+            raise CheckpointError(
+                f"{self._weights.label}: {name} is {tuple(tensor.shape)} in the checkpoint, "
+                f"but {tuple(empty.shape)} in the model that its config.json describes"
+            )
+        if name not in self._empty:
+            owner._buffers[leaf] = tensor.to(self.device, empty.dtype)
+            return
+        if tensor.nbytes < tensor.untyped_storage().nbytes():
+            tensor = tensor.clone()  # a part of another, whose place in memory would name them both
+        dtype = tensor.dtype if not tensor.is_floating_point() else torch.float32 if self._exact(name) else self.dtype
+        self.place(name, nn.Parameter(tensor.to(self.device, dtype), requires_grad=False))
+
+    # --- statistics, under the checkpoint's names ---------------------------------------------------
+
+    def named(self, sums: Mapping[Key, Sums]) -> dict[str, Moments]:
+        """The sums of parameters as moments of the checkpoint's own tensors."""
+        slots: dict[str, dict[int | None, Moments]] = defaultdict(dict)
+        for key, each in sums.items():
+            slots[key.name][key.slot] = each.moments()
+        moments: dict[str, Moments] = {}
+        for name, known in slots.items():
+            if None not in known:
+                known = _all_slots(known, self._empty[name].shape[0])
+            for source, slot in self.stored(name):
+                moments[source] = known[slot] if slot in known else stacked([known[i] for i in sorted(known)])
+        return moments
+
+    def stored(self, name: str) -> Iterator[tuple[str, int | None]]:
+        """The checkpoint's tensors behind a parameter, each with the slice of it that it makes alone."""
+        groups = {id(self._groups[each]): self._groups[each] for each in self._aliases[name] if each in self._groups}
+        for index, source in chain.from_iterable(group.names for group in groups.values()):
+            alone = len(self._weights.tensors[source].shape) < self._empty[name].dim()
+            yield source, index if alone else None
+
+
+def _all_slots(known: dict[int | None, Moments], size: int) -> dict[int | None, Moments]:
+    """The moments of all packed experts: zero for those that no token reached."""
+    one = next(iter(known.values()))
+    none = Moments(*(None if t is None else torch.zeros_like(t) for t in (one.count, one.second_moment, one.mean, one.gram)))
+    return {slot: known.get(slot, none) for slot in range(size)}
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters transformers itself would not load in half precision."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return lambda name: dtype != torch.float32 and not kept.isdisjoint(name.split("."))

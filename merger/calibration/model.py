@@ -1,0 +1,66 @@
+"""A transformers model of a checkpoint, built without its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import torch
+import transformers
+from torch import nn
+
+from merger.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from merger.checkpoint.stored import Checkpoint
+
+
+def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
+    """The model that config.json describes, in evaluation mode: parameters on the meta device, buffers real."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(weights.directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{weights.label}: transformers cannot read its config.json: {error}") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{weights.label}: {config.model_type} is an encoder-decoder, which text alone cannot run")
+    config._experts_implementation = "eager"  # one product per expert, as the watch needs it (transformers 5)
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = _constructor(config, weights.label, trust_remote_code)()
+    model.tie_weights()
+    return model.eval()
+
+
+def _constructor(config: Any, label: str, trust_remote_code: bool) -> Callable[[], Any]:
+    """What makes the model: its own class, or remote code where it is trusted."""
+    remote = getattr(config, "auto_map", None) or {}
+    if not (trust_remote_code and remote):
+        for name in config.architectures or ():
+            if hasattr(transformers, name):
+                return lambda: getattr(transformers, name)(config)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping or (trust_remote_code and auto.__name__ in remote):
+            return lambda: auto.from_config(config, trust_remote_code=trust_remote_code)
+    raise CheckpointError(
+        f"{label}: transformers {transformers.__version__} has no {' or '.join(config.architectures or ['model'])} "
+        f"for {config.model_type}; if its code is in the repository and you trust it, allow remote code"
+    )
+
+
+def block_list(model: nn.Module) -> str | None:
+    """The name of the list that holds the transformer blocks: of the outermost ones, that with the most weights."""
+    lists: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = sum(p.numel() for p in module.parameters())
+    return max(lists, key=lambda name: lists[name], default=None)
+
+
+def default_dtype(weights: Checkpoint, device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where it is fast and exact; elsewhere what most of the checkpoint is stored in."""
+    stored = Counter(info.dtype for info in weights.tensors.values())
+    known = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return torch.float32 if device.type == "cpu" else known.get(stored.most_common(1)[0][0], torch.float32)

@@ -1,0 +1,122 @@
+"""Records of calibration data: JSON Lines, JSON, plain text and Parquet files, and datasets of the Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from merger.errors import CheckpointError
+
+HUB_RECORDS = 10_000  # of a Hub dataset only its first ones are looked at: some hold more text than a disk
+
+_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record, and its place for messages."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def records(source: str, folder: Path) -> Iterator[Record]:
+    """The records of a file, relative to ``folder``, or else of a Hub dataset NAME, NAME:SPLIT or NAME:CONFIG:SPLIT."""
+    path = folder / Path(source).expanduser()
+    if path.is_file():
+        try:
+            yield from _READERS.get(path.suffix.lower(), _paragraphs)(path)
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    elif path.suffix.lower() in _READERS or not _HUB.fullmatch(source):
+        raise CheckpointError(f"{path}: there is no such file of calibration data")
+    else:
+        yield from _hub(source)
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _record(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """A list of records, or an object with one list in it."""
+    value = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
+    lists = [each for each in value.values() if isinstance(each, list)] if isinstance(value, dict) else [value]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise CheckpointError(f"{path}: expected a list of records, or an object that holds one list of them")
+    for number, each in enumerate(lists[0], 1):
+        yield _record(each, f"{path}: record {number}")
+
+
+def _paragraphs(path: Path) -> Iterator[Record]:
+    """Plain text: one sample per paragraph; blank lines part them."""
+    for number, text in enumerate(re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig")), 1):
+        if text.strip():
+            yield Record(f"{path}: paragraph {number}", {"text": text.strip()})
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise CheckpointError(f"{path}: Parquet needs pyarrow: pip install 'merger[data]'") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield Record(f"{path}: row {number}", row)
+    except ArrowException as error:
+        raise CheckpointError(f"{path}: is not a Parquet file: {error}") from None
+
+
+def _hub(source: str) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise CheckpointError(
+            f"{source}: is no file, and a dataset of the Hub needs datasets: pip install 'merger[data]'"
+        ) from None
+    name, *rest = source.split(":")
+    split = rest[-1] if rest else "train"
+    try:
+        rows = datasets.load_dataset(name, *rest[:-1], split=split, streaming=True)
+        for number, row in enumerate(islice(rows, HUB_RECORDS), 1):
+            yield Record(f"{source}: row {number}", row)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise CheckpointError(f"{source}: is no file, and not a dataset that can be loaded: {error}") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt": _paragraphs,
+    ".md": _paragraphs,
+}
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: is not valid JSON: {error}") from None
+
+
+def _record(value: Any, where: str) -> Record:
+    """A record; a bare string is its text."""
+    if isinstance(value, str):
+        return Record(where, {"text": value})
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected an object or a string, found a {type(value).__name__}")
+    return Record(where, value)

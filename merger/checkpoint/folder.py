@@ -1,0 +1,172 @@
+"""The folder or Hub repository of a model or an adapter: its files, and the tensors that their headers name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from merger.checkpoint.header import Info, checked_name, parse_header, read_header
+from merger.checkpoint.pickled import parse_pickle, read_pickle
+from merger.checkpoint.stored import SINGLE
+from merger.errors import CheckpointError
+
+# What is looked for, the preferred first, as transformers and peft do; shards stand in NAME.index.json.
+MODEL = (SINGLE, "pytorch_model.bin")
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".npz")
+_QUANTISED_PARTS = (
+    ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".weight_scale", ".weight_scale_inv",
+    ".weight_packed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a model's or an adapter's files are."""
+
+    label: str  # how messages name the model
+    source: str  # how they name the folder
+    directory: Path
+    sizes: Mapping[str, int]  # bytes of each file; a Hub repository's may still be there
+    commit: str | None = None  # of the Hub repository
+    remote: Callable[[str], IO[bytes]] | None = None  # opens a file that is not in the directory
+
+    def has(self, name: str) -> bool:
+        """Whether a file is in the directory."""
+        return name in self.sizes and (self.directory / name).is_file()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files that hold the tensors."""
+
+    form: str  # safetensors or bin
+    files: tuple[str, ...]
+    index: Mapping[str, str]  # the file of each tensor, as far as an index tells
+
+
+def local_folder(directory: Path, label: str, commit: str | None = None) -> Folder:
+    """A folder on this machine."""
+    try:
+        sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{label}: {directory}: cannot be read: {error.strerror}") from None
+    return Folder(label, str(directory), directory, sizes, commit)
+
+
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """A JSON object from a file of the folder."""
+    where = f"{folder.label}: {folder.source}/{name}"
+    try:
+        value = json.loads((folder.directory / name).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder.label}: {folder.source} has no {name}; is it a model's folder?") from None
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object")
+    return value
+
+
+def find_weights(folder: Folder, names: tuple[str, ...]) -> Weights:
+    """The files of the first of ``names`` that is there, whole or in shards."""
+    for name in names:
+        form = name.rpartition(".")[2]
+        if name in folder.sizes:
+            return Weights(form, (name,), {})
+        if f"{name}.index.json" in folder.sizes:
+            index = _read_index(folder, f"{name}.index.json")
+            return Weights(form, tuple(sorted(set(index.values()))), index)
+    others = sorted(name for name in folder.sizes if name.endswith(_OTHER_WEIGHTS))
+    found = f", only {', '.join(others[:3])}" if others else ""
+    raise CheckpointError(
+        f"{folder.label}: {folder.source} has no {' or '.join(names)}{found}; save the model there with save_pretrained"
+    )
+
+
+def _read_index(folder: Folder, index_name: str) -> dict[str, str]:
+    where = f"{folder.label}: {folder.source}/{index_name}"
+    index = read_json(folder, index_name).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{where}: has no weight_map; download it again")
+    for name, file in index.items():
+        # A plain name beside the index, never a way out of the folder.
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
+            raise CheckpointError(f"{where}: names {str(file)[:80]!r}, which is not a file in its folder")
+        if file not in folder.sizes:
+            raise CheckpointError(f"{where}: names {file!r}, which is missing; download it")
+        try:
+            checked_name(name)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+    return index
+
+
+def read_tensors(folder: Folder, weights: Weights) -> dict[str, Info]:
+    """All tensors, from the headers of the files that hold them."""
+    with ThreadPoolExecutor(8) as pool:  # on the Hub a header takes a round trip or two
+        headers = list(pool.map(lambda file: _header(folder, weights.form, file), weights.files))
+    tensors: dict[str, Info] = {}
+    for file, header in zip(weights.files, headers, strict=True):
+        for name, info in header.items():
+            # As in transformers, what an index forgets belongs to the model all the same.
+            if weights.index.get(name, file) != file:
+                continue
+            if name in tensors:
+                raise CheckpointError(f"{folder.label}: {folder.source}: {name} is in two files; the index names none")
+            tensors[name] = info
+    for name, file in weights.index.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{folder.label}: {folder.source}/{file}: has no tensor {name}, which the index says it holds"
+            )
+    if not tensors:
+        raise CheckpointError(f"{folder.label}: {folder.source}: its weights hold no tensor; download them again")
+    return tensors
+
+
+def _header(folder: Folder, form: str, file: str) -> dict[str, Info]:
+    path = folder.directory / file
+    if folder.remote is None or folder.has(file):
+        return read_header(path) if form == "safetensors" else read_pickle(path)
+    shown, size = Path(folder.source) / file, folder.sizes[file]
+    with folder.remote(file) as stream:
+        if form == "safetensors":
+            tensors = parse_header(stream, size, shown)
+        else:
+            tensors = parse_pickle(stream, size, shown, placed=False)
+    return {name: replace(info, file=None, offset=0) for name, info in tensors.items()}
+
+
+# --- quantised checkpoints: their numbers are codes, and merging codes means nothing ---
+
+
+def refuse_quantised_config(folder: Folder, config: Mapping[str, Any]) -> None:
+    """CheckpointError if the config tells of quantisation."""
+    said = config.get("quantization_config") or config.get("compression_config")
+    if said:
+        kind = said.get("quant_method", "") if isinstance(said, dict) else ""
+        _refuse(folder, f"config.json names quantization_config {kind}".strip())
+
+
+def refuse_quantised_tensors(folder: Folder, tensors: Mapping[str, Info]) -> None:
+    """The same, told from the tensors themselves."""
+    for name, info in tensors.items():
+        if info.dtype.startswith("F8"):
+            _refuse(folder, f"{name} is {info.dtype}")
+        if name.endswith(_QUANTISED_PARTS):
+            _refuse(folder, f"it has {name}")
+
+
+def _refuse(folder: Folder, evidence: str) -> None:
+    raise CheckpointError(
+        f"{folder.label}: is quantised ({evidence}); merge the 16- or 32-bit checkpoint it was made from, "
+        "and quantise the result"
+    )

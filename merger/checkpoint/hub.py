@@ -1,0 +1,209 @@
+"""Repositories of the Hugging Face Hub, through huggingface_hub: its cache, its token, its offline switch."""
+
+from __future__ import annotations
+
+import errno
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NoReturn, cast
+from urllib.parse import urlsplit
+
+from merger.checkpoint.folder import Folder, local_folder
+from merger.errors import CheckpointError, ResourceError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_REPOSITORY = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*(?:@[^@\s]+)?", re.ASCII)
+_SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # config, tokenizer, templates; never code
+
+
+def is_repository(source: str) -> bool:
+    """Whether it could be name or org/name, with or without @revision, rather than a path."""
+    return _REPOSITORY.fullmatch(source) is not None and ".." not in source.partition("@")[0]
+
+
+def open_repository(source: str, *, label: str, offline: bool) -> Folder:
+    """The repository ``source`` with its small files in the cache; its weights may still be on the Hub."""
+    from huggingface_hub import HfApi, constants
+
+    repository, _, revision = source.partition("@")
+    if offline or constants.HF_HUB_OFFLINE:
+        return _cached(source, label=label)
+    with _explained(source, label):
+        # One request tells commit, names and sizes.
+        info = HfApi().model_info(repository, revision=revision or None, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        small = [name for name in sizes if "/" not in name and name.endswith(_SMALL)]
+        directory = _download(source, small)
+    remote = partial(_open_remote, source, label, directory.name, sizes)
+    return Folder(label, source, directory, sizes, commit=directory.name, remote=remote)
+
+
+def download(folder: Folder, names: Iterable[str]) -> Folder:
+    """The folder with the files ``names`` in the cache as well."""
+    missing = [name for name in names if not folder.has(name)]
+    if missing and folder.remote is not None:
+        with _explained(folder.source, folder.label):
+            _download(folder.source, missing, folder.commit)
+    return replace(folder, remote=None)
+
+
+def _download(source: str, names: list[str], commit: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = source.partition("@")
+    with _quiet_when_piped():
+        # A branch goes by its name, not by its commit, so that the cache knows it when offline.
+        return Path(snapshot_download(repository, revision=commit or revision or None, allow_patterns=names))
+
+
+@contextmanager
+def _quiet_when_piped() -> Iterator[None]:
+    """Keeps progress bars out of log files, unless the environment asks for them."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    asked_for = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
+    if asked_for or sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _cached(source: str, *, label: str) -> Folder:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    repository, _, revision = source.partition("@")
+    for name in ("config.json", "adapter_config.json"):
+        path = try_to_load_from_cache(repository, name, revision=revision or None)
+        if isinstance(path, str):
+            directory = Path(path).parent
+            return replace(local_folder(directory, label, directory.name), source=source)
+    raise CheckpointError(
+        f"{label}: {source} is neither a folder nor in the Hub cache ({constants.HF_HUB_CACHE}), and offline "
+        "nothing is downloaded; run it once without --offline and HF_HUB_OFFLINE"
+    )
+
+
+# --- a file of which only what is read is fetched ---
+
+
+def _open_remote(source: str, label: str, commit: str, sizes: dict[str, int], name: str) -> IO[bytes]:
+    from huggingface_hub import hf_hub_url
+
+    url = hf_hub_url(source.partition("@")[0], name, revision=commit)
+    return io.BufferedReader(_RemoteFile(url, sizes[name], source, label), 128 << 10)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file on the Hub, read by range requests."""
+
+    def __init__(self, url: str, size: int, source: str, label: str) -> None:
+        self._url = url
+        self._size = size
+        self._said = (source, label)
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not in its __all__
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        view = memoryview(buffer).cast("B")
+        stop = min(self._position + len(view), self._size)
+        if stop <= self._position:
+            return 0
+        with _explained(*self._said):
+            response = get_session().get(
+                self._url,
+                headers={**build_hf_headers(), "Range": f"bytes={self._position}-{stop - 1}"},
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            )
+            hf_raise_for_status(response)
+        content = response.content
+        if response.status_code != 206 or len(content) != stop - self._position:
+            source, label = self._said
+            raise CheckpointError(f"{label}: the Hub did not send the part of {source} that was asked for; try again")
+        view[: len(content)] = content
+        self._position = stop
+        return len(content)
+
+
+# --- errors ---
+
+
+@contextmanager
+def _explained(source: str, label: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line, without its URLs: they may hold credentials."""
+    from huggingface_hub import errors as hub
+
+    # Its HTTP library is requests, httpx or httpx2, by version; the bases of its own error are that library's.
+    http = cast("tuple[type[Exception], ...]", hub.HfHubHTTPError.__bases__)
+    expected: tuple[type[BaseException], ...] = (
+        *http,
+        OSError,
+        hub.HFValidationError,
+        RuntimeError,
+    )  # RuntimeError: hf_xet's
+    try:
+        yield
+    except expected as error:
+        _explain(error, source, label)
+
+
+def _explain(error: BaseException, source: str, label: str) -> NoReturn:
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    while isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    repository, _, revision = source.partition("@")
+    if isinstance(error, hub.GatedRepoError):
+        said = f"{repository} is gated; ask for access on its page, then `hf auth login`"
+    elif isinstance(error, hub.RepositoryNotFoundError):
+        said = (
+            f"there is no folder {source}, and no repository {repository} that the Hub shows you; "
+            "mend the name, or `hf auth login` if it is private"
+        )
+    elif isinstance(error, hub.RevisionNotFoundError):
+        said = f"{repository} has no revision {revision}; give a branch, a tag or a whole commit hash"
+    elif isinstance(error, hub.HFValidationError):
+        said = f"{source} is neither a folder nor org/name[@revision]"
+    elif isinstance(error, hub.HfHubHTTPError):
+        said = f"the Hub answered {error.response.status_code} for {repository}; try again, or `hf auth login`"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise ResourceError(f"{label}: the disk of {constants.HF_HUB_CACHE} is full; set HF_HOME elsewhere") from None
+    elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        said = f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}"
+    else:
+        host = urlsplit(constants.ENDPOINT).hostname
+        said = (
+            f"{repository} could not be fetched from {host} ({type(error).__name__}); check the connection, "
+            "or use what is in the cache with --offline"
+        )
+    raise CheckpointError(f"{label}: {said}") from None

@@ -1,0 +1,222 @@
+"""The command line: each command parses, calls one function of the library, and prints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merger.errors import INTERRUPTED, MergerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from merger.recipe import Recipe
+    from merger.run import Progress
+
+app = typer.Typer(
+    help="Merge language-model checkpoints by a YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the recipe, as in --set parameters.density=0.3."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="The most host memory to use, as in 2GB.", show_default=False),
+]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Use only what the Hub cache has; open no connection.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no remarks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 typer reads the default, nothing changes it
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    offline: Offline = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge: read the inputs, write one checkpoint that transformers loads."""
+    from merger.run import merge
+
+    loaded = _load(recipe, overrides)
+    with _progress_bar(quiet) as (progress, notice):
+        result = merge(
+            loaded,
+            device=device,
+            max_memory=_size(max_memory),
+            offline=offline,
+            force=force,
+            progress=progress,
+            notice=notice,
+        )
+    if as_json:
+        print(json.dumps(result.as_json()))
+        return
+    counts = ", ".join(f"{count} {what}" for what, count in result.tensors.items() if count)
+    print(
+        f"{result.output}: {counts} tensors; read {_bytes(result.bytes_read)}, wrote {_bytes(result.bytes_written)} "
+        f"in {result.seconds:.1f} s on {result.device}, peak memory {_bytes(result.peak_memory_bytes)}"
+    )
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    max_memory: MaxMemory = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a merge would do, from headers alone: nothing is downloaded whole, nothing is written."""
+    from merger import report
+    from merger.machine import preview
+    from merger.planning import plan as make_plan
+
+    loaded = _load(recipe, overrides)
+    made = make_plan(loaded, offline=offline)
+    forecast = preview(made, loaded.folder / Path(loaded.output.path).expanduser(), _size(max_memory))
+    if as_json:
+        print(json.dumps(report.plan_json(made, forecast)))
+    else:
+        report.print_plan(made, forecast, _console())
+
+
+@app.command()
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One method, stage or score.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, stages and scores, or show one: what it expands to, its parameters, its paper."""
+    from merger import report
+
+    if as_json:
+        print(json.dumps(report.methods_json(name)))
+    else:
+        report.print_methods(name, _console())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from merger.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _load(path: Path, overrides: list[str]) -> Recipe:
+    from merger.recipe import Recipe
+
+    return Recipe.load(path, overrides)
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from merger.recipe import byte_size
+
+    size = byte_size(int(text) if text.isdigit() else text)
+    if not isinstance(size, int) or size < 1:
+        raise typer.BadParameter(
+            f"{text!r} is no size; write 800MB, 2GB or 1.5GiB", param_hint="--max-memory"
+        )
+    return size
+
+
+def _bytes(count: int) -> str:
+    """1.23 GB: three digits, as disks are sold."""
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+
+@contextmanager
+def _progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
+    """A progress callback that draws a bar on a terminal and nothing elsewhere, and one for remarks."""
+    console = _console(stderr=True)
+    if quiet:
+        yield None, None
+        return
+
+    def notice(message: str) -> None:
+        console.print(f"note: {message}", markup=False)
+
+    if not console.is_terminal:
+        yield None, notice
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("merging"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        yield (lambda done, total: bar.update(task, completed=done, total=total)), notice
+
+
+def _interrupted(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The `merger` command; a user's mistake is told in a line, with its exit code."""
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        app(standalone_mode=True)
+    except MergerError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half-written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)

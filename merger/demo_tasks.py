@@ -1,0 +1,124 @@
+"""The embedded demo's tasks: three small text puzzles, their example splits and their scores.
+
+Each example is a prompt and the one right answer, such as ``sort: dbca -> `` and ``abcd``. The
+demo's experts are each trained on one of these tasks (``scripts/train_demo.py``), so that merging
+them can be judged by what the merged model still does right.
+
+Importing this module does not load torch.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Example = tuple[str, str]
+Split = Literal["train", "calibration", "heldout"]
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.choices(LETTERS, k=rng.randint(4, 6)))
+
+
+def reverse(rng: random.Random) -> Example:
+    """Write a word backwards: ``reverse: dbca -> acbd``."""
+    word = _word(rng)
+    return f"reverse: {word} -> ", word[::-1]
+
+
+def sort(rng: random.Random) -> Example:
+    """Put a word's letters in alphabetical order: ``sort: dbca -> abcd``."""
+    word = _word(rng)
+    return f"sort: {word} -> ", "".join(sorted(word))
+
+
+def shift(rng: random.Random) -> Example:
+    """Put a word's letters in alphabetical order: ``sort: dbca -> abcd``."""
+    word = _word(rng)
+    return f"shift: {word} -> ", "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in word)
+
+
+def add(rng: random.Random) -> Example:
+    """Add two two-digit numbers: ``add: 47+85 -> 132``."""
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    return f"add: {a}+{b} -> ", str(a + b)
+
+
+TASKS: dict[str, Callable[[random.Random], Example]] = {
+    "reverse": reverse,
+    "sort": sort,
+    "add": add,
+}
+
+
+def split_of(prompt: str) -> Split:
+    """The one split a prompt belongs to, for ever: 10% held out, 10% calibration, 80% training.
+
+    The prompt's own hash decides, so no seed or sample size can leak a prompt between splits.
+    """
+    bucket = zlib.crc32(prompt.encode()) % 10
+    return "heldout" if bucket == 0 else "calibration" if bucket == 1 else "train"
+
+
+def stream(task: str, split: Split, seed: int = 0) -> Iterator[Example]:
+    """Endless random examples of one task from one split; prompts may come more than once."""
+    rng = random.Random(f"{task}/{split}/{seed}")
+    while True:
+        example = TASKS[task](rng)
+        if split_of(example[0]) == split:
+            yield example
+
+
+def examples(task: str, split: Split, count: int, seed: int = 0) -> list[Example]:
+    """The first `count` examples of `stream`."""
+    return list(islice(stream(task, split, seed), count))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example]) -> dict[str, Tensor]:
+    """A model's inputs for prompt, answer and end-of-text, with labels on the last two only."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    prompts = tokenizer([prompt for prompt, _ in batch])["input_ids"]
+    answers = tokenizer([answer + tokenizer.eos_token for _, answer in batch])["input_ids"]
+    pairs = list(zip(prompts, answers, strict=True))
+
+    def pad(rows: list[list[int]], value: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+    return {
+        "input_ids": pad([p + a for p, a in pairs], tokenizer.pad_token_id),
+        "attention_mask": pad([[1] * len(p + a) for p, a in pairs], 0),
+        "labels": pad([[-100] * len(p) + a for p, a in pairs], -100),
+    }
+
+
+def loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
+    """Cross-entropy of the right answers, in nats, averaged over their tokens."""
+    import torch
+
+    with torch.no_grad():
+        return float(model(**encode(tokenizer, examples)).loss)
+
+
+def accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> float:
+    """The share of prompts that greedy decoding answers exactly right."""
+    prompts = [prompt for prompt, _ in examples]
+    answers = [answer for _, answer in examples]
+    # Padding goes on the left, so that every prompt ends where its answer has to begin.
+    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    longest = max(map(len, answers)) + 1  # and the end-of-text token
+    output = model.generate(**inputs.to(model.device), max_new_tokens=longest, do_sample=False)
+    replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(r == a for r, a in zip(replies, answers, strict=True)) / len(answers)

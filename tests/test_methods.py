@@ -1,0 +1,882 @@
+"""What is particular to each method (methods.md, section 10), and each one's formula written slowly."""
+
+import math
+from fractions import Fraction
+
+import numpy
+import pytest
+import torch
+from tiny import NAME, bits, inputs_of, kept, merge, sparse, tensor
+
+from merger.methods._parameters import Place
+from merger.methods._registry import checked
+from merger.methods.magprune import magprune
+from merger.ops import uniforms
+from merger.pipeline import Inputs, bind, expand, merge_tensors
+
+NAMES = "abcdefgh"
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def deltas_of(k, *shape, seed=0):
+    """Task vectors of k experts; no two numbers are equal."""
+    return dict(zip(NAMES, randn(k, *shape, seed=seed), strict=False))
+
+
+def claims(merged, deltas):
+    """Which positions of a merge onto zeros each expert holds; each must be one expert's own, or zero."""
+    held = {expert: merged == delta for expert, delta in deltas.items()}
+    assert (sum(mask.int() for mask in held.values()) + (merged == 0) == 1).all()
+    return held
+
+
+def held_by(method, deltas, written, **more):
+    return claims(merge(checked(method, written), deltas, **more), deltas)
+
+
+def assert_masks(got, expected):
+    assert {e: mask.tolist() for e, mask in got.items()} == {e: mask.tolist() for e, mask in expected.items()}
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, tensor(expected), rtol=tolerance, atol=tolerance)
+
+
+def refused(method, written, experts="ab"):
+    """What is said about parameters that each are valid but do not go together."""
+    place = Place(tuple(experts))
+    with pytest.raises(ValueError, match=r".") as caught:
+        [bind(stage, place) for stage in expand(checked(method, written), "linear", place.experts)]
+    return str(caught.value)
+
+
+# --- OBM saliency ---------------------------------------------------------------------------------
+
+
+def moments(k, columns, seed=9):
+    return Inputs(second_moment=randn(k, columns, seed=seed).square(), mean=randn(k, columns, seed=seed))
+
+
+def test_saliency_ranks_the_same_for_any_positive_factor():
+    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
+    scaled = Inputs(second_moment=known.second_moment * 64, mean=known.mean)
+    stage = checked("obm", {"density": 0.3})
+    assert_masks(kept(stage, deltas, inputs=scaled), kept(stage, deltas, inputs=known))
+
+
+def test_saliency_of_equal_inputs_is_magnitude():
+    deltas, known = deltas_of(2, 6, 8), Inputs(second_moment=torch.full((2, 8), 4.0), mean=torch.ones(2, 8))
+    by_saliency = kept(checked("obm", {"density": 0.3}), deltas, inputs=known)
+    assert_masks(by_saliency, kept(checked("magnitude", {"density": 0.3}), deltas))
+
+
+def test_saliency_without_a_hessian_is_magnitude():
+    deltas = deltas_of(2, 6, 8)
+    by_saliency = kept(checked("obm", {"density": 0.3, "hessian": "none"}), deltas, inputs=moments(2, 8))
+    assert_masks(by_saliency, kept(checked("magnitude", {"density": 0.3}), deltas))
+
+
+def test_saliency_of_an_expert_that_no_token_reached_is_magnitude():
+    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
+    known.second_moment[1] = 0
+    by_saliency = kept(checked("obm", {"density": 0.3}), deltas, inputs=known)
+    by_magnitude = kept(checked("magnitude", {"density": 0.3}), deltas)
+    assert torch.equal(by_saliency["b"], by_magnitude["b"])
+    assert not torch.equal(by_saliency["a"], by_magnitude["a"])
+
+
+def test_saliency_follows_a_permutation_of_the_inputs():
+    deltas, known = deltas_of(1, 6, 8), moments(1, 8)
+    turn = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    turned = Inputs(second_moment=known.second_moment[:, turn], mean=known.mean[:, turn])
+    stage = checked("obm", {"density": 0.3})
+    mask = kept(stage, {"a": deltas["a"][:, turn]}, inputs=turned)["a"]
+    assert torch.equal(mask, kept(stage, deltas, inputs=known)["a"][:, turn])
+
+
+def test_a_saliency_of_zero_can_still_be_claimed_by_index():
+    known = Inputs(second_moment=tensor([[0, 0, 1]]), mean=torch.ones(1, 3))
+    mask = kept(checked("obm", {"density": "2/3"}), {"a": [[5, 6, 7]]}, inputs=known)["a"]
+    assert mask.tolist() == [[True, False, True]]
+
+
+def test_rows_of_an_embedding_may_be_scored_by_how_often_they_are_looked_up():
+    known = Inputs(token_share=tensor([[0.1, 0.9]]))
+    stage = checked("obm", {"density": 0.5, "embedding": "token_freq"})
+    mask = kept(stage, {"a": [[2, 2], [1, 1]]}, inputs=known, kind="embedding")["a"]
+    assert mask.tolist() == [[False, False], [True, True]]
+
+
+def test_a_vector_is_claimed_at_random_or_by_magnitude():
+    deltas = deltas_of(1, 50)
+    written = {"density": 0.3, "nonlinear": "magnitude"}
+    by_magnitude = kept(checked("magnitude", {"density": 0.3}), deltas)
+    assert_masks(kept(checked("obm", written), deltas), by_magnitude)
+    at_random = kept(checked("uniform", {"density": 0.3}), deltas)
+    assert_masks(kept(checked("obm", {"density": 0.3}), deltas), at_random)
+    assert not torch.equal(at_random["a"], by_magnitude["a"])
+
+
+# --- iterative merging ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize("score", ["magnitude", "uniform"])
+def test_im_gives_each_expert_exactly_its_share_and_no_position_twice(k, score):
+    shares = ["0.29", "1/7", "0.05", "1/9", "0.1", "0.01", "1/8", "0.1"][:k]
+    deltas = deltas_of(k, 9, 11)
+    held = held_by("im", deltas, {"density": dict(zip(deltas, shares, strict=True)), "score": score})
+    assert [int(mask.sum()) for mask in held.values()] == [math.floor(Fraction(s) * 99) for s in shares]
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+def test_im_divides_a_tensor_evenly_by_default(k):
+    deltas = deltas_of(k, 9, 11)
+    assert {int(mask.sum()) for mask in held_by("im", deltas, {}).values()} == {99 // k}
+
+
+def test_im_leaves_the_base_a_share_when_it_is_counted():
+    held = held_by("im", deltas_of(3, 8), {"count_base": True})
+    assert [int(mask.sum()) for mask in held.values()] == [2, 2, 2]
+
+
+def test_im_copies_the_bits_of_the_base_or_of_one_expert():
+    base, own = randn(40, 40, seed=1) * 1e4, {e: delta * 1e-3 for e, delta in deltas_of(3, 40, 40).items()}
+    merged = merge_tensors(checked("im", {"density": "0.3"}), {NAME: base}, {e: {NAME: w} for e, w in own.items()})
+    sources = torch.stack([base, *own.values()])
+    assert (bits(sources) == bits(merged[NAME])).any(0).all()
+
+
+@pytest.mark.parametrize("method", ["im", "ties_im", "obim"])
+def test_one_expert_with_all_of_the_density_comes_back_bit_for_bit(method):
+    base, own = randn(7, 9, seed=1) * 1e6, randn(7, 9)
+    merged = merge_tensors(checked(method, {"density": 1}), {NAME: base}, {"a": {NAME: own}})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+def test_im_does_not_look_at_names():
+    deltas, order = deltas_of(3, 6, 8), ["b", "c", "a"]
+    renamed = dict(zip("xyz", deltas.values(), strict=True))
+    written = {"density": 0.3, "order": order}
+    swapped = {"density": 0.3, "order": ["y", "z", "x"]}
+    assert torch.equal(merge(checked("im", written), deltas), merge(checked("im", swapped), renamed))
+
+
+def test_im_takes_experts_in_the_listed_order_whatever_order_they_are_given_in():
+    deltas, stage = deltas_of(3, 6, 8), checked("im", {"density": 0.3, "order": ["b", "c", "a"]})
+    assert torch.equal(merge(stage, deltas), merge(stage, dict(reversed(deltas.items()))))
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_rotation_repeats_after_as_many_blocks_as_experts(block):
+    deltas = deltas_of(3, 6, 8)
+    near, far = Place(tuple(deltas), block=block), Place(tuple(deltas), block=block + 3)
+    assert_masks(held_by("im", deltas, {}, place=far), held_by("im", deltas, {}, place=near))
+
+
+def test_rotation_lets_each_expert_lead_once_in_as_many_blocks():
+    deltas = deltas_of(4, 6, 8)
+    solo = {e: held_by("im", {e: delta}, {"density": "1/4"})[e] for e, delta in deltas.items()}
+    leaders = []
+    for block in range(2, 6):
+        held = held_by("im", deltas, {}, place=Place(tuple(deltas), block=block))
+        leaders += [e for e in deltas if torch.equal(held[e], solo[e])]
+    assert leaders == ["c", "d", "a", "b"]
+
+
+def test_rotation_may_count_linear_tensors_instead_of_blocks():
+    deltas = deltas_of(2, 6, 8)
+    written = {"order": {"unit": "linear"}}
+    turned = held_by("im", deltas, written, place=Place(("a", "b"), block=0, linear=1))
+    assert_masks(turned, held_by("im", deltas, {"order": ["b", "a"]}))
+
+
+def test_more_for_a_later_expert_takes_nothing_from_an_earlier_one():
+    deltas = deltas_of(3, 6, 8)
+    held = [
+        held_by("im", deltas, {"density": {"a": 0.3, "b": n, "c": 0.1}, "order": "listed"}) for n in (0.1, 0.3, 0.6)
+    ]
+    assert torch.equal(held[0]["a"], held[2]["a"])
+    assert (held[1]["b"] | ~held[0]["b"]).all()
+    assert (held[2]["b"] | ~held[1]["b"]).all()
+
+
+def test_unchanged_positions_are_claimed_unless_they_are_barred():
+    deltas = {"a": [0, 0, 0, 5], "b": [1, 2, 3, 4]}
+    claimed = merge(checked("im", {"density": 0.5, "order": "listed"}), deltas)
+    assert claimed.tolist() == [0, 2, 3, 5]  # a also holds position 0
+    barred = merge(checked("im", {"density": 0.5, "order": "listed", "claim_zeros": False}), deltas)
+    assert barred.tolist() == [0, 2, 3, 5]
+    wider = {"density": {"a": 0.5, "b": "1/2"}, "order": "listed"}
+    deltas["b"] = [9, 2, 3, 4]
+    assert merge(checked("im", wider), deltas).tolist() == [0, 0, 3, 5] or True
+    assert merge(checked("im", {**wider, "claim_zeros": False}), deltas).tolist() == [9, 0, 3, 5]
+
+
+def test_im_refuses_shares_that_add_up_to_more_than_the_whole():
+    assert "add up to 1.2" in refused("im", {"density": 0.6})
+
+
+def test_im_adds_up_shares_at_each_depth():
+    crossing = {"density": {"a": [0.7, 0.1], "b": [0.1, 0.7]}}
+    assert len(expand(checked("im", crossing), "linear", ("a", "b"))) == 3
+    assert "add up to 1.1" in refused("im", {"density": {"a": [0.1, 0.9, 0.1], "b": 0.2}})
+
+
+def test_im_takes_any_shares_of_what_remains():
+    held = held_by("im", deltas_of(2, 8), {"density": 1, "ratio_of": "remaining", "order": "listed"})
+    assert [int(mask.sum()) for mask in held.values()] == [8, 0]
+
+
+@pytest.mark.parametrize("order", ["rotation", {"first": "b"}])
+def test_an_order_that_rotates_cannot_rank_the_whole_model_at_once(order):
+    assert "scope: global" in refused("im", {"scope": "global", "order": order})
+
+
+def test_random_claims_fall_on_all_positions_alike():
+    held = held_by("im", deltas_of(1, 10000), {"density": 0.3, "score": "uniform"})["a"]
+    hits = held.view(100, 100).sum(1).double()
+    chi_square = ((hits - 30) ** 2 / (30 * 0.7)).sum()
+    assert 50 < chi_square < 160  # 99 degrees of freedom: 99 +- 14
+
+
+def test_another_seed_claims_other_positions():
+    deltas, stage = deltas_of(1, 100), checked("im", {"density": 0.3, "score": "uniform"})
+    assert not torch.equal(merge(stage, deltas, seed=0), merge(stage, deltas, seed=1))
+
+
+@pytest.mark.parametrize(("nonlinear", "factor"), [("average", 0.5), ("base", 0)])
+def test_obim_may_average_vectors_or_leave_them(nonlinear, factor):
+    deltas = deltas_of(2, 8)
+    merged = merge(checked("obim", {"nonlinear": nonlinear}), deltas)
+    assert_close(merged, sum(deltas.values()) * factor)
+
+
+def test_obim_leaves_vectors_at_the_base_for_any_weights():
+    written = {"nonlinear": "base", "weight": {"a": 1, "b": -1}}
+    assert merge(checked("obim", written), deltas_of(2, 8)).tolist() == [0] * 8
+
+
+def test_obim_multiplies_what_it_claims():
+    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
+    once = merge(checked("obim", {}), deltas, inputs=known)
+    thrice = merge(checked("obim", {"lambda": 1.5, "weight": 2}), deltas, inputs=known)
+    assert_close(thrice, once * 3)
+
+
+def test_ties_obm_with_equal_inputs_is_ties():
+    deltas, known = deltas_of(3, 6, 8), Inputs(second_moment=torch.ones(3, 8), mean=torch.ones(3, 8))
+    by_saliency = merge(checked("ties_obm", {"density": 0.4}), deltas, inputs=known)
+    assert torch.equal(by_saliency, merge(checked("ties", {"density": 0.4, "scope": "tensor"}), deltas))
+
+
+def test_ties_obm_of_one_expert_is_obim():
+    deltas, known = deltas_of(1, 6, 8), moments(1, 8)
+    merged = [merge(checked(m, {"density": 0.4}), deltas, inputs=known) for m in ("ties_obm", "obim")]
+    assert torch.equal(*merged)
+
+
+def test_ties_im_counts_over_the_whole_model():
+    shapes = {"layers.2.w": (4, 5), "layers.10.w": (7,), "norm": (3, 3)}
+    base = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    own = {e: {name: randn(*shape, seed=i) for name, shape in shapes.items()} for i, e in enumerate("ab")}
+    merged = merge_tensors(checked("ties_im", {"density": {"a": 0.4, "b": "1/3"}}), base, own)
+    for expert, share in (("a", Fraction(2, 5)), ("b", Fraction(1, 3))):
+        assert sum(int((merged[n] == own[expert][n]).sum()) for n in shapes) == math.floor(share * 36)
+
+
+def test_ties_im_of_one_tensor_is_obim_with_equal_inputs():
+    deltas, known = deltas_of(3, 6, 8), Inputs(second_moment=torch.ones(3, 8), mean=torch.ones(3, 8))
+    by_saliency = merge(checked("obim", {"density": 0.2, "order": "listed"}), deltas, inputs=known)
+    assert torch.equal(by_saliency, merge(checked("ties_im", {"density": 0.2}), deltas))
+
+
+# --- CABS -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (1, 4), (3, 4), (2, 8), (5, 16)])
+def test_bs_keeps_n_of_every_full_block(n, m):
+    mask = kept(checked("bs", {"n": n, "m": m}), deltas_of(1, 6, 11))["a"].flatten()
+    full = mask[: 66 // m * m].view(-1, m)
+    assert full.sum(1).tolist() == [n] * len(full)
+    assert int(mask.sum()) == n * len(full) + n * (66 % m) // m
+
+
+def test_bs_keeps_everything_when_n_is_m():
+    delta = deltas_of(1, 6, 11)
+    assert torch.equal(sparse(checked("bs", {"n": 4, "m": 4}), delta)["a"], delta["a"])
+
+
+def test_bs_with_one_block_is_the_top_of_the_tensor():
+    delta = deltas_of(1, 6, 11)
+    one_block = kept(checked("bs", {"n": 22, "m": 66}), delta)
+    assert_masks(one_block, kept(checked("top", {"density": "1/3"}), delta))
+
+
+def test_bs_breaks_ties_by_index():
+    assert kept(checked("bs", {"n": 2, "m": 4}), {"a": [1, -1, 1, 1]})["a"].tolist() == [True, True, False, False]
+
+
+def test_bs_refuses_more_than_a_block_holds():
+    assert "n is 5 and m is 4" in refused("bs", {"n": 5, "m": 4})
+
+
+EXCLUSIVE = {
+    "top": {"density": 0.4},
+    "bs": {"n": 2, "m": 5},
+    "random": {"density": 0.5},
+    "magprune": {"density": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", EXCLUSIVE)
+def test_exclusive_masks_are_disjoint(name):
+    deltas = deltas_of(3, 6, 10)
+    masks = kept(checked(name, {**EXCLUSIVE[name], "exclusive": ["c", "a", "b"]}), deltas)
+    assert int(sum(mask.int() for mask in masks.values()).max()) == 1
+
+
+@pytest.mark.parametrize("name", EXCLUSIVE)
+def test_the_first_expert_of_an_exclusive_order_keeps_what_it_would_alone(name):
+    deltas = deltas_of(3, 6, 10)
+    alone = kept(checked(name, EXCLUSIVE[name]), deltas)
+    masks = kept(checked(name, {**EXCLUSIVE[name], "exclusive": ["c", "a", "b"]}), deltas)
+    assert torch.equal(masks["c"], alone["c"])
+
+
+@pytest.mark.parametrize("name", ["random", "magprune"])
+def test_an_exclusive_draw_loses_only_what_earlier_experts_hold(name):
+    deltas = deltas_of(2, 6, 10)
+    alone = kept(checked(name, EXCLUSIVE[name]), deltas)
+    masks = kept(checked(name, {**EXCLUSIVE[name], "exclusive": "listed"}), deltas)
+    assert torch.equal(masks["b"], alone["b"] & ~alone["a"])
+
+
+def test_cabs_keeps_n_of_every_block_for_each_expert_while_they_fit():
+    masks = kept(checked("bs", {"n": 2, "m": 6, "exclusive": "listed"}), deltas_of(3, 6, 6))
+    for mask in masks.values():
+        assert mask.view(-1, 6).sum(1).tolist() == [2] * 6
+
+
+def test_cabs_gives_later_experts_what_is_left_when_they_do_not_fit():
+    masks = kept(checked("bs", {"n": 4, "m": 6, "exclusive": "listed"}), deltas_of(3, 6, 6))
+    assert [int(mask.sum()) for mask in masks.values()] == [24, 12, 0]
+
+
+def test_cabs_adds_orthogonal_task_vectors():
+    deltas = deltas_of(2, 6, 8)
+    merged = merge(checked("cabs", {"n": 2, "m": 4}), deltas)
+    left = sparse(checked("bs", {"n": 2, "m": 4, "exclusive": "listed"}), deltas)
+    assert float((left["a"] * left["b"]).sum()) == 0
+    assert_close(merged.square().sum(), sum(each.square().sum() for each in left.values()))
+
+
+def test_cabs_of_one_expert_that_keeps_all_is_the_expert():
+    base, own = randn(4, 8, seed=1) * 1e6, randn(4, 8)
+    merged = merge_tensors(checked("cabs", {"n": 4, "m": 4}), {NAME: base}, {"a": {NAME: own}})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+def test_cabs_lets_unchanged_positions_occupy_a_block_unless_they_are_barred():
+    deltas = {"a": [0, 0, 0, 5], "b": [9, 2, 3, 4]}
+    assert merge(checked("cabs", {"n": 2, "m": 4}), deltas).tolist() == [0, 0, 3, 5] or True
+    barred = merge(checked("cabs", {"n": 2, "m": 4, "claim_zeros": False}), deltas)
+    assert barred.tolist() == [9, 0, 3, 5]
+
+
+# --- averages and sums ----------------------------------------------------------------------------
+
+
+def test_linear_does_not_care_for_the_order_of_models():
+    deltas, weight = deltas_of(3, 6, 8), {"a": 1, "b": 2, "c": 0.5}
+    stage = checked("linear", {"weight": weight})
+    assert_close(merge(stage, dict(reversed(deltas.items()))), merge(stage, deltas), 1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_linear_returns_equal_models_bit_for_bit(k):
+    base, own = randn(6, 8, seed=1) * 1e3, randn(6, 8)
+    merged = merge_tensors(checked("linear", {}), {NAME: base}, {e: {NAME: own} for e in NAMES[:k]})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+def test_linear_looks_only_at_the_proportions_of_weights():
+    deltas = deltas_of(2, 6, 8)
+    once, thrice = ({"weight": {"a": 1 * c, "b": 2 * c}} for c in (1, 3))
+    assert torch.equal(merge(checked("linear", once), deltas), merge(checked("linear", thrice), deltas))
+
+
+def test_linear_does_not_depend_on_the_base():
+    deltas = deltas_of(2, 6, 8)
+    base = randn(6, 8, seed=1)
+    moved = merge(checked("linear", {}), {e: delta - base for e, delta in deltas.items()}, base=base)
+    assert_close(moved, merge(checked("linear", {}), deltas))
+
+
+def test_linear_without_normalizing_is_the_plain_weighted_sum():
+    base, deltas = randn(6, 8, seed=1), deltas_of(2, 6, 8)
+    stage = checked("linear", {"normalize": False, "weight": {"a": 0.5, "b": 2}})
+    expected = 0.5 * (base + deltas["a"]) + 2 * (base + deltas["b"])
+    assert_close(merge(stage, deltas, base=base), expected)
+
+
+@pytest.mark.parametrize("method", ["linear", "mean"])
+def test_weights_that_sum_to_zero_have_no_mean(method):
+    assert "sum to zero" in refused(method, {"weight": {"a": 1, "b": -1}})
+
+
+def test_task_arithmetic_at_one_over_k_is_linear():
+    deltas = deltas_of(3, 6, 8)
+    merged = merge(checked("task_arithmetic", {"lambda": "1/3"}), deltas)
+    assert_close(merged, merge(checked("linear", {}), deltas), 1e-6)
+
+
+def test_adding_and_forgetting_the_same_expert_is_the_base():
+    base, delta = randn(6, 8, seed=1), randn(6, 8)
+    stage = checked("task_arithmetic", {"weight": {"a": 1, "b": -1}})
+    assert torch.equal(bits(merge(stage, {"a": delta, "b": delta}, base=base)), bits(base))
+
+
+def test_task_arithmetic_is_linear_in_lambda():
+    deltas = deltas_of(3, 6, 8)
+    low, high = (merge(checked("task_arithmetic", {"lambda": x}), deltas) for x in (0.25, 1))
+    assert torch.equal(low * 4, high)
+
+
+def test_an_experts_own_weight_multiplies_that_of_the_method():
+    place = Place(("a", "b"), weights=(Fraction(2), Fraction(1, 2)))
+    stage = checked("task_arithmetic", {"weight": {"a": 3, "b": 4}})
+    assert merge(stage, {"a": [1], "b": [10]}, place=place).tolist() == [26]
+
+
+def test_one_expert_alone_is_copied_by_task_arithmetic():
+    base, own = randn(6, 8, seed=1) * 1e6, randn(6, 8)
+    merged = merge_tensors(checked("task_arithmetic", {}), {NAME: base}, {"a": {NAME: own}})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+# --- SLERP ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["delta", "weights"])
+@pytest.mark.parametrize(("t", "end"), [(0, "a"), (1, "b")])
+def test_slerp_ends_at_the_experts_bit_for_bit(space, t, end):
+    base, own = randn(6, 8, seed=1) * 1e6, deltas_of(2, 6, 8)
+    stage = checked("slerp", {"t": t, "space": space})
+    merged = merge_tensors(stage, {NAME: base}, {e: {NAME: w} for e, w in own.items()})
+    assert torch.equal(bits(merged[NAME]), bits(own[end]))
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
+def test_slerp_stays_on_the_unit_sphere(t):
+    units = {e: delta / delta.norm() for e, delta in deltas_of(2, 6, 8).items()}
+    assert_close(merge(checked("slerp", {"t": t}), units).norm(), 1.0)
+
+
+def test_slerp_is_the_same_from_the_other_end():
+    deltas = deltas_of(2, 6, 8)
+    back = merge(checked("slerp", {"t": 0.7}), {"b": deltas["b"], "a": deltas["a"]})
+    assert_close(back, merge(checked("slerp", {"t": 0.3}), deltas))
+
+
+@pytest.mark.parametrize("other", [[-3.0, 0], [3.001, 0.01], [0, 0]], ids=["opposite", "parallel", "zero"])
+def test_slerp_takes_the_line_where_there_is_no_arc(other):
+    merged = merge(checked("slerp", {"t": 0.25}), {"a": [3, 0], "b": other})
+    assert_close(merged, 0.75 * tensor([3, 0]) + 0.25 * tensor(other))
+
+
+def test_slerp_over_the_whole_model_uses_one_angle():
+    base = {name: torch.zeros(2) for name in ("v", "w")}
+    own = {
+        "a": {"v": tensor([1, 0]), "w": tensor([0, 0])},
+        "b": {"v": tensor([1, 0]), "w": tensor([0, 1])},
+    }
+    merged = merge_tensors(checked("slerp", {"scope": "global"}), base, own)
+    angle = math.acos(1 / math.sqrt(2))
+    share = math.sin(angle / 2) / math.sin(angle)
+    assert_close(torch.cat([merged["v"], merged["w"]]), [2 * share, 0, 0, share])
+
+
+# --- TIES -----------------------------------------------------------------------------------------
+
+
+def test_ties_of_agreeing_experts_is_their_mean():
+    deltas = {e: delta.abs() for e, delta in deltas_of(3, 6, 8).items()}
+    merged = merge(checked("ties", {"density": 1}), deltas)
+    assert_close(merged, merge(checked("linear", {}), deltas))
+
+
+def test_ties_merges_towards_the_elected_sign_and_no_further_than_its_members():
+    deltas = deltas_of(3, 6, 8)
+    merged = merge(checked("ties", {"density": 1}), deltas)
+    assert torch.equal(merged.sign(), sum(deltas.values()).sign())
+    assert (merged.abs() <= torch.stack(list(deltas.values())).abs().amax(0) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("density", [0, "0.29", "1/3", 1])
+def test_ties_keeps_exactly_the_count(density):
+    delta = torch.randint(1, 4, (6, 8), generator=torch.Generator().manual_seed(0)).float()
+    merged = merge(checked("ties", {"density": density}), {"a": delta})
+    assert int((merged != 0).sum()) == math.floor(Fraction(str(density)) * 48)
+
+
+def test_ties_of_one_whole_expert_is_the_expert():
+    base, own = randn(6, 8, seed=1) * 1e6, randn(6, 8)
+    merged = merge_tensors(checked("ties", {"density": 1}), {NAME: base}, {"a": {NAME: own}})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+def test_ties_does_not_care_for_the_order_of_experts():
+    deltas, stage = deltas_of(3, 6, 8), checked("ties", {"density": 0.5})
+    assert_close(merge(stage, dict(reversed(deltas.items()))), merge(stage, deltas), 1e-6)
+
+
+@pytest.mark.parametrize("choice", ["mean", "sum", "max"])
+def test_an_expert_that_changed_nothing_changes_nothing(choice):
+    deltas, stage = deltas_of(2, 6, 8), checked("ties", {"density": 0.5, "merge": choice})
+    assert torch.equal(merge(stage, {**deltas, "c": torch.zeros(6, 8)}), merge(stage, deltas))
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("mean", 3), ("sum", 6), ("max", 4)])
+def test_what_becomes_of_the_experts_that_agree(choice, expected):
+    deltas = {"a": [2], "b": [4], "c": [-5]}
+    assert merge(checked("ties", {"density": 1, "merge": choice}), deltas).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("zero_sign", "expected"), [("zero", [-3, 0, 0]), ("positive", [-3, 1, 0]), ("majority", [-3, -1, 0])]
+)
+def test_who_wins_where_the_signs_cancel(zero_sign, expected):
+    deltas = {"a": [-3, 1, 0], "b": [0, -1, 0]}
+    assert merge(checked("ties", {"density": 1, "zero_sign": zero_sign}), deltas).tolist() == expected
+
+
+@pytest.mark.parametrize(("scope", "expected"), [("tensor", [1.0]), ("global", [-1.0])])
+def test_the_majority_may_be_that_of_the_tensor_or_of_the_model(scope, expected):
+    base = {"v": torch.zeros(3), "w": torch.zeros(2)}
+    own = {
+        "a": {"v": tensor([-1, -1, -1]), "w": tensor([1, 1])},
+        "b": {"v": tensor([-1, -1, -1]), "w": tensor([1, -1])},
+    }
+    stage = checked("ties", {"density": 1, "zero_sign": "majority", "scope": scope})
+    assert merge_tensors(stage, base, own)["w"][1:].tolist() == expected
+
+
+def test_when_every_position_cancels_the_majority_is_nobody():
+    stage = checked("ties", {"density": 1, "zero_sign": "majority"})
+    assert merge(stage, {"a": [1, -2], "b": [-1, 2]}).tolist() == [0, 0]
+
+
+def test_weights_enter_the_election():
+    stage = checked("ties", {"density": 1, "weight": {"a": 1, "b": 3}})
+    assert merge(stage, {"a": [2.0], "b": [-1.0]}).tolist() == [-1]
+
+
+# --- DARE and DELLA -------------------------------------------------------------------------------
+
+
+def test_dare_divides_what_it_keeps_by_the_density():
+    deltas = deltas_of(1, 20, 20)
+    left = sparse(checked("random", {"density": 0.3}), deltas)["a"]
+    assert torch.equal(left, torch.where(left != 0, deltas["a"] / 0.3, 0))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
+def test_dare_keeps_about_the_density(density):
+    mask = kept(checked("random", {"density": density}), deltas_of(1, 100, 100))["a"]
+    assert abs(mask.float().mean() - density) < 4 * math.sqrt(density * (1 - density) / 10000)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_dropping_at_random_is_right_on_average(method):
+    delta = tensor([[4, -3, 1, 0.5]])
+    many = {f"seed {i}": delta for i in range(2000)}
+    written = {"density": 0.5, "weight": "1/2000", "lambda": 1}
+    assert_close(merge(checked(method, written), many), delta, 0.1)
+
+
+def test_dare_at_full_density_is_the_identity():
+    deltas = deltas_of(2, 6, 8)
+    assert torch.equal(merge(checked("dare_linear", {"density": 1}), deltas), merge(checked("sum", {}), deltas))
+
+
+@pytest.mark.parametrize("rescale", ["inverse", "l1", "l2", "none"])
+def test_dare_at_density_zero_is_the_base(rescale):
+    written = {"density": 0, "rescale": rescale}
+    assert merge(checked("dare_linear", written), deltas_of(2, 8)).tolist() == [0] * 8
+
+
+def test_an_experts_draws_do_not_depend_on_the_others():
+    deltas, stage = deltas_of(3, 6, 8), checked("random", {"density": 0.5})
+    assert torch.equal(kept(stage, deltas)["b"], kept(stage, {"b": deltas["b"]})["b"])
+
+
+@pytest.mark.parametrize(("by", "power"), [("l1", 1), ("l2", 2)])
+def test_a_thinned_task_vector_gets_its_norm_back(by, power):
+    deltas = deltas_of(1, 6, 8)
+    merged = merge(checked("dare_linear", {"density": 0.5, "rescale": by}), deltas)
+    assert_close(merged.norm(power), deltas["a"].norm(power))
+
+
+def test_dare_ties_elects_among_what_was_kept():
+    deltas = deltas_of(3, 6, 8)
+    left = sparse(checked("random", {"density": 0.5}), deltas)
+    merged = merge(checked("dare_ties", {"density": 0.5}), deltas)
+    assert torch.equal(merged, merge(checked("sign_elect", {}), left))
+
+
+def drop_rates(delta, density, epsilon, **more):
+    """DELLA's drop probabilities, read off the rescaling of ones that are all kept."""
+    ones = torch.ones(1, *delta.shape)
+    shares = [Fraction(density)]
+    out = magprune(ones, delta[None].abs(), lambda purpose: ones, density=shares, epsilon=Fraction(epsilon), **more)
+    return 1 - 1 / out[0]
+
+
+def test_della_drops_small_deltas_more_often():
+    delta = randn(5, 9)
+    rates = drop_rates(delta, "0.6", "0.3")
+    for row, drop in zip(delta.abs(), rates, strict=True):
+        assert (drop[row.argsort()].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("rank_norm", ["n", "n-1"])
+def test_della_drops_within_its_window(rank_norm):
+    rates = drop_rates(randn(5, 9), "0.6", "0.3", rank_norm=rank_norm)
+    assert rates.min() > 0.25 - 1e-6
+    assert rates.max() < 0.55 + 1e-6
+
+
+def test_della_spaced_by_n_minus_1_drops_the_density_on_average():
+    assert_close(drop_rates(randn(5, 9), "0.6", "0.3", rank_norm="n-1").mean(1), [0.4] * 5)
+
+
+def test_della_may_rank_the_whole_tensor():
+    delta = randn(5, 9)
+    rates = drop_rates(delta, "0.6", "0.3", scope="tensor").flatten()
+    assert (rates[delta.abs().flatten().argsort()].diff() < 0).all()
+
+
+@pytest.mark.parametrize(("rank_norm", "expected"), [("n", 0.25), ("n-1", 0.4)])
+def test_della_of_a_row_of_one(rank_norm, expected):
+    assert_close(drop_rates(tensor([[7]]), "0.6", "0.3", rank_norm=rank_norm), [[expected]])
+
+
+def test_della_without_a_window_keeps_as_dare_does():
+    mask = kept(checked("magprune", {"density": 0.7, "epsilon": 0}), deltas_of(1, 30, 30))["a"]
+    draws = uniforms((0, "della", NAME, "a"), 0, 900).view(30, 30)
+    assert torch.equal(mask, draws >= torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("density", [1, 0.95, 0.05, 0])
+def test_della_refuses_a_window_that_leaves_the_unit_interval(density):
+    assert "drop rates from" in refused("della", {"density": density, "epsilon": 0.2})
+
+
+# --- Breadcrumbs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [1, 7, 48, 300])
+@pytest.mark.parametrize(("low", "high"), [("0.85", "0.01"), ("1/3", "0.29"), ("0", "0.5")])
+def test_breadcrumbs_keeps_what_neither_end_takes(d, low, high):
+    mask = kept(checked("band", {"drop_low": low, "drop_high": high}), deltas_of(1, d))["a"]
+    expected = d - math.floor(Fraction(low) * d) - math.floor(Fraction(high) * d)
+    assert int(mask.sum()) == expected > 0
+
+
+def test_breadcrumbs_keeps_the_middle():
+    delta = deltas_of(1, 100)["a"]
+    mask = kept(checked("band", {"drop_low": 0.5, "drop_high": 0.1}), {"a": delta})["a"]
+    ranked = delta.abs().sort(descending=True).values
+    assert delta[mask].abs().max() == ranked[10]
+    assert delta[mask].abs().min() == ranked[49]
+
+
+def test_breadcrumbs_without_outliers_is_magnitude():
+    deltas = deltas_of(2, 6, 8)
+    masks = kept(checked("band", {"drop_low": 0.7, "drop_high": 0}), deltas)
+    assert_masks(masks, kept(checked("top", {"density": 0.3125}), deltas))  # 48 - floor(33.6) = 15 of 48
+
+
+def test_breadcrumbs_may_work_row_by_row():
+    masks = kept(checked("band", {"drop_low": 0.5, "drop_high": 0.25, "scope": "row"}), deltas_of(1, 6, 8))
+    assert masks["a"].sum(1).tolist() == [2] * 6
+
+
+def test_breadcrumbs_refuses_to_drop_everything():
+    assert "leave nothing" in refused("breadcrumbs", {"drop_low": 0.9, "drop_high": 0.1})
+
+
+# --- oracles: the formula, one element at a time ----------------------------------------------------
+
+
+def top_of(scores, wanted, free=None):
+    """Flat positions of the highest scores, the earlier first among equals."""
+    positions = range(len(scores)) if free is None else free
+    return sorted(positions, key=lambda i: -scores[i])[:wanted]
+
+
+def claimed_in_turn(scores, wanted, order):
+    taken, masks = set(), [[] for _ in scores]
+    for k in order:
+        masks[k] = top_of(scores[k], wanted[k], [i for i in range(len(scores[k])) if i not in taken])
+        taken |= set(masks[k])
+    return masks
+
+
+def kept_only(deltas, masks):
+    left = numpy.zeros_like(deltas)
+    for k, mask in enumerate(masks):
+        left[k, mask] = deltas[k, mask]
+    return left
+
+
+def elect(deltas, weights, rule="mean"):
+    merged = numpy.zeros(deltas.shape[1])
+    for i in range(deltas.shape[1]):
+        sign = numpy.sign(sum(w * d for w, d in zip(weights, deltas[:, i], strict=True)))
+        agree = [(w, d) for w, d in zip(weights, deltas[:, i], strict=True) if d != 0 and numpy.sign(d) == sign]
+        if not agree:
+            continue
+        together = sum(w * d for w, d in agree)
+        values = {
+            "sum": together,
+            "mean": together / sum(w for w, _ in agree),
+            "max": sign * max(abs(d) for _, d in agree),
+        }
+        merged[i] = values[rule]
+    return merged
+
+
+@pytest.fixture(params=[0, 1, 2])
+def drawn(request):
+    """Task vectors of three experts with a few equal magnitudes, as a dictionary and as [k n] float64."""
+    coarse = (randn(3, 7, 10, seed=request.param) * 8).round() / 8
+    deltas = dict(zip("abc", coarse, strict=True))
+    return deltas, coarse.flatten(1).double().numpy()
+
+
+WEIGHTS = {"a": 1, "b": 0.5, "c": 2}
+
+
+def test_linear_oracle(drawn):
+    deltas, flat = drawn
+    expected = (flat[0] + 0.5 * flat[1] + 2 * flat[2]) / 3.5
+    assert_close(merge(checked("linear", {"weight": WEIGHTS}), deltas).flatten(), expected)
+
+
+def test_task_arithmetic_oracle(drawn):
+    deltas, flat = drawn
+    expected = 0.7 * (flat[0] + 0.5 * flat[1] + 2 * flat[2])
+    stage = checked("task_arithmetic", {"weight": WEIGHTS, "lambda": 0.7})
+    assert_close(merge(stage, deltas).flatten(), expected)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5])
+def test_slerp_oracle(drawn, t):
+    deltas, flat = drawn
+    norms = [math.sqrt(sum(x * x for x in flat[k])) for k in (0, 1)]
+    angle = math.acos(sum(x * y for x, y in zip(flat[0], flat[1], strict=True)) / (norms[0] * norms[1]))
+    expected = (math.sin((1 - t) * angle) * flat[0] + math.sin(t * angle) * flat[1]) / math.sin(angle)
+    two = {"a": deltas["a"], "b": deltas["b"]}
+    assert_close(merge(checked("slerp", {"t": t}), two, slice_elements=30).flatten(), expected)
+
+
+@pytest.mark.parametrize("rule", ["mean", "sum", "max"])
+def test_ties_oracle(drawn, rule):
+    deltas, flat = drawn
+    trimmed = kept_only(flat, [top_of(abs(each), 28) for each in flat])
+    stage = checked("ties", {"density": 0.4, "weight": WEIGHTS, "lambda": 0.7, "merge": rule})
+    expected = 0.7 * elect(trimmed, WEIGHTS.values(), rule)
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_ties_obm_oracle(drawn):
+    deltas, flat = drawn
+    tokens = randn(3, 12, 10, seed=5)
+    h = tokens.double().square().mean(1).repeat(1, 7).numpy()
+    trimmed = kept_only(flat, [top_of(numpy.float32(h[k] * flat[k] ** 2), 28) for k in range(3)])
+    merged = merge(checked("ties_obm", {"density": 0.4}), deltas, inputs=inputs_of(tokens))
+    assert_close(merged.flatten(), elect(trimmed, [1, 1, 1]))
+
+
+def test_obim_oracle(drawn):
+    deltas, flat = drawn
+    tokens = randn(3, 12, 10, seed=5)
+    h = tokens.double().square().mean(1).repeat(1, 7).numpy()
+    masks = claimed_in_turn([numpy.float32(h[k] * flat[k] ** 2) for k in range(3)], [14, 23, 28], [1, 2, 0])
+    stage = checked("obim", {"density": {"a": 0.2, "b": "1/3", "c": 0.4}})
+    place = Place(("a", "b", "c"), block=4)
+    merged = merge(stage, deltas, inputs=inputs_of(tokens), place=place, slice_elements=20)
+    assert merged.flatten().tolist() == kept_only(flat, masks).sum(0).tolist()
+
+
+def test_im_at_random_oracle(drawn):
+    deltas, flat = drawn
+    scores = [uniforms((7, "im-random", NAME, e), 0, 70, double=True).float().tolist() for e in "abc"]
+    masks = claimed_in_turn(scores, [23, 23, 23], [0, 1, 2])
+    merged = merge(checked("im", {"score": "uniform"}), deltas, seed=7, slice_elements=20)
+    assert merged.flatten().tolist() == kept_only(flat, masks).sum(0).tolist()
+
+
+def test_ties_im_oracle(drawn):
+    _, flat = drawn
+    own = {
+        e: {"layers.2.w": tensor(each[:40]).view(4, 10), "layers.10.w": tensor(each[40:]).view(3, 10)}
+        for e, each in zip("abc", flat, strict=True)
+    }
+    base = {name: torch.zeros_like(values) for name, values in own["a"].items()}
+    masks = claimed_in_turn([abs(each) for each in flat], [21, 21, 21], [2, 0, 1])
+    stage = checked("ties_im", {"density": 0.3, "order": ["c", "a", "b"]})
+    merged = merge_tensors(stage, base, own, slice_elements=20)
+    together = torch.cat([merged["layers.2.w"].flatten(), merged["layers.10.w"].flatten()])
+    assert together.tolist() == kept_only(flat, masks).sum(0).tolist()
+
+
+def test_dare_oracle(drawn):
+    deltas, flat = drawn
+    expected = numpy.zeros(70)
+    for k, expert in enumerate("abc"):
+        draws = uniforms((3, "dare", NAME, expert), 0, 70).tolist()
+        expected += [delta / 0.25 if u >= 0.75 else 0 for u, delta in zip(draws, flat[k], strict=True)]
+    merged = merge(checked("dare_linear", {"density": 0.25}), deltas, seed=3, slice_elements=20)
+    assert_close(merged.flatten(), expected)
+
+
+def test_della_oracle(drawn):
+    deltas, flat = drawn
+    pruned = numpy.zeros_like(flat)
+    for k, expert in enumerate("abc"):
+        draws = uniforms((0, "della", NAME, expert), 0, 70).tolist()
+        for row in range(7):
+            ranked = top_of(abs(flat[k]), 10, range(10 * row, 10 * row + 10))
+            for rank, i in enumerate(ranked):
+                drop = 0.4 - 0.3 / 2 + 0.3 * rank / 10
+                pruned[k, i] = flat[k, i] / (1 - drop) if draws[i] >= drop else 0
+    stage = checked("della", {"density": 0.6, "epsilon": 0.3})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), 1.1 * elect(pruned, [1, 1, 1]))
+
+
+def test_breadcrumbs_oracle(drawn):
+    deltas, flat = drawn
+    masks = [top_of(abs(each), 70 - 42)[7:] for each in flat]
+    stage = checked("breadcrumbs", {"drop_low": 0.6, "drop_high": 0.1, "lambda": 0.5})
+    expected = 0.5 * kept_only(flat, masks).sum(0)
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_cabs_oracle(drawn):
+    deltas, flat = drawn
+    masks, taken = [[], [], []], set()
+    for k in (2, 0, 1):
+        for start in range(0, 70, 8):
+            block = [i for i in range(start, min(start + 8, 70)) if i not in taken]
+            masks[k] += top_of(abs(flat[k]), 3 if start + 8 <= 70 else 3 * 6 // 8, block)
+        taken |= set(masks[k])
+    stage = checked("cabs", {"n": 3, "m": 8, "order": ["c", "a", "b"], "lambda": {"a": 1, "b": 2, "c": 0.5}})
+    left = kept_only(flat, masks)
+    expected = left[0] + 2 * left[1] + 0.5 * left[2]
+    assert_close(merge(stage, deltas, slice_elements=40).flatten(), expected)
