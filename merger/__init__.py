@@ -4,7 +4,7 @@
 
     recipe = merger.Recipe.load("recipe.yaml")
     print(merger.plan(recipe).bytes_written)
-    result = merger.merge(recipe, progress=lambda done, total: print(done / total))
+    result = merger.merge(recipe, progress=lambda what, done, total: print(what, done / total))
 
 Everything the commands do is one of these calls; they raise `MergerError` for what a user can mend.
 """
@@ -14,14 +14,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from merger._version import VERSION
+
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
     from merger.recipe import Recipe
-    from merger.run import Result, merge
+    from merger.run import Result, calibrate, merge
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "CheckpointError": "errors",
@@ -32,6 +34,7 @@ _HOMES = {
     "ResourceError": "errors",
     "Result": "run",
     "VerifyError": "errors",
+    "calibrate": "run",
     "merge": "run",
     "merge_tensors": "pipeline",
     "plan": "planning",
@@ -45,6 +48,7 @@ __all__ = [
     "ResourceError",
     "Result",
     "VerifyError",
+    "calibrate",
     "merge",
     "merge_tensors",
     "plan",

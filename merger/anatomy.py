@@ -14,9 +14,7 @@ _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed|embed_tokens|embed_positions|embed_in|tok_embeddings|wte|wpe|shared|embedding|"
     r"\w*_embeddings?|relative_attention_bias)\.weight$"
 )
-_HEAD = re.compile(
-    r"(?:^|\.)(?:lm_head|embed_out|output|score|classifier|qa_outputs|decoder)\.(?:weight|bias)$"
-)
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|score|classifier|qa_outputs|decoder)\.(?:weight|bias)$")
 _BLOCK = re.compile(r"^(?P<list>.*?(?:^|\.)[a-z_]+)\.(?P<number>\d+)\.")
 
 
@@ -86,9 +84,7 @@ def _leaf(name: str) -> str:
 def study(tensors: Mapping[str, Info], config: Mapping[str, Any]) -> Anatomy:
     """Looks at a checkpoint as a whole."""
     embedding = _input_embedding(tensors, config)
-    head = next(
-        (n for n in tensors if n.endswith("weight") and _HEAD.search(n) and block_of(n) is None), None
-    )
+    head = next((n for n in tensors if n.endswith("weight") and _HEAD.search(n) and block_of(n) is None), None)
     blocks: dict[str, int] = {}
     for name in tensors:
         if found := _BLOCK.match(name):
@@ -116,7 +112,7 @@ def _is_tied(head: str | None, config: Mapping[str, Any]) -> bool:
     if head is not None:
         return said is True
     has_head = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
-    return said is not False and any(has_head.search(str(a)) for a in config.get("architectures") or ())
+    return said is not False and has_head.search(str(config.get("architectures"))) is not None
 
 
 def _conv1d(tensors: Mapping[str, Info]) -> frozenset[str]:
@@ -127,11 +123,6 @@ def _conv1d(tensors: Mapping[str, Info]) -> frozenset[str]:
     shown: dict[str, bool] = {}
     for name, info in tensors.items():
         bias = tensors.get(name.removesuffix("weight") + "bias")
-        if (
-            name.endswith("weight")
-            and bias is not None
-            and len(info.shape) == 2
-            and info.shape[0] != info.shape[1]
-        ):
+        if name.endswith("weight") and bias is not None and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
             shown[_leaf(name)] = shown.get(_leaf(name), True) and bias.shape == info.shape[1:]
     return frozenset(leaf for leaf, transposed in shown.items() if transposed)

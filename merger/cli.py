@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merger.errors import INTERRUPTED, MergerError
+from merger.errors import INTERRUPTED, MergerError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,9 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
-]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str],
     typer.Option(
@@ -42,8 +40,9 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="The most host memory to use, as in 2GB.", show_default=False),
 ]
-Offline = Annotated[
-    bool, typer.Option("--offline", help="Use only what the Hub cache has; open no connection.")
+Offline = Annotated[bool, typer.Option("--offline", help="Use only what the Hub cache has; open no connection.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let calibration run model code that a checkpoint brings along.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no remarks.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -57,6 +56,7 @@ def run(
     max_memory: MaxMemory = None,
     offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -71,6 +71,7 @@ def run(
             max_memory=_size(max_memory),
             offline=offline,
             force=force,
+            trust_remote_code=trust_remote_code,
             progress=progress,
             notice=notice,
         )
@@ -107,10 +108,44 @@ def plan(
 
 
 @app.command()
-def methods(
-    name: Annotated[
-        str | None, typer.Argument(help="One method, stage or score.", show_default=False)
+def calibrate(
+    recipe: RecipePath,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Copy the statistics there, one file an expert.")
     ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    offline: Offline = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the calibration of a recipe alone, and say where each expert's statistics are."""
+    from merger.run import calibrate as make_statistics
+
+    with _progress_bar(quiet) as (progress, notice):
+        paths = make_statistics(
+            _load(recipe, overrides),
+            to=to,
+            device=device,
+            max_memory=_size(max_memory),
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            notice=notice,
+        )
+    if as_json:
+        print(json.dumps({name: str(path) for name, path in paths.items()}))
+    else:
+        print("calibration:\n  stats:")
+        for name, path in paths.items():
+            print(f"    {name}: {path}")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, stage or score.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods, stages and scores, or show one: what it expands to, its parameters, its paper."""
@@ -120,6 +155,27 @@ def methods(
         print(json.dumps(report.methods_json(name)))
     else:
         report.print_methods(name, _console())
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the demo is written.")] = Path("demo"),
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge three tiny fine-tunes that come with merger, and show what each model can do."""
+    from merger import demo as demonstration
+
+    console = _console(stderr=True)
+    tell = (lambda line: None) if quiet else (lambda line: console.print(line, markup=False))
+    scores = demonstration.demo(folder, force=force, device=device, tell=tell)
+    if as_json:
+        print(json.dumps([{"model": s.model, "kind": s.kind, "accuracy": dict(s.accuracy)} for s in scores]))
+        return
+    demonstration.print_scores(scores, _console())
+    print(f"The models, the data and a recipe are in {folder}: try  merger plan {folder / 'recipe.yaml'}")
 
 
 @app.command()
@@ -141,11 +197,9 @@ def _size(text: str | None) -> int | None:
         return None
     from merger.recipe import byte_size
 
-    size = byte_size(int(text) if text.isdigit() else text)
+    size = byte_size(text)
     if not isinstance(size, int) or size < 1:
-        raise typer.BadParameter(
-            f"{text!r} is no size; write 800MB, 2GB or 1.5GiB", param_hint="--max-memory"
-        )
+        raise RecipeError(f"--max-memory {text}: expected a size such as 800MB, 2GB or 1.5GiB")
     return size
 
 
@@ -174,31 +228,40 @@ def _progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
         return
 
     def notice(message: str) -> None:
-        console.print(f"note: {message}", markup=False)
+        console.print(f"note: {message}", markup=False, soft_wrap=True)
 
     if not console.is_terminal:
         yield None, notice
         return
     from rich.progress import (
         BarColumn,
-        DownloadColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
-        TransferSpeedColumn,
     )
 
     columns = (
-        TextColumn("merging"),
+        TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
+    tasks: dict[str, Any] = {}
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("merging", total=None)
-        yield (lambda done, total: bar.update(task, completed=done, total=total)), notice
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, amount="")
+            speed = next(task.speed for task in bar.tasks if task.id == tasks[what]) or 0
+            amount = f"{_bytes(done)} of {_bytes(total)}, {_bytes(int(speed))}/s" if what == "merging" else ""
+            bar.update(tasks[what], completed=done, total=total, amount=amount)
+
+        yield tell, notice
 
 
 def _interrupted(signum: int, frame: object) -> None:

@@ -110,9 +110,7 @@ def loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: S
         return float(model(**encode(tokenizer, examples)).loss)
 
 
-def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> float:
+def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
     """The share of prompts that greedy decoding answers exactly right."""
     prompts = [prompt for prompt, _ in examples]
     answers = [answer for _, answer in examples]

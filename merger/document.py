@@ -30,10 +30,13 @@ class Document:
 
     def fault(self, path: KeyPath, message: str) -> str:
         """``file:line: key.path: message``, with the line of the nearest key that is in the file."""
-        known = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in self.lines), ())
-        line = f":{self.lines[known]}" if known in self.lines else ""
-        key = ".".join(map(str, path))
-        return f"{self.label}{line}: {key}: {message}" if key else f"{self.label}{line}: {message}"
+        line, key = self.line(path), ".".join(map(str, path))
+        where = f"{self.label}:{line}" if line else self.label
+        return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+
+    def line(self, path: KeyPath) -> int:
+        """The line of a key, or of the nearest key around it that is in the file; 0 where none is."""
+        return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 0)
 
     def changed(self, path: KeyPath, value: Any) -> Document:
         """The same document with one key set, as `--set` does; missing maps on the way are made."""
@@ -67,41 +70,44 @@ def read(path: Path) -> Document:
 
 def parse(text: str, label: str, folder: Path) -> Document:
     """Parses YAML text; ``label`` names it in messages."""
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        lines: dict[KeyPath, int] = {}
-        _walk(node, (), lines, label, [0])
-        value = loader.construct_document(node) if node is not None else {}
+        value, lines = _construct(text, label)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(
-            f"{label}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}"
-        ) from None
+        raise RecipeError(f"{label}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise RecipeError(f"{label}: nested more than {MAX_DEPTH} levels deep") from None
-    finally:
-        loader.dispose()
+    value = {} if value is None else value
     if not isinstance(value, dict):
-        raise RecipeError(
-            f"{label}: expected keys and values (base:, experts:, ...), not {type(value).__name__}"
-        )
+        raise RecipeError(f"{label}: expected keys and values (base:, experts:, ...), not {type(value).__name__}")
     return Document(label, folder, value, lines)
 
 
 def value_of(text: str) -> Any:
-    """One YAML value written on the command line."""
+    """One YAML value written on the command line; what is no YAML, such as a regular expression, is text."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return _construct(text, "--set")[0]
+    except (yaml.YAMLError, ValueError):
         return text
 
 
-def _walk(
-    node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], label: str, seen: list[int]
-) -> None:
+def _construct(text: str, label: str) -> tuple[Any, dict[KeyPath, int]]:
+    """The value of one YAML document and the line of each of its keys."""
+    lines: dict[KeyPath, int] = {}
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _walk(node, (), lines, label, [0])
+        return (None if node is None else loader.construct_document(node)), lines
+    except RecursionError:
+        raise RecipeError(f"{label}: nested more than {MAX_DEPTH} levels deep") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _walk(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], label: str, seen: list[int]) -> None:
     """Notes each key's line, and counts what the anchors expand to."""
     seen[0] += 1
     if seen[0] > MAX_NODES:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merger._lazy import torch
-from merger.errors import ResourceError
+from merger.checkpoint.writer import check_output
+from merger.errors import RecipeError, ResourceError
 from merger.pipeline import step_rows
 from merger.planning import Part, Plan, TensorPlan
 
@@ -74,9 +75,7 @@ def _keep_freed_memory() -> None:
 
 def memory_needed(plan: Plan, workers: int) -> int:
     """Bytes of host memory that the merge takes at least, with so many slices at once."""
-    largest = max(
-        (_slice_elements(tensor, part) for tensor in plan.tensors for part in tensor.parts), default=0
-    )
+    largest = max((_slice_elements(tensor, part) for tensor in plan.tensors for part in tensor.parts), default=0)
     return INTERPRETER + workers * largest * bytes_per_element(len(plan.models) - 1)
 
 
@@ -99,15 +98,20 @@ def slice_rows(tensor: TensorPlan, part: Part) -> int:
 def _device(wanted: str) -> str:
     kind, _, number = wanted.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
-        raise ResourceError(f"--device {wanted}: expected auto, cpu, cuda or cuda:0")
+        raise RecipeError(f"--device {wanted}: expected auto, cpu, cuda or cuda:0")
     if kind == "cpu":
         return "cpu"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) >= count:
-        raise ResourceError(
-            f"--device {wanted}: this machine has {count or 'no'} CUDA devices that torch can use"
-        )
+        raise ResourceError(f"--device {wanted}: this machine has {count or 'no'} CUDA devices that torch can use")
     return wanted if kind == "cuda" else ("cuda" if count else "cpu")
+
+
+def check_place(plan: Plan, output: Path, *, force: bool) -> None:
+    """RecipeError if the output would take the place of anything that the merge or a person needs."""
+    models = plan.models.values()
+    inputs = [each.directory for model in models for each in (model, model.adapter) if each is not None]
+    check_output(output, inputs, beside=plan.recipe.surroundings(), force=force)
 
 
 def check_disk(plan: Plan, output: Path) -> None:
@@ -151,8 +155,9 @@ class Forecast:
 
 def preview(plan: Plan, output: Path, max_memory: int | None) -> Forecast:
     """What a merge would take, with the same refusals as the merge itself; nothing is done."""
-    machine = Machine.of("cpu", max_memory, plan)
+    check_place(plan, output, force=True)  # an occupied output is a matter of a flag
     check_disk(plan, output)
+    machine = Machine.of("cpu", max_memory, plan)
     ranked = any(stage.values.get("scope") == "global" for tensor in plan.tensors for stage in tensor.stages)
     memory = memory_needed(plan, machine.workers) + machine.in_flight * machine.hold
     return Forecast(memory, _free(output), ranked)

@@ -135,7 +135,8 @@ def flow(stages: Sequence[Bound], part: Slice, subject: Subject) -> Flow[Tensor]
 def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
     needed = [known[name] for name in supplied(stage.entry.function)]
     result = stage.entry.function(*needed, **stage.values)
-    return (yield from result) if inspect.isgenerator(result) else result
+    merged: Tensor = (yield from result) if inspect.isgenerator(result) else result
+    return merged
 
 
 def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
@@ -146,16 +147,23 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
         "base": part.base,
         "originals": part.deltas,
         "uniform": partial(_draw, part, subject),
-        "second_moment": _by_column(inputs.second_moment),
-        "mean_input": _by_column(inputs.mean),
+        "second_moment": _by_feature(inputs.second_moment, subject, rows),
+        "mean_input": _by_feature(inputs.mean, subject, rows),
         "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
         "kind": subject.kind,
         "experts": subject.place.experts,
     }
 
 
-def _by_column(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.unsqueeze(1)
+def _by_feature(values: Tensor | None, subject: Subject, rows: slice) -> Tensor | None:
+    """A value per in-feature as [k 1 c]; [k r 1] where the tensor is stored, and seen, as [in, out]."""
+    if values is None:
+        return None
+    never_reached = (values == 0).all(1, keepdim=True)  # a packed expert that no token was routed to
+    values = values.masked_fill(never_reached, 1)
+    if subject.kind == "conv1d" and not subject.transposed:
+        return values[:, rows].unsqueeze(-1)
+    return values.unsqueeze(1)
 
 
 def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) -> Tensor:
@@ -315,9 +323,9 @@ def merge_tensors(
         own = torch.stack([_matrix(tensors[name]) for tensors in experts.values()])
         kind = (kinds or {}).get(name, "linear" if base[name].dim() > 1 else "vector")
         place = (places or {}).get(name, Place(tuple(experts)))
-        subject = Subject(
-            name, kind, place, *whole.shape, seed=seed, inputs=(inputs or {}).get(name, Inputs())
-        )
+        height, width = whole.shape
+        known_inputs = (inputs or {}).get(name, Inputs())
+        subject = Subject(name, kind, place, height, width, seed=seed, inputs=known_inputs)
         given = [chosen] if isinstance(chosen, partial) else chosen
         stages = [bind(s, place) for stage in given for s in expand(stage, kind, place.experts)]
         rows = (
@@ -347,7 +355,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def restored(
-    base: Tensor, experts: Sequence[Tensor], base32: Tensor, deltas: Tensor, delta: Tensor, dtype: torch.dtype
+    base: Tensor, experts: Iterable[Tensor], base32: Tensor, deltas: Tensor, delta: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """base + delta in ``dtype``, but the stored value itself where delta is zero or exactly one expert's.
 

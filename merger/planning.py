@@ -139,6 +139,7 @@ def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[st
             folder=recipe.folder,
             offline=offline,
             headers_only=headers_only,
+            base=models.get("base"),
         )
     return models
 
@@ -196,9 +197,7 @@ class _Planner:
             if rule is not None and rule.use in holders:
                 yield name
             elif rule is not None and rule.use == "base":
-                self._drop(
-                    name, holders, f"rule {self.recipe.rules.index(rule) + 1} keeps the base, which has none"
-                )
+                self._drop(name, holders, f"rule {self.recipe.rules.index(rule) + 1} keeps the base, which has none")
             elif untied and self.anatomy.tied and any(not self.anatomies[label].tied for label in untied):
                 yield name
             elif untied and all(self.anatomies[label].tied for label in untied):
@@ -256,9 +255,7 @@ class _Planner:
         group = 0 if rule is None else self.recipe.rules.index(rule) + 1
         place = self._place(name, linear)
         stages = self._stages(rule, kind, place)
-        dtype = (
-            SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
-        )
+        dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
         rows = any(stage.takes != "slice" for stage in stages)
         return TensorPlan(
             name=name,
@@ -295,14 +292,10 @@ class _Planner:
             return None
         info = self.models[source].tensors[read]
         dtype = (
-            SAFETENSORS_NAMES[self.recipe.output.dtype]
-            if self.recipe.output.dtype and info.is_float
-            else info.dtype
+            SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype and info.is_float else info.dtype
         )
         # an expert's buffer is read only to tell whether it differs
-        needed = {
-            label: each for label, each in reads.items() if label == source or (kind == "buffer" and each)
-        }
+        needed = {label: each for label, each in reads.items() if label == source or (kind == "buffer" and each)}
         return TensorPlan(
             name=name,
             info=Info(dtype, info.shape),
@@ -335,9 +328,7 @@ class _Planner:
         base = shapes["base"]
         whole = [label for label, info in infos.items() if not info.is_float]
         if whole:
-            self.faults.append(
-                f"{whole[0]}: {name} holds {infos[whole[0]].dtype}, but {infos['base'].dtype} in base"
-            )
+            self.faults.append(f"{whole[0]}: {name} holds {infos[whole[0]].dtype}, but {infos['base'].dtype} in base")
             return None
         if len(set(shapes.values())) == 1:
             return base, base, ()
@@ -355,8 +346,7 @@ class _Planner:
             return (common, *base[1:]), (common, *base[1:]), ()
         extra = tuple(_extra_rows(common, {label: shape[0] for label, shape in shapes.items()}))
         self.notes += [
-            f"{name}: rows {each.start} to {each.stop - 1} are those of {' and '.join(each.models)}"
-            for each in extra
+            f"{name}: rows {each.start} to {each.stop - 1} are those of {' and '.join(each.models)}" for each in extra
         ]
         return (extra[-1].stop, *base[1:]), (common, *base[1:]), extra
 
@@ -418,9 +408,7 @@ def _extra_rows(common: int, rows: Mapping[str, int]) -> Iterator[ExtraRows]:
 
 
 def _shortened(faults: list[str], most: int = 20) -> list[str]:
-    return (
-        faults if len(faults) <= most else [*faults[:most], f"... and {len(faults) - most} more like these"]
-    )
+    return faults if len(faults) <= most else [*faults[:most], f"... and {len(faults) - most} more like these"]
 
 
 # --- what differs between the models --------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,25 +24,37 @@ from pydantic import (
 import merger.methods  # noqa: F401 registers every method
 from merger.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.errors import RecipeError, nearest
-from merger.methods._parameters import Number, Place
-from merger.methods._registry import ENTRIES, SCORES, Stage, checked, parameter_names, schema, written
+from merger.methods._parameters import Number, Pinned, Place, resolve
+from merger.methods._registry import ENTRIES, SCORES, Stage, checked, parameter_names, parameters, schema, written
 from merger.pipeline import bind, expand
 
 Kind = Literal["linear", "conv1d", "head", "tied", "embedding", "vector", "expert3d", "other", "buffer"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-_SIZE = re.compile(r"^\s*([0-9.]+)\s*([kKmMgGtT]?)(i?)[bB]?\s*$")
+_SIZE = re.compile(r"^\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kKmMgGtT]?)(i?)[bB]?\s*$")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _location(text: str) -> str:
+    parts = [len(os.fsencode(part)) for part in text.split("/")]
+    if max(parts) > 255 or sum(parts) > 2000 or re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"is {text[:80]!r}, which no folder can be named")
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise ValueError(f"there is no home folder {text.partition('/')[0]}")
+    return text
+
+
+Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
+
+
 class Source(_Strict):
     """A checkpoint: a folder, or a Hub repository with an optional @revision, and an adapter on top of it."""
 
-    model: str = Field(min_length=1)
-    adapter: str | None = Field(None, min_length=1)
+    model: Location
+    adapter: Location | None = None
 
 
 class Expert(Source):
@@ -54,8 +68,8 @@ def _source(value: Any) -> Any:
 
 
 def byte_size(value: Any) -> Any:
-    """5GB, 500 MiB or a plain number of bytes, as a number of bytes."""
-    if isinstance(value, str) and (found := _SIZE.match(value)) and found[1].count(".") < 2:
+    """5GB, 500 MiB or a plain number of bytes, as a number of bytes; anything else as it is."""
+    if isinstance(value, str) and (found := _SIZE.match(value)):
         step = 1024 if found[3] else 1000
         return int(Fraction(found[1]) * step ** (" kmgt".index(found[2].lower() or " ")))
     return value
@@ -64,7 +78,7 @@ def byte_size(value: Any) -> Any:
 class Output(_Strict):
     """Where the merged checkpoint goes, and in what form."""
 
-    path: str = Field(min_length=1)
+    path: Location
     dtype: DType | None = None  # None: that of each base tensor
     shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = (
         5_000_000_000
@@ -75,8 +89,8 @@ class Output(_Strict):
 class Calibration(_Strict):
     """The text that goes through the experts, or the statistics that came out of it earlier."""
 
-    data: str | dict[str, str] | None = None
-    stats: dict[str, str] = Field(default_factory=dict)
+    data: Location | dict[str, Location] | None = None
+    stats: dict[str, Location] = Field(default_factory=dict)
     samples: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] = 100
     max_tokens: int = Field(2048, ge=1)
     weighting: Literal["token", "sample"] = "token"
@@ -170,14 +184,28 @@ class Recipe(_Choice):
             return _build(parse(text, "recipe", Path(folder).resolve()), ())
         return _build(Document("recipe", Path(folder).resolve(), dict(text)), ())
 
+    def folders(self) -> list[Path]:
+        """The models' and adapters' folders, as far as they are on this machine."""
+        sources = [self.base, *self.experts.values()]
+        return self._here(name for source in sources for name in (source.model, source.adapter))
+
+    def surroundings(self) -> list[Path]:
+        """What an output may lie beside but never replace: the recipe's folder, calibration data, statistics."""
+        given = self.calibration
+        if given is None:
+            return [self._folder]
+        data = given.data.values() if isinstance(given.data, dict) else [given.data]
+        return [self._folder, *self._here([*data, *given.stats.values()])]
+
+    def _here(self, names: Iterable[str | None]) -> list[Path]:
+        paths = [self._folder / os.path.expanduser(name) for name in names if name is not None]
+        return [path for path in paths if path.exists()]
+
     def spelled_out(self) -> dict[str, Any]:
         """The recipe with every default written down, as the manifest keeps it."""
         plain = self.model_dump(mode="json", by_alias=True, exclude={"method", "parameters", "pipeline", "rules"})
-        return {
-            **plain,
-            "pipeline": [written(stage) for stage in self.stages],
-            "rules": [_spelled_rule(rule) for rule in self.rules],
-        }
+        first = {key: plain.pop(key) for key in ("base", "experts")}
+        return {**first, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **plain}
 
     def choices(self) -> Iterator[_Choice]:
         """The recipe's own choice, then each rule's."""
@@ -187,7 +215,14 @@ class Recipe(_Choice):
 
 def _spelled_rule(rule: Rule) -> dict[str, Any]:
     plain = rule.model_dump(mode="json", include={"tensors", "kinds", "use"}, exclude_none=True)
-    return plain if rule.use else {**plain, "pipeline": [written(stage) for stage in rule.stages]}
+    return plain if rule.use else {**plain, **_spelled_choice(rule)}
+
+
+def _spelled_choice(choice: _Choice) -> dict[str, Any]:
+    if choice.pipeline is not None:
+        return {"pipeline": [written(stage) for stage in choice.stages]}
+    ((name, given),) = written(choice.stages[0]).items()
+    return {"method": name, "parameters": given}
 
 
 # --- building: every fault at once ----------------------------------------------------------------
@@ -211,34 +246,34 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     try:
         recipe = Recipe(**document.value)
     except ValidationError as error:
-        faults += _said(error, document.value, Recipe)
+        faults += _said(error, _fields)
     except TypeError:
-        faults.append(((), "keys must be text"))
+        faults += [((str(key),), "is no text; quote it") for key in document.value if not isinstance(key, str)]
     raw = document.value
     experts = raw["experts"] if isinstance(raw.get("experts"), dict) else {}
-    names = tuple(str(name) for name in experts)
+    weights = {str(name): recipe.experts[name].weight if recipe else Fraction(1) for name in experts}
     rules = raw["rules"] if isinstance(raw.get("rules"), list) else []
     places: list[tuple[KeyPath, Any]] = [((), raw), *((("rules", i), rule) for i, rule in enumerate(rules))]
-    chosen = [_stages(node, path, names, faults) for path, node in places if isinstance(node, Mapping)]
+    chosen = [_stages(node, path, weights, faults) for path, node in places if isinstance(node, Mapping)]
     if recipe is not None:
         for choice, stages in zip(recipe.choices(), chosen, strict=True):
             choice._stages = tuple(stages)
         faults += _conflicts(recipe)
         recipe._folder, recipe._overrides = document.folder, tuple(overrides)
     if faults or recipe is None:
-        placed = sorted(dict.fromkeys(faults), key=lambda f: document.lines.get(f[0], 0))
+        placed = sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
         raise RecipeError([document.fault(path, message) for path, message in placed])
     return recipe
 
 
 def _stages(
-    node: Mapping[str, Any], path: KeyPath, experts: tuple[str, ...], faults: list[tuple[KeyPath, str]]
+    node: Mapping[str, Any], path: KeyPath, experts: Mapping[str, Number], faults: list[tuple[KeyPath, str]]
 ) -> list[Stage]:
-    """The stages of one choice; what is wrong with it goes to ``faults``."""
+    """The stages of one choice for experts of these weights; what is wrong with it goes to ``faults``."""
     asked = [key for key in ("method", "pipeline", "use") if node.get(key) is not None]
     if len(asked) != 1:
         expected = "one of method, pipeline, use" if path else "a method or a pipeline"
-        faults.append((path, f"expected {expected}, found {' and '.join(asked) or 'none'}"))
+        faults.append(((*path, *asked[-1:]), f"expected {expected}, found {' and '.join(asked) or 'none'}"))
         return []
     if asked == ["use"]:
         if node["use"] not in ("base", *experts):
@@ -247,21 +282,31 @@ def _stages(
         return []
     before = len(faults)
     stages = []
-    for where, name, parameters in _named(node, path, faults):
+    for where, name, given in _named(node, path, faults):
         table = {**ENTRIES, **SCORES} if asked == ["method"] else _only_stages()
         if name not in table:
             here = (*path, "method") if asked == ["method"] else where
             faults.append((here, _no_such(name, table, asked[0])))
             continue
         try:
-            stages.append(checked(name, parameters))
+            stages.append(checked(name, given))
         except ValidationError as error:
-            faults += [
-                ((*where, *inner), message) for inner, message in _said(error, parameters, parameter_names(name))
-            ]
-    if len(faults) == before:
+            faults += [((*where, *inner), message) for inner, message in _said(error, partial(_keys, name, given))]
+            continue
+        faults += [((*where, key), message) for key, message in _unsuited(stages[-1], experts)]
+    if len(faults) == before and experts and (stages or isinstance(node.get("pipeline"), list)):
         faults += _sequence_faults(stages, path, asked[0], experts)
     return stages
+
+
+def _unsuited(stage: Stage, experts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Parameters that name no expert of this recipe, or leave one out."""
+    for name, (annotation, _) in parameters(stage.func).items():
+        try:
+            if stage.keywords[name] != "auto":
+                resolve(annotation, stage.keywords[name], Place(tuple(experts)))
+        except ValueError as error:
+            yield name.rstrip("_"), str(error)
 
 
 def _only_stages() -> dict[str, Any]:
@@ -300,7 +345,7 @@ def _named(
 
 
 def _sequence_faults(
-    stages: Sequence[Stage], path: KeyPath, where: str, experts: tuple[str, ...]
+    stages: Sequence[Stage], path: KeyPath, where: str, experts: Mapping[str, Number]
 ) -> list[tuple[KeyPath, str]]:
     """Whether the stages make one task vector of K, and their parameters go together for these experts."""
     here = (*path, where)
@@ -308,8 +353,10 @@ def _sequence_faults(
     for kind in ("linear", "vector", "embedding", "head"):
         for depth in (Fraction(0), Fraction(1, 2), Fraction(1)):
             try:
-                expanded = [each for stage in stages for each in expand(stage, kind, experts)]
-                bounds = [bind(stage, Place(experts, depth=depth)) for stage in expanded]
+                weights = tuple(resolve(Number, weight, Place((), depth=depth)) for weight in experts.values())
+                place = Place(tuple(experts), weights, depth)
+                expanded = [each for stage in stages for each in expand(stage, kind, place.experts)]
+                bounds = [bind(stage, place) for stage in expanded]
             except ValueError as error:
                 found.append(str(error))
                 continue
@@ -393,38 +440,63 @@ def is_calibrated(recipe: Recipe) -> bool:
 # --- pydantic's errors in this tool's words -------------------------------------------------------
 
 _TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed"}
+_MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
+_EXPECTED = {  # by pydantic's name of the error
+    "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,
+    "string_too_short": _TEXT, "int_type": _WHOLE, "int_from_float": _WHOLE, "int_parsing": _WHOLE,
+    "bool_type": _SWITCH, "bool_parsing": _SWITCH,
+}  # fmt: skip
+_FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert": "a map by expert", "auto": "auto"}
+_LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
 
 
-def _said(error: ValidationError, raw: Any, names: type[BaseModel] | Iterable[str]) -> Iterator[tuple[KeyPath, str]]:
-    """Each error's key path in the file, and one sentence about it."""
+def _said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]]) -> Iterator[tuple[KeyPath, str]]:
+    """Each error's key path in the file, and one sentence about it; ``keys`` gives the valid ones at a path."""
+    sentences: dict[KeyPath, str] = {}
     for each in error.errors(include_url=False):
         path = tuple(part for part in each["loc"] if part not in _TAGS and not _is_type_tag(part))
-        yield path, _sentence(dict(each), path, raw, names)
+        sentence = _sentence(dict(each), path, keys)
+        known = sentences.get(path, "").partition(", expected ")[0]
+        if known and sentence.startswith(f"{known}, expected "):  # the branches of a union
+            sentence = sentence.replace(f"{known}, expected", f"{sentences[path]} or", 1)
+        sentences[path] = sentence
+    yield from sentences.items()
 
 
 def _is_type_tag(part: Any) -> bool:
     """Names that pydantic puts into a path for a branch of a union, such as dict[str,str]."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "function-before"))
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "constrained-int", "function-before"))
 
 
-def _sentence(each: dict[str, Any], path: KeyPath, raw: Any, names: type[BaseModel] | Iterable[str]) -> str:
+def _sentence(each: dict[str, Any], path: KeyPath, keys: Callable[[KeyPath], Iterable[str]]) -> str:
     kind, given, context = each["type"], each["input"], each.get("ctx", {})
+    found = "is empty" if given in (None, "") else f"is {_short(given)}"
     if kind == "extra_forbidden":
-        valid = _fields_at(names, path[:-1]) if isinstance(names, type) else set(names)
-        return f"unknown key; {nearest(str(path[-1]), valid)}"
+        return f"unknown key; {nearest(str(path[-1]), keys(path[:-1]))}"
     if kind == "missing":
         return "is missing"
     if kind == "literal_error":
         expected = [word.strip("' ") for word in re.split(r", | or ", context["expected"])]
-        return f"is {given!r}, expected {context['expected']}{_close(given, expected)}"
+        return f"{found}, expected {context['expected']}{_close(given, expected)}"
     if kind == "value_error":
         return str(context["error"])
-    bounds = {"less_than_equal": "at most", "greater_than_equal": "at least", "too_short": "at least"}
-    if kind in bounds:
-        limit = context.get("le", context.get("ge", context.get("min_length")))
-        number = float(given) if isinstance(given, Fraction) else given
-        return f"is {number!r}, expected {bounds[kind]} {limit}"
-    return f"is {given!r}: {each['msg'][0].lower()}{each['msg'][1:]}"
+    if kind == "too_short":
+        return f"{found}, expected at least {context['min_length']} of them"
+    if kind in _LIMITS:
+        limit, words = _LIMITS[kind]
+        return f"{found}, expected {words} {context[limit]}"
+    if kind == "union_tag_invalid":
+        forms = [_FORMS.get(tag.strip("'"), tag) for tag in context["expected_tags"].split(", ")]
+        return f"{found}, expected {', '.join(forms[:-1])} or {forms[-1]}"
+    if path[-1:] == ("shard_size",):
+        return f"{found}, expected a size such as 5GB, 500MiB or a number of bytes"
+    return f"{found}, expected {_EXPECTED[kind]}" if kind in _EXPECTED else f"{found}: {each['msg']}"
+
+
+def _short(given: Any) -> str:
+    """A value as a recipe has it, cut where it is long."""
+    text = repr(float(given) if isinstance(given, Fraction) else given)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _close(given: Any, expected: list[str]) -> str:
@@ -432,15 +504,24 @@ def _close(given: Any, expected: list[str]) -> str:
     return f"; {near}" if near.startswith("did") else ""
 
 
-def _fields_at(model: type[BaseModel], path: KeyPath) -> set[str]:
+def _fields(path: KeyPath) -> set[str]:
     """The keys that are valid at ``path`` of the recipe."""
-    fields: Any = model
+    fields: Any = Recipe
     for part in path:
         if isinstance(part, int) or part not in fields.model_fields:
             continue
         found = [m for m in (Source, Expert, Output, Calibration, Rule) if m.__name__.lower() == part.rstrip("s")]
         fields = found[0] if found else (Source if part == "base" else fields)
-    return {name for name in fields.model_fields}
+    return set(fields.model_fields)
+
+
+def _keys(name: str, given: Mapping[str, Any], path: KeyPath) -> set[str]:
+    """The keys that are valid at ``path`` of the parameters that were given to the stage ``name``."""
+    if not path:
+        return parameter_names(name)
+    if path[0] == "score":  # written as {name: {parameter: value}}
+        return {each.rstrip("_") for each in parameters(SCORES[next(iter(given["score"]))].function)}
+    return set(Pinned.model_fields)
 
 
 # --- for editors ----------------------------------------------------------------------------------
@@ -455,15 +536,36 @@ def json_schema() -> dict[str, Any]:
     for entry in (*ENTRIES.values(), *SCORES.values()):
         one = schema(entry).model_json_schema(ref_template="#/$defs/{model}")
         definitions |= one.pop("$defs", {})
-        definitions[f"parameters of {entry.name}"] = one
+        definitions[f"parameters.{entry.name}"] = one
+    of_top = definitions["parameters.top"]["properties"]
+    for name in SCORES:  # a score's name stands for `top` with that score
+        own = definitions[f"parameters.{name}"]
+        own["properties"] = {**{key: each for key, each in of_top.items() if key != "score"}, **own["properties"]}
+    definitions["stage"] = {
+        "anyOf": [
+            {"enum": sorted(_only_stages())},
+            {
+                "type": "object",
+                "minProperties": 1,
+                "maxProperties": 1,
+                "additionalProperties": False,
+                "properties": {
+                    name: {"anyOf": [{"$ref": f"#/$defs/parameters.{name}"}, {"type": "null"}]}
+                    for name in sorted(_only_stages())
+                },
+            },
+        ],
+        "description": "A stage's name, or {stage: {parameter: value}}.",
+    }
     methods = sorted({**ENTRIES, **SCORES})
     for holder in (whole, definitions["Rule"]):
         holder["properties"]["method"] = {"enum": methods, "description": "A method, or a single stage."}
+        holder["properties"]["pipeline"] = {"type": "array", "items": {"$ref": "#/$defs/stage"}}
         holder["allOf"] = [
             {
                 "if": {"properties": {"method": {"const": name}}, "required": ["method"]},
-                "then": {"properties": {"parameters": {"$ref": f"#/$defs/parameters of {name}"}}},
+                "then": {"properties": {"parameters": {"$ref": f"#/$defs/parameters.{name}"}}},
             }
-            for name in ENTRIES
+            for name in methods
         ]
     return whole

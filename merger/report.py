@@ -51,9 +51,7 @@ def plan_json(plan: Plan, forecast: Forecast) -> dict[str, Any]:
     """The plan as one object."""
     keys = ("tensors", "shape", "dtype", "kind", "action")
     return {
-        "groups": [
-            {**dict(zip(keys, key, strict=True)), "count": count} for key, count in groups(plan).items()
-        ],
+        "groups": [{**dict(zip(keys, key, strict=True)), "count": count} for key, count in groups(plan).items()],
         "tensors": len(plan.tensors),
         "experts": list(plan.recipe.experts),
         "bytes_read": plan.bytes_read,

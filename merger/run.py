@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,27 +18,33 @@ from merger.checkpoint import manifest
 from merger.checkpoint.header import TORCH_NAMES
 from merger.checkpoint.stored import Checkpoint
 from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
     SLICE,
     Machine,
     bytes_per_element,
     check_disk,
-    tuned,
+    check_place,
     peak_memory,
     slice_rows,
+    tuned,
 )
 from merger.ops import Flow, Question
-from merger.pipeline import Inputs, Sizes, Slice, Subject, flow, restored, run, settle
+from merger.pipeline import Sizes, Slice, Subject, flow, restored, run, settle
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
+from merger.statistics import Options, inputs_of, load, origin
+from merger.statistics import calibrate as statistics_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Progress = Callable[[int, int], None]
-"""Told the bytes that are done and the bytes there are to do, as far as is known."""
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is to do as far as is known.
+
+``merging`` counts bytes of input, ``calibrating NAME`` forward passes of a batch through a block.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ def merge(
     max_memory: int | None = None,
     offline: bool = False,
     force: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Result:
@@ -76,14 +84,50 @@ def merge(
     """
     began = time.monotonic()
     output = recipe.folder / Path(recipe.output.path).expanduser()
+    check_output(output, recipe.folders(), beside=recipe.surroundings(), force=force)  # before any download
     plan = make_plan(recipe, offline=offline, headers_only=False)
     try:
-        check_output(output, [model.directory for model in plan.models.values()], force=force)
+        check_place(plan, output, force=force)
         check_disk(plan, output)
         machine = Machine.of(device, max_memory, plan)
-        return _Merge(plan, machine, output, progress, notice).run(began, force=force)
+        tell, say = progress or _silent, notice or _silent
+        options = Options(machine.device, max_memory, trust_remote_code)
+        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.calibrated else {}
+        return _Merge(plan, machine, output, paths, tell, say).run(began, force=force)
     finally:
         plan.close()
+
+
+def calibrate(
+    recipe: Recipe,
+    *,
+    to: Path | None = None,
+    device: str = "auto",
+    max_memory: int | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> dict[str, Path]:
+    """Makes the statistics of a recipe's experts, or finds them; with ``to`` copies them to a folder.
+
+    Returns the file of each expert, as ``calibration: {stats: ...}`` of a recipe takes them.
+    """
+    plan = make_plan(recipe, offline=offline, headers_only=False)
+    try:
+        if not plan.calibrated:
+            raise RecipeError("no stage of this recipe looks at layer inputs, so there is nothing to calibrate")
+        options = Options(Machine.of(device, max_memory, plan).device, max_memory, trust_remote_code)
+        paths = statistics_files(plan, options, notice=notice or _silent, progress=progress or _silent)
+    finally:
+        plan.close()
+    if to is None:
+        return paths
+    to.mkdir(parents=True, exist_ok=True)
+    copies = {name: to / f"{name}.stats.safetensors" for name in paths}
+    for name, path in paths.items():
+        shutil.copyfile(path, copies[name])
+    return copies
 
 
 # --- the merge ------------------------------------------------------------------------------------
@@ -97,15 +141,18 @@ class _Merge:
         plan: Plan,
         machine: Machine,
         output: Path,
-        progress: Progress | None,
-        notice: Callable[[str], None] | None,
+        statistics: Mapping[str, Path],
+        progress: Progress,
+        notice: Callable[[str], None],
     ) -> None:
         self.plan = plan
         self.machine = machine
         self.output = output
-        self.tell = progress or (lambda done, total: None)
+        self.tell = progress
         self.notes = list(plan.notes)
-        self.notice = notice or (lambda message: None)
+        self.notice = notice
+        self.statistics = load(plan, statistics)
+        self.statistics_origin = origin(statistics)
         self.work = [(tensor, part) for tensor in plan.tensors for part in tensor.parts]
         self.sizes: Counter[int] = Counter()
         for tensor, part in self.work:
@@ -146,17 +193,17 @@ class _Merge:
 
     def _visit(self, i: int, known: Sequence[Any]) -> Question | None:
         tensor, part = self.work[i]
-        size = sum(
-            part.rows * part.columns * _width(self.plan.models[m], n) for m, n in tensor.reads.items() if n
-        )
-        question = self._merge(tensor, part, known) if tensor.stages else self._copy(tensor, part)
+        size = sum(part.rows * part.columns * _width(self.plan.models[m], n) for m, n in tensor.reads.items() if n)
+        question = self._merge(tensor, part, known) if tensor.stages else None
+        if not tensor.stages:
+            self._copy(tensor, part)
         with self.lock:
             self.bytes_read += size
             self.done_bytes += size
             self.total_bytes += size if question is not None else 0  # it will be read again
             self.left[tensor.name] -= question is None
             whole = self.left[tensor.name] == 0
-            self.tell(self.done_bytes, self.total_bytes)
+            self.tell("merging", self.done_bytes, self.total_bytes)
         if whole:
             for rows in tensor.extra:
                 self._extra_rows(tensor, rows)
@@ -173,7 +220,7 @@ class _Merge:
             seed=self.plan.recipe.seed,
             first=part.row * part.columns,
             transposed=part.transposed,
-            inputs=Inputs(),
+            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, self._note),
         )
         step = slice_rows(tensor, part)
         count = -(-part.rows // step) if part.columns else 0
@@ -238,20 +285,17 @@ class _Merge:
         base, deltas = piece.base, piece.deltas
         if part.transposed:
             base, deltas, delta = base.T, deltas.transpose(1, 2), delta.T
-        if _arithmetic_copies(base, deltas, stored, experts):
+        if _arithmetic_copies(base, deltas, stored, experts, dtype):
             merged = (base + delta).to(dtype)
         else:
             merged = restored(stored, experts, base, deltas, delta, dtype)
         if not torch.isfinite(merged.sum()) and not torch.isfinite(merged).all():
-            raise CheckpointError(
-                f"{tensor.name}: the merged values overflow {tensor.info.dtype}; lower lambda or the weights, "
-                "or set output.dtype: float32"
-            )
+            raise _overflow(tensor)
         first = 0 if part.transposed else rows.start
         self._write(tensor, part.row + first, merged)
 
     def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
-        data = memoryview(values.contiguous().cpu().view(torch.uint8).numpy()).cast("B")
+        data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
         width = tensor.info.matrix[1] * values.element_size()
         self.writer.write(tensor.name, row * width, data)
 
@@ -268,16 +312,13 @@ class _Merge:
             values = self.plan.models[tensor.source].read_rows(source, start, stop)
             for label, read in others.items():
                 same = (
-                    self.plan.models[label].tensors[read].shape
-                    == self.plan.models[tensor.source].tensors[source].shape
+                    self.plan.models[label].tensors[read].shape == self.plan.models[tensor.source].tensors[source].shape
                 )
                 if not same or not torch.equal(values, self.plan.models[label].read_rows(read, start, stop)):
                     differing.add(label)
-            self._write(tensor, start, values.to(dtype))
+            self._write(tensor, start, _rounded(values, dtype, tensor))
         if differing:
-            self._note(
-                f"{tensor.name}: copied from {tensor.source}, but differs in {', '.join(sorted(differing))}"
-            )
+            self._note(f"{tensor.name}: copied from {tensor.source}, but differs in {', '.join(sorted(differing))}")
 
     def _extra_rows(self, tensor: TensorPlan, rows: ExtraRows) -> None:
         """Vocabulary rows that not all models have: the mean of those that have them."""
@@ -287,10 +328,11 @@ class _Merge:
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             several = [model.read_rows(name, start, stop) for model, name in having if name is not None]
-            mean = (
-                several[0] if len(several) == 1 else torch.stack([each.double() for each in several]).mean(0)
-            )
-            self._write(tensor, start, mean.to(dtype))
+            for label, each in zip(rows.models, several, strict=True):
+                if not torch.isfinite(each).all():
+                    raise CheckpointError(f"{label}: {tensor.reads[label]} holds NaN or infinity")
+            mean = several[0] if len(several) == 1 else torch.stack([each.double() for each in several]).mean(0)
+            self._write(tensor, start, _rounded(mean, dtype, tensor))
 
     def _note(self, message: str) -> None:
         with self.lock:
@@ -300,8 +342,8 @@ class _Merge:
     # --- what stands beside the weights ---
 
     def _hash_inputs(self, pool: Executor) -> dict[Path, Future[str]]:
-        """Begins to hash every weight file that no Hub commit already names."""
-        files = {file for model in self.plan.models.values() if model.commit is None for file in model.files}
+        """Begins to hash every weight file; those of the Hub's cache are named by their hash already."""
+        files = {file for model in self.plan.models.values() for file in model.files}
         return {file: pool.submit(manifest.sha256, file) for file in sorted(files)}
 
     def _write_side_files(self, hashes: Mapping[Path, Future[str]]) -> None:
@@ -313,7 +355,7 @@ class _Merge:
         inputs = {
             label: {
                 "source": manifest.portable(source.model),
-                **({"adapter": manifest.portable(source.adapter)} if source.adapter else {}),
+                **({"adapter source": manifest.portable(source.adapter)} if source.adapter else {}),
                 **_origin(plan.models[label], hashes),
             }
             for label, source in {"base": plan.recipe.base, **plan.recipe.experts}.items()
@@ -327,6 +369,7 @@ class _Merge:
             "recipe": recipe,
             "set": list(plan.recipe.overrides),
             "inputs": inputs,
+            "statistics": self.statistics_origin,
             "shards": self.writer.digests(),
             "tensors": {tensor.name: _fate(tensor) for tensor in plan.tensors},
             "dropped": {label: names for label, names in plan.dropped.items() if names},
@@ -355,6 +398,25 @@ class _Merge:
         )
 
 
+def _rounded(values: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
+    """``values`` in another dtype, which must hold them if theirs did."""
+    rounded = values.to(dtype)
+    if dtype != values.dtype and not torch.equal(torch.isfinite(rounded), torch.isfinite(values)):
+        raise _overflow(tensor)
+    return rounded
+
+
+def _overflow(tensor: TensorPlan) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.name}: the merged values overflow {tensor.info.dtype}; lower lambda or the weights, "
+        "or set output.dtype: float32"
+    )
+
+
+def _silent(*_: object) -> None:
+    """Tells nobody."""
+
+
 def _map(pool: ThreadPoolExecutor, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
     return pool.map(function, numbers)
 
@@ -364,32 +426,51 @@ def _width(model: Checkpoint, name: str) -> int:
     return info.nbytes // max(1, info.elements)
 
 
-def _arithmetic_copies(base: Tensor, deltas: Tensor, stored: Tensor, experts: list[Tensor]) -> bool:
+def _arithmetic_copies(base: Tensor, deltas: Tensor, stored: Tensor, experts: list[Tensor], dtype: torch.dtype) -> bool:
     """Whether base + delta gives every expert's own bits back, and base + 0 the base's.
 
-    It nearly always does in 16 bits. It fails where an expert is 2^15 times smaller than the base,
-    often in float32, and for -0. (A comparison that makes booleans would take three times as long.)
+    In 16 bits it does unless an expert's value is more than 2^15 (bf16) or 2^12 (fp16) times smaller
+    than the base's (methods.md 0.2), which exponents tell; otherwise every sum is looked at.
     """
     if any(_has_negative_zero(each) for each in (stored, *experts)):
         return False
-    error = torch.empty_like(base)
-    for delta, expert in zip(deltas, experts, strict=True):
-        torch.add(base, delta, out=error)
-        if error.sub_(expert.float()).abs_().amax() != 0:
-            return False
-    return True
+    return all(
+        _is_near(stored, expert, dtype) or not ((base + delta).sub_(expert.float())).abs_().amax()
+        for delta, expert in zip(deltas, experts, strict=True)
+    )
 
 
 def _has_negative_zero(values: Tensor) -> bool:
     """-0 is the lowest of all bit patterns, read as integers."""
-    bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    bits = values.view(_integers(values))
     return bool(bits.amin() == torch.iinfo(bits.dtype).min)
 
 
+def _is_near(base: Tensor, expert: Tensor, dtype: torch.dtype) -> bool:
+    """Whether no exponent of a 16-bit base exceeds the expert's by what a float32 sum would lose for ``dtype``."""
+    gaps = {torch.bfloat16: 15 << 7, torch.float16: 12 << 10}
+    if not base.dtype == expert.dtype == dtype or dtype not in gaps:
+        return False
+    magnitude = torch.iinfo(torch.int16).max
+    gap = (base.view(torch.int16) & magnitude).sub_(expert.view(torch.int16) & magnitude)
+    return bool(gap.amax() < gaps[base.dtype])
+
+
+def _integers(values: Tensor) -> torch.dtype:
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+
+
 def _origin(model: Checkpoint, hashes: Mapping[Path, Future[str]]) -> dict[str, Any]:
-    if model.commit is not None:
-        return {"commit": model.commit}
-    return {"files": {file.name: hashes[file].result() for file in model.files}}
+    """From what commit and which bytes a model, and an adapter on it, came."""
+    adapter = model.adapter
+    on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
+    own = _named(model.commit, [file for file in model.files if file not in on_top], hashes)
+    return own if adapter is None else {**own, "adapter": _named(adapter.commit, on_top, hashes)}
+
+
+def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, Future[str]]) -> dict[str, Any]:
+    said = {"files": {file.name: hashes[file].result() for file in files}}
+    return {"commit": commit, **said} if commit else said
 
 
 def _fate(tensor: TensorPlan) -> dict[str, Any]:
@@ -405,9 +486,7 @@ def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without the machine's folders."""
 
     def source(each: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: manifest.portable(v) if key in ("model", "adapter") and v else v for key, v in each.items()
-        }
+        return {key: manifest.portable(v) if key in ("model", "adapter") and v else v for key, v in each.items()}
 
     experts = {name: source(each) for name, each in recipe["experts"].items()}
     output = {**recipe["output"], "path": manifest.portable(recipe["output"]["path"])}

@@ -1,6 +1,9 @@
 """What several files of tests share."""
 
 import json
+import signal
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ torch.set_num_threads(1)
 # `pytest --hypothesis-profile=thorough` looks further, at other examples each time.
 settings.register_profile(
     "quick",
-    max_examples=10,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
@@ -26,3 +29,34 @@ settings.load_profile("quick")
 def golden():
     """Cases by name, {method, params, inputs, outputs}, from an independent float64 program."""
     return json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def merger(monkeypatch, capsys):
+    """The `merger` command, run in this process: ``merger("plan", "recipe.yaml")``."""
+    from merger.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["merger", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as left:
+            code = left.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Ran(code, *capsys.readouterr())
+
+    return call

@@ -1,5 +1,6 @@
 """The Hub, stood in for by a small server on 127.0.0.1: what is fetched, what is kept, and how failure is told."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 from merger.checkpoint.opening import open_checkpoint
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, ResourceError
 
 TOKEN = "hf_secret"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -93,7 +94,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(404, error="RevisionNotFound")
         if api:
             tree = [{"type": "file", "path": f, "size": len(d), "oid": "0" * 40} for f, d in files.items()]
-            siblings = [{"rfilename": each["path"], "size": each["size"]} for each in tree]
+            siblings = [{"rfilename": f} | ({"size": len(d)} if self.server.sizes else {}) for f, d in files.items()]
             found = {"id": repository, "sha": COMMITS[name], "siblings": siblings}
             return self.answer(200, json.dumps(tree if rest[0] == "tree" else found).encode())
         if repository == "org/gated":
@@ -134,7 +135,7 @@ def hub(server, tmp_path, monkeypatch):
     endpoint = f"http://127.0.0.1:{server.server_port}"
     point_at(monkeypatch, endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    server.log = []
+    server.log, server.sizes = [], True
     return server.log
 
 
@@ -299,13 +300,38 @@ def test_a_hub_that_cannot_be_reached_is_named_without_its_credentials(hub, tmp_
     one_line_without_secrets(caught)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ResourceError, r"the disk of \S+ is full; set HF_HOME"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), CheckpointError, "/cache: Permission denied"),
+        (RuntimeError(f"xet: token {TOKEN}"), CheckpointError, r"could not be fetched from \S+ \(RuntimeError\)"),
+        (TimeoutError(), CheckpointError, r"\(TimeoutError\); check the connection"),
+    ],
+)
+def test_a_download_that_breaks_is_one_line(hub, tmp_path, monkeypatch, error, kind, said):
+    def breaks(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", breaks)
+    with pytest.raises(kind, match=said) as caught:
+        opened("org/sharded", tmp_path)
+    one_line_without_secrets(caught)
+
+
+def test_a_mirror_that_tells_no_sizes_is_asked_for_them(hub, server, tmp_path):
+    server.sizes = False
+    with opened("org/sharded", tmp_path, headers_only=True) as model:
+        assert set(model.tensors) == {"a.weight", "b.weight"}
+
+
 def test_the_environment_alone_sets_endpoint_and_offline(server, tmp_path):
     """In a process of its own, as huggingface_hub reads the environment when it is imported."""
     program = (
         "from pathlib import Path; from merger.checkpoint.opening import open_checkpoint as o\n"
         "print(o('gpt2', None, label='m', folder=Path()).commit)"
     )
-    server.log = []
+    server.log, server.sizes = [], True
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path),

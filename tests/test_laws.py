@@ -8,17 +8,17 @@ parameters fixed, they stand in a table beside the law.
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import pytest
 import torch
+from drawing import parameters_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import bits
 
-import merger.methods  # noqa: F401 registers every method
-from merger.methods._parameters import Number, Numbers, Place, Share, Shares, SharesOrAuto, is_order
-from merger.methods._registry import ENTRIES, SCORES, Score, checked, parameters
+from merger.methods._parameters import Place
+from merger.methods._registry import ENTRIES, SCORES, checked, parameters
 from merger.ops import Before, Size
 from merger.pipeline import Inputs, Sizes, Slice, Subject, bind, expand, flow, merge_tensors
 
@@ -55,57 +55,11 @@ class Case:
 SHAPES = [(), (1,), (7,), (1, 1), (1, 5), (4, 1), (2, 4), (3, 5), (2, 3, 4)]
 FEW = [(0.0,), (0.0, 0.25), (-1.0, 1.0), (-1.0, -0.25, 0.0, 0.25, 0.5, 1.0, 2.5)]  # equal scores abound
 ODD = (0.0, -0.0, 1.0, -3.14159, 1e-40, 1e30, 0.1)
-NUMBERS = st.sampled_from([0, 1, 2, -1, 0.3, "1/3", 1.2])
-SHARES = st.sampled_from([0, 1, 0.5, "1/3", 0.29, 0.2, "1/8"])
 
 
 def drawn(generator, shape, values):
     """A tensor whose every element is one of ``values``."""
     return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
-
-
-def numbers(one, experts):
-    """A number as recipes write it: one, several over the depth, or by expert."""
-    several = st.lists(one, min_size=2, max_size=3)
-    return one | several | st.fixed_dictionaries(dict.fromkeys(experts, one | several))
-
-
-def values_of(annotation, default, experts):
-    """What a recipe may write for a parameter; its default alone for a kind that is not known here."""
-    if annotation in (Number, Share):
-        one = SHARES if annotation == Share else NUMBERS
-        return one | st.lists(one, min_size=2, max_size=3)
-    if annotation in (Numbers, Shares):
-        return numbers(SHARES if annotation == Shares else NUMBERS, experts)
-    if annotation == SharesOrAuto:
-        return st.just("auto") | st.just(str(Fraction(1, len(experts)))) | numbers(SHARES, experts)
-    if annotation == Score:
-        return st.sampled_from(sorted(SCORES))
-    if is_order(annotation):
-        ends = [{"first": experts[-1]}, {"last": experts[0], "rest": "listed"}]
-        return st.sampled_from(["listed", "rotation", *ends]) | st.permutations(experts)
-    if annotation is bool:
-        return st.booleans()
-    if get_origin(annotation) is Literal:
-        return st.sampled_from(get_args(annotation))
-    if get_origin(annotation) is Annotated and get_args(annotation)[0] is int:
-        least = [each.ge for each in get_args(annotation)[1].metadata if hasattr(each, "ge")]
-        return st.integers(*least, 8)
-    return st.just(default)
-
-
-def parameters_of(name, experts):
-    """Valid values for some of a function's parameters; the others are left out."""
-    own = {} if name in ENTRIES else parameters(SCORES[name].function)
-    own |= parameters(ENTRIES[name if name in ENTRIES else "top"].function)
-    if name in SCORES:
-        del own["score"]
-    return st.fixed_dictionaries(
-        {},
-        optional={
-            key.rstrip("_"): values_of(annotation, default, experts) for key, (annotation, default) in own.items()
-        },
-    )
 
 
 def staged(name, written):

@@ -184,6 +184,7 @@ def best(scores, free, wanted):
     return [i in ranked[:wanted] for i in range(len(scores))]
 
 
+@settings(max_examples=40)
 @given(rows_of_scores(), st.integers(0, 10))
 def test_the_top_of_each_row(drawn, wanted):
     scores, free = drawn
@@ -198,6 +199,7 @@ def test_every_row_may_want_another_number():
     assert masks.int().tolist() == [[[0, 0, 0], [0, 0, 1], [1, 1, 1]]]
 
 
+@settings(max_examples=40)
 @given(rows_of_scores(), st.integers(1, 7), st.data())
 def test_the_top_of_each_block_of_the_flat_slice(drawn, m, data):
     scores, free = drawn
@@ -211,6 +213,7 @@ def test_the_top_of_each_block_of_the_flat_slice(drawn, m, data):
         assert mask.tolist() == expected
 
 
+@settings(max_examples=40)
 @given(rows_of_scores())
 def test_ranks_count_from_the_highest_and_break_ties_by_column(drawn):
     scores, _ = drawn

@@ -54,12 +54,18 @@ def collect(
         for unit, moments in by_block(rig(), host_memory, progress):
             done.update(moments)
             yield unit, moments
-    except Unfit as reason:
-        say(f"{weights.label}: its blocks cannot be run one at a time ({reason}), so each batch runs the whole model")
-        for unit, moments in whole(rig(), progress):
-            yield unit, {name: each for name, each in moments.items() if name not in done}
+        return
+    except Unfit as error:
+        reason = str(error)  # and let go of the error, whose frames hold the model
+    say(f"{weights.label}: its blocks cannot be run one at a time ({reason}), so each batch runs the whole model")
+    for unit, moments in whole(rig(), progress):
+        yield unit, {name: each for name, each in moments.items() if name not in done}
 
 
-def collect_all(weights: Checkpoint, batches: Sequence[Batch], settings: Settings, **options: Any) -> dict[str, Moments]:
+def collect_all(
+    weights: Checkpoint, batches: Sequence[Batch], settings: Settings, **options: Any
+) -> dict[str, Moments]:
     """The moments of all tensors at once; ``options`` are those of `collect`."""
-    return {name: each for _, moments in collect(weights, batches, settings, **options) for name, each in moments.items()}
+    return {
+        name: each for _, moments in collect(weights, batches, settings, **options) for name, each in moments.items()
+    }

@@ -190,9 +190,9 @@ class Carried:
             self._left -= hidden.nbytes
             if self._left < 0:
                 file = str(self._folder / f"{batch}.bin")
-                self._mapped[batch] = torch.from_file(
-                    file, shared=True, size=hidden.numel(), dtype=hidden.dtype
-                ).view(hidden.shape)
+                self._mapped[batch] = torch.from_file(file, shared=True, size=hidden.numel(), dtype=hidden.dtype).view(
+                    hidden.shape
+                )
         if batch in self._mapped:
             self._mapped[batch].copy_(hidden)
         else:

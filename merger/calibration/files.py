@@ -36,9 +36,12 @@ class Key:
 
     def fields(self) -> dict[str, Any]:
         """Its parts by name, those of the settings included."""
-        return {"format": self.format, "checkpoint": self.checkpoint, "data": self.data, "tokenizer": self.tokenizer} | {
-            f"settings.{name}": value for name, value in asdict(self.settings).items()
-        }
+        return {
+            "format": self.format,
+            "checkpoint": self.checkpoint,
+            "data": self.data,
+            "tokenizer": self.tokenizer,
+        } | {f"settings.{name}": value for name, value in asdict(self.settings).items()}
 
     def file_name(self) -> str:
         """The name by which a folder of statistics files knows it."""
@@ -101,7 +104,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if _METADATA not in metadata:
                 raise CheckpointError(f"{path}: is a safetensors file, but not one of statistics")
-            return json.loads(metadata[_METADATA]), {name: file.get_tensor(name) for name in file.keys()}
+            return json.loads(metadata[_METADATA]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 a file is no dict
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such statistics file") from None
     except (OSError, SafetensorError, ValueError) as error:

@@ -1,11 +1,10 @@
-"""Weights that come and go module by module, and the names by which the checkpoint and the model know them."""
+"""A checkpoint's weights, which come into a model and go again module by module."""
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -13,82 +12,14 @@ import torch
 from torch import nn
 
 from merger.calibration.moments import Moments, Sums, stacked
-from merger.calibration.watch import Key
+from merger.calibration.names import Group, locate
 from merger.errors import CheckpointError
-from merger.pipeline import natural
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.checkpoint.header import Info
+    from merger.calibration.watch import Key
     from merger.checkpoint.stored import Checkpoint
-
-
-# --- names: from the checkpoint's to the model's --------------------------------------------------
-
-
-
-@dataclass(frozen=True)
-class Group:
-    """Checkpoint tensors that together make a parameter (or several, with a converter)."""
-
-    target: str
-    sources: Mapping[str | None, tuple[str, ...]]  # by the converter's pattern, in natural order
-    converter: Any | None  # transformers.core_model_loading.WeightConverter
-
-    @property
-    def names(self) -> Iterator[tuple[int, str]]:
-        """Its tensors, each with its place among those of its pattern."""
-        return chain.from_iterable(map(enumerate, self.sources.values()))
-
-
-def locate(model: Any, names: Mapping[str, Info]) -> dict[str, Group]:
-    """What each parameter and buffer is made of."""
-    known = model.state_dict()
-    rename, converters = _renamer(model, known)
-    found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(names, key=natural):
-        target, pattern = rename(name)
-        if target in known:
-            found[target][pattern].append(name)
-    groups: dict[str, Group] = {}
-    for target, sources in found.items():
-        converter = converters.get(next(iter(sources)))
-        group = Group(target, {pattern: tuple(each) for pattern, each in sources.items()}, converter)
-        for other in converter.target_patterns if converter else ("",):
-            groups[target.replace(converter.target_patterns[0], other) if converter else target] = group
-    return groups
-
-
-def _renamer(model: Any, known: Mapping[str, Any]) -> tuple[Callable[[str], tuple[str, str | None]], dict[Any, Any]]:
-    """What transformers does to a checkpoint's names, and by pattern its converters of tensors."""
-    prefix = model.base_model_prefix
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-    except ImportError:  # transformers 4 stores a parameter under its own name, with or without the prefix
-        spellings = ("{}", f"{prefix}.{{}}") if prefix else ("{}",)
-
-        def plain(name: str) -> tuple[str, str | None]:
-            tried = [each.format(name) for each in spellings] + [name.removeprefix(f"{prefix}.")]
-            return next((each for each in tried if each in known), name), None
-
-        return plain, {}
-
-    mapping = get_model_conversion_mapping(model)
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
-
-    def rename(name: str) -> tuple[str, str | None]:  # the order of from_pretrained: what is renamed in vain keeps its name
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:
-            return rename_source_key(name, [], [], prefix, known)
-        return target, pattern
-
-    return rename, {pattern: each for each in converters for pattern in each.source_patterns}
-
-
-# --- weights: in and out --------------------------------------------------------------------------
 
 
 class Loader:
@@ -158,7 +89,7 @@ class Loader:
     def _converted(self, group: Group) -> dict[str, Tensor]:
         tensors = {name: self._weights.read(name) for _, name in group.names}
         if group.converter is None:
-            return {group.target: tensor for tensor in tensors.values()}
+            return {group.target: next(iter(tensors.values()))}
         converter = copy.deepcopy(group.converter)
         for pattern, names in group.sources.items():
             for name in names:
@@ -192,10 +123,9 @@ class Loader:
             slots[key.name][key.slot] = each.moments()
         moments: dict[str, Moments] = {}
         for name, known in slots.items():
-            if None not in known:
-                known = _all_slots(known, self._empty[name].shape[0])
+            packed = [] if None in known else _filled(known, self._empty[name].shape[0])
             for source, slot in self.stored(name):
-                moments[source] = known[slot] if slot in known else stacked([known[i] for i in sorted(known)])
+                moments[source] = known[None] if not packed else stacked(packed) if slot is None else packed[slot]
         return moments
 
     def stored(self, name: str) -> Iterator[tuple[str, int | None]]:
@@ -206,11 +136,15 @@ class Loader:
             yield source, index if alone else None
 
 
-def _all_slots(known: dict[int | None, Moments], size: int) -> dict[int | None, Moments]:
+def _filled(known: Mapping[int | None, Moments], size: int) -> list[Moments]:
     """The moments of all packed experts: zero for those that no token reached."""
     one = next(iter(known.values()))
-    none = Moments(*(None if t is None else torch.zeros_like(t) for t in (one.count, one.second_moment, one.mean, one.gram)))
-    return {slot: known.get(slot, none) for slot in range(size)}
+
+    def zero(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.zeros_like(tensor)
+
+    none = Moments(torch.zeros_like(one.count), zero(one.second_moment), zero(one.mean), zero(one.gram))
+    return [known.get(slot, none) for slot in range(size)]
 
 
 def _kept_in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:

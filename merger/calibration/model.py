@@ -24,7 +24,9 @@ def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{weights.label}: transformers cannot read its config.json: {error}") from None
     if getattr(config, "is_encoder_decoder", False):
-        raise CheckpointError(f"{weights.label}: {config.model_type} is an encoder-decoder, which text alone cannot run")
+        raise CheckpointError(
+            f"{weights.label}: {config.model_type} has an encoder and a decoder, and is not supported"
+        )
     config._experts_implementation = "eager"  # one product per expert, as the watch needs it (transformers 5)
     for part in (config, config.get_text_config()):
         part.use_cache = False
@@ -51,12 +53,18 @@ def _constructor(config: Any, label: str, trust_remote_code: bool) -> Callable[[
 
 
 def block_list(model: nn.Module) -> str | None:
-    """The name of the list that holds the transformer blocks: of the outermost ones, that with the most weights."""
-    lists: dict[str, int] = {}
+    """The name of the list that holds the transformer blocks: that with the most weights in it."""
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in outer_lists(model)}
+    return max(sizes, key=lambda name: sizes[name], default=None)
+
+
+def outer_lists(model: nn.Module) -> list[str]:
+    """The names of a model's lists of modules that are not inside another."""
+    lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
-            lists[name] = sum(p.numel() for p in module.parameters())
-    return max(lists, key=lambda name: lists[name], default=None)
+            lists.append(name)
+    return lists
 
 
 def default_dtype(weights: Checkpoint, device: torch.device) -> torch.dtype:

@@ -1,17 +1,17 @@
-"""A model made ready to be watched: built bare, loaded where text reaches it, with a head that computes nothing."""
+"""A model made ready to be watched: loaded but for its blocks, with a head that computes nothing."""
 
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from merger.calibration.loader import Loader
-from merger.calibration.model import block_list, build, default_dtype
+from merger.calibration.model import block_list, build, default_dtype, outer_lists
 from merger.calibration.moments import Moments, Sums, token_share
 from merger.calibration.watch import Key, Watch
 from merger.errors import CheckpointError
@@ -31,7 +31,7 @@ class Stop(Exception):
 
 
 class Rig:
-    """A checkpoint's model and what watches it. Blocks are loaded by who runs them, the rest when first called."""
+    """A checkpoint's model, its weights and what watches it. Blocks are loaded by who runs them."""
 
     def __init__(
         self,
@@ -53,12 +53,9 @@ class Rig:
         self._names = {module: name for name, module in self.model.named_modules()}
         self._embedding = self._input_embedding()
         self._embedding_stays = False
-        self._entered: set[str] = set()
         self._check_tokens()
         self._skip_head()
-        for name, module in self.model.named_modules():
-            if not self._in_blocks(name) and module is not self.model.get_output_embeddings():
-                module.register_forward_pre_hook(functools.partial(self._enter, name))
+        self._load_outside()
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -106,7 +103,7 @@ class Rig:
             return {}
         modules = self.model.get_submodule(prefix).named_modules(prefix=prefix)
         return {
-            Key(f"{name}.weight"): Sums.zero(module.in_features, self.watch.gram, self.loader.device)
+            Key(f"{name}.weight"): Sums.zero(module.in_features, gram=self.watch.gram, device=self.loader.device)
             for name, module in modules
             if isinstance(module, nn.Linear)
         }
@@ -115,17 +112,24 @@ class Rig:
         """What the checkpoint calls a block: the part that its tensors' names begin with."""
         parameters = self.model.get_submodule(name).named_parameters(prefix=name)
         stored = [source.split(".") for parameter, _ in parameters for source, _ in self.loader.stored(parameter)]
-        return ".".join(os.path.commonprefix(stored)) or name
+        shared = takewhile(lambda column: len(set(column)) == 1, zip(*stored, strict=False))
+        return ".".join(column[0] for column in shared)
 
     # --- what is outside the blocks -----------------------------------------------------------------
 
-    def _in_blocks(self, name: str) -> bool:
-        return self._list is not None and f"{name}.".startswith(f"{self._list}.")
+    def _load_outside(self) -> None:
+        """Loads all but blocks and head. Other lists of layers, such as an image tower's, wait for their first call."""
+        lists = outer_lists(self.model)
+        for name, module in self.model.named_modules():
+            around = next((each for each in lists if f"{name}.".startswith(f"{each}.")), None)
+            if around is None and module is not self.model.get_output_embeddings():
+                self.loader.load(name, recurse=False)
+            elif around is not None and around != self._list:
+                module.register_forward_pre_hook(functools.partial(self._enter, set(), name))
 
-    def _enter(self, name: str, *_: Any) -> None:
-        """Loads a module's own weights before its first call, so that what no text reaches is never read."""
-        if name not in self._entered:
-            self._entered.add(name)
+    def _enter(self, entered: set[str], name: str, *_: Any) -> None:
+        if name not in entered:
+            entered.add(name)
             self.loader.load(name, recurse=False)
 
     def _skip_head(self) -> None:
@@ -157,7 +161,7 @@ class Rig:
         rows, top = self._vocabulary(), max(int(batch.ids.max()) for batch in self.batches)
         if top >= rows:
             raise CheckpointError(
-                f"{self.label}: its tokenizer gives token {top:,}, but its embedding {self._embedding} has {rows:,} rows"
+                f"{self.label}: its tokenizer gives token {top:,}, but {self._embedding} has {rows:,} rows"
             )
 
     def _vocabulary(self) -> int:

@@ -136,7 +136,7 @@ def _conversation(record: Record, turns: Sequence[Any], tokenizer: Any, whole: b
     if not end:
         return None
     if not getattr(tokenizer, "chat_template", None):
-        raise CheckpointError(f"{record.where}: has messages, but the tokenizer has no chat template to write them with")
+        raise CheckpointError(f"{record.where}: has messages, but the tokenizer has no chat template")
     try:
         content = tokenizer.apply_chat_template(list(turns[:end]), tokenize=False, add_generation_prompt=not whole)
     except Exception as error:  # a template may raise anything
@@ -161,9 +161,7 @@ def tokenise(texts: Iterable[Text], tokenizer: Any, max_tokens: int) -> tuple[tu
     limit = min(max_tokens, tokenizer.model_max_length)
     found = []
     for text in texts:
-        given = tokenizer(
-            text.content, add_special_tokens=not text.templated, truncation=True, max_length=limit
-        )
+        given = tokenizer(text.content, add_special_tokens=not text.templated, truncation=True, max_length=limit)
         found.append(tuple(given["input_ids"]))
     return tuple(ids for ids in found if ids)
 

@@ -8,7 +8,7 @@ experts (whose products take a slice of one) are all seen by the same few lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ _PRODUCTS: dict[Any, int] = {
     **dict.fromkeys((torch.mm, torch.matmul, torch.bmm), 0),
     **dict.fromkeys((torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__), 0),
 }
+_CASTS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float)  # what a router may do to its weight before
 _PICKS = (torch.Tensor.__getitem__, torch.Tensor.index_select, torch.index_select)
 
 
@@ -61,6 +62,7 @@ class Watch(TorchFunctionMode):
         self.gram = gram
         self._find, self._settings, self._notice = find, settings, notice
         self._last: tuple[Tensor, Sums] | None = None
+        self._cast: MutableMapping[Tensor, tuple[str, Tensor]] = WeakTensorKeyDictionary()
 
     def begin(self, batch: Batch, device: torch.device) -> None:
         """Says which tokens the next forward pass is about."""
@@ -69,7 +71,8 @@ class Watch(TorchFunctionMode):
         self._counted = counted.flatten().to(device)
         self._plain = self._settings.weighting == "token" and bool(counted.all())
         self._lengths = batch.mask.sum(1).to(device)
-        self._ids = WeakTensorKeyDictionary()  # of an activation: which token each of its rows is
+        # of an activation: which token each of its rows is
+        self._ids: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._last = None
 
     def take(self, chosen: Callable[[str], bool]) -> dict[Key, Sums]:
@@ -86,6 +89,8 @@ class Watch(TorchFunctionMode):
             inputs, weight = (*args, *kwargs.values())[_PRODUCTS[func] :][:2]
             self._see(inputs, weight)
         result = func(*args, **kwargs)
+        if func in _CASTS and result is not args[0] and (found := self._find(args[0])):
+            self._cast[result] = found
         if not self._plain and args and isinstance(args[0], torch.Tensor):
             self._follow(func, args, result)
         return result
@@ -93,7 +98,9 @@ class Watch(TorchFunctionMode):
     # --- products ---------------------------------------------------------------------------------
 
     def _see(self, inputs: Tensor, weight: Any) -> None:
-        found = self._find(weight) if isinstance(weight, torch.Tensor) else None
+        if not isinstance(weight, torch.Tensor):
+            return
+        found = self._cast.get(weight) or self._find(weight)
         if found is None:
             return
         name, parameter = found
@@ -110,7 +117,7 @@ class Watch(TorchFunctionMode):
         if self._last is None or self._last[0] is not inputs:  # q, k and v share one, which is reduced once
             self._last = inputs, self._reduce(inputs, sent)
         if key not in self.sums:
-            self.sums[key] = Sums.zero(inputs.shape[-1], self.gram, inputs.device)
+            self.sums[key] = Sums.zero(inputs.shape[-1], gram=self.gram, device=inputs.device)
         self.sums[key].add(self._last[1])
 
     def _reduce(self, inputs: Tensor, sent: Tensor | None) -> Sums:
@@ -120,7 +127,7 @@ class Watch(TorchFunctionMode):
             kept = self._counted[ids] if sent is None else self._counted[ids] & sent
         if kept is not None and not kept.all():
             rows, ids = rows[kept], None if ids is None else ids[kept]
-        return Sums.of(rows, None if ids is None else self._weights(ids), self.gram)
+        return Sums.of(rows, None if ids is None else self._weights(ids), gram=self.gram)
 
     def _weights(self, ids: Tensor) -> Tensor | None:
         """What each of these tokens counts: a sample's tokens count 1 together, or each of them does."""

@@ -74,8 +74,8 @@ class Adapted(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        """The weight files of the model and of the adapter."""
-        return sorted({*super().files, *self.adapter.files})
+        """The weight files of the model, and all that says what the adapter adds: its config holds the scale."""
+        return sorted({*super().files, *self.adapter.files, self.adapter.directory / CONFIG})
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor; float32 where the adapter changes it, else as stored."""
@@ -168,9 +168,9 @@ def _match(model: Checkpoint, adapter: Checkpoint) -> tuple[dict[str, Info], dic
             if factor := _FACTOR.fullmatch(key):
                 modules.setdefault(factor[1], {})[factor[2]] = key
             else:
-                replaced[find(_WRAPPER.sub(".", key))] = info
+                _add(replaced, find(_WRAPPER.sub(".", key)), info, key)
         changes = _changes(modules, find, {**model.tensors, **replaced}, adapter)
-    except (ValueError, re.error) as error:
+    except (ValueError, OverflowError, re.error) as error:
         raise CheckpointError(f"{adapter.label}: {error}") from None
     return replaced, changes
 
@@ -205,17 +205,27 @@ def _changes(
         name = find(f"{module}.weight")
         fits[module] = name, _orientations(module, keys, adapter, name, tensors[name])
     # GPT-2 stores its weights [in, out]. A square one does not show it, but another of its name may (c_proj).
-    shown = {_leaf(name): ways[0] for name, ways in fits.values() if len(ways) == 1}
+    shown = {
+        _leaf(name): ways[0]
+        for module, (name, ways) in fits.items()
+        if len(ways) == 1 and not _is_table(modules[module])
+    }
     flag = bool(adapter.config.get("fan_in_fan_out"))
-    changes = {}
+    changes: dict[str, Change] = {}
     for module, (name, ways) in fits.items():
-        down, up = modules[module]["A"], modules[module]["B"]
         if len(ways) == 2 and _leaf(name) not in shown and not {flag}.issuperset(shown.values()):
             raise ValueError(f"{module} is square: {CONFIG} does not tell if it is stored transposed")
         transposed = ways[0] if len(ways) == 1 else shown.get(_leaf(name), flag)
+        down, up = modules[module]["A"], modules[module]["B"]
         scale = scale_of(adapter.config, module.removeprefix(_PREFIX), adapter.tensors[down].shape[0])
-        changes[name] = Change(down, up, scale, transposed)
+        _add(changes, name, Change(down, up, scale, transposed), module)
     return changes
+
+
+def _add(found: dict[str, Any], name: str, what: Any, key: str) -> None:
+    if name in found:
+        raise ValueError(f"{key} and another both belong to {name} of the model")
+    found[name] = what
 
 
 def _orientations(module: str, keys: Mapping[str, str], adapter: Checkpoint, name: str, weight: Info) -> list[bool]:
@@ -226,13 +236,18 @@ def _orientations(module: str, keys: Mapping[str, str], adapter: Checkpoint, nam
     if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
         raise ValueError(f"{module}: lora_B {list(up)} and lora_A {list(down)} have no product")
     product = (up[0], down[1])
-    embedding = "lora_embedding_A" in keys["A"]  # always kept [in, out]
-    ways = [way for way in ([True] if embedding else [False, True]) if weight.shape == product[:: -1 if way else 1]]
+    possible = [True] if _is_table(keys) else [False, True]
+    ways = [transposed for transposed in possible if weight.shape == product[:: -1 if transposed else 1]]
     if not ways:
         raise ValueError(f"{module}: B·A is {list(product)}, but {name} is {list(weight.shape)}")
     return ways
 
 
+def _is_table(keys: Mapping[str, str]) -> bool:
+    """Whether it is an embedding, which is stored [in, out] everywhere."""
+    return ".lora_embedding_" in keys["A"]
+
+
 def _leaf(name: str) -> str:
     """The module's own name: c_proj of h.0.mlp.c_proj.weight."""
-    return name.rsplit(".", 2)[-2]
+    return f".{name}".rsplit(".", 2)[-2]

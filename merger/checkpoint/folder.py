@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,13 +33,13 @@ class Folder:
     label: str  # how messages name the model
     source: str  # how they name the folder
     directory: Path
-    sizes: Mapping[str, int]  # bytes of each file; a Hub repository's may still be there
+    names: frozenset[str]  # of its files; those of a Hub repository may still be there
     commit: str | None = None  # of the Hub repository
     remote: Callable[[str], IO[bytes]] | None = None  # opens a file that is not in the directory
 
     def has(self, name: str) -> bool:
         """Whether a file is in the directory."""
-        return name in self.sizes and (self.directory / name).is_file()
+        return name in self.names and (self.directory / name).is_file()
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Weights:
 def local_folder(directory: Path, label: str, commit: str | None = None) -> Folder:
     """A folder on this machine."""
     try:
-        sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+        names = frozenset(path.name for path in directory.iterdir() if path.is_file())
     except OSError as error:
         raise CheckpointError(f"{label}: {directory}: cannot be read: {error.strerror}") from None
-    return Folder(label, str(directory), directory, sizes, commit)
+    return Folder(label, str(directory), directory, names, commit)
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
@@ -79,12 +80,12 @@ def find_weights(folder: Folder, names: tuple[str, ...]) -> Weights:
     """The files of the first of ``names`` that is there, whole or in shards."""
     for name in names:
         form = name.rpartition(".")[2]
-        if name in folder.sizes:
+        if name in folder.names:
             return Weights(form, (name,), {})
-        if f"{name}.index.json" in folder.sizes:
+        if f"{name}.index.json" in folder.names:
             index = _read_index(folder, f"{name}.index.json")
             return Weights(form, tuple(sorted(set(index.values()))), index)
-    others = sorted(name for name in folder.sizes if name.endswith(_OTHER_WEIGHTS))
+    others = sorted(name for name in folder.names if name.endswith(_OTHER_WEIGHTS))
     found = f", only {', '.join(others[:3])}" if others else ""
     raise CheckpointError(
         f"{folder.label}: {folder.source} has no {' or '.join(names)}{found}; save the model there with save_pretrained"
@@ -100,7 +101,7 @@ def _read_index(folder: Folder, index_name: str) -> dict[str, str]:
         # A plain name beside the index, never a way out of the folder.
         if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
             raise CheckpointError(f"{where}: names {str(file)[:80]!r}, which is not a file in its folder")
-        if file not in folder.sizes:
+        if file not in folder.names:
             raise CheckpointError(f"{where}: names {file!r}, which is missing; download it")
         try:
             checked_name(name)
@@ -136,8 +137,10 @@ def _header(folder: Folder, form: str, file: str) -> dict[str, Info]:
     path = folder.directory / file
     if folder.remote is None or folder.has(file):
         return read_header(path) if form == "safetensors" else read_pickle(path)
-    shown, size = Path(folder.source) / file, folder.sizes[file]
+    shown = Path(folder.source) / file
     with folder.remote(file) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
         if form == "safetensors":
             tensors = parse_header(stream, size, shown)
         else:

@@ -37,13 +37,12 @@ def open_repository(source: str, *, label: str, offline: bool) -> Folder:
     if offline or constants.HF_HUB_OFFLINE:
         return _cached(source, label=label)
     with _explained(source, label):
-        # One request tells commit, names and sizes.
         info = HfApi().model_info(repository, revision=revision or None, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        sizes = {file.rfilename: file.size for file in info.siblings or ()}
         small = [name for name in sizes if "/" not in name and name.endswith(_SMALL)]
         directory = _download(source, small)
     remote = partial(_open_remote, source, label, directory.name, sizes)
-    return Folder(label, source, directory, sizes, commit=directory.name, remote=remote)
+    return Folder(label, source, directory, frozenset(sizes), directory.name, remote)
 
 
 def download(folder: Folder, names: Iterable[str]) -> Folder:
@@ -68,7 +67,11 @@ def _download(source: str, names: list[str], commit: str | None = None) -> Path:
 def _quiet_when_piped() -> Iterator[None]:
     """Keeps progress bars out of log files, unless the environment asks for them."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not in its __all__
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     asked_for = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
     if asked_for or sys.stderr.isatty() or are_progress_bars_disabled():
@@ -99,11 +102,15 @@ def _cached(source: str, *, label: str) -> Folder:
 # --- a file of which only what is read is fetched ---
 
 
-def _open_remote(source: str, label: str, commit: str, sizes: dict[str, int], name: str) -> IO[bytes]:
-    from huggingface_hub import hf_hub_url
+def _open_remote(source: str, label: str, commit: str, sizes: dict[str, int | None], name: str) -> IO[bytes]:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    url = hf_hub_url(source.partition("@")[0], name, revision=commit)
-    return io.BufferedReader(_RemoteFile(url, sizes[name], source, label), 128 << 10)
+    with _explained(source, label):
+        url = hf_hub_url(source.partition("@")[0], name, revision=commit)
+        size = sizes[name]
+        if size is None:  # not every mirror tells the sizes of files with their names
+            size = get_hf_file_metadata(url).size or 0
+    return io.BufferedReader(_RemoteFile(url, size, source, label), 128 << 10)
 
 
 class _RemoteFile(io.RawIOBase):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
+import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from merger._version import VERSION
+from merger.checkpoint.writer import write_bytes
 from merger.errors import CheckpointError
 
 FORMAT = 1
@@ -35,11 +38,24 @@ def side_files(base: Path, tokenizer: Path) -> dict[str, Path]:
 def copy_side_files(files: Mapping[str, Path], to: Path) -> None:
     """Copies them; content only, so that no file is read-only or older than it should be."""
     for name, path in files.items():
-        shutil.copyfile(path, to / name)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        write_bytes(to / name, content)
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content."""
+    """The SHA-256 of a file's content; once per process, and without reading where the Hub's cache names it."""
+    stored = path.resolve()
+    if stored.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", stored.name):
+        return stored.name
+    status = path.stat()
+    return _hashed(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _hashed(path: Path, size: int, changed: int) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -49,10 +65,8 @@ def sha256(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that decide the bytes."""
-    from merger import __version__
-
     return {
-        "merger": __version__,
+        "merger": VERSION,
         "python": platform.python_version(),
         "torch": version("torch"),
         "numpy": version("numpy"),

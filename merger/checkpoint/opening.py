@@ -76,8 +76,8 @@ def _find(source: str, label: str, folder: Path, offline: bool) -> Folder:
 
 
 def _refuse_adapter(found: Folder, model: str) -> None:
-    has_model = any(name in found.sizes or f"{name}.index.json" in found.sizes for name in MODEL)
-    if CONFIG in found.sizes and not has_model:
+    has_model = any(name in found.names or f"{name}.index.json" in found.names for name in MODEL)
+    if CONFIG in found.names and not has_model:
         on = read_json(found, CONFIG).get("base_model_name_or_path") or "the model it was trained on"
         raise CheckpointError(
             f"{found.label}: {model} is a PEFT adapter, not a model; write {{model: {on}, adapter: {model}}}"

@@ -59,7 +59,7 @@ class Checkpoint:
     def rows_delta(self, name: str, start: int, stop: int, base: Tensor) -> tuple[Tensor, Tensor]:
         """Rows as `read_rows` has them, on the base's device, and their float32 difference from ``base``."""
         stored = self.read_rows(name, start, stop).to(base.device)
-        return stored, stored.float().sub_(base)
+        return stored, stored.to(torch.float32, copy=True).sub_(base)
 
     def _read(self, info: Info, start: int, stop: int) -> Tensor:
         rows, columns = info.matrix

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,17 +77,36 @@ def index(shards: Sequence[Shard], infos: Mapping[str, Info]) -> dict[str, Any]:
     }
 
 
-def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Refuses an output that is occupied, or that would touch an input; symbolic links are followed first."""
-    real = path.resolve()
-    for each in inputs:
-        directory = each.resolve()
-        if real == directory or directory in real.parents or real in directory.parents:
-            raise RecipeError(f"output.path: {path} is, holds or lies in the input {each}; choose another folder")
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if (path.exists() or path.is_symlink()) and not force:
-        raise RecipeError(f"output.path: {path} is there already; choose another folder, or replace it with --force")
+def check_output(path: Path, inputs: Iterable[Path], *, beside: Iterable[Path] = (), force: bool) -> None:
+    """Refuses an output that is occupied, or that would touch an input; symbolic links are followed first.
+
+    Nothing may be written to an ``inputs`` folder or take its place; ``beside`` are files and folders
+    that an output may lie in or next to, but not replace.
+    """
+    try:
+        real = path.resolve()
+        for each in inputs:
+            directory = each.resolve()
+            if real == directory or directory in real.parents or real in directory.parents:
+                raise RecipeError(f"output.path: {path} is, holds or lies in the input {each}; choose another folder")
+        for each in beside:
+            if real in (each.resolve(), *each.resolve().parents):
+                raise RecipeError(f"output.path: {path} is or holds {each}; choose another folder")
+        if _is_occupied(path) and not force:
+            raise RecipeError(_taken(path))
+    except (OSError, RuntimeError) as error:  # names too long, links in a circle
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(f"output.path: {path}: cannot be used: {reason}") from None
+
+
+def _is_occupied(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return path.is_symlink() or path.exists()
+    return any(path.iterdir())
+
+
+def _taken(path: Path) -> str:
+    return f"output.path: {path} is there already; choose another folder, or replace it with --force"
 
 
 class Writer:
@@ -102,43 +123,54 @@ class Writer:
         self._infos = infos
         self._ready = {name: Event() for shard in shards for name in shard.offsets}
         self._stopped = False
+        self._pool = ThreadPoolExecutor(1, "merger-hash")
+        self._files: dict[str, int] = {}
+        self._parents = [folder for folder in path.parents if not folder.exists()]
         self._lock = self._claim()
         try:
-            self._files = {shard.file: self._create(shard) for shard in shards}
+            for shard in shards:
+                self._create(shard)
         except BaseException:
+            self._close()
             self._remove()
             raise
         self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
-        self._pool = ThreadPoolExecutor(1, "merger-hash")
         self._hashes: Future[dict[str, str]] = self._pool.submit(self._hash)
 
     def _claim(self) -> int:
-        """Makes the folder and locks it; what a dead run left there is removed."""
+        """Makes the folder and locks it; what a dead run left there is removed, but nothing else."""
+        lock = self.partial / ".lock"
         try:
+            foreign = self.partial.is_dir() and not lock.exists() and any(self.partial.iterdir())
+            if foreign or self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
+                raise RecipeError(f"{self.partial}: is there already, and no run of merger left it; move it away")
             self.partial.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.partial / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+            claimed = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise ResourceError(f"{self.partial}: cannot be made: {error.strerror}") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in self.partial.iterdir():
+                if left != lock:
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         except BlockingIOError:
-            os.close(lock)
+            os.close(claimed)
             raise RecipeError(f"{self.partial}: another run is writing it; wait for it or stop it") from None
-        for left in self.partial.iterdir():
-            if left.name != ".lock":
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        return lock
+        except OSError as error:
+            os.close(claimed)
+            raise ResourceError(f"{self.partial}: cannot be cleared: {error.strerror}") from None
+        return claimed
 
-    def _create(self, shard: Shard) -> int:
+    def _create(self, shard: Shard) -> None:
         """The file at its full size, so that a full disk is found before the work; its header is in it."""
         target = self.partial / shard.file
         try:
             file = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            self._files[shard.file] = file
             os.posix_fallocate(file, 0, shard.size)
             os.pwrite(file, shard.header, 0)
         except OSError as error:
             raise _resource_error(target, error, shard.size) from None
-        return file
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Writes ``data`` from byte ``start`` of a tensor on."""
@@ -161,16 +193,16 @@ class Writer:
         for shard in self._shards:
             digest = hashlib.sha256(shard.header)
             file = self._files[shard.file]
-            for name, offset in shard.offsets.items():
-                self._ready[name].wait()
-                if self._stopped:
-                    return {}
-                end = offset + self._infos[name].nbytes
-                while offset < end:
-                    count = os.preadv(file, [buffer[: min(CHUNK, end - offset)]], offset)
-                    digest.update(buffer[:count])
-                    offset += count
             try:
+                for name, offset in shard.offsets.items():
+                    self._ready[name].wait()
+                    if self._stopped:
+                        return {}
+                    end = offset + self._infos[name].nbytes
+                    while offset < end:
+                        count = os.preadv(file, [buffer[: min(CHUNK, end - offset)]], offset)
+                        digest.update(buffer[:count])
+                        offset += count
                 os.fsync(file)
             except OSError as error:
                 raise _resource_error(self.partial / shard.file, error, 0) from None
@@ -185,21 +217,35 @@ class Writer:
         """Writes the index and renames the folder into place; whatever was there is replaced only now."""
         if len(self._shards) > 1:
             write_json(self.partial / INDEX, index(self._shards, self._infos))
+        try:
+            for each in self.partial.iterdir():
+                _sync(each)
+            _sync(self.partial)
+            if not _is_occupied(self.path):
+                os.rename(self.partial, self.path)  # over an empty folder too
+            elif force:
+                self._replace()
+            else:
+                raise RecipeError(_taken(self.path))
+            (self.path / ".lock").unlink()
+            _sync(self.path)
+            _sync(self.path.parent)
+        except OSError as error:
+            raise _resource_error(self.path, error, 0) from None
         self._close()
-        (self.partial / ".lock").unlink()
-        for each in self.partial.iterdir():
-            _sync(each)
-        _sync(self.partial)
-        replaced = None
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
-        elif force and (self.path.exists() or self.path.is_symlink()):
-            replaced = self.path.with_name(self.path.name + ".replaced")
-            os.rename(self.path, replaced)
-        os.rename(self.partial, self.path)
-        _sync(self.path.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
+
+    def _replace(self) -> None:
+        """Puts the new folder where the old one is, which is gone only after that."""
+        with tempfile.TemporaryDirectory(
+            prefix=f"{self.path.name}.replaced-", dir=self.path.parent, ignore_cleanup_errors=True
+        ) as aside:
+            old = Path(aside) / self.path.name
+            os.rename(self.path, old)
+            try:
+                os.rename(self.partial, self.path)
+            except BaseException:
+                os.rename(old, self.path)
+                raise
 
     def abandon(self) -> None:
         """Stops and removes what was written so far."""
@@ -211,12 +257,15 @@ class Writer:
 
     def _close(self) -> None:
         self._pool.shutdown(wait=True)
-        for file in self._files.values():
+        for file in (*self._files.values(), self._lock):
             os.close(file)
-        os.close(self._lock)
 
     def _remove(self) -> None:
+        """Removes the partial folder, and the folders above it that were made for it."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in self._parents:
+                folder.rmdir()
 
 
 def _resource_error(path: Path, error: OSError, size: int) -> ResourceError:
@@ -232,11 +281,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file; a full disk is a ResourceError."""
+    """A text file in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file of this content; a full disk is a ResourceError."""
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
     except OSError as error:
-        raise _resource_error(path, error, len(text)) from None
+        raise _resource_error(path, error, len(content)) from None
 
 
 def _sync(path: Path) -> None:

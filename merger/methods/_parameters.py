@@ -7,6 +7,7 @@ fits, a list of numbers over the model's depth fits too; the plural kinds also t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +27,9 @@ from pydantic import (
 from merger.errors import nearest
 from merger.ops import Scope as Scope
 
+LARGEST = 1e30  # what float32 still holds, times a few
+_WRITTEN = re.compile(r"[+-]?(\d{1,30}/\d{1,30}|(\d{1,30}\.?\d{0,30}|\.\d{1,30})([eE][+-]?\d{1,2})?)\Z")
+
 
 def _exact(value: Any) -> Fraction:
     """The number as written: an int, a float's shortest decimal, or text such as '1/3'."""
@@ -33,10 +37,15 @@ def _exact(value: Any) -> Fraction:
         raise ValueError(f"expected a number, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"expected a finite number, not {value}")
+    if isinstance(value, str) and not _WRITTEN.match(value):
+        raise ValueError(f"expected a number or a fraction such as 1/3, not {value[:80]!r}")
     try:
-        return Fraction(repr(value) if isinstance(value, float) else value)
-    except (ValueError, ZeroDivisionError):
+        exact = Fraction(repr(value) if isinstance(value, float) else value)
+    except ZeroDivisionError:
         raise ValueError(f"expected a number or a fraction such as 1/3, not {value!r}") from None
+    if abs(exact) > LARGEST:
+        raise ValueError(f"expected a number of at most {LARGEST:g}, not {str(value)[:80]}")
+    return exact
 
 
 def plain(value: Fraction) -> int | float | str:
@@ -71,21 +80,18 @@ class Varying:
     """Marks a parameter that is resolved to one number for the tensor at hand."""
 
 
-def _over_depth(number: Any) -> Any:
+def _over_depth(number: Any, *more: Any) -> Any:
     """One number, or at least two of them interpolated from the first block to the last."""
     several = Annotated[list[number], Field(min_length=2)]
-    return Annotated[
-        Annotated[number, Tag("one")] | Annotated[several, Tag("by_depth")], Discriminator(_shape)
-    ]
+    kinds: Any = Annotated[number, Tag("one")] | Annotated[several, Tag("by_depth")]
+    for extra in more:
+        kinds = kinds | extra
+    return Annotated[kinds, Discriminator(_shape)]
 
 
 def _by_expert(number: Any, *more: Any) -> Any:
-    several = Annotated[list[number], Field(min_length=2)]
-    named = dict[str, _over_depth(number)]
-    kinds = Annotated[number, Tag("one")] | Annotated[several, Tag("by_depth")]
-    for extra in more:
-        kinds = kinds | extra
-    return Annotated[kinds | Annotated[named, Tag("by_expert")], Discriminator(_shape)]
+    named: Any = dict[str, _over_depth(number)]
+    return _over_depth(number, Annotated[named, Tag("by_expert")], *more)
 
 
 if TYPE_CHECKING:  # a recipe may write more than a function receives, so checkers see neither

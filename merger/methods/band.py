@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Shares
 from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, Scope, select
+from merger.ops import Flow, Scope, keep, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,4 +37,4 @@ def band(
     rest = [1 - low for low in drop_low]
     kept = yield from select(scores, rest, scope=scope, round_up=True)  # d - floor(drop_low * d)
     outliers = yield from select(scores, drop_high, scope=scope)
-    return deltas * (kept & ~outliers)
+    return keep(deltas, kept & ~outliers)

@@ -9,7 +9,7 @@ from pydantic import Field
 from merger._lazy import torch
 from merger.methods._parameters import Order
 from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, Size, top_of_blocks
+from merger.ops import Flow, Size, keep, top_of_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +42,9 @@ def bs(
     short = n * rest // m if tail == "proportional" else 0
     free = torch.ones_like(deltas, dtype=torch.bool) if claim_zeros else deltas != 0
     if exclusive is None:
-        return deltas * top_of_blocks(scores, n, m, free, short)
+        return keep(deltas, top_of_blocks(scores, n, m, free, short))
     kept = torch.zeros_like(free)
     for k in exclusive:
         open_ = free[k : k + 1] & ~kept.any(0)
         kept[k] = top_of_blocks(scores[k : k + 1], n, m, open_, short)[0]
-    return deltas * kept
+    return keep(deltas, kept)

@@ -35,9 +35,7 @@ def della(
 ) -> list[Stage]:
     """Drops small deltas more often than large ones of a row, rescales, then merges those that agree in sign."""
     return [
-        *prune_and_rescale(
-            rescale, density=density, epsilon=epsilon, score=score, scope=scope, rank_norm=rank_norm
-        ),
+        *prune_and_rescale(rescale, density=density, epsilon=epsilon, score=score, scope=scope, rank_norm=rank_norm),
         stage(sign_elect, weight=weight, merge=merge, zero_sign=zero_sign),
         stage(scale, lambda_=lambda_),
     ]

@@ -25,9 +25,7 @@ def della_linear(
 ) -> list[Stage]:
     """Drops small deltas more often than large ones of a row, rescales, and sums."""
     return [
-        *prune_and_rescale(
-            rescale, density=density, epsilon=epsilon, score=score, scope=scope, rank_norm=rank_norm
-        ),
+        *prune_and_rescale(rescale, density=density, epsilon=epsilon, score=score, scope=scope, rank_norm=rank_norm),
         stage(sum_, weight=weight),
         stage(scale, lambda_=lambda_),
     ]

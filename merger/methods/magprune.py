@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.methods._parameters import Order, Share, Shares
 from merger.methods._registry import Score, Takes, sparsifier
-from merger.ops import column, ranks_of_rows
+from merger.ops import column, fast, keep, ranks_of_rows
 from merger.ops import exclusive as disjoint
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def magprune(
     length = ranked.shape[-1] - (rank_norm == "n-1")
     spread = ranks_of_rows(ranked).view_as(scores).to(deltas) / length if length else 0.5
     drop = 1 - column(density, deltas) - float(epsilon) / 2 + float(epsilon) * spread
-    kept = uniform("della") >= drop
+    kept = fast("ge", uniform("della"), drop)
     if exclusive is not None:
         kept = disjoint(kept, exclusive)
-    return deltas * kept / (1 - drop) if rescale == "inverse" else deltas * kept
+    thinned = keep(deltas, kept)
+    return thinned / (1 - drop) if rescale == "inverse" else thinned

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Numbers
 from merger.methods._registry import merger
-from merger.ops import column, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def positive_sum(weight: Sequence[Fraction], **_: object) -> None:
-    if abs(sum(weight)) < Fraction(1, 10**8):
+    """Refuses weights that have no mean."""
+    if abs(sum(weight, Fraction(0))) < Fraction(1, 10**8):
         raise ValueError("the weights sum to zero, so there is no mean")
 
 
@@ -25,6 +25,8 @@ def mean(deltas: Tensor, *, weight: Numbers = 1) -> Tensor:
 
     (4, -3) and (-2, -4) make (1, -3.5).
     """
-    first = deltas[0]
-    shares = [w / sum(weight) for w in weight]
-    return first + summed((deltas - first) * column(shares, deltas))
+    total = sum(weight)
+    merged = deltas[0].clone()
+    for other, w in zip(deltas[1:], weight[1:], strict=True):
+        merged += (other - deltas[0]) * float(w / total)
+    return merged

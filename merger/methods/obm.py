@@ -43,8 +43,7 @@ def obm(
         return deltas.square()
     if second_moment is not None and mean_input is not None:
         h = second_moment if hessian == "second_moment" else mean_input.square()
-        never_reached = (h == 0).all(-1, keepdim=True)  # a packed expert that no token was routed to
-        return deltas.abs().where(never_reached, h * deltas.square())
+        return h * deltas.square()
     rule = embedding if kind == "embedding" else nonlinear
     if rule == "token_freq" and token_share is not None:
         return token_share * deltas.square()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.methods._parameters import Order, Shares
 from merger.methods._registry import sparsifier
-from merger.ops import column
+from merger.ops import column, fast, keep
 from merger.ops import exclusive as disjoint
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def random(
     The expectation is the task vector itself. At density 0.5 a kept 4 becomes 8.
     """
     share = column(density, deltas)
-    kept = uniform("dare") >= column([1 - d for d in density], deltas)
+    kept = fast("ge", uniform("dare"), column([1 - d for d in density], deltas))
     if exclusive is not None:
         kept = disjoint(kept, exclusive)
-    return deltas * kept / share.where(share > 0, 1) if rescale == "inverse" else deltas * kept
+    thinned = keep(deltas, kept)
+    return thinned / share.where(share > 0, 1) if rescale == "inverse" else thinned

@@ -20,5 +20,5 @@ def rescale(deltas: Tensor, originals: Tensor, *, by: Literal["l1", "l2"] = "l1"
     power = 1 if by == "l1" else 2
     whole = yield Sum(originals.double().abs().pow(power).sum((1, 2)))
     left = yield Sum(deltas.double().abs().pow(power).sum((1, 2)))
-    factor = (whole / left.where(left > 0, 1)).pow(1 / power)
+    factor: Tensor = (whole / left.where(left > 0, 1)).pow(1 / power)
     return deltas * factor.to(deltas).view(-1, 1, 1)

@@ -33,11 +33,11 @@ def sign_elect(
         elected = elected.where(elected != 0, majority)
     elif zero_sign == "positive":
         elected = elected.where(elected != 0, 1)
-    agree = deltas * elected > 0
+    agree = (deltas.sign() * elected).clamp_(min=0)  # 1 where an expert has the elected sign, else 0
     if merge == "max":
         return elected * (deltas.abs() * agree).amax(0)
     shares = weights * agree
     if merge == "mean":
         together = summed(shares)
-        shares = shares / together.where(together != 0, 1)  # one expert alone has a share of exactly 1
+        shares = shares / together.masked_fill_(together == 0, 1)  # one expert alone has a share of exactly 1
     return summed(deltas * shares)

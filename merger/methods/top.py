@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Order, Shares
 from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, RatioOf, Scope, select
+from merger.ops import Flow, RatioOf, Scope, keep, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,5 @@ def top(
     At density 0.5, (4, -3, 1, 0) becomes (4, -3, 0, 0).
     """
     eligible = None if claim_zeros else deltas != 0
-    kept = yield from select(
-        scores, density, scope=scope, order=exclusive, eligible=eligible, ratio_of=ratio_of
-    )
-    return deltas * kept
+    kept = yield from select(scores, density, scope=scope, order=exclusive, eligible=eligible, ratio_of=ratio_of)
+    return keep(deltas, kept)

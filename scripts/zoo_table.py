@@ -1,0 +1,197 @@
+"""Compare methods on a real model: what share of each fine-tune's gain does a merge keep?
+
+    python scripts/zoo_table.py ZOO DATA --out benchmarks/NAME [--select 16] [--report 40]
+
+ZOO holds `base` and the experts `code`, `french`, `wordnet`; DATA holds NAME.calibration.jsonl and
+NAME.heldout.jsonl for each. A method's setting is chosen from its row of GRID on the first `--select` held-out
+texts of each domain, and reported on the next `--report`, which chose nothing. The loss is the token-mean
+cross-entropy of the first 256 tokens of each text; the share kept of an expert's gain is
+(base - merged) / (base - expert) on its domain, and a method's figure is the mean over the domains.
+Each finished line is appended to NAME.jsonl, so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import merger
+
+DOMAINS = ("code", "french", "wordnet")
+TOKENS = 256
+
+GRID: dict[str, list[dict[str, Any]]] = {
+    "linear": [{}],
+    "task_arithmetic": [{"lambda": x} for x in (0.4, 0.6, 0.8)],
+    "ties": [{"density": x, "lambda": 1} for x in (0.2, 0.5, 0.8)],
+    "dare_linear": [{"density": 0.5, "lambda": x} for x in (0.4, 0.6, 0.8)],
+    "della": [{"density": x, "lambda": 1} for x in (0.3, 0.5, 0.8)],
+    "breadcrumbs": [{"drop_low": x, "drop_high": 0.01, "lambda": 0.6} for x in (0.2, 0.5, 0.8)],
+    "ties_obm": [{"density": x, "lambda": 1} for x in (0.2, 0.5, 0.8)],
+    "ties_im": [{"density": x} for x in (0.2, 0.3, "1/3")],
+    "cabs": [{"n": 64, "m": 256, "lambda": x} for x in (1, 1.2, 1.4)],
+    "obim": [{"density": x} for x in (0.2, 0.3, "1/3")],
+}
+CALIBRATED = {"obim", "ties_obm"}
+ORDERS: list[Any] = ["rotation", *({end: name} for end in ("first", "last") for name in DOMAINS)]
+SAMPLES = (10, 50, 100)
+
+
+def texts(data: Path, domain: str) -> list[str]:
+    """The held-out texts of a domain."""
+    lines = (data / f"{domain}.heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+@torch.inference_mode()
+def losses(model_path: Path, held_out: Mapping[str, list[str]]) -> dict[str, float]:
+    """Token-mean cross-entropy of a checkpoint on each domain's texts, one batch of eight at a time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+    found = {}
+    for domain, sample in held_out.items():
+        total, count = 0.0, 0
+        for start in range(0, len(sample), 8):
+            batch = tokenizer(
+                sample[start : start + 8], return_tensors="pt", padding=True, truncation=True, max_length=TOKENS
+            )
+            logits = model(**batch).logits[:, :-1].float()
+            target = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), target.flatten(), reduction="sum", ignore_index=-100
+            ).item()
+            count += int((target != -100).sum())
+        found[domain] = total / count
+    return found
+
+
+def recipe(zoo: Path, data: Path, method: str, parameters: dict[str, Any], output: Path, samples: int) -> merger.Recipe:
+    """The merge of the three experts by one method."""
+    written: dict[str, Any] = {
+        "base": str(zoo / "base"),
+        "experts": {name: str(zoo / name) for name in DOMAINS},
+        "method": method,
+        "parameters": parameters,
+        "output": {"path": str(output)},
+    }
+    if method in CALIBRATED:
+        sources = {name: str(data / f"{name}.calibration.jsonl") for name in DOMAINS}
+        written["calibration"] = {"data": sources, "samples": samples, "max_tokens": TOKENS}
+    return merger.Recipe.parse(written)
+
+
+class Table:
+    """The lines found so far; one that is on record is not computed again."""
+
+    def __init__(self, zoo: Path, data: Path, record: Path, select: int, report: int) -> None:
+        self.zoo, self.data, self.record = zoo, data, record
+        every = {domain: texts(data, domain) for domain in DOMAINS}
+        self.parts = {
+            "select": {domain: each[:select] for domain, each in every.items()},
+            "report": {domain: each[select : select + report] for domain, each in every.items()},
+        }
+        self.lines: dict[str, dict[str, Any]] = {}
+        if record.exists():
+            for line in record.read_text().splitlines():
+                entry = json.loads(line)
+                self.lines[entry["key"]] = entry
+
+    def loss(self, part: str, model: str) -> dict[str, float]:
+        """The losses of the base or of an expert."""
+        return self._line(f"{part} {model}", lambda: losses(self.zoo / model, self.parts[part]))
+
+    def merged(self, part: str, method: str, parameters: dict[str, Any], samples: int = 100) -> dict[str, float]:
+        """The losses of a merge."""
+        said = json.dumps(parameters, sort_keys=True) + (f" samples={samples}" if method in CALIBRATED else "")
+
+        def compute() -> dict[str, float]:
+            with tempfile.TemporaryDirectory() as folder:
+                output = Path(folder) / "merged"
+                merger.merge(recipe(self.zoo, self.data, method, parameters, output, samples))
+                return losses(output, self.parts[part])
+
+        return self._line(f"{part} {method} {said}", compute)
+
+    def _line(self, key: str, compute: Any) -> dict[str, float]:
+        if key not in self.lines:
+            began = time.monotonic()
+            self.lines[key] = {"key": key, "losses": compute(), "seconds": round(time.monotonic() - began, 1)}
+            with self.record.open("a") as file:
+                file.write(json.dumps(self.lines[key]) + "\n")
+            print(key, self.lines[key]["losses"], flush=True)
+        found: dict[str, float] = self.lines[key]["losses"]
+        return found
+
+    def kept(self, part: str, found: Mapping[str, float]) -> float:
+        """The mean share of the experts' gains."""
+        base = self.loss(part, "base")
+        return sum((base[d] - found[d]) / (base[d] - self.loss(part, d)[d]) for d in DOMAINS) / len(DOMAINS)
+
+    def best(self, method: str) -> dict[str, Any]:
+        """The setting of a method's grid that keeps most on the selection texts."""
+        return max(GRID[method], key=lambda p: self.kept("select", self.merged("select", method, p)))
+
+    def row(self, name: str, setting: str, found: Mapping[str, float]) -> str:
+        cells = " | ".join(f"{found[d]:.4f}" for d in DOMAINS)
+        return f"| {name} | {setting} | {cells} | {self.kept('report', found):.3f} |"
+
+
+def report(table: Table) -> Iterator[str]:
+    """The tables, in Markdown."""
+    head = "| model | setting | " + " | ".join(DOMAINS) + " | share kept |\n|---|---|" + "---|" * (len(DOMAINS) + 1)
+    yield head
+    for model in ("base", *DOMAINS):
+        yield table.row(model, "", table.loss("report", model))
+    rows = []
+    for method in GRID:
+        setting = table.best(method)
+        found = table.merged("report", method, setting)
+        rows.append((table.kept("report", found), table.row(method, json.dumps(setting), found)))
+    yield from (row for _, row in sorted(rows, key=lambda each: -each[0]))
+    density = table.best("obim")
+    yield "\n## OBIM: order of the experts\n\n" + head
+    for order in ORDERS:
+        found = table.merged("report", "obim", {**density, "order": order})
+        yield table.row("obim", json.dumps({**density, "order": order}), found)
+    yield "\n## OBIM: calibration samples of each expert\n\n" + head
+    for samples in SAMPLES:
+        yield table.row("obim", f"{samples} samples", table.merged("report", "obim", density, samples))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("zoo", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--select", type=int, default=16)
+    parser.add_argument("--report", type=int, default=40)
+    given = parser.parse_args()
+    table = Table(
+        given.zoo.resolve(), given.data.resolve(), given.out.with_suffix(".jsonl"), given.select, given.report
+    )
+    lines = list(report(table))
+    grid = "\n".join(f"- `{method}`: {json.dumps(settings)}" for method, settings in GRID.items())
+    given.out.with_suffix(".md").write_text(
+        f"# What merges of a real model keep of its fine-tunes\n\n"
+        f"`python scripts/zoo_table.py ZOO DATA --out {given.out.name} --select {given.select} --report {given.report}`, "
+        f"merger {merger.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.machine()} CPU, {os.cpu_count()} cores. Loss on {given.report} held-out texts a domain "
+        f"(first {TOKENS} tokens); each method's setting is the best of its grid on {given.select} other texts.\n\n"
+        + "\n".join(lines)
+        + f"\n\n## The grid\n\n{grid}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
