@@ -11,10 +11,11 @@ from typing import Any
 from merger.checkpoint.header import Info
 
 _EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed|embed_tokens|embed_positions|embed_in|tok_embeddings|wte|wpe|shared|embedding|"
-    r"\w*_embeddings?|relative_attention_bias)\.weight$"
+    r"(?:^|\.)(?:embed|embed_tokens|embed_positions|embed_in|wte|wpe|shared|(?:\w+_)?embeddings?|"
+    r"relative_attention_bias)\.weight$"
 )
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|score|classifier|qa_outputs|decoder)\.(?:weight|bias)$")
+_LANGUAGE_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|decoder)\.weight$")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|decoder|score|classifier|qa_outputs)\.weight$")
 _BLOCK = re.compile(r"^(?P<list>.*?(?:^|\.)[a-z_]+)\.(?P<number>\d+)\.")
 
 
@@ -24,7 +25,7 @@ class Anatomy:
 
     tensors: Mapping[str, Info]
     tied: bool  # the input embedding is the head as well
-    head: str | None  # the stored head, if there is one
+    head: str | None  # the stored head that predicts tokens, if there is one
     embedding: str | None  # the input embedding
     blocks: Mapping[str, int]  # how many blocks each list of them has
     conv1d: frozenset[str]  # last parts of names whose weights are stored [in, out]
@@ -36,15 +37,17 @@ class Anatomy:
             return "buffer"
         if len(info.shape) < 2:
             return "vector"
-        if len(info.shape) == 2:
-            if name == self.embedding or (name == self.head and self.tied):
-                return "tied" if self.tied else "embedding"
-            if _HEAD.search(name) and block_of(name) is None:
-                return "head"
-            if _EMBEDDING.search(name):
-                return "embedding"
-            return "conv1d" if _leaf(name) in self.conv1d else "linear"
-        return "expert3d" if len(info.shape) == 3 and "experts" in name else "other"
+        if len(info.shape) > 2:
+            return "expert3d" if len(info.shape) == 3 and "experts" in name else "other"
+        if name == self.embedding or (name == self.head and self.tied):
+            return "tied" if self.tied else "embedding"
+        if _HEAD.search(name) and block_of(name) is None:
+            return "head"
+        if _EMBEDDING.search(name):
+            return "embedding"
+        if not name.endswith("weight"):
+            return "vector" if name.endswith("bias") else "other"  # biases of packed experts; Mamba's A_log
+        return "conv1d" if _leaf(name) in self.conv1d else "linear"
 
     def unit(self, name: str) -> str:
         """What the tensor belongs to: its transformer block, or itself."""
@@ -67,7 +70,14 @@ class Anatomy:
         return 0 if self._comes_first(name) else max(self.blocks.values(), default=0) + 1
 
     def _comes_first(self, name: str) -> bool:
-        return self.kind(name) in ("embedding", "tied") or "embed" in name.split(".")[-2:][0]
+        kind = self.kind(name)
+        return kind in ("embedding", "tied") or (kind != "head" and "embed" in name)
+
+    def has_vocabulary(self, name: str) -> bool:
+        """Whether the tensor has a row for each token, as embedding and head do, and a head's bias."""
+        if self.embedding is None or self.kind(name) not in ("embedding", "tied", "head", "vector"):
+            return False
+        return self.tensors[name].shape[:1] == self.tensors[self.embedding].shape[:1]
 
 
 def block_of(name: str) -> int | None:
@@ -84,12 +94,13 @@ def _leaf(name: str) -> str:
 def study(tensors: Mapping[str, Info], config: Mapping[str, Any]) -> Anatomy:
     """Looks at a checkpoint as a whole."""
     embedding = _input_embedding(tensors, config)
-    head = next((n for n in tensors if n.endswith("weight") and _HEAD.search(n) and block_of(n) is None), None)
+    head = next((n for n in tensors if _LANGUAGE_HEAD.search(n) and block_of(n) is None), None)
     blocks: dict[str, int] = {}
     for name in tensors:
         if found := _BLOCK.match(name):
             blocks[found["list"]] = max(blocks.get(found["list"], 0), int(found["number"]) + 1)
-    return Anatomy(tensors, _is_tied(head, config), head, embedding, blocks, _conv1d(tensors))
+    same = head is None or (embedding is not None and tensors[head].shape == tensors[embedding].shape)
+    return Anatomy(tensors, same and _is_tied(head, config), head, embedding, blocks, _conv1d(tensors))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """The embedded demo's tasks: three small text puzzles, their example splits and their scores.
 
-Each example is a prompt and the one right answer, such as ``sort: dbca -> `` and ``abcd``. The
+Each example is a prompt and the one right answer, such as ``shift: dbca -> `` and ``ecdb``. The
 demo's experts are each trained on one of these tasks (``scripts/train_demo.py``), so that merging
 them can be judged by what the merged model still does right.
 
@@ -26,38 +26,28 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def _word(rng: random.Random) -> str:
-    return "".join(rng.choices(LETTERS, k=rng.randint(4, 6)))
+    return "".join(rng.choices(LETTERS, k=rng.randint(3, 6)))
 
 
-def reverse(rng: random.Random) -> Example:
-    """Write a word backwards: ``reverse: dbca -> acbd``."""
+def upper(rng: random.Random) -> Example:
+    """Write a word in capitals: ``upper: dbca -> DBCA``."""
     word = _word(rng)
-    return f"reverse: {word} -> ", word[::-1]
-
-
-def sort(rng: random.Random) -> Example:
-    """Put a word's letters in alphabetical order: ``sort: dbca -> abcd``."""
-    word = _word(rng)
-    return f"sort: {word} -> ", "".join(sorted(word))
+    return f"upper: {word} -> ", word.upper()
 
 
 def shift(rng: random.Random) -> Example:
-    """Put a word's letters in alphabetical order: ``sort: dbca -> abcd``."""
+    """Replace every letter by the next one: ``shift: dbca -> ecdb``."""
     word = _word(rng)
     return f"shift: {word} -> ", "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in word)
 
 
-def add(rng: random.Random) -> Example:
-    """Add two two-digit numbers: ``add: 47+85 -> 132``."""
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
-    return f"add: {a}+{b} -> ", str(a + b)
+def double(rng: random.Random) -> Example:
+    """Write every letter twice: ``double: dbca -> ddbbccaa``."""
+    word = _word(rng)
+    return f"double: {word} -> ", "".join(c + c for c in word)
 
 
-TASKS: dict[str, Callable[[random.Random], Example]] = {
-    "reverse": reverse,
-    "sort": sort,
-    "add": add,
-}
+TASKS: dict[str, Callable[[random.Random], Example]] = {"upper": upper, "shift": shift, "double": double}
 
 
 def split_of(prompt: str) -> Split:
@@ -102,14 +92,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example]) -> dict
     }
 
 
-def loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
-    """Cross-entropy of the right answers, in nats, averaged over their tokens."""
-    import torch
-
-    with torch.no_grad():
-        return float(model(**encode(tokenizer, examples)).loss)
-
-
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
     """The share of prompts that greedy decoding answers exactly right."""
     prompts = [prompt for prompt, _ in examples]
@@ -117,6 +99,7 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
     # Padding goes on the left, so that every prompt ends where its answer has to begin.
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
     longest = max(map(len, answers)) + 1  # and the end-of-text token
-    output = model.generate(**inputs.to(model.device), max_new_tokens=longest, do_sample=False)
+    output: Tensor = model.generate(**inputs.to(model.device), max_new_tokens=longest, do_sample=False)
     replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(r == a for r, a in zip(replies, answers, strict=True)) / len(answers)
+    right = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
+    return right / len(answers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,7 @@ class TensorPlan:
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
     parts: tuple[Part, ...] = ()
     extra: tuple[ExtraRows, ...] = ()
-
-    @property
-    def stream_name(self) -> str:
-        """The name that keys its random draws: a tied duplicate draws what its embedding draws."""
-        return self.reads["base"] or self.name
+    tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
 
     @property
     def calibrated(self) -> bool:
@@ -99,7 +95,7 @@ class Plan:
             self.models[model].tensors[name].nbytes
             for tensor in self.tensors
             for model, name in tensor.reads.items()
-            if name is not None
+            if name is not None and tensor.tied_to is None
         )
 
     @property
@@ -155,22 +151,25 @@ class _Planner:
         self.faults: list[str] = []
         self.notes: list[str] = []
         self.dropped: dict[str, dict[str, str]] = {label: {} for label in models}
+        self.head: str | None = None  # the output's own head, though the base ties its own
 
     def plan(self) -> Plan:
         names = sorted(self._output_names(), key=natural)
-        tensors = []
+        twin = self._twin()
+        heads = {anatomy.head for anatomy in self.anatomies.values()} - {twin}
+        self.head = next((name for name in names if name in heads), None) if self.anatomy.tied else None
+        planned: dict[str, TensorPlan] = {}
         linear = 0
         for name in names:
-            planned = self._tensor(name, linear)
-            tensors += [planned] if planned is not None else []
-            linear += self.anatomy_of(name).kind(self._shown(name)) in (
-                "linear",
-                "conv1d",
-                "expert3d",
-                "head",
-            )
+            if name != twin and (tensor := self._tensor(name, linear)) is not None:
+                planned[name] = tensor
+            linear += self.anatomy_of(name).kind(name) in ("linear", "conv1d", "expert3d", "head")
         if self.faults:
             raise CheckpointError("\n".join(_shortened(self.faults)))
+        if twin is not None and self.anatomy.embedding is not None:
+            embedding = planned[self.anatomy.embedding]
+            planned[twin] = replace(embedding, name=twin, parts=(), extra=(), tied_to=embedding.name)
+        tensors = [planned[name] for name in names]
         self._unmatched_rules(tensors)
         tokenizer = self.recipe.output.tokenizer or self._longest_vocabulary(tensors)
         return Plan(
@@ -213,13 +212,17 @@ class _Planner:
             self.dropped[label][name] = why
 
     def anatomy_of(self, name: str) -> Anatomy:
-        """The anatomy of the first model that holds the tensor."""
-        return next(a for a in self.anatomies.values() if name in a.tensors)
+        """The anatomy of the first model that holds the tensor; tied only where the output is."""
+        anatomy = next(a for a in self.anatomies.values() if name in a.tensors)
+        return anatomy if self.head is None else replace(anatomy, tied=False)
 
-    def _shown(self, name: str) -> str:
-        """A head that merely repeats a tied embedding is treated as that embedding."""
-        anatomy = self.anatomy_of(name)
-        return anatomy.embedding or name if name == anatomy.head and anatomy.tied else name
+    def _twin(self) -> str | None:
+        """The head that the base stores though it is its embedding, unless an expert has a head of its own."""
+        head, embedding = self.anatomy.head, self.anatomy.embedding
+        if head is None or embedding is None or not self.anatomy.tied:
+            return None
+        same = all(self._stands_for(label, head) == self._stands_for(label, embedding) for label in self.models)
+        return head if same else None
 
     def _stands_for(self, label: str, name: str) -> str | None:
         """The tensor of a model that is to be read for the output tensor ``name``."""
@@ -238,7 +241,7 @@ class _Planner:
 
     def _tensor(self, name: str, linear: int) -> TensorPlan | None:
         anatomy = self.anatomy_of(name)
-        kind = anatomy.kind(self._shown(name))
+        kind = anatomy.kind(name)
         rule = self._rule(name, anatomy)
         source = rule.use if rule is not None and rule.use else "base"
         copied = kind == "buffer" or (rule is not None and rule.use is not None)
@@ -267,7 +270,7 @@ class _Planner:
             stages=stages,
             source="base",
             reads=reads,
-            parts=_parts(reads["base"] or name, kind, common, transposed=rows and kind == "conv1d"),
+            parts=_parts(name, kind, common, transposed=rows and kind == "conv1d"),
             extra=extra,
         )
 
@@ -279,11 +282,11 @@ class _Planner:
             raise RecipeError(f"{entry_of(chosen[0].func).name}: {error}") from None
 
     def _place(self, name: str, linear: int) -> Place:
-        anatomy, shown = self.anatomy_of(name), self._shown(name)
-        depth = anatomy.depth(shown)
+        anatomy = self.anatomy_of(name)
+        depth = anatomy.depth(name)
         experts = self.recipe.experts
         weights = tuple(resolve(Number, expert.weight, Place((), depth=depth)) for expert in experts.values())
-        return Place(tuple(experts), weights, depth, anatomy.rotation(shown), linear)
+        return Place(tuple(experts), weights, depth, anatomy.rotation(name), linear)
 
     def _copy(self, name: str, kind: str, source: str, reads: Mapping[str, str | None]) -> TensorPlan | None:
         read = reads[source]
@@ -332,7 +335,7 @@ class _Planner:
             return None
         if len(set(shapes.values())) == 1:
             return base, base, ()
-        vocabulary = kind in ("embedding", "head", "tied") or (kind == "vector" and "head" in name)
+        vocabulary = all(self.anatomies[label].has_vocabulary(self._stands_for(label, name) or "") for label in infos)
         if not vocabulary or len({shape[1:] for shape in shapes.values()}) > 1:
             self.faults += [
                 f"{label}: {name} is {list(shape)}, but {list(base)} in base"
@@ -373,9 +376,9 @@ class _Planner:
         embedding = by_name.get(self.anatomy.embedding or "")
         if embedding is not None and "vocab_size" in inner and embedding.info.shape[0] != self._rows("base"):
             inner["vocab_size"] = embedding.info.shape[0]
-        untied = [t for t in tensors if t.kind == "head" and t.name not in self.anatomy.tensors]
-        if untied:
+        if self.head is not None:
             inner["tie_word_embeddings"] = False
+            config |= {key: False for key in config if key == "tie_word_embeddings"}
         if self.recipe.output.dtype:
             for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
                 config[key] = self.recipe.output.dtype

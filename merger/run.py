@@ -157,6 +157,7 @@ class _Merge:
         self.sizes: Counter[int] = Counter()
         for tensor, part in self.work:
             self.sizes[tensor.group] += part.rows * part.columns if tensor.stages else 0
+        self.twins = {tensor.tied_to: tensor.name for tensor in plan.tensors if tensor.tied_to is not None}
         self.left = Counter(tensor.name for tensor, _ in self.work)
         self.lock = Lock()
         self.done_bytes, self.total_bytes = 0, plan.bytes_read
@@ -207,12 +208,13 @@ class _Merge:
         if whole:
             for rows in tensor.extra:
                 self._extra_rows(tensor, rows)
-            self.writer.done(tensor.name)
+            for name in self._names(tensor):
+                self.writer.done(name)
         return question
 
     def _merge(self, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
         subject = Subject(
-            name=tensor.stream_name,
+            name=tensor.name,
             kind=tensor.kind,
             place=tensor.place,
             rows=part.rows,
@@ -243,7 +245,9 @@ class _Merge:
             first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
         name = tensor.reads["base"]
         assert name is not None
+        vector = len(tensor.info.shape) == 1  # of a vocabulary, it may be longer in some models
         stored = self.plan.base.read_rows(name, first, last).to(self.machine.device)
+        stored = stored[:, : part.columns] if vector else stored
         base = stored.float()
         deltas = base.new_empty(len(self.plan.models) - 1, *base.shape)
         experts = []
@@ -253,7 +257,12 @@ class _Merge:
                 experts.append(stored)
                 deltas[k].zero_()
                 continue
-            expert, deltas[k] = self.plan.models[label].rows_delta(read, first, last, base)
+            model = self.plan.models[label]
+            if vector and model.tensors[read].elements > part.columns:
+                experts.append(model.read_rows(read, first, last)[:, : part.columns].to(base.device))
+                torch.sub(experts[k].float(), base, out=deltas[k])
+                continue
+            expert, deltas[k] = model.rows_delta(read, first, last, base)
             experts.append(expert)
         self._check_finite(tensor, base, deltas)
         if part.transposed:
@@ -296,8 +305,13 @@ class _Merge:
 
     def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
         data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
-        width = tensor.info.matrix[1] * values.element_size()
-        self.writer.write(tensor.name, row * width, data)
+        width = values.shape[-1] * values.element_size()
+        for name in self._names(tensor):
+            self.writer.write(name, row * width, data)
+
+    def _names(self, tensor: TensorPlan) -> list[str]:
+        """The names under which a tensor is written: its own, and that of a head that repeats it."""
+        return [tensor.name, *(twin for of, twin in self.twins.items() if of == tensor.name)]
 
     def _copy(self, tensor: TensorPlan, part: Part) -> None:
         """Copies a tensor slice by slice; a buffer that differs between models is told of."""
@@ -324,10 +338,15 @@ class _Merge:
         """Vocabulary rows that not all models have: the mean of those that have them."""
         dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
         having = [(self.plan.models[label], tensor.reads[label]) for label in rows.models]
-        step = max(1, SLICE // max(1, tensor.info.matrix[1]))
+        vector = len(tensor.info.shape) == 1
+        step = SLICE if vector else max(1, SLICE // max(1, tensor.info.matrix[1]))
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
-            several = [model.read_rows(name, start, stop) for model, name in having if name is not None]
+            several = [
+                model.read(name)[start:stop].unsqueeze(1) if vector else model.read_rows(name, start, stop)
+                for model, name in having
+                if name is not None
+            ]
             for label, each in zip(rows.models, several, strict=True):
                 if not torch.isfinite(each).all():
                     raise CheckpointError(f"{label}: {tensor.reads[label]} holds NaN or infinity")
@@ -478,6 +497,8 @@ def _fate(tensor: TensorPlan) -> dict[str, Any]:
     by = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
     said: dict[str, Any] = {"kind": tensor.kind}
     said |= {"merged by": by} if tensor.stages else {"copied from": tensor.source}
+    if tensor.tied_to is not None:
+        return said | {"tied to": tensor.tied_to}
     others = {label: name for label, name in tensor.reads.items() if name != tensor.name}
     return said | ({"reads": others} if others else {})
 

@@ -1,0 +1,433 @@
+"""What a plan says of every tensor, from headers and configs alone: no file here holds any weights."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+from architectures import ALL, config, expected, shapes
+from checkpoints import save_headers
+
+from merger.errors import CheckpointError, RecipeError
+from merger.planning import plan
+from merger.recipe import Recipe
+
+CAUSAL = {"architectures": ["LlamaForCausalLM"], "vocab_size": 16, "tie_word_embeddings": False}
+BODY = {
+    "model.embed_tokens.weight": (16, 8),
+    "model.layers.0.mlp.up_proj.weight": (24, 8),
+    "model.layers.1.mlp.up_proj.weight": (24, 8),
+    "model.norm.weight": (8,),
+}
+EMBEDDING, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
+LLAMA = {**BODY, HEAD: (16, 8)}
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A plan of models given as their shapes, or as (shapes, config): ``planned(base, lm, math, method=...)``."""
+
+    def make(*models, **recipe):
+        names = ["base", "lm", "math", "code"][: len(models)]
+        for name, model in zip(names, models, strict=True):
+            tensors, its_config = model if isinstance(model, tuple) else (model, CAUSAL)
+            save_headers(tmp_path / name, tensors, its_config)
+        choice = {} if recipe.keys() & {"method", "pipeline"} else {"method": "linear"}
+        written = {"base": "base", "experts": {name: name for name in names[1:]}, "output": {"path": "out"}}
+        made = plan(Recipe.parse({**written, **choice, **recipe}, tmp_path))
+        made.close()
+        return made
+
+    return make
+
+
+def by_name(made):
+    return {tensor.name: tensor for tensor in made.tensors}
+
+
+def faults(caught):
+    return str(caught.value).splitlines()
+
+
+# --- architectures --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ALL.values(), ids=ALL)
+def test_every_architecture_is_merged_whole(planned, architecture):
+    model = (shapes(architecture), config(architecture))
+
+    tensors = by_name(planned(model, model, model, method="ties"))
+
+    assert {name: tensor.kind for name, tensor in tensors.items()} == expected(architecture, "kind")
+    for tensor in tensors.values():
+        assert bool(tensor.stages) == (tensor.kind != "buffer")
+
+
+def test_an_order_rotates_from_block_to_block_as_in_the_golden_values(planned, golden):
+    orders = golden["obim_rotation"]["outputs"]["by_rotation_index"]
+    seen = set()
+
+    for tensor in planned(LLAMA, LLAMA, LLAMA, LLAMA, method="im").tensors:
+        letters = dict(zip(("lm", "math", "code"), "abc", strict=True))
+        order = [letters[tensor.place.experts[k]] for k in tensor.stages[0].values["exclusive"]]
+        assert order == orders[str(tensor.place.block % 3)]["order"]
+        seen.add((tensor.unit, tensor.place.block))
+
+    assert seen == {
+        (EMBEDDING, 0),
+        ("model.layers.0", 1),
+        ("model.layers.1", 2),
+        ("model.norm.weight", 3),
+        (HEAD, 3),
+    }
+
+
+def test_a_list_of_numbers_is_interpolated_over_the_depth(planned):
+    tensors = by_name(planned(LLAMA, LLAMA, method="task_arithmetic", parameters={"weight": [0, 1]}))
+
+    weights = {name: float(tensor.stages[0].values["weight"][0]) for name, tensor in tensors.items()}
+
+    assert weights == {EMBEDDING: 0, UP: 0, UP.replace("0", "1"): 1, "model.norm.weight": 1, HEAD: 1}
+
+
+def test_an_experts_own_weight_multiplies_and_may_vary_over_depth_too(planned):
+    experts = {"lm": {"model": "lm", "weight": [1, 3]}}
+    made = planned(LLAMA, LLAMA, method="task_arithmetic", parameters={"weight": 0.5}, experts=experts)
+    assert [float(by_name(made)[name].stages[0].values["weight"][0]) for name in (UP, HEAD)] == [0.5, 1.5]
+
+
+def test_packed_experts_are_merged_slice_by_slice(planned):
+    packed = {"layers.0.mlp.experts.down_proj": (3, 6, 8)}
+    (tensor,) = planned(packed, packed, method="ties").tensors
+    assert [(part.name, part.row, part.rows, part.columns) for part in tensor.parts] == [
+        (f"layers.0.mlp.experts.down_proj[{e}]", 6 * e, 6, 8) for e in range(3)
+    ]
+
+
+@pytest.mark.parametrize(("method", "turned"), [("della", True), ("ties", False), ("linear", False)])
+def test_a_conv1d_is_turned_only_for_stages_that_see_rows(planned, method, turned):
+    conv1d = {"h.0.c_fc.weight": (8, 32), "h.0.c_fc.bias": (32,)}
+
+    part = by_name(planned(conv1d, conv1d, method=method))["h.0.c_fc.weight"].parts[0]
+
+    assert part.transposed is turned
+    assert (part.rows, part.columns) == ((32, 8) if turned else (8, 32))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (1, 1), (2, 3, 4, 5)])
+def test_any_shape_keeps_its_shape(planned, shape):
+    (tensor,) = planned({"x": shape}, {"x": shape}, method="ties").tensors
+    assert tensor.info.shape == shape
+    assert tensor.elements == tensor.info.elements
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+def test_the_first_rule_that_matches_wins_and_the_rest_takes_the_recipes_method(planned):
+    made = planned(
+        LLAMA,
+        LLAMA,
+        method="ties",
+        rules=[
+            {"tensors": "norm", "use": "lm"},
+            {"kinds": ["vector", "embedding"], "method": "linear"},
+            {"tensors": "embed", "use": "base"},
+        ],
+    )
+
+    tensors = by_name(made)
+    assert {name: (t.group, t.source, len(t.stages)) for name, t in tensors.items()} == {
+        "model.norm.weight": (0, "lm", 0),
+        EMBEDDING: (2, "base", 1),
+        UP: (0, "base", 3),
+        UP.replace("0", "1"): (0, "base", 3),
+        HEAD: (0, "base", 3),
+    }
+    assert made.notes == ()
+
+
+def test_a_rule_that_matches_nothing_is_noted(planned):
+    assert (
+        "rule 1 (rotary) matches no tensor" in planned(LLAMA, LLAMA, rules=[{"tensors": "rotary", "use": "base"}]).notes
+    )
+
+
+def test_only_what_is_copied_from_is_read(planned):
+    made = planned(LLAMA, LLAMA, LLAMA, rules=[{"tensors": "", "use": "math"}])
+    assert all(tensor.reads == {"math": tensor.name} for tensor in made.tensors)
+    assert made.bytes_read == made.bytes_written
+
+
+# --- heads: the base's by the expert's ------------------------------------------------------------
+
+TIED = (BODY, {**CAUSAL, "tie_word_embeddings": True})
+DOUBLED = (LLAMA, {**CAUSAL, "tie_word_embeddings": True})  # tied, and stored all the same
+UNTIED = (LLAMA, CAUSAL)
+
+
+@pytest.mark.parametrize(
+    ("base", "expert", "head", "embedding", "reads", "ties"),
+    [
+        pytest.param(UNTIED, UNTIED, "head", "embedding", (HEAD, HEAD), False, id="both untied"),
+        pytest.param(UNTIED, TIED, "head", "embedding", (HEAD, EMBEDDING), False, id="the expert ties"),
+        pytest.param(UNTIED, DOUBLED, "head", "embedding", (HEAD, EMBEDDING), False, id="the expert ties its own"),
+        pytest.param(TIED, UNTIED, "head", "embedding", (EMBEDDING, HEAD), False, id="the expert unties"),
+        pytest.param(DOUBLED, UNTIED, "head", "embedding", (EMBEDDING, HEAD), False, id="the expert unties it"),
+        pytest.param(TIED, TIED, None, "tied", None, True, id="both tied"),
+        pytest.param(TIED, DOUBLED, None, "tied", None, True, id="both tied, the expert's stored"),
+        pytest.param(DOUBLED, TIED, "tied", "tied", (EMBEDDING, EMBEDDING), True, id="both tied, the base's stored"),
+        pytest.param(DOUBLED, DOUBLED, "tied", "tied", (EMBEDDING, EMBEDDING), True, id="both tied, both stored"),
+    ],
+)
+def test_tied_and_untied_heads_meet(planned, base, expert, head, embedding, reads, ties):
+    made = planned(base, expert)
+    tensors = by_name(made)
+
+    assert (tensors[HEAD].kind if HEAD in tensors else None) == head
+    assert tensors[EMBEDDING].kind == embedding
+    assert made.config["tie_word_embeddings"] is ties
+    if reads:
+        assert tensors[HEAD].reads == dict(zip(("base", "lm"), reads, strict=True))
+        assert tensors[HEAD].place.depth == (0 if head == "tied" else 1)
+
+
+def test_an_experts_copy_of_a_tied_head_is_dropped_and_said(planned):
+    assert planned(TIED, DOUBLED).dropped["lm"] == {HEAD: "its config says it is tied to the embedding"}
+
+
+def test_a_stored_tied_head_is_merged_once_with_its_embedding(planned):
+    made = planned(DOUBLED, DOUBLED, method="ties")
+    head, alone = by_name(made)[HEAD], planned(TIED, TIED, method="ties")
+
+    assert head.tied_to == EMBEDDING
+    assert head.parts == ()
+    assert made.bytes_read == alone.bytes_read
+    assert made.bytes_written == alone.bytes_written + head.info.nbytes
+
+
+def test_a_nested_config_is_untied_where_it_says_tied(planned):
+    nested = {"architectures": ["XForConditionalGeneration"], "text_config": {"tie_word_embeddings": True}}
+    top = {**nested, "tie_word_embeddings": True}
+    made = planned((BODY, top), (LLAMA, {"text_config": {"tie_word_embeddings": False}}))
+    assert made.config["tie_word_embeddings"] is False
+    assert made.config["text_config"]["tie_word_embeddings"] is False
+
+
+# --- rows that only some have ---------------------------------------------------------------------
+
+
+def rows(count, **more):
+    return {**BODY, EMBEDDING: (count, 8), HEAD: (count, 8), **more}, {**CAUSAL, "vocab_size": count}
+
+
+def test_rows_that_one_expert_added_are_kept(planned):
+    made = planned(rows(16), rows(17), rows(16))
+
+    for name in (EMBEDDING, HEAD):
+        tensor = by_name(made)[name]
+        assert tensor.info.shape == (17, 8)
+        assert tensor.elements == 16 * 8
+        assert [(each.start, each.stop, each.models) for each in tensor.extra] == [(16, 17, ("lm",))]
+    assert made.config["vocab_size"] == 17
+    assert f"{HEAD}: rows 16 to 16 are those of lm" in made.notes
+    assert made.tokenizer == "lm"
+
+
+def test_rows_that_several_added_are_shared_by_those_that_have_them(planned):
+    extra = by_name(planned(rows(16), rows(18), rows(20), rows(16)))[EMBEDDING].extra
+    assert [(each.start, each.stop, each.models) for each in extra] == [
+        (16, 18, ("lm", "math")),
+        (18, 20, ("math",)),
+    ]
+
+
+def test_rows_that_only_the_base_has_stay_the_bases(planned):
+    tensor = by_name(planned(rows(20), rows(16), rows(16)))[EMBEDDING]
+    assert tensor.info.shape == (20, 8)
+    assert [(each.start, each.stop, each.models) for each in tensor.extra] == [(16, 20, ("base",))]
+
+
+def test_rows_are_dropped_on_request(planned):
+    made = planned(rows(16), rows(17), extra_rows="drop")
+    assert by_name(made)[HEAD].info.shape == (16, 8)
+    assert by_name(made)[HEAD].extra == ()
+    assert f"{HEAD}: rows from 16 on are dropped (extra_rows: drop)" in made.notes
+    assert (made.config["vocab_size"], made.tokenizer) == (16, "base")
+
+
+def test_dropping_what_only_the_base_has_shrinks_the_vocabulary(planned):
+    assert planned(rows(20), rows(16), extra_rows="drop").config["vocab_size"] == 16
+
+
+def test_a_heads_bias_grows_with_its_head(planned):
+    bias = planned(rows(16, **{"lm_head.bias": (16,)}), rows(17, **{"lm_head.bias": (17,)}))
+    tensor = by_name(bias)["lm_head.bias"]
+    assert tensor.info.shape == (17,)
+    assert [(each.start, each.stop) for each in tensor.extra] == [(16, 17)]
+
+
+def test_a_nested_vocabulary_grows_too(planned):
+    def nested(count):
+        return {**BODY, EMBEDDING: (count, 8), HEAD: (count, 8)}, {"text_config": {"vocab_size": count}}
+
+    assert planned(nested(16), nested(17)).config["text_config"]["vocab_size"] == 17
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "expert"),
+    [
+        pytest.param(EMBEDDING, (16, 8), (17, 9), id="another width"),
+        pytest.param("wpe.weight", (12, 8), (14, 8), id="positions"),
+        pytest.param("classifier.weight", (2, 8), (3, 8), id="labels"),
+        pytest.param("model.norm.weight", (8,), (9,), id="features"),
+        pytest.param(UP, (24, 8), (26, 8), id="neurons"),
+        pytest.param("scalar", (), (1,), id="no axes"),
+    ],
+)
+def test_rows_that_are_no_tokens_are_not_added(planned, name, base, expert):
+    with pytest.raises(CheckpointError) as caught:
+        planned({**LLAMA, name: base}, {**LLAMA, name: expert})
+    assert f"lm: {name} is {list(expert)}, but {list(base)} in base" in faults(caught)
+
+
+# --- tensors that only some have ------------------------------------------------------------------
+
+
+def without(name):
+    return {each: shape for each, shape in LLAMA.items() if each != name}
+
+
+def test_all_that_does_not_fit_is_told_at_once(planned):
+    with pytest.raises(CheckpointError) as caught:
+        planned(LLAMA, without(UP), {**LLAMA, "model.norm.weight": (9,), "x": (1,)})
+    assert [line.partition(";")[0] for line in faults(caught)] == [
+        "math: has x, which the base lacks",
+        f"lm: has no {UP}",
+        "math: model.norm.weight is [9], but [8] in base",
+    ]
+
+
+def test_of_many_faults_of_a_kind_twenty_are_told(planned):
+    many = {f"layers.{i}.w.weight": (2, 2) for i in range(30)}
+    with pytest.raises(CheckpointError) as caught:
+        planned({**LLAMA, **many}, LLAMA)
+    assert len(faults(caught)) == 21
+    assert faults(caught)[-1] == "... and 10 more like these"
+
+
+def test_a_missing_tensor_counts_as_unchanged_on_request(planned):
+    tensor = by_name(planned(LLAMA, without(UP), LLAMA, missing="zero"))[UP]
+    assert tensor.reads == {"base": UP, "lm": None, "math": UP}
+    assert tensor.stages
+
+
+def test_a_rule_may_leave_an_experts_extra_tensor_out(planned):
+    made = planned(LLAMA, {**LLAMA, "x": (3,)}, LLAMA, rules=[{"tensors": "^x$", "use": "base"}])
+    assert "x" not in by_name(made)
+    assert made.dropped["lm"] == {"x": "rule 1 keeps the base, which has none"}
+
+
+def test_a_rule_may_take_an_experts_extra_tensor(planned):
+    made = planned(LLAMA, {**LLAMA, "x": (3,)}, LLAMA, rules=[{"tensors": "^x$", "use": "lm"}])
+    tensor = by_name(made)["x"]
+    assert (tensor.info.shape, tensor.source, dict(tensor.reads)) == ((3,), "lm", {"lm": "x"})
+
+
+def test_a_rule_cannot_take_a_tensor_from_who_lacks_it(planned):
+    with pytest.raises(CheckpointError, match=f"math: has no {UP}, which a rule takes from it"):
+        planned(LLAMA, LLAMA, without(UP), rules=[{"tensors": "up_proj", "use": "math"}])
+
+
+def test_integers_are_copied_and_compared(planned):
+    ids = {**LLAMA, "position_ids": ("I64", (1, 12))}
+    tensor = by_name(planned(ids, ids, LLAMA, output={"path": "out", "dtype": "float16"}))["position_ids"]
+    assert (tensor.kind, tensor.stages, tensor.source) == ("buffer", (), "base")
+    assert tensor.info.dtype == "I64"
+    assert dict(tensor.reads) == {"base": "position_ids", "lm": "position_ids"}
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+def test_tensors_come_in_natural_order(planned):
+    many = {f"layers.{i}.w.weight": (2, 2) for i in (10, 2, 1)}
+    assert list(by_name(planned(many, many))) == [f"layers.{i}.w.weight" for i in (1, 2, 10)]
+
+
+def test_bytes_are_those_of_the_tensors(planned):
+    made = planned(LLAMA, LLAMA, LLAMA)
+    assert made.bytes_written == 2 * sum(a * (b[0] if b else 1) for a, *b in LLAMA.values())
+    assert made.bytes_read == 3 * made.bytes_written
+
+
+def test_a_dtype_of_its_own_is_in_tensors_and_config(planned):
+    made = planned(LLAMA, LLAMA, output={"path": "out", "dtype": "float32"})
+    assert {tensor.info.dtype for tensor in made.tensors} == {"F32"}
+    assert made.config["dtype"] == "float32"
+    assert made.bytes_written == made.bytes_read
+
+
+def test_an_older_config_names_its_dtype_as_it_did(planned):
+    older = (LLAMA, {**CAUSAL, "torch_dtype": "bfloat16"})
+    made = planned(older, older, output={"path": "out", "dtype": "float16"})
+    assert made.config["torch_dtype"] == "float16"
+    assert "dtype" not in made.config
+
+
+def test_differences_between_configs_are_noted(planned):
+    made = planned(LLAMA, (LLAMA, {**CAUSAL, "rope_theta": 1e6, "use_cache": False}), LLAMA)
+    assert made.notes == ("lm: config differs from the base: rope_theta None -> 1000000.0",)
+
+
+def test_differences_between_tokenizers_are_noted(planned, tmp_path):
+    for name, text in {"base": "{}", "lm": "{}", "math": '{"added_tokens": []}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(text)
+    assert planned(LLAMA, LLAMA, LLAMA).notes == ("math: its tokenizer differs from the base's",)
+
+
+def test_the_recipe_may_choose_the_tokenizer(planned):
+    assert planned(rows(16), rows(17), rows(16), output={"path": "out", "tokenizer": "math"}).tokenizer == "math"
+
+
+def test_parameters_that_fail_only_here_are_told_with_their_method(planned):
+    experts = {"lm": {"model": "lm", "weight": [1, -1, 1, 1, 1]}}  # zero at depth 1/8
+    nine = {f"layers.{i}.w.weight": (2, 2) for i in range(9)}
+    with pytest.raises(RecipeError, match="linear: the weights sum to zero"):
+        planned(nine, nine, experts=experts)
+
+
+def test_four_models_of_7b_are_planned_in_two_seconds_without_torch(tmp_path):
+    block = {
+        **dict.fromkeys([f"self_attn.{each}_proj.weight" for each in "qkvo"], (4096, 4096)),
+        **dict.fromkeys(["mlp.gate_proj.weight", "mlp.up_proj.weight"], (11008, 4096)),
+        "mlp.down_proj.weight": (4096, 11008),
+        "input_layernorm.weight": (4096,),
+        "post_attention_layernorm.weight": (4096,),
+    }
+    whole = {f"model.layers.{i}.{name}": shape for i in range(32) for name, shape in block.items()}
+    whole |= {EMBEDDING: (32000, 4096), "model.norm.weight": (4096,), HEAD: (32000, 4096)}
+    for name in ("base", "lm", "math", "code"):
+        save_headers(tmp_path / name, whole, CAUSAL)
+    written = {"base": "base", "experts": {name: name for name in ("lm", "math", "code")}, "method": "ties"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**written, "output": {"path": "out"}}))
+    program = (
+        "import shutil, sys, types; from merger.cli import main; sys.argv = ['merger', 'plan', 'recipe.yaml', '--json']\n"
+        "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1 << 40)\n"  # however small this disk
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    made = json.loads(ran.stdout)
+    assert made["tensors"] == 291
+    assert made["bytes_written"] == 13_476_831_232
+    assert made["bytes_read"] == 4 * made["bytes_written"]
+    assert sum(after[:2]) - sum(before[:2]) < 2  # of one core, however busy the machine
+    assert sum(os.stat(path).st_blocks for path in tmp_path.glob("*/model.safetensors")) < 4096  # no data here

@@ -1,0 +1,331 @@
+"""A checkpoint being written: its layout, its bytes, and that it is whole or absent."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import load, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from merger.checkpoint import writer
+from merger.checkpoint.header import ITEM_SIZE, Info, read_header
+from merger.checkpoint.writer import Writer, check_output, index, layout
+from merger.errors import RecipeError, ResourceError
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "b": torch.arange(5, dtype=torch.int64),
+    "c": torch.ones(3, dtype=torch.bfloat16),
+    "d": torch.tensor(True),
+    "e": torch.zeros(0, 4),
+}
+DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+
+
+def infos(tensors):
+    return {name: Info(DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def begun(path, tensors=TENSORS, shard_size=10**9):
+    described = infos(tensors)
+    return Writer(path, layout(list(described.items()), shard_size), described)
+
+
+def fill(opened, tensors=TENSORS):
+    for name, tensor in tensors.items():
+        opened.write(name, 0, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        opened.done(name)
+
+
+def write(path, tensors=TENSORS, shard_size=10**9, *, force=False):
+    opened = begun(path, tensors, shard_size)
+    try:
+        fill(opened, tensors)
+        digests = opened.digests()
+        opened.finish(force=force)
+    except BaseException:
+        opened.abandon()
+        raise
+    return digests
+
+
+# --- layout ---------------------------------------------------------------------------------------
+
+
+def test_one_shard_is_one_file_without_an_index(tmp_path):
+    write(tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["model.safetensors"]
+
+
+def test_several_shards_are_numbered_and_indexed_as_transformers_does(tmp_path):
+    write(tmp_path / "out", shard_size=40)
+
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
+    ]
+    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text()) == {
+        "metadata": {"total_size": 24 + 40 + 6 + 1},
+        "weight_map": {
+            "a": "model-00001-of-00003.safetensors",
+            "b": "model-00002-of-00003.safetensors",
+            "c": "model-00003-of-00003.safetensors",
+            "d": "model-00003-of-00003.safetensors",
+            "e": "model-00003-of-00003.safetensors",
+        },
+    }
+
+
+tensors_of_some_sizes = st.lists(
+    st.tuples(st.sampled_from(sorted(ITEM_SIZE)), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=12
+).map(lambda found: [(f"t{i}", Info(dtype, tuple(shape))) for i, (dtype, shape) in enumerate(found)])
+
+
+@given(tensors_of_some_sizes, st.integers(1, 400))
+def test_a_shard_holds_at_most_its_size_or_one_larger_tensor_in_order(tensors, size):
+    shards = layout(tensors, size)
+
+    dealt = [name for shard in shards for name in sorted(shard.offsets, key=lambda name: int(name[1:]))]
+    assert dealt == [name for name, _ in tensors]
+    for shard in shards:
+        held = [info.nbytes for name, info in tensors if name in shard.offsets]
+        assert sum(held) <= size or len([n for n in held if n]) == 1
+
+
+@given(tensors_of_some_sizes, st.integers(1, 400))
+def test_every_tensor_lies_at_a_multiple_of_its_width_without_gaps(tensors, size):
+    by_name = dict(tensors)
+    for shard in layout(tensors, size):
+        position = len(shard.header)
+        assert position % 8 == 0
+        for name, offset in shard.offsets.items():
+            assert offset == position
+            assert offset % ITEM_SIZE[by_name[name].dtype] == 0
+            position += by_name[name].nbytes
+        assert position == shard.size
+
+
+@given(tensors_of_some_sizes)
+def test_a_header_reads_back_as_what_was_laid_out(tmp_path_factory, tensors):
+    path = tmp_path_factory.mktemp("shard") / "x.safetensors"
+    (shard,) = layout(tensors, 10**9)
+    path.write_bytes(shard.header + bytes(shard.size - len(shard.header)))
+
+    found = read_header(path)
+
+    assert {name: (info.dtype, info.shape) for name, info in found.items()} == {
+        name: (info.dtype, info.shape) for name, info in tensors
+    }
+    assert {name: info.offset for name, info in found.items()} == dict(shard.offsets)
+
+
+def test_names_in_any_script_survive(tmp_path):
+    tensors = {"слой.0.вес": torch.ones(2), "層.重み": torch.zeros(2)}
+    write(tmp_path / "out", tensors)
+    assert same_bits(load(tmp_path / "out"), tensors)
+
+
+def test_the_layout_is_that_of_the_names_not_of_their_count():
+    described = infos(TENSORS)
+    shards = layout(list(described.items()), 40)
+    assert index(shards, described) == index(layout(list(described.items()), 40), described)
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard_size", [1, 40, 10**9])
+def test_what_is_written_is_read_by_safetensors_bit_for_bit(tmp_path, shard_size):
+    write(tmp_path / "out", shard_size=shard_size)
+    assert same_bits(load(tmp_path / "out"), TENSORS)
+
+
+def test_tensors_may_come_in_any_order_and_in_pieces(tmp_path):
+    opened = begun(tmp_path / "out")
+    for name, tensor in reversed(TENSORS.items()):
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        middle = len(data) // 2
+        opened.write(name, middle, data[middle:])
+        opened.write(name, 0, data[:middle])
+        opened.done(name)
+    opened.digests()
+    opened.finish(force=False)
+    assert same_bits(load_file(tmp_path / "out" / "model.safetensors"), TENSORS)
+
+
+def test_a_digest_is_that_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK", 7)
+    digests = write(tmp_path / "out", shard_size=40)
+    assert digests == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").glob("*.safetensors")
+    }
+
+
+# --- whole or absent ------------------------------------------------------------------------------
+
+
+def test_until_it_is_finished_there_is_only_a_partial_folder_of_full_size(tmp_path):
+    opened = begun(tmp_path / "out")
+
+    assert os.listdir(tmp_path) == ["out.partial"]
+    (shard,) = layout(list(infos(TENSORS).items()), 10**9)
+    assert (tmp_path / "out.partial" / "model.safetensors").stat().st_size == shard.size
+
+    opened.abandon()
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_made_on_the_way_go_with_it(tmp_path):
+    (tmp_path / "kept").mkdir()
+    begun(tmp_path / "kept" / "new" / "out").abandon()
+    assert os.listdir(tmp_path) == ["kept"]
+    assert os.listdir(tmp_path / "kept") == []
+
+
+def test_a_folder_that_someone_else_uses_meanwhile_stays(tmp_path):
+    opened = begun(tmp_path / "new" / "out")
+    (tmp_path / "new" / "note").touch()
+    opened.abandon()
+    assert os.listdir(tmp_path / "new") == ["note"]
+
+
+def test_what_a_dead_run_left_is_removed(tmp_path):
+    (tmp_path / "out.partial" / "folder").mkdir(parents=True)
+    (tmp_path / "out.partial" / ".lock").touch()
+    (tmp_path / "out.partial" / "model-00001-of-00009.safetensors").touch()
+    write(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["model.safetensors"]
+
+
+def test_a_partial_folder_of_another_run_is_refused_and_left_alone(tmp_path):
+    opened = begun(tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"out\.partial: another run is writing it; wait for it or stop it"):
+        begun(tmp_path / "out")
+    fill(opened)
+    opened.digests()
+    opened.finish(force=False)
+    assert same_bits(load(tmp_path / "out"), TENSORS)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_merely_has_the_partial_folders_name_is_left_alone(tmp_path, kind):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "work").write_text("mine")
+    if kind == "link":
+        (tmp_path / "out.partial").symlink_to("precious")
+    else:
+        (tmp_path / "precious" / ("" if kind == "folder" else "work")).rename(tmp_path / "out.partial")
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(RecipeError, match="no run of merger left it; move it away"):
+        begun(tmp_path / "out")
+
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_a_place_to_write(tmp_path):
+    (tmp_path / "out").mkdir()
+    check_output(tmp_path / "out", [], force=False)
+    write(tmp_path / "out")
+    assert same_bits(load(tmp_path / "out"), TENSORS)
+
+
+def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
+    opened = begun(tmp_path / "out")
+    fill(opened)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "work").touch()
+
+    with pytest.raises(RecipeError, match="is there already"):
+        opened.finish(force=False)
+    opened.abandon()
+
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["work"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_force_replaces_what_was_there_and_nothing_behind_it(tmp_path, kind):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "work").touch()
+    if kind == "folder":
+        (tmp_path / "old").rename(tmp_path / "out")
+    elif kind == "file":
+        (tmp_path / "old" / "work").rename(tmp_path / "out")
+    else:
+        (tmp_path / "out").symlink_to("old")
+
+    write(tmp_path / "out", force=True)
+
+    assert os.listdir(tmp_path / "out") == ["model.safetensors"]
+    left = {"folder": [], "file": [], "link": [tmp_path / "old" / "work"]}[kind]
+    assert list((tmp_path / "old").glob("*")) == left
+    assert sorted(os.listdir(tmp_path)) == (["out"] if kind == "folder" else ["old", "out"])
+
+
+def test_what_force_replaces_is_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "work").touch()
+    rename = os.rename
+
+    def failing(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(ResourceError, match="out: cannot be written: Input/output error"):
+        write(tmp_path / "out", force=True)
+
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["work"]
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_found_before_the_work(tmp_path):
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "from pathlib import Path\n"
+        "from merger.checkpoint.header import Info\n"
+        "from merger.checkpoint.writer import Writer, layout\n"
+        "from merger.errors import ResourceError\n"
+        "infos = {'w': Info('F32', (1 << 19,))}\n"
+        "try: Writer(Path('new/out'), layout(list(infos.items()), 1 << 30), infos)\n"
+        "except ResourceError as error: print(error.exit_code, error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ran.stdout == (
+        "4 new/out.partial/model.safetensors: the disk is full (2,097,216 bytes are needed for it); "
+        "free some space, or write elsewhere\n"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["pwrite", "preadv", "fsync"])
+def test_a_disk_that_fails_later_is_a_resource_error_too(tmp_path, monkeypatch, call):
+    opened = begun(tmp_path / "out")
+
+    def failing(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, call, failing)
+
+    def work():
+        fill(opened)
+        opened.digests()
+
+    with pytest.raises(ResourceError, match=r"model\.safetensors: cannot be written: Input/output error"):
+        work()
+    opened.abandon()
+    assert os.listdir(tmp_path) == []
