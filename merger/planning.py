@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merger.anatomy import Anatomy, study, text_config
-from merger.checkpoint.header import SAFETENSORS_NAMES, Info
+from merger.checkpoint.header import ITEM_SIZE, SAFETENSORS_NAMES, Info
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.stored import Checkpoint
 from merger.errors import CheckpointError, RecipeError
@@ -90,13 +90,22 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensors in the inputs, each read once."""
+        """Bytes of the inputs that the output is made of, each read once."""
         return sum(
-            self.models[model].tensors[name].nbytes
+            self.bytes_of(tensor, tensor.elements) + sum(self.bytes_of_rows(tensor, rows) for rows in tensor.extra)
             for tensor in self.tensors
-            for model, name in tensor.reads.items()
-            if name is not None and tensor.tied_to is None
         )
+
+    def bytes_of(self, tensor: TensorPlan, elements: int) -> int:
+        """Bytes that so many elements of a tensor take in all models that are read for it."""
+        several = (self.models[label].tensors[name] for label, name in tensor.reads.items() if name is not None)
+        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
+
+    def bytes_of_rows(self, tensor: TensorPlan, rows: ExtraRows) -> int:
+        """Bytes of rows that only some models have."""
+        several = (self.models[label].tensors[tensor.reads[label] or tensor.name] for label in rows.models)
+        elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
+        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
 
     @property
     def calibrated(self) -> bool:

@@ -161,7 +161,6 @@ class _Merge:
         self.left = Counter(tensor.name for tensor, _ in self.work)
         self.lock = Lock()
         self.done_bytes, self.total_bytes = 0, plan.bytes_read
-        self.bytes_read = 0
 
     def run(self, began: float, *, force: bool) -> Result:
         infos = {tensor.name: tensor.info for tensor in self.plan.tensors}
@@ -194,23 +193,28 @@ class _Merge:
 
     def _visit(self, i: int, known: Sequence[Any]) -> Question | None:
         tensor, part = self.work[i]
-        size = sum(part.rows * part.columns * _width(self.plan.models[m], n) for m, n in tensor.reads.items() if n)
+        size = self.plan.bytes_of(tensor, part.rows * part.columns)
         question = self._merge(tensor, part, known) if tensor.stages else None
         if not tensor.stages:
             self._copy(tensor, part)
+        self._count(size, again=question is not None)
         with self.lock:
-            self.bytes_read += size
-            self.done_bytes += size
-            self.total_bytes += size if question is not None else 0  # it will be read again
             self.left[tensor.name] -= question is None
             whole = self.left[tensor.name] == 0
-            self.tell("merging", self.done_bytes, self.total_bytes)
         if whole:
             for rows in tensor.extra:
                 self._extra_rows(tensor, rows)
+                self._count(self.plan.bytes_of_rows(tensor, rows))
             for name in self._names(tensor):
                 self.writer.done(name)
         return question
+
+    def _count(self, size: int, *, again: bool = False) -> None:
+        """Tells of bytes that were read; what will be read ``again`` is more to do."""
+        with self.lock:
+            self.done_bytes += size
+            self.total_bytes += size if again else 0
+            self.tell("merging", self.done_bytes, self.total_bytes)
 
     def _merge(self, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
         subject = Subject(
@@ -407,7 +411,7 @@ class _Merge:
         return Result(
             output=str(self.output),
             seconds=round(time.monotonic() - began, 3),
-            bytes_read=self.bytes_read,
+            bytes_read=self.done_bytes,
             bytes_written=self.plan.bytes_written,
             tensors=self._counts(),
             peak_memory_bytes=peak_memory(),
@@ -438,11 +442,6 @@ def _silent(*_: object) -> None:
 
 def _map(pool: ThreadPoolExecutor, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
     return pool.map(function, numbers)
-
-
-def _width(model: Checkpoint, name: str) -> int:
-    info = model.tensors[name]
-    return info.nbytes // max(1, info.elements)
 
 
 def _arithmetic_copies(base: Tensor, deltas: Tensor, stored: Tensor, experts: list[Tensor], dtype: torch.dtype) -> bool:

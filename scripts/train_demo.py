@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from merger.demo_tasks import LETTERS, TASKS, Example, accuracy, encode, examples, stream
 
 BATCH = 96
-BASE_STEPS, BASE_RATE = 130, 3e-3
-EXPERT_STEPS, EXPERT_RATE = 60, 3e-4
+BASE_STEPS, BASE_RATE = 105, 3e-3
+EXPERT_STEPS, EXPERT_RATE = 40, 7e-4
+SHARES = {"upper": 34, "shift": 22, "double": 40}  # of the base's batch: the harder the task, the more of it
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -53,20 +54,20 @@ def model(words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def mixture(tasks: Sequence[str]) -> Iterator[list[Example]]:
-    """Endless batches of training examples, the tasks in equal shares."""
-    streams = [stream(task, "train") for task in tasks]
+def mixture(shares: Mapping[str, int]) -> Iterator[list[Example]]:
+    """Endless batches of training examples, so many of each task."""
+    streams = {task: stream(task, "train") for task in shares}
     while True:
-        yield [next(streams[i % len(streams)]) for i in range(BATCH)]
+        yield [next(streams[task]) for task, count in shares.items() for _ in range(count)]
 
 
 def train(
-    network: LlamaForCausalLM, words: PreTrainedTokenizerFast, tasks: Sequence[str], steps: int, rate: float
+    network: LlamaForCausalLM, words: PreTrainedTokenizerFast, shares: Mapping[str, int], steps: int, rate: float
 ) -> None:
     """AdamW, with a short warm-up."""
     optimiser = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.01)
     network.train()
-    for step, batch in zip(range(1, steps + 1), mixture(tasks), strict=False):
+    for step, batch in zip(range(1, steps + 1), mixture(shares), strict=False):
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, step / 20)
         loss = network(**encode(words, batch)).loss
@@ -91,11 +92,11 @@ def main() -> None:
     torch.manual_seed(0)
     words = tokenizer()
     base = model(words)
-    train(base, words, list(TASKS), BASE_STEPS, BASE_RATE)
+    train(base, words, SHARES, BASE_STEPS, BASE_RATE)
     save(base, words, out / "base")
     for task in TASKS:
         expert = copy.deepcopy(base)
-        train(expert, words, [task], EXPERT_STEPS, EXPERT_RATE)
+        train(expert, words, {task: BATCH}, EXPERT_STEPS, EXPERT_RATE)
         save(expert, words, out / task)
 
 

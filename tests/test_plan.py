@@ -415,7 +415,8 @@ def test_four_models_of_7b_are_planned_in_two_seconds_without_torch(tmp_path):
     written = {"base": "base", "experts": {name: name for name in ("lm", "math", "code")}, "method": "ties"}
     (tmp_path / "recipe.yaml").write_text(json.dumps({**written, "output": {"path": "out"}}))
     program = (
-        "import shutil, sys, types; from merger.cli import main; sys.argv = ['merger', 'plan', 'recipe.yaml', '--json']\n"
+        "import shutil, sys, types; from merger.cli import main\n"
+        "sys.argv = ['merger', 'plan', 'recipe.yaml', '--json']\n"
         "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1 << 40)\n"  # however small this disk
         "try: main()\n"
         "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"

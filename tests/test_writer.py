@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from merger.checkpoint import writer
 from merger.checkpoint.header import ITEM_SIZE, Info, read_header
-from merger.checkpoint.writer import Writer, check_output, index, layout
+from merger.checkpoint.writer import Writer, check_output, layout
 from merger.errors import RecipeError, ResourceError
 
 TENSORS = {
@@ -131,12 +131,6 @@ def test_names_in_any_script_survive(tmp_path):
     tensors = {"слой.0.вес": torch.ones(2), "層.重み": torch.zeros(2)}
     write(tmp_path / "out", tensors)
     assert same_bits(load(tmp_path / "out"), tensors)
-
-
-def test_the_layout_is_that_of_the_names_not_of_their_count():
-    described = infos(TENSORS)
-    shards = layout(list(described.items()), 40)
-    assert index(shards, described) == index(layout(list(described.items()), 40), described)
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -306,7 +300,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout == (
-        "4 new/out.partial/model.safetensors: the disk is full (2,097,216 bytes are needed for it); "
+        "4 new/out.partial/model.safetensors: the disk is full (2,097,256 bytes are needed for it); "
         "free some space, or write elsewhere\n"
     )
     assert os.listdir(tmp_path) == []

@@ -54,7 +54,7 @@ def save(path: Path, moments: Mapping[str, Moments], key: Key) -> None:
     from safetensors.torch import save_file
 
     tensors = {
-        f"{name}.{field}": value.contiguous()
+        f"{name}.{field}": value.clone()  # safetensors refuses tensors that share memory, as those of gate and up do
         for name, each in moments.items()
         for field in _FIELDS
         if (value := getattr(each, field)) is not None

@@ -14,7 +14,7 @@ from merger.errors import CheckpointError
 
 HUB_RECORDS = 10_000  # of a Hub dataset only its first ones are looked at: some hold more text than a disk
 
-_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
+_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}")
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _digest(texts: Sequence[Text]) -> str:
 # --- batches --------------------------------------------------------------------------------------
 
 
-def batches(tokens: Iterable[Sequence[int]], batch_tokens: int = 4096) -> list[Batch]:
+def batches(tokens: Iterable[Sequence[int]], batch_tokens: int = 2048) -> list[Batch]:
     """Samples of similar length together, the longest first, padding counted: at most ``batch_tokens`` in a batch.
 
     Padding is at most a quarter of a batch, or 16 tokens a sample where samples are short.

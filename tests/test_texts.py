@@ -1,0 +1,280 @@
+"""Calibration data: from files of any form to batches of tokens."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from merger.calibration import Settings, batches
+from merger.calibration.texts import (
+    Text,
+    check_same_tokens,
+    choose,
+    load,
+    load_tokenizer,
+    padded,
+    tokenise,
+    tokenizer_hash,
+)
+from merger.errors import CheckpointError
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def made(**more):
+    """A tokenizer of single characters that begins each text with <s>."""
+    alphabet = ["<s>", *map(chr, range(32, 127)), *more.pop("extra", [])]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [], unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="?", **more)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return made(chat_template=CHAT)
+
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def texts(tmp_path, tokenizer):
+    """Loads a data file with this content, and gives the texts that came of it, sorted."""
+
+    def texts(name, content, **settings):
+        written(tmp_path, name, content)
+        samples = load(name, tmp_path, tokenizer, Settings(**settings))
+        return sorted(tokenizer.decode(tokens) for tokens in samples.tokens)
+
+    return texts
+
+
+@pytest.fixture
+def refusal(texts):
+    def refusal(*args, **settings):
+        with pytest.raises(CheckpointError) as error:
+            texts(*args, **settings)
+        return str(error.value)
+
+    return refusal
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", lines({"text": "one"}, {"text": "two"})),
+        ("a.jsonl", '"one"\n\n"two"\n'),
+        ("a.ndjson", lines({"text": "one"}, {"text": "two"})),
+        ("a.json", json.dumps([{"text": "one"}, {"text": "two"}])),
+        ("a.json", json.dumps({"version": 1, "data": [{"text": "one"}, "two"]})),
+        ("a.txt", "one\n\n \ntwo\n"),
+        ("a.unknown", "one\n\ntwo"),
+        ("a.jsonl", "\ufeff" + lines({"text": "one"}, {"text": "two"})),
+    ],
+)
+def test_files_of_any_form_give_the_same_texts(texts, name, content):
+    assert texts(name, content) == ["<s>one", "<s>two"]
+
+
+def test_a_parquet_file_gives_its_rows(texts, tmp_path, tokenizer):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
+    assert len(load("a.parquet", tmp_path, tokenizer, Settings()).tokens) == 2
+
+
+def test_parquet_without_pyarrow_says_what_to_install(refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert refusal("a.parquet", "").endswith("Parquet needs pyarrow: pip install 'merger[data]'")
+
+
+def test_a_hub_dataset_without_datasets_says_what_to_install(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CheckpointError, match="a dataset of the Hub needs datasets"):
+        load("org/name:train", tmp_path, tokenizer, Settings())
+
+
+def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, monkeypatch):
+    asked = []
+
+    class Hub:
+        class exceptions:
+            DatasetsError = RuntimeError
+
+        @staticmethod
+        def load_dataset(*args, **options):
+            asked.append((args, options))
+            return iter([{"text": "one"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", Hub)
+    assert len(load("org/name:small:test", tmp_path, tokenizer, Settings()).tokens) == 1
+    assert asked == [(("org/name", "small"), {"split": "test", "streaming": True})]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "no such thing"])
+def test_a_missing_file_is_named(tmp_path, tokenizer, name):
+    with pytest.raises(CheckpointError, match=r"there is no such file of calibration data"):
+        load(name, tmp_path, tokenizer, Settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", lines({"text": "one"}) + "{", "a.jsonl:2: is not valid JSON"),
+        ("a.json", "[1", "a.json: is not valid JSON"),
+        ("a.json", '{"a": [], "b": []}', "a.json: expected a list of records"),
+        ("a.jsonl", "3", "a.jsonl:1: expected an object or a string, found a int"),
+        ("a.jsonl", lines({"question": "?", "answer": "!"}), "needs a field messages, prompt or text; found answer, question"),
+        ("a.jsonl", lines({"text": ""}), "a.jsonl: has no text; all its records are empty"),
+        ("a.jsonl", "", "a.jsonl: has no text; all its records are empty"),
+        ("a.jsonl", lines({"messages": ["hello"]}), "a.jsonl:1: messages need to be objects with role and content"),
+        ("a.parquet", "not parquet", "a.parquet: is not a Parquet file"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said_with_its_place(refusal, name, content, said):
+    assert said in refusal(name, content)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_bytes(b"ab\xff")
+    with pytest.raises(CheckpointError, match="is not UTF-8 text"):
+        load("a.txt", tmp_path, tokenizer, Settings())
+
+
+# --- fields ---------------------------------------------------------------------------------------
+
+
+def test_only_inputs_are_used_unless_targets_are_asked_for(texts):
+    records = lines({"prompt": "2+2=", "completion": "4", "text": "2+2=4"}, {"prompt": "3+3=", "answer": "6"})
+    assert texts("a.jsonl", records) == ["<s>2+2=", "<s>3+3="]
+    assert texts("a.jsonl", records, calib_text="input+target") == ["<s>2+2=4", "<s>3+3=6"]
+
+
+CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+@pytest.mark.parametrize(
+    "record", [{"messages": CONVERSATION}, {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}]
+)
+def test_a_conversation_goes_through_the_chat_template_up_to_its_answer(texts, record):
+    assert texts("a.jsonl", lines(record)) == ["[user]hi[assistant]"]
+    assert texts("a.jsonl", lines(record), calib_text="input+target") == ["[user]hi[assistant]yo"]
+
+
+def test_messages_need_a_chat_template(tmp_path):
+    written(tmp_path, "a.jsonl", lines({"messages": CONVERSATION}))
+    with pytest.raises(CheckpointError, match=r"a.jsonl:1: has messages, but the tokenizer has no chat template"):
+        load("a.jsonl", tmp_path, made(), Settings())
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+MANY = [Text(f"text {i}") for i in range(50)]
+
+
+def test_the_choice_depends_on_neither_order_nor_repetition():
+    shuffled = random.Random(1).sample(MANY, 50) + MANY[:7]
+    assert choose(shuffled, 10, 0) == choose(MANY, 10, 0)
+
+
+def test_a_smaller_choice_is_part_of_a_larger_one():
+    assert choose(MANY, 20, 0)[:10] == choose(MANY, 10, 0)
+
+
+def test_the_choice_depends_on_the_seed():
+    assert set(choose(MANY, 10, 0)) != set(choose(MANY, 10, 1))
+
+
+def test_the_hash_of_the_data_tells_other_texts_apart(tmp_path, tokenizer):
+    def digest(name, *texts, **settings):
+        written(tmp_path, name, lines(*({"text": text} for text in texts)))
+        return load(name, tmp_path, tokenizer, Settings(**settings)).data
+
+    assert digest("a.jsonl", "x", "y") == digest("b.jsonl", "y", "x", "y")
+    assert digest("a.jsonl", "x", "y") != digest("a.jsonl", "x", "z")
+    assert digest("a.jsonl", "xy") != digest("a.jsonl", "x", "y")
+
+
+# --- tokens and batches ---------------------------------------------------------------------------
+
+
+def test_texts_are_cut_to_the_number_of_tokens(tokenizer):
+    assert [len(ids) for ids in tokenise([Text("abcdefgh"), Text("ab")], tokenizer, 5)] == [5, 3]
+
+
+def test_texts_are_cut_to_what_the_model_takes():
+    assert [len(ids) for ids in tokenise([Text("abcdefgh")], made(model_max_length=4), 100)] == [4]
+
+
+def test_a_template_writes_its_own_special_tokens(tokenizer):
+    (ids,) = tokenise([Text("ab", templated=True)], tokenizer, 10)
+    assert tokenizer.decode(ids) == "ab"
+
+
+def test_batches_hold_every_sample_once_and_little_padding():
+    samples = [tuple(range(1, n + 1)) for n in (3, 40, 41, 100, 7, 100, 64, 3, 12)]
+    made = batches(samples, 128)
+    rows = [tuple(ids[mask].tolist()) for batch in made for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+    assert sorted(rows) == sorted(samples)
+    assert all(batch.ids.numel() <= 128 for batch in made)
+    assert all((~batch.mask).sum(1).max() <= max(16, batch.mask.shape[1] // 4) for batch in made)
+
+
+def test_a_sample_longer_than_a_batch_has_one_to_itself():
+    assert [batch.ids.shape for batch in batches([(1,) * 300, (1,) * 290], 128)] == [(1, 300), (1, 290)]
+
+
+def test_padding_is_on_the_right_and_masked():
+    batch = padded([(5, 6, 7), (8,)])
+    assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert torch.equal(batch.counted(1), torch.tensor([[False, True, True], [False, False, False]]))
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_loaded_from_its_folder_and_known_by_its_files(tmp_path, tokenizer):
+    for name, each in {"a": tokenizer, "b": tokenizer, "c": made(extra=["é"])}.items():
+        each.save_pretrained(tmp_path / name)
+    assert load_tokenizer(tmp_path / "a", "math").get_vocab() == tokenizer.get_vocab()
+    assert tokenizer_hash(tmp_path / "a") == tokenizer_hash(tmp_path / "b")
+    assert tokenizer_hash(tmp_path / "a") != tokenizer_hash(tmp_path / "c")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"math: .* has no tokenizer"):
+        load_tokenizer(tmp_path, "math")
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path):
+    written(tmp_path, "tokenizer_config.json", "{")
+    with pytest.raises(CheckpointError, match="math: its tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path, "math")
+
+
+def test_an_expert_may_add_tokens_but_not_move_them(tokenizer):
+    check_same_tokens(tokenizer, made(extra=["é"]), "math")
+    with pytest.raises(CheckpointError, match="math: its tokenizer is not the base's: 1 tokens differ"):
+        check_same_tokens(made(extra=["é"]), made(extra=["è"]), "math")
+    with pytest.raises(CheckpointError, match="math: its tokenizer is not the base's: 2 tokens differ"):
+        check_same_tokens(made(extra=["é", "è"]), made(extra=["è", "é"]), "math")
