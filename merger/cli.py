@@ -216,7 +216,10 @@ def _bytes(count: int) -> str:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or another program wants whole names
+    return console
 
 
 @contextmanager

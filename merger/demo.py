@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
-    "task_arithmetic": {"lambda": 0.7},
-    "ties": {"density": 0.5},
-    "dare_linear": {"density": 0.5, "lambda": 0.7},
-    "cabs": {"n": 85, "m": 256, "lambda": 1.5},
+    "task_arithmetic": {"lambda": 0.5},
+    "ties": {"density": 0.3},
+    "dare_linear": {"density": 0.7, "lambda": 0.5},
+    "cabs": {"n": 85, "m": 256},
     "obim": {"density": "auto"},
 }
 """The merges of the demo: method -> parameters."""
 
-HELD_OUT = 200
+HELD_OUT = 100
 """Examples of each task that no model has seen."""
 
 

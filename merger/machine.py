@@ -90,8 +90,8 @@ def _slice_elements(tensor: TensorPlan, part: Part) -> int:
 
 def slice_rows(tensor: TensorPlan, part: Part) -> int:
     """Rows of one slice: all of them where a stage needs the whole matrix or another orientation."""
-    if part.transposed or any(stage.takes == "matrix" for stage in tensor.stages):
-        return part.rows
+    if part.transposed or not part.columns or any(stage.takes == "matrix" for stage in tensor.stages):
+        return max(1, part.rows)
     return step_rows(part.columns, tensor.stages, SLICE)
 
 

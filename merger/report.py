@@ -67,13 +67,13 @@ def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
     """The plan as a table, then what it costs."""
     table = _table("tensors", "count", "shape", "dtype", "kind", "action")
     for (name, shape, dtype, kind, what), count in groups(plan).items():
-        table.add_row(name, str(count), shape, dtype, kind, what)
+        _row(table, name, count, shape, dtype, kind, what)
     console.print(table)
     for label, names in plan.dropped.items():
         for name, why in names.items():
-            console.print(f"dropped from {label}: {name}: {why}", markup=False)
+            console.print(f"dropped from {label}: {name}: {why}", markup=False, soft_wrap=True)
     for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     gigabytes = 1e9
     console.print(
         f"reads {plan.bytes_read / gigabytes:.2f} GB"
@@ -100,7 +100,7 @@ def print_methods(name: str | None, console: Console) -> None:
         for kind, entries in _by_kind():
             table = _table(f"{kind}s" if kind != "scale" else "scales", "what it does")
             for entry in entries:
-                table.add_row(entry.name, entry.summary)
+                _row(table, entry.name, entry.summary)
             console.print(table)
         return
     entry = _find(name)
@@ -112,10 +112,10 @@ def print_methods(name: str | None, console: Console) -> None:
     if expansion:
         console.print("\nexpands to:")
         for stage in expansion:
-            console.print(f"  - {_one_line(stage)}", markup=False)
+            console.print(f"  - {_one_line(stage)}", markup=False, soft_wrap=True)
     table = _table("parameter", "default", "takes")
     for parameter, facts in _parameters(entry).items():
-        table.add_row(parameter, str(facts["default"]), facts["takes"])
+        _row(table, parameter, facts["default"], facts["takes"])
     console.print(table if table.row_count else "no parameters")
 
 
@@ -190,8 +190,12 @@ def _takes(annotation: Any) -> str:
 
 
 def _one_line(stage: Stage) -> str:
+    """A stage as a recipe's pipeline has it."""
+    import yaml
+
     ((name, given),) = written(stage).items()
-    return f"{name}: {given}" if given else name
+    parameters = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    return f"{name}: {parameters}" if given else name
 
 
 def _table(*headings: str) -> Any:
@@ -207,3 +211,10 @@ def _table(*headings: str) -> Any:
             no_wrap=i == 0 and len(headings) == 2,
         )
     return table
+
+
+def _row(table: Any, *cells: object) -> None:
+    """Adds a row of plain text: a tensor's name may look like markup."""
+    from rich.text import Text
+
+    table.add_row(*(Text(str(cell)) for cell in cells))

@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from merger.demo_tasks import LETTERS, TASKS, Example, accuracy, encode, examples, stream
 
 BATCH = 96
-BASE_STEPS, BASE_RATE = 105, 3e-3
-EXPERT_STEPS, EXPERT_RATE = 40, 7e-4
-SHARES = {"upper": 34, "shift": 22, "double": 40}  # of the base's batch: the harder the task, the more of it
+BASE_STEPS, BASE_RATE = 115, 3e-3
+EXPERT_STEPS, EXPERT_RATE = 40, 5e-4
+SHARES = {"upper": 34, "shift": 20, "double": 42}  # of the base's batch: the harder the task, the more of it
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

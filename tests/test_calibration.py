@@ -49,6 +49,13 @@ MODELS = {
     "gpt-oss": ("GptOssForCausalLM", {**GROUPED, **SLIDING, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "albert": ("AlbertForMaskedLM", {**SIZE, "embedding_size": 16}),  # one block, called three times
 }
+ODD = {
+    "deberta": ("DebertaV2ForMaskedLM", {**SIZE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}),
+    "zamba2": ("Zamba2ForCausalLM", {
+        **GROUPED, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 4,
+        "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4,
+    }),
+}  # fmt: skip
 every = pytest.mark.parametrize("name", MODELS)
 
 
@@ -59,7 +66,7 @@ def build(tmp_path_factory):
     @functools.cache
     def build(name):
         torch.manual_seed(0)
-        class_name, settings = MODELS[name]
+        class_name, settings = (MODELS | ODD)[name]
         kind = getattr(transformers, class_name)
         model = kind(kind.config_class(**settings)).eval()
         for parameter_name, parameter in model.named_parameters():
@@ -292,6 +299,20 @@ def test_a_model_that_cannot_be_run_block_by_block_runs_whole_and_says_so(build)
     collected(build("albert")[1], notice=notices.append)
     assert len(notices) == 1
     assert "math: its blocks cannot be run one at a time" in notices[0]
+
+
+def test_blocks_that_share_weights_run_whole_and_all_their_inputs_count(build):
+    notices = []
+    moments = collected(build("zamba2")[1], notice=notices.append)
+    assert "its blocks share weights" in notices[0]
+    assert moments["model.layers.1.shared_transformer.self_attn.q_proj.weight"].count == 2 * sum(LENGTHS)
+
+
+def test_a_table_of_positions_through_the_same_matrix_is_no_token(build):
+    alone, together = (collected(build("deberta")[1], size) for size in (1, len(SAMPLES)))
+    name = "deberta.encoder.layer.1.attention.self.query_proj.weight"
+    assert alone[name].count == together[name].count == sum(LENGTHS)
+    assert_close(together[name].second_moment, alone[name].second_moment.double(), 1e-6)
 
 
 def test_half_precision_is_close(build):

@@ -143,7 +143,7 @@ def test_a_missing_file_is_named(tmp_path, tokenizer, name):
         ("a.json", "[1", "a.json: is not valid JSON"),
         ("a.json", '{"a": [], "b": []}', "a.json: expected a list of records"),
         ("a.jsonl", "3", "a.jsonl:1: expected an object or a string, found a int"),
-        ("a.jsonl", lines({"question": "?", "answer": "!"}), "needs a field messages, prompt or text; found answer, question"),
+        ("a.jsonl", lines({"q": "?", "a": "!"}), "needs a field messages, prompt or text; found a, q"),
         ("a.jsonl", lines({"text": ""}), "a.jsonl: has no text; all its records are empty"),
         ("a.jsonl", "", "a.jsonl: has no text; all its records are empty"),
         ("a.jsonl", lines({"messages": ["hello"]}), "a.jsonl:1: messages need to be objects with role and content"),

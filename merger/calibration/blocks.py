@@ -49,6 +49,9 @@ def by_block(rig: Rig, host_memory: int | None, progress: Progress) -> Results:
     names = rig.block_names
     if not names:
         raise Unfit("it has no list of blocks")
+    weights = [weight for block in rig.blocks for weight in block.parameters()]
+    if len(weights) > len(set(weights)):
+        raise Unfit("its blocks share weights")
     with tempfile.TemporaryDirectory(prefix="merger-") as folder:
         relay = Relay(rig.blocks, rig.watch, Carried(host_memory, Path(folder)))
         for number, batch in enumerate(rig.batches):

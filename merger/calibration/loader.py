@@ -30,11 +30,11 @@ class Loader:
         self._weights = weights
         self._groups = locate(model, weights.tensors)
         self._empty = dict(model.named_parameters(remove_duplicate=False))
-        aliases = defaultdict(list)
+        aliases: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self._empty.items():
             aliases[id(parameter)].append(name)
         self._aliases = {name: aliases[id(parameter)] for name, parameter in self._empty.items()}
-        self._at: dict[int, str] = {}  # what lies where in memory
+        self._at: dict[int, tuple[str, Tensor]] = {}  # what lies where in memory
         self._exact = _kept_in_float32(model, dtype)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -67,12 +67,15 @@ class Loader:
             self._at.pop(parameters[leaf].untyped_storage().data_ptr(), None)
         parameters[leaf] = parameter
         if not parameter.is_meta:
-            self._at[parameter.untyped_storage().data_ptr()] = name
+            self._at[parameter.untyped_storage().data_ptr()] = self.first_name(name), parameter
 
     def find(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The loaded parameter that a tensor is, or is a part of, by its name and itself."""
-        name = None if tensor.is_meta else self._at.get(tensor.untyped_storage().data_ptr())
-        return None if name is None else (name, self.model.get_parameter(name))
+        """The loaded parameter that a tensor is, or is a part of, by its first name and itself."""
+        return None if tensor.is_meta else self._at.get(tensor.untyped_storage().data_ptr())
+
+    def first_name(self, name: str) -> str:
+        """The one name that all uses of a tied parameter go by."""
+        return self._aliases[name][0]
 
     def _held(self, prefix: str, recurse: bool) -> dict[str, None]:
         """The names of a module's parameters, and of its buffers that are stored; in order."""

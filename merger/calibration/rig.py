@@ -79,7 +79,7 @@ class Rig:
 
     def take(self, prefix: str) -> dict[str, Moments]:
         """The moments that were summed of the parameters below ``prefix``, by the checkpoint's names."""
-        sums = self.watch.take(lambda name: name.startswith(f"{prefix}." if prefix else ""))
+        sums = self.watch.take(f"{prefix}." if prefix else "")
         for key, each in sums.items():  # in the order of the forward pass, so the first is the cause
             if not torch.isfinite(each.second).all():
                 name = next((source for source, _ in self.loader.stored(key.name)), key.name)
@@ -103,7 +103,9 @@ class Rig:
             return {}
         modules = self.model.get_submodule(prefix).named_modules(prefix=prefix)
         return {
-            Key(f"{name}.weight"): Sums.zero(module.in_features, gram=self.watch.gram, device=self.loader.device)
+            Key(self.loader.first_name(f"{name}.weight")): Sums.zero(
+                module.in_features, gram=self.watch.gram, device=self.loader.device
+            )
             for name, module in modules
             if isinstance(module, nn.Linear)
         }
@@ -137,11 +139,12 @@ class Rig:
         head = self.model.get_output_embeddings()
         if head is None:
             return
+        key = Key(self.loader.first_name(f"{self._names[head]}.weight"))
         rows = head.weight.shape[0]
 
         def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             if self.watch.on:
-                self.watch.record(Key(f"{self._names[head]}.weight"), hidden)
+                self.watch.record(key, hidden)
             return torch.empty(*hidden.shape[:-1], rows, dtype=hidden.dtype, device="meta")
 
         head.forward = forward

@@ -44,8 +44,7 @@ class Key(NamedTuple):
 class Watch(TorchFunctionMode):
     """Sums what enters each matrix while it is active and ``on``.
 
-    ``find`` tells the parameter that a tensor is, or is a part of, by its name and itself; ``notice`` hears what could
-    not be told.
+    ``find`` tells the parameter that a tensor is, or is a part of, by its name and itself.
     """
 
     def __init__(
@@ -58,10 +57,11 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.on = False
-        self.sums: dict[Key, Sums] = {}
+        self._sums: dict[Key, Sums] = {}
+        self._others: dict[Key, Sums] = {}  # of what is no token, such as a table of relative positions
         self.gram = gram
         self._find, self._settings, self._notice = find, settings, notice
-        self._last: tuple[Tensor, Sums] | None = None
+        self._last: tuple[Tensor, Sums, bool] | None = None
         self._cast: MutableMapping[Tensor, tuple[str, Tensor]] = WeakTensorKeyDictionary()
 
     def begin(self, batch: Batch, device: torch.device) -> None:
@@ -69,15 +69,25 @@ class Watch(TorchFunctionMode):
         counted = batch.counted(self._settings.skip_first_tokens)
         self._samples, self._length = counted.shape
         self._counted = counted.flatten().to(device)
+        self._all = torch.arange(len(self._counted), device=device)
         self._plain = self._settings.weighting == "token" and bool(counted.all())
         self._lengths = batch.mask.sum(1).to(device)
         # of an activation: which token each of its rows is
         self._ids: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._last = None
 
-    def take(self, chosen: Callable[[str], bool]) -> dict[Key, Sums]:
-        """Hands over the sums of the parameters whose names are ``chosen``."""
-        return {key: self.sums.pop(key) for key in [key for key in self.sums if chosen(key.name)]}
+    def take(self, prefix: str) -> dict[Key, Sums]:
+        """Hands over the sums of the parameters whose names begin so: those of tokens, or else of what there was."""
+        taken = {}
+        for key in [key for key in self._sums | self._others if key.name.startswith(prefix)]:
+            tokens, others = self._sums.pop(key, None), self._others.pop(key, None)
+            if tokens is None:
+                self._notice(
+                    f"what enters {key.name} is not tokens; each row counts once, and padding is not told apart"
+                )
+            if sums := tokens or others:
+                taken[key] = sums
+        return taken
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,7 +101,7 @@ class Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _CASTS and result is not args[0] and (found := self._find(args[0])):
             self._cast[result] = found
-        if not self._plain and args and isinstance(args[0], torch.Tensor):
+        if args and isinstance(args[0], torch.Tensor):
             self._follow(func, args, result)
         return result
 
@@ -115,19 +125,22 @@ class Watch(TorchFunctionMode):
     def record(self, key: Key, inputs: Tensor, sent: Tensor | None = None) -> None:
         """Adds the rows of ``inputs``, or those that are ``sent``, to what entered a matrix."""
         if self._last is None or self._last[0] is not inputs:  # q, k and v share one, which is reduced once
-            self._last = inputs, self._reduce(inputs, sent)
-        if key not in self.sums:
-            self.sums[key] = Sums.zero(inputs.shape[-1], gram=self.gram, device=inputs.device)
-        self.sums[key].add(self._last[1])
+            self._last = inputs, *self._reduce(inputs, sent)
+        _, sums, are_tokens = self._last
+        total = self._sums if are_tokens else self._others
+        if key not in total:
+            total[key] = Sums.zero(inputs.shape[-1], gram=self.gram, device=inputs.device)
+        total[key].add(sums)
 
-    def _reduce(self, inputs: Tensor, sent: Tensor | None) -> Sums:
-        rows, kept = inputs.reshape(-1, inputs.shape[-1]), sent
-        ids = None if self._plain else self._tokens(inputs)
-        if ids is not None:
+    def _reduce(self, inputs: Tensor, sent: Tensor | None) -> tuple[Sums, bool]:
+        rows, kept, ids = inputs.reshape(-1, inputs.shape[-1]), sent, self._tokens(inputs)
+        if ids is None:
+            return Sums.of(rows, None, gram=self.gram), False
+        if not self._plain:
             kept = self._counted[ids] if sent is None else self._counted[ids] & sent
         if kept is not None and not kept.all():
-            rows, ids = rows[kept], None if ids is None else ids[kept]
-        return Sums.of(rows, None if ids is None else self._weights(ids), gram=self.gram)
+            rows, ids = rows[kept], ids[kept]
+        return Sums.of(rows, self._weights(ids), gram=self.gram), True
 
     def _weights(self, ids: Tensor) -> Tensor | None:
         """What each of these tokens counts: a sample's tokens count 1 together, or each of them does."""
@@ -144,11 +157,10 @@ class Watch(TorchFunctionMode):
         rows = inputs[..., 0].numel()
         if known is not None:
             return known
-        if rows == len(self._counted):
-            return torch.arange(rows, device=inputs.device)
+        if rows == len(self._all):
+            return self._all
         if rows == self._samples:  # one vector per sample, such as a pooler's: let it stand for its last token
-            return torch.arange(rows, device=inputs.device) * self._length + self._lengths - 1
-        self._notice("some inputs are not tokens in order; each of their rows counts once, padding included")
+            return self._all[:: self._length] + self._lengths - 1
         return None
 
     def _follow(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
@@ -168,9 +180,9 @@ class Watch(TorchFunctionMode):
         if not source.is_floating_point() or source.dim() < 2 or result.shape[-1:] != source.shape[-1:]:
             return ids
         if ids is None:
-            if source[..., 0].numel() != len(self._counted):
+            if source[..., 0].numel() != len(self._all):
                 return None
-            ids = torch.arange(len(self._counted), device=source.device)
+            ids = self._all
         try:
             picked = ids.view(source.shape[:-1])[index]
         except (IndexError, RuntimeError):

@@ -1,0 +1,305 @@
+"""The command line: what goes to stdout and what to stderr, exit codes, and what a signal does."""
+
+import json
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from checkpoints import save_headers, trio
+from typer.main import get_command
+
+from merger.cli import app
+from merger.methods._registry import ENTRIES, SCORES
+
+COMMANDS = sorted(get_command(app).commands)
+RECIPE = """\
+base: base
+experts: {code: code, math: math}
+method: ties
+output: {path: out}
+"""
+SLOW = """\
+import sys, time
+from merger.checkpoint.stored import Checkpoint
+read = Checkpoint.read_rows
+def slow(*arguments):
+    time.sleep(0.2)
+    return read(*arguments)
+Checkpoint.read_rows = slow
+from merger.cli import main
+sys.argv = ["merger", "run", "recipe.yaml"]
+main()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a recipe and its models; the current one."""
+    monkeypatch.chdir(tmp_path)
+    trio(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_explains_itself(merger, command, flag):
+    ran = merger(command, flag)
+    assert (ran.code, ran.err) == (0, "")
+    assert f"merger {command}" in ran.out
+    summary = get_command(app).commands[command].help.splitlines()[0]
+    assert summary.split()[:4] == [word for word in ran.out.split() if word in summary.split()][:4]
+
+
+def test_help_names_every_command(merger):
+    ran = merger("--help")
+    assert ran.code == 0
+    assert all(command in ran.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [(), ("rnu",), ("run",), ("run", "recipe.yaml", "--fast")])
+def test_what_is_not_understood_is_exit_code_2(merger, arguments):
+    ran = merger(*arguments)
+    assert ran.code == 2
+    assert "Usage: merger" in ran.out + ran.err
+
+
+def test_help_costs_less_than_a_third_of_a_second_and_imports_nothing_heavy():
+    program = (
+        "import sys; from merger.cli import main; sys.argv = ['merger', '--help']\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'numpy', 'pydantic', 'yaml', 'transformers'} & set(sys.modules)"
+    )
+    took = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(sum(after[:2]) - sum(before[:2]))
+    assert min(took) < 0.3
+
+
+# --- run ------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_one_line_and_nothing_else_when_piped(merger, folder):
+    ran = merger("run", "recipe.yaml")
+    assert (ran.code, ran.err) == (0, "")
+    assert len(ran.out.splitlines()) == 1
+    assert ran.out.startswith(f"{folder}/out: 21 merged tensors; read ")
+
+
+def test_json_is_exactly_one_object(merger, folder):
+    ran = merger("run", "recipe.yaml", "--json", "--set", "seed=5")
+
+    assert (ran.code, ran.err) == (0, "")
+    assert len(ran.out.splitlines()) == 1
+    said = json.loads(ran.out)
+    assert {
+        "output", "seconds", "bytes_read", "bytes_written", "tensors", "peak_memory_bytes", "device", "seed",
+    } <= said.keys()  # fmt: skip
+    assert said["tensors"] == {"merged": 21, "copied": 0, "dropped": 0}
+    assert said["seed"] == 5
+
+
+def test_remarks_go_to_stderr_whole_unless_quiet(merger, folder):
+    pattern = "a.pattern.so.long.that.it.would.not.fit.a.line.of.a.terminal.and.matches.no.tensor.of.any.model"
+    extra = ["--set", f"rules=[{{tensors: {pattern}, use: base}}]"]
+
+    told = merger("run", "recipe.yaml", *extra)
+    quiet = merger("run", "recipe.yaml", "--force", "--quiet", *extra)
+
+    assert told.err == f"note: rule 1 ({pattern}) matches no tensor\n"
+    assert (quiet.code, quiet.err) == (0, "")
+
+
+def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.replace("0.2", "0.02")], stdout=subprocess.PIPE, stderr=follower,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(leader, 4096)
+        except OSError:  # the other end is closed
+            break
+    out, _ = process.communicate()
+    os.close(leader)
+
+    assert process.returncode == 0
+    assert len(out.splitlines()) == 1
+    for sign in (b"merging", b"kB of 4.85 kB", b"/s", b"%", b"ETA"):
+        assert sign in shown
+
+
+# --- stopping it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_130_and_nothing_left(folder, number):
+    before = sorted(folder.rglob("*"))
+    process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    began = time.monotonic()
+    while not Path("out.partial/model.safetensors").exists():
+        assert process.poll() is None
+        assert time.monotonic() - began < 60
+        time.sleep(0.02)
+
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert (out, err) == ("", "interrupted; nothing was left half-written\n")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_closed_pipe_is_no_error(folder):
+    ran = subprocess.run(
+        [sys.executable, "-m", "merger", "schema"], stdout=open_and_closed(), stderr=subprocess.PIPE, text=True
+    )
+    assert "Traceback" not in ran.stderr
+
+
+def open_and_closed():
+    """The writing end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+def test_a_plan_writes_nothing_and_says_what_would_be_done(merger, folder):
+    before = sorted(folder.rglob("*"))
+
+    ran = merger("plan", "recipe.yaml", "--set", "rules=[{tensors: norm, use: math}]")
+
+    assert (ran.code, ran.err) == (0, "")
+    assert sorted(folder.rglob("*")) == before
+    rows = [line.split() for line in ran.out.splitlines()]
+    assert ["model.layers.*.mlp.up_proj.weight", "2", "8x4", "F32", "linear", "ties"] in rows
+    assert ["model.norm.weight", "1", "4", "F32", "vector", "copy", "from", "math"] in rows
+    assert "writes 0.00 GB" in ran.out
+    assert "more than once where the whole model is ranked" in ran.out
+
+
+def test_a_plan_in_json_has_the_same_facts(merger, folder):
+    ran = merger("plan", "recipe.yaml", "--json")
+
+    said = json.loads(ran.out)
+    assert len(ran.out.splitlines()) == 1
+    assert (said["tensors"], said["experts"]) == (21, ["code", "math"])
+    assert said["bytes_read"] == 3 * said["bytes_written"] == 4848
+    assert said["passes_over_model"] is True
+    assert said["calibrated"] is False
+    assert sum(group["count"] for group in said["groups"]) == 21
+    assert {"memory", "disk_free", "notes", "dropped"} <= said.keys()
+
+
+def test_a_plan_tells_what_is_dropped_and_what_differs(merger, folder):
+    tied = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    body = {"model.embed_tokens.weight": (8, 4), "model.layers.0.w.weight": (4, 4)}
+    save_headers(folder / "base", body, tied)
+    save_headers(folder / "code", {**body, "lm_head.weight": (8, 4)}, {**tied, "rope_theta": 7})
+    save_headers(folder / "math", body, tied)
+
+    ran = merger("plan", "recipe.yaml")
+
+    assert "dropped from code: lm_head.weight: its config says it is tied to the embedding\n" in ran.out
+    assert "note: code: config differs from the base: rope_theta None -> 7\n" in ran.out
+
+
+def test_a_tensor_named_like_markup_is_shown_as_it_is(merger, folder):
+    for name in ("base", "code", "math"):
+        save_headers(folder / name, {"[/bold]x[red]": (2, 2)})
+    ran = merger("plan", "recipe.yaml")
+    assert ran.code == 0
+    assert "[/bold]x[red]" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--set", "method=tis"], 2),
+        (["--set", "output.path=code/out"], 2),
+        (["--set", "base=./nowhere"], 3),
+        (["--max-memory", "1MB"], 4),
+    ],
+)
+def test_a_plan_ends_in_the_exit_code_of_the_run(merger, folder, arguments, code):
+    assert merger("plan", "recipe.yaml", *arguments).code == code
+    assert merger("run", "recipe.yaml", *arguments).code == code
+
+
+# --- methods and schema ---------------------------------------------------------------------------
+
+
+def test_methods_lists_every_method_stage_and_score_whole(merger):
+    ran = merger("methods")
+    assert (ran.code, ran.err) == (0, "")
+    for entry in (*ENTRIES.values(), *SCORES.values()):
+        assert f" {entry.name} " in ran.out
+        assert entry.summary in ran.out
+
+
+@pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
+def test_every_method_shows_its_parameters_and_paper(merger, name):
+    ran = merger("methods", name)
+    assert (ran.code, ran.err) == (0, "")
+    entry = {**SCORES, **ENTRIES}[name]
+    assert entry.summary in ran.out
+    assert entry.paper in ran.out
+    said = json.loads(merger("methods", name, "--json").out)
+    assert (said["name"], said["kind"], said["summary"]) == (name, entry.kind, entry.summary)
+    assert all(f" {parameter} " in ran.out for parameter in said["parameters"])
+
+
+def test_what_a_method_expands_to_can_be_pasted_into_a_recipe(merger, folder):
+    listing = merger("methods", "ties").out.split("expands to:\n")[1].split("\n   ")[0]
+    stages = yaml.safe_load("\n".join(line for line in listing.splitlines() if line.startswith("  - ")))
+    assert [next(iter(stage)) for stage in stages] == ["top", "sign_elect", "scale"]
+
+    named = merger("run", "recipe.yaml")
+    spelled = {**yaml.safe_load(RECIPE), "pipeline": stages, "output": {"path": "spelled"}}
+    del spelled["method"]
+    Path("spelled.yaml").write_text(yaml.safe_dump(spelled))
+    pasted = merger("run", "spelled.yaml")
+
+    assert (named.code, pasted.code) == (0, 0)
+    assert Path("out/model.safetensors").read_bytes() == Path("spelled/model.safetensors").read_bytes()
+
+
+def test_methods_in_json_are_one_object_by_kind(merger):
+    ran = merger("methods", "--json")
+    said = json.loads(ran.out)
+    assert set(said) == {"method", "sparsifier", "merger", "scale", "score"}
+    assert {"linear", "sum"} <= {each["name"] for each in said["merger"]}
+
+
+def test_an_unknown_method_offers_the_near_one(merger):
+    ran = merger("methods", "tise")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "error: there is no method, stage or score 'tise'; did you mean 'ties'?\n"
+
+
+def test_the_schema_is_a_json_schema_that_accepts_the_recipe(merger):
+    ran = merger("schema")
+    schema = json.loads(ran.out)
+    assert (ran.code, ran.err) == (0, "")
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(yaml.safe_load(RECIPE))
