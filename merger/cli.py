@@ -267,20 +267,25 @@ def _progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
         yield tell, notice
 
 
-def _interrupted(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came; typer answers to KeyboardInterrupt itself, and says nothing."""
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise _Stopped
 
 
 def main() -> None:
     """The `merger` command; a user's mistake is told in a line, with its exit code."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     try:
-        app(standalone_mode=True)
+        app(prog_name="merger")
     except MergerError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except _Stopped:
         print("interrupted; nothing was left half-written", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
+from merger.copies import restored
 from merger.methods._parameters import Place, resolve, turns
 from merger.methods._registry import Entry, Stage, Takes, entry_of, parameters, supplied
 from merger.ops import Before, Flow, Question, Size, Sum, uniforms
@@ -352,20 +353,6 @@ def _matrix(tensor: Tensor) -> Tensor:
     """Rows of the last axis; a vector or a scalar is one row."""
     *rows, columns = tensor.shape or (1,)
     return tensor.float().reshape(math.prod(rows), columns)
-
-
-def restored(
-    base: Tensor, experts: Iterable[Tensor], base32: Tensor, deltas: Tensor, delta: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """base + delta in ``dtype``, but the stored value itself where delta is zero or exactly one expert's.
-
-    base + (expert - base) can differ from expert in its last bit, and -0 + 0 is +0; a copy must be
-    a copy (methods.md 0.2). ``base`` and ``experts`` are as stored, the rest float32.
-    """
-    merged = (base32 + delta).to(dtype)
-    for expert, own in zip(experts, deltas, strict=True):
-        merged = torch.where(delta == own, expert.to(dtype), merged)
-    return torch.where(delta == 0, base.to(dtype), merged)
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,10 +21,12 @@ from pydantic import (
 )
 
 import merger.methods  # noqa: F401 registers every method
+from merger.choices import stage_table, stages_of
 from merger.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.errors import RecipeError, nearest
-from merger.methods._parameters import Number, Pinned, Place, resolve
-from merger.methods._registry import ENTRIES, SCORES, Stage, checked, parameter_names, parameters, schema, written
+from merger.faults import said
+from merger.methods._parameters import Number, Place
+from merger.methods._registry import ENTRIES, SCORES, Stage, schema, written
 from merger.pipeline import bind, expand
 
 Kind = Literal["linear", "conv1d", "head", "tied", "embedding", "vector", "expert3d", "other", "buffer"]
@@ -246,7 +247,7 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     try:
         recipe = Recipe(**document.value)
     except ValidationError as error:
-        faults += _said(error, _fields)
+        faults += said(error, _fields)
     except TypeError:
         faults += [((str(key),), "is no text; quote it") for key in document.value if not isinstance(key, str)]
     raw = document.value
@@ -254,7 +255,7 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     weights = {str(name): recipe.experts[name].weight if recipe else Fraction(1) for name in experts}
     rules = raw["rules"] if isinstance(raw.get("rules"), list) else []
     places: list[tuple[KeyPath, Any]] = [((), raw), *((("rules", i), rule) for i, rule in enumerate(rules))]
-    chosen = [_stages(node, path, weights, faults) for path, node in places if isinstance(node, Mapping)]
+    chosen = [stages_of(node, path, weights, faults) for path, node in places if isinstance(node, Mapping)]
     if recipe is not None:
         for choice, stages in zip(recipe.choices(), chosen, strict=True):
             choice._stages = tuple(stages)
@@ -264,131 +265,6 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
         placed = sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
         raise RecipeError([document.fault(path, message) for path, message in placed])
     return recipe
-
-
-def _stages(
-    node: Mapping[str, Any], path: KeyPath, experts: Mapping[str, Number], faults: list[tuple[KeyPath, str]]
-) -> list[Stage]:
-    """The stages of one choice for experts of these weights; what is wrong with it goes to ``faults``."""
-    asked = [key for key in ("method", "pipeline", "use") if node.get(key) is not None]
-    if len(asked) != 1:
-        expected = "one of method, pipeline, use" if path else "a method or a pipeline"
-        faults.append(((*path, *asked[-1:]), f"expected {expected}, found {' and '.join(asked) or 'none'}"))
-        return []
-    if asked == ["use"]:
-        if node["use"] not in ("base", *experts):
-            near = nearest(str(node["use"]), ["base", *experts])
-            faults.append(((*path, "use"), f"there is no expert {node['use']!r}; {near}"))
-        return []
-    before = len(faults)
-    stages = []
-    for where, name, given in _named(node, path, faults):
-        table = {**ENTRIES, **SCORES} if asked == ["method"] else _only_stages()
-        if name not in table:
-            here = (*path, "method") if asked == ["method"] else where
-            faults.append((here, _no_such(name, table, asked[0])))
-            continue
-        try:
-            stages.append(checked(name, given))
-        except ValidationError as error:
-            faults += [((*where, *inner), message) for inner, message in _said(error, partial(_keys, name, given))]
-            continue
-        faults += [((*where, key), message) for key, message in _unsuited(stages[-1], experts)]
-    if len(faults) == before and experts and (stages or isinstance(node.get("pipeline"), list)):
-        faults += _sequence_faults(stages, path, asked[0], experts)
-    return stages
-
-
-def _unsuited(stage: Stage, experts: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Parameters that name no expert of this recipe, or leave one out."""
-    for name, (annotation, _) in parameters(stage.func).items():
-        try:
-            if stage.keywords[name] != "auto":
-                resolve(annotation, stage.keywords[name], Place(tuple(experts)))
-        except ValueError as error:
-            yield name.rstrip("_"), str(error)
-
-
-def _only_stages() -> dict[str, Any]:
-    return {**{name: e for name, e in ENTRIES.items() if e.kind != "method"}, **SCORES}
-
-
-def _no_such(name: str, table: Mapping[str, Any], where: str) -> str:
-    if where == "pipeline" and name in ENTRIES:
-        return f"{name} is a method; a pipeline is made of stages (`merger methods {name}` shows which)"
-    return f"there is no {'method' if where == 'method' else 'stage'} {name!r}; {nearest(name, table)}"
-
-
-def _named(
-    node: Mapping[str, Any], path: KeyPath, faults: list[tuple[KeyPath, str]]
-) -> Iterator[tuple[KeyPath, str, dict[str, Any]]]:
-    """Where each stage's parameters stand, its name, and the parameters."""
-    if node.get("pipeline") is None:
-        given = node.get("parameters") or {}
-        if isinstance(node["method"], str) and isinstance(given, Mapping):
-            yield (*path, "parameters"), node["method"], dict(given)
-        return
-    if node.get("parameters"):
-        faults.append(((*path, "parameters"), "belongs to a method; in a pipeline each stage has its own"))
-    for i, each in enumerate(node["pipeline"] if isinstance(node["pipeline"], list) else []):
-        here = (*path, "pipeline", i)
-        if isinstance(each, str):
-            yield here, each, {}
-        elif isinstance(each, Mapping) and len(each) == 1 and isinstance(next(iter(each)), str):
-            ((name, given),) = each.items()
-            if given is None or isinstance(given, Mapping):
-                yield (*here, name), name, dict(given or {})
-            else:
-                faults.append(((*here, name), "expected parameters, as in {density: 0.5}"))
-        else:
-            faults.append((here, "expected a stage's name, or {stage: {parameter: value}}"))
-
-
-def _sequence_faults(
-    stages: Sequence[Stage], path: KeyPath, where: str, experts: Mapping[str, Number]
-) -> list[tuple[KeyPath, str]]:
-    """Whether the stages make one task vector of K, and their parameters go together for these experts."""
-    here = (*path, where)
-    found: list[str] = []
-    for kind in ("linear", "vector", "embedding", "head"):
-        for depth in (Fraction(0), Fraction(1, 2), Fraction(1)):
-            try:
-                weights = tuple(resolve(Number, weight, Place((), depth=depth)) for weight in experts.values())
-                place = Place(tuple(experts), weights, depth)
-                expanded = [each for stage in stages for each in expand(stage, kind, place.experts)]
-                bounds = [bind(stage, place) for stage in expanded]
-            except ValueError as error:
-                found.append(str(error))
-                continue
-            found += _order_faults([bound.entry.kind for bound in bounds])
-            found += [
-                f"{b.entry.name} merges exactly {b.entry.experts} experts, not {len(experts)}"
-                for b in bounds
-                if b.entry.experts not in (None, len(experts))
-            ]
-            found += [
-                f"scope: global ranks the whole model at once, so {name} cannot vary over depth"
-                for stage in expanded
-                if stage.keywords.get("scope") == "global"
-                for name, value in stage.keywords.items()
-                if _varies(value)
-            ]
-    return [(here, message) for message in dict.fromkeys(found)]
-
-
-def _varies(value: Any) -> bool:
-    several = value.values() if isinstance(value, Mapping) else [value]
-    return any(isinstance(each, list) and isinstance(each[0], Fraction) for each in several)
-
-
-def _order_faults(kinds: Sequence[str]) -> list[str]:
-    mergers = [i for i, kind in enumerate(kinds) if kind == "merger"]
-    if len(mergers) != 1:
-        mergers_known = ", ".join(name for name, entry in ENTRIES.items() if entry.kind == "merger")
-        return [f"expected exactly one merger among the stages, found {len(mergers)}; mergers are {mergers_known}"]
-    if "sparsifier" in kinds[mergers[0] :]:
-        return ["a sparsifier stands after the merger; it thins each expert's task vector, so it must come before"]
-    return []
 
 
 def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
@@ -437,73 +313,6 @@ def is_calibrated(recipe: Recipe) -> bool:
         return False
 
 
-# --- pydantic's errors in this tool's words -------------------------------------------------------
-
-_TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed"}
-_MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
-_EXPECTED = {  # by pydantic's name of the error
-    "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,
-    "string_too_short": _TEXT, "int_type": _WHOLE, "int_from_float": _WHOLE, "int_parsing": _WHOLE,
-    "bool_type": _SWITCH, "bool_parsing": _SWITCH,
-}  # fmt: skip
-_FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert": "a map by expert", "auto": "auto"}
-_LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
-
-
-def _said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]]) -> Iterator[tuple[KeyPath, str]]:
-    """Each error's key path in the file, and one sentence about it; ``keys`` gives the valid ones at a path."""
-    sentences: dict[KeyPath, str] = {}
-    for each in error.errors(include_url=False):
-        path = tuple(part for part in each["loc"] if part not in _TAGS and not _is_type_tag(part))
-        sentence = _sentence(dict(each), path, keys)
-        known = sentences.get(path, "").partition(", expected ")[0]
-        if known and sentence.startswith(f"{known}, expected "):  # the branches of a union
-            sentence = sentence.replace(f"{known}, expected", f"{sentences[path]} or", 1)
-        sentences[path] = sentence
-    yield from sentences.items()
-
-
-def _is_type_tag(part: Any) -> bool:
-    """Names that pydantic puts into a path for a branch of a union, such as dict[str,str]."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "constrained-int", "function-before"))
-
-
-def _sentence(each: dict[str, Any], path: KeyPath, keys: Callable[[KeyPath], Iterable[str]]) -> str:
-    kind, given, context = each["type"], each["input"], each.get("ctx", {})
-    found = "is empty" if given in (None, "") else f"is {_short(given)}"
-    if kind == "extra_forbidden":
-        return f"unknown key; {nearest(str(path[-1]), keys(path[:-1]))}"
-    if kind == "missing":
-        return "is missing"
-    if kind == "literal_error":
-        expected = [word.strip("' ") for word in re.split(r", | or ", context["expected"])]
-        return f"{found}, expected {context['expected']}{_close(given, expected)}"
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "too_short":
-        return f"{found}, expected at least {context['min_length']} of them"
-    if kind in _LIMITS:
-        limit, words = _LIMITS[kind]
-        return f"{found}, expected {words} {context[limit]}"
-    if kind == "union_tag_invalid":
-        forms = [_FORMS.get(tag.strip("'"), tag) for tag in context["expected_tags"].split(", ")]
-        return f"{found}, expected {', '.join(forms[:-1])} or {forms[-1]}"
-    if path[-1:] == ("shard_size",):
-        return f"{found}, expected a size such as 5GB, 500MiB or a number of bytes"
-    return f"{found}, expected {_EXPECTED[kind]}" if kind in _EXPECTED else f"{found}: {each['msg']}"
-
-
-def _short(given: Any) -> str:
-    """A value as a recipe has it, cut where it is long."""
-    text = repr(float(given) if isinstance(given, Fraction) else given)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _close(given: Any, expected: list[str]) -> str:
-    near = nearest(str(given), expected)
-    return f"; {near}" if near.startswith("did") else ""
-
-
 def _fields(path: KeyPath) -> set[str]:
     """The keys that are valid at ``path`` of the recipe."""
     fields: Any = Recipe
@@ -513,15 +322,6 @@ def _fields(path: KeyPath) -> set[str]:
         found = [m for m in (Source, Expert, Output, Calibration, Rule) if m.__name__.lower() == part.rstrip("s")]
         fields = found[0] if found else (Source if part == "base" else fields)
     return set(fields.model_fields)
-
-
-def _keys(name: str, given: Mapping[str, Any], path: KeyPath) -> set[str]:
-    """The keys that are valid at ``path`` of the parameters that were given to the stage ``name``."""
-    if not path:
-        return parameter_names(name)
-    if path[0] == "score":  # written as {name: {parameter: value}}
-        return {each.rstrip("_") for each in parameters(SCORES[next(iter(given["score"]))].function)}
-    return set(Pinned.model_fields)
 
 
 # --- for editors ----------------------------------------------------------------------------------
@@ -543,7 +343,7 @@ def json_schema() -> dict[str, Any]:
         own["properties"] = {**{key: each for key, each in of_top.items() if key != "score"}, **own["properties"]}
     definitions["stage"] = {
         "anyOf": [
-            {"enum": sorted(_only_stages())},
+            {"enum": sorted(stage_table())},
             {
                 "type": "object",
                 "minProperties": 1,
@@ -551,7 +351,7 @@ def json_schema() -> dict[str, Any]:
                 "additionalProperties": False,
                 "properties": {
                     name: {"anyOf": [{"$ref": f"#/$defs/parameters.{name}"}, {"type": "null"}]}
-                    for name in sorted(_only_stages())
+                    for name in sorted(stage_table())
                 },
             },
         ],

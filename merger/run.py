@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from merger._lazy import torch
 from merger.checkpoint import manifest
 from merger.checkpoint.header import TORCH_NAMES
-from merger.checkpoint.stored import Checkpoint
 from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
+from merger.copies import arithmetic_copies, restored
 from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
     SLICE,
@@ -30,10 +30,11 @@ from merger.machine import (
     tuned,
 )
 from merger.ops import Flow, Question
-from merger.pipeline import Sizes, Slice, Subject, flow, restored, run, settle
+from merger.pipeline import Sizes, Slice, Subject, flow, run, settle
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
+from merger.record import record_of
 from merger.statistics import Options, inputs_of, load, origin
 from merger.statistics import calibrate as statistics_files
 
@@ -169,6 +170,7 @@ class _Merge:
             self.notice(note)
         self.writer = Writer(self.output, shards, infos)
         try:
+            self.writer.open()
             with (
                 tuned(),
                 ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
@@ -298,7 +300,7 @@ class _Merge:
         base, deltas = piece.base, piece.deltas
         if part.transposed:
             base, deltas, delta = base.T, deltas.transpose(1, 2), delta.T
-        if _arithmetic_copies(base, deltas, stored, experts, dtype):
+        if arithmetic_copies(base, deltas, stored, experts, dtype):
             merged = (base + delta).to(dtype)
         else:
             merged = restored(stored, experts, base, deltas, delta, dtype)
@@ -375,32 +377,10 @@ class _Merge:
             manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory), folder
         )
         write_json(folder / "config.json", plan.config)
-        inputs = {
-            label: {
-                "source": manifest.portable(source.model),
-                **({"adapter source": manifest.portable(source.adapter)} if source.adapter else {}),
-                **_origin(plan.models[label], hashes),
-            }
-            for label, source in {"base": plan.recipe.base, **plan.recipe.experts}.items()
-        }
-        recipe = _portable(plan.recipe.spelled_out())
-        record = {
-            "format": manifest.FORMAT,
-            "versions": manifest.versions(),
-            "seed": plan.recipe.seed,
-            "device": self.machine.device.partition(":")[0],
-            "recipe": recipe,
-            "set": list(plan.recipe.overrides),
-            "inputs": inputs,
-            "statistics": self.statistics_origin,
-            "shards": self.writer.digests(),
-            "tensors": {tensor.name: _fate(tensor) for tensor in plan.tensors},
-            "dropped": {label: names for label, names in plan.dropped.items() if names},
-            "notes": sorted(self.notes),
-        }
+        record = record_of(plan, self.machine.device, hashes, self.writer.digests(), self.statistics_origin, self.notes)
         write_json(folder / "merger.json", record)
-        sources = [each["source"] for each in inputs.values()]
-        write_text(folder / "README.md", manifest.card(self.output.name, sources, recipe, self._counts()))
+        sources = [each["source"] for each in record["inputs"].values()]
+        write_text(folder / "README.md", manifest.card(self.output.name, sources, record["recipe"], self._counts()))
 
     def _counts(self) -> dict[str, int]:
         counts = Counter("merged" if tensor.stages else "copied" for tensor in self.plan.tensors)
@@ -442,72 +422,3 @@ def _silent(*_: object) -> None:
 
 def _map(pool: ThreadPoolExecutor, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
     return pool.map(function, numbers)
-
-
-def _arithmetic_copies(base: Tensor, deltas: Tensor, stored: Tensor, experts: list[Tensor], dtype: torch.dtype) -> bool:
-    """Whether base + delta gives every expert's own bits back, and base + 0 the base's.
-
-    In 16 bits it does unless an expert's value is more than 2^15 (bf16) or 2^12 (fp16) times smaller
-    than the base's (methods.md 0.2), which exponents tell; otherwise every sum is looked at.
-    """
-    if any(_has_negative_zero(each) for each in (stored, *experts)):
-        return False
-    return all(
-        _is_near(stored, expert, dtype) or not ((base + delta).sub_(expert.float())).abs_().amax()
-        for delta, expert in zip(deltas, experts, strict=True)
-    )
-
-
-def _has_negative_zero(values: Tensor) -> bool:
-    """-0 is the lowest of all bit patterns, read as integers."""
-    bits = values.view(_integers(values))
-    return bool(bits.amin() == torch.iinfo(bits.dtype).min)
-
-
-def _is_near(base: Tensor, expert: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no exponent of a 16-bit base exceeds the expert's by what a float32 sum would lose for ``dtype``."""
-    gaps = {torch.bfloat16: 15 << 7, torch.float16: 12 << 10}
-    if not base.dtype == expert.dtype == dtype or dtype not in gaps:
-        return False
-    magnitude = torch.iinfo(torch.int16).max
-    gap = (base.view(torch.int16) & magnitude).sub_(expert.view(torch.int16) & magnitude)
-    return bool(gap.amax() < gaps[base.dtype])
-
-
-def _integers(values: Tensor) -> torch.dtype:
-    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-
-
-def _origin(model: Checkpoint, hashes: Mapping[Path, Future[str]]) -> dict[str, Any]:
-    """From what commit and which bytes a model, and an adapter on it, came."""
-    adapter = model.adapter
-    on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
-    own = _named(model.commit, [file for file in model.files if file not in on_top], hashes)
-    return own if adapter is None else {**own, "adapter": _named(adapter.commit, on_top, hashes)}
-
-
-def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, Future[str]]) -> dict[str, Any]:
-    said = {"files": {file.name: hashes[file].result() for file in files}}
-    return {"commit": commit, **said} if commit else said
-
-
-def _fate(tensor: TensorPlan) -> dict[str, Any]:
-    """What happened to one tensor, for the manifest."""
-    by = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
-    said: dict[str, Any] = {"kind": tensor.kind}
-    said |= {"merged by": by} if tensor.stages else {"copied from": tensor.source}
-    if tensor.tied_to is not None:
-        return said | {"tied to": tensor.tied_to}
-    others = {label: name for label, name in tensor.reads.items() if name != tensor.name}
-    return said | ({"reads": others} if others else {})
-
-
-def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without the machine's folders."""
-
-    def source(each: dict[str, Any]) -> dict[str, Any]:
-        return {key: manifest.portable(v) if key in ("model", "adapter") and v else v for key, v in each.items()}
-
-    experts = {name: source(each) for name, each in recipe["experts"].items()}
-    output = {**recipe["output"], "path": manifest.portable(recipe["output"]["path"])}
-    return {**recipe, "base": source(recipe["base"]), "experts": experts, "output": output}

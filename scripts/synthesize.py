@@ -72,6 +72,7 @@ def write(path: Path, size: str, expert: int, shard_size: int) -> None:
     pool = torch.randn(1 << 24, generator=generator)
     tensors = {name: Info("BF16", shape) for name, shape in shapes(size).items()}
     writer = Writer(path, layout(list(tensors.items()), shard_size), tensors)
+    writer.open()
     for i, (name, info) in enumerate(tensors.items()):
         for start in range(0, info.elements, 1 << 22):
             count = min(1 << 22, info.elements - start)

@@ -184,7 +184,8 @@ def main() -> None:
     grid = "\n".join(f"- `{method}`: {json.dumps(settings)}" for method, settings in GRID.items())
     given.out.with_suffix(".md").write_text(
         f"# What merges of a real model keep of its fine-tunes\n\n"
-        f"`python scripts/zoo_table.py ZOO DATA --out {given.out.name} --select {given.select} --report {given.report}`, "
+        f"`python scripts/zoo_table.py ZOO DATA --out {given.out.name} "
+        f"--select {given.select} --report {given.report}`, "
         f"merger {merger.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{platform.machine()} CPU, {os.cpu_count()} cores. Loss on {given.report} held-out texts a domain "
         f"(first {TOKENS} tokens); each method's setting is the best of its grid on {given.select} other texts.\n\n"

@@ -49,12 +49,19 @@ MODELS = {
     "gpt-oss": ("GptOssForCausalLM", {**GROUPED, **SLIDING, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "albert": ("AlbertForMaskedLM", {**SIZE, "embedding_size": 16}),  # one block, called three times
 }
+HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
 ODD = {
-    "deberta": ("DebertaV2ForMaskedLM", {**SIZE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}),
-    "zamba2": ("Zamba2ForCausalLM", {
-        **GROUPED, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 4,
-        "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4,
-    }),
+    "deberta": (
+        "DebertaV2ForMaskedLM",
+        {**SIZE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True},
+    ),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        {
+            **GROUPED, "num_hidden_layers": 4, "layers_block_type": HYBRID, "mamba_d_state": 4, "mamba_headdim": 8,
+            "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4,
+        },
+    ),
 }  # fmt: skip
 every = pytest.mark.parametrize("name", MODELS)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -142,8 +143,8 @@ def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
 
     assert process.returncode == 0
     assert len(out.splitlines()) == 1
-    for sign in (b"merging", b"kB of 4.85 kB", b"/s", b"%", b"ETA"):
-        assert sign in shown
+    for sign in (rb"merging", rb"[\d.]+ kB of [\d.]+ kB, [\d.]+ k?B/s", rb"\d+%", rb"ETA", rb"\d:\d\d:\d\d"):
+        assert re.search(sign, shown)
 
 
 # --- stopping it ----------------------------------------------------------------------------------
@@ -167,18 +168,13 @@ def test_a_signal_ends_a_run_with_130_and_nothing_left(folder, number):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_closed_pipe_is_no_error(folder):
-    ran = subprocess.run(
-        [sys.executable, "-m", "merger", "schema"], stdout=open_and_closed(), stderr=subprocess.PIPE, text=True
-    )
-    assert "Traceback" not in ran.stderr
-
-
-def open_and_closed():
-    """The writing end of a pipe that nobody reads."""
+def test_a_closed_pipe_is_met_in_silence(folder):
     reader, writer = os.pipe()
     os.close(reader)
-    return os.fdopen(writer, "w")
+    command = [sys.executable, "-m", "merger", "schema"]
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ran.stderr == ""
 
 
 # --- plan -----------------------------------------------------------------------------------------

@@ -34,7 +34,13 @@ def infos(tensors):
 
 def begun(path, tensors=TENSORS, shard_size=10**9):
     described = infos(tensors)
-    return Writer(path, layout(list(described.items()), shard_size), described)
+    opened = Writer(path, layout(list(described.items()), shard_size), described)
+    try:
+        opened.open()
+    except BaseException:
+        opened.abandon()
+        raise
+    return opened
 
 
 def fill(opened, tensors=TENSORS):
@@ -295,8 +301,10 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
         "from merger.checkpoint.writer import Writer, layout\n"
         "from merger.errors import ResourceError\n"
         "infos = {'w': Info('F32', (1 << 19,))}\n"
-        "try: Writer(Path('new/out'), layout(list(infos.items()), 1 << 30), infos)\n"
+        "opened = Writer(Path('new/out'), layout(list(infos.items()), 1 << 30), infos)\n"
+        "try: opened.open()\n"
         "except ResourceError as error: print(error.exit_code, error)\n"
+        "finally: opened.abandon()\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout == (

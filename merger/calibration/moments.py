@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from merger.calibration.settings import Settings
     from merger.calibration.texts import Batch
 
-# Rows are squared in pieces that stay in a core's cache: 4096 x 1536 took 12 ms on two CPU cores, and 27 ms at once.
-# vector_norm and products with ones took as long, and their float32 sums were fifty times less exact.
-PIECE = 1 << 19
-GRAM_ROWS = (
-    1024  # a product over more rows is less exact in float32, one over fewer spends its time on adding in float64
-)
+# Rows are squared in pieces, to bound the memory of the squares. Pieces that fit a cache are no faster, and far
+# slower where two threads wait for each other on busy cores. vector_norm, and products with ones, are less exact.
+PIECE = 1 << 23
+# A Gram matrix over more rows is less exact in float32; over fewer, its time goes into adding them up in float64.
+GRAM_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ class Sums:
     def of(cls, rows: Tensor, weights: Tensor | None, *, gram: bool) -> Sums:
         """Sums over some ``rows`` [n i], each counted once or with its weight [n]."""
         sums = cls.zero(rows.shape[1], gram=gram, device=rows.device)
-        for values, weighted in _pieces(
-            rows, weights, PIECE // rows.shape[1] if rows.device.type == "cpu" else len(rows)
-        ):
+        for values, weighted in _pieces(rows, weights, PIECE // rows.shape[1]):
             sums.first += weighted.sum(0)
             sums.second += (weighted * values).sum(0)
         if sums.gram is not None:

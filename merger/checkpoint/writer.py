@@ -112,8 +112,9 @@ def _taken(path: Path) -> str:
 class Writer:
     """A checkpoint that is being written to ``PATH.partial`` and renamed to ``PATH`` when it is whole.
 
-    `write` may be called from several threads. A thread of its own follows the finished tensors in
-    file order and hashes them while they are still in the page cache.
+    Between `open` and `finish` or `abandon`, `write` may be called from several threads. A thread of
+    its own follows the finished tensors in file order and hashes them while they are still in the page
+    cache. `abandon` is right after an error anywhere, in `open` too.
     """
 
     def __init__(self, path: Path, shards: Sequence[Shard], infos: Mapping[str, Info]) -> None:
@@ -121,23 +122,23 @@ class Writer:
         self.partial = path.with_name(path.name + ".partial")
         self._shards = shards
         self._infos = infos
-        self._ready = {name: Event() for shard in shards for name in shard.offsets}
+        self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
+        self._ready = {name: Event() for name in self._places}
         self._stopped = False
-        self._pool = ThreadPoolExecutor(1, "merger-hash")
+        self._lock: int | None = None
         self._files: dict[str, int] = {}
         self._parents = [folder for folder in path.parents if not folder.exists()]
-        self._lock = self._claim()
-        try:
-            for shard in shards:
-                self._create(shard)
-        except BaseException:
-            self._close()
-            self._remove()
-            raise
-        self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
-        self._hashes: Future[dict[str, str]] = self._pool.submit(self._hash)
+        self._pool = ThreadPoolExecutor(1, "merger-hash")
+        self._hashes: Future[dict[str, str]] | None = None
 
-    def _claim(self) -> int:
+    def open(self) -> None:
+        """Makes the folder and its shards at their full size, and begins to hash."""
+        self._claim()
+        for shard in self._shards:
+            self._create(shard)
+        self._hashes = self._pool.submit(self._hash)
+
+    def _claim(self) -> None:
         """Makes the folder and locks it; what a dead run left there is removed, but nothing else."""
         lock = self.partial / ".lock"
         try:
@@ -150,6 +151,7 @@ class Writer:
             raise ResourceError(f"{self.partial}: cannot be made: {error.strerror}") from None
         try:
             fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = claimed
             for left in self.partial.iterdir():
                 if left != lock:
                     shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -157,9 +159,7 @@ class Writer:
             os.close(claimed)
             raise RecipeError(f"{self.partial}: another run is writing it; wait for it or stop it") from None
         except OSError as error:
-            os.close(claimed)
             raise ResourceError(f"{self.partial}: cannot be cleared: {error.strerror}") from None
-        return claimed
 
     def _create(self, shard: Shard) -> None:
         """The file at its full size, so that a full disk is found before the work; its header is in it."""
@@ -211,6 +211,7 @@ class Writer:
 
     def digests(self) -> dict[str, str]:
         """The sha256 of every shard, once all tensors are done and on disk."""
+        assert self._hashes is not None, "it was never opened"
         return self._hashes.result()
 
     def finish(self, *, force: bool) -> None:
@@ -248,24 +249,23 @@ class Writer:
                 raise
 
     def abandon(self) -> None:
-        """Stops and removes what was written so far."""
+        """Stops, and removes what was written so far and the folders that were made for it."""
         self._stopped = True
         for event in self._ready.values():
             event.set()
+        self._pool.shutdown(wait=True)
+        if self._lock is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in (self.partial, *self._parents) if self._lock is None else self._parents:
+                folder.rmdir()  # only while nobody has put anything there
         self._close()
-        self._remove()
 
     def _close(self) -> None:
         self._pool.shutdown(wait=True)
-        for file in (*self._files.values(), self._lock):
+        for file in (*self._files.values(), *([] if self._lock is None else [self._lock])):
             os.close(file)
-
-    def _remove(self) -> None:
-        """Removes the partial folder, and the folders above it that were made for it."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for folder in self._parents:
-                folder.rmdir()
+        self._files, self._lock = {}, None
 
 
 def _resource_error(path: Path, error: OSError, size: int) -> ResourceError:

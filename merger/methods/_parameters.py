@@ -90,7 +90,7 @@ def _over_depth(number: Any, *more: Any) -> Any:
 
 
 def _by_expert(number: Any, *more: Any) -> Any:
-    named: Any = dict[str, _over_depth(number)]
+    named: Any = dict.__class_getitem__((str, _over_depth(number)))
     return _over_depth(number, Annotated[named, Tag("by_expert")], *more)
 
 
