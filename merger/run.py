@@ -300,7 +300,7 @@ class _Merge:
         base, deltas = piece.base, piece.deltas
         if part.transposed:
             base, deltas, delta = base.T, deltas.transpose(1, 2), delta.T
-        if arithmetic_copies(base, deltas, stored, experts, dtype):
+        if arithmetic_copies(base, deltas, stored, experts):
             merged = (base + delta).to(dtype)
         else:
             merged = restored(stored, experts, base, deltas, delta, dtype)

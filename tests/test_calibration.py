@@ -315,6 +315,7 @@ def test_blocks_that_share_weights_run_whole_and_all_their_inputs_count(build):
     assert moments["model.layers.1.shared_transformer.self_attn.q_proj.weight"].count == 2 * sum(LENGTHS)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of DeBERTa's own code
 def test_a_table_of_positions_through_the_same_matrix_is_no_token(build):
     alone, together = (collected(build("deberta")[1], size) for size in (1, len(SAMPLES)))
     name = "deberta.encoder.layer.1.attention.self.query_proj.weight"
