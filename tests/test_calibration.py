@@ -391,6 +391,16 @@ def test_tokens_beyond_the_embedding_are_refused(build):
         collect_all(opened(build("llama")[1]), [padded([(3, 96)])], Settings())
 
 
+def test_samples_are_cut_to_the_positions_that_the_model_has(build):
+    checkpoint, notices = opened(build("gpt2")[1]), []
+    sample = (SAMPLES[0] * 4)[:70]
+    moments = collect_all(checkpoint, [padded([sample])], Settings(), notice=notices.append)
+    expected = collect_all(checkpoint, [padded([sample[:64]])], Settings())
+    name = "transformer.h.2.attn.c_attn.weight"
+    assert torch.equal(moments[name].second_moment, expected[name].second_moment)
+    assert notices == ["math: samples are cut to 64 tokens, the positions that the model has"]
+
+
 def test_an_unknown_architecture_is_refused(build, tmp_path):
     folder = changed(build("llama")[1], tmp_path, config={"model_type": "made-up", "architectures": ["MadeUp"]})
     assert "math: transformers cannot read its config.json" in refusal(folder)

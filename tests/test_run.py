@@ -125,6 +125,20 @@ def test_equal_scores_in_bfloat16_are_settled_as_in_memory(alike, method, parame
     assert same_bits(alike.merged(method, parameters), expected)
 
 
+def test_a_ranking_of_the_whole_model_is_one_sort_of_all_its_tensors(alike, monkeypatch):
+    monkeypatch.setattr(merger.machine, "SLICE", 12)
+    base, code = alike.tensors["base"], alike.tensors["code"]
+
+    merged = alike.merged(pipeline=[{"top": {"density": 0.3, "scope": "global"}}, "sum"], experts={"code": "code"})
+
+    names = sorted(base)  # numbers of one digit, so this is the natural order
+    scores = torch.cat([(code[name].float() - base[name].float()).abs().flatten() for name in names])
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept[scores.argsort(descending=True, stable=True)[: int(len(scores) * 3 // 10)]] = True
+    for name, mask in zip(names, kept.split([base[name].numel() for name in names]), strict=True):
+        assert same_bits(merged[name], code[name].where(mask.view_as(code[name]), base[name]))
+
+
 def test_a_conv1d_is_merged_by_its_output_neurons(tmp_path):
     def gpt(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -237,6 +251,15 @@ def bit_patterns(dtype, seed, count=4096):
 @pytest.mark.parametrize("seed", range(3))
 def test_one_expert_taken_whole_is_that_expert_and_none_of_it_is_the_base(tmp_path, dtype, seed):
     tensors = {"base": {"w.weight": bit_patterns(dtype, seed)}, "code": {"w.weight": bit_patterns(dtype, seed + 100)}}
+    made = models(tmp_path, tensors)
+    assert same_bits(made.merged("task_arithmetic", path="whole"), tensors["code"])
+    assert same_bits(made.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
+
+
+def test_float64_is_copied_whole_though_merged_in_float32(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2, 8, 8, dtype=torch.float64, generator=generator)
+    tensors = {"base": {"w.weight": drawn[0]}, "code": {"w.weight": drawn[1]}}
     made = models(tmp_path, tensors)
     assert same_bits(made.merged("task_arithmetic", path="whole"), tensors["code"])
     assert same_bits(made.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])

@@ -44,8 +44,9 @@ class Rig:
         trust_remote_code: bool,
         notice: Callable[[str], None],
     ) -> None:
-        self.label, self.batches, self._settings = weights.label, batches, settings
+        self.label, self._settings = weights.label, settings
         self.model = build(weights, trust_remote_code=trust_remote_code)
+        self.batches = self._that_fit(batches, notice)
         where = torch.device(device)
         self.loader = Loader(self.model, weights, where, dtype or default_dtype(weights, where))
         self.watch = Watch(self.loader.find, settings, gram=gram, notice=lambda text: notice(f"{self.label}: {text}"))
@@ -157,6 +158,14 @@ class Rig:
         except NotImplementedError:
             return None
         return f"{self._names[module]}.weight" if isinstance(module, nn.Embedding) else None
+
+    def _that_fit(self, batches: Sequence[Batch], notice: Callable[[str], None]) -> list[Batch]:
+        """The batches, with samples cut to the number of positions that the model has."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not positions or all(batch.ids.shape[1] <= positions for batch in batches):
+            return list(batches)
+        notice(f"{self.label}: samples are cut to {positions:,} tokens, the positions that the model has")
+        return [batch.cut(positions) for batch in batches]
 
     def _check_tokens(self) -> None:
         if self._embedding is None:

@@ -44,6 +44,10 @@ class Batch:
         """Which tokens are part of the statistics: [b t]."""
         return self.mask & (torch.arange(self.mask.shape[1]) >= skip_first_tokens)
 
+    def cut(self, length: int) -> Batch:
+        """The same samples, of at most so many tokens."""
+        return Batch(self.ids[:, :length], self.mask[:, :length])
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -93,16 +97,13 @@ def _tokenizer_files(directory: Path) -> list[Path]:
 
 
 def check_same_tokens(base: Any, expert: Any, label: str) -> None:
-    """Refuses an expert whose tokenizer gives a token another number than the base's; it may add tokens."""
-    known, own = base.get_vocab(), expert.get_vocab()
-    moved = [token for token, number in known.items() if own.get(token, number) != number]
-    numbers = {number: token for token, number in own.items()}
-    moved += [token for token, number in known.items() if numbers.get(number, token) != token and token not in own]
+    """Refuses an expert whose tokenizer means another token by a number than the base's; it may have more or fewer."""
+    known, own = ({number: token for token, number in each.get_vocab().items()} for each in (base, expert))
+    moved = sorted(number for number in known.keys() & own.keys() if known[number] != own[number])
     if moved:
-        first = min(moved, key=lambda token: (known[token], token))
         raise CheckpointError(
             f"{label}: its tokenizer is not the base's: {len(moved):,} tokens differ, the first of them token "
-            f"{known[first]}, which is {first!r} in the base and {numbers.get(known[first])!r} in {label}"
+            f"{moved[0]:,}, which is {known[moved[0]]!r} in the base and {own[moved[0]]!r} in {label}"
         )
 
 
