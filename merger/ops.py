@@ -98,6 +98,15 @@ def keep(deltas: Tensor, kept: Tensor) -> Tensor:
     return fast("mul", deltas, kept)
 
 
+def positions(mask: Tensor) -> Tensor:
+    """Where a vector of booleans is true; numpy takes a tenth of torch's time for it."""
+    if mask.device.type != "cpu":
+        return mask.nonzero().flatten()
+    import numpy
+
+    return torch.from_numpy(numpy.flatnonzero(mask.numpy()))
+
+
 def _picked(values: Tensor, mask: Tensor) -> Tensor:
     """The values where the mask is true, as a vector."""
     return torch.from_numpy(values.numpy()[mask.numpy()]) if values.device.type == "cpu" else values[mask]

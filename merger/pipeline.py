@@ -340,8 +340,8 @@ def merge_tensors(
             part = slice(firsts[j], firsts[j] + rows)
             piece = Slice(firsts[j], whole[part], own[:, part] - whole[part])
             delta = yield from flow(stages, piece, subject)
-            merged_part = restored(piece.base, own[:, part], piece.base, piece.deltas, delta, torch.float32)
-            _matrix(merged[name])[part] = merged_part
+            stored = torch.cat([piece.base.unsqueeze(0), own[:, part]])
+            _matrix(merged[name])[part] = restored(stored, piece.base, piece.deltas, delta, torch.float32)
 
         return run(len(firsts), carry, sizes=Sizes(whole.numel(), model), known=known)
 

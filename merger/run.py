@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.checkpoint import manifest
+from merger.checkpoint.hashes import sha256
 from merger.checkpoint.header import TORCH_NAMES
 from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
-from merger.copies import arithmetic_copies, restored
+from merger.copies import restored
 from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
     SLICE,
@@ -237,47 +239,47 @@ class _Merge:
 
         def carry(j: int) -> Flow[None]:
             rows = range(j * step, min((j + 1) * step, part.rows))
-            base, experts, piece = self._read(tensor, part, rows)
+            stored, piece = self._read(tensor, part, rows)
             delta = yield from flow(tensor.stages, piece, subject)
-            self._put(tensor, part, rows, base, experts, piece, delta)
+            self._put(tensor, part, stored, piece, delta)
 
         sizes = Sizes(elements, self.sizes[tensor.group])
         return run(count, carry, sizes=sizes, known=known, hold=hold, mapper=partial(_map, self.slices))
 
-    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> tuple[Tensor, list[Tensor], Slice]:
-        """Some rows of a part: the base and the experts as stored, and the slice that its stages see."""
+    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> tuple[Tensor, Slice]:
+        """Some rows of a part: base and experts as stored, [1+k r c], and the slice that its stages see."""
         first, last = part.row + rows.start, part.row + rows.stop
         if part.transposed:
             first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
-        name = tensor.reads["base"]
-        assert name is not None
-        vector = len(tensor.info.shape) == 1  # of a vocabulary, it may be longer in some models
-        stored = self.plan.base.read_rows(name, first, last).to(self.machine.device)
-        stored = stored[:, : part.columns] if vector else stored
-        base = stored.float()
-        deltas = base.new_empty(len(self.plan.models) - 1, *base.shape)
-        experts = []
-        for k, label in enumerate(tensor.place.experts):
-            read = tensor.reads[label]
-            if read is None:  # `missing: zero`
-                experts.append(stored)
-                deltas[k].zero_()
-                continue
-            model = self.plan.models[label]
-            if vector and model.tensors[read].elements > part.columns:
-                experts.append(model.read_rows(read, first, last)[:, : part.columns].to(base.device))
-                torch.sub(experts[k].float(), base, out=deltas[k])
-                continue
-            expert, deltas[k] = model.rows_delta(read, first, last, base)
-            experts.append(expert)
+        models = [(self.plan.models[label], tensor.reads[label]) for label in ("base", *tensor.place.experts)]
+        dtypes = [model.dtype(name) for model, name in models if name is not None]
+        shape = len(models), last - first, part.rows if part.transposed else part.columns
+        stored = torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
+        changes = {}
+        for k, (model, name) in enumerate(models):
+            change = None if name is None else model.change_rows(name, first, last)
+            if name is None:  # `missing: zero`
+                stored[k] = stored[0]
+            elif change is not None:
+                changes[k] = change
+                torch.add(stored[0], change, out=stored[k])
+            elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
+                stored[k] = model.read_rows(name, first, last)[:, : part.columns]
+            else:
+                model.read_into(stored[k], name, first, last)
+        stored = stored.to(self.machine.device)
+        values = stored.to(torch.float32, copy=True)
+        base, deltas = values[0], values[1:].sub_(values[0])
+        for k, change in changes.items():
+            deltas[k - 1] = change
         self._check_finite(tensor, base, deltas)
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
-        return stored, experts, Slice(rows.start, base, deltas)
+        return stored, Slice(rows.start, base, deltas)
 
     def _check_finite(self, tensor: TensorPlan, base: Tensor, deltas: Tensor) -> None:
         """CheckpointError that names the model if any value is NaN or infinite."""
-        if torch.isfinite(deltas.sum()):
+        if math.isfinite(deltas.sum()):
             return
         if not torch.isfinite(base).all():
             raise CheckpointError(f"base: {tensor.reads['base']} holds NaN or infinity")
@@ -285,29 +287,16 @@ class _Merge:
             if not torch.isfinite(deltas[k]).all():
                 raise CheckpointError(f"{label}: {tensor.reads[label]} holds NaN or infinity")
 
-    def _put(
-        self,
-        tensor: TensorPlan,
-        part: Part,
-        rows: range,
-        stored: Tensor,
-        experts: list[Tensor],
-        piece: Slice,
-        delta: Tensor,
-    ) -> None:
+    def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
         """Rounds once to the output's dtype and writes; what equals an input keeps that input's bits."""
         dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
-        base, deltas = piece.base, piece.deltas
+        base, deltas, row = piece.base, piece.deltas, part.row + piece.row
         if part.transposed:
-            base, deltas, delta = base.T, deltas.transpose(1, 2), delta.T
-        if arithmetic_copies(base, deltas, stored, experts):
-            merged = (base + delta).to(dtype)
-        else:
-            merged = restored(stored, experts, base, deltas, delta, dtype)
-        if not torch.isfinite(merged.sum()) and not torch.isfinite(merged).all():
+            base, deltas, delta, row = base.T, deltas.transpose(1, 2), delta.T, part.row
+        merged = restored(stored, base, deltas, delta, dtype)
+        if not math.isfinite(merged.sum()) and not torch.isfinite(merged).all():
             raise _overflow(tensor)
-        first = 0 if part.transposed else rows.start
-        self._write(tensor, part.row + first, merged)
+        self._write(tensor, row, merged)
 
     def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
         data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
@@ -369,7 +358,7 @@ class _Merge:
     def _hash_inputs(self, pool: Executor) -> dict[Path, Future[str]]:
         """Begins to hash every weight file; those of the Hub's cache are named by their hash already."""
         files = {file for model in self.plan.models.values() for file in model.files}
-        return {file: pool.submit(manifest.sha256, file) for file in sorted(files)}
+        return {file: pool.submit(sha256, file) for file in sorted(files)}
 
     def _write_side_files(self, hashes: Mapping[Path, Future[str]]) -> None:
         plan, folder = self.plan, self.writer.partial

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
+from merger.cache import cache_folder
 from merger.calibration import Settings, batches, collect_all, files, texts
 from merger.calibration.moments import Moments
-from merger.checkpoint.manifest import sha256
+from merger.checkpoint.hashes import sha256
 from merger.pipeline import Inputs
 from merger.planning import Part, Plan, TensorPlan
 
@@ -33,14 +33,6 @@ class Options:
     host_memory: int | None = None  # bytes of hidden states; more wait in files
     trust_remote_code: bool = False
     cache: Path | None = None  # None: the user's own cache folder
-
-
-def cache_folder() -> Path:
-    """Where statistics are kept between runs: MERGER_CACHE, or merger's part of the user's cache."""
-    chosen = os.environ.get("MERGER_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "merger"
 
 
 def calibrate(

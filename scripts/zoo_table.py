@@ -13,6 +13,7 @@ Each finished line is appended to NAME.jsonl, so that a run that was stopped goe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -30,17 +31,23 @@ import merger
 DOMAINS = ("code", "french", "wordnet")
 TOKENS = 256
 
+
+def grid(**choices: list[Any]) -> list[dict[str, Any]]:
+    """Every combination of the parameters' values."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
 GRID: dict[str, list[dict[str, Any]]] = {
     "linear": [{}],
-    "task_arithmetic": [{"lambda": x} for x in (0.4, 0.6, 0.8)],
-    "ties": [{"density": x, "lambda": 1} for x in (0.2, 0.5, 0.8)],
-    "dare_linear": [{"density": 0.5, "lambda": x} for x in (0.4, 0.6, 0.8)],
-    "della": [{"density": x, "lambda": 1} for x in (0.3, 0.5, 0.8)],
-    "breadcrumbs": [{"drop_low": x, "drop_high": 0.01, "lambda": 0.6} for x in (0.2, 0.5, 0.8)],
-    "ties_obm": [{"density": x, "lambda": 1} for x in (0.2, 0.5, 0.8)],
-    "ties_im": [{"density": x} for x in (0.2, 0.3, "1/3")],
-    "cabs": [{"n": 64, "m": 256, "lambda": x} for x in (1, 1.2, 1.4)],
-    "obim": [{"density": x} for x in (0.2, 0.3, "1/3")],
+    "task_arithmetic": grid(**{"lambda": [0.4, 0.5, 0.6, 0.7, 0.8, 1]}),
+    "ties": grid(density=[0.2, 0.5, 0.8], **{"lambda": [1, 1.4]}),
+    "dare_linear": grid(density=[0.2, 0.5, 0.8], **{"lambda": [0.5, 0.7]}),
+    "della": grid(density=[0.3, 0.5, 0.8], **{"lambda": [0.7, 1.1]}),
+    "breadcrumbs": grid(drop_low=[0.2, 0.5, 0.8], **{"lambda": [0.6, 0.9]}),
+    "ties_obm": grid(density=[0.2, 0.5, 0.8], **{"lambda": [1, 1.4]}),
+    "ties_im": grid(density=[0.2, 0.3, "1/3"], **{"lambda": [1, 1.4]}),
+    "cabs": grid(n=[32, 64], m=[256], **{"lambda": [1, 1.4, 1.8]}),
+    "obim": grid(density=[0.2, 0.3, "1/3"], **{"lambda": [1, 1.4]}),
 }
 CALIBRATED = {"obim", "ties_obm"}
 ORDERS: list[Any] = ["rotation", *({end: name} for end in ("first", "last") for name in DOMAINS)]
@@ -181,7 +188,7 @@ def main() -> None:
         given.zoo.resolve(), given.data.resolve(), given.out.with_suffix(".jsonl"), given.select, given.report
     )
     lines = list(report(table))
-    grid = "\n".join(f"- `{method}`: {json.dumps(settings)}" for method, settings in GRID.items())
+    settings = "\n".join(f"- `{method}`: {json.dumps(row)}" for method, row in GRID.items())
     given.out.with_suffix(".md").write_text(
         f"# What merges of a real model keep of its fine-tunes\n\n"
         f"`python scripts/zoo_table.py ZOO DATA --out {given.out.name} "
@@ -190,7 +197,7 @@ def main() -> None:
         f"{platform.machine()} CPU, {os.cpu_count()} cores. Loss on {given.report} held-out texts a domain "
         f"(first {TOKENS} tokens); each method's setting is the best of its grid on {given.select} other texts.\n\n"
         + "\n".join(lines)
-        + f"\n\n## The grid\n\n{grid}\n"
+        + f"\n\n## The grid\n\n{settings}\n"
     )
 
 

@@ -25,6 +25,14 @@ settings.register_profile("thorough", settings.get_profile("quick"), max_example
 settings.load_profile("quick")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """No test sees what the machine's user has kept, nor leaves anything there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Cases by name, {method, params, inputs, outputs}, from an independent float64 program."""

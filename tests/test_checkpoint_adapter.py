@@ -182,21 +182,18 @@ def base_of(bases, name, adapter=None, **more):
 def test_on_its_own_base_the_delta_is_the_product_alone(on_base):
     base, model = on_base
     for name in model.changes:
-        zero = model.rows_delta(name, 0, 16, torch.zeros(16, model.tensors[name].shape[1]))[1]
-        stored, delta = model.rows_delta(name, 0, 16, weight := base.read_rows(name, 0, 16))
-        assert torch.equal(delta, zero)
-        assert torch.equal(stored, weight + delta)
+        change = model.change_rows(name, 0, 16)
+        assert change.any()
+        assert torch.equal(model.read_rows(name, 0, 16), base.read_rows(name, 0, 16) + change)
 
 
-def test_on_another_base_the_delta_is_the_difference(bases, on_base, tmp_path):
+def test_on_another_base_it_is_read_whole(bases, on_base, tmp_path):
     shutil.copytree(bases["gpt2"][0], tmp_path / "copy")
     with open_checkpoint("copy", None, label="base", folder=tmp_path) as base:
         model = opened(bases, "gpt2", on_base[1].adapter.directory, base=base)
     name = next(iter(model.changes))
-    elsewhere = torch.full((16, model.tensors[name].shape[1]), 3.0)
-    stored, delta = model.rows_delta(name, 0, 16, elsewhere)
-    assert torch.equal(stored, model.read_rows(name, 0, 16))
-    assert torch.equal(delta, stored - 3)
+    assert model.change_rows(name, 0, 16) is None
+    assert torch.equal(model.read_rows(name, 0, 16), on_base[1].read_rows(name, 0, 16))
     model.close()
 
 
@@ -208,17 +205,17 @@ def test_a_base_with_an_adapter_of_its_own_is_another_base(bases, on_base):
     ):
         for name in model.tensors:
             rows = model.tensors[name].matrix[0]
-            _, delta = model.rows_delta(name, 0, rows, base.read_rows(name, 0, rows).float())
-            assert not delta.any()
+            assert model.change_rows(name, 0, rows) is None
+            assert torch.equal(model.read_rows(name, 0, rows), base.read_rows(name, 0, rows))
 
 
 def test_a_tensor_without_a_change_keeps_its_dtype_and_bits(bases, on_base):
     base, model = on_base
     for name in model.tensors.keys() - model.changes.keys():
         rows = model.tensors[name].matrix[0]
-        stored, delta = model.rows_delta(name, 0, rows, base.read_rows(name, 0, rows))
-        assert torch.equal(stored, base.read_rows(name, 0, rows))
-        assert not delta.any()
+        assert model.change_rows(name, 0, rows) is None
+        assert torch.equal(model.read_rows(name, 0, rows), base.read_rows(name, 0, rows))
+        assert model.dtype(name) == base.dtype(name)
 
 
 @given(data=st.data())

@@ -84,15 +84,13 @@ def test_rows_are_rows_of_the_whole(tmp_path_factory, data, name):
 
 
 @pytest.mark.parametrize(("name", "rows"), [("a.weight", slice(1, 3)), ("b", slice(0, 1)), ("packed", slice(2, 5))])
-def test_a_delta_is_the_float32_difference_and_leaves_what_was_read(single, name, rows):
+def test_rows_can_be_read_into_memory_of_a_wider_dtype(single, name, rows):
     with opened(single) as model:
         expected = STATE[name].reshape(model.tensors[name].matrix)[rows]
-        base = torch.full(expected.shape, 0.5)
-        stored, delta = model.rows_delta(name, rows.start, rows.stop, base)
-    assert torch.equal(stored, expected)
-    assert stored.dtype == expected.dtype
-    assert torch.equal(delta, expected.float() - 0.5)
-    assert torch.equal(base, torch.full(expected.shape, 0.5))
+        for dtype in (model.dtype(name), torch.float64):
+            into = torch.full(expected.shape, 0.5, dtype=dtype)
+            model.read_into(into, name, rows.start, rows.stop)
+            assert torch.equal(into, expected.to(dtype))
 
 
 def test_shards_are_read_by_their_index(sharded):

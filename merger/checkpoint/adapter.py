@@ -77,17 +77,19 @@ class Adapted(Checkpoint):
         """The weight files of the model, and all that says what the adapter adds: its config holds the scale."""
         return sorted({*super().files, *self.adapter.files, self.adapter.directory / CONFIG})
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor; float32 where the adapter changes it, else as stored."""
-        rows = super().read_rows(name, start, stop)
-        return rows.float().add_(self._change(name, start, stop)) if name in self.changes else rows
+    def dtype(self, name: str) -> torch.dtype:
+        """float32 where the adapter changes a tensor, else as stored."""
+        return torch.float32 if name in self.changes else super().dtype(name)
 
-    def rows_delta(self, name: str, start: int, stop: int, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows as `read_rows` has them, on the base's device, and their float32 difference from ``base``."""
-        if name not in self._on_base:
-            return super().rows_delta(name, start, stop, base)
-        change = self._change(name, start, stop).to(base.device)
-        return base + change, change
+    def read_into(self, rows: Tensor, name: str, start: int, stop: int) -> None:
+        """Reads rows of W, or of W + scale·B·A, into ``rows``."""
+        super().read_into(rows, name, start, stop)
+        if name in self.changes:
+            rows += self._change(name, start, stop)
+
+    def change_rows(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Rows of scale·B·A where the model under the adapter is the base itself."""
+        return self._change(name, start, stop) if name in self._on_base else None
 
     def close(self) -> None:
         """Closes the files of both."""

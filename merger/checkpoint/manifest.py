@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
-import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,24 +40,6 @@ def copy_side_files(files: Mapping[str, Path], to: Path) -> None:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         write_bytes(to / name, content)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content; once per process, and without reading where the Hub's cache names it."""
-    stored = path.resolve()
-    if stored.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", stored.name):
-        return stored.name
-    status = path.stat()
-    return _hashed(path, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _hashed(path: Path, size: int, changed: int) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def versions() -> dict[str, str]:

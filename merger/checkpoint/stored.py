@@ -52,14 +52,27 @@ class Checkpoint:
         info = self.tensors[name]
         return self.read_rows(name, 0, info.matrix[0]).view(info.shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor as [rows, columns], in its stored dtype."""
-        return self._read(self.tensors[name], start, stop)
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is read."""
+        return torch_dtype(self.tensors[name])
 
-    def rows_delta(self, name: str, start: int, stop: int, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows as `read_rows` has them, on the base's device, and their float32 difference from ``base``."""
-        stored = self.read_rows(name, start, stop).to(base.device)
-        return stored, stored.to(torch.float32, copy=True).sub_(base)
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor as [rows, columns], in its `dtype`."""
+        rows = torch.empty(stop - start, self.tensors[name].matrix[1], dtype=self.dtype(name))
+        self.read_into(rows, name, start, stop)
+        return rows
+
+    def read_into(self, rows: Tensor, name: str, start: int, stop: int) -> None:
+        """Reads rows into memory that is there already, [rows, columns] in one piece and in any wider dtype."""
+        info = self.tensors[name]
+        if info.strides is None and rows.dtype == torch_dtype(info):
+            skipped = start * info.matrix[1] * rows.element_size()
+            self._fill(info, info.offset + skipped, rows.flatten().view(torch.uint8).numpy().data)
+        else:
+            rows.copy_(self._read(info, start, stop))
+
+    def change_rows(self, name: str, start: int, stop: int) -> Tensor | None:
+        """What is added to rows of the base, in float32, where that is how the model is made; else None."""
 
     def _read(self, info: Info, start: int, stop: int) -> Tensor:
         rows, columns = info.matrix

@@ -28,5 +28,5 @@ def mean(deltas: Tensor, *, weight: Numbers = 1) -> Tensor:
     total = sum(weight)
     merged = deltas[0].clone()
     for other, w in zip(deltas[1:], weight[1:], strict=True):
-        merged += (other - deltas[0]) * float(w / total)
+        merged += (other - deltas[0]).mul_(float(w / total))
     return merged
