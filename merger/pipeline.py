@@ -34,6 +34,7 @@ class Inputs:
 
     second_moment: Tensor | None = None  # [k c]
     mean: Tensor | None = None  # [k c]
+    gram: Tensor | None = None  # [k c c]
     token_share: Tensor | None = None  # [k r], for an embedding
 
 
@@ -94,6 +95,11 @@ class Bound:
         return score or self.entry.calibrated(**self.values)
 
     @property
+    def gram(self) -> bool:
+        """Whether this stage takes the Gram matrices of what enters the layer."""
+        return "gram" in supplied(self.entry.function)
+
+    @property
     def align(self) -> int:
         """The number of elements that every slice must begin at a multiple of."""
         return int(self.values[self.entry.align]) if self.entry.align else 1
@@ -149,6 +155,7 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
         "originals": part.deltas,
         "uniform": partial(_draw, part, subject),
         "second_moment": _by_feature(inputs.second_moment, subject, rows),
+        "gram": inputs.gram,
         "mean_input": _by_feature(inputs.mean, subject, rows),
         "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
         "kind": subject.kind,
