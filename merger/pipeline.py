@@ -117,8 +117,14 @@ def bind(stage: Stage, place: Place) -> Bound:
         values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
         entry.check(**values)
-    score = values.pop("score", None)
-    return Bound(entry, values, None if score is None else bind(score, place))
+    named = values.pop("score", None)
+    score = None if named is None else bind(named, place)
+    if score is not None and score.calibrated and values.get("scope") == "global":
+        raise ValueError(
+            f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
+            "so its scores of different tensors share no scale; write scope: tensor"
+        )
+    return Bound(entry, values, score)
 
 
 def flow(stages: Sequence[Bound], part: Slice, subject: Subject) -> Flow[Tensor]:

@@ -328,6 +328,16 @@ def test_cabs_masks(golden, slice_elements):
     assert_masks(masks, case["outputs"]["masks"])
 
 
+def test_cabs_with_the_least_overlap(golden, merged, slice_elements):
+    case = golden["cabs_low_overlap_3_of_4"]
+    written = {key: case["params"][key] for key in ("n", "m", "order")}
+    weights = dict(zip("ab", case["params"]["lambda"], strict=True))
+    got = merged("cabs_low_overlap_3_of_4", "cabs_low_overlap", {**written, "lambda": weights})
+    assert_close(got, case["outputs"]["merged"])
+    masks = kept(checked("low_overlap", written), case["inputs"]["deltas"], slice_elements=slice_elements)
+    assert_masks(masks, case["outputs"]["masks"])
+
+
 @pytest.mark.parametrize("tail", ["proportional", "drop"])
 def test_a_short_last_block(golden, tail):
     case = golden["cabs_tail"]

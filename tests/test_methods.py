@@ -130,6 +130,20 @@ def test_a_vector_is_claimed_at_random_or_by_magnitude():
     assert not torch.equal(at_random["a"], by_magnitude["a"])
 
 
+@pytest.mark.parametrize(("method", "more"), [("top", {}), ("ties", {}), ("im", {"order": "listed"})])
+def test_saliencies_of_different_tensors_cannot_be_ranked_together(method, more):
+    said = refused(method, {"scope": "global", "score": "obm", **more})
+    assert "obm depends on a layer's own inputs" in said
+    assert "scope: tensor" in said
+
+
+def test_scores_without_inputs_may_be_ranked_over_the_whole_model():
+    deltas = deltas_of(2, 6, 8)
+    written = {"density": 0.3, "scope": "global"}
+    by_saliency = kept(checked("obm", {**written, "hessian": "none"}), deltas)
+    assert_masks(by_saliency, kept(checked("magnitude", written), deltas))
+
+
 # --- iterative merging ----------------------------------------------------------------------------
 
 
@@ -332,8 +346,14 @@ def test_bs_breaks_ties_by_index():
     assert kept(checked("bs", {"n": 2, "m": 4}), {"a": [1, -1, 1, 1]})["a"].tolist() == [True, True, False, False]
 
 
-def test_bs_refuses_more_than_a_block_holds():
-    assert "n is 5 and m is 4" in refused("bs", {"n": 5, "m": 4})
+def test_bs_keeps_everything_when_n_is_more_than_a_block_holds():
+    delta = deltas_of(1, 6, 11)
+    assert torch.equal(sparse(checked("bs", {"n": 5, "m": 4}), delta)["a"], delta["a"])
+
+
+def test_cabs_of_more_than_a_block_holds_leaves_nothing_to_later_experts():
+    deltas = deltas_of(2, 6, 11)
+    assert torch.equal(merge(checked("cabs", {"n": 5, "m": 4}), deltas), deltas["a"])
 
 
 EXCLUSIVE = {
@@ -399,6 +419,27 @@ def test_cabs_lets_unchanged_positions_occupy_their_block():
 def test_cabs_may_leave_unchanged_positions_to_later_experts():
     stage = checked("cabs", {"n": 2, "m": 4, "claim_zeros": False})
     assert merge(stage, UNCHANGED).tolist() == [9, 0, 3, 5]
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 6), (5, 6), (6, 6), (9, 6), (3, 4)])
+def test_low_overlap_keeps_n_of_every_block_and_shares_as_little_as_it_can(n, m):
+    masks = kept(checked("low_overlap", {"n": n, "m": m}), deltas_of(2, 6, 8))
+    for mask in masks.values():
+        assert mask.view(-1, m).sum(1).tolist() == [min(n, m)] * (48 // m)
+    assert int((masks["a"] & masks["b"]).sum()) == (2 * min(n, m) - m) * (48 // m)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 6), (1, 4), (2, 7)])
+def test_cabs_low_overlap_is_cabs_while_all_experts_fit_into_a_block(n, m):
+    deltas, written = deltas_of(3, 6, 8), {"n": n, "m": m, "order": ["c", "a", "b"]}
+    merged = merge(checked("cabs_low_overlap", written), deltas)
+    assert torch.equal(merged, merge(checked("cabs", written), deltas))
+
+
+def test_low_overlap_leaves_unchanged_positions_when_told_to():
+    own = {"a": [0, 0, 0, 5], "b": [9, 2, 3, 4]}
+    merged = merge(checked("cabs_low_overlap", {"n": 3, "m": 4, "claim_zeros": False}), own)
+    assert merged.tolist() == [9, 2, 3, 5]
 
 
 # --- averages and sums ----------------------------------------------------------------------------
@@ -909,3 +950,20 @@ def test_cabs_oracle(drawn):
     left = kept_only(flat, masks)
     expected = left[0] + 2 * left[1] + 0.5 * left[2]
     assert_close(merge(stage, deltas, slice_elements=40).flatten(), expected)
+
+
+def test_cabs_low_overlap_oracle(drawn):
+    deltas, flat = drawn
+    masks, taken = [[], [], []], set()
+    for k in (2, 0, 1):
+        for start in range(0, 70, 8):
+            block = range(start, min(start + 8, 70))
+            wanted = 5 if len(block) == 8 else 5 * 6 // 8
+            mine = top_of(abs(flat[k]), wanted, [i for i in block if i not in taken])
+            masks[k] += mine + top_of(abs(flat[k]), wanted - len(mine), [i for i in block if i in taken])
+        taken |= set(masks[k])
+    left = kept_only(flat, masks)
+    stage = checked(
+        "cabs_low_overlap", {"n": 5, "m": 8, "order": ["c", "a", "b"], "lambda": {"a": 1, "b": 2, "c": 0.5}}
+    )
+    assert_close(merge(stage, deltas, slice_elements=40).flatten(), left[0] + 2 * left[1] + 0.5 * left[2])
