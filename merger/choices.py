@@ -139,6 +139,8 @@ def _order_faults(kinds: Sequence[str]) -> list[str]:
     if len(mergers) != 1:
         mergers_known = ", ".join(name for name, entry in ENTRIES.items() if entry.kind == "merger")
         return [f"expected exactly one merger among the stages, found {len(mergers)}; mergers are {mergers_known}"]
+    if "filter" in kinds[: mergers[0]]:
+        return ["a filter stands before the merger; it keeps part of what was merged, so it must come after"]
     if "sparsifier" in kinds[mergers[0] :]:
         return ["a sparsifier stands after the merger; it thins each expert's task vector, so it must come before"]
     return []

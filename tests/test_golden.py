@@ -207,6 +207,20 @@ def test_breadcrumbs_masks(golden, slice_elements):
     assert_masks(got, case["outputs"]["masks"])
 
 
+def test_consensus_of_task_vectors(golden, merged):
+    got = merged("consensus_ta", "consensus_ta", {"lambda_t": 0.4, "k": 2, "lambda": 0.3})
+    assert_close(got, golden["consensus_ta"]["outputs"]["merged"])
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_consensus_counts_the_experts_that_hold_a_position(golden, slice_elements, k):
+    case = golden["consensus_ta"]
+    stages = [checked("sum", {}), checked("consensus", {"k": k, "lambda_t": case["params"]["lambda_t"]})]
+    got = merge(stages, case["inputs"]["deltas"], slice_elements=slice_elements)
+    summed = stacked(case["inputs"]["deltas"]).sum(0)
+    assert torch.equal(got, summed * (tensor(case["outputs"]["count"]) >= k))
+
+
 # --- OBIM -----------------------------------------------------------------------------------------
 
 

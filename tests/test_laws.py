@@ -65,7 +65,7 @@ def drawn(generator, shape, values):
 def staged(name, written):
     """A merge with the function ``name`` in it: whatever it is, the K deltas become one."""
     stage, kind = checked(name, written), ENTRIES[name].kind if name in ENTRIES else "sparsifier"
-    if kind == "scale":
+    if kind in ("scale", "filter"):
         return [checked("sum", {}), stage]
     return [stage, checked("sum", {})] if kind == "sparsifier" else [stage]
 

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy
 import pytest
@@ -645,6 +646,41 @@ def test_weights_enter_the_election():
     assert merge(stage, {"a": [2.0], "b": [-1.0]}).tolist() == [-1]
 
 
+# --- consensus ------------------------------------------------------------------------------------
+
+
+def test_consensus_of_any_number_is_task_arithmetic():
+    deltas = deltas_of(3, 6, 8)
+    merged = merge(checked("consensus_ta", {"k": 0, "lambda": 0.7}), deltas)
+    assert torch.equal(merged, merge(checked("task_arithmetic", {"lambda": 0.7}), deltas))
+
+
+@pytest.mark.parametrize("method", ["consensus_ta", "consensus_ties"])
+def test_consensus_of_more_than_all_is_the_base(method):
+    assert not merge(checked(method, {"k": 4}), deltas_of(3, 6, 8)).any()
+
+
+@pytest.mark.parametrize("method", ["consensus_ta", "consensus_ties"])
+def test_consensus_holds_fewer_positions_the_more_must_agree(method):
+    held = [merge(checked(method, {"k": k, "lambda_t": 0.3}), deltas_of(3, 6, 8)) != 0 for k in range(5)]
+    counts = [int(mask.sum()) for mask in held]
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 2
+    assert all((fewer <= more).all() for more, fewer in pairwise(held))
+
+
+def test_a_smaller_lambda_never_takes_a_position_from_the_consensus():
+    strict, loose = (merge(checked("consensus_ta", {"lambda_t": x}), deltas_of(3, 6, 8)) != 0 for x in (0.6, 0.2))
+    assert (strict <= loose).all()
+    assert int(strict.sum()) < int(loose.sum())
+
+
+def test_an_expert_of_weight_zero_does_not_count_for_the_consensus():
+    deltas = {"a": [5.0, 1], "b": [4.0, 0], "c": [4.0, 3]}
+    merged = merge(checked("consensus_ta", {"weight": {"a": 1, "b": 1, "c": 0}, "lambda": 1}), deltas)
+    assert merged.tolist() == [9, 0]
+
+
 # --- DARE and DELLA -------------------------------------------------------------------------------
 
 
@@ -967,3 +1003,25 @@ def test_cabs_low_overlap_oracle(drawn):
         "cabs_low_overlap", {"n": 5, "m": 8, "order": ["c", "a", "b"], "lambda": {"a": 1, "b": 2, "c": 0.5}}
     )
     assert_close(merge(stage, deltas, slice_elements=40).flatten(), left[0] + 2 * left[1] + 0.5 * left[2])
+
+
+def in_consensus(deltas, merged, share, least):
+    """Where at least ``least`` of the deltas are no smaller than their ``share`` of what the others make of it."""
+    return [sum(abs(d) >= share * abs(m - d) for d in each) >= least for each, m in zip(deltas.T, merged, strict=True)]
+
+
+def test_consensus_ta_oracle(drawn):
+    deltas, flat = drawn
+    weighted = flat * [[1], [0.5], [2]]
+    merged = weighted.sum(0)
+    expected = 0.3 * merged * in_consensus(weighted, merged, 0.4, 2)
+    stage = checked("consensus_ta", {"weight": WEIGHTS})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_consensus_ties_oracle(drawn):
+    deltas, flat = drawn
+    merged = elect(kept_only(flat, [top_of(abs(each), 14) for each in flat]), [1, 1, 1], "sum")
+    expected = 0.7 * merged * in_consensus(flat, merged, 0.5, 2)
+    stage = checked("consensus_ties", {"lambda_t": 0.5, "lambda": 0.7})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)

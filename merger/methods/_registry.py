@@ -37,7 +37,7 @@ from pydantic import (
 
 from merger.errors import nearest
 
-Kind = Literal["score", "sparsifier", "merger", "scale", "method"]
+Kind = Literal["score", "sparsifier", "merger", "filter", "scale", "method"]
 Takes = Literal["slice", "rows", "matrix"]
 """Any slice; rows, one for each output neuron; the whole oriented matrix."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -114,6 +114,11 @@ def sparsifier(**traits: Any) -> Callable[[F], F]:
 def merger(**traits: Any) -> Callable[[F], F]:
     """Registers a stage k -> 1 that makes one task vector [r c] of all."""
     return _register("merger", ENTRIES, **traits)
+
+
+def filter_(**traits: Any) -> Callable[[F], F]:
+    """Registers a stage 1 -> 1 that keeps part of what was merged [r c], by the ``originals``."""
+    return _register("filter", ENTRIES, **traits)
 
 
 def scale(**traits: Any) -> Callable[[F], F]:
