@@ -221,6 +221,23 @@ def test_consensus_counts_the_experts_that_hold_a_position(golden, slice_element
     assert torch.equal(got, summed * (tensor(case["outputs"]["count"]) >= k))
 
 
+# --- Localize-and-Stitch, SCE ---------------------------------------------------------------------
+
+
+def test_localize_and_stitch(golden, merged, slice_elements):
+    case = golden["localize_stitch_dataless"]
+    got = merged("localize_stitch_dataless", "localize_stitch", case["params"])
+    assert_close(got, case["outputs"]["merged"])
+    masks = kept(checked("top", {"density": 0.25}), case["inputs"]["deltas"], slice_elements=slice_elements)
+    assert_masks(masks, case["outputs"]["masks"])
+
+
+@pytest.mark.parametrize(("in_merge", "output"), [(True, "merged"), (False, "merged_authors_code")])
+def test_sce(golden, merged, in_merge, output):
+    got = merged("sce", "sce", {**golden["sce"]["params"], "select_in_merge": in_merge})
+    assert_close(got, golden["sce"]["outputs"][output])
+
+
 # --- OBIM -----------------------------------------------------------------------------------------
 
 

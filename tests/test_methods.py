@@ -681,6 +681,57 @@ def test_an_expert_of_weight_zero_does_not_count_for_the_consensus():
     assert merged.tolist() == [9, 0]
 
 
+# --- Localize-and-Stitch, SCE ---------------------------------------------------------------------
+
+
+def test_localize_and_stitch_of_everything_is_linear():
+    deltas = {**deltas_of(2, 6, 8), "c": torch.zeros(6, 8)}
+    merged = merge(checked("localize_stitch", {"density": 1}), deltas)
+    assert_close(merged, merge(checked("linear", {}), deltas), 1e-6)
+
+
+def test_localize_and_stitch_adds_what_does_not_overlap():
+    deltas = {"a": [9, 8, 1, 0], "b": [0, 1, -7, -6]}
+    assert merge(checked("localize_stitch", {"density": 0.5}), deltas).tolist() == [9, 8, -7, -6]
+
+
+def test_localize_and_stitch_returns_equal_experts_bit_for_bit():
+    delta = randn(6, 8)
+    merged = merge(checked("localize_stitch", {"density": 0.3}), dict.fromkeys(NAMES[:3], delta))
+    assert torch.equal(merged, sparse(checked("top", {"density": 0.3}), {"a": delta})["a"])
+
+
+def test_localize_and_stitch_takes_an_unchanged_position_when_nothing_else_is_left():
+    merged = merge(checked("localize_stitch", {"density": 1}), {"a": [2, 0], "b": [4, 6]})
+    assert merged.tolist() == [3, 3]
+
+
+def test_sce_of_equal_experts_is_the_expert_or_when_it_must_choose_the_base():
+    deltas = dict.fromkeys(NAMES[:3], randn(6, 8))
+    assert_close(merge(checked("sce", {"select_topk": 1}), deltas), deltas["a"], 1e-6)
+    assert not merge(checked("sce", {"select_topk": 0.5}), deltas).any()
+
+
+def test_sce_of_one_expert_has_nothing_to_choose_from():
+    assert not merge(checked("sce", {"select_topk": 0.5}), deltas_of(1, 6, 8)).any()
+
+
+def test_sce_elects_plus_where_the_signs_cancel():
+    merged = merge(checked("sce", {"select_topk": 1}), {"a": [2, -3], "b": [-2, 3]})
+    assert merged.tolist() == [2, 3]
+
+
+def test_sce_takes_its_share_of_the_positions_where_experts_differ():
+    deltas = {"a": [5, 5, 5, 5, 1, 2, 3, 4], "b": [5, 5, 5, 5, 0, 0, 0, 0]}
+    merged = merge(checked("sce", {"select_topk": 0.5}), deltas)
+    assert merged.tolist() == [0, 0, 0, 0, 0, 0, 3, 4]
+
+
+def test_sce_weighs_small_task_vectors_by_their_squares_too():
+    deltas = {"a": [3e-6, 1e-6], "b": [1e-6, 1e-6]}
+    assert_close(merge(checked("sce", {"select_topk": 1}), deltas) * 1e6, [(10 * 3 + 2 * 1) / 12, 1])
+
+
 # --- DARE and DELLA -------------------------------------------------------------------------------
 
 
@@ -1024,4 +1075,29 @@ def test_consensus_ties_oracle(drawn):
     merged = elect(kept_only(flat, [top_of(abs(each), 14) for each in flat]), [1, 1, 1], "sum")
     expected = 0.7 * merged * in_consensus(flat, merged, 0.5, 2)
     stage = checked("consensus_ties", {"lambda_t": 0.5, "lambda": 0.7})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_localize_and_stitch_oracle(drawn):
+    deltas, flat = drawn
+    masks = [top_of(abs(each), count) for each, count in zip(flat, [14, 28, 23], strict=True)]
+    expected = numpy.zeros(70)
+    for i in range(70):
+        held = [flat[k, i] for k in range(3) if i in masks[k]]
+        expected[i] = sum(held) / len(held) if held else 0
+    stage = checked("localize_stitch", {"density": {"a": 0.2, "b": 0.4, "c": "1/3"}})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+@pytest.mark.parametrize("in_merge", [True, False])
+def test_sce_oracle(drawn, in_merge):
+    deltas, flat = drawn
+    variance = flat.var(0)
+    chosen = kept_only(flat, [top_of(numpy.float32(variance), int((variance > 0).sum() * 0.4))] * 3)
+    weights = (chosen**2).mean(1) / (chosen**2).mean(1).sum()
+    expected = numpy.zeros(70)
+    for i, each in enumerate((chosen if in_merge else flat).T):
+        agree = [(w, d) for w, d in zip(weights, each, strict=True) if (d > 0 if each.sum() >= 0 else d < 0)]
+        expected[i] = sum(w * d for w, d in agree) / sum(w for w, _ in agree) if agree else 0
+    stage = checked("sce", {"select_topk": 0.4, "select_in_merge": in_merge})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)

@@ -33,11 +33,20 @@ def sign_elect(
         elected = elected.where(elected != 0, majority)
     elif zero_sign == "positive":
         elected = elected.where(elected != 0, 1)
-    agree = (deltas.sign() * elected).clamp_(min=0)  # 1 where an expert has the elected sign, else 0
-    if merge == "max":
-        return elected * (deltas.abs() * agree).amax(0)
-    shares = weights * agree
     if merge == "mean":
-        together = summed(shares)
-        shares = shares / together.masked_fill_(together == 0, 1)  # one expert alone has a share of exactly 1
+        return mean_of_agreeing(deltas, elected, weights)
+    agree = _agreeing(deltas, elected)
+    return elected * (deltas.abs() * agree).amax(0) if merge == "max" else summed(deltas * (weights * agree))
+
+
+def mean_of_agreeing(deltas: Tensor, elected: Tensor, weights: Tensor) -> Tensor:
+    """The mean, by ``weights`` [k 1 1], of the deltas [k r c] that have the ``elected`` sign [r c], or 0."""
+    shares = weights * _agreeing(deltas, elected)
+    together = summed(shares)
+    shares = shares / together.masked_fill_(together == 0, 1)  # one expert alone has a share of exactly 1
     return summed(deltas * shares)
+
+
+def _agreeing(deltas: Tensor, elected: Tensor) -> Tensor:
+    """1 where an expert has the elected sign, else 0."""
+    return (deltas.sign() * elected).clamp_(min=0)
