@@ -37,6 +37,14 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Max:
+    """Asks for the largest ``value`` of all slices of the tensor, or of all merged tensors, each element by itself."""
+
+    value: Tensor
+    scope: Whole = "tensor"
+
+
+@dataclass(frozen=True)
 class Before:
     """Asks for the sum of ``value`` over the slices that come before this one."""
 
@@ -51,7 +59,7 @@ class Size:
     scope: Whole = "tensor"
 
 
-Question = Sum | Before | Size
+Question = Sum | Max | Before | Size
 Flow = Generator[Question, Any, T]
 """A computation over one slice that may ask about the whole; its return value is the result."""
 
@@ -76,6 +84,12 @@ def summed(terms: Tensor) -> Tensor:
     for term in terms[1:]:
         total += term
     return total
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean over the experts at each position by ``weights`` [k r c]; 0 where these add up to 0. [r c]"""
+    together = summed(weights)
+    return summed(values * (weights / together.masked_fill(together == 0, 1)))  # one alone has a share of exactly 1
 
 
 def fast(operation: Literal["eq", "ge", "gt", "mul"], left: Tensor, right: Tensor) -> Tensor:
@@ -192,6 +206,27 @@ def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -
     equal = fast("eq", bits, last)
     before = yield Before(equal.sum((1, 2)), scope)
     return fast("gt", bits, last) | _first(equal, [n - b for n, b in zip(left, before.tolist(), strict=True)])
+
+
+def ordered(values: Tensor, places: Sequence[Sequence[int]], scope: Whole) -> Flow[Tensor]:
+    """The values at ``places[k]`` of each expert's ascending order, 0 being the lowest: [p k 1 1].
+
+    A float32 without its sign sorts as its own bit pattern; a negative one in reverse.
+    """
+    size = yield Size(scope)
+    bits = values.float().contiguous().view(torch.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    high = (keys >> 16) + 32768
+    each = [(k, size - place) for k, own in enumerate(places) for place in own]
+    tally = yield Sum(_histogram(high, 65536), scope)
+    bucket, left = _descend(tally[[k for k, _ in each]], [from_top for _, from_top in each])
+    inside = (fast("eq", high[k], own) for (k, _), own in zip(each, bucket, strict=True))
+    low = [_picked(keys[k], mask) & 0xFFFF for (k, _), mask in zip(each, inside, strict=True)]
+    tally = yield Sum(_histogram(low, 65536), scope)
+    level, _ = _descend(tally, left)
+    found = ((bucket - 32768) << 16) | level
+    found = (found ^ ((found >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return found.view(len(places), -1, 1, 1).transpose(0, 1)
 
 
 _BUCKETS = 32768  # values of the high half of a non-negative float32; the last ones are NaNs, never used

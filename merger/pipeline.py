@@ -19,7 +19,7 @@ from merger._lazy import torch
 from merger.copies import restored
 from merger.methods._parameters import Place, resolve, turns
 from merger.methods._registry import Entry, Stage, Takes, entry_of, parameters, supplied
-from merger.ops import Before, Flow, Question, Size, Sum, uniforms
+from merger.ops import Before, Flow, Max, Question, Size, Sum, uniforms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -236,7 +236,7 @@ def run(
         return question
 
     while True:
-        question, total, before = _sum(mapper(step, range(count)))
+        question, total, before = _joined(mapper(step, range(count)))
         if question is None:
             return None
         outside = None
@@ -247,17 +247,23 @@ def run(
         answers.append(_answer(question, total, before, outside))
 
 
-def _sum(questions: Iterable[Question | None]) -> tuple[Sum | Before | None, Any, list[Any]]:
-    """One question in all slices' name, the sum of its values, and for `Before` the sum ahead of each."""
+def _joined(questions: Iterable[Question | None]) -> tuple[Sum | Max | Before | None, Any, list[Any]]:
+    """One question in all slices' name, its values as one, and for `Before` what is ahead of each slice."""
     asked, total, before = None, None, []
     for question in questions:
-        if isinstance(question, Sum | Before):
+        if isinstance(question, Sum | Max | Before):
             asked = question
-            total = torch.zeros_like(question.value) if total is None else total
             if isinstance(question, Before):
-                before.append(total)
-            total = total + question.value
+                before.append(torch.zeros_like(question.value) if total is None else total)
+            total = _with(total, question)
     return asked, total, before
+
+
+def _with(total: Tensor | None, question: Sum | Max | Before) -> Tensor:
+    """The value of a question, and of those that came before it: their sum, or the largest."""
+    if total is None:
+        return question.value
+    return torch.maximum(total, question.value) if isinstance(question, Max) else total + question.value
 
 
 def _answer(question: Question, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
@@ -282,10 +288,11 @@ def settle(
         totals: dict[Hashable, Any] = {}
         asked: list[int] = []
         for i, question in zip(waiting, mapper(lambda i: visit(i, known[i]), waiting), strict=True):
-            if isinstance(question, Sum | Before):
-                total = totals.get(groups[i], torch.zeros_like(question.value))
-                known[i].append(total if isinstance(question, Before) else None)
-                totals[groups[i]] = total + question.value
+            if isinstance(question, Sum | Max | Before):
+                total = totals.get(groups[i])
+                ahead = torch.zeros_like(question.value) if total is None else total
+                known[i].append(ahead if isinstance(question, Before) else None)
+                totals[groups[i]] = _with(total, question)
                 asked.append(i)
         for i in asked:
             if known[i][-1] is None:

@@ -238,6 +238,16 @@ def test_sce(golden, merged, in_merge, output):
     assert_close(got, golden["sce"]["outputs"][output])
 
 
+# --- PCB ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "share"), [("pcb_paper", "keep"), ("pcb_official", "ratio")])
+def test_pcb(golden, merged, case, share):
+    params = golden[case]["params"]
+    got = merged(case, "pcb", {"variant": params["variant"], "density": params[share], "scope": params["scope"]})
+    assert_close(got - 1, golden[case]["outputs"]["merged_delta"])
+
+
 # --- OBIM -----------------------------------------------------------------------------------------
 
 

@@ -732,6 +732,49 @@ def test_sce_weighs_small_task_vectors_by_their_squares_too():
     assert_close(merge(checked("sce", {"select_topk": 1}), deltas) * 1e6, [(10 * 3 + 2 * 1) / 12, 1])
 
 
+# --- PCB ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_pcb_stays_between_the_experts_and_leaves_the_rest_at_the_base(variant):
+    deltas = deltas_of(3, 6, 8)
+    merged = merge(checked("pcb", {"density": 0.2, "variant": variant}), deltas)
+    each = torch.stack(list(deltas.values()))
+    held = merged != 0
+    assert 48 * 0.2 < int(held.sum()) < 48 * 0.6 + 1
+    assert (merged[held] <= each.amax(0)[held] + 1e-6).all()
+    assert (merged[held] >= each.amin(0)[held] - 1e-6).all()
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_pcb_does_not_care_for_the_order_of_experts(variant):
+    deltas, stage = deltas_of(3, 6, 8), checked("pcb", {"density": 0.4, "variant": variant})
+    assert_close(merge(stage, dict(reversed(deltas.items()))), merge(stage, deltas))
+
+
+def test_pcb_of_one_expert_is_what_it_keeps():
+    deltas = deltas_of(1, 6, 8)
+    merged = merge(checked("pcb", {"density": 0.3}), deltas)
+    assert torch.equal(merged, sparse(checked("top", {"density": 0.3}), deltas)["a"])
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_pcb_may_balance_over_the_whole_model(variant):
+    base = {"layers.2.w": torch.zeros(3, 4), "layers.10.w": torch.zeros(5, 4)}
+    deltas = deltas_of(3, 8, 4)
+    own = {e: {"layers.2.w": delta[:3], "layers.10.w": delta[3:]} for e, delta in deltas.items()}
+    written = {"density": 0.4, "variant": variant}
+    merged = merge_tensors(checked("pcb", {**written, "scope": "global"}), base, own, slice_elements=4)
+    together = merge(checked("pcb", {**written, "scope": "tensor"}), deltas)
+    assert torch.equal(torch.cat([merged["layers.2.w"], merged["layers.10.w"]]), together)
+
+
+def test_pcb_of_equal_changes_has_no_winner():
+    merged = merge(checked("pcb", {"density": 0.5}), {"a": [2, 2, 2, 2], "b": [2, 2, 2, 2]})
+    assert merged.tolist() == [2, 2, 0, 0]
+    assert not merge(checked("pcb", {"density": 0.5, "variant": "official"}), {"a": [2, 2], "b": [2, 2]}).any()
+
+
 # --- DARE and DELLA -------------------------------------------------------------------------------
 
 
@@ -1100,4 +1143,35 @@ def test_sce_oracle(drawn, in_merge):
         agree = [(w, d) for w, d in zip(weights, each, strict=True) if (d > 0 if each.sum() >= 0 else d < 0)]
         expected[i] = sum(w * d for w, d in agree) / sum(w for w, _ in agree) if agree else 0
     stage = checked("sce", {"select_topk": 0.4, "select_in_merge": in_merge})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def to_unit(values):
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span else values * 0
+
+
+def softmax(values):
+    return numpy.exp(values) / numpy.exp(values).sum()
+
+
+def test_pcb_paper_oracle(drawn):
+    deltas, flat = drawn
+    beta = [softmax(3 * to_unit(d**2)) * sum(softmax(to_unit(d * other)) for other in flat) for d in flat]
+    left = kept_only(numpy.array(beta), [top_of(numpy.float32(each), 28) for each in beta])
+    total = left.sum(0)
+    expected = 0.7 * (left * flat).sum(0) / numpy.where(total > 0, total, 1)
+    stage = checked("pcb", {"density": 0.4, "lambda": 0.7})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_pcb_official_oracle(drawn):
+    deltas, flat = drawn
+    clamped = numpy.sign(flat) * [numpy.clip(abs(d), sorted(abs(d))[0], sorted(abs(d))[68]) for d in flat]
+    weights = numpy.zeros_like(flat)
+    for k, magnitude in enumerate(abs(clamped)):
+        score = numpy.exp(3 * to_unit(magnitude) ** 2) * numpy.tanh(flat[k] * flat.sum(0))
+        weights[k] = to_unit(numpy.maximum(score, sorted(score)[42]))
+    expected = (weights * clamped).sum(0) / numpy.maximum(weights.sum(0), 1e-12)
+    stage = checked("pcb", {"density": 0.4, "variant": "official"})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)

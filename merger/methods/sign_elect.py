@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.methods._parameters import Numbers
 from merger.methods._registry import merger
-from merger.ops import Flow, Sum, Whole, column, summed
+from merger.ops import Flow, Sum, Whole, column, summed, weighted_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,10 +41,7 @@ def sign_elect(
 
 def mean_of_agreeing(deltas: Tensor, elected: Tensor, weights: Tensor) -> Tensor:
     """The mean, by ``weights`` [k 1 1], of the deltas [k r c] that have the ``elected`` sign [r c], or 0."""
-    shares = weights * _agreeing(deltas, elected)
-    together = summed(shares)
-    shares = shares / together.masked_fill_(together == 0, 1)  # one expert alone has a share of exactly 1
-    return summed(deltas * shares)
+    return weighted_mean(deltas, weights * _agreeing(deltas, elected))
 
 
 def _agreeing(deltas: Tensor, elected: Tensor) -> Tensor:
