@@ -120,6 +120,11 @@ def _sequence_faults(
                 if b.entry.experts not in (None, len(experts))
             ]
             found += [
+                f"{b.entry.name} merges at least {b.entry.fewest} experts, not {len(experts)}"
+                for b in bounds
+                if len(experts) < b.entry.fewest
+            ]
+            found += [
                 f"scope: global ranks the whole model at once, so {name} cannot vary over depth"
                 for stage in expanded
                 if stage.keywords.get("scope") == "global"

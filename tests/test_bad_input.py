@@ -224,6 +224,8 @@ RECIPES = [  # all end in exit code 2
         "recipe.yaml:5: pipeline: expected exactly one merger among the stages, found 2; mergers are"),
     ("a sparsifier after the merger", pipeline("sum", "top: {density: 0.5}"),
         "recipe.yaml:5: pipeline: a sparsifier stands after the merger"),
+    ("a merger of too few experts", edit("method: linear", "method: model_stock", "  math: models/math\n", ""),
+        "model_stock merges at least 2 experts, not 1"),
     ("a filter before the merger", pipeline("consensus", "sum"),
         "recipe.yaml:5: pipeline: a filter stands before the merger"),
     ("a saliency ranked over the whole model", pipeline("obm: {density: 0.5, scope: global}", "sum"),

@@ -248,6 +248,21 @@ def test_pcb(golden, merged, case, share):
     assert_close(got - 1, golden[case]["outputs"]["merged_delta"])
 
 
+# --- weights from norms and angles ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["metagpt", "nan"])
+def test_weights_from_norms(golden, merged, method):
+    case = golden[method]
+    assert_close(merged(method, method, case["params"]), case["outputs"]["merged"])
+
+
+def test_model_stock(golden, slice_elements):
+    case = golden["model_stock"]
+    got = merge(checked("model_stock", {}), case["inputs"]["deltas"], slice_elements=slice_elements // 2)
+    assert_close(got, case["outputs"]["merged_delta"])
+
+
 # --- OBIM -----------------------------------------------------------------------------------------
 
 

@@ -73,8 +73,9 @@ def staged(name, written):
 @st.composite
 def cases(draw, name, given=None, base=FEW[-1]):
     """A merge by the function ``name``, with ``given`` parameters and the others drawn."""
-    fixed = ENTRIES[name].experts if name in ENTRIES else None
-    experts = tuple(EXPERTS[: fixed or draw(st.sampled_from([1, 2, 3, 5]))])
+    entry = (ENTRIES | SCORES)[name]
+    several = [k for k in (1, 2, 3, 5) if k >= entry.fewest]
+    experts = tuple(EXPERTS[: entry.experts or draw(st.sampled_from(several))])
     written = draw(parameters_of(name, experts)) | (given or {})
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     names = draw(st.sampled_from([("norm",), ("layers.10.w", "layers.2.w")]))
@@ -241,7 +242,7 @@ def test_inputs_are_left_as_they_were(name, data):
         assert_same(tensors, tuned[expert])
 
 
-HOMOGENEOUS = {**WEIGHTED_MEAN, "slerp": {"space": "delta"}, "pcb": {"variant": "paper"}}
+HOMOGENEOUS = {**WEIGHTED_MEAN, "slerp": {"space": "delta"}, "pcb": {"variant": "paper"}, "nan": {"norm_of": "delta"}}
 NEVER_HOMOGENEOUS = ["pcb_official"]  # its tanh sees raw products
 
 

@@ -775,6 +775,94 @@ def test_pcb_of_equal_changes_has_no_winner():
     assert not merge(checked("pcb", {"density": 0.5, "variant": "official"}), {"a": [2, 2], "b": [2, 2]}).any()
 
 
+# --- weights from norms and angles ----------------------------------------------------------------
+
+
+def coefficients(method, written, k=3):
+    """What a weighting gives each of k task vectors that share no position; each is 1, 2, .. k long."""
+    deltas = {e: torch.diag(torch.eye(k)[i] * (i + 1)) for i, e in enumerate(NAMES[:k])}
+    merged = merge(checked(method, written), deltas, slice_elements=k)
+    return merged.diagonal() / torch.arange(1, k + 1)
+
+
+def test_metagpt_weighs_by_the_squared_norm():
+    assert_close(coefficients("metagpt", {}), [1 / 14, 4 / 14, 9 / 14])
+
+
+def test_metagpt_over_the_model_and_by_tensor():
+    base = {"v": torch.zeros(1), "w": torch.zeros(1)}
+    own = {"a": {"v": tensor([1]), "w": tensor([2])}, "b": {"v": tensor([3]), "w": tensor([0])}}
+    by_model = merge_tensors(checked("metagpt", {}), base, own)
+    assert_close(torch.cat([by_model["v"], by_model["w"]]), [(5 * 1 + 9 * 3) / 14, 5 * 2 / 14])
+    by_tensor = merge_tensors(checked("metagpt", {"scope": "tensor"}), base, own)
+    assert_close(torch.cat([by_tensor["v"], by_tensor["w"]]), [(1 * 1 + 9 * 3) / 10, 2])
+
+
+@pytest.mark.parametrize("method", ["metagpt", "model_stock"])
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_equal_experts_come_back_bit_for_bit(method, k):
+    base, own = randn(6, 8, seed=1), randn(6, 8)
+    merged = merge_tensors(checked(method, {}), {NAME: base}, {e: {NAME: own} for e in NAMES[:k]})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+def test_nan_weighs_by_the_inverse_norm_and_its_coefficients_add_up_to_half_the_experts():
+    got = coefficients("nan", {})
+    assert_close(got, [1.5 * 6 / 11, 1.5 * 3 / 11, 1.5 * 2 / 11])
+    assert_close(got.sum(), 1.5)
+
+
+def test_nan_of_equal_norms_is_half_of_each():
+    units = {e: delta / delta.norm() for e, delta in deltas_of(4, 6, 8).items()}
+    assert_close(merge(checked("nan", {}), units), sum(units.values()) / 2)
+
+
+def test_nan_of_another_power_weighs_more_steeply():
+    assert_close(coefficients("nan", {"power": 2}, 2), [4 / 5, 1 / 5])
+
+
+def test_nan_leaves_out_an_expert_that_changed_nothing():
+    merged = merge(checked("nan", {}), {"a": [3, 0], "b": [0, 6], "c": [0, 0]})
+    assert_close(merged, [3, 3])
+
+
+def test_nan_may_measure_the_weights_themselves():
+    merged = merge(checked("nan", {"norm_of": "weights"}), {"a": [2.0, 0], "b": [0, 3]}, base=[1.0, 0])
+    norms = 3, math.sqrt(1 + 9)
+    assert_close(merged - tensor([1, 0]), [2 * norms[1] / sum(norms), 3 * norms[0] / sum(norms)])
+
+
+def test_model_stock_of_orthogonal_task_vectors_is_the_base():
+    assert not merge(checked("model_stock", {}), {"a": [1, 0, 0], "b": [0, 2, 0], "c": [0, 0, 3]}).any()
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_model_stock_turns_with_its_inputs(scope):
+    turn, _ = torch.linalg.qr(randn(8, 8, seed=3))
+    deltas = {e: delta + 1 for e, delta in deltas_of(3, 6, 8).items()}
+    stage = checked("model_stock", {"scope": scope})
+    turned = merge(stage, {e: delta @ turn for e, delta in deltas.items()})
+    assert_close(turned, merge(stage, deltas) @ turn)
+
+
+def test_model_stock_by_row_is_model_stock_of_each_row():
+    deltas = deltas_of(3, 6, 8)
+    merged = merge(checked("model_stock", {"scope": "row"}), deltas, slice_elements=16)
+    for i, row in enumerate(merged):
+        alone = merge(checked("model_stock", {}), {e: delta[i] for e, delta in deltas.items()})
+        assert_close(row, alone, 1e-6)
+
+
+@pytest.mark.parametrize(("clamp", "t"), [(False, -3), (True, 0)])
+def test_model_stock_of_opposed_task_vectors_goes_back_unless_clamped(clamp, t):
+    merged = merge(checked("model_stock", {"clamp": clamp}), {"a": [2.5, 0], "b": [-0.3, 0.4]})
+    assert_close(merged, t * tensor([1.1, 0.2]))  # the cosine is -0.6
+
+
+def test_model_stock_stays_at_the_base_where_the_line_has_no_length():
+    assert not merge(checked("model_stock", {}), {"a": [2, 0], "b": [-1, 0]}).any()
+
+
 # --- DARE and DELLA -------------------------------------------------------------------------------
 
 
@@ -1175,3 +1263,27 @@ def test_pcb_official_oracle(drawn):
     expected = (weights * clamped).sum(0) / numpy.maximum(weights.sum(0), 1e-12)
     stage = checked("pcb", {"density": 0.4, "variant": "official"})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_metagpt_oracle(drawn):
+    deltas, flat = drawn
+    squares = (flat**2).sum(1)
+    expected = (squares[:, None] * flat).sum(0) / squares.sum()
+    assert_close(merge(checked("metagpt", {}), deltas, slice_elements=20).flatten(), expected)
+
+
+def test_nan_oracle(drawn):
+    deltas, flat = drawn
+    inverse = 1 / numpy.sqrt((flat**2).sum(1))
+    expected = 1.5 * (inverse[:, None] * flat).sum(0) / inverse.sum()
+    assert_close(merge(checked("nan", {}), deltas, slice_elements=20).flatten(), expected)
+
+
+def test_model_stock_oracle(drawn):
+    deltas, flat = drawn
+    flat = flat + 0.5
+    moved = {e: delta + 0.5 for e, delta in deltas.items()}
+    units = flat / numpy.sqrt((flat**2).sum(1, keepdims=True))
+    c = (units[0] @ units[1] + units[0] @ units[2] + units[1] @ units[2]) / 3
+    expected = 3 * c / (1 + 2 * c) * flat.mean(0)
+    assert_close(merge(checked("model_stock", {}), moved, slice_elements=20).flatten(), expected)

@@ -70,6 +70,7 @@ class Entry:
     takes: Callable[..., Takes] = _by_scope  # the least it must see at once, given its parameters
     align: str | None = None  # the parameter whose multiple every slice must begin at
     experts: int | None = None  # how many experts it merges, where that is fixed
+    fewest: int = 1  # how many it merges at least
     calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
 
