@@ -86,6 +86,18 @@ def summed(terms: Tensor) -> Tensor:
     return total
 
 
+def combined(vectors: Tensor, coefficients: Tensor) -> Tensor:
+    """The sum of ``vectors`` [k r c] times ``coefficients`` [k] or [k . .], float64. [r c]
+
+    It starts from the first, so that equal vectors come back bit for bit where the coefficients add up to 1.
+    """
+    several = coefficients if coefficients.dim() == 3 else coefficients.view(-1, 1, 1)
+    merged = vectors[0] * summed(several).to(vectors)
+    for vector, coefficient in zip(vectors[1:], several[1:].to(vectors), strict=True):
+        merged += (vector - vectors[0]) * coefficient
+    return merged
+
+
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """The mean over the experts at each position by ``weights`` [k r c]; 0 where these add up to 0. [r c]"""
     together = summed(weights)

@@ -109,6 +109,17 @@ def test_slerp_of_task_vectors(golden, merged, scope):
     assert_close(got, golden["slerp_delta_space"]["outputs"]["merged"])
 
 
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+@pytest.mark.parametrize("vectors", ["axes", "three"])
+@pytest.mark.parametrize("base", [0, 1])
+def test_means_on_the_sphere(golden, slice_elements, method, vectors, base):
+    case = golden[f"{method}_{vectors}"]
+    deltas = {e: tensor(v).view(3, 1) - base for e, v in zip(EXPERTS, case["inputs"]["v"], strict=True)}
+    stage = checked(method, {"space": "weights"})
+    got = merge(stage, deltas, base=torch.full((3, 1), float(base)), slice_elements=slice_elements // 4)
+    assert_close(got.flatten(), case["outputs"]["merged"])
+
+
 # --- TIES, DARE, DELLA, Breadcrumbs ---------------------------------------------------------------
 
 

@@ -242,8 +242,16 @@ def test_inputs_are_left_as_they_were(name, data):
         assert_same(tensors, tuned[expert])
 
 
-HOMOGENEOUS = {**WEIGHTED_MEAN, "slerp": {"space": "delta"}, "pcb": {"variant": "paper"}, "nan": {"norm_of": "delta"}}
-NEVER_HOMOGENEOUS = ["pcb_official"]  # its tanh sees raw products
+DELTA_SPACE = {name: {"space": "delta"} for name in ("slerp", "nuslerp", "multislerp", "karcher")}
+HOMOGENEOUS = {
+    **WEIGHTED_MEAN,
+    **DELTA_SPACE,
+    "nan": {"norm_of": "delta"},
+    "pcb": {"variant": "paper"},
+    "ram": {"epsilon": 0},
+}
+# A tanh of raw products, a divergence of softmaxes, and a distance in the weights' own unit.
+NEVER_HOMOGENEOUS = ["pcb_official", "arcee_fusion", "nearswap"]
 
 
 @pytest.mark.parametrize("name", [n for n in [*ENTRIES, *SCORES] if n not in NEVER_HOMOGENEOUS])

@@ -566,6 +566,193 @@ def test_slerp_over_the_whole_model_uses_one_angle():
     assert_close(torch.cat([merged["v"], merged["w"]]), [2 * share, 0, 0, share])
 
 
+# --- Multi-SLERP, Karcher, NuSLERP ----------------------------------------------------------------
+
+SPHERICAL = pytest.mark.parametrize("method", ["multislerp", "karcher"])
+
+
+@SPHERICAL
+def test_the_spherical_mean_of_two_of_equal_norm_is_slerp_half_way(method):
+    units = {e: 2 * delta / delta.norm() for e, delta in deltas_of(2, 6, 8).items()}
+    assert_close(merge(checked(method, {}), units), merge(checked("slerp", {}), units))
+
+
+@SPHERICAL
+def test_the_spherical_mean_is_as_long_as_the_experts_on_average(method):
+    deltas = deltas_of(3, 6, 8)
+    weights = {"a": 0.25, "b": 0.25, "c": 0.5}
+    merged = merge(checked(method, {"weight": weights}), deltas)
+    assert_close(merged.norm(), sum(w * deltas[e].norm() for e, w in weights.items()))
+
+
+@SPHERICAL
+def test_the_spherical_mean_looks_only_at_the_proportions_of_weights(method):
+    deltas = deltas_of(3, 6, 8)
+    once, thrice = ({"weight": {"a": c, "b": 2 * c, "c": c}} for c in (1, 3))
+    assert torch.equal(merge(checked(method, once), deltas), merge(checked(method, thrice), deltas))
+
+
+@SPHERICAL
+def test_the_spherical_mean_does_not_care_for_the_order_of_experts(method):
+    deltas, stage = deltas_of(3, 6, 8), checked(method, {})
+    assert_close(merge(stage, dict(reversed(deltas.items()))), merge(stage, deltas))
+
+
+@SPHERICAL
+def test_the_spherical_mean_turns_with_its_inputs(method):
+    turn, _ = torch.linalg.qr(randn(8, 8, seed=3))
+    deltas, stage = deltas_of(3, 6, 8), checked(method, {})
+    assert_close(merge(stage, {e: delta @ turn for e, delta in deltas.items()}), merge(stage, deltas) @ turn)
+
+
+@SPHERICAL
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_spherical_mean_returns_equal_weights_bit_for_bit(method, k):
+    base, own = randn(6, 8, seed=1), randn(6, 8)
+    for space, start in (("delta", torch.zeros(6, 8)), ("weights", base)):
+        experts = {e: {NAME: own} for e in NAMES[:k]}
+        merged = merge_tensors(checked(method, {"space": space}), {NAME: start}, experts)
+        assert_close(merged[NAME], own, 1e-6)
+    untouched = merge_tensors(checked(method, {"space": "weights"}), {NAME: base}, {e: {NAME: base} for e in "abc"})
+    assert torch.equal(bits(untouched[NAME]), bits(base))
+
+
+@SPHERICAL
+def test_an_expert_that_changed_nothing_shortens_the_spherical_mean_but_does_not_turn_it(method):
+    assert_close(merge(checked(method, {}), {"a": [3, 0], "b": [0, 3], "c": [0, 0]}), [math.sqrt(2), math.sqrt(2)])
+
+
+@SPHERICAL
+def test_directions_that_cancel_are_averaged_on_the_line(method):
+    assert_close(merge(checked(method, {}), {"a": [3, 0], "b": [-1, 0]}), [1, 0])
+    assert_close(merge(checked(method, {"weight": {"a": 1, "b": 3}}), {"a": [0, 0], "b": [0, 0]}), [0, 0])
+
+
+@SPHERICAL
+def test_the_spherical_mean_over_the_whole_model_uses_the_models_angles(method):
+    base = {"v": torch.zeros(6, 3), "w": torch.zeros(6, 5)}
+    deltas = deltas_of(3, 6, 8)
+    own = {e: {"v": delta[:, :3], "w": delta[:, 3:]} for e, delta in deltas.items()}
+    merged = merge_tensors(checked(method, {"scope": "global"}), base, own)
+    assert_close(torch.cat([merged["v"], merged["w"]], 1), merge(checked(method, {}), deltas))
+
+
+@pytest.mark.parametrize("spread", [1, 0.01, 0.0001])
+def test_at_the_karcher_mean_the_arcs_to_all_experts_balance(spread):
+    deltas = {e: delta * spread + randn(6, 8, seed=5) for e, delta in deltas_of(3, 6, 8).items()}
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    merged = merge(checked("karcher", {"weight": dict(zip("abc", [2, 3, 5], strict=True))}), deltas)
+    middle = merged.double() / merged.double().norm()
+    arcs = 0
+    for w, delta in zip(weights, deltas.values(), strict=True):
+        unit = delta.double() / delta.double().norm()
+        across = unit - (unit * middle).sum() * middle
+        arcs = arcs + w * torch.atan2(across.norm(), (unit * middle).sum()) * across / across.norm()
+    assert float(arcs.norm()) < 1e-6
+
+
+def test_karcher_that_may_not_search_is_multislerp():
+    deltas = deltas_of(3, 6, 8)
+    stopped = merge(checked("karcher", {"tol": 1}), deltas)
+    assert torch.equal(stopped, merge(checked("multislerp", {}), deltas))
+
+
+@pytest.mark.parametrize("space", ["delta", "weights"])
+def test_nuslerp_of_a_tensor_is_slerp_with_t_from_the_weights(space):
+    deltas, base = deltas_of(2, 6, 8), randn(6, 8, seed=1)
+    merged = merge(checked("nuslerp", {"weight": {"a": 3, "b": 1}, "space": space}), deltas, base=base)
+    assert_close(merged, merge(checked("slerp", {"t": 0.25, "space": space}), deltas, base=base))
+
+
+@pytest.mark.parametrize("scope", ["row", "column"])
+def test_nuslerp_may_go_row_by_row_or_column_by_column(scope):
+    deltas = deltas_of(2, 6, 8)
+    turned = deltas if scope == "row" else {e: delta.T for e, delta in deltas.items()}
+    merged = merge(checked("nuslerp", {"scope": scope}), deltas, slice_elements=16)
+    for i, row in enumerate(merged if scope == "row" else merged.T):
+        assert_close(row, merge(checked("slerp", {}), {e: delta[i] for e, delta in turned.items()}))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row", "column"])
+def test_nuslerp_takes_a_vector_as_a_whole(scope):
+    deltas = deltas_of(2, 8)
+    assert_close(merge(checked("nuslerp", {"scope": scope}), deltas), merge(checked("slerp", {}), deltas))
+
+
+def test_nuslerp_of_nearly_parallel_vectors_still_follows_the_arc():
+    deltas = {"a": [1.0, 0], "b": [math.cos(0.001) * 4, math.sin(0.001) * 4]}
+    share = math.sin(0.0005) / math.sin(0.001)
+    assert_close(merge(checked("nuslerp", {}), deltas), [share * (1 + 4 * math.cos(0.001)), share * 4e-3], 1e-6)
+
+
+@pytest.mark.parametrize("other", [[-3.0, 0], [6, 0], [0, 0]], ids=["opposite", "parallel", "zero"])
+def test_nuslerp_takes_the_line_where_there_is_no_arc(other):
+    merged = merge(checked("nuslerp", {"weight": {"a": 3, "b": 1}}), {"a": [3, 0], "b": other})
+    assert_close(merged, 0.75 * tensor([3, 0]) + 0.25 * tensor(other))
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp", "karcher"])
+def test_weights_that_sum_to_zero_have_no_place_on_the_sphere(method):
+    assert "sum to zero" in refused(method, {"weight": {"a": 1, "b": -1}})
+
+
+# --- nearswap, Arcee Fusion, RAM ------------------------------------------------------------------
+
+
+def test_nearswap_interpolates_by_t_over_the_distance():
+    base, delta = randn(6, 8, seed=1), deltas_of(1, 6, 8)["a"]
+    share = (0.5 / delta.abs()).clamp(0, 1)
+    expected = share * (base + delta) + (1 - share) * base
+    assert_close(merge(checked("nearswap", {"t": 0.5}), {"a": delta}, base=base), expected)
+
+
+def test_nearswap_copies_what_is_near():
+    base, own = randn(6, 8, seed=1) * 1e4, randn(6, 8)
+    merged = merge_tensors(checked("nearswap", {"t": 1e6}), {NAME: base}, {"a": {NAME: own}})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+def test_nearswap_refuses_to_move_away():
+    assert "t is -1" in refused("nearswap", {"t": -1}, "a")
+
+
+def test_arcee_fusion_takes_outliers_of_a_row():
+    merged = merge(checked("arcee_fusion", {}), {"a": [9, 0, 0, 1, 1]})
+    assert merged.tolist() == [9, 0, 0, 0, 0]
+
+
+def test_arcee_fusion_of_a_tensor_in_which_every_row_only_moved_as_a_whole_is_the_expert():
+    assert merge(checked("arcee_fusion", {}), {"a": torch.full((2, 4), 3.0)}).tolist() == [[3] * 4] * 2
+
+
+@pytest.mark.parametrize("r", [0, 0.1])
+def test_ram_of_one_expert_is_what_it_changed(r):
+    deltas = {"a": [5.0, -1e-6, 0, -2]}
+    assert merge(checked("ram", {"r": r}), deltas).tolist() == [5, 0, 0, -2]
+
+
+def test_ram_averages_over_the_experts_that_changed_a_position():
+    deltas = {"a": [4, -3, 0, 0], "b": [2, 0, 0, 1e-6], "c": [0, 0, 0, 1]}
+    assert merge(checked("ram", {}), deltas).tolist() == [3, -3, 0, 1]
+
+
+@pytest.mark.parametrize(("scope", "boosts"), [("tensor", [1.5, 1.0]), ("global", [1.125, 1.125])])
+def test_ram_plus_scales_what_an_expert_has_alone_by_how_much_it_shares(scope, boosts):
+    base = {"v": torch.zeros(2), "w": torch.zeros(3)}
+    own = {
+        "a": {"v": tensor([2, 8]), "w": tensor([8, 8, 8])},
+        "b": {"v": tensor([4, 0]), "w": tensor([0, 0, 0])},
+    }
+    merged = merge_tensors(checked("ram", {"r": 0.5, "alpha": 1, "scope": scope}), base, own)
+    assert merged["v"].tolist() == [3, 8 * boosts[0]]
+    assert merged["w"].tolist() == [8 * boosts[1]] * 3
+
+
+def test_ram_plus_scales_by_no_more_than_alpha_allows():
+    deltas = {"a": [2, 8], "b": [4, 0]}
+    assert_close(merge(checked("ram", {"r": 0.1}), deltas), [3, 8 * 1.02])
+
+
 # --- TIES -----------------------------------------------------------------------------------------
 
 
@@ -1287,3 +1474,31 @@ def test_model_stock_oracle(drawn):
     c = (units[0] @ units[1] + units[0] @ units[2] + units[1] @ units[2]) / 3
     expected = 3 * c / (1 + 2 * c) * flat.mean(0)
     assert_close(merge(checked("model_stock", {}), moved, slice_elements=20).flatten(), expected)
+
+
+def test_arcee_fusion_oracle(drawn):
+    deltas, flat = drawn
+    base = randn(7, 10, seed=4)
+    divergence = []
+    for weights, delta in zip(base.double().numpy(), flat[0].reshape(7, 10), strict=True):
+        p, q = softmax(weights + delta) + 1e-8, softmax(weights) + 1e-8
+        divergence.append((p * numpy.log(p / q)).sum())
+    importance = numpy.float32(abs(flat[0]) * numpy.repeat(divergence, 10))
+    ranked = sorted(importance)
+    taken = importance >= ranked[34] + 1.5 * (ranked[51] - ranked[17])
+    merged = merge(checked("arcee_fusion", {}), {"a": deltas["a"]}, base=base, slice_elements=20)
+    assert 0 < taken.sum() < 70
+    assert_close((merged - base).flatten(), flat[0] * taken)
+
+
+def test_ram_oracle(drawn):
+    deltas, flat = drawn
+    changed = abs(flat) > 0.5
+    holders = changed.sum(0)
+    expected = (flat * changed).sum(0) / numpy.maximum(holders, 1)
+    assert_close(merge(checked("ram", {"epsilon": 0.5}), deltas, slice_elements=20).flatten(), expected)
+    for k in range(3):
+        shared, alone = (changed[k] & (holders > 1)).sum(), changed[k] & (holders == 1)
+        expected[alone] *= 1 + 0.3 * min(shared / alone.sum(), 3)
+    stage = checked("ram", {"epsilon": 0.5, "r": 0.3, "alpha": 3})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
