@@ -248,7 +248,6 @@ RECIPES = [  # all end in exit code 2
         "recipe.yaml:5: method: drop rates from -0.06 to 0.08 leave [0, 1)"),
     ("a band that leaves nothing", method("breadcrumbs", "{drop_low: 0.9, drop_high: 0.2}"),
         "recipe.yaml:5: method: drop_low 0.9 and drop_high 0.2 leave nothing to keep"),
-    ("more of a block than it has", method("cabs", "{n: 5, m: 4}"), "recipe.yaml:5: method: n is 5 and m is 4"),
     ("a size that is none", output("{path: out, shard_size: 5 gigs}"),
         "recipe.yaml:6: output.shard_size: is '5 gigs', expected a size such as 5GB"),
     ("a size of nothing", output("{path: out, shard_size: 0}"),

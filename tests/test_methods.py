@@ -145,6 +145,41 @@ def test_scores_without_inputs_may_be_ranked_over_the_whole_model():
     assert_masks(by_saliency, kept(checked("magnitude", written), deltas))
 
 
+# --- Wanda and magnitude --------------------------------------------------------------------------
+
+
+def test_wanda_scores_a_change_by_its_size_and_the_norm_of_its_input():
+    known = Inputs(second_moment=tensor([[1, 4, 0, 9]]), mean=torch.zeros(1, 4))
+    left = sparse(checked("wanda", {"density": 0.5}), {"a": [[4, -3, 1, 1], [0, 1, 9, 5]]}, inputs=known)
+    assert left["a"].tolist() == [[4, -3, 0, 0], [0, 1, 0, 5]]
+
+
+def test_wanda_over_a_tensor_keeps_what_obm_keeps():
+    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
+    by_wanda = kept(checked("wanda", {"density": 0.3, "scope": "tensor"}), deltas, inputs=known)
+    assert_masks(by_wanda, kept(checked("obm", {"density": 0.3}), deltas, inputs=known))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8,)])
+def test_wanda_without_inputs_is_magnitude(shape):
+    deltas = deltas_of(2, *shape)
+    by_magnitude = kept(checked("magnitude", {"density": 0.3, "scope": "row"}), deltas)
+    assert_masks(kept(checked("wanda", {"density": 0.3}), deltas), by_magnitude)
+
+
+def test_wanda_may_choose_within_blocks_and_between_experts():
+    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
+    masks = kept(checked("bs", {"n": 2, "m": 4, "score": "wanda", "exclusive": "listed"}), deltas, inputs=known)
+    assert not (masks["a"] & masks["b"]).any()
+    assert [mask.view(-1, 4).sum(1).tolist() for mask in masks.values()] == [[2] * 12] * 2
+
+
+@pytest.mark.parametrize(("scope", "by_row"), [("tensor", [3, 0]), ("row", [1, 1])])
+def test_magnitude_may_rank_the_tensor_or_each_row(scope, by_row):
+    delta = {"a": [[9, 8, 7, 6, 5], [4, 3, 2, 0, 0]]}
+    assert kept(checked("magnitude", {"density": 0.3, "scope": scope}), delta)["a"].sum(1).tolist() == by_row
+
+
 # --- iterative merging ----------------------------------------------------------------------------
 
 
@@ -1502,3 +1537,16 @@ def test_ram_oracle(drawn):
         expected[alone] *= 1 + 0.3 * min(shared / alone.sum(), 3)
     stage = checked("ram", {"epsilon": 0.5, "r": 0.3, "alpha": 3})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_wanda_oracle(drawn):
+    deltas, flat = drawn
+    tokens = randn(3, 12, 10, seed=5)
+    norms = numpy.sqrt(tokens.double().square().mean(1).numpy())
+    masks = [
+        [10 * row + i for row in range(7) for i in top_of(numpy.float32(abs(each[10 * row :][:10]) * norm), 4)]
+        for each, norm in zip(flat, norms, strict=True)
+    ]
+    stages = [checked("wanda", {"density": 0.4}), checked("sum", {})]
+    merged = merge(stages, deltas, inputs=inputs_of(tokens), slice_elements=20)
+    assert_close(merged.flatten(), kept_only(flat, masks).sum(0))

@@ -71,6 +71,7 @@ class Entry:
     align: str | None = None  # the parameter whose multiple every slice must begin at
     experts: int | None = None  # how many experts it merges, where that is fixed
     fewest: int = 1  # how many it merges at least
+    scope: str = "tensor"  # what a score is ranked within, unless the recipe says it
     calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
 
@@ -168,7 +169,7 @@ def checked(name: str, written: Mapping[str, Any]) -> Stage:
         return _bound(ENTRIES[name], written)
     own = {key: value for key, value in written.items() if key in _names(SCORES[name])}
     rest = {key: value for key, value in written.items() if key not in own}
-    return _bound(ENTRIES["top"], {**rest, "score": _bound(SCORES[name], own)})
+    return _bound(ENTRIES["top"], {"scope": SCORES[name].scope, **rest, "score": _bound(SCORES[name], own)})
 
 
 def _names(entry: Entry) -> set[str]:
