@@ -65,13 +65,16 @@ class Slice:
 
 
 def expand(chosen: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
-    """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself."""
+    """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself or of what it names."""
     entry = entry_of(chosen.func)
+    instead = entry.elsewhere(kind, **chosen.keywords)
+    if instead is not None:
+        return instead
     if entry.kind != "method":
         return [chosen]
     known = {"kind": kind, "experts": tuple(experts)}
     stages: list[Stage] = chosen(**{name: known[name] for name in supplied(chosen.func)})
-    return stages
+    return [each for stage in stages for each in expand(stage, kind, experts)]
 
 
 @dataclass(frozen=True)

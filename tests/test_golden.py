@@ -334,3 +334,48 @@ def test_a_short_last_block(golden, tail):
     stage = checked("bs", {**case["params"], "tail": tail})
     got = kept(stage, {"a": case["inputs"]["delta"]})["a"]
     assert got.tolist() == case["outputs"][f"tail_{tail}"]
+
+
+# --- singular values ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matrix(golden, slice_elements):
+    """The matrix that a method of ours makes of a golden case's task vectors, on a base of zeros."""
+
+    def run(case, method, written, deltas="deltas"):
+        return merge(checked(method, written), golden[case]["inputs"][deltas], slice_elements=slice_elements)
+
+    return run
+
+
+@pytest.mark.parametrize("case", ["tsv_m_orthogonal", "tsv_m_overlap", "tsv_m_general", "tsv_m_low_rank"])
+def test_tsv_m(golden, matrix, case):
+    got = matrix(case, "tsv_m", {"lambda": golden[case]["params"]["alpha"]})
+    assert_close(got, golden[case]["outputs"]["merged_delta"])
+
+
+@pytest.mark.parametrize("case", ["iso_c", "iso_c_rank_deficient"])
+def test_iso_c(golden, matrix, case):
+    got = matrix(case, "iso_c", {"lambda": golden[case]["params"]["alpha"]})
+    assert_close(got, golden[case]["outputs"]["merged_delta"])
+
+
+def test_iso_cts(golden, matrix):
+    params, outputs = golden["iso_cts"]["params"], golden["iso_cts"]["outputs"]
+    got = matrix("iso_cts", "iso_cts", {"common": params["common_space_fraction"], "lambda": params["alpha"]})
+    assert_close(got, outputs["merged_delta"])
+    assert torch.linalg.matrix_norm(got, 2) == pytest.approx(outputs["sigma_bar"], rel=1e-6)
+
+
+def test_cart(golden, matrix):
+    rank = golden["cart"]["params"]["rank"]
+    got = matrix("cart", "cart", {"rank_share": f"{rank}/4", "lambda": golden["cart"]["params"]["lambda"]}, "thetas")
+    assert_close(got, golden["cart"]["outputs"]["merged"])
+
+
+@pytest.mark.parametrize("eta", [40, 60])
+def test_star(golden, slice_elements, eta):
+    case = golden["star"]
+    got = merge(checked("star", {"eta": eta}), {"a": case["inputs"]["delta"]}, slice_elements=slice_elements)
+    assert_close(got, case["outputs"][f"eta{eta}"]["delta"])

@@ -60,6 +60,10 @@ def _never(**_: object) -> bool:
     return False
 
 
+def _nothing(kind: str, **_: object) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered function."""
@@ -72,6 +76,7 @@ class Entry:
     experts: int | None = None  # how many experts it merges, where that is fixed
     calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
+    elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
 
     @property
     def summary(self) -> str:
