@@ -153,18 +153,23 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
         "uniform": partial(_draw, part, subject),
         "second_moment": _by_feature(inputs.second_moment, subject, rows),
         "mean_input": _by_feature(inputs.mean, subject, rows),
+        "reached": None if inputs.second_moment is None else _reached(inputs.second_moment).unsqueeze(-1),
         "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
         "kind": subject.kind,
         "experts": subject.place.experts,
     }
 
 
+def _reached(values: Tensor) -> Tensor:
+    """Which experts have inputs to this matrix at all, [k 1]: none, where no token was routed to a packed expert."""
+    return (values != 0).any(1, keepdim=True)
+
+
 def _by_feature(values: Tensor | None, subject: Subject, rows: slice) -> Tensor | None:
     """A value per in-feature as [k 1 c]; [k r 1] where the tensor is stored, and seen, as [in, out]."""
     if values is None:
         return None
-    never_reached = (values == 0).all(1, keepdim=True)  # a packed expert that no token was routed to
-    values = values.masked_fill(never_reached, 1)
+    values = values.masked_fill(~_reached(values), 1)
     if subject.kind == "conv1d" and not subject.transposed:
         return values[:, rows].unsqueeze(-1)
     return values.unsqueeze(1)

@@ -13,7 +13,7 @@ from merger.methods.obm import obm
 from merger.methods.random import random
 from merger.methods.rescale import rescale
 from merger.ops import select, uniforms
-from merger.pipeline import merge_tensors
+from merger.pipeline import Inputs, merge_tensors
 
 EXPERTS = ("a", "b", "c")
 
@@ -379,3 +379,14 @@ def test_star(golden, slice_elements, eta):
     case = golden["star"]
     got = merge(checked("star", {"eta": eta}), {"a": case["inputs"]["delta"]}, slice_elements=slice_elements)
     assert_close(got, case["outputs"][f"eta{eta}"]["delta"])
+
+
+# --- regression -----------------------------------------------------------------------------------
+
+
+def test_regmean_without_what_is_off_the_diagonal(golden, slice_elements):
+    case = golden["regmean_alpha_0.0"]
+    known = Inputs(second_moment=torch.stack([tensor(gram).diagonal() for gram in case["inputs"]["gram"].values()]))
+    stage = checked("regmean_diag", {})
+    got = merge(stage, case["inputs"]["weights"], inputs=known, slice_elements=slice_elements // 2)
+    assert_close(got, case["outputs"]["merged"])
