@@ -274,6 +274,8 @@ def run(
             return None
         if hold:
             held[i] = running, len(answers)
+        if isinstance(question, Sum | Before):
+            question.value  # noqa: B018 - computed here, where slices run side by side
         return question
 
     while True:
@@ -283,7 +285,7 @@ def run(
         outside = None
         if question.scope == "global":
             if used == len(known):
-                return replace(question, value=total)
+                return replace(question, of=total)
             outside, used = known[used], used + 1
         answers.append(_answer(question, total, before, outside))
 
@@ -301,10 +303,11 @@ def _sum(questions: Iterable[Question | None]) -> tuple[Sum | Before | None, Any
     return asked, total, before
 
 
-def _answer(question: Question, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
+def _answer(question: Sum | Before, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
     if isinstance(question, Before):
         return lambda i: before[i] + (0 if outside is None else outside)
-    return lambda i: total if outside is None else outside
+    answer = question.answer(total if outside is None else outside)
+    return lambda i: answer
 
 
 def settle(

@@ -24,7 +24,7 @@ from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
     SLICE,
     Machine,
-    bytes_per_element,
+    bytes_held,
     check_disk,
     check_place,
     peak_memory,
@@ -235,7 +235,7 @@ class _Merge:
         step = slice_rows(tensor, part)
         count = -(-part.rows // step) if part.columns else 0
         elements = part.rows * part.columns
-        hold = count == 1 or elements * bytes_per_element(len(self.plan.models) - 1) <= self.machine.hold
+        hold = count == 1 or elements * bytes_held(len(self.plan.models) - 1) <= self.machine.hold
 
         def carry(j: int) -> Flow[None]:
             rows = range(j * step, min((j + 1) * step, part.rows))
