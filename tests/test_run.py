@@ -444,6 +444,17 @@ def test_the_number_of_workers_decides_no_byte(alike, monkeypatch, method, param
     assert same_bits(*several)
 
 
+def test_a_method_of_whole_matrices_needs_room_for_its_factors(drawn):
+    def needed(method):
+        written = {"base": "base", "experts": {n: n for n in drawn.tensors if n != "base"}, "output": {"path": "x"}}
+        made = plan(Recipe.parse({**written, "method": method}, drawn.folder))
+        made.close()
+        return merger.machine.memory_needed(made, 1)
+
+    copies, grams = 4 * 8 * (2 + 8), 3 * 8 * 8  # of the largest matrix, 4 x 8, for two experts
+    assert needed("wudi") - needed("linear") == 8 * (copies + grams)
+
+
 def test_a_cap_on_memory_decides_no_byte(alike):
     free = alike.merged("ties", {"density": 0.3})
     capped = alike.merged(

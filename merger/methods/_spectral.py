@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from merger._lazy import torch
 from merger.methods._registry import Stage, Takes, stage
 from merger.methods.plain_mean import plain_mean
 from merger.methods.scale import scale
@@ -38,6 +39,6 @@ def untouched(kind: str, *, head: bool, **_: object) -> list[Stage] | None:
 
 
 def weighted(deltas: Tensor, weight: Sequence[Fraction]) -> Tensor:
-    """Each task vector times its weight, in float64."""
-    exact = deltas.double()
-    return exact * column(weight, exact)
+    """Each task vector times its weight, as a float64 copy."""
+    exact = deltas.to(torch.float64, copy=True)
+    return exact.mul_(column(weight, exact))

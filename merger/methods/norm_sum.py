@@ -26,6 +26,6 @@ def norm_sum(deltas: Tensor, *, weight: Numbers = 1, scope: Whole = "global") ->
 
 def at_mean_norm(total: Tensor, terms: Tensor, scope: Whole) -> Flow[Tensor]:
     """``total`` [r c], times what makes its norm the mean of the norms of ``terms`` [k r c]."""
-    squares = torch.cat([total[None], terms]).square().sum((1, 2))
+    squares = torch.stack([each.square().sum() for each in (total, *terms)])
     now, *wanted = (yield Sum(squares, scope)).sqrt().tolist()
     return total * (sum(wanted) / len(wanted) / now if now else 0.0)

@@ -43,15 +43,15 @@ def wudi(
     mean. What is no matrix (and the head, unless `head`) gets the mean. (1, 0) and (0, 1) in the same
     row make (1, 1) without the ridge, (0.75, 0.75) with it.
     """
-    terms = weighted(deltas, weight)
-    terms = terms[terms.flatten(1).any(1)]  # one that changed nothing has no say
-    if not len(terms):
+    terms: list[Tensor] = [each for each in weighted(deltas, weight) if each.any()]  # the others have no say
+    if not terms:
         return torch.zeros_like(deltas[0])
-    columns, first = terms.shape[2], terms[0]
-    ridge = float(omega) / columns * torch.eye(columns, dtype=terms.dtype, device=terms.device)
-    together, beside = torch.zeros_like(ridge), torch.zeros_like(first)
+    first = terms[0]
+    columns = first.shape[1]
+    together, beside = first.new_zeros(columns, columns), torch.zeros_like(first)
     for term in terms:
-        importance = term.T @ term / term.square().sum() + ridge
+        importance = (term.T @ term).div_(term.square().sum())
+        importance.diagonal().add_(float(omega) / columns)
         together += importance
         beside += (term - first) @ importance
     # from the first on, so that equal task vectors come back bit for bit
