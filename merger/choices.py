@@ -159,4 +159,6 @@ def _keys(name: str, given: Mapping[str, Any], path: KeyPath) -> set[str]:
         return parameter_names(name)
     if path[0] == "score":  # written as {name: {parameter: value}}
         return {each.rstrip("_") for each in parameters(SCORES[next(iter(given["score"]))].function)}
+    if path[0] == "inner":
+        return parameter_names(next(iter(given["inner"])))
     return set(Pinned.model_fields)

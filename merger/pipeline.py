@@ -66,13 +66,15 @@ class Slice:
 
 
 def expand(chosen: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
-    """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself."""
+    """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself or of what it names."""
     entry = entry_of(chosen.func)
-    if entry.kind != "method":
+    stages: list[Stage] | None = entry.elsewhere(kind, **chosen.keywords)
+    if stages is None and entry.kind != "method":
         return [chosen]
-    known = {"kind": kind, "experts": tuple(experts)}
-    stages: list[Stage] = chosen(**{name: known[name] for name in supplied(chosen.func)})
-    return stages
+    if stages is None:
+        known = {"kind": kind, "experts": tuple(experts)}
+        stages = chosen(**{name: known[name] for name in supplied(chosen.func)})
+    return [each for stage in stages for each in expand(stage, kind, experts)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Bound:
     entry: Entry
     values: dict[str, Any]
     score: Bound | None = None
+    inner: tuple[Bound, ...] = ()
 
     @property
     def takes(self) -> Takes:
@@ -91,8 +94,8 @@ class Bound:
     @property
     def calibrated(self) -> bool:
         """Whether this stage looks at what enters the layer."""
-        score = self.score is not None and self.score.calibrated
-        return score or self.entry.calibrated(**self.values)
+        within = [*self.inner, *([] if self.score is None else [self.score])]
+        return any(each.calibrated for each in within) or self.entry.calibrated(**self.values)
 
     @property
     def gram(self) -> bool:
@@ -123,26 +126,60 @@ def bind(stage: Stage, place: Place) -> Bound:
         values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
         entry.check(**values)
-    named = values.pop("score", None)
+    named, inner = values.pop("score", None), values.pop("inner", None)
     score = None if named is None else bind(named, place)
     if score is not None and score.calibrated and values.get("scope") == "global":
         raise ValueError(
             f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
             "so its scores of different tensors share no scale; write scope: tensor"
         )
-    return Bound(entry, values, score)
+    return Bound(entry, values, score, () if inner is None else _bind_inner(inner, place))
+
+
+def _bind_inner(inner: Stage, place: Place) -> tuple[Bound, ...]:
+    """The stages of a method that merges a matrix in directions of its own; ValueError if one cannot."""
+    stages = tuple(bind(each, place) for each in expand(inner, "linear", place.experts))
+    for stage in stages:
+        if "base" in supplied(stage.entry.function):
+            raise ValueError(
+                f"inner: {stage.entry.name} looks at the base's weights, which are not among the directions of the "
+                "task vectors; mean, sum or ties do not"
+            )
+        if stage.values.get("scope") == "global":
+            raise ValueError("inner: scope: global would rank matrices whose directions differ; write scope: tensor")
+    return stages
 
 
 def flow(stages: Sequence[Bound], part: Slice, subject: Subject) -> Flow[Tensor]:
     """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger)."""
-    known = _supplies(part, subject)
-    deltas = part.deltas
+    return (yield from _through(stages, part.deltas, _supplies(part, subject)))
+
+
+def _through(stages: Sequence[Bound], deltas: Tensor, known: Mapping[str, Any]) -> Flow[Tensor]:
     for stage in stages:
-        known["deltas"] = deltas
+        given = {**known, "deltas": deltas, "inside": partial(_inside, stage.inner, known)}
         if stage.score is not None:
-            known["scores"] = yield from _call(stage.score, known)
-        deltas = yield from _call(stage, known)
+            given["scores"] = yield from _call(stage.score, given)
+        deltas = yield from _call(stage, given)
     return deltas
+
+
+def _inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -> Flow[Tensor]:
+    """Runs an inner method on the whole of other task vectors [k r' c], r' <= r: a share is one of theirs."""
+    rows = deltas.shape[1]
+
+    def uniform(purpose: str, *, double: bool = False) -> Tensor:
+        drawn: Tensor = known["uniform"](purpose, double=double)
+        return drawn[:, :rows]
+
+    running = _through(stages, deltas, {**known, "originals": deltas, "uniform": uniform})
+    try:
+        question = next(running)
+        while True:
+            question = running.send(deltas[0].numel() if isinstance(question, Size) else (yield question))
+    except StopIteration as done:
+        merged: Tensor = done.value
+        return merged
 
 
 def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
@@ -163,18 +200,23 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
         "second_moment": _by_feature(inputs.second_moment, subject, rows),
         "gram": inputs.gram,
         "mean_input": _by_feature(inputs.mean, subject, rows),
+        "reached": None if inputs.second_moment is None else _reached(inputs.second_moment).unsqueeze(-1),
         "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
         "kind": subject.kind,
         "experts": subject.place.experts,
     }
 
 
+def _reached(values: Tensor) -> Tensor:
+    """Which experts have inputs to this matrix at all, [k 1]: none, where no token was routed to a packed expert."""
+    return (values != 0).any(1, keepdim=True)
+
+
 def _by_feature(values: Tensor | None, subject: Subject, rows: slice) -> Tensor | None:
     """A value per in-feature as [k 1 c]; [k r 1] where the tensor is stored, and seen, as [in, out]."""
     if values is None:
         return None
-    never_reached = (values == 0).all(1, keepdim=True)  # a packed expert that no token was routed to
-    values = values.masked_fill(never_reached, 1)
+    values = values.masked_fill(~_reached(values), 1)
     if subject.kind == "conv1d" and not subject.transposed:
         return values[:, rows].unsqueeze(-1)
     return values.unsqueeze(1)

@@ -183,8 +183,8 @@ def inputs_of(
     if len(moments) == len(means) == len(known):
         several = [each.gram for each in known if each.gram is not None]
         gram = torch.stack(several).to(device) if len(several) == len(known) else None
-        reached = torch.stack(moments) if tensor.gram else _reached(moments, tensor, part, notice)
-        return Inputs(reached.to(device), torch.stack(means).to(device), gram)
+        _tell_unreached(moments, tensor, part, notice)
+        return Inputs(torch.stack(moments).to(device), torch.stack(means).to(device), gram)
     if len(shares) == len(known):
         return Inputs(token_share=torch.stack([share[: part.rows] for share in shares]).to(device))
     return Inputs()
@@ -199,12 +199,11 @@ def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
     return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
 
 
-def _reached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, notice: Callable[[str], None]) -> Tensor:
-    """The second moments; all ones, which scores by magnitude, where no token got there (methods.md 2.1)."""
+def _tell_unreached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, notice: Callable[[str], None]) -> None:
+    """Tells of experts whose text sent no token here; a stage is told by `reached` (methods.md 2.1)."""
     silent = [name for name, each in zip(tensor.place.experts, moments, strict=True) if not each.any()]
     if silent:
-        notice(f"{part.name}: no input ever reached it in {', '.join(silent)}; its changes are judged by magnitude")
-    return torch.stack([each if each.any() else torch.ones_like(each) for each in moments])
+        notice(f"{part.name}: no input ever reached it in {', '.join(silent)}; its changes are judged without it")
 
 
 def origin(paths: Mapping[str, Path]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_gram_matrices_are_made_from_text_so_statistics_files_do_not_do(place):
 
 def test_a_ranking_of_the_whole_model_cannot_stand_before_a_regression(place):
     with pytest.raises(RecipeError, match="Gram matrices come block by block"):
-        recipe(place, None, pipeline=[{"magnitude": {"density": 0.5, "scope": "global"}}, "regression"])
+        recipe(place, None, pipeline=[{"magnitude": {"density": 0.5, "scope": "global"}}, "regmean"])
 
 
 def test_there_is_nothing_to_calibrate_where_nothing_is_kept(place):

@@ -173,7 +173,11 @@ def test_experts_equal_to_the_base_give_the_base(name, data):
     assert_same(untrained.merged(), case.base)
 
 
-@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if "lambda_" in parameters(e.function)])
+AROUND_THE_MEAN = {"cart"}  # whose lambda scales what is added to the mean of the models
+WITH_LAMBDA = [n for n, e in ENTRIES.items() if "lambda_" in parameters(e.function) and n not in AROUND_THE_MEAN]
+
+
+@pytest.mark.parametrize("name", WITH_LAMBDA)
 @given(st.data())
 def test_a_lambda_of_zero_gives_the_base(name, data):
     case = data.draw(cases(name, {"lambda": 0}, base=ODD))
