@@ -121,15 +121,25 @@ def bind(stage: Stage, place: Place) -> Bound:
     return Bound(entry, values, None if score is None else bind(score, place))
 
 
-def flow(stages: Sequence[Bound], part: Slice, subject: Subject) -> Flow[Tensor]:
-    """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger)."""
+def unseen(i: int, deltas: Tensor) -> None:
+    """Looks at nothing."""
+
+
+def flow(
+    stages: Sequence[Bound], part: Slice, subject: Subject, look: Callable[[int, Tensor], None] = unseen
+) -> Flow[Tensor]:
+    """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger).
+
+    ``look`` is shown what stage i leaves, once more each time the flow is started again.
+    """
     known = _supplies(part, subject)
     deltas = part.deltas
-    for stage in stages:
+    for i, stage in enumerate(stages):
         known["deltas"] = deltas
         if stage.score is not None:
             known["scores"] = yield from _call(stage.score, known)
         deltas = yield from _call(stage, known)
+        look(i, deltas)
     return deltas
 
 
