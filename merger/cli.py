@@ -139,16 +139,19 @@ def inspect(
     from merger.inspection import conditions, tables
 
     wanted = [conditions.parse(text) for text in fail_if]
+    if overrides and (base is not None or what.is_dir()):
+        raise RecipeError(f"--set changes a recipe, and {what} is none")
     size = _size(max_memory)
     with _progress_bar(quiet) as (progress, notice):
-        common: dict[str, Any] = {"max_memory": size, "offline": offline, "progress": progress, "notice": notice}
+        common: dict[str, Any] = {"max_memory": size, "progress": progress, "notice": notice}
         if base is not None:
-            seen = inspection.inspect_model(str(what), base, **common)
+            seen = inspection.inspect_model(str(what), base, offline=offline, **common)
         elif what.is_dir():
             seen = inspection.inspect_merge(what, inputs=inputs, **common)
         else:
-            loaded = _load(what, overrides)
-            seen = inspection.inspect(loaded, device=device, trust_remote_code=trust_remote_code, **common)
+            seen = inspection.inspect(
+                _load(what, overrides), device=device, offline=offline, trust_remote_code=trust_remote_code, **common
+            )
     if as_json:
         print(json.dumps(seen.as_json()))
     else:

@@ -83,14 +83,14 @@ def inspect_merge(
     *,
     inputs: Path | None = None,
     max_memory: int | None = None,
-    offline: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Looks at a finished merge: what each input's share of every layer is, told from the weights.
 
     ``inputs`` is what relative paths of its recipe start at, by default where its own output path says.
-    Where an input is gone or another one by now, only what the manifest says is told, and why.
+    Where an input is gone or another one by now, only what the manifest says is told, and why. Nothing is
+    downloaded: what came from the Hub is looked for in its cache.
     """
     record = manifests.read(folder)
     made, experts = manifests.summary(record), list(record["recipe"]["experts"])
@@ -98,22 +98,26 @@ def inspect_merge(
     base = made["inputs"]["base"]
     say = notice or _silent
     label = manifests.unlike("merged", experts)
+    known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made)
     try:
-        plan = make_plan(manifests.beside(record, folder, label, inputs), offline=offline, headers_only=False)
+        plan = make_plan(manifests.beside(record, folder, label, inputs), offline=True, headers_only=False)
     except (CheckpointError, RecipeError) as error:
-        why = f"the inputs cannot be compared: {error}"
-        say(why)
-        return Inspection(FORMAT, "merge", base, experts, [], [], copied, [why], made)
+        return _told(known, f"shares cannot be told from the weights: {error}; --inputs says where they are", say)
     try:
         changed = manifests.changed(record, plan)
-        if changed:
-            say(changed)
-            return Inspection(FORMAT, "merge", base, experts, [], [], copied, [changed], made)
+        if changed is not None:
+            return _told(known, changed, say)
         walk = Walk(plan, Machine.of("cpu", max_memory, plan), {}, notice=say, progress=progress or _silent)
         seen = _seen(walk, partial(finished, plan.models[label]), "merge", base, experts)
         return replace(seen, made=made, copied=copied)
     finally:
         plan.close()
+
+
+def _told(known: Inspection, why: str, notice: Callable[[str], None]) -> Inspection:
+    """What is known without the weights, and why they were not looked at."""
+    notice(why)
+    return replace(known, notes=[why])
 
 
 def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str]) -> Inspection:

@@ -49,21 +49,42 @@ def copied(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def beside(record: Mapping[str, Any], folder: Path, label: str, inputs: Path | None) -> Recipe:
-    """A recipe that reads the merge in ``folder`` as one more expert of its own base, under the name ``label``."""
+    """A recipe that reads the merge in ``folder`` as one more expert of its own base, under the name ``label``.
+
+    Local inputs are looked for from the folder ``inputs`` on, or from where the merge's own recipe lay.
+    """
     made = record["recipe"]
-    experts = {name: {k: v for k, v in each.items() if k != "weight"} for name, each in made["experts"].items()}
+    start = inputs or _recipe_folder(folder.resolve(), made["output"]["path"])
+    sources = {name: _source(name, each, start) for name, each in record["inputs"].items()}
     return Recipe.parse(
         {
-            "base": made["base"],
-            "experts": {**experts, label: str(folder.resolve())},
+            "base": sources.pop("base"),
+            "experts": {**sources, label: str(folder.resolve())},
             "method": "linear",
             "rules": [rule for rule in made["rules"] if "use" in rule],
             "missing": made["missing"],
             "extra_rows": made["extra_rows"],
             "output": {"path": "nowhere"},
-        },
-        inputs or _recipe_folder(folder.resolve(), made["output"]["path"]),
+        }
     )
+
+
+def _source(label: str, said: Mapping[str, Any], start: Path) -> dict[str, str]:
+    """An input as a recipe names it."""
+    found = {"model": _place(label, said["source"], said.get("commit"), start)}
+    if "adapter" in said:
+        found["adapter"] = _place(label, said["adapter source"], said["adapter"].get("commit"), start)
+    return found
+
+
+def _place(label: str, source: str, commit: str | None, start: Path) -> str:
+    """A folder, or the very commit of a Hub repository that was merged; CheckpointError if there is no such folder."""
+    if commit is not None:
+        return f"{source.partition('@')[0]}@{commit}"
+    path = (start / Path(source).expanduser()).resolve()
+    if not path.is_dir():
+        raise CheckpointError(f"{label}: there is no folder {path}")
+    return str(path)
 
 
 def _recipe_folder(folder: Path, output: str) -> Path:
