@@ -122,6 +122,10 @@ def inspect(
         list[str],
         typer.Option("--fail-if", metavar="CONDITION", help="Exit with 1 where it holds, as in 'overlap > 0.3'."),
     ] = [],  # noqa: B006
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the same as one page for a browser.")] = None,
+    tensor: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Map in the page where this tensor keeps its weights.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Show every layer, not only the first dozen.")] = False,
     inputs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the relative paths of a finished merge start.")
@@ -136,22 +140,26 @@ def inspect(
 ) -> None:
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
-    from merger.inspection import conditions, tables
+    from merger.inspection import conditions, page, tables
 
     wanted = [conditions.parse(text) for text in fail_if]
     if overrides and (base is not None or what.is_dir()):
         raise RecipeError(f"--set changes a recipe, and {what} is none")
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise RecipeError(f"--html {html}: expected a file in a folder that is there")
     size = _size(max_memory)
     with _progress_bar(quiet) as (progress, notice):
         common: dict[str, Any] = {"max_memory": size, "progress": progress, "notice": notice}
         if base is not None:
-            seen = inspection.inspect_model(str(what), base, offline=offline, **common)
+            seen = inspection.inspect_model(str(what), base, picture=tensor, offline=offline, **common)
         elif what.is_dir():
-            seen = inspection.inspect_merge(what, inputs=inputs, **common)
+            seen = inspection.inspect_merge(what, inputs=inputs, picture=tensor, **common)
         else:
-            seen = inspection.inspect(
-                _load(what, overrides), device=device, offline=offline, trust_remote_code=trust_remote_code, **common
-            )
+            loaded = _load(what, overrides)
+            common |= {"offline": offline, "device": device, "trust_remote_code": trust_remote_code}
+            seen = inspection.inspect(loaded, picture=tensor, **common)
+    if html is not None:
+        html.write_text(page.page(seen), encoding="utf-8")
     if as_json:
         print(json.dumps(seen.as_json()))
     else:

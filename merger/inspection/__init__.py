@@ -82,6 +82,7 @@ def inspect_merge(
     folder: Path,
     *,
     inputs: Path | None = None,
+    picture: str | None = None,
     max_memory: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -107,7 +108,14 @@ def inspect_merge(
         changed = manifests.changed(record, plan)
         if changed is not None:
             return _told(known, changed, say)
-        walk = Walk(plan, Machine.of("cpu", max_memory, plan), {}, notice=say, progress=progress or _silent)
+        walk = Walk(
+            plan,
+            Machine.of("cpu", max_memory, plan),
+            {},
+            notice=say,
+            progress=progress or _silent,
+            picture=_found(picture, plan),
+        )
         seen = _seen(walk, partial(finished, plan.models[label]), "merge", base, experts)
         return replace(seen, made=made, copied=copied)
     finally:

@@ -59,7 +59,7 @@ def _print_experts(view: View, console: Console) -> None:
     table = _table(f"expert ({view.name})", "density", "norm", "uneven rows", "uneven columns")
     for name, density in facts.density.items():
         uneven = f"{facts.uneven_rows[name]:.3f}", f"{facts.uneven_columns[name]:.3f}"
-        _row(table, name, _heat(density, 1), _number(facts.norm[name]), *uneven)
+        _row(table, name, _heat(density, 1), number(facts.norm[name]), *uneven)
     console.print(table)
 
 
@@ -98,34 +98,35 @@ def _print_groups(view: View, title: str, groups: Mapping[str, Facts | Merged], 
     most = {heading: max(each[heading] for each in columns.values()) for heading in headings}
     table = _table(f"{title} ({view.name})", *headings)
     worst = sorted(columns, key=lambda name: -columns[name][headings[0]])
-    short = _short(worst)
+    short = shortened(worst)
     for name in worst if every else worst[:ROWS]:
         heats = [_heat(columns[name][heading], most[heading]) for heading in headings[:3]]
-        _row(table, short[name], *heats, *(_number(columns[name][heading]) for heading in headings[3:]))
+        _row(table, short[name], *heats, *(number(columns[name][heading]) for heading in headings[3:]))
     console.print(table)
     if not every and len(worst) > ROWS:
         console.print(f"... and {len(worst) - ROWS} more; --all shows them", markup=False)
 
 
-def _short(names: Iterable[str]) -> dict[str, str]:
+def shortened(names: Iterable[str]) -> dict[str, str]:
     """Names without the first part that all of them share, and without .weight."""
-    firsts = {name.partition(".")[0] for name in names}
+    short = {name: name.removesuffix(".weight") for name in names}
+    firsts = {each.partition(".")[0] if "." in each else "" for each in short.values()}
     prefix = f"{firsts.pop()}." if len(firsts) == 1 else ""
-    return {name: name.removeprefix(prefix).removesuffix(".weight") for name in names}
+    return {name: each.removeprefix(prefix) for name, each in short.items()}
 
 
 def _columns(facts: Facts | Merged) -> dict[str, float]:
     """What a table by layer shows: what it is sorted by comes first, and the first three have bars."""
     if isinstance(facts, Merged):
         return {"blend": facts.blend, "base": facts.at_base, **facts.at_expert}
-    density, norm, uneven = (_most(each) for each in (facts.density, facts.norm, facts.uneven_rows))
+    density, norm, uneven = (most(each) for each in (facts.density, facts.norm, facts.uneven_rows))
     if len(facts.norm) == 1:
         return {"norm": norm, "density": density, "uneven rows": uneven}
-    conflict = _most(facts.sign_conflict)
-    return {"overlap": _most(facts.overlap), "conflict": conflict, "density": density, "norm": norm, "uneven": uneven}
+    conflict = most(facts.sign_conflict)
+    return {"overlap": most(facts.overlap), "conflict": conflict, "density": density, "norm": norm, "uneven": uneven}
 
 
-def _most(value: Any) -> float:
+def most(value: Any) -> float:
     """The largest number of a fact."""
     return max((number for _, number in numbers(value)), default=0.0)
 
@@ -133,7 +134,8 @@ def _most(value: Any) -> float:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits behind the point, as long as there are few before it."""
     return f"{value:.3f}" if value < 10 else f"{value:.4g}"
 
 
@@ -144,7 +146,7 @@ def _heat(value: float, most: float) -> Text:
     eighths = round(max(0.0, min(1.0, value / most if most else 0)) * BAR * 8)
     full, rest = divmod(eighths, 8)
     bar = "█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")
-    return Text.assemble(_number(value), " ", (bar.ljust(BAR), "cyan"))
+    return Text.assemble(number(value), " ", (bar.ljust(BAR), "cyan"))
 
 
 def _table(*headings: str) -> Any:
