@@ -99,7 +99,7 @@ def test_the_strongest_colour_is_the_greatest_value_and_the_weakest_the_least(se
 
 def test_text_is_light_where_the_ground_is_deep_and_only_there(seen):
     for deep, value in re.findall(r'class="heat( deep)?" style="--v:([\d.]+)"', page(seen)):
-        assert bool(deep) == (float(value) > 0.5)
+        assert bool(deep) == (float(value) > 0.6)
 
 
 def test_a_picture_paints_every_piece_once(seen):

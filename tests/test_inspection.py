@@ -244,6 +244,12 @@ def test_the_merged_vector_is_compared_with_those_it_came_from(models, recipe):
 # --- what the papers say --------------------------------------------------------------------------
 
 
+def test_overlap_is_the_shared_part_of_the_first_and_jaccard_of_both():
+    found = facts(vectors(torch.tensor([[[1.0, 1, 0, 1]], [[0, 1, 1, 1]], [[0, 0, 0, 1]]])), ("a", "b", "c"))
+    assert (found.overlap["a"]["b"], found.jaccard["a"]["b"]) == (pytest.approx(2 / 3), 0.5)
+    assert (found.overlap["a"]["c"], found.overlap["c"]["a"]) == (pytest.approx(1 / 3), 1)
+
+
 def test_random_masks_overlap_as_much_as_they_are_dense():
     kept = [torch.rand(1, 400, 500, generator=torch.Generator().manual_seed(k)) < 0.3 for k in range(2)]
     found = facts(vectors(torch.cat(kept).float()), ("a", "b"))

@@ -13,6 +13,9 @@ from typing import Any
 from merger.inspection.facts import ByPair, Facts, Inspection, Merged, Picture, View
 from merger.inspection.tables import most, number, shortened
 
+DEEP = 0.6
+"""From this share of the strongest colour on, light ink on it (dark ink in the dark) is the more legible."""
+
 LEVELS = 16
 """Shades of a picture: more cannot be told apart."""
 
@@ -32,7 +35,7 @@ STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1b1f; --faint: #5c5c66; --line: #d9d9e0;
   --low: #f3f6fb; --high: #08306b; --on-low: #1b1b1f; --on-high: #ffffff; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16161a; --ink: #ececf1; --faint: #a3a3ad; --line: #3a3a44;
-  --low: #24242b; --high: #ffd75e; --on-low: #ececf1; --on-high: #16161a; } }
+  --low: #1f1f25; --high: #e5ae45; --on-low: #ececf1; --on-high: #16161a; } }
 body { background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; max-width: 72rem;
   margin: 2rem auto; padding: 0 1rem; }
 h2 { border-top: 1px solid var(--line); padding-top: 1.2rem; margin-top: 2.2rem; }
@@ -169,7 +172,8 @@ def _by_layer(view: View, statistic: Statistic, *, opened: bool) -> str:
     alone = {layer: {name: find(next(iter(cells.values())))} for layer, cells in outside.items()}
     figures += [_heatmap(f"{name} outside the blocks", what, [name], alone, across=True)] if alone else []
     summary = f"<summary>{escape(name)} by layer</summary>"
-    return f"<details{' open' if opened else ''}>{summary}{''.join(figures)}</details>"
+    beside = f'<div class="beside">{"".join(figures)}</div>'
+    return f"<details{' open' if opened else ''}>{summary}{beside}</details>"
 
 
 def _by_size(layers: Iterable[Mapping[str, Facts | Merged]]) -> tuple[list[str], list[str]]:
@@ -210,7 +214,7 @@ def _cell(value: float | None, least: float, greatest: float) -> str:
     if value is None:
         return "<td></td>"
     share = (value - least) / (greatest - least) if greatest > least else 0.0
-    return f'<td class="heat{" deep" if share > 0.5 else ""}" style="--v:{share:.3f}">{number(value)}</td>'
+    return f'<td class="heat{" deep" if share > DEEP else ""}" style="--v:{share:.3f}">{number(value)}</td>'
 
 
 def _scale(least: float, greatest: float) -> str:
