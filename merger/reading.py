@@ -10,6 +10,8 @@ from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
+from merger.checkpoint.header import TORCH_NAMES
+from merger.copies import restored
 from merger.errors import CheckpointError
 from merger.machine import Machine, bytes_per_element, slice_rows
 from merger.ops import Flow, Question
@@ -97,6 +99,17 @@ class Reader:
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
         return stored, Slice(rows.start, base, deltas)
+
+
+def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:
+    """What is written for a merged delta [r c]: rounded once to the output's dtype, in the stored orientation.
+
+    A position that ends at an input's value has that input's bits.
+    """
+    base, deltas = piece.base, piece.deltas
+    if part.transposed:
+        base, deltas, delta = base.T, deltas.transpose(1, 2), delta.T
+    return restored(stored, base, deltas, delta, getattr(torch, TORCH_NAMES[tensor.info.dtype]))
 
 
 def _check_finite(tensor: TensorPlan, base: Tensor, deltas: Tensor) -> None:

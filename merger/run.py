@@ -19,7 +19,6 @@ from merger.checkpoint import manifest
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.header import TORCH_NAMES
 from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
-from merger.copies import restored
 from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
     SLICE,
@@ -34,7 +33,7 @@ from merger.ops import Flow, Question
 from merger.pipeline import Slice, Subject, flow, settle
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
-from merger.reading import Reader
+from merger.reading import Reader, rounded
 from merger.recipe import Recipe
 from merger.record import record_of
 from merger.statistics import Options, load, origin
@@ -226,15 +225,11 @@ class _Merge:
         return self.reader.visit(tensor, part, known, carry)
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
-        """Rounds once to the output's dtype and writes; what equals an input keeps that input's bits."""
-        dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
-        base, deltas, row = piece.base, piece.deltas, part.row + piece.row
-        if part.transposed:
-            base, deltas, delta, row = base.T, deltas.transpose(1, 2), delta.T, part.row
-        merged = restored(stored, base, deltas, delta, dtype)
+        """Rounds once to the output's dtype and writes."""
+        merged = rounded(tensor, part, stored, piece, delta)
         if not math.isfinite(merged.sum()) and not torch.isfinite(merged).all():
             raise _overflow(tensor)
-        self._write(tensor, row, merged)
+        self._write(tensor, part.row + (0 if part.transposed else piece.row), merged)
 
     def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
         data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data

@@ -69,6 +69,20 @@ def test_a_merges_task_vectors_are_those_of_its_experts(folder):
     assert seen.experts == ["code", "math"]
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "im", "della", "slerp"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_recipe_foretells_where_the_positions_of_its_merge_end(folder, method, dtype):
+    recipe = library.Recipe.load(
+        "recipe.yaml", [f"method={method}", "parameters={}", f"output.dtype={dtype}", "output.path=foretold"]
+    )
+    before = library.inspect(recipe).view("result")
+    library.merge(recipe)
+    after = library.inspect_merge(folder / "foretold").view("result")
+    assert {name: said(facts) for name, facts in before.tensors.items()} == {
+        name: said(facts) for name, facts in after.tensors.items()
+    }
+
+
 def test_what_a_merge_copied_is_named(folder):
     seen = library.inspect_merge(folder / MERGED)
     assert seen.copied["lm_head.weight"] == "math"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merger.machine
-from merger import Recipe, inspect, merge
+from merger import Recipe, inspect, inspect_merge, merge
 from merger.errors import RecipeError
 from merger.inspection.facts import facts
 from merger.inspection.measures import endings, kept_by_cell, kept_by_line, outcome, unevenness, vectors
@@ -210,6 +210,46 @@ def test_what_a_rule_copies_is_named_and_not_counted(recipe):
     seen = inspect(recipe("linear", rules=[{"tensors": "norm", "use": "code"}]))
     assert seen.copied["model.norm.weight"] == "code"
     assert "model.norm.weight" not in seen.view("task_vectors").tensors
+
+
+@pytest.fixture
+def other_forms(tmp_path):
+    """Models with a matrix stored [in, out] and with packed experts; their tensors, and a recipe by a pipeline."""
+    shapes = {"h.0.c_fc.weight": (4, 6), "h.0.c_fc.bias": (6,), "h.0.experts.up.weight": (3, 4, 5)}
+    tensors = {}
+    for seed, name in enumerate(("base", *EXPERTS)):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {each: torch.randn(shape, generator=generator) for each, shape in shapes.items()}
+        if name == "code":
+            drawn["h.0.c_fc.weight"][0] = tensors["base"]["h.0.c_fc.weight"][0]  # no neuron's first input changes
+        tensors[name] = drawn
+        save(tmp_path / name, tensors[name], {"model_type": "gpt2"})
+    pipeline = [{"top": {"density": 0.5, "scope": "row"}}, "sum"]
+    named = {name: name for name in EXPERTS}
+    written = {"base": "base", "experts": named, "pipeline": pipeline, "output": {"path": "out"}}
+    return tensors, Recipe.parse(written, tmp_path)
+
+
+def test_rows_are_those_of_a_neuron_however_it_is_stored(other_forms):
+    _, made = other_forms
+    found = inspect(made).view("top").tensors["h.0.c_fc.weight"]
+    assert found.uneven_rows == dict.fromkeys(EXPERTS, 0)  # 2 of each neuron's 4 inputs
+    assert all(value > 0 for value in found.uneven_columns.values())
+    merge(made)
+    foretold, found = inspect(made), inspect_merge(made.folder / "out")  # which looks at it as it is stored
+    one, other = (seen.view("task_vectors").tensors["h.0.c_fc.weight"] for seen in (foretold, found))
+    assert flattened(one) == pytest.approx(flattened(other))
+    one, other = (seen.view("result").tensors["h.0.c_fc.weight"] for seen in (foretold, found))
+    assert flattened(one) == pytest.approx(flattened(other), rel=1e-6)
+
+
+def test_packed_experts_add_up_to_their_tensor(other_forms):
+    tensors, made = other_forms
+    name = "h.0.experts.up.weight"
+    found = inspect(made).view("task_vectors").tensors[name]
+    agree(found, [[each] for each in deltas(tensors, name)])
+    seen = inspect(made, picture=name).pictures[0]
+    assert (seen.tensor, len(seen.density["code"]), len(seen.density["code"][0])) == (f"{name}[0]", 4, 5)
 
 
 # --- what comes of it -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from merger.machine import Machine, tuned
 from merger.ops import Flow, Question
 from merger.pipeline import Slice, Subject, flow, settle
 from merger.planning import Part, Plan, TensorPlan
-from merger.reading import Reader
+from merger.reading import Reader, rounded
 from merger.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -62,7 +62,12 @@ class Walk:
         self.plan, self.machine, self.statistics = plan, machine, statistics
         self.notice, self.tell = notice, progress
         self.picture = picture
-        self.work = [(t, part, Tally(part, t.name == picture)) for t in plan.tensors if t.stages for part in t.parts]
+        self.work = [
+            (tensor, part, Tally(part, tensor.kind, tensor.name == picture))
+            for tensor in plan.tensors
+            if tensor.stages
+            for part in tensor.parts
+        ]
         self.lock = Lock()
         self.done_bytes = 0
         self.total_bytes = sum(plan.bytes_of(t, part.rows * part.columns) for t, part, _ in self.work)
@@ -115,8 +120,9 @@ class Walk:
 class Tally:
     """What was counted of one part, by view: whole numbers added as they come, others in the order of slices."""
 
-    def __init__(self, part: Part, pictured: bool) -> None:
+    def __init__(self, part: Part, kind: str, pictured: bool) -> None:
         self.part = part
+        self.lying = kind == "conv1d" and not part.transposed  # its rows are what others have as columns
         self.pictured = pictured
         self.sums: dict[Key, Vectors | Outcome] = {}
         self.cells: dict[Key, Tensor] = {}
@@ -160,7 +166,8 @@ class Tally:
             return total
         kept = torch.tensor(total.both).diagonal()
         uneven = (unevenness(by_row, rows, kept), unevenness(by_column, columns, kept))
-        weighted = tuple(tuple((each * total.elements).tolist()) for each in uneven)
+        in_order = uneven[::-1] if self.lying else uneven
+        weighted = tuple(tuple((each * total.elements).tolist()) for each in in_order)
         return replace(total, uneven=weighted, in_matrices=total.elements)
 
     def cells_hold(self) -> Tensor:
@@ -189,9 +196,13 @@ def between_stages(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slic
     def look(i: int, deltas: Tensor) -> None:
         if deltas.dim() == 3:
             tally.experts((*keys[i], "experts"), piece.row, deltas)
-        else:
+            return
+        if i + 1 < len(keys):
             ends = endings(deltas, torch.zeros_like(deltas), piece.deltas)
-            tally.merged((*keys[i], "merged"), piece.row, deltas, piece.deltas, ends)
+        else:
+            written = rounded(tensor, tally.part, stored, piece, deltas)
+            ends = endings(written, *_inputs(stored, written.dtype))
+        tally.merged((*keys[i], "merged"), piece.row, deltas, piece.deltas, ends)
 
     yield from flow(tensor.stages, piece, subject, look)
 
@@ -206,11 +217,16 @@ def finished(
     merge: Checkpoint, tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject
 ) -> Flow[None]:
     """The task vectors, and beside them a finished ``merge``, which is the last of the experts."""
-    *inputs, merged = stored.to(merge.dtype(tensor.name))
-    ends = endings(merged, inputs[0], torch.stack(inputs[1:]))
+    dtype = merge.dtype(tensor.name)
+    ends = endings(stored[-1].to(dtype), *_inputs(stored[:-1], dtype))
     tally.experts(((-1, -1), TASK_VECTORS, "experts"), piece.row, piece.deltas[:-1])
     tally.merged((_LAST, RESULT, "merged"), piece.row, piece.deltas[-1], piece.deltas[:-1], ends)
     yield from ()
+
+
+def _inputs(stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Base and experts as a merge in this dtype would copy them."""
+    return stored[0].to(dtype), stored[1:].to(dtype)
 
 
 _LAST = (10**6, 0)
