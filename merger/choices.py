@@ -119,6 +119,8 @@ def _sequence_faults(
                 for b in bounds
                 if b.entry.experts not in (None, len(experts))
             ]
+            if any(bound.gram for bound in bounds) and any(s.keywords.get("scope") == "global" for s in expanded):
+                found.append("scope: global ranks the whole model at once, but Gram matrices come block by block")
             found += [
                 f"scope: global ranks the whole model at once, so {name} cannot vary over depth"
                 for stage in expanded

@@ -25,7 +25,7 @@ It decides no byte of the output, except in the last bit of float sums over a te
 and l2 norms), so it is a constant and not an option.
 """
 
-HOLD = 256 << 20
+HOLD = 512 << 20
 """Bytes of one tensor's unfinished slices that stay in memory between two questions, unless capped."""
 
 
@@ -84,6 +84,11 @@ def memory_needed(plan: Plan, workers: int) -> int:
 def bytes_per_element(experts: int) -> int:
     """What one element takes while it is worked on: stored values, deltas, scores, keys and masks."""
     return 12 + experts * 18
+
+
+def bytes_held(experts: int) -> int:
+    """What one element takes between two questions: stored values, base, deltas and scores."""
+    return 8 + experts * 12
 
 
 def _slice_elements(tensor: TensorPlan, part: Part) -> int:

@@ -34,6 +34,7 @@ class Inputs:
 
     second_moment: Tensor | None = None  # [k c]
     mean: Tensor | None = None  # [k c]
+    gram: Tensor | None = None  # [k c c]
     token_share: Tensor | None = None  # [k r], for an embedding
 
 
@@ -92,6 +93,11 @@ class Bound:
         """Whether this stage looks at what enters the layer."""
         score = self.score is not None and self.score.calibrated
         return score or self.entry.calibrated(**self.values)
+
+    @property
+    def gram(self) -> bool:
+        """Whether this stage takes the Gram matrices of what enters the layer."""
+        return "gram" in supplied(self.entry.function)
 
     @property
     def align(self) -> int:
@@ -159,6 +165,7 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
         "originals": part.deltas,
         "uniform": partial(_draw, part, subject),
         "second_moment": _by_feature(inputs.second_moment, subject, rows),
+        "gram": inputs.gram,
         "mean_input": _by_feature(inputs.mean, subject, rows),
         "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
         "kind": subject.kind,
@@ -237,6 +244,8 @@ def run(
             return None
         if hold:
             held[i] = running, len(answers)
+        if isinstance(question, Sum | Before):
+            question.value  # noqa: B018 - computed here, where slices run side by side
         return question
 
     while True:
@@ -246,7 +255,7 @@ def run(
         outside = None
         if question.scope == "global":
             if used == len(known):
-                return replace(question, value=total)
+                return replace(question, of=total)
             outside, used = known[used], used + 1
         answers.append(_answer(question, total, before, outside))
 
@@ -264,10 +273,11 @@ def _sum(questions: Iterable[Question | None]) -> tuple[Sum | Before | None, Any
     return asked, total, before
 
 
-def _answer(question: Question, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
+def _answer(question: Sum | Before, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
     if isinstance(question, Before):
         return lambda i: before[i] + (0 if outside is None else outside)
-    return lambda i: total if outside is None else outside
+    answer = question.answer(total if outside is None else outside)
+    return lambda i: answer
 
 
 def settle(

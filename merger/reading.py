@@ -13,7 +13,7 @@ from merger._lazy import torch
 from merger.checkpoint.header import TORCH_NAMES
 from merger.copies import restored
 from merger.errors import CheckpointError
-from merger.machine import Machine, bytes_per_element, slice_rows
+from merger.machine import Machine, bytes_held, slice_rows
 from merger.ops import Flow, Question
 from merger.pipeline import Mapper, Sizes, Slice, Subject, run
 from merger.planning import Part, Plan, TensorPlan
@@ -60,7 +60,7 @@ class Reader:
         step = slice_rows(tensor, part)
         count = -(-part.rows // step) if part.columns else 0
         elements = part.rows * part.columns
-        hold = count == 1 or elements * bytes_per_element(len(self.plan.models) - 1) <= self.machine.hold
+        hold = count == 1 or elements * bytes_held(len(self.plan.models) - 1) <= self.machine.hold
 
         def start(j: int) -> Flow[None]:
             stored, piece = self._read(tensor, part, range(j * step, min((j + 1) * step, part.rows)))

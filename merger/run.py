@@ -36,7 +36,7 @@ from merger.planning import plan as make_plan
 from merger.reading import Reader, rounded
 from merger.recipe import Recipe
 from merger.record import record_of
-from merger.statistics import Options, load, origin
+from merger.statistics import Options, Statistics, grams, load, origin
 from merger.statistics import calibrate as statistics_files
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ Progress = Callable[[str, int, int], None]
 
 ``merging`` counts bytes of input, ``calibrating NAME`` forward passes of a batch through a block.
 """
+
+
+Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
+"""Tensors that take Gram matrices, and these, as `grams` gives them."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,9 @@ def merge(
         machine = Machine.of(device, max_memory, plan)
         tell, say = progress or _silent, notice or _silent
         options = Options(machine.device, max_memory, trust_remote_code)
-        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.calibrated else {}
-        return _Merge(plan, machine, output, paths, tell, say).run(began, force=force)
+        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
+        blocks = grams(plan, options, notice=say, progress=tell)
+        return _Merge(plan, machine, output, paths, tell, say).run(blocks, began, force=force)
     finally:
         plan.close()
 
@@ -117,8 +122,8 @@ def calibrate(
     """
     plan = make_plan(recipe, offline=offline, headers_only=False)
     try:
-        if not plan.calibrated:
-            raise RecipeError("no stage of this recipe looks at layer inputs, so there is nothing to calibrate")
+        if not plan.needs_statistics:
+            raise RecipeError("no stage of this recipe needs statistics that are kept: there is nothing to calibrate")
         options = Options(Machine.of(device, max_memory, plan).device, max_memory, trust_remote_code)
         paths = statistics_files(plan, options, notice=notice or _silent, progress=progress or _silent)
     finally:
@@ -153,15 +158,14 @@ class _Merge:
         self.tell = progress
         self.notes = list(plan.notes)
         self.notice = notice
-        self.statistics = load(plan, statistics)
+        self.statistics: Mapping[str, Statistics] = load(plan, statistics)
         self.statistics_origin = origin(statistics)
-        self.work = [(tensor, part) for tensor in plan.tensors for part in tensor.parts]
         self.twins = {tensor.tied_to: tensor.name for tensor in plan.tensors if tensor.tied_to is not None}
-        self.left = Counter(tensor.name for tensor, _ in self.work)
+        self.left = {tensor.name: len(tensor.parts) for tensor in plan.tensors}
         self.lock = Lock()
         self.done_bytes, self.total_bytes = 0, plan.bytes_read
 
-    def run(self, began: float, *, force: bool) -> Result:
+    def run(self, blocks: Blocks, began: float, *, force: bool) -> Result:
         infos = {tensor.name: tensor.info for tensor in self.plan.tensors}
         shards = layout(list(infos.items()), self.plan.recipe.output.shard_size)
         for note in self.notes:
@@ -170,18 +174,18 @@ class _Merge:
         try:
             self.writer.open()
             with (
-                tuned(),
-                ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices,
+                ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
                 ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
                 ThreadPoolExecutor(1, "merger-input") as hashing,
             ):
-                self.reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, slices))
                 inputs = self._hash_inputs(hashing)
                 try:
-                    settle([t.group for t, _ in self.work], self._visit, partial(_map, tensors))
+                    self._settle(tensors, [tensor for tensor in self.plan.tensors if not tensor.gram])
+                    for ready, self.statistics in blocks:
+                        self._settle(tensors, ready)
                     self._write_side_files(inputs)
                 except BaseException:
-                    for pool in (tensors, slices, hashing):
+                    for pool in (tensors, self.slices, hashing):
                         pool.shutdown(wait=False, cancel_futures=True)
                     raise
             self.writer.finish(force=force)
@@ -192,10 +196,19 @@ class _Merge:
 
     # --- one tensor ---
 
-    def _visit(self, i: int, known: Sequence[Any]) -> Question | None:
-        tensor, part = self.work[i]
+    def _settle(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
+        work = [(tensor, part) for tensor in tensors for part in tensor.parts]
+        reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
+        with tuned():
+            settle(
+                [tensor.group for tensor, _ in work],
+                lambda i, known: self._visit(reader, *work[i], known),
+                partial(_map, pool),
+            )
+
+    def _visit(self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
         size = self.plan.bytes_of(tensor, part.rows * part.columns)
-        question = self._merge(tensor, part, known) if tensor.stages else None
+        question = self._merge(reader, tensor, part, known) if tensor.stages else None
         if not tensor.stages:
             self._copy(tensor, part)
         self._count(size, again=question is not None)
@@ -217,12 +230,12 @@ class _Merge:
             self.total_bytes += size if again else 0
             self.tell("merging", self.done_bytes, self.total_bytes)
 
-    def _merge(self, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
+    def _merge(self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
         def carry(stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
             delta = yield from flow(tensor.stages, piece, subject)
             self._put(tensor, part, stored, piece, delta)
 
-        return self.reader.visit(tensor, part, known, carry)
+        return reader.visit(tensor, part, known, carry)
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
         """Rounds once to the output's dtype and writes."""

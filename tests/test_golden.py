@@ -11,6 +11,7 @@ from merger.methods._registry import checked
 from merger.methods.magprune import magprune
 from merger.methods.obm import obm
 from merger.methods.random import random
+from merger.methods.regression import regression
 from merger.methods.rescale import rescale
 from merger.ops import select, uniforms
 from merger.pipeline import merge_tensors
@@ -334,3 +335,17 @@ def test_a_short_last_block(golden, tail):
     stage = checked("bs", {**case["params"], "tail": tail})
     got = kept(stage, {"a": case["inputs"]["delta"]})["a"]
     assert got.tolist() == case["outputs"][f"tail_{tail}"]
+
+
+# --- regression -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", ["1.0", "0.9", "0.0"])
+@pytest.mark.parametrize("base", [0.0, 0.75])
+def test_regmean(golden, alpha, base):
+    case = golden[f"regmean_alpha_{alpha}"]
+    weights, grams = (
+        torch.stack([tensor(each) for each in case["inputs"][key].values()]) for key in ("weights", "gram")
+    )
+    got = base + regression(weights - base, grams, alpha=Fraction(alpha), weight=[Fraction(1)] * 2)
+    assert_close(got, case["outputs"]["merged"])

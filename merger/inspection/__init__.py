@@ -12,12 +12,12 @@ from typing import Any
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.inspection import manifests
 from merger.inspection.facts import FORMAT, Facts, Inspection, Merged, Picture, View
-from merger.inspection.walk import Walk, Watch, between_stages, finished, task_vectors
+from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
 from merger.machine import Machine, peak_memory
 from merger.planning import Plan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
-from merger.statistics import Options, load
+from merger.statistics import Options, grams, load
 from merger.statistics import calibrate as statistics_files
 
 __all__ = ["Facts", "Inspection", "Merged", "Picture", "View", "inspect", "inspect_merge", "inspect_model"]
@@ -43,9 +43,10 @@ def inspect(
     try:
         machine = Machine.of(device, max_memory, plan)
         options = Options(machine.device, max_memory, trust_remote_code)
-        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.calibrated else {}
+        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
+        blocks = grams(plan, options, notice=say, progress=tell)
         walk = Walk(plan, machine, load(plan, paths), notice=say, progress=tell, picture=_found(picture, plan))
-        return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts))
+        return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts), blocks)
     finally:
         plan.close()
 
@@ -128,12 +129,12 @@ def _told(known: Inspection, why: str, notice: Callable[[str], None]) -> Inspect
     return replace(known, notes=[why])
 
 
-def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str]) -> Inspection:
+def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str], blocks: Blocks = ()) -> Inspection:
     began = time.monotonic()
     plan = walk.plan
     for note in plan.notes:
         walk.notice(note)
-    walk.run(watch)
+    walk.run(watch, blocks)
     return Inspection(
         format=FORMAT,
         subject=subject,

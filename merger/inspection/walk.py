@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial, reduce
@@ -42,6 +42,8 @@ CELLS = 48
 TASK_VECTORS, RESULT = "task_vectors", "result"
 Key = tuple[tuple[int, int], str, Literal["experts", "merged"]]
 """A view: its place in order, (group, stage); its name; what it is about."""
+Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
+"""Tensors that take Gram matrices, and these, as `statistics.grams` gives them."""
 Watch = Callable[["Tally", TensorPlan, "Tensor", Slice, Subject], Flow[None]]
 """Carries one slice of a part, whose tally it shows what there is to see."""
 
@@ -72,23 +74,31 @@ class Walk:
         self.done_bytes = 0
         self.total_bytes = sum(plan.bytes_of(t, part.rows * part.columns) for t, part, _ in self.work)
 
-    def run(self, watch: Watch) -> None:
-        """Visits every tensor until nothing is left to see."""
+    def run(self, watch: Watch, blocks: Blocks = ()) -> None:
+        """Visits every tensor until nothing is left to see; what takes Gram matrices, as ``blocks`` brings them."""
         with (
-            tuned(),
             ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices,
             ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
         ):
             reader = Reader(self.plan, self.machine, self.statistics, self.notice, slices.map)
             try:
-                settle([t.group for t, *_ in self.work], partial(self._visit, reader, watch), tensors.map)
+                self._settle(reader, watch, tensors, [tensor for tensor in self.plan.tensors if not tensor.gram])
+                for ready, statistics in blocks:
+                    self._settle(replace(reader, statistics=statistics), watch, tensors, ready)
             except BaseException:
                 for pool in (tensors, slices):
                     pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _visit(self, reader: Reader, watch: Watch, i: int, known: Sequence[Any]) -> Question | None:
-        tensor, part, tally = self.work[i]
+    def _settle(self, reader: Reader, watch: Watch, pool: ThreadPoolExecutor, tensors: Iterable[TensorPlan]) -> None:
+        names = {tensor.name for tensor in tensors}
+        work = [each for each in self.work if each[0].name in names]
+        with tuned():
+            settle([t.group for t, *_ in work], lambda i, known: self._visit(reader, watch, *work[i], known), pool.map)
+
+    def _visit(
+        self, reader: Reader, watch: Watch, tensor: TensorPlan, part: Part, tally: Tally, known: Sequence[Any]
+    ) -> Question | None:
         question = reader.visit(tensor, part, known, partial(watch, tally, tensor))
         tally.fold()
         size = self.plan.bytes_of(tensor, part.rows * part.columns)

@@ -9,6 +9,7 @@ What stands before the ``*`` is supplied by the runner, by name:
     uniform        draws: ``uniform(purpose, double=False)`` -> [k r c] in [0, 1), keyed by tensor and expert
     second_moment  [k 1 c]  E[x_j^2] of each expert's input to this matrix, or None where it has none
     mean_input     [k 1 c]  E[x_j], or None likewise
+    gram           [k c c]  E[x x^T] likewise, made for this matrix and dropped after it
     token_share    [k r 1]  how often each row of an embedding is looked up, or None elsewhere
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
