@@ -122,6 +122,11 @@ def _sequence_faults(
             if any(bound.gram for bound in bounds) and any(s.keywords.get("scope") == "global" for s in expanded):
                 found.append("scope: global ranks the whole model at once, but Gram matrices come block by block")
             found += [
+                f"{b.entry.name} merges at least {b.entry.fewest} experts, not {len(experts)}"
+                for b in bounds
+                if len(experts) < b.entry.fewest
+            ]
+            found += [
                 f"scope: global ranks the whole model at once, so {name} cannot vary over depth"
                 for stage in expanded
                 if stage.keywords.get("scope") == "global"
@@ -141,6 +146,8 @@ def _order_faults(kinds: Sequence[str]) -> list[str]:
     if len(mergers) != 1:
         mergers_known = ", ".join(name for name, entry in ENTRIES.items() if entry.kind == "merger")
         return [f"expected exactly one merger among the stages, found {len(mergers)}; mergers are {mergers_known}"]
+    if "filter" in kinds[: mergers[0]]:
+        return ["a filter stands before the merger; it keeps part of what was merged, so it must come after"]
     if "sparsifier" in kinds[mergers[0] :]:
         return ["a sparsifier stands after the merger; it thins each expert's task vector, so it must come before"]
     return []

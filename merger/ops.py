@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Addends:
+class _Asked:
     """What takes a pass to compute is given as a function: a flow that was started again need not call it."""
 
     of: Tensor | Callable[[], Tensor]
@@ -41,9 +41,17 @@ class _Addends:
         """This slice's part."""
         return self.of() if callable(self.of) else self.of
 
+    def joined(self, total: Tensor | None) -> Tensor:
+        """The value together with that of the slices before."""
+        return self.value if total is None else total + self.value
+
+    def answer(self, total: Tensor) -> Any:
+        """What the flow is told when all is joined."""
+        return total
+
 
 @dataclass(frozen=True)
-class Sum(_Addends):
+class Sum(_Asked):
     """Asks for the sum of a value over all slices of the tensor, or of all merged tensors.
 
     With ``then`` the answer is what that makes of the sum, worked out once for all slices.
@@ -52,11 +60,19 @@ class Sum(_Addends):
     then: Callable[[Tensor], Any] | None = None
 
     def answer(self, total: Tensor) -> Any:
-        """What the flow is told of the whole sum."""
+        """The sum, or what ``then`` makes of it."""
         return total if self.then is None else self.then(total)
 
 
-class Before(_Addends):
+class Max(_Asked):
+    """Asks for the largest value of all slices of the tensor, or of all merged tensors, each element by itself."""
+
+    def joined(self, total: Tensor | None) -> Tensor:
+        """The larger."""
+        return self.value if total is None else torch.maximum(total, self.value)
+
+
+class Before(_Asked):
     """Asks for the sum of a value over the slices that come before this one."""
 
 
@@ -67,7 +83,7 @@ class Size:
     scope: Whole = "tensor"
 
 
-Question = Sum | Before | Size
+Question = Sum | Max | Before | Size
 Flow = Generator[Question, Any, T]
 """A computation over one slice that may ask about the whole; its return value is the result."""
 
@@ -92,6 +108,24 @@ def summed(terms: Tensor) -> Tensor:
     for term in terms[1:]:
         total += term
     return total
+
+
+def combined(vectors: Tensor, coefficients: Tensor) -> Tensor:
+    """The sum of ``vectors`` [k r c] times ``coefficients`` [k] or [k . .], float64. [r c]
+
+    It starts from the first, so that equal vectors come back bit for bit where the coefficients add up to 1.
+    """
+    several = coefficients if coefficients.dim() == 3 else coefficients.view(-1, 1, 1)
+    merged = vectors[0] * summed(several).to(vectors)
+    for vector, coefficient in zip(vectors[1:], several[1:].to(vectors), strict=True):
+        merged += (vector - vectors[0]) * coefficient
+    return merged
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean over the experts at each position by ``weights`` [k r c]; 0 where these add up to 0. [r c]"""
+    together = summed(weights)
+    return summed(values * (weights / together.masked_fill(together == 0, 1)))  # one alone has a share of exactly 1
 
 
 def fast(operation: Literal["eq", "ge", "gt", "mul"], left: Tensor, right: Tensor) -> Tensor:
@@ -201,6 +235,26 @@ def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -
     before = yield Before(lambda: _counts(fast("eq", keys, last)), scope)
     budgets = [n - b for n, b in zip(left, before.tolist(), strict=True)]
     return fast("gt", keys, last) | _first(fast("eq", keys, last), budgets)
+
+
+def ordered(values: Tensor, places: Sequence[Sequence[int]], scope: Whole) -> Flow[Tensor]:
+    """The values at ``places[k]`` of each expert's ascending order, 0 being the lowest: [p k 1 1].
+
+    A float32 without its sign sorts as its own bit pattern; a negative one in reverse.
+    """
+    size = yield Size(scope)
+    bits = values.float().contiguous().view(torch.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    high = (keys >> 16) + 32768
+    each = [(k, size - place) for k, own in enumerate(places) for place in own]
+    tally = yield Sum(_histogram(high, 65536), scope)
+    bucket, left, _ = _descend([from_top for _, from_top in each], tally[[k for k, _ in each]])
+    inside = (fast("eq", high[k], own) for (k, _), own in zip(each, bucket, strict=True))
+    low = [_picked(keys[k], mask) & 0xFFFF for (k, _), mask in zip(each, inside, strict=True)]
+    level, _, _ = yield Sum(_histogram(low, 65536), scope, partial(_descend, left))
+    found: Tensor = ((bucket - 32768) << 16) | level
+    found = (found ^ ((found >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return found.view(len(places), -1, 1, 1).transpose(0, 1)
 
 
 _BUCKETS = 1 << 15  # values of the high half of a non-negative float32; the last ones are NaNs, never used

@@ -19,7 +19,7 @@ from merger._lazy import torch
 from merger.copies import restored
 from merger.methods._parameters import Place, resolve, turns
 from merger.methods._registry import Entry, Stage, Takes, entry_of, parameters, supplied
-from merger.ops import Before, Flow, Question, Size, Sum, uniforms
+from merger.ops import Before, Flow, Max, Question, Size, Sum, uniforms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,8 +123,14 @@ def bind(stage: Stage, place: Place) -> Bound:
         values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
         entry.check(**values)
-    score = values.pop("score", None)
-    return Bound(entry, values, None if score is None else bind(score, place))
+    named = values.pop("score", None)
+    score = None if named is None else bind(named, place)
+    if score is not None and score.calibrated and values.get("scope") == "global":
+        raise ValueError(
+            f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
+            "so its scores of different tensors share no scale; write scope: tensor"
+        )
+    return Bound(entry, values, score)
 
 
 def unseen(i: int, deltas: Tensor) -> None:
@@ -244,12 +250,12 @@ def run(
             return None
         if hold:
             held[i] = running, len(answers)
-        if isinstance(question, Sum | Before):
+        if isinstance(question, Sum | Max | Before):
             question.value  # noqa: B018 - computed here, where slices run side by side
         return question
 
     while True:
-        question, total, before = _sum(mapper(step, range(count)))
+        question, total, before = _joined(mapper(step, range(count)))
         if question is None:
             return None
         outside = None
@@ -260,20 +266,19 @@ def run(
         answers.append(_answer(question, total, before, outside))
 
 
-def _sum(questions: Iterable[Question | None]) -> tuple[Sum | Before | None, Any, list[Any]]:
-    """One question in all slices' name, the sum of its values, and for `Before` the sum ahead of each."""
+def _joined(questions: Iterable[Question | None]) -> tuple[Sum | Max | Before | None, Any, list[Any]]:
+    """One question in all slices' name, its values as one, and for `Before` what is ahead of each slice."""
     asked, total, before = None, None, []
     for question in questions:
-        if isinstance(question, Sum | Before):
+        if isinstance(question, Sum | Max | Before):
             asked = question
-            total = torch.zeros_like(question.value) if total is None else total
             if isinstance(question, Before):
-                before.append(total)
-            total = total + question.value
+                before.append(torch.zeros_like(question.value) if total is None else total)
+            total = question.joined(total)
     return asked, total, before
 
 
-def _answer(question: Sum | Before, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
+def _answer(question: Sum | Max | Before, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
     if isinstance(question, Before):
         return lambda i: before[i] + (0 if outside is None else outside)
     answer = question.answer(total if outside is None else outside)
@@ -296,10 +301,11 @@ def settle(
         totals: dict[Hashable, Any] = {}
         asked: list[int] = []
         for i, question in zip(waiting, mapper(lambda i: visit(i, known[i]), waiting), strict=True):
-            if isinstance(question, Sum | Before):
-                total = totals.get(groups[i], torch.zeros_like(question.value))
-                known[i].append(total if isinstance(question, Before) else None)
-                totals[groups[i]] = total + question.value
+            if isinstance(question, Sum | Max | Before):
+                total = totals.get(groups[i])
+                ahead = torch.zeros_like(question.value) if total is None else total
+                known[i].append(ahead if isinstance(question, Before) else None)
+                totals[groups[i]] = question.joined(total)
                 asked.append(i)
         for i in asked:
             if known[i][-1] is None:

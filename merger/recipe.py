@@ -347,7 +347,8 @@ def json_schema() -> dict[str, Any]:
     of_top = definitions["parameters.top"]["properties"]
     for name in SCORES:  # a score's name stands for `top` with that score
         own = definitions[f"parameters.{name}"]
-        own["properties"] = {**{key: each for key, each in of_top.items() if key != "score"}, **own["properties"]}
+        ranked = {**of_top, "scope": {**of_top["scope"], "default": SCORES[name].scope}}
+        own["properties"] = {**{key: each for key, each in ranked.items() if key != "score"}, **own["properties"]}
     definitions["stage"] = {
         "anyOf": [
             {"enum": sorted(stage_table())},

@@ -98,7 +98,7 @@ def print_methods(name: str | None, console: Console) -> None:
     """One entry in full, or a table of each kind."""
     if name is None:
         for kind, entries in _by_kind():
-            table = _table(f"{kind}s" if kind != "scale" else "scales", "what it does")
+            table = _table(f"{kind}s", "what it does")
             for entry in entries:
                 _row(table, entry.name, entry.summary)
             console.print(table)
@@ -120,7 +120,7 @@ def print_methods(name: str | None, console: Console) -> None:
 
 
 def _by_kind() -> Iterable[tuple[str, list[Entry]]]:
-    for kind in ("method", "sparsifier", "merger", "scale"):
+    for kind in ("method", "sparsifier", "merger", "filter", "scale"):
         yield kind, [entry for entry in ENTRIES.values() if entry.kind == kind]
     yield "score", list(SCORES.values())
 

@@ -110,6 +110,17 @@ def test_slerp_of_task_vectors(golden, merged, scope):
     assert_close(got, golden["slerp_delta_space"]["outputs"]["merged"])
 
 
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+@pytest.mark.parametrize("vectors", ["axes", "three"])
+@pytest.mark.parametrize("base", [0, 1])
+def test_means_on_the_sphere(golden, slice_elements, method, vectors, base):
+    case = golden[f"{method}_{vectors}"]
+    deltas = {e: tensor(v).view(3, 1) - base for e, v in zip(EXPERTS, case["inputs"]["v"], strict=True)}
+    stage = checked(method, {"space": "weights"})
+    got = merge(stage, deltas, base=torch.full((3, 1), float(base)), slice_elements=slice_elements // 4)
+    assert_close(got.flatten(), case["outputs"]["merged"])
+
+
 # --- TIES, DARE, DELLA, Breadcrumbs ---------------------------------------------------------------
 
 
@@ -206,6 +217,62 @@ def test_breadcrumbs_masks(golden, slice_elements):
     stage = checked("band", {"drop_low": 0.5, "drop_high": 0.125})
     got = kept(stage, case["inputs"]["deltas"], slice_elements=slice_elements)
     assert_masks(got, case["outputs"]["masks"])
+
+
+def test_consensus_of_task_vectors(golden, merged):
+    got = merged("consensus_ta", "consensus_ta", {"lambda_t": 0.4, "k": 2, "lambda": 0.3})
+    assert_close(got, golden["consensus_ta"]["outputs"]["merged"])
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_consensus_counts_the_experts_that_hold_a_position(golden, slice_elements, k):
+    case = golden["consensus_ta"]
+    stages = [checked("sum", {}), checked("consensus", {"k": k, "lambda_t": case["params"]["lambda_t"]})]
+    got = merge(stages, case["inputs"]["deltas"], slice_elements=slice_elements)
+    summed = stacked(case["inputs"]["deltas"]).sum(0)
+    assert torch.equal(got, summed * (tensor(case["outputs"]["count"]) >= k))
+
+
+# --- Localize-and-Stitch, SCE ---------------------------------------------------------------------
+
+
+def test_localize_and_stitch(golden, merged, slice_elements):
+    case = golden["localize_stitch_dataless"]
+    got = merged("localize_stitch_dataless", "localize_stitch", case["params"])
+    assert_close(got, case["outputs"]["merged"])
+    masks = kept(checked("top", {"density": 0.25}), case["inputs"]["deltas"], slice_elements=slice_elements)
+    assert_masks(masks, case["outputs"]["masks"])
+
+
+@pytest.mark.parametrize(("in_merge", "output"), [(True, "merged"), (False, "merged_authors_code")])
+def test_sce(golden, merged, in_merge, output):
+    got = merged("sce", "sce", {**golden["sce"]["params"], "select_in_merge": in_merge})
+    assert_close(got, golden["sce"]["outputs"][output])
+
+
+# --- PCB ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "share"), [("pcb_paper", "keep"), ("pcb_official", "ratio")])
+def test_pcb(golden, merged, case, share):
+    params = golden[case]["params"]
+    got = merged(case, "pcb", {"variant": params["variant"], "density": params[share], "scope": params["scope"]})
+    assert_close(got - 1, golden[case]["outputs"]["merged_delta"])
+
+
+# --- weights from norms and angles ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["metagpt", "nan"])
+def test_weights_from_norms(golden, merged, method):
+    case = golden[method]
+    assert_close(merged(method, method, case["params"]), case["outputs"]["merged"])
+
+
+def test_model_stock(golden, slice_elements):
+    case = golden["model_stock"]
+    got = merge(checked("model_stock", {}), case["inputs"]["deltas"], slice_elements=slice_elements // 2)
+    assert_close(got, case["outputs"]["merged_delta"])
 
 
 # --- OBIM -----------------------------------------------------------------------------------------
@@ -326,6 +393,16 @@ def test_cabs_masks(golden, slice_elements):
     case = golden["cabs_2_of_4"]
     stage = checked("bs", {"n": 2, "m": 4, "exclusive": case["params"]["order"]})
     masks = kept(stage, case["inputs"]["deltas"], slice_elements=slice_elements)
+    assert_masks(masks, case["outputs"]["masks"])
+
+
+def test_cabs_with_the_least_overlap(golden, merged, slice_elements):
+    case = golden["cabs_low_overlap_3_of_4"]
+    written = {key: case["params"][key] for key in ("n", "m", "order")}
+    weights = dict(zip("ab", case["params"]["lambda"], strict=True))
+    got = merged("cabs_low_overlap_3_of_4", "cabs_low_overlap", {**written, "lambda": weights})
+    assert_close(got, case["outputs"]["merged"])
+    masks = kept(checked("low_overlap", written), case["inputs"]["deltas"], slice_elements=slice_elements)
     assert_masks(masks, case["outputs"]["masks"])
 
 

@@ -19,7 +19,7 @@ from tiny import bits
 
 from merger.methods._parameters import Place
 from merger.methods._registry import ENTRIES, SCORES, checked, parameters
-from merger.ops import Size, Sum
+from merger.ops import Before, Size, Sum
 from merger.pipeline import Inputs, Sizes, Slice, Subject, bind, expand, flow, merge_tensors
 
 every = pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
@@ -65,7 +65,7 @@ def drawn(generator, shape, values):
 def staged(name, written):
     """A merge with the function ``name`` in it: whatever it is, the K deltas become one."""
     stage, kind = checked(name, written), ENTRIES[name].kind if name in ENTRIES else "sparsifier"
-    if kind == "scale":
+    if kind in ("scale", "filter"):
         return [checked("sum", {}), stage]
     return [stage, checked("sum", {})] if kind == "sparsifier" else [stage]
 
@@ -73,8 +73,9 @@ def staged(name, written):
 @st.composite
 def cases(draw, name, given=None, base=FEW[-1]):
     """A merge by the function ``name``, with ``given`` parameters and the others drawn."""
-    fixed = ENTRIES[name].experts if name in ENTRIES else None
-    experts = tuple(EXPERTS[: fixed or draw(st.sampled_from([1, 2, 3, 5]))])
+    entry = (ENTRIES | SCORES)[name]
+    several = [k for k in (1, 2, 3, 5) if k >= entry.fewest]
+    experts = tuple(EXPERTS[: entry.experts or draw(st.sampled_from(several))])
     written = draw(parameters_of(name, experts)) | (given or {})
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     names = draw(st.sampled_from([("norm",), ("layers.10.w", "layers.2.w")]))
@@ -137,10 +138,12 @@ def _sums_floats(case, name):
     while question is not None:
         if isinstance(question, Size):
             answer = sizes.of(question.scope)
-        elif question.value.is_floating_point():
+        elif isinstance(question, Before):
+            answer = torch.zeros_like(question.value)
+        elif isinstance(question, Sum) and question.value.is_floating_point():
             return True
         else:
-            answer = question.answer(question.value) if isinstance(question, Sum) else torch.zeros_like(question.value)
+            answer = question.answer(question.value)
         try:
             question = running.send(answer)
         except StopIteration:
@@ -239,16 +242,22 @@ def test_inputs_are_left_as_they_were(name, data):
         assert_same(tensors, tuned[expert])
 
 
-# Saliencies of different tensors are not on one scale (methods.md 2.4), so neither is their global rank.
-HOMOGENEOUS = {**WEIGHTED_MEAN, "slerp": {"space": "delta"}}
+DELTA_SPACE = {name: {"space": "delta"} for name in ("slerp", "nuslerp", "multislerp", "karcher")}
+HOMOGENEOUS = {
+    **WEIGHTED_MEAN,
+    **DELTA_SPACE,
+    "nan": {"norm_of": "delta"},
+    "pcb": {"variant": "paper"},
+    "ram": {"epsilon": 0},
+}
+# A tanh of raw products, a divergence of softmaxes, and a distance in the weights' own unit.
+NEVER_HOMOGENEOUS = ["pcb_official", "arcee_fusion", "nearswap"]
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in [*ENTRIES, *SCORES] if n not in NEVER_HOMOGENEOUS])
 @given(st.data(), st.sampled_from([0.5, 2.0, 8.0]))
 def test_scaling_the_task_vectors_scales_what_is_merged(name, data, factor):
     case = data.draw(cases(name, HOMOGENEOUS.get(name), base=(0.0,)))
-    stages = case.bound(next(iter(case.base)))
-    assume(not any(bound.calibrated and bound.values.get("scope") == "global" for bound in stages))
     scaled = {e: {key: values * factor for key, values in own.items()} for e, own in case.experts.items()}
     once = {key: values * factor for key, values in case.merged().items()}
     assert_same(replace(case, experts=scaled).merged(), once, exactly=False)

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy
 import pytest
@@ -128,6 +129,55 @@ def test_a_vector_is_claimed_at_random_or_by_magnitude():
     at_random = kept(checked("uniform", {"density": 0.3}), deltas)
     assert_masks(kept(checked("obm", {"density": 0.3}), deltas), at_random)
     assert not torch.equal(at_random["a"], by_magnitude["a"])
+
+
+@pytest.mark.parametrize(("method", "more"), [("top", {}), ("ties", {}), ("im", {"order": "listed"})])
+def test_saliencies_of_different_tensors_cannot_be_ranked_together(method, more):
+    said = refused(method, {"scope": "global", "score": "obm", **more})
+    assert "obm depends on a layer's own inputs" in said
+    assert "scope: tensor" in said
+
+
+def test_scores_without_inputs_may_be_ranked_over_the_whole_model():
+    deltas = deltas_of(2, 6, 8)
+    written = {"density": 0.3, "scope": "global"}
+    by_saliency = kept(checked("obm", {**written, "hessian": "none"}), deltas)
+    assert_masks(by_saliency, kept(checked("magnitude", written), deltas))
+
+
+# --- Wanda and magnitude --------------------------------------------------------------------------
+
+
+def test_wanda_scores_a_change_by_its_size_and_the_norm_of_its_input():
+    known = Inputs(second_moment=tensor([[1, 4, 0, 9]]), mean=torch.zeros(1, 4))
+    left = sparse(checked("wanda", {"density": 0.5}), {"a": [[4, -3, 1, 1], [0, 1, 9, 5]]}, inputs=known)
+    assert left["a"].tolist() == [[4, -3, 0, 0], [0, 1, 0, 5]]
+
+
+def test_wanda_over_a_tensor_keeps_what_obm_keeps():
+    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
+    by_wanda = kept(checked("wanda", {"density": 0.3, "scope": "tensor"}), deltas, inputs=known)
+    assert_masks(by_wanda, kept(checked("obm", {"density": 0.3}), deltas, inputs=known))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8,)])
+def test_wanda_without_inputs_is_magnitude(shape):
+    deltas = deltas_of(2, *shape)
+    by_magnitude = kept(checked("magnitude", {"density": 0.3, "scope": "row"}), deltas)
+    assert_masks(kept(checked("wanda", {"density": 0.3}), deltas), by_magnitude)
+
+
+def test_wanda_may_choose_within_blocks_and_between_experts():
+    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
+    masks = kept(checked("bs", {"n": 2, "m": 4, "score": "wanda", "exclusive": "listed"}), deltas, inputs=known)
+    assert not (masks["a"] & masks["b"]).any()
+    assert [mask.view(-1, 4).sum(1).tolist() for mask in masks.values()] == [[2] * 12] * 2
+
+
+@pytest.mark.parametrize(("scope", "by_row"), [("tensor", [3, 0]), ("row", [1, 1])])
+def test_magnitude_may_rank_the_tensor_or_each_row(scope, by_row):
+    delta = {"a": [[9, 8, 7, 6, 5], [4, 3, 2, 0, 0]]}
+    assert kept(checked("magnitude", {"density": 0.3, "scope": scope}), delta)["a"].sum(1).tolist() == by_row
 
 
 # --- iterative merging ----------------------------------------------------------------------------
@@ -332,8 +382,14 @@ def test_bs_breaks_ties_by_index():
     assert kept(checked("bs", {"n": 2, "m": 4}), {"a": [1, -1, 1, 1]})["a"].tolist() == [True, True, False, False]
 
 
-def test_bs_refuses_more_than_a_block_holds():
-    assert "n is 5 and m is 4" in refused("bs", {"n": 5, "m": 4})
+def test_bs_keeps_everything_when_n_is_more_than_a_block_holds():
+    delta = deltas_of(1, 6, 11)
+    assert torch.equal(sparse(checked("bs", {"n": 5, "m": 4}), delta)["a"], delta["a"])
+
+
+def test_cabs_of_more_than_a_block_holds_leaves_nothing_to_later_experts():
+    deltas = deltas_of(2, 6, 11)
+    assert torch.equal(merge(checked("cabs", {"n": 5, "m": 4}), deltas), deltas["a"])
 
 
 EXCLUSIVE = {
@@ -399,6 +455,27 @@ def test_cabs_lets_unchanged_positions_occupy_their_block():
 def test_cabs_may_leave_unchanged_positions_to_later_experts():
     stage = checked("cabs", {"n": 2, "m": 4, "claim_zeros": False})
     assert merge(stage, UNCHANGED).tolist() == [9, 0, 3, 5]
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 6), (5, 6), (6, 6), (9, 6), (3, 4)])
+def test_low_overlap_keeps_n_of_every_block_and_shares_as_little_as_it_can(n, m):
+    masks = kept(checked("low_overlap", {"n": n, "m": m}), deltas_of(2, 6, 8))
+    for mask in masks.values():
+        assert mask.view(-1, m).sum(1).tolist() == [min(n, m)] * (48 // m)
+    assert int((masks["a"] & masks["b"]).sum()) == (2 * min(n, m) - m) * (48 // m)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 6), (1, 4), (2, 7)])
+def test_cabs_low_overlap_is_cabs_while_all_experts_fit_into_a_block(n, m):
+    deltas, written = deltas_of(3, 6, 8), {"n": n, "m": m, "order": ["c", "a", "b"]}
+    merged = merge(checked("cabs_low_overlap", written), deltas)
+    assert torch.equal(merged, merge(checked("cabs", written), deltas))
+
+
+def test_low_overlap_leaves_unchanged_positions_when_told_to():
+    own = {"a": [0, 0, 0, 5], "b": [9, 2, 3, 4]}
+    merged = merge(checked("cabs_low_overlap", {"n": 3, "m": 4, "claim_zeros": False}), own)
+    assert merged.tolist() == [9, 2, 3, 5]
 
 
 # --- averages and sums ----------------------------------------------------------------------------
@@ -524,6 +601,193 @@ def test_slerp_over_the_whole_model_uses_one_angle():
     assert_close(torch.cat([merged["v"], merged["w"]]), [2 * share, 0, 0, share])
 
 
+# --- Multi-SLERP, Karcher, NuSLERP ----------------------------------------------------------------
+
+SPHERICAL = pytest.mark.parametrize("method", ["multislerp", "karcher"])
+
+
+@SPHERICAL
+def test_the_spherical_mean_of_two_of_equal_norm_is_slerp_half_way(method):
+    units = {e: 2 * delta / delta.norm() for e, delta in deltas_of(2, 6, 8).items()}
+    assert_close(merge(checked(method, {}), units), merge(checked("slerp", {}), units))
+
+
+@SPHERICAL
+def test_the_spherical_mean_is_as_long_as_the_experts_on_average(method):
+    deltas = deltas_of(3, 6, 8)
+    weights = {"a": 0.25, "b": 0.25, "c": 0.5}
+    merged = merge(checked(method, {"weight": weights}), deltas)
+    assert_close(merged.norm(), sum(w * deltas[e].norm() for e, w in weights.items()))
+
+
+@SPHERICAL
+def test_the_spherical_mean_looks_only_at_the_proportions_of_weights(method):
+    deltas = deltas_of(3, 6, 8)
+    once, thrice = ({"weight": {"a": c, "b": 2 * c, "c": c}} for c in (1, 3))
+    assert torch.equal(merge(checked(method, once), deltas), merge(checked(method, thrice), deltas))
+
+
+@SPHERICAL
+def test_the_spherical_mean_does_not_care_for_the_order_of_experts(method):
+    deltas, stage = deltas_of(3, 6, 8), checked(method, {})
+    assert_close(merge(stage, dict(reversed(deltas.items()))), merge(stage, deltas))
+
+
+@SPHERICAL
+def test_the_spherical_mean_turns_with_its_inputs(method):
+    turn, _ = torch.linalg.qr(randn(8, 8, seed=3))
+    deltas, stage = deltas_of(3, 6, 8), checked(method, {})
+    assert_close(merge(stage, {e: delta @ turn for e, delta in deltas.items()}), merge(stage, deltas) @ turn)
+
+
+@SPHERICAL
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_spherical_mean_returns_equal_weights_bit_for_bit(method, k):
+    base, own = randn(6, 8, seed=1), randn(6, 8)
+    for space, start in (("delta", torch.zeros(6, 8)), ("weights", base)):
+        experts = {e: {NAME: own} for e in NAMES[:k]}
+        merged = merge_tensors(checked(method, {"space": space}), {NAME: start}, experts)
+        assert_close(merged[NAME], own, 1e-6)
+    untouched = merge_tensors(checked(method, {"space": "weights"}), {NAME: base}, {e: {NAME: base} for e in "abc"})
+    assert torch.equal(bits(untouched[NAME]), bits(base))
+
+
+@SPHERICAL
+def test_an_expert_that_changed_nothing_shortens_the_spherical_mean_but_does_not_turn_it(method):
+    assert_close(merge(checked(method, {}), {"a": [3, 0], "b": [0, 3], "c": [0, 0]}), [math.sqrt(2), math.sqrt(2)])
+
+
+@SPHERICAL
+def test_directions_that_cancel_are_averaged_on_the_line(method):
+    assert_close(merge(checked(method, {}), {"a": [3, 0], "b": [-1, 0]}), [1, 0])
+    assert_close(merge(checked(method, {"weight": {"a": 1, "b": 3}}), {"a": [0, 0], "b": [0, 0]}), [0, 0])
+
+
+@SPHERICAL
+def test_the_spherical_mean_over_the_whole_model_uses_the_models_angles(method):
+    base = {"v": torch.zeros(6, 3), "w": torch.zeros(6, 5)}
+    deltas = deltas_of(3, 6, 8)
+    own = {e: {"v": delta[:, :3], "w": delta[:, 3:]} for e, delta in deltas.items()}
+    merged = merge_tensors(checked(method, {"scope": "global"}), base, own)
+    assert_close(torch.cat([merged["v"], merged["w"]], 1), merge(checked(method, {}), deltas))
+
+
+@pytest.mark.parametrize("spread", [1, 0.01, 0.0001])
+def test_at_the_karcher_mean_the_arcs_to_all_experts_balance(spread):
+    deltas = {e: delta * spread + randn(6, 8, seed=5) for e, delta in deltas_of(3, 6, 8).items()}
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    merged = merge(checked("karcher", {"weight": dict(zip("abc", [2, 3, 5], strict=True))}), deltas)
+    middle = merged.double() / merged.double().norm()
+    arcs = 0
+    for w, delta in zip(weights, deltas.values(), strict=True):
+        unit = delta.double() / delta.double().norm()
+        across = unit - (unit * middle).sum() * middle
+        arcs = arcs + w * torch.atan2(across.norm(), (unit * middle).sum()) * across / across.norm()
+    assert float(arcs.norm()) < 1e-6
+
+
+def test_karcher_that_may_not_search_is_multislerp():
+    deltas = deltas_of(3, 6, 8)
+    stopped = merge(checked("karcher", {"tol": 1}), deltas)
+    assert torch.equal(stopped, merge(checked("multislerp", {}), deltas))
+
+
+@pytest.mark.parametrize("space", ["delta", "weights"])
+def test_nuslerp_of_a_tensor_is_slerp_with_t_from_the_weights(space):
+    deltas, base = deltas_of(2, 6, 8), randn(6, 8, seed=1)
+    merged = merge(checked("nuslerp", {"weight": {"a": 3, "b": 1}, "space": space}), deltas, base=base)
+    assert_close(merged, merge(checked("slerp", {"t": 0.25, "space": space}), deltas, base=base))
+
+
+@pytest.mark.parametrize("scope", ["row", "column"])
+def test_nuslerp_may_go_row_by_row_or_column_by_column(scope):
+    deltas = deltas_of(2, 6, 8)
+    turned = deltas if scope == "row" else {e: delta.T for e, delta in deltas.items()}
+    merged = merge(checked("nuslerp", {"scope": scope}), deltas, slice_elements=16)
+    for i, row in enumerate(merged if scope == "row" else merged.T):
+        assert_close(row, merge(checked("slerp", {}), {e: delta[i] for e, delta in turned.items()}))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row", "column"])
+def test_nuslerp_takes_a_vector_as_a_whole(scope):
+    deltas = deltas_of(2, 8)
+    assert_close(merge(checked("nuslerp", {"scope": scope}), deltas), merge(checked("slerp", {}), deltas))
+
+
+def test_nuslerp_of_nearly_parallel_vectors_still_follows_the_arc():
+    deltas = {"a": [1.0, 0], "b": [math.cos(0.001) * 4, math.sin(0.001) * 4]}
+    share = math.sin(0.0005) / math.sin(0.001)
+    assert_close(merge(checked("nuslerp", {}), deltas), [share * (1 + 4 * math.cos(0.001)), share * 4e-3], 1e-6)
+
+
+@pytest.mark.parametrize("other", [[-3.0, 0], [6, 0], [0, 0]], ids=["opposite", "parallel", "zero"])
+def test_nuslerp_takes_the_line_where_there_is_no_arc(other):
+    merged = merge(checked("nuslerp", {"weight": {"a": 3, "b": 1}}), {"a": [3, 0], "b": other})
+    assert_close(merged, 0.75 * tensor([3, 0]) + 0.25 * tensor(other))
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp", "karcher"])
+def test_weights_that_sum_to_zero_have_no_place_on_the_sphere(method):
+    assert "sum to zero" in refused(method, {"weight": {"a": 1, "b": -1}})
+
+
+# --- nearswap, Arcee Fusion, RAM ------------------------------------------------------------------
+
+
+def test_nearswap_interpolates_by_t_over_the_distance():
+    base, delta = randn(6, 8, seed=1), deltas_of(1, 6, 8)["a"]
+    share = (0.5 / delta.abs()).clamp(0, 1)
+    expected = share * (base + delta) + (1 - share) * base
+    assert_close(merge(checked("nearswap", {"t": 0.5}), {"a": delta}, base=base), expected)
+
+
+def test_nearswap_copies_what_is_near():
+    base, own = randn(6, 8, seed=1) * 1e4, randn(6, 8)
+    merged = merge_tensors(checked("nearswap", {"t": 1e6}), {NAME: base}, {"a": {NAME: own}})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+def test_nearswap_refuses_to_move_away():
+    assert "t is -1" in refused("nearswap", {"t": -1}, "a")
+
+
+def test_arcee_fusion_takes_outliers_of_a_row():
+    merged = merge(checked("arcee_fusion", {}), {"a": [9, 0, 0, 1, 1]})
+    assert merged.tolist() == [9, 0, 0, 0, 0]
+
+
+def test_arcee_fusion_of_a_tensor_in_which_every_row_only_moved_as_a_whole_is_the_expert():
+    assert merge(checked("arcee_fusion", {}), {"a": torch.full((2, 4), 3.0)}).tolist() == [[3] * 4] * 2
+
+
+@pytest.mark.parametrize("r", [0, 0.1])
+def test_ram_of_one_expert_is_what_it_changed(r):
+    deltas = {"a": [5.0, -1e-6, 0, -2]}
+    assert merge(checked("ram", {"r": r}), deltas).tolist() == [5, 0, 0, -2]
+
+
+def test_ram_averages_over_the_experts_that_changed_a_position():
+    deltas = {"a": [4, -3, 0, 0], "b": [2, 0, 0, 1e-6], "c": [0, 0, 0, 1]}
+    assert merge(checked("ram", {}), deltas).tolist() == [3, -3, 0, 1]
+
+
+@pytest.mark.parametrize(("scope", "boosts"), [("tensor", [1.5, 1.0]), ("global", [1.125, 1.125])])
+def test_ram_plus_scales_what_an_expert_has_alone_by_how_much_it_shares(scope, boosts):
+    base = {"v": torch.zeros(2), "w": torch.zeros(3)}
+    own = {
+        "a": {"v": tensor([2, 8]), "w": tensor([8, 8, 8])},
+        "b": {"v": tensor([4, 0]), "w": tensor([0, 0, 0])},
+    }
+    merged = merge_tensors(checked("ram", {"r": 0.5, "alpha": 1, "scope": scope}), base, own)
+    assert merged["v"].tolist() == [3, 8 * boosts[0]]
+    assert merged["w"].tolist() == [8 * boosts[1]] * 3
+
+
+def test_ram_plus_scales_by_no_more_than_alpha_allows():
+    deltas = {"a": [2, 8], "b": [4, 0]}
+    assert_close(merge(checked("ram", {"r": 0.1}), deltas), [3, 8 * 1.02])
+
+
 # --- TIES -----------------------------------------------------------------------------------------
 
 
@@ -602,6 +866,223 @@ def test_an_expert_of_weight_zero_has_no_say():
 def test_weights_enter_the_election():
     stage = checked("ties", {"density": 1, "weight": {"a": 1, "b": 3}})
     assert merge(stage, {"a": [2.0], "b": [-1.0]}).tolist() == [-1]
+
+
+# --- consensus ------------------------------------------------------------------------------------
+
+
+def test_consensus_of_any_number_is_task_arithmetic():
+    deltas = deltas_of(3, 6, 8)
+    merged = merge(checked("consensus_ta", {"k": 0, "lambda": 0.7}), deltas)
+    assert torch.equal(merged, merge(checked("task_arithmetic", {"lambda": 0.7}), deltas))
+
+
+@pytest.mark.parametrize("method", ["consensus_ta", "consensus_ties"])
+def test_consensus_of_more_than_all_is_the_base(method):
+    assert not merge(checked(method, {"k": 4}), deltas_of(3, 6, 8)).any()
+
+
+@pytest.mark.parametrize("method", ["consensus_ta", "consensus_ties"])
+def test_consensus_holds_fewer_positions_the_more_must_agree(method):
+    held = [merge(checked(method, {"k": k, "lambda_t": 0.3}), deltas_of(3, 6, 8)) != 0 for k in range(5)]
+    counts = [int(mask.sum()) for mask in held]
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 2
+    assert all((fewer <= more).all() for more, fewer in pairwise(held))
+
+
+def test_a_smaller_lambda_never_takes_a_position_from_the_consensus():
+    strict, loose = (merge(checked("consensus_ta", {"lambda_t": x}), deltas_of(3, 6, 8)) != 0 for x in (0.6, 0.2))
+    assert (strict <= loose).all()
+    assert int(strict.sum()) < int(loose.sum())
+
+
+def test_an_expert_of_weight_zero_does_not_count_for_the_consensus():
+    deltas = {"a": [5.0, 1], "b": [4.0, 0], "c": [4.0, 3]}
+    merged = merge(checked("consensus_ta", {"weight": {"a": 1, "b": 1, "c": 0}, "lambda": 1}), deltas)
+    assert merged.tolist() == [9, 0]
+
+
+# --- Localize-and-Stitch, SCE ---------------------------------------------------------------------
+
+
+def test_localize_and_stitch_of_everything_is_linear():
+    deltas = {**deltas_of(2, 6, 8), "c": torch.zeros(6, 8)}
+    merged = merge(checked("localize_stitch", {"density": 1}), deltas)
+    assert_close(merged, merge(checked("linear", {}), deltas), 1e-6)
+
+
+def test_localize_and_stitch_adds_what_does_not_overlap():
+    deltas = {"a": [9, 8, 1, 0], "b": [0, 1, -7, -6]}
+    assert merge(checked("localize_stitch", {"density": 0.5}), deltas).tolist() == [9, 8, -7, -6]
+
+
+def test_localize_and_stitch_returns_equal_experts_bit_for_bit():
+    delta = randn(6, 8)
+    merged = merge(checked("localize_stitch", {"density": 0.3}), dict.fromkeys(NAMES[:3], delta))
+    assert torch.equal(merged, sparse(checked("top", {"density": 0.3}), {"a": delta})["a"])
+
+
+def test_localize_and_stitch_takes_an_unchanged_position_when_nothing_else_is_left():
+    merged = merge(checked("localize_stitch", {"density": 1}), {"a": [2, 0], "b": [4, 6]})
+    assert merged.tolist() == [3, 3]
+
+
+def test_sce_of_equal_experts_is_the_expert_or_when_it_must_choose_the_base():
+    deltas = dict.fromkeys(NAMES[:3], randn(6, 8))
+    assert_close(merge(checked("sce", {"select_topk": 1}), deltas), deltas["a"], 1e-6)
+    assert not merge(checked("sce", {"select_topk": 0.5}), deltas).any()
+
+
+def test_sce_of_one_expert_has_nothing_to_choose_from():
+    assert not merge(checked("sce", {"select_topk": 0.5}), deltas_of(1, 6, 8)).any()
+
+
+def test_sce_elects_plus_where_the_signs_cancel():
+    merged = merge(checked("sce", {"select_topk": 1}), {"a": [2, -3], "b": [-2, 3]})
+    assert merged.tolist() == [2, 3]
+
+
+def test_sce_takes_its_share_of_the_positions_where_experts_differ():
+    deltas = {"a": [5, 5, 5, 5, 1, 2, 3, 4], "b": [5, 5, 5, 5, 0, 0, 0, 0]}
+    merged = merge(checked("sce", {"select_topk": 0.5}), deltas)
+    assert merged.tolist() == [0, 0, 0, 0, 0, 0, 3, 4]
+
+
+def test_sce_weighs_small_task_vectors_by_their_squares_too():
+    deltas = {"a": [3e-6, 1e-6], "b": [1e-6, 1e-6]}
+    assert_close(merge(checked("sce", {"select_topk": 1}), deltas) * 1e6, [(10 * 3 + 2 * 1) / 12, 1])
+
+
+# --- PCB ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_pcb_stays_between_the_experts_and_leaves_the_rest_at_the_base(variant):
+    deltas = deltas_of(3, 6, 8)
+    merged = merge(checked("pcb", {"density": 0.2, "variant": variant}), deltas)
+    each = torch.stack(list(deltas.values()))
+    held = merged != 0
+    assert 48 * 0.2 < int(held.sum()) < 48 * 0.6 + 1
+    assert (merged[held] <= each.amax(0)[held] + 1e-6).all()
+    assert (merged[held] >= each.amin(0)[held] - 1e-6).all()
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_pcb_does_not_care_for_the_order_of_experts(variant):
+    deltas, stage = deltas_of(3, 6, 8), checked("pcb", {"density": 0.4, "variant": variant})
+    assert_close(merge(stage, dict(reversed(deltas.items()))), merge(stage, deltas))
+
+
+def test_pcb_of_one_expert_is_what_it_keeps():
+    deltas = deltas_of(1, 6, 8)
+    merged = merge(checked("pcb", {"density": 0.3}), deltas)
+    assert torch.equal(merged, sparse(checked("top", {"density": 0.3}), deltas)["a"])
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_pcb_may_balance_over_the_whole_model(variant):
+    base = {"layers.2.w": torch.zeros(3, 4), "layers.10.w": torch.zeros(5, 4)}
+    deltas = deltas_of(3, 8, 4)
+    own = {e: {"layers.2.w": delta[:3], "layers.10.w": delta[3:]} for e, delta in deltas.items()}
+    written = {"density": 0.4, "variant": variant}
+    merged = merge_tensors(checked("pcb", {**written, "scope": "global"}), base, own, slice_elements=4)
+    together = merge(checked("pcb", {**written, "scope": "tensor"}), deltas)
+    assert torch.equal(torch.cat([merged["layers.2.w"], merged["layers.10.w"]]), together)
+
+
+def test_pcb_of_equal_changes_has_no_winner():
+    merged = merge(checked("pcb", {"density": 0.5}), {"a": [2, 2, 2, 2], "b": [2, 2, 2, 2]})
+    assert merged.tolist() == [2, 2, 0, 0]
+    assert not merge(checked("pcb", {"density": 0.5, "variant": "official"}), {"a": [2, 2], "b": [2, 2]}).any()
+
+
+# --- weights from norms and angles ----------------------------------------------------------------
+
+
+def coefficients(method, written, k=3):
+    """What a weighting gives each of k task vectors that share no position; each is 1, 2, .. k long."""
+    deltas = {e: torch.diag(torch.eye(k)[i] * (i + 1)) for i, e in enumerate(NAMES[:k])}
+    merged = merge(checked(method, written), deltas, slice_elements=k)
+    return merged.diagonal() / torch.arange(1, k + 1)
+
+
+def test_metagpt_weighs_by_the_squared_norm():
+    assert_close(coefficients("metagpt", {}), [1 / 14, 4 / 14, 9 / 14])
+
+
+def test_metagpt_over_the_model_and_by_tensor():
+    base = {"v": torch.zeros(1), "w": torch.zeros(1)}
+    own = {"a": {"v": tensor([1]), "w": tensor([2])}, "b": {"v": tensor([3]), "w": tensor([0])}}
+    by_model = merge_tensors(checked("metagpt", {}), base, own)
+    assert_close(torch.cat([by_model["v"], by_model["w"]]), [(5 * 1 + 9 * 3) / 14, 5 * 2 / 14])
+    by_tensor = merge_tensors(checked("metagpt", {"scope": "tensor"}), base, own)
+    assert_close(torch.cat([by_tensor["v"], by_tensor["w"]]), [(1 * 1 + 9 * 3) / 10, 2])
+
+
+@pytest.mark.parametrize("method", ["metagpt", "model_stock"])
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_equal_experts_come_back_bit_for_bit(method, k):
+    base, own = randn(6, 8, seed=1), randn(6, 8)
+    merged = merge_tensors(checked(method, {}), {NAME: base}, {e: {NAME: own} for e in NAMES[:k]})
+    assert torch.equal(bits(merged[NAME]), bits(own))
+
+
+def test_nan_weighs_by_the_inverse_norm_and_its_coefficients_add_up_to_half_the_experts():
+    got = coefficients("nan", {})
+    assert_close(got, [1.5 * 6 / 11, 1.5 * 3 / 11, 1.5 * 2 / 11])
+    assert_close(got.sum(), 1.5)
+
+
+def test_nan_of_equal_norms_is_half_of_each():
+    units = {e: delta / delta.norm() for e, delta in deltas_of(4, 6, 8).items()}
+    assert_close(merge(checked("nan", {}), units), sum(units.values()) / 2)
+
+
+def test_nan_of_another_power_weighs_more_steeply():
+    assert_close(coefficients("nan", {"power": 2}, 2), [4 / 5, 1 / 5])
+
+
+def test_nan_leaves_out_an_expert_that_changed_nothing():
+    merged = merge(checked("nan", {}), {"a": [3, 0], "b": [0, 6], "c": [0, 0]})
+    assert_close(merged, [3, 3])
+
+
+def test_nan_may_measure_the_weights_themselves():
+    merged = merge(checked("nan", {"norm_of": "weights"}), {"a": [2.0, 0], "b": [0, 3]}, base=[1.0, 0])
+    norms = 3, math.sqrt(1 + 9)
+    assert_close(merged - tensor([1, 0]), [2 * norms[1] / sum(norms), 3 * norms[0] / sum(norms)])
+
+
+def test_model_stock_of_orthogonal_task_vectors_is_the_base():
+    assert not merge(checked("model_stock", {}), {"a": [1, 0, 0], "b": [0, 2, 0], "c": [0, 0, 3]}).any()
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_model_stock_turns_with_its_inputs(scope):
+    turn, _ = torch.linalg.qr(randn(8, 8, seed=3))
+    deltas = {e: delta + 1 for e, delta in deltas_of(3, 6, 8).items()}
+    stage = checked("model_stock", {"scope": scope})
+    turned = merge(stage, {e: delta @ turn for e, delta in deltas.items()})
+    assert_close(turned, merge(stage, deltas) @ turn)
+
+
+def test_model_stock_by_row_is_model_stock_of_each_row():
+    deltas = deltas_of(3, 6, 8)
+    merged = merge(checked("model_stock", {"scope": "row"}), deltas, slice_elements=16)
+    for i, row in enumerate(merged):
+        alone = merge(checked("model_stock", {}), {e: delta[i] for e, delta in deltas.items()})
+        assert_close(row, alone, 1e-6)
+
+
+@pytest.mark.parametrize(("clamp", "t"), [(False, -3), (True, 0)])
+def test_model_stock_of_opposed_task_vectors_goes_back_unless_clamped(clamp, t):
+    merged = merge(checked("model_stock", {"clamp": clamp}), {"a": [2.5, 0], "b": [-0.3, 0.4]})
+    assert_close(merged, t * tensor([1.1, 0.2]))  # the cosine is -0.6
+
+
+def test_model_stock_stays_at_the_base_where_the_line_has_no_length():
+    assert not merge(checked("model_stock", {}), {"a": [2, 0], "b": [-1, 0]}).any()
 
 
 # --- DARE and DELLA -------------------------------------------------------------------------------
@@ -909,3 +1390,163 @@ def test_cabs_oracle(drawn):
     left = kept_only(flat, masks)
     expected = left[0] + 2 * left[1] + 0.5 * left[2]
     assert_close(merge(stage, deltas, slice_elements=40).flatten(), expected)
+
+
+def test_cabs_low_overlap_oracle(drawn):
+    deltas, flat = drawn
+    masks, taken = [[], [], []], set()
+    for k in (2, 0, 1):
+        for start in range(0, 70, 8):
+            block = range(start, min(start + 8, 70))
+            wanted = 5 if len(block) == 8 else 5 * 6 // 8
+            mine = top_of(abs(flat[k]), wanted, [i for i in block if i not in taken])
+            masks[k] += mine + top_of(abs(flat[k]), wanted - len(mine), [i for i in block if i in taken])
+        taken |= set(masks[k])
+    left = kept_only(flat, masks)
+    stage = checked(
+        "cabs_low_overlap", {"n": 5, "m": 8, "order": ["c", "a", "b"], "lambda": {"a": 1, "b": 2, "c": 0.5}}
+    )
+    assert_close(merge(stage, deltas, slice_elements=40).flatten(), left[0] + 2 * left[1] + 0.5 * left[2])
+
+
+def in_consensus(deltas, merged, share, least):
+    """Where at least ``least`` of the deltas are no smaller than their ``share`` of what the others make of it."""
+    return [sum(abs(d) >= share * abs(m - d) for d in each) >= least for each, m in zip(deltas.T, merged, strict=True)]
+
+
+def test_consensus_ta_oracle(drawn):
+    deltas, flat = drawn
+    weighted = flat * [[1], [0.5], [2]]
+    merged = weighted.sum(0)
+    expected = 0.3 * merged * in_consensus(weighted, merged, 0.4, 2)
+    stage = checked("consensus_ta", {"weight": WEIGHTS})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_consensus_ties_oracle(drawn):
+    deltas, flat = drawn
+    merged = elect(kept_only(flat, [top_of(abs(each), 14) for each in flat]), [1, 1, 1], "sum")
+    expected = 0.7 * merged * in_consensus(flat, merged, 0.5, 2)
+    stage = checked("consensus_ties", {"lambda_t": 0.5, "lambda": 0.7})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_localize_and_stitch_oracle(drawn):
+    deltas, flat = drawn
+    masks = [top_of(abs(each), count) for each, count in zip(flat, [14, 28, 23], strict=True)]
+    expected = numpy.zeros(70)
+    for i in range(70):
+        held = [flat[k, i] for k in range(3) if i in masks[k]]
+        expected[i] = sum(held) / len(held) if held else 0
+    stage = checked("localize_stitch", {"density": {"a": 0.2, "b": 0.4, "c": "1/3"}})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+@pytest.mark.parametrize("in_merge", [True, False])
+def test_sce_oracle(drawn, in_merge):
+    deltas, flat = drawn
+    variance = flat.var(0)
+    chosen = kept_only(flat, [top_of(numpy.float32(variance), int((variance > 0).sum() * 0.4))] * 3)
+    weights = (chosen**2).mean(1) / (chosen**2).mean(1).sum()
+    expected = numpy.zeros(70)
+    for i, each in enumerate((chosen if in_merge else flat).T):
+        agree = [(w, d) for w, d in zip(weights, each, strict=True) if (d > 0 if each.sum() >= 0 else d < 0)]
+        expected[i] = sum(w * d for w, d in agree) / sum(w for w, _ in agree) if agree else 0
+    stage = checked("sce", {"select_topk": 0.4, "select_in_merge": in_merge})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def to_unit(values):
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span else values * 0
+
+
+def softmax(values):
+    return numpy.exp(values) / numpy.exp(values).sum()
+
+
+def test_pcb_paper_oracle(drawn):
+    deltas, flat = drawn
+    beta = [softmax(3 * to_unit(d**2)) * sum(softmax(to_unit(d * other)) for other in flat) for d in flat]
+    left = kept_only(numpy.array(beta), [top_of(numpy.float32(each), 28) for each in beta])
+    total = left.sum(0)
+    expected = 0.7 * (left * flat).sum(0) / numpy.where(total > 0, total, 1)
+    stage = checked("pcb", {"density": 0.4, "lambda": 0.7})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_pcb_official_oracle(drawn):
+    deltas, flat = drawn
+    clamped = numpy.sign(flat) * [numpy.clip(abs(d), sorted(abs(d))[0], sorted(abs(d))[68]) for d in flat]
+    weights = numpy.zeros_like(flat)
+    for k, magnitude in enumerate(abs(clamped)):
+        score = numpy.exp(3 * to_unit(magnitude) ** 2) * numpy.tanh(flat[k] * flat.sum(0))
+        weights[k] = to_unit(numpy.maximum(score, sorted(score)[42]))
+    expected = (weights * clamped).sum(0) / numpy.maximum(weights.sum(0), 1e-12)
+    stage = checked("pcb", {"density": 0.4, "variant": "official"})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_metagpt_oracle(drawn):
+    deltas, flat = drawn
+    squares = (flat**2).sum(1)
+    expected = (squares[:, None] * flat).sum(0) / squares.sum()
+    assert_close(merge(checked("metagpt", {}), deltas, slice_elements=20).flatten(), expected)
+
+
+def test_nan_oracle(drawn):
+    deltas, flat = drawn
+    inverse = 1 / numpy.sqrt((flat**2).sum(1))
+    expected = 1.5 * (inverse[:, None] * flat).sum(0) / inverse.sum()
+    assert_close(merge(checked("nan", {}), deltas, slice_elements=20).flatten(), expected)
+
+
+def test_model_stock_oracle(drawn):
+    deltas, flat = drawn
+    flat = flat + 0.5
+    moved = {e: delta + 0.5 for e, delta in deltas.items()}
+    units = flat / numpy.sqrt((flat**2).sum(1, keepdims=True))
+    c = (units[0] @ units[1] + units[0] @ units[2] + units[1] @ units[2]) / 3
+    expected = 3 * c / (1 + 2 * c) * flat.mean(0)
+    assert_close(merge(checked("model_stock", {}), moved, slice_elements=20).flatten(), expected)
+
+
+def test_arcee_fusion_oracle(drawn):
+    deltas, flat = drawn
+    base = randn(7, 10, seed=4)
+    divergence = []
+    for weights, delta in zip(base.double().numpy(), flat[0].reshape(7, 10), strict=True):
+        p, q = softmax(weights + delta) + 1e-8, softmax(weights) + 1e-8
+        divergence.append((p * numpy.log(p / q)).sum())
+    importance = numpy.float32(abs(flat[0]) * numpy.repeat(divergence, 10))
+    ranked = sorted(importance)
+    taken = importance >= ranked[34] + 1.5 * (ranked[51] - ranked[17])
+    merged = merge(checked("arcee_fusion", {}), {"a": deltas["a"]}, base=base, slice_elements=20)
+    assert 0 < taken.sum() < 70
+    assert_close((merged - base).flatten(), flat[0] * taken)
+
+
+def test_ram_oracle(drawn):
+    deltas, flat = drawn
+    changed = abs(flat) > 0.5
+    holders = changed.sum(0)
+    expected = (flat * changed).sum(0) / numpy.maximum(holders, 1)
+    assert_close(merge(checked("ram", {"epsilon": 0.5}), deltas, slice_elements=20).flatten(), expected)
+    for k in range(3):
+        shared, alone = (changed[k] & (holders > 1)).sum(), changed[k] & (holders == 1)
+        expected[alone] *= 1 + 0.3 * min(shared / alone.sum(), 3)
+    stage = checked("ram", {"epsilon": 0.5, "r": 0.3, "alpha": 3})
+    assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
+
+
+def test_wanda_oracle(drawn):
+    deltas, flat = drawn
+    tokens = randn(3, 12, 10, seed=5)
+    norms = numpy.sqrt(tokens.double().square().mean(1).numpy())
+    masks = [
+        [10 * row + i for row in range(7) for i in top_of(numpy.float32(abs(each[10 * row :][:10]) * norm), 4)]
+        for each, norm in zip(flat, norms, strict=True)
+    ]
+    stages = [checked("wanda", {"density": 0.4}), checked("sum", {})]
+    merged = merge(stages, deltas, inputs=inputs_of(tokens), slice_elements=20)
+    assert_close(merged.flatten(), kept_only(flat, masks).sum(0))

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from tiny import bits, sliced, tensor
 
 from merger.ops import (
+    Max,
     count,
     exclusive,
+    ordered,
     ranks_of_rows,
     select,
     summed,
@@ -266,3 +268,35 @@ def test_draws_lie_in_the_unit_interval(double, dtype):
     draws = uniforms((0, "dare", "w", "a"), 0, 10000, double=double)
     assert draws.dtype == dtype
     assert 0 <= draws.min() < draws.mean() < draws.max() < 1
+
+
+# --- places in the ascending order, and the largest of all -----------------------------------------
+
+
+@given(st.integers(0, 1000), st.sampled_from(["tensor", "global"]), st.booleans())
+def test_the_values_at_places_of_the_order_are_those_of_a_sort(seed, scope, coarse):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(2, rows, 5, generator=generator) for rows in (3, 4)]
+    tensors = [each.round() if coarse else each for each in tensors]
+    size = 15 if scope == "tensor" else 35
+    places = [[0, size // 2, size - 1], [1, size - 2, size // 3]]
+
+    def begin(i, part):
+        found = yield from ordered(tensors[i][:, part], places, scope)
+        return found.view(3, 2)
+
+    whole = tensors[:1] if scope == "tensor" else tensors
+    ranked = torch.cat([each.flatten(1) for each in whole], 1).sort(-1).values
+    got = sliced(begin, whole)[0][:3]
+    assert torch.equal(got, torch.stack([ranked[k, places[k]] for k in (0, 1)], 1))
+
+
+@pytest.mark.parametrize(("scope", "expected"), [("tensor", [[5, -1], [7, 9]]), ("global", [[7, 9], [7, 9]])])
+def test_the_largest_of_all_slices_is_asked_for_element_by_element(scope, expected):
+    tensors = [tensor([[[5, -2], [-4, -1]]]), tensor([[[7, 0], [1, 9]]])]
+
+    def begin(i, part):
+        highest = yield Max(tensors[i][0, part].amax(0), scope)
+        return highest.view(1, 2)
+
+    assert [each[0].tolist() for each in sliced(begin, tensors)] == expected

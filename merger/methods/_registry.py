@@ -38,7 +38,7 @@ from pydantic import (
 
 from merger.errors import nearest
 
-Kind = Literal["score", "sparsifier", "merger", "scale", "method"]
+Kind = Literal["score", "sparsifier", "merger", "filter", "scale", "method"]
 Takes = Literal["slice", "rows", "matrix"]
 """Any slice; rows, one for each output neuron; the whole oriented matrix."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,6 +71,8 @@ class Entry:
     takes: Callable[..., Takes] = _by_scope  # the least it must see at once, given its parameters
     align: str | None = None  # the parameter whose multiple every slice must begin at
     experts: int | None = None  # how many experts it merges, where that is fixed
+    fewest: int = 1  # how many it merges at least
+    scope: str = "tensor"  # what a score is ranked within, unless the recipe says it
     calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
 
@@ -115,6 +117,11 @@ def sparsifier(**traits: Any) -> Callable[[F], F]:
 def merger(**traits: Any) -> Callable[[F], F]:
     """Registers a stage k -> 1 that makes one task vector [r c] of all."""
     return _register("merger", ENTRIES, **traits)
+
+
+def filter_(**traits: Any) -> Callable[[F], F]:
+    """Registers a stage 1 -> 1 that keeps part of what was merged [r c], by the ``originals``."""
+    return _register("filter", ENTRIES, **traits)
 
 
 def scale(**traits: Any) -> Callable[[F], F]:
@@ -163,7 +170,7 @@ def checked(name: str, written: Mapping[str, Any]) -> Stage:
         return _bound(ENTRIES[name], written)
     own = {key: value for key, value in written.items() if key in _names(SCORES[name])}
     rest = {key: value for key, value in written.items() if key not in own}
-    return _bound(ENTRIES["top"], {**rest, "score": _bound(SCORES[name], own)})
+    return _bound(ENTRIES["top"], {"scope": SCORES[name].scope, **rest, "score": _bound(SCORES[name], own)})
 
 
 def _names(entry: Entry) -> set[str]:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _whole_blocks(n: int, m: int, **_: object) -> None:
-    if n > m:
-        raise ValueError(f"n is {n} and m is {m}: n of every m elements can be kept only while n <= m")
+def of_short_block(n: int, m: int, length: int, tail: str) -> int:
+    """How many a last block of ``length`` < m elements keeps (methods.md 3.1)."""
+    return n * length // m if tail == "proportional" else 0
 
 
-@sparsifier(align="m", check=_whole_blocks)
+@sparsifier(align="m")
 def bs(
     deltas: Tensor,
     scores: Tensor,
@@ -34,12 +34,12 @@ def bs(
 ) -> Flow[Tensor]:
     """Keeps the `n` highest scores of every `m` consecutive elements of the flat tensor.
 
-    A shorter last block of r elements keeps floor(n * r / m) of them, or none. With `exclusive` an
-    expert chooses only among positions that earlier ones left free.
+    A shorter last block of r elements keeps floor(n * r / m) of them, or none; an `n` of `m` or more
+    keeps every full block whole. With `exclusive` an expert chooses only among positions that earlier
+    ones left free.
     At 2:4, (5, 1, -4, 2, 3, -9, 8) keeps 5, -4 and -9.
     """
-    rest = (yield Size()) % m
-    short = n * rest // m if tail == "proportional" else 0
+    short = of_short_block(n, m, (yield Size()) % m, tail)
     free = torch.ones_like(deltas, dtype=torch.bool) if claim_zeros else deltas != 0
     if exclusive is None:
         return keep(deltas, top_of_blocks(scores, n, m, free, short))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.methods._parameters import Numbers
 from merger.methods._registry import merger
-from merger.ops import Flow, Sum, Whole, column, summed
+from merger.ops import Flow, Sum, Whole, column, summed, weighted_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,11 +33,17 @@ def sign_elect(
         elected = elected.where(elected != 0, majority)
     elif zero_sign == "positive":
         elected = elected.where(elected != 0, 1)
-    agree = (deltas.sign() * elected).clamp_(min=0)  # 1 where an expert has the elected sign, else 0
-    if merge == "max":
-        return elected * (deltas.abs() * agree).amax(0)
-    shares = weights * agree
     if merge == "mean":
-        together = summed(shares)
-        shares = shares / together.masked_fill_(together == 0, 1)  # one expert alone has a share of exactly 1
-    return summed(deltas * shares)
+        return mean_of_agreeing(deltas, elected, weights)
+    agree = _agreeing(deltas, elected)
+    return elected * (deltas.abs() * agree).amax(0) if merge == "max" else summed(deltas * (weights * agree))
+
+
+def mean_of_agreeing(deltas: Tensor, elected: Tensor, weights: Tensor) -> Tensor:
+    """The mean, by ``weights`` [k 1 1], of the deltas [k r c] that have the ``elected`` sign [r c], or 0."""
+    return weighted_mean(deltas, weights * _agreeing(deltas, elected))
+
+
+def _agreeing(deltas: Tensor, elected: Tensor) -> Tensor:
+    """1 where an expert has the elected sign, else 0."""
+    return (deltas.sign() * elected).clamp_(min=0)

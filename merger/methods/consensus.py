@@ -1,0 +1,39 @@
+"""Keep what several experts agree on: TALL masks as a filter. Consensus merging, https://arxiv.org/abs/2405.07813.
+
+The authors compare with >, here it is >=: an unchanged position then counts, which adds nothing (methods.md 5.5).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from merger._lazy import torch
+from merger.methods._parameters import Numbers
+from merger.methods._registry import filter_
+from merger.ops import column, fast, keep, summed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@filter_()
+def consensus(
+    deltas: Tensor,
+    originals: Tensor,
+    *,
+    k: Annotated[int, Field(ge=0)] = 2,
+    lambda_t: Numbers = 0.4,
+    weight: Numbers = 1,
+) -> Tensor:
+    """Keeps the positions of the merged task vector that at least `k` experts hold.
+
+    An expert holds a position where its own delta, times its `weight`, is at least `lambda_t` times
+    what separates it from the merged one. Of (3, 0) and (1, 4), merged to (4, 4), two experts hold
+    the first at lambda_t 0.3 and one the second: (4, 0).
+    """
+    own = originals * column(weight, originals)
+    apart = (deltas - own).abs_().mul_(column(lambda_t, own))
+    holding = fast("ge", own.abs_(), apart)
+    return keep(deltas, summed(holding.view(torch.int8)) >= k)

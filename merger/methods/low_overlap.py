@@ -1,0 +1,45 @@
+"""Balanced n:m masks with the smallest overlap. CABS, https://arxiv.org/abs/2503.01874, Algorithm 2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from merger._lazy import torch
+from merger.methods._parameters import Order
+from merger.methods._registry import Score, sparsifier
+from merger.methods.bs import of_short_block
+from merger.ops import Flow, Size, keep, top_of_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@sparsifier(align="m")
+def low_overlap(
+    deltas: Tensor,
+    scores: Tensor,
+    *,
+    n: Annotated[int, Field(ge=0)] = 64,
+    m: Annotated[int, Field(ge=1)] = 256,
+    order: Order = "listed",
+    score: Score = "magnitude",
+    tail: Literal["proportional", "drop"] = "proportional",
+    claim_zeros: bool = True,
+) -> Flow[Tensor]:
+    """Each expert keeps `n` of every `m` elements: the free ones first, then the best that others hold too.
+
+    While all experts fit into a block this is `bs` with `exclusive`; two that do not fit share 2n - m of n.
+    At 3:4, (4, -3, 1, 0) keeps its first three, then (-2, -4, 1, 3) the last and the first two.
+    """
+    short = of_short_block(n, m, (yield Size()) % m, tail)
+    eligible = torch.ones_like(deltas, dtype=torch.bool) if claim_zeros else deltas != 0
+    kept = torch.zeros_like(eligible)
+    for k in order:
+        used = kept.any(0)
+        mine, open_ = scores[k : k + 1], eligible[k : k + 1]
+        unshared = top_of_blocks(mine, n, m, open_ & ~used, short)
+        first = mine.float().masked_fill(unshared, torch.inf)  # these stay, whatever the others score
+        kept[k] = top_of_blocks(first, n, m, (open_ & used) | unshared, short)[0]
+    return keep(deltas, kept)

@@ -1,0 +1,40 @@
+"""How far to go from the base to the mean, told from the angles. Model Stock, https://arxiv.org/abs/2403.19522.
+
+For three experts and more it is the cosines that are averaged, as in mergekit, and not the angles (methods.md 6.6).
+"""
+
+from __future__ import annotations
+
+from itertools import combinations, combinations_with_replacement
+from typing import TYPE_CHECKING, Literal
+
+from merger._lazy import torch
+from merger.methods._registry import merger
+from merger.methods.mean import mean
+from merger.ops import Flow, Sum, summed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merger(fewest=2)
+def model_stock(deltas: Tensor, *, scope: Literal["tensor", "row"] = "tensor", clamp: bool = False) -> Flow[Tensor]:
+    """The mean task vector times t = K c / (1 + (K - 1) c), where c is the mean cosine between experts.
+
+    Parallel task vectors go all the way to their mean, orthogonal ones nowhere; `clamp` keeps t
+    within [0, 1] where they are opposed. (1, 0) and (1, 1) have c = 0.7071, t = 0.8284: (0.8284, 0.4142).
+    """
+    experts = range(len(deltas))
+    pairs = list(combinations_with_replacement(experts, 2))
+    products = torch.stack([(deltas[i].double() * deltas[j]).sum(-1) for i, j in pairs])
+    if scope == "tensor":
+        products = yield Sum(products.sum(1, keepdim=True))
+    inner = dict(zip(pairs, products, strict=True))  # of each pair: [r], or [1] for the whole tensor
+    cosines = []
+    for i, j in combinations(experts, 2):
+        lengths = inner[i, i].sqrt() * inner[j, j].sqrt()
+        cosines.append(torch.where(lengths > 0, inner[i, j] / lengths, 0))
+    cosine = summed(torch.stack(cosines)) / len(cosines)
+    spread = 1 + (len(deltas) - 1) * cosine
+    t = torch.where(spread > 1e-3, len(deltas) * cosine / spread, 0)
+    return mean(deltas, weight=[1] * len(deltas)) * (t.clamp(0, 1) if clamp else t).to(deltas).view(-1, 1)

@@ -1,0 +1,51 @@
+"""Parameter competition balancing as the paper states it. PCB-Merging, https://arxiv.org/abs/2410.02396, section 3."""
+
+from __future__ import annotations
+
+from itertools import combinations_with_replacement
+from typing import TYPE_CHECKING
+
+from merger._lazy import torch
+from merger.methods._parameters import Shares
+from merger.methods._registry import merger
+from merger.ops import Flow, Max, Size, Sum, Whole, keep, select, weighted_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merger()
+def pcb_paper(deltas: Tensor, *, density: Shares = 0.1, scope: Whole = "global") -> Flow[Tensor]:
+    """Averages the `density` of each task vector that wins the competition, weighted by how clearly it wins.
+
+    A parameter's score is softmax(K * N(delta^2)), how far it stands out in its own model, times the
+    sum over all K experts of softmax(N(delta * theirs)), how well it goes with them. N maps the tensor
+    or the model to [0, 1]. At 0.5, (4, 0) and (-1, 2) each keep the larger one: (4, 2).
+    """
+    experts = range(len(deltas))
+    pairs = {pair: n for n, pair in enumerate(combinations_with_replacement(experts, 2))}
+    products = (deltas[i].double() * deltas[j] for i, j in pairs)
+    ends = yield Max(torch.stack([torch.stack([each.amax(), -each.amin()]) for each in products]), scope)
+    span = ends.sum(1)
+
+    def stands(i: int, j: int, sharpness: int = 1) -> Tensor:
+        """The numerators of a softmax of N, at most 1."""
+        n = pairs[i, j]
+        above: Tensor = deltas[i].double() * deltas[j] - ends[n, 0]  # 0 at the highest
+        return (above.div_(span[n] if span[n] else 1).mul_(sharpness)).exp_()
+
+    unit = 2.0 ** (62 - (yield Size(scope)).bit_length())
+    numerators = [*((i, j, 1) for i, j in pairs), *((i, i, len(deltas)) for i in experts)]
+    # Whole numbers, because their sum does not depend on where slices end.
+    counted = yield Sum(torch.stack([(stands(*each) * unit).round_().long().sum() for each in numerators]), scope)
+    sums = dict(zip(numerators, (counted.double() / unit).tolist(), strict=True))
+    score = torch.zeros_like(deltas, dtype=torch.float64)
+    for i, j in pairs:
+        share = stands(i, j) / sums[i, j, 1]
+        for expert in {i, j}:
+            score[expert] += share
+    for i in experts:
+        score[i] *= stands(i, i, len(deltas)) / sums[i, i, len(deltas)]
+    kept = yield from select(score, density, scope=scope)
+    balanced: Tensor = weighted_mean(deltas, keep(score, kept)).to(deltas)
+    return balanced

@@ -1,0 +1,39 @@
+"""Average what experts share, keep what is one's own. Reinforced Agent Merging, https://arxiv.org/abs/2601.13572."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger._lazy import torch
+from merger.methods._parameters import Number
+from merger.methods._registry import merger
+from merger.ops import Flow, Sum, Whole, fast, keep, summed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merger()
+def ram(
+    deltas: Tensor,
+    *,
+    epsilon: Number = 0.00001,
+    r: Number = 0,
+    alpha: Number = 0.2,
+    scope: Whole = "tensor",
+) -> Flow[Tensor]:
+    """The mean at each position over the experts that changed it by more than `epsilon`, untouched ones left out.
+
+    An `r` above 0 (RAM+, where it is 0.1) scales what one expert alone changed by 1 + r * min(alpha, s),
+    where s is how many positions it shares for each of its own. (4, -3, 0) and (2, 0, 0) make (3, -3, 0).
+    """
+    changed = fast("gt", deltas.abs(), deltas.new_full((1,), float(epsilon)))
+    holders = summed(changed.view(torch.int8))
+    kept = keep(deltas, changed)
+    if r:
+        alone = holders == 1
+        counts = yield Sum(torch.stack([changed.sum((1, 2)), (changed & alone).sum((1, 2))]), scope)
+        shared = (counts[0] - counts[1]) / counts[1].clamp(min=1)
+        boost = 1 + float(r) * shared.double().clamp(max=float(alpha))
+        kept = torch.where(alone, kept * boost.to(kept).view(-1, 1, 1), kept)
+    return summed(kept) / holders.clamp(min=1)
