@@ -150,17 +150,32 @@ def _bind_inner(inner: Stage, place: Place) -> tuple[Bound, ...]:
     return stages
 
 
-def flow(stages: Sequence[Bound], part: Slice, subject: Subject) -> Flow[Tensor]:
-    """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger)."""
-    return (yield from _through(stages, part.deltas, _supplies(part, subject)))
+def unseen(i: int, deltas: Tensor) -> None:
+    """Looks at nothing."""
 
 
-def _through(stages: Sequence[Bound], deltas: Tensor, known: Mapping[str, Any]) -> Flow[Tensor]:
-    for stage in stages:
+def flow(
+    stages: Sequence[Bound], part: Slice, subject: Subject, look: Callable[[int, Tensor], None] = unseen
+) -> Flow[Tensor]:
+    """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger).
+
+    ``look`` is shown what stage i leaves, once more each time the flow is started again.
+    """
+    return (yield from _through(stages, part.deltas, _supplies(part, subject), look))
+
+
+def _through(
+    stages: Sequence[Bound],
+    deltas: Tensor,
+    known: Mapping[str, Any],
+    look: Callable[[int, Tensor], None] = unseen,
+) -> Flow[Tensor]:
+    for i, stage in enumerate(stages):
         given = {**known, "deltas": deltas, "inside": partial(_inside, stage.inner, known)}
         if stage.score is not None:
             given["scores"] = yield from _call(stage.score, given)
         deltas = yield from _call(stage, given)
+        look(i, deltas)
     return deltas
 
 

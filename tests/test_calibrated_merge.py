@@ -151,3 +151,23 @@ def test_a_ranking_of_the_whole_model_cannot_stand_before_a_regression(place):
 def test_there_is_nothing_to_calibrate_where_nothing_is_kept(place):
     with pytest.raises(RecipeError, match="there is nothing to calibrate"):
         merger.calibrate(recipe(place, "regmean"))
+
+
+# --- looked at before they are made ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["obim", "regmean"])
+def test_an_inspection_foretells_where_a_calibrated_merge_ends(place, method):
+    before = merger.inspect(recipe(place, method)).view("result")
+    merger.merge(recipe(place, method))
+    after = merger.inspect_merge(place / "out").view("result")
+    assert before.tensors.keys() == after.tensors.keys()
+    for name, foretold in before.tensors.items():
+        found = after.tensors[name]
+        assert (foretold.at_base, foretold.at_expert, foretold.blend) == (found.at_base, found.at_expert, found.blend)
+
+
+def test_what_obim_keeps_of_each_expert_never_overlaps(place):
+    kept = merger.inspect(recipe(place)).view("top").whole
+    assert all(value == 0 for row in kept.overlap.values() for value in row.values())
+    assert sum(kept.holders[1:]) == pytest.approx(sum(kept.density.values()))
