@@ -26,7 +26,6 @@ import transformers
 from merger.calibration import Batch, Settings, batches, collect_all, texts
 from merger.checkpoint.opening import open_checkpoint
 
-
 KINDS = ("plain", "body", "calibration")
 
 
@@ -82,16 +81,15 @@ def main() -> None:
         else:
             whole(given.model, passes, logits=given.one == "plain")
         seconds = time.monotonic() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak": peak}))
+        print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
         return
     runs = [{kind: measured(kind, given) for kind in KINDS} for _ in range(given.runs)]
     print("| kind | seconds of each run | median, of plain | peak memory, median |\n|---|---|---|---|")
     for kind in KINDS:
-        seconds = ", ".join(f"{run[kind]['seconds']:.1f}" for run in runs)
+        each = ", ".join(f"{run[kind]['seconds']:.1f}" for run in runs)
         ratio = statistics.median(run[kind]["seconds"] / run["plain"]["seconds"] for run in runs)
         peak = statistics.median(run[kind]["peak"] for run in runs)
-        print(f"| {kind} | {seconds} | {ratio:.2f} | {peak / 1e6:,.0f} MB |")
+        print(f"| {kind} | {each} | {ratio:.2f} | {peak / 1e6:,.0f} MB |")
 
 
 if __name__ == "__main__":
