@@ -22,36 +22,43 @@ if TYPE_CHECKING:
     from merger.planning import Plan, plan
     from merger.recipe import Recipe
     from merger.run import Result, calibrate, merge
+    from merger.verification import Deep, Verification, verify
 
 __version__ = VERSION
 
 _HOMES = {
     "CheckpointError": "errors",
+    "Deep": "verification",
     "MergerError": "errors",
     "Plan": "planning",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "ResourceError": "errors",
     "Result": "run",
+    "Verification": "verification",
     "VerifyError": "errors",
     "calibrate": "run",
     "merge": "run",
     "merge_tensors": "pipeline",
     "plan": "planning",
+    "verify": "verification",
 }
 __all__ = [
     "CheckpointError",
+    "Deep",
     "MergerError",
     "Plan",
     "Recipe",
     "RecipeError",
     "ResourceError",
     "Result",
+    "Verification",
     "VerifyError",
     "calibrate",
     "merge",
     "merge_tensors",
     "plan",
+    "verify",
 ]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merger.errors import INTERRUPTED, MergerError, RecipeError
+from merger.errors import INTERRUPTED, MergerError, RecipeError, VerifyError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,6 +144,40 @@ def calibrate(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.", show_default=False)],
+    deep: Annotated[bool, typer.Option("--deep", help="Merge a sample of tensors again, and compare bits.")] = False,
+    sample: Annotated[int, typer.Option(metavar="N", min=1, help="How many tensors --deep merges again.")] = 16,
+    seed: Annotated[int, typer.Option(help="Chooses them.")] = 0,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="RECIPE", help="For --deep, where the folder was moved: its recipe.", show_default=False),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="For --deep; the recorded kind if not given.")] = None,
+    max_memory: MaxMemory = None,
+    offline: Offline = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a model is what it says: hashes, headers, values, config, tokenizer; with --deep, the merge itself."""
+    from merger.verification import Deep
+    from merger.verification import verify as check
+
+    how = Deep(sample, seed, recipe, device, _size(max_memory), offline, trust_remote_code) if deep else None
+    with _progress_bar(quiet) as (progress, notice):
+        found = check(folder, deep=how, progress=progress, notice=notice)
+    if as_json:
+        print(json.dumps(found.as_json()))
+    if found.differences:
+        raise VerifyError("\n".join(f"{folder}: {each}" for each in found.differences))
+    if not as_json:
+        whole = "is what merger.json says" if found.recorded else "agrees with itself; it has no merger.json"
+        again = f"; {len(found.recomputed)} tensors merged again are the same bits" if deep else ""
+        print(f"{folder}: {whole}: {found.tensors} tensors, {_bytes(found.bytes)}{again}")
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, stage or score.", show_default=False)] = None,
     as_json: AsJson = False,
@@ -261,7 +295,11 @@ def _progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, amount="")
             speed = next(task.speed for task in bar.tasks if task.id == tasks[what]) or 0
-            amount = f"{_bytes(done)} of {_bytes(total)}, {_bytes(int(speed))}/s" if what == "merging" else ""
+            amount = (
+                f"{_bytes(done)} of {_bytes(total)}, {_bytes(int(speed))}/s"
+                if not what.startswith("calibrating")
+                else ""
+            )
             bar.update(tasks[what], completed=done, total=total, amount=amount)
 
         yield tell, notice

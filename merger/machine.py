@@ -160,6 +160,6 @@ def preview(plan: Plan, output: Path, max_memory: int | None) -> Forecast:
     check_place(plan, output, force=True)  # an occupied output is a matter of a flag
     check_disk(plan, output)
     machine = Machine.of("cpu", max_memory, plan)
-    ranked = any(stage.values.get("scope") == "global" for tensor in plan.tensors for stage in tensor.stages)
+    ranked = any(tensor.ranked for tensor in plan.tensors)
     memory = memory_needed(plan, machine.workers) + machine.in_flight * machine.hold
     return Forecast(memory, _free(output), ranked)

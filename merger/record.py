@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 from merger.checkpoint import manifest
 
 if TYPE_CHECKING:
+    from merger.checkpoint.header import Info
     from merger.checkpoint.stored import Checkpoint
     from merger.planning import Plan, TensorPlan
+
+RECORD = "merger.json"
 
 
 def record_of(
@@ -19,35 +22,42 @@ def record_of(
     device: str,
     hashes: Mapping[Path, Future[str]],
     shards: Mapping[str, str],
+    files: Mapping[str, str],
     statistics: Mapping[str, str],
     notes: Iterable[str],
 ) -> dict[str, Any]:
-    """The manifest of a finished merge, given the SHA-256 of each input file, output shard and statistics file."""
-    sources = {"base": plan.recipe.base, **plan.recipe.experts}
+    """The manifest of a finished merge, given the SHA-256 of each input, output shard, side and statistics file."""
     return {
         "format": manifest.FORMAT,
         "versions": manifest.versions(),
         "seed": plan.recipe.seed,
         "device": device.partition(":")[0],
-        "recipe": _portable(plan.recipe.spelled_out()),
+        "recipe": portable(plan.recipe.spelled_out()),
         "set": list(plan.recipe.overrides),
-        "inputs": {
-            label: {
-                "source": manifest.portable(source.model),
-                **({"adapter source": manifest.portable(source.adapter)} if source.adapter else {}),
-                **_origin(plan.models[label], hashes),
-            }
-            for label, source in sources.items()
-        },
+        "inputs": inputs_of(plan, {file: hashed.result() for file, hashed in hashes.items()}),
         "statistics": dict(statistics),
         "shards": dict(shards),
+        "files": dict(files),
         "tensors": {tensor.name: _fate(tensor) for tensor in plan.tensors},
         "dropped": {label: names for label, names in plan.dropped.items() if names},
-        "notes": sorted(notes),
+        "notes": sorted(set(notes)),
     }
 
 
-def _origin(model: Checkpoint, hashes: Mapping[Path, Future[str]]) -> dict[str, Any]:
+def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """From what commit and which bytes every model came, given the SHA-256 of each input file."""
+    sources = {"base": plan.recipe.base, **plan.recipe.experts}
+    return {
+        label: {
+            "source": manifest.portable(source.model),
+            **({"adapter source": manifest.portable(source.adapter)} if source.adapter else {}),
+            **_origin(plan.models[label], hashes),
+        }
+        for label, source in sources.items()
+    }
+
+
+def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """From what commit and which bytes a model, and an adapter on it, came."""
     adapter = model.adapter
     on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
@@ -55,15 +65,15 @@ def _origin(model: Checkpoint, hashes: Mapping[Path, Future[str]]) -> dict[str, 
     return own if adapter is None else {**own, "adapter": _named(adapter.commit, on_top, hashes)}
 
 
-def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, Future[str]]) -> dict[str, Any]:
-    said = {"files": {file.name: hashes[file].result() for file in files}}
+def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]) -> dict[str, Any]:
+    said = {"files": {file.name: hashes[file] for file in files}}
     return {"commit": commit, **said} if commit else said
 
 
 def _fate(tensor: TensorPlan) -> dict[str, Any]:
     """What happened to one tensor, for the manifest."""
     by = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
-    said: dict[str, Any] = {"kind": tensor.kind}
+    said: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
     said |= {"merged by": by} if tensor.stages else {"copied from": tensor.source}
     if tensor.tied_to is not None:
         return said | {"tied to": tensor.tied_to}
@@ -71,12 +81,33 @@ def _fate(tensor: TensorPlan) -> dict[str, Any]:
     return said | ({"reads": others} if others else {})
 
 
-def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
+def stored_as(info: Info) -> str:
+    """BF16 [4096, 4096]: what a tensor's header says, in the manifest's words."""
+    return f"{info.dtype} {list(info.shape)}"
+
+
+def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without the machine's folders."""
 
-    def source(each: dict[str, Any]) -> dict[str, Any]:
-        return {key: manifest.portable(v) if key in ("model", "adapter") and v else v for key, v in each.items()}
+    def without(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: without(each) for key, each in value.items()}
+        return manifest.portable(value) if isinstance(value, str) else value
+
+    def source(each: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: without(value) if key in ("model", "adapter") else value for key, value in each.items()}
 
     experts = {name: source(each) for name, each in recipe["experts"].items()}
+    given = recipe["calibration"]
+    calibration = given and {**given, "data": without(given["data"]), "stats": without(given["stats"])}
     output = {**recipe["output"], "path": manifest.portable(recipe["output"]["path"])}
-    return {**recipe, "base": source(recipe["base"]), "experts": experts, "output": output}
+    return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
+
+
+def differing(one: Any, other: Any) -> list[str]:
+    """The keys, as in experts.math.weight, whose values differ between two plain objects."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return [] if one == other else [""]
+    keys = dict.fromkeys((*one, *other))
+    found = ((key, each) for key in keys for each in differing(one.get(key), other.get(key)))
+    return [f"{key}.{each}" if each else key for key, each in found]

@@ -6,17 +6,17 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
 from merger.checkpoint import manifest
-from merger.checkpoint.hashes import sha256
+from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.header import TORCH_NAMES
 from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
 from merger.copies import restored
@@ -36,7 +36,7 @@ from merger.pipeline import Sizes, Slice, Subject, flow, run, settle
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
-from merger.record import record_of
+from merger.record import RECORD, record_of
 from merger.statistics import Options, inputs_of, load, origin
 from merger.statistics import calibrate as statistics_files
 
@@ -99,6 +99,40 @@ def merge(
         return _Merge(plan, machine, output, paths, tell, say).run(began, force=force)
     finally:
         plan.close()
+
+
+class Sink(Protocol):
+    """What takes a merge's bytes, from several threads at once."""
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Takes ``data``, which stands from byte ``start`` of a tensor on."""
+
+    def done(self, name: str) -> None:
+        """Hears that all bytes of a tensor were given."""
+
+
+def recompute(
+    plan: Plan,
+    names: Set[str],
+    sink: Sink,
+    *,
+    device: str = "auto",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> dict[str, str]:
+    """Merges the tensors ``names`` of a plan again and gives their bytes to ``sink``, maybe others' too.
+
+    Returns the SHA-256 of the statistics that were used, by expert.
+    """
+    machine = Machine.of(device, max_memory, plan)
+    tell, say = progress or _silent, notice or _silent
+    options = Options(machine.device, max_memory, trust_remote_code)
+    paths = statistics_files(plan, options, notice=say, progress=tell) if plan.calibrated else {}
+    merge = _Merge(plan, machine, plan.recipe.folder, paths, tell, say)
+    merge.again(names, sink)
+    return merge.statistics_origin
 
 
 def calibrate(
@@ -170,28 +204,53 @@ class _Merge:
         shards = layout(list(infos.items()), self.plan.recipe.output.shard_size)
         for note in self.notes:
             self.notice(note)
-        self.writer = Writer(self.output, shards, infos)
+        writer = Writer(self.output, shards, infos)
         try:
-            self.writer.open()
-            with (
-                tuned(),
-                ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
-                ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
-                ThreadPoolExecutor(1, "merger-input") as hashing,
-            ):
+            writer.open()
+            with ThreadPoolExecutor(1, "merger-input") as hashing:
                 inputs = self._hash_inputs(hashing)
                 try:
-                    settle([t.group for t, _ in self.work], self._visit, partial(_map, tensors))
-                    self._write_side_files(inputs)
+                    self._carry_out(writer)
+                    self._write_side_files(writer, inputs)
                 except BaseException:
-                    for pool in (tensors, self.slices, hashing):
-                        pool.shutdown(wait=False, cancel_futures=True)
+                    hashing.shutdown(wait=False, cancel_futures=True)
                     raise
-            self.writer.finish(force=force)
+            writer.finish(force=force)
         except BaseException:
-            self.writer.abandon()
+            writer.abandon()
             raise
         return self._result(began)
+
+    def again(self, names: Set[str], sink: Sink) -> None:
+        """Carries out what makes the tensors ``names``; ``sink`` may be given others too."""
+        self._only(names)
+        self._carry_out(sink)
+
+    def _only(self, names: Set[str]) -> None:
+        """Leaves out what neither makes the tensors ``names`` nor is ranked together with them."""
+        wanted = [tensor for tensor in self.plan.tensors if not names.isdisjoint(self._names(tensor))]
+        ranked = {tensor.group for tensor in wanted if tensor.ranked}
+        needed = {tensor.name for tensor in wanted}
+        needed |= {tensor.name for tensor in self.plan.tensors if tensor.ranked and tensor.group in ranked}
+        self.work = [(tensor, part) for tensor, part in self.work if tensor.name in needed]
+        self.total_bytes = replace(
+            self.plan, tensors=tuple(tensor for tensor in self.plan.tensors if tensor.name in needed)
+        ).bytes_read
+
+    def _carry_out(self, sink: Sink) -> None:
+        """Sends every tensor through its stages, several side by side."""
+        self.sink = sink
+        with (
+            tuned(),
+            ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
+            ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
+        ):
+            try:
+                settle([t.group for t, _ in self.work], self._visit, partial(_map, tensors))
+            except BaseException:
+                for pool in (tensors, self.slices):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     # --- one tensor ---
 
@@ -210,7 +269,7 @@ class _Merge:
                 self._extra_rows(tensor, rows)
                 self._count(self.plan.bytes_of_rows(tensor, rows))
             for name in self._names(tensor):
-                self.writer.done(name)
+                self.sink.done(name)
         return question
 
     def _count(self, size: int, *, again: bool = False) -> None:
@@ -302,7 +361,7 @@ class _Merge:
         data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
         width = values.shape[-1] * values.element_size()
         for name in self._names(tensor):
-            self.writer.write(name, row * width, data)
+            self.sink.write(name, row * width, data)
 
     def _names(self, tensor: TensorPlan) -> list[str]:
         """The names under which a tensor is written: its own, and that of a head that repeats it."""
@@ -360,14 +419,16 @@ class _Merge:
         files = {file for model in self.plan.models.values() for file in model.files}
         return {file: pool.submit(sha256, file) for file in sorted(files)}
 
-    def _write_side_files(self, hashes: Mapping[Path, Future[str]]) -> None:
-        plan, folder = self.plan, self.writer.partial
-        manifest.copy_side_files(
-            manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory), folder
-        )
+    def _write_side_files(self, writer: Writer, hashes: Mapping[Path, Future[str]]) -> None:
+        plan, folder = self.plan, writer.partial
+        copied = manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
+        manifest.copy_side_files(copied, folder)
         write_json(folder / "config.json", plan.config)
-        record = record_of(plan, self.machine.device, hashes, self.writer.digests(), self.statistics_origin, self.notes)
-        write_json(folder / "merger.json", record)
+        files = {name: digest(folder / name) for name in sorted({"config.json", *copied})}
+        record = record_of(
+            plan, self.machine.device, hashes, writer.digests(), files, self.statistics_origin, self.notes
+        )
+        write_json(folder / RECORD, record)
         sources = [each["source"] for each in record["inputs"].values()]
         write_text(folder / "README.md", manifest.card(self.output.name, sources, record["recipe"], self._counts()))
 

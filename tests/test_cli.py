@@ -30,11 +30,11 @@ output: {path: out}
 SLOW = """\
 import sys, time
 from merger.checkpoint.stored import Checkpoint
-read = Checkpoint.read_rows
+read = Checkpoint.read_into
 def slow(*arguments):
     time.sleep(0.2)
     return read(*arguments)
-Checkpoint.read_rows = slow
+Checkpoint.read_into = slow
 from merger.cli import main
 sys.argv = ["merger", "run", "recipe.yaml"]
 main()
