@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merger._lazy import torch
-from merger.checkpoint.writer import check_output
+from merger.checkpoint.writer import check_output, left_over
 from merger.errors import RecipeError, ResourceError
 from merger.pipeline import step_rows
 from merger.planning import Part, Plan, TensorPlan
@@ -124,8 +124,9 @@ def check_disk(plan: Plan, output: Path) -> None:
 
 
 def _free(output: Path) -> int:
+    """Bytes of disk that the output may take."""
     there = next(folder for folder in (output, *output.parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(there).free + left_over(output)
 
 
 def peak_memory() -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.checkpoint import manifest
+from merger.checkpoint.hashes import stamp
 
 if TYPE_CHECKING:
     from merger.checkpoint.header import Info
@@ -40,8 +43,22 @@ def record_of(
         "files": dict(files),
         "tensors": {tensor.name: _fate(tensor) for tensor in plan.tensors},
         "dropped": {label: names for label, names in plan.dropped.items() if names},
-        "notes": sorted(set(notes)),
+        "notes": sorted(notes),
     }
+
+
+def decisive(plan: Plan, device: str, statistics: Mapping[str, str]) -> dict[str, str]:
+    """What decides the bytes of the shards, part by part, as hashes; from headers alone, so inputs by their stamps."""
+    recipe = portable(plan.recipe.spelled_out())
+    parts = {
+        "recipe": {**recipe, "output": {**recipe["output"], "path": None}},
+        "inputs": {label: {str(file): stamp(file) for file in model.files} for label, model in plan.models.items()},
+        "tensors": {tensor.name: _fate(tensor) for tensor in plan.tensors},
+        "statistics": dict(statistics),
+        "versions": manifest.versions(),
+        "device": device.partition(":")[0],
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from merger._lazy import torch
 from merger.checkpoint import manifest
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.header import TORCH_NAMES
-from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
+from merger.checkpoint.layout import layout
+from merger.checkpoint.writer import Writer, check_output, write_json, write_text
 from merger.copies import restored
 from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
@@ -36,7 +37,7 @@ from merger.pipeline import Sizes, Slice, Subject, flow, run, settle
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
-from merger.record import RECORD, record_of
+from merger.record import RECORD, decisive, record_of
 from merger.statistics import Options, inputs_of, load, origin
 from merger.statistics import calibrate as statistics_files
 
@@ -107,8 +108,8 @@ class Sink(Protocol):
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Takes ``data``, which stands from byte ``start`` of a tensor on."""
 
-    def done(self, name: str) -> None:
-        """Hears that all bytes of a tensor were given."""
+    def done(self, name: str, notes: Sequence[str]) -> None:
+        """Hears that all bytes of a tensor were given, and what was noted about it."""
 
 
 def recompute(
@@ -187,6 +188,7 @@ class _Merge:
         self.output = output
         self.tell = progress
         self.notes = list(plan.notes)
+        self.remarks: dict[str, list[str]] = {tensor.name: [] for tensor in plan.tensors}
         self.notice = notice
         self.statistics = load(plan, statistics)
         self.statistics_origin = origin(statistics)
@@ -204,9 +206,11 @@ class _Merge:
         shards = layout(list(infos.items()), self.plan.recipe.output.shard_size)
         for note in self.notes:
             self.notice(note)
-        writer = Writer(self.output, shards, infos)
+        writer = Writer(self.output, shards, infos, decisive(self.plan, self.machine.device, self.statistics_origin))
         try:
-            writer.open()
+            writer.open(force=force, tell=partial(self.tell, "checking"))
+            unfinished = writer.unfinished
+            self._resume(writer, len(shards))
             with ThreadPoolExecutor(1, "merger-input") as hashing:
                 inputs = self._hash_inputs(hashing)
                 try:
@@ -215,11 +219,24 @@ class _Merge:
                 except BaseException:
                     hashing.shutdown(wait=False, cancel_futures=True)
                     raise
+            written = sum(infos[name].nbytes for name in unfinished)
             writer.finish(force=force)
-        except BaseException:
+        except (RecipeError, CheckpointError):
             writer.abandon()
             raise
-        return self._result(began)
+        except BaseException:
+            if writer.suspend():
+                self.notice(f"{writer.journal.folder} keeps the finished shards; the same run goes on from there")
+            raise
+        return self._result(began, written)
+
+    def _resume(self, writer: Writer, shards: int) -> None:
+        """Leaves out what an earlier run has finished, and remembers what was noted then."""
+        finished = writer.journal.finished
+        if finished:
+            self.notice(f"goes on where an earlier run stopped: {len(finished)} of {shards} shards are finished")
+        self.notes += dict.fromkeys(note for each in finished.values() for note in each.notes)
+        self._only(writer.unfinished)
 
     def again(self, names: Set[str], sink: Sink) -> None:
         """Carries out what makes the tensors ``names``; ``sink`` may be given others too."""
@@ -269,7 +286,7 @@ class _Merge:
                 self._extra_rows(tensor, rows)
                 self._count(self.plan.bytes_of_rows(tensor, rows))
             for name in self._names(tensor):
-                self.sink.done(name)
+                self.sink.done(name, self.remarks[tensor.name])
         return question
 
     def _count(self, size: int, *, again: bool = False) -> None:
@@ -289,7 +306,7 @@ class _Merge:
             seed=self.plan.recipe.seed,
             first=part.row * part.columns,
             transposed=part.transposed,
-            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, self._note),
+            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, partial(self._note, tensor)),
         )
         step = slice_rows(tensor, part)
         count = -(-part.rows // step) if part.columns else 0
@@ -386,7 +403,9 @@ class _Merge:
                     differing.add(label)
             self._write(tensor, start, _rounded(values, dtype, tensor))
         if differing:
-            self._note(f"{tensor.name}: copied from {tensor.source}, but differs in {', '.join(sorted(differing))}")
+            self._note(
+                tensor, f"{tensor.name}: copied from {tensor.source}, but differs in {', '.join(sorted(differing))}"
+            )
 
     def _extra_rows(self, tensor: TensorPlan, rows: ExtraRows) -> None:
         """Vocabulary rows that not all models have: the mean of those that have them."""
@@ -407,10 +426,14 @@ class _Merge:
             mean = several[0] if len(several) == 1 else torch.stack([each.double() for each in several]).mean(0)
             self._write(tensor, start, _rounded(mean, dtype, tensor))
 
-    def _note(self, message: str) -> None:
+    def _note(self, tensor: TensorPlan, message: str) -> None:
+        """Remarks on a tensor, once however often it is visited."""
         with self.lock:
-            self.notes.append(message)
-        self.notice(message)
+            heard = message in self.remarks[tensor.name]
+            self.remarks[tensor.name] += [] if heard else [message]
+            self.notes += [] if message in self.notes else [message]
+        if not heard:
+            self.notice(message)
 
     # --- what stands beside the weights ---
 
@@ -420,7 +443,7 @@ class _Merge:
         return {file: pool.submit(sha256, file) for file in sorted(files)}
 
     def _write_side_files(self, writer: Writer, hashes: Mapping[Path, Future[str]]) -> None:
-        plan, folder = self.plan, writer.partial
+        plan, folder = self.plan, writer.folder
         copied = manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
         manifest.copy_side_files(copied, folder)
         write_json(folder / "config.json", plan.config)
@@ -437,12 +460,12 @@ class _Merge:
         dropped = sum(len(names) for names in self.plan.dropped.values())
         return {"merged": counts["merged"], "copied": counts["copied"], "dropped": dropped}
 
-    def _result(self, began: float) -> Result:
+    def _result(self, began: float, written: int) -> Result:
         return Result(
             output=str(self.output),
             seconds=round(time.monotonic() - began, 3),
             bytes_read=self.done_bytes,
-            bytes_written=self.plan.bytes_written,
+            bytes_written=written,
             tensors=self._counts(),
             peak_memory_bytes=peak_memory(),
             device=self.machine.device,

@@ -280,7 +280,7 @@ class _Comparison:
             with self.lock:
                 self.differing[name] += int((own != other).any(1).sum())
 
-    def done(self, name: str) -> None:
+    def done(self, name: str, notes: Sequence[str]) -> None:
         """A tensor that is whole was compared already."""
 
     def differences(self) -> Iterator[Difference]:

@@ -155,7 +155,7 @@ def test_a_signal_ends_a_run_with_130_and_nothing_left(folder, number):
     before = sorted(folder.rglob("*"))
     process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     began = time.monotonic()
-    while not Path("out.partial/model.safetensors").exists():
+    while not Path("out.partial/model/model.safetensors").exists():
         assert process.poll() is None
         assert time.monotonic() - began < 60
         time.sleep(0.02)

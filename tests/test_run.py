@@ -631,7 +631,7 @@ def test_a_file_that_appears_at_the_output_meanwhile_stays(drawn):
 
 def test_two_runs_never_write_the_same_folder(drawn):
     (drawn.folder / "out.partial").mkdir()
-    with (drawn.folder / "out.partial" / ".lock").open("w") as lock:
+    with (drawn.folder / "out.partial" / "journal").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RecipeError, match="another run is writing it"):
             drawn.run()
