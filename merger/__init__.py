@@ -18,6 +18,7 @@ from merger._version import VERSION
 
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
+    from merger.locking import check_lock, is_done, lock
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
     from merger.recipe import Recipe
@@ -38,6 +39,9 @@ _HOMES = {
     "Verification": "verification",
     "VerifyError": "errors",
     "calibrate": "run",
+    "check_lock": "locking",
+    "is_done": "locking",
+    "lock": "locking",
     "merge": "run",
     "merge_tensors": "pipeline",
     "plan": "planning",
@@ -55,6 +59,9 @@ __all__ = [
     "Verification",
     "VerifyError",
     "calibrate",
+    "check_lock",
+    "is_done",
+    "lock",
     "merge",
     "merge_tensors",
     "plan",

@@ -57,6 +57,7 @@ def run(
     offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    locked: Annotated[bool, typer.Option("--locked", help="Refuse what differs from the recipe's lock.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,6 +66,10 @@ def run(
 
     loaded = _load(recipe, overrides)
     with _progress_bar(quiet) as (progress, notice):
+        if locked and _is_done(loaded, recipe, offline, progress):
+            output = loaded.folder / loaded.output.path
+            print(json.dumps({"output": str(output), "unchanged": True}) if as_json else f"{output}: {_UNCHANGED}")
+            return
         result = merge(
             loaded,
             device=device,
@@ -83,6 +88,29 @@ def run(
         f"{result.output}: {counts} tensors; read {_bytes(result.bytes_read)}, wrote {_bytes(result.bytes_written)} "
         f"in {result.seconds:.1f} s on {result.device}, peak memory {_bytes(result.peak_memory_bytes)}"
     )
+
+
+_UNCHANGED = "is what the lock says, and whole; nothing to do"
+
+
+def _is_done(loaded: Recipe, path: Path, offline: bool, progress: Progress | None) -> bool:
+    from merger.locking import check_lock, is_done, lock_of
+
+    check_lock(loaded, lock_of(path), offline=offline)
+    return is_done(loaded, lock_of(path), progress=progress)
+
+
+@app.command()
+def lock(recipe: RecipePath, overrides: Overrides = [], offline: Offline = False, as_json: AsJson = False) -> None:  # noqa: B006
+    """Write down what a recipe comes to today, in recipe.lock beside it, for `merger run --locked`."""
+    from merger.locking import lock as write
+    from merger.locking import lock_of
+
+    content = write(_load(recipe, overrides), lock_of(recipe), offline=offline)
+    if as_json:
+        print(json.dumps(content))
+    else:
+        print(f"{lock_of(recipe)}: {len(content['inputs'])} inputs, {len(content['files'])} files beside the weights")
 
 
 @app.command()

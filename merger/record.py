@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from merger.checkpoint.header import Info
     from merger.checkpoint.stored import Checkpoint
     from merger.planning import Plan, TensorPlan
+    from merger.recipe import Source
 
 RECORD = "merger.json"
 
@@ -26,6 +27,7 @@ def record_of(
     hashes: Mapping[Path, Future[str]],
     shards: Mapping[str, str],
     files: Mapping[str, str],
+    calibration: Mapping[str, str | None],
     statistics: Mapping[str, str],
     notes: Iterable[str],
 ) -> dict[str, Any]:
@@ -38,10 +40,11 @@ def record_of(
         "recipe": portable(plan.recipe.spelled_out()),
         "set": list(plan.recipe.overrides),
         "inputs": inputs_of(plan, {file: hashed.result() for file, hashed in hashes.items()}),
+        "calibration": dict(calibration),
         "statistics": dict(statistics),
         "shards": dict(shards),
         "files": dict(files),
-        "tensors": {tensor.name: _fate(tensor) for tensor in plan.tensors},
+        "tensors": fates(plan),
         "dropped": {label: names for label, names in plan.dropped.items() if names},
         "notes": sorted(notes),
     }
@@ -53,7 +56,7 @@ def decisive(plan: Plan, device: str, statistics: Mapping[str, str]) -> dict[str
     parts = {
         "recipe": {**recipe, "output": {**recipe["output"], "path": None}},
         "inputs": {label: {str(file): stamp(file) for file in model.files} for label, model in plan.models.items()},
-        "tensors": {tensor.name: _fate(tensor) for tensor in plan.tensors},
+        "tensors": fates(plan),
         "statistics": dict(statistics),
         "versions": manifest.versions(),
         "device": device.partition(":")[0],
@@ -66,8 +69,7 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
     sources = {"base": plan.recipe.base, **plan.recipe.experts}
     return {
         label: {
-            "source": manifest.portable(source.model),
-            **({"adapter source": manifest.portable(source.adapter)} if source.adapter else {}),
+            **sources_of(source),
             **_origin(plan.models[label], hashes),
         }
         for label, source in sources.items()
@@ -85,6 +87,17 @@ def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
 def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]) -> dict[str, Any]:
     said = {"files": {file.name: hashes[file] for file in files}}
     return {"commit": commit, **said} if commit else said
+
+
+def sources_of(source: Source) -> dict[str, str]:
+    """What a recipe calls a model and the adapter on it."""
+    on_top = {"adapter source": manifest.portable(source.adapter)} if source.adapter else {}
+    return {"source": manifest.portable(source.model), **on_top}
+
+
+def fates(plan: Plan) -> dict[str, Any]:
+    """What happens to every tensor."""
+    return {tensor.name: _fate(tensor) for tensor in plan.tensors}
 
 
 def _fate(tensor: TensorPlan) -> dict[str, Any]:
@@ -121,10 +134,10 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
 
 
-def differing(one: Any, other: Any) -> list[str]:
-    """The keys, as in experts.math.weight, whose values differ between two plain objects."""
+def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """The keys, as in experts.math.weight, whose values differ between two plain objects; both values of each."""
     if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return [] if one == other else [""]
+        return {} if one == other else {"": (one, other)}
     keys = dict.fromkeys((*one, *other))
-    found = ((key, each) for key in keys for each in differing(one.get(key), other.get(key)))
-    return [f"{key}.{each}" if each else key for key, each in found]
+    found = ((key, differing(one.get(key), other.get(key))) for key in keys)
+    return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}

@@ -38,7 +38,7 @@ from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
 from merger.record import RECORD, decisive, record_of
-from merger.statistics import Options, inputs_of, load, origin
+from merger.statistics import Options, inputs_of, load, origin, sources
 from merger.statistics import calibrate as statistics_files
 
 if TYPE_CHECKING:
@@ -449,11 +449,18 @@ class _Merge:
         write_json(folder / "config.json", plan.config)
         files = {name: digest(folder / name) for name in sorted({"config.json", *copied})}
         record = record_of(
-            plan, self.machine.device, hashes, writer.digests(), files, self.statistics_origin, self.notes
+            plan,
+            self.machine.device,
+            hashes,
+            writer.digests(),
+            files,
+            sources(plan),
+            self.statistics_origin,
+            self.notes,
         )
         write_json(folder / RECORD, record)
-        sources = [each["source"] for each in record["inputs"].values()]
-        write_text(folder / "README.md", manifest.card(self.output.name, sources, record["recipe"], self._counts()))
+        models = [each["source"] for each in record["inputs"].values()]
+        write_text(folder / "README.md", manifest.card(self.output.name, models, record["recipe"], self._counts()))
 
     def _counts(self) -> dict[str, int]:
         counts = Counter("merged" if tensor.stages else "copied" for tensor in self.plan.tensors)

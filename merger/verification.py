@@ -139,7 +139,7 @@ def _record(contents: Contents, found: list[Difference]) -> dict[str, Any] | Non
     except (OSError, ValueError, RecursionError) as error:
         found.append(Difference(RECORD, None, f"cannot be read: {error}"))
         return None
-    maps = ("recipe", "inputs", "statistics", "shards", "files", "tensors", "versions")
+    maps = ("recipe", "calibration", "inputs", "statistics", "shards", "files", "tensors", "versions")
     if not isinstance(record, dict) or record.get("format") != manifest.FORMAT:
         found.append(Difference(RECORD, None, f"is not of format {manifest.FORMAT}, which is all that is known here"))
     elif lacking := [key for key in maps if not isinstance(record.get(key), dict)]:

@@ -64,7 +64,7 @@ def cut_short(folder, method="linear", parameters=None, *, shards=2, error=Kille
 
 
 def finished(journal):
-    return len(journal.read_bytes().splitlines()) - 1 if journal.exists() else 0
+    return max(0, len(journal.read_bytes().splitlines()) - 1) if journal.exists() else 0
 
 
 def contents(folder):

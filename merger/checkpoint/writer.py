@@ -90,7 +90,10 @@ class Writer:
         for shard in self._shards:
             if shard.file not in self.journal.finished:
                 self._create(shard)
-        _sync(self.folder)
+        try:
+            _sync(self.folder)
+        except OSError as error:
+            raise _resource_error(self.folder, error, 0) from None
         self._hashes = self._pool.submit(self._hash)
 
     @property
@@ -109,12 +112,9 @@ class Writer:
             done += size
             tell(done, total)
 
-        for shard in self._shards:
-            file = self.folder / shard.file
-            if shard.file in finished and (
-                file.is_symlink() or not file.is_file() or digest(file, count) != finished[shard.file].sha256
-            ):
-                del finished[shard.file]
+        for each in list(finished.values()):
+            if not _is_whole(self.folder / each.shard, each.sha256, count):
+                del finished[each.shard]
         try:
             self.journal.clear(self.folder)
             if not self.folder.is_dir() or self.folder.is_symlink():
@@ -261,6 +261,13 @@ class Writer:
         self.journal.close()
 
 
+def _is_whole(file: Path, sha256: str, tell: Callable[[int], None]) -> bool:
+    try:
+        return not file.is_symlink() and digest(file, tell) == sha256
+    except OSError:
+        return False  # it is made again
+
+
 def partial_of(path: Path) -> Path:
     """The folder in which an output is made."""
     return path.with_name(path.name + ".partial")
@@ -295,7 +302,12 @@ def _resource_error(path: Path, error: OSError, size: int) -> ResourceError:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file as people like to read it, the same bytes for the same value."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_text(path: Path, text: str) -> None:
