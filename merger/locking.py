@@ -37,7 +37,10 @@ def lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> dict[str
 
 def lock_of(recipe: str | Path) -> Path:
     """The lock of a recipe's file: recipe.lock beside recipe.yaml."""
-    return Path(recipe).with_suffix(".lock")
+    path = Path(recipe).with_suffix(".lock")
+    if path == Path(recipe):
+        raise RecipeError(f"{recipe}: is named as its own lock would be; name it {path.stem}.yaml")
+    return path
 
 
 def check_lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> None:

@@ -139,6 +139,15 @@ def test_a_lock_that_is_none_says_what_to_do(merger, folder, text, said):
     assert ran.err.startswith(f"error: {said}")
 
 
+def test_a_lock_never_takes_the_place_of_its_recipe(merger, folder):
+    (folder / "recipe.yaml").rename(folder / "mine.lock")
+    ran = merger("lock", "mine.lock")
+    assert (ran.code, ran.err) == (
+        2,
+        "error: mine.lock: is named as its own lock would be; name it mine.yaml\n",
+    )
+
+
 # --- calibration ----------------------------------------------------------------------------------
 
 
