@@ -19,33 +19,42 @@ from merger._version import VERSION
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
+    from merger.locking import check_lock, is_done, lock
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
     from merger.recipe import Recipe
     from merger.run import Result, calibrate, merge
+    from merger.verification import Deep, Verification, verify
 
 __version__ = VERSION
 
 _HOMES = {
     "CheckpointError": "errors",
     "Inspection": "inspection",
+    "Deep": "verification",
     "MergerError": "errors",
     "Plan": "planning",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "ResourceError": "errors",
     "Result": "run",
+    "Verification": "verification",
     "VerifyError": "errors",
     "calibrate": "run",
     "inspect": "inspection",
     "inspect_merge": "inspection",
     "inspect_model": "inspection",
+    "check_lock": "locking",
+    "is_done": "locking",
+    "lock": "locking",
     "merge": "run",
     "merge_tensors": "pipeline",
     "plan": "planning",
+    "verify": "verification",
 }
 __all__ = [
     "CheckpointError",
+    "Deep",
     "Inspection",
     "MergerError",
     "Plan",
@@ -53,14 +62,19 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "Result",
+    "Verification",
     "VerifyError",
     "calibrate",
+    "check_lock",
     "inspect",
     "inspect_merge",
     "inspect_model",
+    "is_done",
+    "lock",
     "merge",
     "merge_tensors",
     "plan",
+    "verify",
 ]
 
 

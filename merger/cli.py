@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merger.errors import INTERRUPTED, MergerError, RecipeError
+from merger.errors import INTERRUPTED, MergerError, RecipeError, VerifyError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +57,7 @@ def run(
     offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    locked: Annotated[bool, typer.Option("--locked", help="Refuse what differs from the recipe's lock.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,6 +66,10 @@ def run(
 
     loaded = _load(recipe, overrides)
     with _progress_bar(quiet) as (progress, notice):
+        if locked and _is_done(loaded, recipe, offline, progress):
+            output = loaded.folder / loaded.output.path
+            print(json.dumps({"output": str(output), "unchanged": True}) if as_json else f"{output}: {_UNCHANGED}")
+            return
         result = merge(
             loaded,
             device=device,
@@ -83,6 +88,29 @@ def run(
         f"{result.output}: {counts} tensors; read {_bytes(result.bytes_read)}, wrote {_bytes(result.bytes_written)} "
         f"in {result.seconds:.1f} s on {result.device}, peak memory {_bytes(result.peak_memory_bytes)}"
     )
+
+
+_UNCHANGED = "is what the lock says, and whole; nothing to do"
+
+
+def _is_done(loaded: Recipe, path: Path, offline: bool, progress: Progress | None) -> bool:
+    from merger.locking import check_lock, is_done, lock_of
+
+    check_lock(loaded, lock_of(path), offline=offline)
+    return is_done(loaded, lock_of(path), progress=progress)
+
+
+@app.command()
+def lock(recipe: RecipePath, overrides: Overrides = [], offline: Offline = False, as_json: AsJson = False) -> None:  # noqa: B006
+    """Write down what a recipe comes to today, in recipe.lock beside it, for `merger run --locked`."""
+    from merger.locking import lock as write
+    from merger.locking import lock_of
+
+    content = write(_load(recipe, overrides), lock_of(recipe), offline=offline)
+    if as_json:
+        print(json.dumps(content))
+    else:
+        print(f"{lock_of(recipe)}: {len(content['inputs'])} inputs, {len(content['files'])} files beside the weights")
 
 
 @app.command()
@@ -202,6 +230,40 @@ def calibrate(
         print("calibration:\n  stats:")
         for name, path in paths.items():
             print(f"    {name}: {path}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.", show_default=False)],
+    deep: Annotated[bool, typer.Option("--deep", help="Merge a sample of tensors again, and compare bits.")] = False,
+    sample: Annotated[int, typer.Option(metavar="N", min=1, help="How many tensors --deep merges again.")] = 16,
+    seed: Annotated[int, typer.Option(help="Chooses them.")] = 0,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="RECIPE", help="For --deep, where the folder was moved: its recipe.", show_default=False),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="For --deep; the recorded kind if not given.")] = None,
+    max_memory: MaxMemory = None,
+    offline: Offline = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a model is what it says: hashes, headers, values, config, tokenizer; with --deep, the merge itself."""
+    from merger.verification import Deep
+    from merger.verification import verify as check
+
+    how = Deep(sample, seed, recipe, device, _size(max_memory), offline, trust_remote_code) if deep else None
+    with _progress_bar(quiet) as (progress, notice):
+        found = check(folder, deep=how, progress=progress, notice=notice)
+    if as_json:
+        print(json.dumps(found.as_json()))
+    if found.differences:
+        raise VerifyError("\n".join(f"{folder}: {each}" for each in found.differences))
+    if not as_json:
+        whole = "is what merger.json says" if found.recorded else "agrees with itself; it has no merger.json"
+        again = f"; {len(found.recomputed)} tensors merged again are the same bits" if deep else ""
+        print(f"{folder}: {whole}: {found.tensors} tensors, {_bytes(found.bytes)}{again}")
 
 
 @app.command()

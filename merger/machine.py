@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merger._lazy import torch
-from merger.checkpoint.writer import check_output
+from merger.checkpoint.writer import check_output, left_over
 from merger.errors import RecipeError, ResourceError
 from merger.pipeline import step_rows
 from merger.planning import Part, Plan, TensorPlan
@@ -138,8 +138,9 @@ def check_disk(plan: Plan, output: Path) -> None:
 
 
 def _free(output: Path) -> int:
+    """Bytes of disk that the output may take."""
     there = next(folder for folder in (output, *output.parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(there).free + left_over(output)
 
 
 def peak_memory() -> int:
@@ -174,6 +175,6 @@ def preview(plan: Plan, output: Path, max_memory: int | None) -> Forecast:
     check_place(plan, output, force=True)  # an occupied output is a matter of a flag
     check_disk(plan, output)
     machine = Machine.of("cpu", max_memory, plan)
-    ranked = any(stage.values.get("scope") == "global" for tensor in plan.tensors for stage in tensor.stages)
+    ranked = any(tensor.ranked for tensor in plan.tensors)
     memory = memory_needed(plan, machine.workers) + machine.in_flight * machine.hold
     return Forecast(memory, _free(output), ranked)

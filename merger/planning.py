@@ -66,6 +66,11 @@ class TensorPlan:
         return any(stage.gram for stage in self.stages)
 
     @property
+    def ranked(self) -> bool:
+        """Whether any of its stages looks at all tensors of its group together."""
+        return any(stage.values.get("scope") == "global" for stage in self.stages)
+
+    @property
     def elements(self) -> int:
         """How many elements are merged, without rows that only some models have."""
         return sum(part.rows * part.columns for part in self.parts)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
@@ -33,7 +33,7 @@ class Reader:
     plan: Plan
     machine: Machine
     statistics: Mapping[str, Statistics]
-    notice: Callable[[str], None]
+    notice: Callable[[TensorPlan, str], None]
     mapper: Mapper = map
 
     @cached_property
@@ -55,7 +55,7 @@ class Reader:
             seed=self.plan.recipe.seed,
             first=part.row * part.columns,
             transposed=part.transposed,
-            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, self.notice),
+            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, partial(self.notice, tensor)),
         )
         step = slice_rows(tensor, part)
         count = -(-part.rows // step) if part.columns else 0

@@ -6,19 +6,20 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
 from merger.checkpoint import manifest
-from merger.checkpoint.hashes import sha256
+from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.header import TORCH_NAMES
-from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
+from merger.checkpoint.layout import layout
+from merger.checkpoint.writer import Writer, check_output, write_json, write_text
 from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
     SLICE,
@@ -35,8 +36,8 @@ from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.reading import Reader, rounded
 from merger.recipe import Recipe
-from merger.record import record_of
-from merger.statistics import Options, Statistics, grams, load, origin
+from merger.record import RECORD, decisive, record_of
+from merger.statistics import Options, Statistics, grams, load, origin, sources
 from merger.statistics import calibrate as statistics_files
 
 if TYPE_CHECKING:
@@ -100,9 +101,44 @@ def merge(
         options = Options(machine.device, max_memory, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
         blocks = grams(plan, options, notice=say, progress=tell)
-        return _Merge(plan, machine, output, paths, tell, say).run(blocks, began, force=force)
+        return _Merge(plan, machine, output, paths, blocks, tell, say).run(began, force=force)
     finally:
         plan.close()
+
+
+class Sink(Protocol):
+    """What takes a merge's bytes, from several threads at once."""
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Takes ``data``, which stands from byte ``start`` of a tensor on."""
+
+    def done(self, name: str, notes: Sequence[str]) -> None:
+        """Hears that all bytes of a tensor were given, and what was noted about it."""
+
+
+def recompute(
+    plan: Plan,
+    names: Set[str],
+    sink: Sink,
+    *,
+    device: str = "auto",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> dict[str, str]:
+    """Merges the tensors ``names`` of a plan again and gives their bytes to ``sink``, maybe others' too.
+
+    Returns the SHA-256 of the statistics that were used, by expert.
+    """
+    machine = Machine.of(device, max_memory, plan)
+    tell, say = progress or _silent, notice or _silent
+    options = Options(machine.device, max_memory, trust_remote_code)
+    paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
+    blocks = grams(plan, options, notice=say, progress=tell)
+    merge = _Merge(plan, machine, plan.recipe.folder, paths, blocks, tell, say)
+    merge.again(names, sink)
+    return merge.statistics_origin
 
 
 def calibrate(
@@ -149,6 +185,7 @@ class _Merge:
         machine: Machine,
         output: Path,
         statistics: Mapping[str, Path],
+        blocks: Blocks,
         progress: Progress,
         notice: Callable[[str], None],
     ) -> None:
@@ -157,42 +194,89 @@ class _Merge:
         self.output = output
         self.tell = progress
         self.notes = list(plan.notes)
+        self.remarks: dict[str, list[str]] = {tensor.name: [] for tensor in plan.tensors}
         self.notice = notice
         self.statistics: Mapping[str, Statistics] = load(plan, statistics)
         self.statistics_origin = origin(statistics)
+        self.blocks = blocks
+        self.tensors = plan.tensors
         self.twins = {tensor.tied_to: tensor.name for tensor in plan.tensors if tensor.tied_to is not None}
         self.left = {tensor.name: len(tensor.parts) for tensor in plan.tensors}
         self.lock = Lock()
         self.done_bytes, self.total_bytes = 0, plan.bytes_read
 
-    def run(self, blocks: Blocks, began: float, *, force: bool) -> Result:
+    def run(self, began: float, *, force: bool) -> Result:
         infos = {tensor.name: tensor.info for tensor in self.plan.tensors}
         shards = layout(list(infos.items()), self.plan.recipe.output.shard_size)
         for note in self.notes:
             self.notice(note)
-        self.writer = Writer(self.output, shards, infos)
+        writer = Writer(self.output, shards, infos, self._decisive())
         try:
-            self.writer.open()
-            with (
-                ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
-                ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
-                ThreadPoolExecutor(1, "merger-input") as hashing,
-            ):
+            writer.open(force=force, tell=partial(self.tell, "checking"))
+            unfinished = writer.unfinished
+            self._resume(writer, len(shards))
+            with ThreadPoolExecutor(1, "merger-input") as hashing:
                 inputs = self._hash_inputs(hashing)
                 try:
-                    self._settle(tensors, [tensor for tensor in self.plan.tensors if not tensor.gram])
-                    for ready, self.statistics in blocks:
-                        self._settle(tensors, ready)
-                    self._write_side_files(inputs)
+                    self._carry_out(writer)
+                    self._write_side_files(writer, inputs)
                 except BaseException:
-                    for pool in (tensors, self.slices, hashing):
-                        pool.shutdown(wait=False, cancel_futures=True)
+                    hashing.shutdown(wait=False, cancel_futures=True)
                     raise
-            self.writer.finish(force=force)
-        except BaseException:
-            self.writer.abandon()
+            written = sum(infos[name].nbytes for name in unfinished)
+            writer.finish(force=force)
+        except (RecipeError, CheckpointError):
+            writer.abandon()
             raise
-        return self._result(began)
+        except BaseException:
+            if writer.suspend():
+                self.notice(f"{writer.journal.folder} keeps the finished shards; the same run goes on from there")
+            raise
+        return self._result(began, written)
+
+    def _decisive(self) -> dict[str, str]:
+        """What decides the bytes; Gram matrices are on no file, so what they are made from does."""
+        return decisive(self.plan, self.machine.device, {**sources(self.plan), **self.statistics_origin})
+
+    def _resume(self, writer: Writer, shards: int) -> None:
+        """Leaves out what an earlier run has finished, and remembers what was noted then."""
+        finished = writer.journal.finished
+        if finished:
+            self.notice(f"goes on where an earlier run stopped: {len(finished)} of {shards} shards are finished")
+        self.notes += dict.fromkeys(note for each in finished.values() for note in each.notes)
+        self._only(writer.unfinished)
+
+    def again(self, names: Set[str], sink: Sink) -> None:
+        """Carries out what makes the tensors ``names``; ``sink`` may be given others too."""
+        self._only(names)
+        self._carry_out(sink)
+
+    def _only(self, names: Set[str]) -> None:
+        """Leaves out what neither makes the tensors ``names`` nor is ranked together with them."""
+        wanted = [tensor for tensor in self.plan.tensors if not names.isdisjoint(self._names(tensor))]
+        ranked = {tensor.group for tensor in wanted if tensor.ranked}
+        needed = {tensor.name for tensor in wanted}
+        needed |= {tensor.name for tensor in self.plan.tensors if tensor.ranked and tensor.group in ranked}
+        self.tensors = tuple(tensor for tensor in self.plan.tensors if tensor.name in needed)
+        self.total_bytes = replace(self.plan, tensors=self.tensors).bytes_read
+
+    def _carry_out(self, sink: Sink) -> None:
+        """Sends every tensor through its stages, several side by side."""
+        self.sink = sink
+        with (
+            ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
+            ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
+        ):
+            try:
+                self._settle(tensors, [tensor for tensor in self.tensors if not tensor.gram])
+                if any(tensor.gram for tensor in self.tensors):
+                    for ready, known in self.blocks:
+                        self.statistics = known
+                        self._settle(tensors, [tensor for tensor in ready if tensor in self.tensors])
+            except BaseException:
+                for pool in (tensors, self.slices):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     # --- one tensor ---
 
@@ -205,6 +289,9 @@ class _Merge:
                 lambda i, known: self._visit(reader, *work[i], known),
                 partial(_map, pool),
             )
+            for tensor in tensors:
+                if not tensor.parts:  # packed experts, but none of them
+                    self._finish(tensor)
 
     def _visit(self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
         size = self.plan.bytes_of(tensor, part.rows * part.columns)
@@ -216,12 +303,15 @@ class _Merge:
             self.left[tensor.name] -= question is None
             whole = self.left[tensor.name] == 0
         if whole:
-            for rows in tensor.extra:
-                self._extra_rows(tensor, rows)
-                self._count(self.plan.bytes_of_rows(tensor, rows))
-            for name in self._names(tensor):
-                self.writer.done(name)
+            self._finish(tensor)
         return question
+
+    def _finish(self, tensor: TensorPlan) -> None:
+        for rows in tensor.extra:
+            self._extra_rows(tensor, rows)
+            self._count(self.plan.bytes_of_rows(tensor, rows))
+        for name in self._names(tensor):
+            self.sink.done(name, self.remarks[tensor.name])
 
     def _count(self, size: int, *, again: bool = False) -> None:
         """Tells of bytes that were read; what will be read ``again`` is more to do."""
@@ -248,7 +338,7 @@ class _Merge:
         data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
         width = values.shape[-1] * values.element_size()
         for name in self._names(tensor):
-            self.writer.write(name, row * width, data)
+            self.sink.write(name, row * width, data)
 
     def _names(self, tensor: TensorPlan) -> list[str]:
         """The names under which a tensor is written: its own, and that of a head that repeats it."""
@@ -273,7 +363,9 @@ class _Merge:
                     differing.add(label)
             self._write(tensor, start, _rounded(values, dtype, tensor))
         if differing:
-            self._note(f"{tensor.name}: copied from {tensor.source}, but differs in {', '.join(sorted(differing))}")
+            self._note(
+                tensor, f"{tensor.name}: copied from {tensor.source}, but differs in {', '.join(sorted(differing))}"
+            )
 
     def _extra_rows(self, tensor: TensorPlan, rows: ExtraRows) -> None:
         """Vocabulary rows that not all models have: the mean of those that have them."""
@@ -294,10 +386,14 @@ class _Merge:
             mean = several[0] if len(several) == 1 else torch.stack([each.double() for each in several]).mean(0)
             self._write(tensor, start, _rounded(mean, dtype, tensor))
 
-    def _note(self, message: str) -> None:
+    def _note(self, tensor: TensorPlan, message: str) -> None:
+        """Remarks on a tensor, once however often it is visited."""
         with self.lock:
-            self.notes.append(message)
-        self.notice(message)
+            heard = message in self.remarks[tensor.name]
+            self.remarks[tensor.name] += [] if heard else [message]
+            self.notes += [] if message in self.notes else [message]
+        if not heard:
+            self.notice(message)
 
     # --- what stands beside the weights ---
 
@@ -306,28 +402,37 @@ class _Merge:
         files = {file for model in self.plan.models.values() for file in model.files}
         return {file: pool.submit(sha256, file) for file in sorted(files)}
 
-    def _write_side_files(self, hashes: Mapping[Path, Future[str]]) -> None:
-        plan, folder = self.plan, self.writer.partial
-        manifest.copy_side_files(
-            manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory), folder
-        )
+    def _write_side_files(self, writer: Writer, hashes: Mapping[Path, Future[str]]) -> None:
+        plan, folder = self.plan, writer.folder
+        copied = manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
+        manifest.copy_side_files(copied, folder)
         write_json(folder / "config.json", plan.config)
-        record = record_of(plan, self.machine.device, hashes, self.writer.digests(), self.statistics_origin, self.notes)
-        write_json(folder / "merger.json", record)
-        sources = [each["source"] for each in record["inputs"].values()]
-        write_text(folder / "README.md", manifest.card(self.output.name, sources, record["recipe"], self._counts()))
+        files = {name: digest(folder / name) for name in sorted({"config.json", *copied})}
+        record = record_of(
+            plan,
+            self.machine.device,
+            hashes,
+            writer.digests(),
+            files,
+            sources(plan),
+            self.statistics_origin,
+            self.notes,
+        )
+        write_json(folder / RECORD, record)
+        models = [each["source"] for each in record["inputs"].values()]
+        write_text(folder / "README.md", manifest.card(self.output.name, models, record["recipe"], self._counts()))
 
     def _counts(self) -> dict[str, int]:
         counts = Counter("merged" if tensor.stages else "copied" for tensor in self.plan.tensors)
         dropped = sum(len(names) for names in self.plan.dropped.values())
         return {"merged": counts["merged"], "copied": counts["copied"], "dropped": dropped}
 
-    def _result(self, began: float) -> Result:
+    def _result(self, began: float, written: int) -> Result:
         return Result(
             output=str(self.output),
             seconds=round(time.monotonic() - began, 3),
             bytes_read=self.done_bytes,
-            bytes_written=self.plan.bytes_written,
+            bytes_written=written,
             tensors=self._counts(),
             peak_memory_bytes=peak_memory(),
             device=self.machine.device,

@@ -13,6 +13,7 @@ from merger._lazy import torch
 from merger.cache import cache_folder
 from merger.calibration import Settings, batches, collect, files, texts
 from merger.calibration.moments import Moments
+from merger.checkpoint import manifest
 from merger.checkpoint.hashes import sha256
 from merger.pipeline import Inputs
 from merger.planning import Part, Plan, TensorPlan
@@ -209,3 +210,20 @@ def _tell_unreached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, n
 def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
     """The SHA-256 of each statistics file, for the manifest."""
     return {name: sha256(path) for name, path in paths.items()}
+
+
+def sources(plan: Plan) -> dict[str, str | None]:
+    """The SHA-256 of what calibration starts from: files of text and statistics, tokenizers; None for a Hub dataset."""
+    given = plan.recipe.calibration
+    if given is None or not plan.calibrated:
+        return {}
+    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(plan.recipe.experts, given.data)
+    found: dict[str, str | None] = {}
+    for name in plan.recipe.experts:
+        if name not in given.stats:
+            found[f"tokenizer of {name}"] = texts.tokenizer_hash(plan.models[name].directory)
+        source = given.stats.get(name) or data[name]
+        assert source is not None, "the recipe was checked for it"
+        path = plan.recipe.folder / Path(source).expanduser()
+        found[manifest.portable(source)] = sha256(path) if path.is_file() else None
+    return found

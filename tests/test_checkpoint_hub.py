@@ -1,6 +1,7 @@
 """The Hub, stood in for by a small server on 127.0.0.1: what is fetched, what is kept, and how failure is told."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -15,7 +16,10 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 from merger.checkpoint.opening import open_checkpoint
-from merger.errors import CheckpointError, ResourceError
+from merger.errors import CheckpointError, RecipeError, ResourceError
+from merger.locking import check_lock, is_done, lock
+from merger.recipe import Recipe
+from merger.run import merge
 
 TOKEN = "hf_secret"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -95,6 +99,10 @@ class Hub(BaseHTTPRequestHandler):
         if api:
             tree = [{"type": "file", "path": f, "size": len(d), "oid": "0" * 40} for f, d in files.items()]
             siblings = [{"rfilename": f} | ({"size": len(d)} if self.server.sizes else {}) for f, d in files.items()]
+            for each in siblings:
+                digest = hashlib.sha256(files[each["rfilename"]]).hexdigest()
+                large = each["rfilename"].endswith((".safetensors", ".bin"))
+                each |= {"lfs": {"sha256": digest, "size": 1, "pointerSize": 1}} if large else {}
             found = {"id": repository, "sha": COMMITS[name], "siblings": siblings}
             return self.answer(200, json.dumps(tree if rest[0] == "tree" else found).encode())
         if repository == "org/gated":
@@ -347,3 +355,33 @@ def test_the_environment_alone_sets_endpoint_and_offline(server, tmp_path):
         assert done.stdout.strip() == COMMITS["main"]
         assert server.log or offline == "1"
         server.log.clear()
+
+
+def test_a_lock_holds_commits_and_hashes_and_downloads_no_weights(hub, tmp_path, repositories, monkeypatch):
+    recipe = Recipe.parse(
+        {
+            "base": "org/sharded",
+            "experts": {"math": {"model": "org/sharded", "adapter": "org/adapter"}},
+            "method": "linear",
+            "output": {"path": "out"},
+        },
+        tmp_path,
+    )
+
+    locked = lock(recipe, tmp_path / "recipe.lock")["inputs"]
+
+    files = repositories["org/sharded"]["main"]
+    assert locked["base"]["commit"] == locked["math"]["adapter"]["commit"] == COMMITS["main"]
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        assert locked["base"]["files"][name] == hashlib.sha256(files[name]).hexdigest()
+    whole = [path for method, path, part in hub if method == "GET" and "/model-" in path and not part]
+    assert whole == []
+
+    check_lock(recipe, tmp_path / "recipe.lock")
+    merge(recipe)
+    assert is_done(recipe, tmp_path / "recipe.lock")
+    monkeypatch.setitem(COMMITS, "main", "c" * 40)
+    with pytest.raises(RecipeError) as caught:
+        check_lock(recipe, tmp_path / "recipe.lock")
+    named = {fault.split(" was ")[0].rpartition(": ")[2] for fault in caught.value.faults[:-1]}
+    assert named == {"inputs.base.commit", "inputs.math.commit", "inputs.math.adapter.commit"}

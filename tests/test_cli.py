@@ -29,11 +29,11 @@ output: {path: out}
 SLOW = """\
 import sys, time
 from merger.checkpoint.stored import Checkpoint
-read = Checkpoint.read_rows
+read = Checkpoint.read_into
 def slow(*arguments):
     time.sleep(0.2)
     return read(*arguments)
-Checkpoint.read_rows = slow
+Checkpoint.read_into = slow
 from merger.cli import main
 sys.argv = ["merger", "run", "recipe.yaml"]
 main()
@@ -148,7 +148,7 @@ def test_a_signal_ends_a_run_with_130_and_nothing_left(folder, number):
     before = sorted(folder.rglob("*"))
     process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     began = time.monotonic()
-    while not Path("out.partial/model.safetensors").exists():
+    while not Path("out.partial/model/model.safetensors").exists():
         assert process.poll() is None
         assert time.monotonic() - began < 60
         time.sleep(0.02)

@@ -23,6 +23,7 @@ from merger.pipeline import merge_tensors
 from merger.planning import plan
 from merger.recipe import Recipe
 from merger.run import merge
+from merger.verification import verify
 
 UP, EMBEDDING, HEAD = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
 METHODS = [
@@ -222,7 +223,7 @@ def test_a_rule_takes_what_only_one_expert_has(tmp_path):
     made = models(tmp_path, {"base": llama(0), "code": llama(1), "math": {**llama(2), "extra": torch.arange(3)}})
     merged = made.merged(rules=[{"tensors": "^extra$", "use": "math"}])
     assert same_bits(merged["extra"], torch.arange(3))
-    assert made.record()["tensors"]["extra"] == {"kind": "buffer", "copied from": "math"}
+    assert made.record()["tensors"]["extra"] == {"kind": "buffer", "stored as": "I64 [3]", "copied from": "math"}
 
 
 def test_tensors_that_share_a_ranking_are_those_of_one_rule(drawn):
@@ -502,6 +503,7 @@ def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
         return hashlib.sha256((drawn.folder / path).read_bytes()).hexdigest()
 
     assert record["shards"] == {"model.safetensors": sha256("out/model.safetensors")}
+    assert record["files"] == {"config.json": sha256("out/config.json")}
     assert record["inputs"] == {
         name: {"source": name, "files": {"model.safetensors": sha256(f"{name}/model.safetensors")}}
         for name in ("base", "code", "math")
@@ -673,7 +675,7 @@ def test_a_file_that_appears_at_the_output_meanwhile_stays(drawn):
 
 def test_two_runs_never_write_the_same_folder(drawn):
     (drawn.folder / "out.partial").mkdir()
-    with (drawn.folder / "out.partial" / ".lock").open("w") as lock:
+    with (drawn.folder / "out.partial" / "journal").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RecipeError, match="another run is writing it"):
             drawn.run()
@@ -757,6 +759,7 @@ def test_transformers_loads_what_was_merged_with_no_key_missing_or_unexpected(tm
     for name, parameter in loaded.state_dict().items():
         if name in merged:
             assert same_bits(parameter, merged[name])
+    assert verify(tmp_path / "base").differences == verify(tmp_path / "out").differences == ()
 
 
 def test_a_model_with_added_tokens_loads_and_generates(tmp_path):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from merger.checkpoint import writer
 from merger.checkpoint.header import ITEM_SIZE, Info, read_header
-from merger.checkpoint.writer import Writer, check_output, layout
+from merger.checkpoint.layout import layout
+from merger.checkpoint.writer import Writer, check_output
 from merger.errors import RecipeError, ResourceError
 
 TENSORS = {
@@ -34,7 +35,7 @@ def infos(tensors):
 
 def begun(path, tensors=TENSORS, shard_size=10**9):
     described = infos(tensors)
-    opened = Writer(path, layout(list(described.items()), shard_size), described)
+    opened = Writer(path, layout(list(described.items()), shard_size), described, {"recipe": "1"})
     try:
         opened.open()
     except BaseException:
@@ -177,7 +178,7 @@ def test_until_it_is_finished_there_is_only_a_partial_folder_of_full_size(tmp_pa
 
     assert os.listdir(tmp_path) == ["out.partial"]
     (shard,) = layout(list(infos(TENSORS).items()), 10**9)
-    assert (tmp_path / "out.partial" / "model.safetensors").stat().st_size == shard.size
+    assert (tmp_path / "out.partial" / "model" / "model.safetensors").stat().st_size == shard.size
 
     opened.abandon()
     assert os.listdir(tmp_path) == []
@@ -198,9 +199,10 @@ def test_a_folder_that_someone_else_uses_meanwhile_stays(tmp_path):
 
 
 def test_what_a_dead_run_left_is_removed(tmp_path):
-    (tmp_path / "out.partial" / "folder").mkdir(parents=True)
-    (tmp_path / "out.partial" / ".lock").touch()
-    (tmp_path / "out.partial" / "model-00001-of-00009.safetensors").touch()
+    (tmp_path / "out.partial" / "model" / "folder").mkdir(parents=True)
+    (tmp_path / "out.partial" / "journal").touch()
+    (tmp_path / "out.partial" / "model" / "model-00001-of-00009.safetensors").touch()
+    (tmp_path / "out.partial" / "replaced").mkdir()
     write(tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["model.safetensors"]
@@ -253,8 +255,11 @@ def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
     assert os.listdir(tmp_path / "out") == ["work"]
 
 
+@pytest.mark.parametrize("swapped", [True, False], ids=["in one step", "in two"])
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_force_replaces_what_was_there_and_nothing_behind_it(tmp_path, kind):
+def test_force_replaces_what_was_there_and_nothing_behind_it(tmp_path, monkeypatch, kind, swapped):
+    if not swapped:
+        monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "work").touch()
     if kind == "folder":
@@ -278,10 +283,11 @@ def test_what_force_replaces_is_back_if_the_new_one_cannot_take_its_place(tmp_pa
     rename = os.rename
 
     def failing(source, target):
-        if str(source).endswith(".partial"):
+        if str(source).endswith("out.partial/model"):
             raise OSError(5, "Input/output error")
         rename(source, target)
 
+    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(ResourceError, match="out: cannot be written: Input/output error"):
         write(tmp_path / "out", force=True)
@@ -298,17 +304,18 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "from pathlib import Path\n"
         "from merger.checkpoint.header import Info\n"
-        "from merger.checkpoint.writer import Writer, layout\n"
+        "from merger.checkpoint.layout import layout\n"
+        "from merger.checkpoint.writer import Writer\n"
         "from merger.errors import ResourceError\n"
         "infos = {'w': Info('F32', (1 << 19,))}\n"
-        "opened = Writer(Path('new/out'), layout(list(infos.items()), 1 << 30), infos)\n"
+        "opened = Writer(Path('new/out'), layout(list(infos.items()), 1 << 30), infos, {})\n"
         "try: opened.open()\n"
         "except ResourceError as error: print(error.exit_code, error)\n"
         "finally: opened.abandon()\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout == (
-        "4 new/out.partial/model.safetensors: the disk is full (2,097,256 bytes are needed for it); "
+        "4 new/out.partial/model/model.safetensors: the disk is full (2,097,256 bytes are needed for it); "
         "free some space, or write elsewhere\n"
     )
     assert os.listdir(tmp_path) == []

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from merger.cache import recall, remember
@@ -15,6 +16,7 @@ from merger.errors import CheckpointError
 SETTLED = 2.0
 """Seconds since its last change after which a file is sure to have another time stamp when it changes again."""
 
+CHUNK = 8 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -32,13 +34,34 @@ def sha256(path: Path) -> str:
         known = recall("sha256", identity)
         if known is not None and _DIGEST.fullmatch(known):
             return known
-        with stored.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest(stored)
         if _identity(stored) == identity and time.time() - stored.stat().st_ctime > SETTLED:
-            remember("sha256", identity, digest)
+            remember("sha256", identity, found)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest
+    return found
+
+
+def digest(path: Path, tell: Callable[[int], None] = lambda count: None) -> str:
+    """The SHA-256 of a file, which is read for it; ``tell`` hears how many bytes each step was."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+            tell(len(chunk))
+    return found.hexdigest()
+
+
+def stamp(path: Path) -> str:
+    """What shows without a look inside whether a file is still the same, even after the machine was started anew."""
+    stored = path.resolve()
+    if stored.parent.name == "blobs" and _DIGEST.fullmatch(stored.name):
+        return stored.name
+    try:
+        status = stored.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return f"{stored} {status.st_size} {status.st_mtime_ns}"
 
 
 def _identity(path: Path) -> str:

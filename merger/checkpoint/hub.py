@@ -45,6 +45,21 @@ def open_repository(source: str, *, label: str, offline: bool) -> Folder:
     return Folder(label, source, directory, frozenset(sizes), directory.name, remote)
 
 
+def weight_hashes(source: str, commit: str, label: str) -> dict[str, str]:
+    """The SHA-256 of a repository's weight files, as the Hub tells them; none is downloaded."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return {}  # the commit says it all
+    with _explained(source, label):
+        info = HfApi().model_info(source.partition("@")[0], revision=commit, files_metadata=True)
+    return {
+        file.rfilename: file.lfs.sha256
+        for file in info.siblings or ()
+        if file.lfs is not None and file.rfilename.endswith((".safetensors", ".bin"))
+    }
+
+
 def download(folder: Folder, names: Iterable[str]) -> Folder:
     """The folder with the files ``names`` in the cache as well."""
     missing = [name for name in names if not folder.has(name)]

@@ -1,80 +1,27 @@
-"""Writing a checkpoint: shards laid out beforehand, filled in any order, hashed as they fill, whole or absent."""
+"""Writing a checkpoint: shards filled in any order, hashed as they fill, whole or absent."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from merger.checkpoint.header import ITEM_SIZE, Info
-from merger.checkpoint.stored import INDEX, SINGLE
+from merger.checkpoint.hashes import digest
+from merger.checkpoint.header import Info
+from merger.checkpoint.journal import Finished, Journal, remove
+from merger.checkpoint.layout import Shard, index
+from merger.checkpoint.stored import INDEX
 from merger.errors import RecipeError, ResourceError
 
 CHUNK = 8 << 20
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file: its header, and where each tensor's bytes go."""
-
-    file: str
-    header: bytes
-    offsets: Mapping[str, int]  # of each tensor in the file, in file order
-    size: int
-
-
-def layout(tensors: Sequence[tuple[str, Info]], shard_size: int) -> list[Shard]:
-    """Deals the tensors out to shards of at most ``shard_size`` bytes (or one larger tensor), in order."""
-    groups: list[list[tuple[str, Info]]] = [[]]
-    filled = 0
-    for name, info in tensors:
-        if groups[-1] and filled + info.nbytes > shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append((name, info))
-        filled += info.nbytes
-    count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
-
-
-def _shard(file: str, tensors: list[tuple[str, Info]]) -> Shard:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # widest numbers first, so that every tensor lies at a multiple of its own width
-    ordered = sorted(tensors, key=lambda each: -ITEM_SIZE[each[1].dtype])
-    offsets, position = {}, 0
-    for name, info in ordered:
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [position, position + info.nbytes],
-        }
-        offsets[name] = position
-        position += info.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    placed = {name: start + offset for name, offset in offsets.items()}
-    return Shard(file, len(text).to_bytes(8, "little") + text, placed, start + position)
-
-
-def index(shards: Sequence[Shard], infos: Mapping[str, Info]) -> dict[str, Any]:
-    """model.safetensors.index.json of several shards."""
-    return {
-        "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
-        "weight_map": {name: shard.file for shard in shards for name in sorted(shard.offsets)},
-    }
 
 
 def check_output(path: Path, inputs: Iterable[Path], *, beside: Iterable[Path] = (), force: bool) -> None:
@@ -110,60 +57,82 @@ def _taken(path: Path) -> str:
 
 
 class Writer:
-    """A checkpoint that is being written to ``PATH.partial`` and renamed to ``PATH`` when it is whole.
+    """A checkpoint that is being written to ``PATH.partial/model`` and renamed to ``PATH`` when it is whole.
 
-    Between `open` and `finish` or `abandon`, `write` may be called from several threads. A thread of
-    its own follows the finished tensors in file order and hashes them while they are still in the page
-    cache. `abandon` is right after an error anywhere, in `open` too.
+    `open` keeps the shards that an earlier run of the same ``plan`` has finished; what is written to their
+    tensors is ignored. Until `finish`, `abandon` or `suspend`, `write` may be called from several threads.
+    A thread of its own follows the finished tensors in file order and hashes them while they are still in
+    the page cache. `abandon` and `suspend` are right after an error anywhere, in `open` too.
     """
 
-    def __init__(self, path: Path, shards: Sequence[Shard], infos: Mapping[str, Info]) -> None:
+    def __init__(self, path: Path, shards: Sequence[Shard], infos: Mapping[str, Info], plan: Mapping[str, str]) -> None:
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.journal = Journal(partial_of(path), plan)
+        self.folder = self.journal.folder / "model"
         self._shards = shards
         self._infos = infos
         self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
         self._ready = {name: Event() for name in self._places}
+        self._notes: dict[str, Sequence[str]] = {}
         self._stopped = False
-        self._lock: int | None = None
         self._files: dict[str, int] = {}
         self._parents = [folder for folder in path.parents if not folder.exists()]
         self._pool = ThreadPoolExecutor(1, "merger-hash")
-        self._hashes: Future[dict[str, str]] | None = None
+        self._hashes: Future[None] | None = None
 
-    def open(self) -> None:
-        """Makes the folder and its shards at their full size, and begins to hash."""
-        self._claim()
+    def open(self, *, force: bool = False, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Makes the folder and the shards that are not finished at their full size, and begins to hash.
+
+        ``tell`` hears how many bytes of finished shards were hashed again, of how many.
+        """
+        self.journal.open(force=force)
+        self._keep_finished(tell)
         for shard in self._shards:
-            self._create(shard)
+            if shard.file not in self.journal.finished:
+                self._create(shard)
+        try:
+            _sync(self.folder)
+        except OSError as error:
+            raise _resource_error(self.folder, error, 0) from None
         self._hashes = self._pool.submit(self._hash)
 
-    def _claim(self) -> None:
-        """Makes the folder and locks it; what a dead run left there is removed, but nothing else."""
-        lock = self.partial / ".lock"
+    @property
+    def unfinished(self) -> frozenset[str]:
+        """The tensors that are still to be written."""
+        done = self.journal.finished
+        return frozenset(name for shard in self._shards if shard.file not in done for name in shard.offsets)
+
+    def _keep_finished(self, tell: Callable[[int, int], None]) -> None:
+        """Keeps each shard that the journal names and that has its hash, and clears away what else is there."""
+        finished = self.journal.finished
+        total, done = sum(shard.size for shard in self._shards if shard.file in finished), 0
+
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            tell(done, total)
+
+        for each in list(finished.values()):
+            if not _is_whole(self.folder / each.shard, each.sha256, count):
+                del finished[each.shard]
         try:
-            foreign = self.partial.is_dir() and not lock.exists() and any(self.partial.iterdir())
-            if foreign or self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
-                raise RecipeError(f"{self.partial}: is there already, and no run of merger left it; move it away")
-            self.partial.mkdir(parents=True, exist_ok=True)
-            claimed = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self.journal.clear(self.folder)
+            if not self.folder.is_dir() or self.folder.is_symlink():
+                self.folder.unlink(missing_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            self._clear()
         except OSError as error:
-            raise ResourceError(f"{self.partial}: cannot be made: {error.strerror}") from None
-        try:
-            fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock = claimed
-            for left in self.partial.iterdir():
-                if left != lock:
-                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        except BlockingIOError:
-            os.close(claimed)
-            raise RecipeError(f"{self.partial}: another run is writing it; wait for it or stop it") from None
-        except OSError as error:
-            raise ResourceError(f"{self.partial}: cannot be cleared: {error.strerror}") from None
+            raise ResourceError(f"{self.journal.folder}: cannot be cleared: {error.strerror}") from None
+
+    def _clear(self) -> None:
+        """Removes all but the finished shards."""
+        for each in self.folder.iterdir():
+            if each.name not in self.journal.finished:
+                remove(each)
 
     def _create(self, shard: Shard) -> None:
         """The file at its full size, so that a full disk is found before the work; its header is in it."""
-        target = self.partial / shard.file
+        target = self.folder / shard.file
         try:
             file = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
             self._files[shard.file] = file
@@ -175,97 +144,153 @@ class Writer:
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Writes ``data`` from byte ``start`` of a tensor on."""
         file, offset = self._places[name]
+        if file not in self._files:
+            return  # it was finished by an earlier run
         position = offset + start
         try:
             while data:
                 count = os.pwrite(self._files[file], data, position)
                 data, position = data[count:], position + count
         except OSError as error:
-            raise _resource_error(self.partial / file, error, 0) from None
+            raise _resource_error(self.folder / file, error, 0) from None
 
-    def done(self, name: str) -> None:
-        """Says that all bytes of a tensor are written."""
+    def done(self, name: str, notes: Sequence[str] = ()) -> None:
+        """Says that all bytes of a tensor are written, and what was noted about it."""
+        self._notes[name] = notes
         self._ready[name].set()
 
-    def _hash(self) -> dict[str, str]:
+    def _hash(self) -> None:
+        """Follows the tensors in file order; each shard that is whole is put on disk, and then in the journal."""
         buffer = memoryview(bytearray(CHUNK))
-        digests = {}
         for shard in self._shards:
+            if shard.file not in self._files:
+                continue
             digest = hashlib.sha256(shard.header)
             file = self._files[shard.file]
             try:
                 for name, offset in shard.offsets.items():
                     self._ready[name].wait()
                     if self._stopped:
-                        return {}
+                        return
                     end = offset + self._infos[name].nbytes
                     while offset < end:
                         count = os.preadv(file, [buffer[: min(CHUNK, end - offset)]], offset)
                         digest.update(buffer[:count])
                         offset += count
                 os.fsync(file)
+                notes = [note for name in shard.offsets for note in self._notes[name]]
+                self.journal.add(Finished(shard.file, digest.hexdigest(), notes))
             except OSError as error:
-                raise _resource_error(self.partial / shard.file, error, 0) from None
-            digests[shard.file] = digest.hexdigest()
-        return digests
+                raise _resource_error(self.folder / shard.file, error, 0) from None
 
     def digests(self) -> dict[str, str]:
-        """The sha256 of every shard, once all tensors are done and on disk."""
+        """The SHA-256 of every shard, once all tensors are done and on disk."""
         assert self._hashes is not None, "it was never opened"
-        return self._hashes.result()
+        self._hashes.result()
+        return {shard.file: self.journal.finished[shard.file].sha256 for shard in self._shards}
 
     def finish(self, *, force: bool) -> None:
         """Writes the index and renames the folder into place; whatever was there is replaced only now."""
         if len(self._shards) > 1:
-            write_json(self.partial / INDEX, index(self._shards, self._infos))
+            write_json(self.folder / INDEX, index(self._shards, self._infos))
         try:
-            for each in self.partial.iterdir():
+            for each in self.folder.iterdir():
                 _sync(each)
-            _sync(self.partial)
+            _sync(self.folder)
             if not _is_occupied(self.path):
-                os.rename(self.partial, self.path)  # over an empty folder too
+                os.rename(self.folder, self.path)  # over an empty folder too
             elif force:
                 self._replace()
             else:
                 raise RecipeError(_taken(self.path))
-            (self.path / ".lock").unlink()
-            _sync(self.path)
+            self.journal.finished.clear()  # who is stopped from here on leaves nothing unfinished
             _sync(self.path.parent)
         except OSError as error:
             raise _resource_error(self.path, error, 0) from None
+        self.journal.remove()
         self._close()
 
     def _replace(self) -> None:
         """Puts the new folder where the old one is, which is gone only after that."""
-        with tempfile.TemporaryDirectory(
-            prefix=f"{self.path.name}.replaced-", dir=self.path.parent, ignore_cleanup_errors=True
-        ) as aside:
-            old = Path(aside) / self.path.name
-            os.rename(self.path, old)
-            try:
-                os.rename(self.partial, self.path)
-            except BaseException:
-                os.rename(old, self.path)
-                raise
+        if _exchange(self.folder, self.path):
+            return
+        old = self.journal.folder / "replaced"
+        os.rename(self.path, old)
+        try:
+            os.rename(self.folder, self.path)
+        except BaseException:
+            os.rename(old, self.path)
+            raise
 
     def abandon(self) -> None:
         """Stops, and removes what was written so far and the folders that were made for it."""
+        self._stop()
+        self._remove()
+        self._close()
+
+    def suspend(self) -> bool:
+        """Stops, and keeps the finished shards for the next run of the same plan; says whether there are any."""
+        self._stop()
+        kept = self.journal.is_ours and bool(self.journal.finished)
+        if kept:
+            with contextlib.suppress(OSError):
+                self._clear()
+        else:
+            self._remove()
+        self._close()
+        return kept
+
+    def _stop(self) -> None:
         self._stopped = True
         for event in self._ready.values():
             event.set()
         self._pool.shutdown(wait=True)
-        if self._lock is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _remove(self) -> None:
+        if self.journal.is_ours:
+            self.journal.remove()
         with contextlib.suppress(OSError):
-            for folder in (self.partial, *self._parents) if self._lock is None else self._parents:
+            for folder in self._parents if self.journal.is_ours else (self.journal.folder, *self._parents):
                 folder.rmdir()  # only while nobody has put anything there
-        self._close()
 
     def _close(self) -> None:
         self._pool.shutdown(wait=True)
-        for file in (*self._files.values(), *([] if self._lock is None else [self._lock])):
+        for file in self._files.values():
             os.close(file)
-        self._files, self._lock = {}, None
+        self._files = {}
+        self.journal.close()
+
+
+def _is_whole(file: Path, sha256: str, tell: Callable[[int], None]) -> bool:
+    try:
+        return not file.is_symlink() and digest(file, tell) == sha256
+    except OSError:
+        return False  # it is made again
+
+
+def partial_of(path: Path) -> Path:
+    """The folder in which an output is made."""
+    return path.with_name(path.name + ".partial")
+
+
+def left_over(path: Path) -> int:
+    """Bytes of disk that an unfinished run of this output holds: the next one goes on with them, or frees them."""
+    try:
+        return sum(each.lstat().st_blocks * 512 for each in (partial_of(path) / "model").iterdir())
+    except OSError:
+        return 0
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps what two names stand for in one step, which only Linux can (renameat2); False where it cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None or rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return rename is not None
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _resource_error(path: Path, error: OSError, size: int) -> ResourceError:
@@ -277,7 +302,12 @@ def _resource_error(path: Path, error: OSError, size: int) -> ResourceError:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file as people like to read it, the same bytes for the same value."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -80,7 +80,9 @@ class Walk:
             ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices,
             ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
         ):
-            reader = Reader(self.plan, self.machine, self.statistics, self.notice, slices.map)
+            reader = Reader(
+                self.plan, self.machine, self.statistics, lambda _, message: self.notice(message), slices.map
+            )
             try:
                 self._settle(reader, watch, tensors, [tensor for tensor in self.plan.tensors if not tensor.gram])
                 for ready, statistics in blocks:

@@ -1,0 +1,202 @@
+"""Kill a merge at random moments, run it to its end each time, and compare its bytes with an uninterrupted run.
+
+    python scripts/kill_test.py [--kills 20] [--seed 0] [--method ties]
+
+The models are synthetic: a Llama of 5 MB with two experts, merged into a dozen shards. Each round starts a merge
+in a process of its own, kills it (SIGKILL) at a moment drawn evenly from the time between its first file and its
+end, starts it again, and kills that as well with a probability of one half, until one comes to its end. Meanwhile
+a watcher looks at the output's name some thousand times a second: whatever has that name must have all files of
+a whole model, at their full size. Ends with exit code 1 at the first byte that differs or the first part of a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from merger.recipe import Recipe
+from merger.run import merge
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 128}
+GOES_ON = "goes on where an earlier run stopped: "
+
+
+def synthesize(folder: Path, seed: int) -> None:
+    """A base and two experts of it with random weights."""
+    for label, name in enumerate(("base", "code", "math")):
+        generator = torch.Generator().manual_seed(seed * 3 + label)
+        shapes = {"model.embed_tokens.weight": (512, 128), "lm_head.weight": (512, 128), "model.norm.weight": (128,)}
+        for block in range(8):
+            for each in ("q", "k", "v", "o"):
+                shapes[f"model.layers.{block}.self_attn.{each}_proj.weight"] = (128, 128)
+            for each in ("gate", "up"):
+                shapes[f"model.layers.{block}.mlp.{each}_proj.weight"] = (256, 128)
+            shapes[f"model.layers.{block}.mlp.down_proj.weight"] = (128, 256)
+        tensors = {each: torch.randn(shape, generator=generator) for each, shape in shapes.items()}
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps(CONFIG))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- processes: forked, so that importing torch is paid once --------------------------------------
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Starts a process that does ``work``; its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def ended(process: int) -> int:
+    """Waits for a process; its exit status, negative where a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def start(folder: Path) -> int:
+    """A merge; what it says is in the file ``said``."""
+
+    def work() -> None:
+        with (folder / "said").open("w") as said:
+            merge(
+                Recipe.load(folder / "recipe.yaml"),
+                device="cpu",
+                notice=lambda line: print(line, file=said, flush=True),
+            )
+
+    (folder / "said").write_text("")
+    return forked(work)
+
+
+def watch(output: Path, sizes: Mapping[str, int], report: Path) -> None:
+    """Looks at the output's name until SIGTERM, and writes what it saw."""
+    told: Counter[str] = Counter()
+    signal.signal(signal.SIGTERM, lambda *_: told.update(stop=1))
+    while not told["stop"]:
+        told["looks"] += 1
+        try:
+            folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            time.sleep(0.0002)
+            continue
+        found = {name: os.stat(name, dir_fd=folder).st_size for name in os.listdir(folder)}
+        os.close(folder)
+        told["seen"] += 1
+        told["parts"] += found != sizes
+        time.sleep(0.0002)
+    report.write_text(json.dumps(told))
+
+
+# --- rounds ---------------------------------------------------------------------------------------
+
+
+def until_writing(folder: Path) -> None:
+    """Waits until the journal is there, or the output already."""
+    while not (folder / "out.partial" / "journal").exists() and not (folder / "out").exists():
+        time.sleep(0.0005)
+
+
+def until_done(folder: Path, whole: float, draw: random.Random) -> Counter[str]:
+    """Runs and kills until a run comes to its end; what happened."""
+    did: Counter[str] = Counter(rounds=1)
+    kill = True
+    while not (folder / "out").exists():
+        process = start(folder)
+        if kill:
+            until_writing(folder)
+            time.sleep(draw.random() * whole)
+            os.kill(process, signal.SIGKILL)
+        status = ended(process)
+        killed = status == -signal.SIGKILL
+        if status and not killed:
+            raise SystemExit(f"a run ended with {status}: {(folder / 'said').read_text()}")
+        said = (folder / "said").read_text()
+        did["kills"] += killed
+        did["late"] += killed and (folder / "out").exists()
+        if GOES_ON in said:
+            did["resumed"] += 1
+            did["kept"] += int(said.partition(GOES_ON)[2].split()[0])
+        kill = draw.random() < 0.5
+    return did
+
+
+def timed(folder: Path) -> float:
+    """Seconds of an uninterrupted merge from its first file on."""
+    process = start(folder)
+    until_writing(folder)
+    began = time.monotonic()
+    if ended(process):
+        raise SystemExit("the uninterrupted merge failed")
+    return time.monotonic() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", default="linear")
+    chosen = parser.parse_args()
+    draw = random.Random(chosen.seed)
+    torch.set_num_threads(1)  # a pool of threads would not survive a fork
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["MERGER_CACHE"] = str(folder / "cache")
+        synthesize(folder, chosen.seed)
+        (folder / "recipe.yaml").write_text(
+            f"base: base\nexperts: {{code: code, math: math}}\nmethod: {chosen.method}\n"
+            "output: {path: out, shard_size: 500kB}\n"
+        )
+        whole = timed(folder)
+        expected = contents(folder / "out")
+        sizes = {name: len(content) for name, content in expected.items()}
+        watcher = forked(lambda: watch(folder / "out", sizes, folder / "watched"))
+        told: Counter[str] = Counter()
+        try:
+            while told["kills"] < chosen.kills:
+                # the watcher may still look into the last output, so that is deleted a round later
+                shutil.rmtree(folder / "old", ignore_errors=True)
+                (folder / "out").rename(folder / "old")
+                shutil.rmtree(folder / "out.partial", ignore_errors=True)  # of a kill after the end
+                told += until_done(folder, whole, draw)
+                if contents(folder / "out") != expected:
+                    raise SystemExit(f"round {told['rounds']}: the bytes differ from those of an uninterrupted run")
+        finally:
+            os.kill(watcher, signal.SIGTERM)
+            ended(watcher)
+        saw = Counter(json.loads((folder / "watched").read_text()))
+    if saw["parts"]:
+        raise SystemExit(f"the output was there {saw['parts']} times with only a part of a model")
+    print(
+        f"{chosen.method}: {told['kills']} kills in {told['rounds']} rounds, each within {whole:.2f} s of writing; "
+        f"every round ended in the same bytes ({len(expected)} files). {told['resumed']} runs kept finished shards "
+        f"({told['kept']} in all); {told['late']} kills came after the end. The watcher looked {saw['looks']:,} "
+        f"times, saw the output {saw['seen']:,} times, and never a part of it."
+    )
+
+
+if __name__ == "__main__":
+    main()

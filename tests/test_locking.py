@@ -1,0 +1,181 @@
+"""Locks: the same recipe on the same inputs passes, whatever else has changed is named, what is done is left alone."""
+
+import hashlib
+import json
+
+import pytest
+import yaml
+from checkpoints import CONFIG, llama, save, trio
+
+RECIPE = {
+    "base": "base",
+    "experts": {"code": "code", "math": {"model": "math", "weight": "1/3"}},
+    "method": "ties",
+    "output": {"path": "out", "shard_size": 900},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A recipe and its models; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    trio(tmp_path)
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    write(tmp_path, RECIPE)
+    return tmp_path
+
+
+def write(folder, recipe):
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder):
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_a_lock_says_from_what_and_how_before_it_is_made(merger, folder):
+    ran = merger("lock", "recipe.yaml")
+
+    assert (ran.code, ran.out) == (0, "recipe.lock: 3 inputs, 2 files beside the weights\n")
+    locked = json.loads((folder / "recipe.lock").read_text())
+    assert locked["inputs"] == {
+        name: {"source": name, "files": {"model.safetensors": sha256(folder / name / "model.safetensors")}}
+        for name in ("base", "code", "math")
+    }
+    assert locked["recipe"]["experts"]["math"]["weight"] == "1/3"
+    assert locked["recipe"]["seed"] == 0
+    assert str(folder) not in json.dumps(locked)
+
+    assert merger("run", "recipe.yaml", "--locked").code == 0
+    record = json.loads((folder / "out" / "merger.json").read_text())
+    for part in ("recipe", "versions", "inputs", "calibration", "files"):
+        assert record[part] == locked[part]
+
+
+def test_an_unchanged_lock_with_a_whole_output_is_nothing_to_do(merger, folder):
+    merger("lock", "recipe.yaml")
+    first = merger("run", "recipe.yaml", "--locked")
+    before = contents(folder / "out")
+
+    ran = merger("run", "recipe.yaml", "--locked")
+
+    assert first.out.startswith(f"{folder}/out: 21 merged tensors")
+    assert (ran.code, ran.out, ran.err) == (0, f"{folder}/out: is what the lock says, and whole; nothing to do\n", "")
+    assert json.loads(merger("run", "recipe.yaml", "--locked", "--json").out)["unchanged"] is True
+    assert contents(folder / "out") == before
+
+
+def test_an_output_that_is_damaged_or_of_another_lock_is_not_taken_for_done(merger, folder):
+    merger("lock", "recipe.yaml")
+    merger("run", "recipe.yaml", "--locked")
+    with (folder / "out" / "model-00001-of-00002.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    ran = merger("run", "recipe.yaml", "--locked")
+    assert ran.code == 2
+    assert "is there already" in ran.err
+    assert merger("run", "recipe.yaml", "--locked", "--force").code == 0
+
+    write(folder, {**RECIPE, "seed": 4})
+    merger("lock", "recipe.yaml")
+    assert "is there already" in merger("run", "recipe.yaml", "--locked").err
+
+
+def test_a_tokenizer_that_changed_since_is_another_output(merger, folder):
+    merger("lock", "recipe.yaml")
+    merger("run", "recipe.yaml", "--locked")
+    (folder / "base" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"b": 0}}}))
+    assert "files.tokenizer.json was" in merger("run", "recipe.yaml", "--locked").err
+    merger("lock", "recipe.yaml")
+    assert "is there already" in merger("run", "recipe.yaml", "--locked").err
+
+
+def test_everything_that_differs_is_named_and_nothing_is_written(merger, folder, monkeypatch):
+    merger("lock", "recipe.yaml")
+    old, new = (sha256(save(folder / "math", llama(seed)) / "model.safetensors") for seed in (2, 7))
+    write(folder, {**RECIPE, "seed": 4})
+    monkeypatch.setattr("merger.checkpoint.manifest.VERSION", "99")
+
+    ran = merger("run", "recipe.yaml", "--locked")
+
+    assert ran.code == 2
+    assert "error: recipe.lock: recipe.seed was 0 when it was locked, and is 4\n" in ran.err
+    assert ', and is "99"\n' in ran.err
+    said = f'recipe.lock: inputs.math.files.model.safetensors was "{old}" when it was locked, and is "{new}"\n'
+    assert said in ran.err
+    assert ran.err.splitlines()[-1] == "error: recipe.lock: lock the recipe again if that is meant"
+    assert not (folder / "out").exists()
+
+
+def test_an_override_counts_as_a_part_of_the_recipe(merger, folder):
+    merger("lock", "recipe.yaml", "--set", "seed=5")
+    assert "recipe.seed was 5 when it was locked, and is 0" in merger("run", "recipe.yaml", "--locked").err
+    assert merger("run", "recipe.yaml", "--locked", "--set", "seed=5").code == 0
+
+
+def test_a_config_that_changes_what_is_done_is_named(merger, folder):
+    merger("lock", "recipe.yaml")
+    (folder / "base" / "config.json").write_text(json.dumps({**CONFIG, "rope_theta": 7}))
+    assert "recipe.lock: files.config.json was" in merger("run", "recipe.yaml", "--locked").err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "recipe.lock: cannot be read: No such file or directory; make it with `merger lock`"),
+        ("{", "recipe.lock: is no lock that this merger understands; make it again with `merger lock`"),
+        ('{"format": 1}', "recipe.lock: is no lock that this merger understands"),
+    ],
+)
+def test_a_lock_that_is_none_says_what_to_do(merger, folder, text, said):
+    if text is not None:
+        (folder / "recipe.lock").write_text(text)
+    ran = merger("run", "recipe.yaml", "--locked")
+    assert ran.code == 2
+    assert ran.err.startswith(f"error: {said}")
+
+
+def test_a_lock_never_takes_the_place_of_its_recipe(merger, folder):
+    (folder / "recipe.yaml").rename(folder / "mine.lock")
+    ran = merger("lock", "mine.lock")
+    assert (ran.code, ran.err) == (
+        2,
+        "error: mine.lock: is named as its own lock would be; name it mine.yaml\n",
+    )
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+def calibrated(**given):
+    return {**RECIPE, "method": "obim", "calibration": given}
+
+
+def test_text_and_statistics_are_locked_by_their_bytes(merger, folder):
+    for name in ("code", "math"):
+        (folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    (folder / "text.jsonl").write_text('{"text": "a"}\n')
+    (folder / "math.stats").write_bytes(b"known")
+    write(folder, calibrated(data={"code": "text.jsonl"}, stats={"math": "math.stats"}))
+    assert merger("lock", "recipe.yaml").code == 0
+
+    locked = json.loads((folder / "recipe.lock").read_text())["calibration"]
+    assert locked.keys() == {"tokenizer of code", "text.jsonl", "math.stats"}
+    assert locked["text.jsonl"] == sha256(folder / "text.jsonl")
+
+    (folder / "text.jsonl").write_text('{"text": "b"}\n')
+    assert "recipe.lock: calibration.text.jsonl was" in merger("run", "recipe.yaml", "--locked").err
+
+
+def test_a_dataset_of_the_hub_cannot_be_locked(merger, folder):
+    write(folder, calibrated(data="org/data"))
+    ran = merger("lock", "recipe.yaml")
+    assert (ran.code, ran.err) == (
+        2,
+        "error: calibration: org/data is no file here, and may change; save it to lock it\n",
+    )
+    assert not (folder / "recipe.lock").exists()
