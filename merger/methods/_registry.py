@@ -60,6 +60,10 @@ def _never(**_: object) -> bool:
     return False
 
 
+def _unremarkable(experts: int, **_: object) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered function."""
@@ -74,6 +78,7 @@ class Entry:
     scope: str = "tensor"  # what a score is ranked within, unless the recipe says it
     calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
+    remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
 
     @property
     def summary(self) -> str:
