@@ -2,7 +2,7 @@
 
 What stands before the ``*`` is supplied by the runner, by name:
 
-    deltas         [k r c]  what earlier stages left of each expert's task vector
+    deltas         [k r c]  what earlier stages left of each expert's task vector; [r c] after the merger
     originals      [k r c]  the task vectors before the first stage
     base           [r c]    the base weights, float32
     scores         [k r c]  the score named by the stage's own parameter ``score``
