@@ -18,6 +18,7 @@ from merger._version import VERSION
 
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
+    from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
     from merger.recipe import Recipe
@@ -27,6 +28,7 @@ __version__ = VERSION
 
 _HOMES = {
     "CheckpointError": "errors",
+    "Inspection": "inspection",
     "MergerError": "errors",
     "Plan": "planning",
     "Recipe": "recipe",
@@ -35,12 +37,16 @@ _HOMES = {
     "Result": "run",
     "VerifyError": "errors",
     "calibrate": "run",
+    "inspect": "inspection",
+    "inspect_merge": "inspection",
+    "inspect_model": "inspection",
     "merge": "run",
     "merge_tensors": "pipeline",
     "plan": "planning",
 }
 __all__ = [
     "CheckpointError",
+    "Inspection",
     "MergerError",
     "Plan",
     "Recipe",
@@ -49,6 +55,9 @@ __all__ = [
     "Result",
     "VerifyError",
     "calibrate",
+    "inspect",
+    "inspect_merge",
+    "inspect_model",
     "merge",
     "merge_tensors",
     "plan",

@@ -119,6 +119,8 @@ def _sequence_faults(
                 for b in bounds
                 if b.entry.experts not in (None, len(experts))
             ]
+            if any(bound.gram for bound in bounds) and any(s.keywords.get("scope") == "global" for s in expanded):
+                found.append("scope: global ranks the whole model at once, but Gram matrices come block by block")
             found += [
                 f"{b.entry.name} merges at least {b.entry.fewest} experts, not {len(experts)}"
                 for b in bounds
@@ -157,4 +159,6 @@ def _keys(name: str, given: Mapping[str, Any], path: KeyPath) -> set[str]:
         return parameter_names(name)
     if path[0] == "score":  # written as {name: {parameter: value}}
         return {each.rstrip("_") for each in parameters(SCORES[next(iter(given["score"]))].function)}
+    if path[0] == "inner":
+        return parameter_names(next(iter(given["inner"])))
     return set(Pinned.model_fields)

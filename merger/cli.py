@@ -108,6 +108,67 @@ def plan(
 
 
 @app.command()
+def inspect(
+    what: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WHAT", help="A recipe, the folder of a finished merge, or with --base a model.", show_default=False
+        ),
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Say where the model WHAT differs from this one.")
+    ] = None,
+    fail_if: Annotated[
+        list[str],
+        typer.Option("--fail-if", metavar="CONDITION", help="Exit with 1 where it holds, as in 'overlap > 0.3'."),
+    ] = [],  # noqa: B006
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the same as one page for a browser.")] = None,
+    tensor: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Map in the page where this tensor keeps its weights.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show every layer, not only the first dozen.")] = False,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the relative paths of a finished merge start.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    offline: Offline = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
+    from merger import inspection
+    from merger.inspection import conditions, page, tables
+
+    wanted = [conditions.parse(text) for text in fail_if]
+    if overrides and (base is not None or what.is_dir()):
+        raise RecipeError(f"--set changes a recipe, and {what} is none")
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise RecipeError(f"--html {html}: expected a file in a folder that is there")
+    size = _size(max_memory)
+    with _progress_bar(quiet) as (progress, notice):
+        common: dict[str, Any] = {"max_memory": size, "progress": progress, "notice": notice}
+        if base is not None:
+            seen = inspection.inspect_model(str(what), base, picture=tensor, offline=offline, **common)
+        elif what.is_dir():
+            seen = inspection.inspect_merge(what, inputs=inputs, picture=tensor, **common)
+        else:
+            loaded = _load(what, overrides)
+            common |= {"offline": offline, "device": device, "trust_remote_code": trust_remote_code}
+            seen = inspection.inspect(loaded, picture=tensor, **common)
+    if html is not None:
+        html.write_text(page.page(seen), encoding="utf-8")
+    if as_json:
+        print(json.dumps(seen.as_json()))
+    else:
+        tables.print_inspection(seen, _console(), every=every)
+        print(f"read {_bytes(seen.bytes_read)} in {seen.seconds:.1f} s, peak memory {_bytes(seen.peak_memory_bytes)}")
+    conditions.check(wanted, seen)
+
+
+@app.command()
 def calibrate(
     recipe: RecipePath,
     to: Annotated[
@@ -179,10 +240,18 @@ def demo(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of a recipe, for editors."""
-    from merger.recipe import json_schema
+def schema(
+    of: Annotated[str, typer.Argument(metavar="[recipe|inspection]", help="Of what.", show_default=False)] = "recipe",
+) -> None:
+    """Print the JSON Schema of a recipe, for editors, or of what inspect --json says, for machines."""
+    from merger.errors import nearest
 
+    if of == "inspection":
+        from merger.inspection.facts import json_schema
+    elif of == "recipe":
+        from merger.recipe import json_schema
+    else:
+        raise RecipeError(f"there is no schema of {of!r}; {nearest(of, ('recipe', 'inspection'))}")
     print(json.dumps(json_schema(), indent=2))
 
 
@@ -261,7 +330,8 @@ def _progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, amount="")
             speed = next(task.speed for task in bar.tasks if task.id == tasks[what]) or 0
-            amount = f"{_bytes(done)} of {_bytes(total)}, {_bytes(int(speed))}/s" if what == "merging" else ""
+            counted = f"{_bytes(done)} of {_bytes(total)}, {_bytes(int(speed))}/s"
+            amount = "" if what.startswith("calibrating") else counted
             bar.update(tasks[what], completed=done, total=total, amount=amount)
 
         yield tell, notice

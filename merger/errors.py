@@ -1,6 +1,7 @@
 """Every error a user can mend, and the exit code it ends in.
 
     MergerError
+    ├── ConditionError   1   what `merger inspect --fail-if` was told to fail for
     ├── RecipeError      2   the recipe, or what it names as output, is wrong
     ├── CheckpointError  3   an input (checkpoint, adapter, calibration data) is wrong
     ├── ResourceError    4   not enough disk or memory
@@ -22,6 +23,10 @@ class MergerError(Exception):
     """Base of all errors that are said in a line or more, without a traceback."""
 
     exit_code = 1
+
+
+class ConditionError(MergerError):
+    """What an inspection found is what it was told to fail for."""
 
 
 class RecipeError(MergerError):

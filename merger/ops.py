@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from merger._lazy import torch
@@ -29,27 +30,50 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Sum:
-    """Asks for the sum of ``value`` over all slices of the tensor, or of all merged tensors."""
+class _Asked:
+    """What takes a pass to compute is given as a function: a flow that was started again need not call it."""
 
-    value: Tensor
+    of: Tensor | Callable[[], Tensor]
     scope: Whole = "tensor"
+
+    @cached_property
+    def value(self) -> Tensor:
+        """This slice's part."""
+        return self.of() if callable(self.of) else self.of
+
+    def joined(self, total: Tensor | None) -> Tensor:
+        """The value together with that of the slices before."""
+        return self.value if total is None else total + self.value
+
+    def answer(self, total: Tensor) -> Any:
+        """What the flow is told when all is joined."""
+        return total
 
 
 @dataclass(frozen=True)
-class Max:
-    """Asks for the largest ``value`` of all slices of the tensor, or of all merged tensors, each element by itself."""
+class Sum(_Asked):
+    """Asks for the sum of a value over all slices of the tensor, or of all merged tensors.
 
-    value: Tensor
-    scope: Whole = "tensor"
+    With ``then`` the answer is what that makes of the sum, worked out once for all slices.
+    """
+
+    then: Callable[[Tensor], Any] | None = None
+
+    def answer(self, total: Tensor) -> Any:
+        """The sum, or what ``then`` makes of it."""
+        return total if self.then is None else self.then(total)
 
 
-@dataclass(frozen=True)
-class Before:
-    """Asks for the sum of ``value`` over the slices that come before this one."""
+class Max(_Asked):
+    """Asks for the largest value of all slices of the tensor, or of all merged tensors, each element by itself."""
 
-    value: Tensor
-    scope: Whole = "tensor"
+    def joined(self, total: Tensor | None) -> Tensor:
+        """The larger."""
+        return self.value if total is None else torch.maximum(total, self.value)
+
+
+class Before(_Asked):
+    """Asks for the sum of a value over the slices that come before this one."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +210,7 @@ def _take(
         rows = torch.tensor([[count(share, n, up=round_up) for n in row] for share, row in pairs])
         return top_of_rows(scores, rows.to(scores.device), open_)
     if ratio_of == "remaining" and free is not None:
-        of = (yield Sum(free.sum((1, 2)), scope)).tolist()
+        of = (yield Sum(partial(_counts, free), scope)).tolist()
     else:
         of = [(yield Size(scope))] * len(density)
     wanted = [count(share, n, up=round_up) for share, n in zip(density, of, strict=True)]
@@ -200,24 +224,17 @@ def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -
     the bucket of the last one taken, one of the low 16 bits within it finds its exact value, and
     the equal ones are handed out in flat order (methods.md 0.4).
     """
-    bits = scores.float().contiguous().view(torch.int32)
+    keys = scores.float().contiguous().view(torch.int32)
     if free is not None:
-        bits = torch.where(free, bits, -1)
-    high = bits >> 16  # -1 where not free
-    tally = yield Sum(_histogram(high + 1, _BUCKETS + 1), scope)
-    wanted = [min(w, n) for w, n in zip(wanted, tally[:, 1:].sum(1).tolist(), strict=True)]
-    bucket, left = _descend(tally[:, 1:], wanted)
-    inside = fast("eq", high, bucket)
-    low = [_picked(each, mask) & 0xFFFF for each, mask in zip(bits, inside, strict=True)]
-    tally = yield Sum(_histogram(low, 65536), scope)
-    level, left = _descend(tally, left)
+        keys = fast("mul", keys + 1, free)  # 0 is below every score
+    bucket, left, _ = yield Sum(lambda: _tally_of_free(keys, free), scope, partial(_descend, wanted))
+    level, left, equal = yield Sum(lambda: _histogram(_within(keys, bucket), 1 << 16), scope, partial(_descend, left))
     last = (bucket << 16) | level
-    ties = tally.gather(1, level.view(-1, 1).long()).flatten().tolist()
-    if left == ties:
-        return fast("ge", bits, last)
-    equal = fast("eq", bits, last)
-    before = yield Before(equal.sum((1, 2)), scope)
-    return fast("gt", bits, last) | _first(equal, [n - b for n, b in zip(left, before.tolist(), strict=True)])
+    if left == equal:
+        return fast("ge", keys, last)
+    before = yield Before(lambda: _counts(fast("eq", keys, last)), scope)
+    budgets = [n - b for n, b in zip(left, before.tolist(), strict=True)]
+    return fast("gt", keys, last) | _first(fast("eq", keys, last), budgets)
 
 
 def ordered(values: Tensor, places: Sequence[Sequence[int]], scope: Whole) -> Flow[Tensor]:
@@ -231,17 +248,39 @@ def ordered(values: Tensor, places: Sequence[Sequence[int]], scope: Whole) -> Fl
     high = (keys >> 16) + 32768
     each = [(k, size - place) for k, own in enumerate(places) for place in own]
     tally = yield Sum(_histogram(high, 65536), scope)
-    bucket, left = _descend(tally[[k for k, _ in each]], [from_top for _, from_top in each])
+    bucket, left, _ = _descend([from_top for _, from_top in each], tally[[k for k, _ in each]])
     inside = (fast("eq", high[k], own) for (k, _), own in zip(each, bucket, strict=True))
     low = [_picked(keys[k], mask) & 0xFFFF for (k, _), mask in zip(each, inside, strict=True)]
-    tally = yield Sum(_histogram(low, 65536), scope)
-    level, _ = _descend(tally, left)
-    found = ((bucket - 32768) << 16) | level
+    level, _, _ = yield Sum(_histogram(low, 65536), scope, partial(_descend, left))
+    found: Tensor = ((bucket - 32768) << 16) | level
     found = (found ^ ((found >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return found.view(len(places), -1, 1, 1).transpose(0, 1)
 
 
-_BUCKETS = 32768  # values of the high half of a non-negative float32; the last ones are NaNs, never used
+_BUCKETS = 1 << 15  # values of the high half of a non-negative float32; the last ones are NaNs, never used
+
+
+def _within(keys: Tensor, bucket: Tensor) -> list[Tensor]:
+    """The low halves of each expert's keys whose high half is its ``bucket`` [k 1 1]."""
+    inside = fast("eq", keys >> 16, bucket)
+    return [_picked(each, mask) & 0xFFFF for each, mask in zip(keys, inside, strict=True)]
+
+
+def _tally_of_free(keys: Tensor, free: Tensor | None) -> Tensor:
+    """A tally of the high halves, without what is barred: [k bins]."""
+    tally = _histogram(keys >> 16, _BUCKETS)
+    if free is not None:
+        tally[:, 0] -= keys[0].numel() - _counts(free)
+    return tally
+
+
+def _counts(masks: Tensor) -> Tensor:
+    """How many are true for each expert: [k]."""
+    if masks.device.type != "cpu":
+        return masks.flatten(1).sum(1)
+    import numpy
+
+    return torch.tensor([numpy.count_nonzero(each) for each in masks.numpy()])
 
 
 def _histogram(bins: Iterable[Tensor], size: int) -> Tensor:
@@ -249,17 +288,18 @@ def _histogram(bins: Iterable[Tensor], size: int) -> Tensor:
     return torch.stack([torch.bincount(each.flatten(), minlength=size) for each in bins])
 
 
-def _descend(tally: Tensor, wanted: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Per expert the bin that holds the ``wanted``-th from the top, and how many of that bin to take.
+def _descend(wanted: Sequence[int], tally: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """Per expert the bin that holds the ``wanted``-th from the top, how many of it to take, how many it has.
 
-    ``tally`` [k bins]; ``wanted`` is at most its sum. Where nothing is wanted: the last bin, none of it.
+    ``tally`` is [k bins]; where it has fewer all are taken. Where nothing is wanted: the last bin, none of it.
     """
     above = tally.flip(1).cumsum(1)
-    target = torch.tensor(wanted, device=tally.device).view(-1, 1)
+    target = torch.tensor(wanted, device=tally.device).view(-1, 1).minimum(above[:, -1:])
     steps = torch.searchsorted(above, target)
     bins = tally.shape[1] - 1 - steps
-    left = target - (above.gather(1, steps) - tally.gather(1, bins))
-    return bins.to(torch.int32).view(-1, 1, 1), left.flatten().tolist()
+    there = tally.gather(1, bins)
+    left = target - (above.gather(1, steps) - there)
+    return bins.to(torch.int32).view(-1, 1, 1), left.flatten().tolist(), there.flatten().tolist()
 
 
 def _first(mask: Tensor, budgets: Sequence[int]) -> Tensor:

@@ -34,6 +34,7 @@ class Inputs:
 
     second_moment: Tensor | None = None  # [k c]
     mean: Tensor | None = None  # [k c]
+    gram: Tensor | None = None  # [k c c]
     token_share: Tensor | None = None  # [k r], for an embedding
 
 
@@ -65,13 +66,15 @@ class Slice:
 
 
 def expand(chosen: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
-    """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself."""
+    """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself or of what it names."""
     entry = entry_of(chosen.func)
-    if entry.kind != "method":
+    stages: list[Stage] | None = entry.elsewhere(kind, **chosen.keywords)
+    if stages is None and entry.kind != "method":
         return [chosen]
-    known = {"kind": kind, "experts": tuple(experts)}
-    stages: list[Stage] = chosen(**{name: known[name] for name in supplied(chosen.func)})
-    return stages
+    if stages is None:
+        known = {"kind": kind, "experts": tuple(experts)}
+        stages = chosen(**{name: known[name] for name in supplied(chosen.func)})
+    return [each for stage in stages for each in expand(stage, kind, experts)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Bound:
     entry: Entry
     values: dict[str, Any]
     score: Bound | None = None
+    inner: tuple[Bound, ...] = ()
 
     @property
     def takes(self) -> Takes:
@@ -90,8 +94,13 @@ class Bound:
     @property
     def calibrated(self) -> bool:
         """Whether this stage looks at what enters the layer."""
-        score = self.score is not None and self.score.calibrated
-        return score or self.entry.calibrated(**self.values)
+        within = [*self.inner, *([] if self.score is None else [self.score])]
+        return any(each.calibrated for each in within) or self.entry.calibrated(**self.values)
+
+    @property
+    def gram(self) -> bool:
+        """Whether this stage takes the Gram matrices of what enters the layer."""
+        return "gram" in supplied(self.entry.function)
 
     @property
     def align(self) -> int:
@@ -117,26 +126,75 @@ def bind(stage: Stage, place: Place) -> Bound:
         values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
         entry.check(**values)
-    named = values.pop("score", None)
+    named, inner = values.pop("score", None), values.pop("inner", None)
     score = None if named is None else bind(named, place)
     if score is not None and score.calibrated and values.get("scope") == "global":
         raise ValueError(
             f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
             "so its scores of different tensors share no scale; write scope: tensor"
         )
-    return Bound(entry, values, score)
+    return Bound(entry, values, score, () if inner is None else _bind_inner(inner, place))
 
 
-def flow(stages: Sequence[Bound], part: Slice, subject: Subject) -> Flow[Tensor]:
-    """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger)."""
-    known = _supplies(part, subject)
-    deltas = part.deltas
+def _bind_inner(inner: Stage, place: Place) -> tuple[Bound, ...]:
+    """The stages of a method that merges a matrix in directions of its own; ValueError if one cannot."""
+    stages = tuple(bind(each, place) for each in expand(inner, "linear", place.experts))
     for stage in stages:
-        known["deltas"] = deltas
+        if "base" in supplied(stage.entry.function):
+            raise ValueError(
+                f"inner: {stage.entry.name} looks at the base's weights, which are not among the directions of the "
+                "task vectors; mean, sum or ties do not"
+            )
+        if stage.values.get("scope") == "global":
+            raise ValueError("inner: scope: global would rank matrices whose directions differ; write scope: tensor")
+    return stages
+
+
+def unseen(i: int, deltas: Tensor) -> None:
+    """Looks at nothing."""
+
+
+def flow(
+    stages: Sequence[Bound], part: Slice, subject: Subject, look: Callable[[int, Tensor], None] = unseen
+) -> Flow[Tensor]:
+    """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger).
+
+    ``look`` is shown what stage i leaves, once more each time the flow is started again.
+    """
+    return (yield from _through(stages, part.deltas, _supplies(part, subject), look))
+
+
+def _through(
+    stages: Sequence[Bound],
+    deltas: Tensor,
+    known: Mapping[str, Any],
+    look: Callable[[int, Tensor], None] = unseen,
+) -> Flow[Tensor]:
+    for i, stage in enumerate(stages):
+        given = {**known, "deltas": deltas, "inside": partial(_inside, stage.inner, known)}
         if stage.score is not None:
-            known["scores"] = yield from _call(stage.score, known)
-        deltas = yield from _call(stage, known)
+            given["scores"] = yield from _call(stage.score, given)
+        deltas = yield from _call(stage, given)
+        look(i, deltas)
     return deltas
+
+
+def _inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -> Flow[Tensor]:
+    """Runs an inner method on the whole of other task vectors [k r' c], r' <= r: a share is one of theirs."""
+    rows = deltas.shape[1]
+
+    def uniform(purpose: str, *, double: bool = False) -> Tensor:
+        drawn: Tensor = known["uniform"](purpose, double=double)
+        return drawn[:, :rows]
+
+    running = _through(stages, deltas, {**known, "originals": deltas, "uniform": uniform})
+    try:
+        question = next(running)
+        while True:
+            question = running.send(deltas[0].numel() if isinstance(question, Size) else (yield question))
+    except StopIteration as done:
+        merged: Tensor = done.value
+        return merged
 
 
 def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
@@ -155,19 +213,25 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
         "originals": part.deltas,
         "uniform": partial(_draw, part, subject),
         "second_moment": _by_feature(inputs.second_moment, subject, rows),
+        "gram": inputs.gram,
         "mean_input": _by_feature(inputs.mean, subject, rows),
+        "reached": None if inputs.second_moment is None else _reached(inputs.second_moment).unsqueeze(-1),
         "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
         "kind": subject.kind,
         "experts": subject.place.experts,
     }
 
 
+def _reached(values: Tensor) -> Tensor:
+    """Which experts have inputs to this matrix at all, [k 1]: none, where no token was routed to a packed expert."""
+    return (values != 0).any(1, keepdim=True)
+
+
 def _by_feature(values: Tensor | None, subject: Subject, rows: slice) -> Tensor | None:
     """A value per in-feature as [k 1 c]; [k r 1] where the tensor is stored, and seen, as [in, out]."""
     if values is None:
         return None
-    never_reached = (values == 0).all(1, keepdim=True)  # a packed expert that no token was routed to
-    values = values.masked_fill(never_reached, 1)
+    values = values.masked_fill(~_reached(values), 1)
     if subject.kind == "conv1d" and not subject.transposed:
         return values[:, rows].unsqueeze(-1)
     return values.unsqueeze(1)
@@ -233,6 +297,8 @@ def run(
             return None
         if hold:
             held[i] = running, len(answers)
+        if isinstance(question, Sum | Max | Before):
+            question.value  # noqa: B018 - computed here, where slices run side by side
         return question
 
     while True:
@@ -242,7 +308,7 @@ def run(
         outside = None
         if question.scope == "global":
             if used == len(known):
-                return replace(question, value=total)
+                return replace(question, of=total)
             outside, used = known[used], used + 1
         answers.append(_answer(question, total, before, outside))
 
@@ -255,21 +321,15 @@ def _joined(questions: Iterable[Question | None]) -> tuple[Sum | Max | Before | 
             asked = question
             if isinstance(question, Before):
                 before.append(torch.zeros_like(question.value) if total is None else total)
-            total = _with(total, question)
+            total = question.joined(total)
     return asked, total, before
 
 
-def _with(total: Tensor | None, question: Sum | Max | Before) -> Tensor:
-    """The value of a question, and of those that came before it: their sum, or the largest."""
-    if total is None:
-        return question.value
-    return torch.maximum(total, question.value) if isinstance(question, Max) else total + question.value
-
-
-def _answer(question: Question, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
+def _answer(question: Sum | Max | Before, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
     if isinstance(question, Before):
         return lambda i: before[i] + (0 if outside is None else outside)
-    return lambda i: total if outside is None else outside
+    answer = question.answer(total if outside is None else outside)
+    return lambda i: answer
 
 
 def settle(
@@ -292,7 +352,7 @@ def settle(
                 total = totals.get(groups[i])
                 ahead = torch.zeros_like(question.value) if total is None else total
                 known[i].append(ahead if isinstance(question, Before) else None)
-                totals[groups[i]] = _with(total, question)
+                totals[groups[i]] = question.joined(total)
                 asked.append(i)
         for i in asked:
             if known[i][-1] is None:

@@ -61,6 +61,11 @@ class TensorPlan:
         return any(stage.calibrated for stage in self.stages)
 
     @property
+    def gram(self) -> bool:
+        """Whether any of its stages takes Gram matrices, which are made while it is merged."""
+        return any(stage.gram for stage in self.stages)
+
+    @property
     def elements(self) -> int:
         """How many elements are merged, without rows that only some models have."""
         return sum(part.rows * part.columns for part in self.parts)
@@ -111,6 +116,11 @@ class Plan:
     def calibrated(self) -> bool:
         """Whether any stage looks at what enters the layers."""
         return any(tensor.calibrated for tensor in self.tensors)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether any tensor needs what a statistics file holds."""
+        return any(tensor.calibrated and not tensor.gram for tensor in self.tensors)
 
     def close(self) -> None:
         """Closes the inputs."""

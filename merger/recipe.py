@@ -27,7 +27,7 @@ from merger.errors import RecipeError, nearest
 from merger.faults import said
 from merger.methods._parameters import Number, Place
 from merger.methods._registry import ENTRIES, SCORES, Stage, schema, written
-from merger.pipeline import bind, expand
+from merger.pipeline import Bound, bind, expand
 
 Kind = Literal["linear", "conv1d", "head", "tied", "embedding", "vector", "expert3d", "other", "buffer"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -292,25 +292,32 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
             ((), "its saliency needs calibration: {data: ...}, or a score that looks at no inputs"),
             *found,
         ]
-    have = set(given.stats) | (set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ()))
-    lacking = [name for name in experts if name not in have]
+    with_data = set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
+    from_text = any(bound.gram for bound in _bounds(recipe))
+    lacking = [name for name in experts if name not in (with_data if from_text else with_data | set(given.stats))]
     if lacking:
-        found.append((("calibration",), f"no data and no stats for {', '.join(lacking)}"))
+        what = "no data, from which alone Gram matrices are made," if from_text else "no data and no stats"
+        found.append((("calibration",), f"{what} for {', '.join(lacking)}"))
     return found
 
 
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether any stage looks at what enters the layers."""
+    return any(bound.calibrated for bound in _bounds(recipe))
+
+
+def _bounds(recipe: Recipe) -> list[Bound]:
+    """All stages of the recipe, as they are for a matrix."""
     place = Place(tuple(recipe.experts))
     try:
-        return any(
-            bind(each, place).calibrated
+        return [
+            bind(each, place)
             for choice in recipe.choices()
             for stage in choice.stages
             for each in expand(stage, "linear", place.experts)
-        )
+        ]
     except ValueError:  # already told as a fault of its own
-        return False
+        return []
 
 
 def _fields(path: KeyPath) -> set[str]:

@@ -166,7 +166,7 @@ def _parameters(entry: Entry) -> dict[str, dict[str, str]]:
 def _takes(annotation: Any) -> str:
     """A few words on what a recipe may write for a parameter."""
     from merger.methods import _parameters as kinds
-    from merger.methods._registry import Score
+    from merger.methods._registry import Inner, Score
 
     known = {
         kinds.Number: "a number, or a list over depth",
@@ -175,6 +175,7 @@ def _takes(annotation: Any) -> str:
         kinds.Shares: "a share in [0, 1], a list over depth, or a map by expert",
         kinds.SharesOrAuto: "auto, a share, a list over depth, or a map by expert",
         Score: f"a score: {', '.join(SCORES)}",
+        Inner: "a method, or {method: {parameter: value}}",
     }
     for kind, words in known.items():
         if annotation == kind:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,10 @@ from merger.checkpoint import manifest
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.header import TORCH_NAMES
 from merger.checkpoint.writer import Writer, check_output, layout, write_json, write_text
-from merger.copies import restored
 from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
     SLICE,
     Machine,
-    bytes_per_element,
     check_disk,
     check_place,
     peak_memory,
@@ -32,12 +30,13 @@ from merger.machine import (
     tuned,
 )
 from merger.ops import Flow, Question
-from merger.pipeline import Sizes, Slice, Subject, flow, run, settle
+from merger.pipeline import Slice, Subject, flow, settle
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
+from merger.reading import Reader, rounded
 from merger.recipe import Recipe
 from merger.record import record_of
-from merger.statistics import Options, inputs_of, load, origin
+from merger.statistics import Options, Statistics, grams, load, origin
 from merger.statistics import calibrate as statistics_files
 
 if TYPE_CHECKING:
@@ -48,6 +47,10 @@ Progress = Callable[[str, int, int], None]
 
 ``merging`` counts bytes of input, ``calibrating NAME`` forward passes of a batch through a block.
 """
+
+
+Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
+"""Tensors that take Gram matrices, and these, as `grams` gives them."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ def merge(
         machine = Machine.of(device, max_memory, plan)
         tell, say = progress or _silent, notice or _silent
         options = Options(machine.device, max_memory, trust_remote_code)
-        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.calibrated else {}
-        return _Merge(plan, machine, output, paths, tell, say).run(began, force=force)
+        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
+        blocks = grams(plan, options, notice=say, progress=tell)
+        return _Merge(plan, machine, output, paths, tell, say).run(blocks, began, force=force)
     finally:
         plan.close()
 
@@ -118,8 +122,8 @@ def calibrate(
     """
     plan = make_plan(recipe, offline=offline, headers_only=False)
     try:
-        if not plan.calibrated:
-            raise RecipeError("no stage of this recipe looks at layer inputs, so there is nothing to calibrate")
+        if not plan.needs_statistics:
+            raise RecipeError("no stage of this recipe needs statistics that are kept: there is nothing to calibrate")
         options = Options(Machine.of(device, max_memory, plan).device, max_memory, trust_remote_code)
         paths = statistics_files(plan, options, notice=notice or _silent, progress=progress or _silent)
     finally:
@@ -154,18 +158,14 @@ class _Merge:
         self.tell = progress
         self.notes = list(plan.notes)
         self.notice = notice
-        self.statistics = load(plan, statistics)
+        self.statistics: Mapping[str, Statistics] = load(plan, statistics)
         self.statistics_origin = origin(statistics)
-        self.work = [(tensor, part) for tensor in plan.tensors for part in tensor.parts]
-        self.sizes: Counter[int] = Counter()
-        for tensor, part in self.work:
-            self.sizes[tensor.group] += part.rows * part.columns if tensor.stages else 0
         self.twins = {tensor.tied_to: tensor.name for tensor in plan.tensors if tensor.tied_to is not None}
-        self.left = Counter(tensor.name for tensor, _ in self.work)
+        self.left = {tensor.name: len(tensor.parts) for tensor in plan.tensors}
         self.lock = Lock()
         self.done_bytes, self.total_bytes = 0, plan.bytes_read
 
-    def run(self, began: float, *, force: bool) -> Result:
+    def run(self, blocks: Blocks, began: float, *, force: bool) -> Result:
         infos = {tensor.name: tensor.info for tensor in self.plan.tensors}
         shards = layout(list(infos.items()), self.plan.recipe.output.shard_size)
         for note in self.notes:
@@ -174,14 +174,15 @@ class _Merge:
         try:
             self.writer.open()
             with (
-                tuned(),
                 ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
                 ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
                 ThreadPoolExecutor(1, "merger-input") as hashing,
             ):
                 inputs = self._hash_inputs(hashing)
                 try:
-                    settle([t.group for t, _ in self.work], self._visit, partial(_map, tensors))
+                    self._settle(tensors, [tensor for tensor in self.plan.tensors if not tensor.gram])
+                    for ready, self.statistics in blocks:
+                        self._settle(tensors, ready)
                     self._write_side_files(inputs)
                 except BaseException:
                     for pool in (tensors, self.slices, hashing):
@@ -195,10 +196,19 @@ class _Merge:
 
     # --- one tensor ---
 
-    def _visit(self, i: int, known: Sequence[Any]) -> Question | None:
-        tensor, part = self.work[i]
+    def _settle(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
+        work = [(tensor, part) for tensor in tensors for part in tensor.parts]
+        reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
+        with tuned():
+            settle(
+                [tensor.group for tensor, _ in work],
+                lambda i, known: self._visit(reader, *work[i], known),
+                partial(_map, pool),
+            )
+
+    def _visit(self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
         size = self.plan.bytes_of(tensor, part.rows * part.columns)
-        question = self._merge(tensor, part, known) if tensor.stages else None
+        question = self._merge(reader, tensor, part, known) if tensor.stages else None
         if not tensor.stages:
             self._copy(tensor, part)
         self._count(size, again=question is not None)
@@ -220,83 +230,19 @@ class _Merge:
             self.total_bytes += size if again else 0
             self.tell("merging", self.done_bytes, self.total_bytes)
 
-    def _merge(self, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
-        subject = Subject(
-            name=tensor.name,
-            kind=tensor.kind,
-            place=tensor.place,
-            rows=part.rows,
-            columns=part.columns,
-            seed=self.plan.recipe.seed,
-            first=part.row * part.columns,
-            transposed=part.transposed,
-            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, self._note),
-        )
-        step = slice_rows(tensor, part)
-        count = -(-part.rows // step) if part.columns else 0
-        elements = part.rows * part.columns
-        hold = count == 1 or elements * bytes_per_element(len(self.plan.models) - 1) <= self.machine.hold
-
-        def carry(j: int) -> Flow[None]:
-            rows = range(j * step, min((j + 1) * step, part.rows))
-            stored, piece = self._read(tensor, part, rows)
+    def _merge(self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
+        def carry(stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
             delta = yield from flow(tensor.stages, piece, subject)
             self._put(tensor, part, stored, piece, delta)
 
-        sizes = Sizes(elements, self.sizes[tensor.group])
-        return run(count, carry, sizes=sizes, known=known, hold=hold, mapper=partial(_map, self.slices))
-
-    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> tuple[Tensor, Slice]:
-        """Some rows of a part: base and experts as stored, [1+k r c], and the slice that its stages see."""
-        first, last = part.row + rows.start, part.row + rows.stop
-        if part.transposed:
-            first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
-        models = [(self.plan.models[label], tensor.reads[label]) for label in ("base", *tensor.place.experts)]
-        dtypes = [model.dtype(name) for model, name in models if name is not None]
-        shape = len(models), last - first, part.rows if part.transposed else part.columns
-        stored = torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
-        changes = {}
-        for k, (model, name) in enumerate(models):
-            change = None if name is None else model.change_rows(name, first, last)
-            if name is None:  # `missing: zero`
-                stored[k] = stored[0]
-            elif change is not None:
-                changes[k] = change
-                torch.add(stored[0], change, out=stored[k])
-            elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
-                stored[k] = model.read_rows(name, first, last)[:, : part.columns]
-            else:
-                model.read_into(stored[k], name, first, last)
-        stored = stored.to(self.machine.device)
-        values = stored.to(torch.float32, copy=True)
-        base, deltas = values[0], values[1:].sub_(values[0])
-        for k, change in changes.items():
-            deltas[k - 1] = change
-        self._check_finite(tensor, base, deltas)
-        if part.transposed:
-            base, deltas = base.T, deltas.transpose(1, 2)
-        return stored, Slice(rows.start, base, deltas)
-
-    def _check_finite(self, tensor: TensorPlan, base: Tensor, deltas: Tensor) -> None:
-        """CheckpointError that names the model if any value is NaN or infinite."""
-        if math.isfinite(deltas.sum()):
-            return
-        if not torch.isfinite(base).all():
-            raise CheckpointError(f"base: {tensor.reads['base']} holds NaN or infinity")
-        for k, label in enumerate(tensor.place.experts):
-            if not torch.isfinite(deltas[k]).all():
-                raise CheckpointError(f"{label}: {tensor.reads[label]} holds NaN or infinity")
+        return reader.visit(tensor, part, known, carry)
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
-        """Rounds once to the output's dtype and writes; what equals an input keeps that input's bits."""
-        dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
-        base, deltas, row = piece.base, piece.deltas, part.row + piece.row
-        if part.transposed:
-            base, deltas, delta, row = base.T, deltas.transpose(1, 2), delta.T, part.row
-        merged = restored(stored, base, deltas, delta, dtype)
+        """Rounds once to the output's dtype and writes."""
+        merged = rounded(tensor, part, stored, piece, delta)
         if not math.isfinite(merged.sum()) and not torch.isfinite(merged).all():
             raise _overflow(tensor)
-        self._write(tensor, row, merged)
+        self._write(tensor, part.row + (0 if part.transposed else piece.row), merged)
 
     def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
         data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data

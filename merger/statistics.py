@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.cache import cache_folder
-from merger.calibration import Settings, batches, collect_all, files, texts
+from merger.calibration import Settings, batches, collect, files, texts
 from merger.calibration.moments import Moments
 from merger.checkpoint.hashes import sha256
 from merger.pipeline import Inputs
@@ -86,7 +87,14 @@ def _samples(plan: Plan, name: str, options: Options) -> tuple[files.Key, texts.
     return files.Key(fingerprint(model), samples.data, texts.tokenizer_hash(model.directory), settings), samples
 
 
-def _run(
+def _run(plan: Plan, name: str, key: files.Key, samples: texts.Samples, *how: Any) -> dict[str, Moments]:
+    moments = {own: each for _, block in _blocks(plan, name, key, samples, *how) for own, each in block.items()}
+    # a layer that the text never reached is on record as such, so that a file that lacks one is known to be damaged
+    unreached = Moments(count=torch.zeros((), dtype=torch.int64))
+    return {**dict.fromkeys(layers(plan, name), unreached), **moments}
+
+
+def _blocks(
     plan: Plan,
     name: str,
     key: files.Key,
@@ -94,25 +102,54 @@ def _run(
     options: Options,
     notice: Callable[[str], None],
     progress: Callable[[str, int, int], None],
-) -> dict[str, Moments]:
-    moments = collect_all(
+    *,
+    gram: bool = False,
+) -> Iterator[tuple[str, dict[str, Moments]]]:
+    """What enters an expert's matrices, block by block."""
+    return collect(
         plan.models[name],
         batches(samples.tokens),
         key.settings,
         device=options.device,
         host_memory=options.host_memory,
         trust_remote_code=options.trust_remote_code,
+        gram=gram,
         notice=notice,
         progress=lambda done, total: progress(f"calibrating {name}", done, total),
     )
-    # a layer that the text never reached is on record as such, so that a file that lacks one is known to be damaged
-    unreached = Moments(count=torch.zeros((), dtype=torch.int64))
-    return {**dict.fromkeys(layers(plan, name), unreached), **moments}
+
+
+def grams(
+    plan: Plan, options: Options, *, notice: Callable[[str], None], progress: Callable[[str, int, int], None]
+) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
+    """The tensors that take Gram matrices, as those become known: all experts advance together, block by block.
+
+    What a block's tensors were given is dropped when the next is asked for. Tensors whose inputs were never
+    seen come last, with nothing. Raises as `calibrate` does.
+    """
+    waiting = [tensor for tensor in plan.tensors if tensor.gram]
+    wanted = {name: _samples(plan, name, options) for name in plan.recipe.experts} if waiting else {}
+    streams = [
+        _blocks(plan, name, key, samples, options, notice, progress, gram=True)
+        for name, (key, samples) in wanted.items()
+    ]
+    known: dict[str, dict[str, Moments]] = {name: {} for name in wanted}
+    for several in zip_longest(*streams, fillvalue=("", {})):
+        for have, (_, moments) in zip(known.values(), several, strict=True):
+            have.update(moments)
+        ready = [t for t in waiting if all(t.reads[name] in have for name, have in known.items())]
+        yield ready, known
+        for tensor in ready:
+            waiting.remove(tensor)
+            for name, have in known.items():
+                have.pop(tensor.reads[name] or "", None)
+    yield waiting, {name: {} for name in known}
 
 
 def layers(plan: Plan, expert: str) -> list[str]:
     """The expert's tensors whose inputs some stage looks at."""
-    read = (t.reads[expert] for t in plan.tensors if t.calibrated and t.kind not in ("vector", "other", "embedding"))
+    wanted = (t for t in plan.tensors if t.calibrated and not t.gram)
+    read = (t.reads[expert] for t in wanted if t.kind not in ("vector", "other", "embedding"))
     return sorted({name for name in read if name is not None})
 
 
@@ -136,15 +173,18 @@ def inputs_of(
     """What the stages of one part of a tensor may know of its inputs: [k c], or nothing where an expert has none."""
     if not tensor.calibrated:
         return Inputs()
-    several = [statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
-    if any(each is None for each in several):
+    each_expert = [statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
+    if any(each is None for each in each_expert):
         return Inputs()
-    known = [_of_part(each, tensor, part) for each in several if each is not None]
+    known = [_of_part(each, tensor, part) for each in each_expert if each is not None]
     moments = [each.second_moment for each in known if each.second_moment is not None]
     means = [each.mean for each in known if each.mean is not None]
     shares = [each.token_share for each in known if each.token_share is not None]
     if len(moments) == len(means) == len(known):
-        return Inputs(_reached(moments, tensor, part, notice).to(device), torch.stack(means).to(device))
+        several = [each.gram for each in known if each.gram is not None]
+        gram = torch.stack(several).to(device) if len(several) == len(known) else None
+        _tell_unreached(moments, tensor, part, notice)
+        return Inputs(torch.stack(moments).to(device), torch.stack(means).to(device), gram)
     if len(shares) == len(known):
         return Inputs(token_share=torch.stack([share[: part.rows] for share in shares]).to(device))
     return Inputs()
@@ -155,15 +195,15 @@ def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
     if tensor.kind != "expert3d" or moments.second_moment is None or moments.mean is None:
         return moments
     e = part.row // part.rows
-    return Moments(moments.count[e], moments.second_moment[e], moments.mean[e])
+    gram = None if moments.gram is None else moments.gram[e]
+    return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
 
 
-def _reached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, notice: Callable[[str], None]) -> Tensor:
-    """The second moments; all ones, which scores by magnitude, where no token got there (methods.md 2.1)."""
+def _tell_unreached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, notice: Callable[[str], None]) -> None:
+    """Tells of experts whose text sent no token here; a stage is told by `reached` (methods.md 2.1)."""
     silent = [name for name, each in zip(tensor.place.experts, moments, strict=True) if not each.any()]
     if silent:
-        notice(f"{part.name}: no input ever reached it in {', '.join(silent)}; its changes are judged by magnitude")
-    return torch.stack([each if each.any() else torch.ones_like(each) for each in moments])
+        notice(f"{part.name}: no input ever reached it in {', '.join(silent)}; its changes are judged without it")
 
 
 def origin(paths: Mapping[str, Path]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import merger.methods  # noqa: F401 registers every method
 from merger.methods._parameters import Number, Numbers, Share, Shares, SharesOrAuto, is_order
-from merger.methods._registry import ENTRIES, SCORES, Score, parameters
+from merger.methods._registry import ENTRIES, SCORES, Inner, Score, parameters
 
 NUMBERS = st.sampled_from([0, 1, 2, -1, 0.3, "1/3", 1.2])
 SHARES = st.sampled_from([0, 1, 0.5, "1/3", 0.29, 0.2, "1/8"])
@@ -28,6 +28,8 @@ def values_of(annotation, default, experts):
         return numbers(SHARES if annotation == Shares else NUMBERS, experts)
     if annotation == SharesOrAuto:
         return st.just("auto") | st.just(str(Fraction(1, len(experts)))) | numbers(SHARES, experts)
+    if annotation == Inner:
+        return st.sampled_from(["ties", "mean", "dare_linear", "obim", "cabs", "iso_c"])
     if annotation == Score:
         return st.sampled_from(sorted(SCORES))
     if is_order(annotation):

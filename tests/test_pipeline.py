@@ -5,7 +5,7 @@ import torch
 from tiny import NAME, bits, merge, tensor
 
 from merger.methods._parameters import Place
-from merger.methods._registry import checked
+from merger.methods._registry import checked, entry_of
 from merger.pipeline import bind, expand, merge_tensors, natural, step_rows
 
 
@@ -76,6 +76,22 @@ def test_a_method_may_be_other_stages_for_another_kind_of_tensor():
         for kind in ("linear", "vector")
     }
     assert names == {"linear": ["top", "sum", "scale"], "vector": ["mean", "scale"]}
+
+
+def test_a_stage_for_matrices_makes_way_for_others_elsewhere():
+    stages = {
+        "linear": ["tsv_m"],
+        "expert3d": ["tsv_m"],
+        "head": ["plain_mean", "scale"],
+        "tied": ["plain_mean", "scale"],
+    }
+    for kind, names in stages.items():
+        assert [entry_of(stage.func).name for stage in expand(checked("tsv_m", {}), kind, ["a"])] == names
+
+
+def test_so_does_a_stage_of_a_method():
+    stages = expand(checked("star", {}), "vector", ["a"])
+    assert [entry_of(stage.func).name for stage in stages] == ["mean", "scale"]
 
 
 @pytest.mark.parametrize(

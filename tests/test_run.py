@@ -55,6 +55,12 @@ METHODS = [
     pytest.param("karcher", {"scope": "global"}, id="karcher"),
     pytest.param("nuslerp", {"scope": "column"}, id="nuslerp by column"),
     pytest.param("ram", {"r": 0.1, "scope": "global"}, id="ram"),
+    pytest.param("tsv_m", {}, id="tsv_m"),
+    pytest.param("iso_cts", {"common": 0.5}, id="iso_cts"),
+    pytest.param("star", {"head": True}, id="star with the head"),
+    pytest.param("knots", {"inner": {"ties": {"density": 0.5}}}, id="knots"),
+    pytest.param("opcm", {}, id="opcm of the whole model"),
+    pytest.param("wudi", {}, id="wudi"),
 ]
 
 
@@ -175,6 +181,33 @@ def test_a_conv1d_is_merged_by_its_output_neurons(tmp_path, pipeline):
     base = turned.pop("base")
     named = [(each, {}) if isinstance(each, str) else next(iter(each.items())) for each in pipeline]
     assert same_bits(merged, merge_tensors([checked(*each) for each in named], base, turned)["w"].T)
+
+
+@pytest.mark.parametrize("method", ["knots", "wudi"])
+def test_a_conv1d_is_turned_for_methods_of_whole_matrices(tmp_path, method):
+    def gpt(seed):
+        drawn = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        return {"h.0.c_fc.weight": drawn, "h.0.c_fc.bias": torch.zeros(6)}
+
+    tensors = {"base": gpt(0), "code": gpt(1), "math": gpt(2)}
+
+    merged = models(tmp_path, tensors).merged(method)["h.0.c_fc.weight"]
+
+    turned = {name: {"w": each["h.0.c_fc.weight"].T.contiguous()} for name, each in tensors.items()}
+    base = turned.pop("base")
+    torch.testing.assert_close(merged, merge_tensors(checked(method, {}), base, turned)["w"].T)
+
+
+def test_packed_experts_are_each_decomposed_as_a_matrix(tmp_path):
+    name = "layers.0.mlp.experts.down_proj"
+    draws = torch.randn(3, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    tensors = {label: {name: drawn} for label, drawn in zip(("base", "code", "math"), draws, strict=True)}
+
+    merged = models(tmp_path, tensors).merged("tsv_m")[name]
+
+    for e in range(3):
+        base, code, math = ({"w": each[name][e]} for each in tensors.values())
+        assert same_bits(merged[e], merge_tensors(checked("tsv_m", {}), base, {"code": code, "math": math})["w"])
 
 
 def test_packed_experts_are_each_merged_as_a_matrix(tmp_path):
@@ -434,6 +467,17 @@ def test_the_number_of_workers_decides_no_byte(alike, monkeypatch, method, param
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         several.append(alike.merged(method, parameters, path=f"by-{cores}"))
     assert same_bits(*several)
+
+
+def test_a_method_of_whole_matrices_needs_room_for_its_factors(drawn):
+    def needed(method):
+        written = {"base": "base", "experts": {n: n for n in drawn.tensors if n != "base"}, "output": {"path": "x"}}
+        made = plan(Recipe.parse({**written, "method": method}, drawn.folder))
+        made.close()
+        return merger.machine.memory_needed(made, 1)
+
+    copies, grams = 4 * 8 * (2 + 8), 3 * 8 * 8  # of the largest matrix, 4 x 8, for two experts
+    assert needed("wudi") - needed("linear") == 8 * (copies + grams)
 
 
 def test_a_cap_on_memory_decides_no_byte(alike):

@@ -6,9 +6,12 @@ What stands before the ``*`` is supplied by the runner, by name:
     originals      [k r c]  the task vectors before the first stage
     base           [r c]    the base weights, float32
     scores         [k r c]  the score named by the stage's own parameter ``score``
+    inside         merges other task vectors [k r' c] of the same in-features by the stage's own parameter ``inner``
     uniform        draws: ``uniform(purpose, double=False)`` -> [k r c] in [0, 1), keyed by tensor and expert
     second_moment  [k 1 c]  E[x_j^2] of each expert's input to this matrix, or None where it has none
     mean_input     [k 1 c]  E[x_j], or None likewise
+    gram           [k c c]  E[x x^T] likewise, made for this matrix and dropped after it
+    reached        [k 1 1]  whether any token came to this matrix (its moments are all 1 where not), or None likewise
     token_share    [k r 1]  how often each row of an embedding is looked up, or None elsewhere
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
@@ -64,6 +67,10 @@ def _unremarkable(experts: int, **_: object) -> str:
     return ""
 
 
+def _nothing(kind: str, **_: object) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered function."""
@@ -79,6 +86,7 @@ class Entry:
     calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
+    elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
 
     @property
     def summary(self) -> str:
@@ -89,7 +97,7 @@ class Entry:
     def paper(self) -> str:
         """The first link in the method's file, which is the paper's."""
         text = inspect.getdoc(inspect.getmodule(self.function)) or ""
-        return next((word.strip("().,") for word in text.split() if word.startswith("https://")), "")
+        return next((word.strip("().,;") for word in text.split() if word.startswith("https://")), "")
 
 
 ENTRIES: dict[str, Entry] = {}
@@ -222,6 +230,27 @@ Score = Annotated[
     Any, BeforeValidator(_score), PlainSerializer(written), WithJsonSchema({"type": ["string", "object"]})
 ]
 """A parameter that names one of the registered scores."""
+
+
+def _inner(value: Any) -> Stage:
+    """A method written as its name, or as {name: {parameter: value}}; it ranks one tensor, unless told otherwise."""
+    if isinstance(value, partial):
+        return value
+    named = {value: {}} if isinstance(value, str) else value
+    if not isinstance(named, Mapping) or len(named) != 1:
+        raise ValueError("expected a method's name, or {name: {parameter: value}}")
+    ((name, written),) = named.items()
+    table = {key: entry for key, entry in ENTRIES.items() if entry.kind in ("method", "merger")}
+    if name not in table:
+        raise ValueError(f"there is no method {name!r}; {nearest(str(name), table)}")
+    whole = {"scope": "tensor"} if "scope" in _names(table[name]) else {}
+    return _bound(table[name], {**whole, **(written or {})})
+
+
+Inner = Annotated[
+    Any, BeforeValidator(_inner), PlainSerializer(written), WithJsonSchema({"type": ["string", "object"]})
+]
+"""A parameter that names a method, which runs inside another."""
 
 
 def entry_of(function: Callable[..., Any]) -> Entry:

@@ -1,0 +1,162 @@
+"""What a merge would do, and what it did: density, overlap, conflict and balance, streamed; facts and no score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from merger.errors import CheckpointError, RecipeError, nearest
+from merger.inspection import manifests
+from merger.inspection.facts import FORMAT, Facts, Inspection, Merged, Picture, View
+from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
+from merger.machine import Machine, peak_memory
+from merger.planning import Plan
+from merger.planning import plan as make_plan
+from merger.recipe import Recipe
+from merger.statistics import Options, grams, load
+from merger.statistics import calibrate as statistics_files
+
+__all__ = ["Facts", "Inspection", "Merged", "Picture", "View", "inspect", "inspect_merge", "inspect_model"]
+
+
+def inspect(
+    recipe: Recipe,
+    *,
+    picture: str | None = None,
+    device: str = "auto",
+    max_memory: int | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Inspection:
+    """Looks at the experts against the base, and at what every stage of the recipe leaves; writes nothing.
+
+    ``picture`` names a tensor whose kept positions are mapped. Raises a `MergerError` as `merge` does.
+    """
+    tell, say = progress or _silent, notice or _silent
+    plan = make_plan(recipe, offline=offline, headers_only=False)
+    try:
+        machine = Machine.of(device, max_memory, plan)
+        options = Options(machine.device, max_memory, trust_remote_code)
+        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
+        blocks = grams(plan, options, notice=say, progress=tell)
+        walk = Walk(plan, machine, load(plan, paths), notice=say, progress=tell, picture=_found(picture, plan))
+        return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts), blocks)
+    finally:
+        plan.close()
+
+
+def inspect_model(
+    model: str,
+    base: str,
+    *,
+    picture: str | None = None,
+    max_memory: int | None = None,
+    offline: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Inspection:
+    """Looks at where one fine-tune changed its base; both are folders or Hub repositories."""
+    name = manifests.expert_name(model)
+    written = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
+    plan = make_plan(Recipe.parse(written), offline=offline, headers_only=False)
+    try:
+        walk = Walk(
+            plan,
+            Machine.of("cpu", max_memory, plan),
+            {},
+            notice=notice or _silent,
+            progress=progress or _silent,
+            picture=_found(picture, plan),
+        )
+        return _seen(walk, task_vectors, "model", base, [name])
+    finally:
+        plan.close()
+
+
+def inspect_merge(
+    folder: Path,
+    *,
+    inputs: Path | None = None,
+    picture: str | None = None,
+    max_memory: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Inspection:
+    """Looks at a finished merge: what each input's share of every layer is, told from the weights.
+
+    ``inputs`` is what relative paths of its recipe start at, by default where its own output path says.
+    Where an input is gone or another one by now, only what the manifest says is told, and why. Nothing is
+    downloaded: what came from the Hub is looked for in its cache.
+    """
+    record = manifests.read(folder)
+    made, experts = manifests.summary(record), list(record["recipe"]["experts"])
+    copied = manifests.copied(record)
+    base = made["inputs"]["base"]
+    say = notice or _silent
+    label = manifests.unlike("merged", experts)
+    known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made)
+    try:
+        plan = make_plan(manifests.beside(record, folder, label, inputs), offline=True, headers_only=False)
+    except (CheckpointError, RecipeError) as error:
+        return _told(known, f"shares cannot be told from the weights: {error}; --inputs says where they are", say)
+    try:
+        changed = manifests.changed(record, plan)
+        if changed is not None:
+            return _told(known, changed, say)
+        walk = Walk(
+            plan,
+            Machine.of("cpu", max_memory, plan),
+            {},
+            notice=say,
+            progress=progress or _silent,
+            picture=_found(picture, plan),
+        )
+        seen = _seen(walk, partial(finished, plan.models[label]), "merge", base, experts)
+        return replace(seen, made=made, copied=copied)
+    finally:
+        plan.close()
+
+
+def _told(known: Inspection, why: str, notice: Callable[[str], None]) -> Inspection:
+    """What is known without the weights, and why they were not looked at."""
+    notice(why)
+    return replace(known, notes=[why])
+
+
+def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str], blocks: Blocks = ()) -> Inspection:
+    began = time.monotonic()
+    plan = walk.plan
+    for note in plan.notes:
+        walk.notice(note)
+    walk.run(watch, blocks)
+    return Inspection(
+        format=FORMAT,
+        subject=subject,
+        base=base,
+        experts=list(experts),
+        views=walk.views(experts),
+        pictures=walk.pictures(experts),
+        copied={tensor.name: tensor.source for tensor in plan.tensors if not tensor.stages},
+        notes=list(plan.notes),
+        seconds=round(time.monotonic() - began, 3),
+        bytes_read=walk.done_bytes,
+        peak_memory_bytes=peak_memory(),
+    )
+
+
+def _found(picture: str | None, plan: Plan) -> str | None:
+    """The tensor to draw; RecipeError with the near name if no such tensor is merged."""
+    names = [tensor.name for tensor in plan.tensors if tensor.stages]
+    if picture is not None and picture not in names:
+        raise RecipeError(f"--tensor {picture}: no such tensor is merged; {nearest(picture, names[:40])}")
+    return picture
+
+
+def _silent(*_: object) -> None:
+    """Tells nobody."""

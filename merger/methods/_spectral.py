@@ -1,0 +1,44 @@
+"""What methods of whole matrices have in common: they see a matrix at once, and only matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from merger._lazy import torch
+from merger.methods._registry import Stage, Takes, stage
+from merger.methods.plain_mean import plain_mean
+from merger.methods.scale import scale
+from merger.ops import column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def whole(**_: object) -> Takes:
+    """Such a stage takes the whole oriented matrix, whatever its parameters."""
+    return "matrix"
+
+
+def has_matrix(kind: str, *, head: bool = False) -> bool:
+    """Whether a tensor of this kind maps activations to activations; the head does only if asked (methods.md 0.5)."""
+    return kind in ("linear", "conv1d", "expert3d") or (head and kind == "head")
+
+
+def averaged(kind: str, *, head: bool, weight: Any, lambda_: Any, **_: object) -> list[Stage] | None:
+    """Tensors without a matrix get the mean of the task vectors, times the method's own scale."""
+    if has_matrix(kind, head=head):
+        return None
+    return [stage(plain_mean, weight=weight), stage(scale, lambda_=lambda_)]
+
+
+def untouched(kind: str, *, head: bool, **_: object) -> list[Stage] | None:
+    """A sparsifier of matrices leaves other tensors as they are."""
+    return None if has_matrix(kind, head=head) else []
+
+
+def weighted(deltas: Tensor, weight: Sequence[Fraction]) -> Tensor:
+    """Each task vector times its weight, as a float64 copy."""
+    exact = deltas.to(torch.float64, copy=True)
+    return exact.mul_(column(weight, exact))

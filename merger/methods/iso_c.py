@@ -1,0 +1,27 @@
+"""One singular value for all directions. Iso-C, https://arxiv.org/abs/2502.04959, section 4.1; methods.md 7.3."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger.linalg import svd
+from merger.methods._parameters import Number, Numbers
+from merger.methods._registry import merger
+from merger.methods._spectral import averaged, weighted, whole
+from merger.ops import summed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merger(takes=whole, elsewhere=averaged)
+def iso_c(deltas: Tensor, *, weight: Numbers = 1, lambda_: Number = 1, head: bool = False) -> Tensor:
+    """Gives every singular direction of the summed task vectors the mean of their singular values.
+
+    The nuclear norm stays, and directions that the sum does not have stay empty. `lambda` is the paper's
+    alpha. What is no matrix (and the head, unless `head`) gets the mean.
+    diag(3, 1, 0) and diag(1, 1, 0) make diag(3, 3, 0).
+    """
+    left, values, right = svd(summed(weighted(deltas, weight)))
+    flat = values.mean() if len(values) else 0
+    return (left @ right.T * flat * float(lambda_)).to(deltas)

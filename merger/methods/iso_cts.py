@@ -1,0 +1,47 @@
+"""Common and task-specific directions made equal. Iso-CTS, https://arxiv.org/abs/2502.04959, section 4.2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger._lazy import torch
+from merger.linalg import polar, side_by_side, svd, tolerance
+from merger.methods._parameters import Number, Numbers, Share
+from merger.methods._registry import merger
+from merger.methods._spectral import averaged, weighted, whole
+from merger.methods.iso_c import iso_c
+from merger.ops import count, summed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merger(takes=whole, elsewhere=averaged)
+def iso_cts(
+    deltas: Tensor,
+    *,
+    common: Share = 0.8,
+    weight: Numbers = 1,
+    lambda_: Number = 1,
+    head: bool = False,
+) -> Tensor:
+    """Gives one singular value to the strongest directions of the sum and to the strongest that each expert has beside.
+
+    The sum has the `common` share of all directions, and each expert 1/K of the rest, rounded half to
+    even; where that is none, it is `iso_c`. `lambda` is the paper's alpha. What is no matrix (and the
+    head, unless `head`) gets the mean.
+    """
+    full, k = min(deltas.shape[1:]), len(deltas)
+    own = min(round((full - count(common, full)) / k), full // k)  # directions of each expert
+    if own == 0:
+        return iso_c(deltas, weight=weight, lambda_=lambda_, head=head)
+    terms = weighted(deltas, weight)
+    shared = svd(summed(terms), rank=full - own * k)
+    parts = [shared]
+    for delta in terms:
+        # what projecting leaves of a common direction is rounding, however large it is beside the rest
+        rounding = tolerance(delta) * float(torch.linalg.matrix_norm(delta))
+        parts.append(svd(delta - shared.left @ (shared.left.T @ delta), rank=own, rounding=rounding))
+    left, values, right = side_by_side(parts)
+    flat = values.mean() if len(values) else 0
+    return (polar(left) @ polar(right).T * flat * float(lambda_)).to(deltas)

@@ -1,0 +1,55 @@
+"""One expert after another, each beside the others. OPCM, https://arxiv.org/abs/2501.09522; methods.md 7.9."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from merger.linalg import svd
+from merger.methods._parameters import Numbers, Order, Share
+from merger.methods._registry import Stage, merger, stage
+from merger.methods._spectral import has_matrix, weighted, whole
+from merger.methods.norm_sum import at_mean_norm, norm_sum
+from merger.ops import Flow, Whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _added(kind: str, *, head: bool, weight: Any, scope: str, **_: object) -> list[Stage] | None:
+    return None if has_matrix(kind, head=head) else [stage(norm_sum, weight=weight, scope=scope)]
+
+
+@merger(takes=whole, elsewhere=_added)
+def opcm(
+    deltas: Tensor,
+    *,
+    alpha: Share = 0.5,
+    order: Order = "listed",
+    weight: Numbers = 1,
+    scope: Whole = "global",
+    head: bool = False,
+) -> Flow[Tensor]:
+    """Adds to the task vectors so far what each next one has outside their strongest directions.
+
+    The strongest are those that hold more than the share `alpha` of the singular values' sum; along the
+    others a task vector loses its own diagonal. Then the sum is scaled to the mean norm of the task
+    vectors: the model's (which takes a second pass, and the decompositions again), or the tensor's.
+    diag(4, 2) and then ((1, 1), (1, 1)) add up to ((4, 1), (1, 2)) before that.
+    """
+    terms = weighted(deltas, weight)
+    total = terms[order[0]].clone()
+    for k in order[1:]:
+        total += _beside(terms[k], total, alpha)
+    return (yield from at_mean_norm(total, terms, scope)).to(deltas)
+
+
+def _beside(delta: Tensor, total: Tensor, alpha: Fraction) -> Tensor:
+    """``delta`` without its part among the strongest directions of ``total``, and along each single one."""
+    left, values, right = svd(total)
+    sums = values.cumsum(0)
+    strongest = 1 + int((sums <= float(alpha) * sums[-1:] * (1 + 1e-12)).sum())  # an exact hit is not more
+    seen = left.T @ delta @ right
+    removed = seen.diagonal().diag()
+    removed[:strongest, :strongest] = seen[:strongest, :strongest]
+    return delta - left @ removed @ right.T

@@ -1,0 +1,56 @@
+"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; methods.md 6.4."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merger._lazy import torch
+from merger.methods._parameters import Number, Numbers, Share
+from merger.methods._registry import Stage, merger
+from merger.methods._spectral import averaged, whole
+from merger.methods.mean import mean, positive_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RIDGE = 1e-6
+"""What is added to the diagonal, as a share of its mean, where the Gram matrices leave some direction open."""
+
+
+def _averaged(kind: str, *, weight: Any, lambda_: Any, **_: object) -> list[Stage] | None:
+    return averaged(kind, head=True, weight=weight, lambda_=lambda_)
+
+
+@merger(takes=whole, calibrated=lambda **_: True, check=positive_sum, elsewhere=_averaged)
+def regmean(
+    deltas: Tensor, gram: Tensor | None, *, alpha: Share = 0.9, weight: Numbers = 1, lambda_: Number = 1
+) -> Tensor:
+    """The weights whose outputs come closest, in the least squares, to each expert's on its own inputs.
+
+    With G_k = E[x x^T] [c c] of expert k, of which `alpha` keeps that share of what is off the diagonal:
+    (sum of delta_k G_k) (sum of G_k)^-1, in float64. At `alpha` 0 it is the mean of every column weighted
+    by E[x_j^2]. An expert that no input reached has no say; where none was reached it is the plain mean,
+    as it is for embeddings, norms and biases. Needs calibration text; the Gram matrices of a block are
+    made and used before those of the next, so none are kept.
+    """
+    if gram is None or not gram.any():
+        return mean(deltas, weight=weight) * float(lambda_)
+    kept = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    kept.mul_(1 - float(alpha)).add_(float(alpha))  # 1 on the diagonal, alpha off it
+    total, wanted = torch.zeros_like(kept), torch.zeros_like(deltas[0], dtype=torch.float64)
+    for delta, own, share in zip(deltas, gram, weight, strict=True):
+        seen = own.double().mul_(kept).mul_(float(share))
+        total += seen
+        wanted += delta.double() @ seen
+    merged: Tensor = torch.cholesky_solve(wanted.T, _factor(total)).T
+    return (merged * float(lambda_)).to(deltas)
+
+
+def _factor(total: Tensor) -> Tensor:
+    """The Cholesky factor, of a matrix that is made positive definite if it is not."""
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if failed:
+        ridge = RIDGE * total.diagonal().mean()
+        factor = torch.linalg.cholesky(total + ridge * torch.eye(len(total), dtype=total.dtype, device=total.device))
+    return factor

@@ -1,0 +1,15 @@
+"""Spectral truncation and rescale, then the average. STAR, https://arxiv.org/abs/2502.10339; methods.md 7.6."""
+
+from __future__ import annotations
+
+from merger.methods._parameters import Number, Numbers
+from merger.methods._registry import Stage, method, stage
+from merger.methods.mean import mean
+from merger.methods.nuclear import nuclear
+from merger.methods.scale import scale
+
+
+@method()
+def star(*, eta: Numbers = 40, weight: Numbers = 1, lambda_: Number = 1, head: bool = False) -> list[Stage]:
+    """Averages what `eta` percent of each task vector's nuclear norm leaves of it, scaled up to that norm."""
+    return [stage(nuclear, eta=eta, head=head), stage(mean, weight=weight), stage(scale, lambda_=lambda_)]

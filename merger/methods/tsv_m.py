@@ -1,0 +1,29 @@
+"""Task singular vectors, decorrelated. TSV-Merge, https://arxiv.org/abs/2412.00081, section 3.3; methods.md 7.1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger.linalg import polar, side_by_side, svd
+from merger.methods._parameters import Number, Numbers
+from merger.methods._registry import merger
+from merger.methods._spectral import averaged, whole
+from merger.ops import column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merger(takes=whole, elsewhere=averaged)
+def tsv_m(deltas: Tensor, *, weight: Numbers = 1, lambda_: Number = 1, head: bool = False) -> Tensor:
+    """Keeps the strongest 1/K of each expert's singular directions, and turns them until no two overlap.
+
+    `lambda` is the paper's alpha. What is no matrix (and the head, unless `head`) gets the mean.
+    Two experts diag(4, 3, 2, 1) make diag(4, 3, 0, 0).
+    """
+    deltas = deltas * column(weight, deltas)
+    if len(deltas) == 1:  # all directions are kept, and are orthogonal as they are
+        return deltas[0] * float(lambda_)
+    rank = max(1, min(deltas.shape[1:]) // len(deltas))
+    left, values, right = side_by_side([svd(delta, rank=rank) for delta in deltas])
+    return (polar(left) * values @ polar(right).T * float(lambda_)).to(deltas)

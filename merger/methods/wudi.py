@@ -1,0 +1,68 @@
+"""Interfere least with what each expert changed. WUDI, https://arxiv.org/abs/2503.08099; methods.md 8.1.
+
+The rows of a task vector span the inputs that it was trained on, so the task vectors' own Gram matrices
+stand in for those of the inputs. The paper takes a few hundred small steps of Adam from the sum towards
+the optimum; this is the optimum itself, with a ridge that keeps it from inverting what is hardly there.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from merger._lazy import torch
+from merger.methods._parameters import Number, Numbers
+from merger.methods._registry import merger
+from merger.methods._spectral import averaged, weighted, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RCOND = 1e-6
+"""Without a ridge, eigenvalues up to this share of the largest are not inverted."""
+
+
+def _not_negative(omega: Fraction, **_: object) -> None:
+    if omega < 0:
+        raise ValueError(f"omega is {float(omega):g}, but a ridge cannot be negative")
+
+
+@merger(takes=whole, check=_not_negative, elsewhere=averaged)
+def wudi(
+    deltas: Tensor,
+    *,
+    omega: Number = 1,
+    weight: Numbers = 1,
+    lambda_: Number = 1,
+    head: bool = False,
+) -> Tensor:
+    """Minimizes the interference of the merged task vector with every expert's in closed form.
+
+    That is the sum of ||(tau - delta_k) delta_k^T||^2 / ||delta_k||^2, plus `omega` times the mean
+    squared singular value of delta_k times ||tau - delta_k||^2 / ||delta_k||^2; a large `omega` is the
+    mean. What is no matrix (and the head, unless `head`) gets the mean. (1, 0) and (0, 1) in the same
+    row make (1, 1) without the ridge, (0.75, 0.75) with it.
+    """
+    terms: list[Tensor] = [each for each in weighted(deltas, weight) if each.any()]  # the others have no say
+    if not terms:
+        return torch.zeros_like(deltas[0])
+    first = terms[0]
+    columns = first.shape[1]
+    together, beside = first.new_zeros(columns, columns), torch.zeros_like(first)
+    for term in terms:
+        importance = (term.T @ term).div_(term.square().sum())
+        importance.diagonal().add_(float(omega) / columns)
+        together += importance
+        beside += (term - first) @ importance
+    # from the first on, so that equal task vectors come back bit for bit
+    return ((first + _divided(beside, together, regular=omega > 0)) * float(lambda_)).to(deltas)
+
+
+def _divided(rows: Tensor, by: Tensor, *, regular: bool) -> Tensor:
+    """rows @ by^-1 for a symmetric matrix, by its pseudo-inverse where it may be singular."""
+    factor, failed = torch.linalg.cholesky_ex(by)
+    if regular and not failed:
+        solved: Tensor = torch.cholesky_solve(rows.T, factor)
+        return solved.T
+    inverse: Tensor = torch.linalg.pinv(by, rtol=RCOND, hermitian=True)
+    return rows @ inverse

@@ -1,0 +1,123 @@
+"""Reading a plan's tensors slice by slice, and carrying each slice through a flow."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING, Any
+
+from merger._lazy import torch
+from merger.checkpoint.header import TORCH_NAMES
+from merger.copies import restored
+from merger.errors import CheckpointError
+from merger.machine import Machine, bytes_held, slice_rows
+from merger.ops import Flow, Question
+from merger.pipeline import Mapper, Sizes, Slice, Subject, run
+from merger.planning import Part, Plan, TensorPlan
+from merger.statistics import Statistics, inputs_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Carry = Callable[["Tensor", Slice, Subject], Flow[None]]
+"""What is done with one slice: given base and experts as stored [1+k r c], and the same as base and deltas."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the merged tensors of a plan; ``mapper`` puts slices to work side by side."""
+
+    plan: Plan
+    machine: Machine
+    statistics: Mapping[str, Statistics]
+    notice: Callable[[str], None]
+    mapper: Mapper = map
+
+    @cached_property
+    def sizes(self) -> Mapping[int, int]:
+        """How many elements are ranked together, by group of tensors."""
+        sizes: Counter[int] = Counter()
+        for tensor in self.plan.tensors:
+            sizes[tensor.group] += tensor.elements if tensor.stages else 0
+        return sizes
+
+    def visit(self, tensor: TensorPlan, part: Part, known: Sequence[Any], carry: Carry) -> Question | None:
+        """Carries all slices of a part as far as what is ``known`` of the model allows, as `pipeline.run` does."""
+        subject = Subject(
+            name=tensor.name,
+            kind=tensor.kind,
+            place=tensor.place,
+            rows=part.rows,
+            columns=part.columns,
+            seed=self.plan.recipe.seed,
+            first=part.row * part.columns,
+            transposed=part.transposed,
+            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, self.notice),
+        )
+        step = slice_rows(tensor, part)
+        count = -(-part.rows // step) if part.columns else 0
+        elements = part.rows * part.columns
+        hold = count == 1 or elements * bytes_held(len(self.plan.models) - 1) <= self.machine.hold
+
+        def start(j: int) -> Flow[None]:
+            stored, piece = self._read(tensor, part, range(j * step, min((j + 1) * step, part.rows)))
+            yield from carry(stored, piece, subject)
+
+        sizes = Sizes(elements, self.sizes[tensor.group])
+        return run(count, start, sizes=sizes, known=known, hold=hold, mapper=self.mapper)
+
+    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> tuple[Tensor, Slice]:
+        """Some rows of a part: base and experts as stored, [1+k r c], and the slice that its stages see."""
+        first, last = part.row + rows.start, part.row + rows.stop
+        if part.transposed:
+            first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
+        models = [(self.plan.models[label], tensor.reads[label]) for label in ("base", *tensor.place.experts)]
+        dtypes = [model.dtype(name) for model, name in models if name is not None]
+        shape = len(models), last - first, part.rows if part.transposed else part.columns
+        stored = torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
+        changes = {}
+        for k, (model, name) in enumerate(models):
+            change = None if name is None else model.change_rows(name, first, last)
+            if name is None:  # `missing: zero`
+                stored[k] = stored[0]
+            elif change is not None:
+                changes[k] = change
+                torch.add(stored[0], change, out=stored[k])
+            elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
+                stored[k] = model.read_rows(name, first, last)[:, : part.columns]
+            else:
+                model.read_into(stored[k], name, first, last)
+        stored = stored.to(self.machine.device)
+        values = stored.to(torch.float32, copy=True)
+        base, deltas = values[0], values[1:].sub_(values[0])
+        for k, change in changes.items():
+            deltas[k - 1] = change
+        _check_finite(tensor, base, deltas)
+        if part.transposed:
+            base, deltas = base.T, deltas.transpose(1, 2)
+        return stored, Slice(rows.start, base, deltas)
+
+
+def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:
+    """What is written for a merged delta [r c]: rounded once to the output's dtype, in the stored orientation.
+
+    A position that ends at an input's value has that input's bits.
+    """
+    base, deltas = piece.base, piece.deltas
+    if part.transposed:
+        base, deltas, delta = base.T, deltas.transpose(1, 2), delta.T
+    return restored(stored, base, deltas, delta, getattr(torch, TORCH_NAMES[tensor.info.dtype]))
+
+
+def _check_finite(tensor: TensorPlan, base: Tensor, deltas: Tensor) -> None:
+    """CheckpointError that names the model if any value is NaN or infinite."""
+    if math.isfinite(deltas.sum()):
+        return
+    if not torch.isfinite(base).all():
+        raise CheckpointError(f"base: {tensor.reads['base']} holds NaN or infinity")
+    for k, label in enumerate(tensor.place.experts):
+        if not torch.isfinite(deltas[k]).all():
+            raise CheckpointError(f"{label}: {tensor.reads[label]} holds NaN or infinity")

@@ -1,0 +1,413 @@
+"""What `merger inspect` says, against slow plain numpy on models that are small enough to look through."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import llama, load, save
+from hypothesis import given
+from hypothesis import strategies as st
+
+import merger.machine
+from merger import Recipe, inspect, inspect_merge, merge
+from merger.errors import RecipeError
+from merger.inspection.facts import facts
+from merger.inspection.measures import endings, kept_by_cell, kept_by_line, outcome, unevenness, vectors
+
+EXPERTS = ("code", "math", "wiki")
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A Llama and three experts that leave about half of it as it is; their tensors by name, in float32."""
+    tensors = {"base": llama(0, rows=24, hidden=16)}
+    for seed, name in enumerate(EXPERTS, 1):
+        generator = torch.Generator().manual_seed(seed)
+        tensors[name] = {
+            each: torch.where(torch.rand(v.shape, generator=generator) < 0.5, v, other)
+            for (each, v), other in zip(tensors["base"].items(), llama(seed, rows=24, hidden=16).values(), strict=True)
+        }
+    for name, each in tensors.items():
+        save(tmp_path / name, each)
+    return tensors
+
+
+@pytest.fixture
+def recipe(tmp_path, models):
+    """Makes recipes of a method, or of a pipeline, for these models."""
+
+    def make(method=None, parameters=None, **more):
+        choice = {"method": method, "parameters": parameters or {}} if method else {}
+        named = {name: name for name in EXPERTS}
+        return Recipe.parse({"base": "base", "experts": named, "output": {"path": "out"}, **choice, **more}, tmp_path)
+
+    return make
+
+
+def deltas(models, name):
+    """The task vectors of one tensor, as a list of arrays."""
+    return [(models[expert][name] - models["base"][name]).numpy() for expert in EXPERTS]
+
+
+def largest(values, share):
+    """The largest of an array by magnitude, the rest zero; equal ones by their place."""
+    flat = values.ravel()
+    order = sorted(range(flat.size), key=lambda i: (-abs(flat[i]), i))[: int(share * flat.size)]
+    kept = np.zeros_like(flat)
+    kept[order] = flat[order]
+    return kept.reshape(values.shape)
+
+
+def slowly(several):
+    """All that facts say of task vectors, each given as a list of arrays, by loops over positions."""
+    flat = [[float(x) for array in arrays for x in array.ravel()] for arrays in several]
+    size = len(flat[0])
+    said = {
+        "density": [sum(x != 0 for x in one) / size for one in flat],
+        "norm": [math.sqrt(sum(x * x for x in one)) for one in flat],
+        "holders": [sum(sum(x != 0 for x in at) == n for at in zip(*flat, strict=True)) / size for n in range(4)],
+    }
+    for i, j in itertools.permutations(range(3), 2):
+        pairs = [(x, y) for x, y in zip(flat[i], flat[j], strict=True) if x != 0 and y != 0]
+        either = sum(x != 0 or y != 0 for x, y in zip(flat[i], flat[j], strict=True))
+        dot = sum(x * y for x, y in zip(flat[i], flat[j], strict=True))
+        said[i, j] = {
+            "overlap": len(pairs) / sum(x != 0 for x in flat[i]),
+            "jaccard": len(pairs) / either,
+            "sign_conflict": sum(x * y < 0 for x, y in pairs) / max(len(pairs), 1),
+            "cosine": dot / (said["norm"][i] * said["norm"][j]),
+        }
+    return said
+
+
+def spread(array):
+    """Standard deviation over mean of what the rows of an array keep."""
+    counts = (array != 0).sum(1)
+    return counts.std() / counts.mean()
+
+
+def agree(found, arrays):
+    """Whether facts are what loops over positions find."""
+    said = slowly(arrays)
+    assert list(found.density.values()) == pytest.approx(said["density"])
+    assert list(found.norm.values()) == pytest.approx(said["norm"])
+    assert found.holders == pytest.approx(said["holders"])
+    for (i, one), (j, other) in itertools.permutations(enumerate(EXPERTS), 2):
+        for key, value in said[i, j].items():
+            assert getattr(found, key)[one][other] == pytest.approx(value)
+
+
+# --- the experts before the merge -----------------------------------------------------------------
+
+
+def test_task_vectors_are_what_loops_over_positions_find(models, recipe):
+    view = inspect(recipe("linear")).view("task_vectors")
+    every = [[values for name in models["base"] for values in [deltas(models, name)[k]]] for k in range(3)]
+    agree(view.whole, every)
+    agree(view.tensors[UP], [[each] for each in deltas(models, UP)])
+
+
+def test_a_layer_a_projection_and_a_kind_are_sums_over_their_tensors(models, recipe):
+    view = inspect(recipe("linear")).view("task_vectors")
+    groups = {
+        "model.layers.1": view.layers,
+        "mlp.up_proj": view.projections,
+        "vector": view.kinds,
+    }
+    members = {
+        "model.layers.1": [name for name in models["base"] if name.startswith("model.layers.1.")],
+        "mlp.up_proj": [name for name in models["base"] if "up_proj" in name],
+        "vector": [name for name in models["base"] if "norm" in name],
+    }
+    for group, found in groups.items():
+        agree(found[group], [[deltas(models, name)[k] for name in members[group]] for k in range(3)])
+    assert view.cells["model.layers.0"]["mlp.up_proj"] == view.tensors[UP]
+    assert view.layers["lm_head.weight"] == view.projections["lm_head"] == view.tensors["lm_head.weight"]
+
+
+def test_unevenness_is_the_deviation_over_the_mean_of_what_lines_keep(models, recipe):
+    facts = inspect(recipe("linear")).view("task_vectors").tensors[UP]
+    own = deltas(models, UP)
+    assert list(facts.uneven_rows.values()) == pytest.approx([spread(each) for each in own])
+    assert list(facts.uneven_columns.values()) == pytest.approx([spread(each.T) for each in own])
+
+
+def test_a_models_unevenness_is_the_mean_over_its_matrices_by_their_size(models, recipe):
+    found = inspect(recipe("linear")).view("task_vectors").whole.uneven_rows["code"]
+    matrices = [own[0] for own in (deltas(models, name) for name in models["base"]) if own[0].ndim == 2]
+    weights = [each.size for each in matrices]
+    assert found == pytest.approx(np.average([spread(each) for each in matrices], weights=weights))
+
+
+# --- between the stages ---------------------------------------------------------------------------
+
+
+def test_what_a_stage_leaves_is_seen_before_it_is_merged(models, recipe):
+    seen = inspect(recipe(pipeline=[{"top": {"density": 0.25}}, {"scale": {"lambda": 2}}, "sum"]))
+    kept = [[2 * largest(each, 0.25)] for each in deltas(models, UP)]
+    assert [view.name for view in seen.views] == ["task_vectors", "top", "scale", "result"]
+    agree(seen.view("scale").tensors[UP], kept)
+
+
+def test_a_method_shows_the_stages_it_is_made_of(recipe):
+    seen = inspect(recipe("ties", {"density": 0.3}))
+    assert [(view.name, view.about) for view in seen.views] == [
+        ("task_vectors", "experts"),
+        ("top", "experts"),
+        ("sign_elect", "merged"),
+        ("result", "merged"),
+    ]
+    assert [view.name for view in seen.merging()] == ["top"]
+
+
+def test_a_stage_that_comes_twice_is_numbered_and_a_rules_own_is_named_for_it(recipe):
+    rules = [{"kinds": ["vector"], "pipeline": [{"top": {"density": 0.5}}, "sum"]}]
+    pipeline = [{"top": {"density": 0.5}}, {"top": {"density": 0.25}}, "sum"]
+    seen = inspect(recipe(pipeline=pipeline, rules=rules))
+    assert [view.name for view in seen.views] == ["task_vectors", "top", "top2", "rule1.top", "result"]
+    assert [view.name for view in seen.merging()] == ["top2", "rule1.top"]
+    assert set(seen.view("rule1.top").kinds) == {"vector"}
+
+
+def test_a_ranking_of_the_whole_model_is_counted_once(models, recipe):
+    whole = inspect(recipe("ties", {"density": 0.25})).view("top").whole
+    names = sorted(models["base"], key=lambda name: merger.pipeline.natural(name))
+    flat = [np.concatenate([deltas(models, name)[k].ravel() for name in names]) for k in range(3)]
+    agree(whole, [[largest(each, 0.25)] for each in flat])
+
+
+@pytest.mark.parametrize("method", ["ties", "cabs", "dare_linear"])
+def test_facts_do_not_depend_on_how_a_tensor_is_cut(recipe, monkeypatch, method):
+    def counted():
+        seen = inspect(recipe(method))
+        return [facts for view in seen.views for facts in view.tensors.values()]
+
+    whole = counted()
+    monkeypatch.setattr(merger.machine, "SLICE", 64)
+    monkeypatch.setattr(merger.machine, "HOLD", 0)
+    for one, other in zip(whole, counted(), strict=True):
+        assert flattened(one) == pytest.approx(flattened(other))
+
+
+def flattened(found):
+    """All numbers of facts, in order."""
+    values = [found.__dict__]
+    numbers = []
+    while values:
+        each = values.pop()
+        nested = isinstance(each, dict | list)
+        values.extend(each.values() if isinstance(each, dict) else each if nested else ())
+        numbers.extend([] if nested else [each])
+    return numbers
+
+
+def test_what_a_rule_copies_is_named_and_not_counted(recipe):
+    seen = inspect(recipe("linear", rules=[{"tensors": "norm", "use": "code"}]))
+    assert seen.copied["model.norm.weight"] == "code"
+    assert "model.norm.weight" not in seen.view("task_vectors").tensors
+
+
+@pytest.fixture
+def other_forms(tmp_path):
+    """Models with a matrix stored [in, out] and with packed experts; their tensors, and a recipe by a pipeline."""
+    shapes = {"h.0.c_fc.weight": (4, 6), "h.0.c_fc.bias": (6,), "h.0.experts.up.weight": (3, 4, 5)}
+    tensors = {}
+    for seed, name in enumerate(("base", *EXPERTS)):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {each: torch.randn(shape, generator=generator) for each, shape in shapes.items()}
+        if name == "code":
+            drawn["h.0.c_fc.weight"][0] = tensors["base"]["h.0.c_fc.weight"][0]  # no neuron's first input changes
+        tensors[name] = drawn
+        save(tmp_path / name, tensors[name], {"model_type": "gpt2"})
+    pipeline = [{"top": {"density": 0.5, "scope": "row"}}, "sum"]
+    named = {name: name for name in EXPERTS}
+    written = {"base": "base", "experts": named, "pipeline": pipeline, "output": {"path": "out"}}
+    return tensors, Recipe.parse(written, tmp_path)
+
+
+def test_rows_are_those_of_a_neuron_however_it_is_stored(other_forms):
+    _, made = other_forms
+    found = inspect(made).view("top").tensors["h.0.c_fc.weight"]
+    assert found.uneven_rows == dict.fromkeys(EXPERTS, 0)  # 2 of each neuron's 4 inputs
+    assert all(value > 0 for value in found.uneven_columns.values())
+    merge(made)
+    foretold, found = inspect(made), inspect_merge(made.folder / "out")  # which looks at it as it is stored
+    one, other = (seen.view("task_vectors").tensors["h.0.c_fc.weight"] for seen in (foretold, found))
+    assert flattened(one) == pytest.approx(flattened(other))
+    one, other = (seen.view("result").tensors["h.0.c_fc.weight"] for seen in (foretold, found))
+    assert flattened(one) == pytest.approx(flattened(other), rel=1e-6)
+
+
+def test_packed_experts_add_up_to_their_tensor(other_forms):
+    tensors, made = other_forms
+    name = "h.0.experts.up.weight"
+    found = inspect(made).view("task_vectors").tensors[name]
+    agree(found, [[each] for each in deltas(tensors, name)])
+    seen = inspect(made, picture=name).pictures[0]
+    assert (seen.tensor, len(seen.density["code"]), len(seen.density["code"][0])) == (f"{name}[0]", 4, 5)
+
+
+# --- what comes of it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ties", "im", "cabs", "task_arithmetic"])
+def test_positions_end_where_the_merged_file_says(models, recipe, method):
+    made = recipe(method)
+    result = inspect(made).view("result").whole
+    merge(made)
+    written = load(made.folder / "out")
+    ends = dict.fromkeys(("base", *EXPERTS, "blend"), 0)
+    for name, values in written.items():
+        for i, value in enumerate(values.flatten().tolist()):
+            same = (label for label in ("base", *EXPERTS) if models[label][name].flatten()[i].item() == value)
+            ends[next(same, "blend")] += 1
+    size = sum(ends.values())
+    assert [result.at_base, *result.at_expert.values(), result.blend] == [n / size for n in ends.values()]
+
+
+def test_the_merged_vector_is_compared_with_those_it_came_from(models, recipe):
+    found = inspect(recipe("task_arithmetic", {"lambda": 0.5})).view("result").tensors[UP]
+    own = deltas(models, UP)
+    merged = 0.5 * sum(own)
+    norm = np.linalg.norm
+    assert found.norm == pytest.approx(norm(merged))
+    assert found.density == np.mean(merged != 0)
+    cosines = [(merged * each).sum() / norm(merged) / norm(each) for each in own]
+    assert list(found.cosine.values()) == pytest.approx(cosines, rel=1e-6)
+
+
+# --- what the papers say --------------------------------------------------------------------------
+
+
+def test_overlap_is_the_shared_part_of_the_first_and_jaccard_of_both():
+    found = facts(vectors(torch.tensor([[[1.0, 1, 0, 1]], [[0, 1, 1, 1]], [[0, 0, 0, 1]]])), ("a", "b", "c"))
+    assert (found.overlap["a"]["b"], found.jaccard["a"]["b"]) == (pytest.approx(2 / 3), 0.5)
+    assert (found.overlap["a"]["c"], found.overlap["c"]["a"]) == (pytest.approx(1 / 3), 1)
+
+
+def test_random_masks_overlap_as_much_as_they_are_dense():
+    kept = [torch.rand(1, 400, 500, generator=torch.Generator().manual_seed(k)) < 0.3 for k in range(2)]
+    found = facts(vectors(torch.cat(kept).float()), ("a", "b"))
+    error = math.sqrt(0.3 * 0.7 / (0.3 * 200_000))
+    assert found.overlap["a"]["b"] == pytest.approx(0.3, abs=4 * error)
+    assert found.jaccard["a"]["b"] == pytest.approx(0.3 / (2 - 0.3), abs=4 * error)
+
+
+def test_random_masks_are_as_uneven_as_a_binomial():
+    kept = (torch.rand(1, 4000, 500, generator=torch.Generator().manual_seed(1)) < 0.2).float()
+    by_row, _ = kept_by_line(kept)
+    found = unevenness(by_row.square().sum(1), 4000, by_row.sum(1))
+    assert found.item() == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "shares"),
+    [
+        ("im", {"density": {"code": 0.2, "math": 0.3, "wiki": 0.4}, "claim_zeros": False}, [0.2, 0.3, 0.4]),
+        ("cabs", {"n": 1, "m": 4}, [0.25] * 3),
+        ("obim", {"hessian": "none", "nonlinear": "magnitude"}, [1 / 3] * 3),
+    ],
+)
+def test_exclusive_masks_never_overlap_and_their_union_is_the_sum(models, recipe, method, parameters, shares):
+    seen = inspect(recipe(method, parameters))
+    for view in seen.merging():
+        for found in (view.whole, *view.tensors.values()):
+            assert all(value == 0 for row in found.overlap.values() for value in row.values())
+            assert sum(found.holders[1:]) == pytest.approx(sum(found.density.values()))
+            assert found.holders[2:] == [0, 0]
+            assert all(d <= share + 1e-9 for d, share in zip(found.density.values(), shares, strict=True))
+
+
+def test_blocks_that_fill_whole_rows_are_kept_in_perfect_balance(tmp_path):
+    models = {name: llama(seed, hidden=16) for seed, name in enumerate(("base", *EXPERTS))}
+    for name, tensors in models.items():
+        save(tmp_path / name, tensors)
+    written = {"base": "base", "experts": {name: name for name in EXPERTS}, "output": {"path": "out"}}
+    pipeline = [{"bs": {"n": 2, "m": 8}}, "sum"]
+    view = inspect(Recipe.parse({**written, "pipeline": pipeline}, tmp_path)).view("bs")
+    assert view.whole.uneven_rows == dict.fromkeys(EXPERTS, 0)
+    assert all(value > 0.1 for value in view.whole.uneven_columns.values())
+
+
+# --- the sums themselves --------------------------------------------------------------------------
+
+matrices = st.integers(1, 4).flatmap(
+    lambda k: st.lists(st.sampled_from([0.0, -0.0, 1.0, -2.0, 1e-30, -1e-30]), min_size=k * 12, max_size=k * 12).map(
+        lambda values: torch.tensor(values).view(k, 4, 3)
+    )
+)
+
+
+@given(matrices, st.integers(1, 3))
+def test_sums_of_slices_are_sums_of_the_whole(deltas, cut):
+    whole, added = vectors(deltas), vectors(deltas[:, :cut]) + vectors(deltas[:, cut:])
+    assert np.allclose(added.products, whole.products)
+    assert replace(added, products=()) == replace(whole, products=())
+
+
+@given(matrices)
+def test_every_position_is_held_by_some_number_of_experts_and_ends_somewhere(deltas):
+    counted = vectors(deltas)
+    assert sum(counted.holders) == counted.elements == 12
+    assert sum(n * held for n, held in enumerate(counted.holders)) == sum(
+        counted.both[i][i] for i in range(len(deltas))
+    )
+    assert sum(endings(deltas.sum(0), torch.zeros(4, 3), deltas)) == 12
+
+
+@given(matrices)
+def test_signs_differ_even_where_a_product_would_vanish(deltas):
+    counted = vectors(deltas)
+    for i, j in itertools.combinations(range(len(deltas)), 2):
+        pairs = zip(deltas[i].flatten().tolist(), deltas[j].flatten().tolist(), strict=True)
+        assert counted.opposed[i][j] == sum(x < 0 < y or y < 0 < x for x, y in pairs)
+
+
+def test_equal_experts_share_a_position_with_the_first_of_them():
+    assert endings(torch.tensor([1.0, 0, 2, 5]), torch.zeros(4), torch.tensor([[1.0, 0, 3, 4], [1, 7, 2, 4]])) == (
+        1, 1, 1, 1,
+    )  # fmt: skip
+
+
+def test_nothing_at_all_has_shares_of_zero():
+    none = torch.zeros(2, 1, 3)
+    found = facts(vectors(none), ("a", "b"))
+    assert (found.overlap["a"]["b"], found.cosine["a"]["b"], found.density["a"]) == (0, 0, 0)
+    merged = facts(outcome(none[0], none, endings(none[0], none[0], none)), ("a", "b"))
+    assert (merged.at_base, merged.blend, merged.cosine) == (1, 0, {"a": 0, "b": 0})
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 3), (8, 12), (10, 7)])
+def test_a_picture_counts_every_kept_position_in_one_piece(rows, columns):
+    values = torch.randint(0, 2, (2, rows, columns), generator=torch.Generator().manual_seed(0)).float()
+    halves = [kept_by_cell(values[:, :3], 0, rows, 4), kept_by_cell(values[:, 3:], 3, rows, 4)]
+    slow = torch.zeros(2, min(rows, 4), min(columns, 4))
+    for k, i, j in values.nonzero().tolist():
+        slow[k, i * min(rows, 4) // rows, j * min(columns, 4) // columns] += 1
+    assert torch.equal(sum(halves).float(), slow)
+
+
+def test_a_chosen_tensor_is_mapped_before_and_after_every_stage(models, recipe):
+    pictures = inspect(recipe("ties", {"density": 0.25, "scope": "tensor"}), picture=UP).pictures
+    assert [(each.tensor, each.view) for each in pictures] == [(UP, "task_vectors"), (UP, "top")]
+    for k, expert in enumerate(EXPERTS):
+        kept = largest(deltas(models, UP)[k], 0.25) != 0
+        assert np.array_equal(pictures[1].density[expert], kept)  # 32 x 16: a piece for each element
+
+
+def test_an_unknown_tensor_offers_the_near_one(recipe):
+    with pytest.raises(RecipeError, match=r"--tensor model.norm: no such tensor is merged; did you mean 'model.norm"):
+        inspect(recipe("linear"), picture="model.norm")
+
+
+def test_what_is_seen_is_plain_data(recipe):
+    seen = inspect(recipe("ties"))
+    said = json.loads(json.dumps(seen.as_json()))
+    assert (said["format"], said["subject"], said["experts"]) == (1, "recipe", list(EXPERTS))
+    assert said["views"][0]["whole"]["density"] == seen.view("task_vectors").whole.density
+    assert said["bytes_read"] > 0

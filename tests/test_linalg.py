@@ -1,0 +1,106 @@
+"""Singular values and vectors, against LAPACK's own SVD in float64."""
+
+import pytest
+import torch
+
+from merger.linalg import low_rank, polar, svd, tolerance
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (6, 9), (9, 6), (8, 8), (300, 40), (40, 300), (260, 260)]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def of_rank(rank, m, n):
+    return randn(m, rank, seed=1) @ randn(rank, n, seed=2)
+
+
+def decaying(m, n):
+    """A matrix whose singular values fall from 1 to 1e-6."""
+    left, _ = torch.linalg.qr(randn(m, min(m, n), seed=3))
+    right, _ = torch.linalg.qr(randn(n, min(m, n), seed=4))
+    return left * torch.logspace(0, -6, min(m, n), dtype=torch.float64) @ right.T
+
+
+def assert_close(got, expected, tolerance):
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_factors_multiply_to_the_matrix_and_are_orthonormal(shape):
+    matrix = randn(*shape)
+    left, values, right = factors = svd(matrix)
+    assert_close(factors.product(), matrix, 1e-9)
+    eye = torch.eye(min(shape), dtype=torch.float64)
+    assert_close(left.T @ left, eye, 1e-7)
+    assert_close(right.T @ right, eye, 1e-7)
+    assert values.diff().le(0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_singular_values_are_those_of_lapack(shape):
+    matrix = randn(*shape)
+    torch.testing.assert_close(svd(matrix).values, torch.linalg.svdvals(matrix), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (64, 256), (400, 300), (60, 60)])
+def test_small_singular_values_are_right_as_far_as_the_tolerance(shape):
+    matrix = decaying(*shape)
+    expected = torch.linalg.svdvals(matrix)
+    expected = expected[expected > tolerance(matrix) * expected[0]]
+    torch.testing.assert_close(svd(matrix).values, expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (300, 40), (40, 300)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_directions_that_a_matrix_does_not_have_are_left_out(shape, rank):
+    matrix = of_rank(rank, *shape)
+    left, values, right = factors = svd(matrix.float())
+    assert (left.shape[1], len(values), right.shape[1]) == (rank, rank, rank)
+    assert_close(factors.product(), matrix, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (300, 2)])
+def test_a_zero_matrix_has_no_directions(shape):
+    factors = svd(torch.zeros(shape))
+    assert len(factors.values) == 0
+    assert torch.equal(factors.product(), torch.zeros(shape, dtype=torch.float64))
+
+
+def test_the_largest_entry_of_a_left_vector_is_positive():
+    for shape in ((6, 9), (300, 40), (40, 300)):
+        left = svd(-randn(*shape)).left
+        assert (left.gather(0, left.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_directions_no_larger_than_rounding_are_left_out():
+    assert svd(torch.diag(torch.tensor([4.0, 2.0, 1e-3])), rounding=1e-2).values.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (300, 40)])
+def test_the_polar_factor_is_the_nearest_orthonormal_one(shape):
+    columns = randn(*shape)
+    left, _, right = torch.linalg.svd(columns, full_matrices=False)
+    assert_close(polar(columns), left @ right, 1e-9)
+
+
+def test_the_polar_factor_of_repeated_columns_shares_their_direction():
+    twice = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    assert_close(polar(twice), torch.tensor([[0.5, 0.5], [0, 0], [0, 0]]).double() * 2**0.5, 1e-12)
+
+
+def test_no_columns_have_no_polar_factor():
+    assert polar(torch.zeros(5, 0)).shape == (5, 0)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (40, 300)])
+def test_what_low_rank_leaves_out_are_the_smallest_singular_values(shape):
+    matrix = randn(*shape)
+    error = (matrix - low_rank(matrix, 3)).square().sum()
+    torch.testing.assert_close(error, torch.linalg.svdvals(matrix)[3:].square().sum())
+
+
+def test_a_matrix_of_low_rank_is_its_own_low_rank():
+    matrix = of_rank(2, 9, 6).float()
+    assert torch.equal(low_rank(matrix, 2), matrix.double())

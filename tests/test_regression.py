@@ -1,0 +1,180 @@
+"""What is particular to the methods that solve a least-squares problem (methods.md, section 10)."""
+
+import pytest
+import torch
+from tiny import merge
+
+from merger.methods._registry import checked
+from merger.pipeline import Inputs
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def deltas_of(k, *shape, seed=0):
+    return dict(zip("abcde", randn(k, *shape, seed=seed), strict=False))
+
+
+def merged(method, deltas, written=None, **more):
+    return merge(checked(method, written or {}), deltas, **more)
+
+
+def moments(values):
+    return Inputs(second_moment=torch.as_tensor(values, dtype=torch.float32))
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+# --- RegMean with diagonals alone -----------------------------------------------------------------
+
+
+def test_regmean_diag_oracle():
+    deltas, h = deltas_of(3, 4, 5), randn(3, 5, seed=1).square()
+    weight = {"a": 1, "b": 0.5, "c": 2}
+    got = merged("regmean_diag", deltas, {"weight": weight, "lambda": 0.7}, inputs=moments(h))
+    expected = torch.zeros(4, 5)
+    for j in range(5):
+        shares = [w * float(h[k, j]) for k, w in enumerate(weight.values())]
+        for k, delta in enumerate(deltas.values()):
+            expected[:, j] += 0.7 * shares[k] / sum(shares) * delta[:, j]
+    assert_close(got, expected)
+
+
+def test_regmean_diag_minimizes_the_change_of_the_layers_outputs():
+    deltas, h = deltas_of(3, 4, 5), randn(3, 5, seed=1).square()
+
+    def loss(tau):
+        return sum(((tau - delta).square() * h[k]).sum() for k, delta in enumerate(deltas.values()))
+
+    best = merged("regmean_diag", deltas, inputs=moments(h))
+    assert all(loss(best) < loss(best + 0.01 * randn(4, 5, seed=i)) for i in range(20))
+
+
+def test_regmean_diag_of_equal_inputs_is_the_mean():
+    deltas = deltas_of(3, 4, 5)
+    assert_close(merged("regmean_diag", deltas, inputs=moments(torch.full((3, 5), 4.0))), merged("mean", deltas))
+
+
+def test_regmean_diag_returns_equal_weights_bit_for_bit():
+    base, own = randn(4, 5), randn(4, 5, seed=1)
+    got = merged("regmean_diag", dict.fromkeys("abc", own - base), base=base, inputs=moments(randn(3, 5).square()))
+    assert torch.equal(got, base + (own - base))
+
+
+def test_an_input_that_only_one_expert_sees_is_that_experts():
+    deltas = deltas_of(2, 3, 2)
+    got = merged("regmean_diag", deltas, inputs=moments([[1, 0], [0, 1]]))
+    assert_close(got, torch.stack([deltas["a"][:, 0], deltas["b"][:, 1]], 1))
+
+
+def test_an_input_that_nobody_sees_gets_the_mean():
+    deltas = deltas_of(2, 3, 2)
+    got = merged("regmean_diag", deltas, {"weight": {"a": 3, "b": 1}}, inputs=moments([[0, 1], [0, 1]]))
+    assert_close(got, 0.75 * deltas["a"] + 0.25 * deltas["b"])
+
+
+def test_an_expert_that_no_token_reached_has_no_say():
+    deltas = deltas_of(2, 3, 2)
+    assert torch.equal(merged("regmean_diag", deltas, inputs=moments([[1, 2], [0, 0]])), deltas["a"])
+
+
+def test_a_matrix_that_is_stored_by_its_inputs_is_weighed_by_them_too():
+    deltas, known = deltas_of(2, 3, 5), moments(randn(2, 5, seed=1).square())
+    stored = {expert: delta.T for expert, delta in deltas.items()}
+    got = merged("regmean_diag", stored, inputs=known, kind="conv1d", slice_elements=6)
+    assert torch.equal(got, merged("regmean_diag", deltas, inputs=known).T)
+
+
+@pytest.mark.parametrize("kind", ["vector", "embedding"])
+def test_tensors_without_inputs_get_the_mean_times_lambda(kind):
+    deltas = deltas_of(3, 4, 5)
+    got = merged("regmean_diag", deltas, {"lambda": 0.5}, kind=kind)
+    assert_close(got, 0.5 * merged("mean", deltas))
+
+
+def test_regmean_diag_refuses_a_negative_weight():
+    with pytest.raises(ValueError, match="a weight is -1"):
+        merged("regmean_diag", deltas_of(2, 3, 2), {"weight": {"a": 2, "b": -1}}, inputs=moments([[1, 1], [1, 1]]))
+
+
+# --- WUDI -----------------------------------------------------------------------------------------
+
+NO_RIDGE = {"omega": 0}
+
+
+def interference(tau, deltas, omega=0.0):
+    loss = 0.0
+    for delta in deltas.values():
+        d, t = delta.double(), tau.double()
+        ridge = omega * d.square().sum() / d.shape[1]
+        loss += float((((t - d) @ d.T).square().sum() + ridge * (t - d).square().sum()) / d.square().sum())
+    return loss
+
+
+@pytest.mark.parametrize("omega", [0, 0.1, 1])
+@pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
+def test_no_other_task_vector_interferes_less_than_wudis(shape, omega):
+    deltas = deltas_of(3, *shape)
+    best = merged("wudi", deltas, {"omega": omega})
+    least = interference(best, deltas, omega)
+    assert least < interference(sum(deltas.values()), deltas, omega)
+    assert all(least < interference(best + 0.01 * randn(*shape, seed=i), deltas, omega) for i in range(20))
+
+
+def test_wudi_oracle():
+    deltas, eye = {e: delta.double() for e, delta in deltas_of(3, 5, 7).items()}, torch.eye(7).double()
+    over = under = 0
+    for delta in deltas.values():
+        importance = (delta.T @ delta + 0.5 * delta.square().sum() / 7 * eye) / delta.square().sum()
+        over, under = over + delta @ importance, under + importance
+    got = merged("wudi", deltas_of(3, 5, 7), {"omega": 0.5, "lambda": 0.7})
+    assert_close(got, (0.7 * over @ torch.linalg.inv(under)).float())
+
+
+@pytest.mark.parametrize("written", [{}, NO_RIDGE])
+@pytest.mark.parametrize("k", [1, 3])
+def test_wudi_of_identical_experts_is_the_expert_bit_for_bit(k, written):
+    low_rank = randn(6, 2) @ randn(2, 9)
+    assert torch.equal(merged("wudi", dict.fromkeys("abc"[:k], low_rank), written), low_rank)
+
+
+def test_wudi_adds_what_is_in_different_rows():
+    rows = torch.linalg.qr(randn(8, 8))[0]
+    deltas = {"a": randn(5, 3) @ rows[:3], "b": randn(5, 2, seed=1) @ rows[3:5]}
+    assert_close(merged("wudi", deltas, NO_RIDGE), sum(deltas.values()))
+
+
+def test_a_large_ridge_makes_wudi_the_mean():
+    deltas = deltas_of(3, 5, 7)
+    assert_close(merged("wudi", deltas, {"omega": 1e9}), merged("mean", deltas))
+
+
+@pytest.mark.parametrize("written", [{}, NO_RIDGE])
+def test_turning_the_inputs_turns_what_wudi_merges(written):
+    deltas, turn = deltas_of(3, 9, 6), torch.linalg.qr(randn(6, 6, seed=3))[0]
+    turned = {expert: delta @ turn for expert, delta in deltas.items()}
+    assert_close(merged("wudi", turned, written), merged("wudi", deltas, written) @ turn, 1e-4)
+
+
+def test_wudi_does_not_care_for_the_order_of_experts():
+    deltas = deltas_of(3, 9, 6)
+    assert_close(merged("wudi", dict(reversed(deltas.items()))), merged("wudi", deltas))
+
+
+def test_an_expert_that_changed_nothing_has_no_say_in_wudi():
+    deltas = deltas_of(2, 9, 6)
+    assert torch.equal(merged("wudi", {**deltas, "c": torch.zeros(9, 6)}), merged("wudi", deltas))
+
+
+def test_wudi_refuses_a_negative_ridge():
+    with pytest.raises(ValueError, match="omega is -1"):
+        merged("wudi", deltas_of(2, 3, 2), {"omega": -1})
+
+
+@pytest.mark.parametrize("kind", ["vector", "embedding", "head"])
+def test_wudi_averages_tensors_without_a_matrix(kind):
+    deltas = deltas_of(3, 4, 5)
+    assert_close(merged("wudi", deltas, {"lambda": 0.5}, kind=kind), 0.5 * merged("mean", deltas))
