@@ -201,7 +201,7 @@ class _Planner:
             models=self.models,
             tensors=tuple(tensors),
             dropped=self.dropped,
-            notes=(*self.notes, *differences(self.models)),
+            notes=(*self.notes, *_remarks(tensors), *differences(self.models)),
             config=self._config(tensors),
             tokenizer=tokenizer,
         )
@@ -413,6 +413,23 @@ class _Planner:
     def _rows(self, label: str) -> int:
         name = self.anatomies[label].embedding
         return self.anatomies[label].tensors[name].shape[0] if name else 0
+
+
+def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
+    """What there is to say of the stages' parameters, each thing once."""
+    said: dict[str, None] = {}
+    for tensor in tensors:
+        remarks = {
+            stage.entry.name: stage.entry.remark(len(tensor.place.experts), **stage.values) for stage in tensor.stages
+        }
+        said |= dict.fromkeys(f"{name}: {remark}" for name, remark in remarks.items() if remark)
+        if (
+            remarks
+            and set(tensor.place.weights) != {1}
+            and not any("weight" in stage.values for stage in tensor.stages)
+        ):
+            said[f"{', '.join(remarks)}: takes no weight, so the experts' own have no effect"] = None
+    return said
 
 
 def _parts(name: str, kind: str, shape: tuple[int, ...], *, transposed: bool) -> tuple[Part, ...]:

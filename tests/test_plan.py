@@ -65,6 +65,28 @@ def test_every_architecture_is_merged_whole(planned, architecture):
         assert bool(tensor.stages) == (tensor.kind != "buffer")
 
 
+@pytest.mark.parametrize(
+    ("choice", "note"),
+    [
+        ({"method": "consensus_ta"}, "consensus: k is 2, more than there are experts (1), so all stays at the base"),
+        ({"method": "consensus_ta", "parameters": {"k": 1}}, None),
+        ({"method": "sce"}, "sce: one expert differs from no other, so all stays at the base"),
+        ({"method": "sce", "parameters": {"select_topk": 1}}, None),
+    ],
+)
+def test_a_plan_notes_parameters_that_leave_everything_at_the_base(planned, choice, note):
+    assert planned(LLAMA, LLAMA, **choice).notes == ((note,) if note else ())
+
+
+@pytest.mark.parametrize(
+    ("method", "notes"),
+    [("metagpt", ("metagpt: takes no weight, so the experts' own have no effect",)), ("task_arithmetic", ())],
+)
+def test_a_plan_notes_weights_that_nothing_takes(planned, method, notes):
+    experts = {"lm": {"model": "lm", "weight": 2}, "math": "math"}
+    assert planned(LLAMA, LLAMA, LLAMA, method=method, experts=experts).notes == notes
+
+
 def test_an_order_rotates_from_block_to_block_as_in_the_golden_values(planned, golden):
     orders = golden["obim_rotation"]["outputs"]["by_rotation_index"]
     seen = set()

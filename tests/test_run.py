@@ -43,6 +43,19 @@ METHODS = [
     pytest.param("im", {"density": 0.4, "scope": "global", "order": "listed"}, id="im of the whole model"),
     pytest.param("ties_im", {"density": 0.4}, id="ties_im"),
     pytest.param("cabs", {"n": 1, "m": 4}, id="cabs"),
+    pytest.param("cabs_low_overlap", {"n": 3, "m": 4}, id="cabs_low_overlap"),
+    pytest.param("consensus_ta", {"lambda": 1}, id="consensus_ta"),
+    pytest.param("consensus_ties", {"density": 0.5, "lambda": 1}, id="consensus_ties"),
+    pytest.param("localize_stitch", {"density": 0.4}, id="localize_stitch"),
+    pytest.param("pcb", {"density": 0.4}, id="pcb"),
+    pytest.param("pcb", {"density": 0.4, "variant": "official"}, id="pcb as its authors do it"),
+    pytest.param("sce", {"select_topk": 0.4}, id="sce"),
+    pytest.param("metagpt", {}, id="metagpt"),
+    pytest.param("nan", {}, id="nan"),
+    pytest.param("model_stock", {"scope": "row"}, id="model_stock by row"),
+    pytest.param("karcher", {"scope": "global"}, id="karcher"),
+    pytest.param("nuslerp", {"scope": "column"}, id="nuslerp by column"),
+    pytest.param("ram", {"r": 0.1, "scope": "global"}, id="ram"),
     pytest.param("tsv_m", {}, id="tsv_m"),
     pytest.param("iso_cts", {"common": 0.5}, id="iso_cts"),
     pytest.param("star", {"head": True}, id="star with the head"),
@@ -146,19 +159,29 @@ def test_a_ranking_of_the_whole_model_is_one_sort_of_all_its_tensors(alike, monk
         assert same_bits(merged[name], code[name].where(mask.view_as(code[name]), base[name]))
 
 
-def test_a_conv1d_is_merged_by_its_output_neurons(tmp_path):
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        [{"top": {"density": 0.5, "scope": "row"}}, "sum"],
+        [{"model_stock": {"scope": "row"}}],
+        [{"nuslerp": {"scope": "row"}}],
+        [{"nuslerp": {"scope": "column"}}],
+    ],
+    ids=lambda pipeline: str(pipeline[0]),
+)
+def test_a_conv1d_is_merged_by_its_output_neurons(tmp_path, pipeline):
     def gpt(seed):
         generator = torch.Generator().manual_seed(seed)
         return {"h.0.c_fc.weight": torch.randn(4, 6, generator=generator), "h.0.c_fc.bias": torch.zeros(6)}
 
     tensors = {"base": gpt(0), "code": gpt(1), "math": gpt(2)}
-    given = {"density": 0.5, "scope": "row"}
 
-    merged = models(tmp_path, tensors).merged(pipeline=[{"top": given}, "sum"])["h.0.c_fc.weight"]
+    merged = models(tmp_path, tensors).merged(pipeline=pipeline)["h.0.c_fc.weight"]
 
     turned = {name: {"w": each["h.0.c_fc.weight"].T.contiguous()} for name, each in tensors.items()}
     base = turned.pop("base")
-    assert same_bits(merged, merge_tensors([checked("top", given), checked("sum", {})], base, turned)["w"].T)
+    named = [(each, {}) if isinstance(each, str) else next(iter(each.items())) for each in pipeline]
+    assert same_bits(merged, merge_tensors([checked(*each) for each in named], base, turned)["w"].T)
 
 
 @pytest.mark.parametrize("method", ["knots", "wudi"])
@@ -408,6 +431,8 @@ TELLING = [
     pytest.param("della", {"density": 0.5}, id="draws by rank in a row"),
     pytest.param("ties_im", {"density": 0.3}, id="claims in turn"),
     pytest.param("cabs", {"n": 1, "m": 4}, id="blocks"),
+    pytest.param("pcb", {"density": 0.3}, id="sums over the whole model"),
+    pytest.param("pcb", {"density": 0.3, "variant": "official"}, id="places in the order of the whole model"),
 ]
 
 

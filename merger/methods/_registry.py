@@ -2,7 +2,7 @@
 
 What stands before the ``*`` is supplied by the runner, by name:
 
-    deltas         [k r c]  what earlier stages left of each expert's task vector
+    deltas         [k r c]  what earlier stages left of each expert's task vector; [r c] after the merger
     originals      [k r c]  the task vectors before the first stage
     base           [r c]    the base weights, float32
     scores         [k r c]  the score named by the stage's own parameter ``score``
@@ -63,6 +63,10 @@ def _never(**_: object) -> bool:
     return False
 
 
+def _unremarkable(experts: int, **_: object) -> str:
+    return ""
+
+
 def _nothing(kind: str, **_: object) -> None:
     return None
 
@@ -81,6 +85,7 @@ class Entry:
     scope: str = "tensor"  # what a score is ranked within, unless the recipe says it
     calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
+    remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
 
     @property

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@filter_()
+def _out_of_reach(experts: int, k: int, **_: object) -> str:
+    return f"k is {k}, more than there are experts ({experts}), so all stays at the base" if k > experts else ""
+
+
+@filter_(remark=_out_of_reach)
 def consensus(
     deltas: Tensor,
     originals: Tensor,

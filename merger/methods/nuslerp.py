@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
 from merger.methods._parameters import Numbers
-from merger.methods._registry import merger
+from merger.methods._registry import Takes, merger
 from merger.methods.mean import positive_sum
 from merger.ops import Flow, Size, Sum, combined
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(experts=2, check=positive_sum)
+def _takes(scope: str, **_: object) -> Takes:
+    return "slice" if scope == "tensor" else "rows"
+
+
+@merger(takes=_takes, experts=2, check=positive_sum)
 def nuslerp(
     deltas: Tensor,
     base: Tensor,

@@ -6,6 +6,7 @@ fine-tunes lie (methods.md 5.10).
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Share
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger()
+def _nothing_differs(experts: int, select_topk: Fraction, **_: object) -> str:
+    return "one expert differs from no other, so all stays at the base" if experts == 1 and select_topk < 1 else ""
+
+
+@merger(remark=_nothing_differs)
 def sce(deltas: Tensor, *, select_topk: Share = 0.1, select_in_merge: bool = True) -> Flow[Tensor]:
     """Merges, where experts differ most, those that agree in sign, each weighted by its mean square there.
 
