@@ -48,8 +48,14 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "ties_im": grid(density=[0.2, 0.3, "1/3"], **{"lambda": [1, 1.4]}),
     "cabs": grid(n=[32, 64], m=[256], **{"lambda": [1, 1.4, 1.8]}),
     "obim": grid(density=[0.2, 0.3, "1/3"], **{"lambda": [1, 1.4]}),
+    "consensus_ta": grid(**{"lambda": [0.6, 0.9]}),
+    "pcb": grid(density=[0.2, 0.5]),
+    "regmean_diag": [{}],
+    "regmean": [{}],
+    "tsv_m": [{}],
+    "wudi": [{}],
 }
-CALIBRATED = {"obim", "ties_obm"}
+CALIBRATED = {"obim", "ties_obm", "regmean", "regmean_diag"}
 ORDERS: list[Any] = ["rotation", *({end: name} for end in ("first", "last") for name in DOMAINS)]
 SAMPLES = (10, 50, 100)
 
@@ -146,7 +152,9 @@ class Table:
         return sum((base[d] - found[d]) / (base[d] - self.loss(part, d)[d]) for d in DOMAINS) / len(DOMAINS)
 
     def best(self, method: str) -> dict[str, Any]:
-        """The setting of a method's grid that keeps most on the selection texts."""
+        """The setting of a method's grid that keeps most on the selection texts; nothing is chosen from one."""
+        if len(GRID[method]) == 1:
+            return GRID[method][0]
         return max(GRID[method], key=lambda p: self.kept("select", self.merged("select", method, p)))
 
     def row(self, name: str, setting: str, found: Mapping[str, float]) -> str:
