@@ -168,6 +168,7 @@ def inspect(
 ) -> None:
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
+    from merger.checkpoint.writer import write_text
     from merger.inspection import conditions, page, tables
 
     wanted = [conditions.parse(text) for text in fail_if]
@@ -187,7 +188,7 @@ def inspect(
             common |= {"offline": offline, "device": device, "trust_remote_code": trust_remote_code}
             seen = inspection.inspect(loaded, picture=tensor, **common)
     if html is not None:
-        html.write_text(page.page(seen), encoding="utf-8")
+        write_text(html, page.page(seen))
     if as_json:
         print(json.dumps(seen.as_json()))
     else:

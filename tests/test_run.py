@@ -813,3 +813,12 @@ def test_the_library_is_the_command(drawn):
     )
     assert library.plan(recipe).bytes_written == library.merge(recipe).bytes_written
     assert issubclass(library.RecipeError, library.MergerError)
+
+
+def test_packed_experts_of_which_there_are_none_are_written_as_such(tmp_path):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    for seed, label in enumerate(("base", "code", "math")):
+        save(tmp_path / label, {**llama(seed), name: torch.empty(0, 4, 4)})
+    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "method": "linear"}
+    merge(Recipe.parse({**written, "output": {"path": "out"}}, tmp_path))
+    assert load(tmp_path / "out")[name].shape == (0, 4, 4)
