@@ -1,0 +1,78 @@
+"""What people see: sizes, tables' console, the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from merger.run import Progress
+
+
+def size_text(count: int) -> str:
+    """1.23 GB: three digits, as disks are sold."""
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that does not wrap what goes to a file or to another program."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or another program wants whole names
+    return console
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
+    """A progress callback that draws a bar on a terminal and nothing elsewhere, and one for remarks."""
+    console = make_console(stderr=True)
+    if quiet:
+        yield None, None
+        return
+
+    def notice(message: str) -> None:
+        console.print(f"note: {message}", markup=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield None, notice
+        return
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console, transient=True) as bar:
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, amount="")
+            speed = next(task.speed for task in bar.tasks if task.id == tasks[what]) or 0
+            counted = f"{size_text(done)} of {size_text(total)}, {size_text(int(speed))}/s"
+            amount = "" if what.startswith("calibrating") else counted
+            bar.update(tasks[what], completed=done, total=total, amount=amount)
+
+        yield tell, notice

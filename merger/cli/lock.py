@@ -1,0 +1,19 @@
+"""`merger lock`."""
+
+from __future__ import annotations
+
+import json
+
+from merger.cli._options import AsJson, Offline, Overrides, RecipePath, load
+
+
+def lock(recipe: RecipePath, overrides: Overrides = [], offline: Offline = False, as_json: AsJson = False) -> None:  # noqa: B006
+    """Write down what a recipe comes to today, in recipe.lock beside it, for `merger run --locked`."""
+    from merger.locking import lock as write
+    from merger.locking import lock_of
+
+    content = write(load(recipe, overrides), lock_of(recipe), offline=offline)
+    if as_json:
+        print(json.dumps(content))
+    else:
+        print(f"{lock_of(recipe)}: {len(content['inputs'])} inputs, {len(content['files'])} files beside the weights")

@@ -1,0 +1,30 @@
+"""`merger plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from merger.cli._options import AsJson, MaxMemory, Offline, Overrides, RecipePath, load, memory_size
+from merger.cli._terminal import make_console
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    max_memory: MaxMemory = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a merge would do, from headers alone: nothing is downloaded whole, nothing is written."""
+    from merger import report
+    from merger.machine import preview
+    from merger.planning import plan as make_plan
+
+    loaded = load(recipe, overrides)
+    made = make_plan(loaded, offline=offline)
+    forecast = preview(made, loaded.folder / Path(loaded.output.path).expanduser(), memory_size(max_memory))
+    if as_json:
+        print(json.dumps(report.plan_json(made, forecast)))
+    else:
+        report.print_plan(made, forecast, make_console())

@@ -1,0 +1,25 @@
+"""`merger schema`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from merger.errors import RecipeError
+
+
+def schema(
+    of: Annotated[str, typer.Argument(metavar="[recipe|inspection]", help="Of what.", show_default=False)] = "recipe",
+) -> None:
+    """Print the JSON Schema of a recipe, for editors, or of what inspect --json says, for machines."""
+    from merger.errors import nearest
+
+    if of == "inspection":
+        from merger.inspection.facts import json_schema
+    elif of == "recipe":
+        from merger.recipe import json_schema
+    else:
+        raise RecipeError(f"there is no schema of {of!r}; {nearest(of, ('recipe', 'inspection'))}")
+    print(json.dumps(json_schema(), indent=2))
