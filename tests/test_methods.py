@@ -1099,6 +1099,20 @@ def test_model_stock_by_row_is_model_stock_of_each_row():
         assert_close(row, alone, 1e-6)
 
 
+def test_model_stock_by_column_is_model_stock_of_each_column():
+    deltas, stage = deltas_of(3, 6, 8), checked("model_stock", {"scope": "column"})
+    by_row = merge(checked("model_stock", {"scope": "row"}), {e: delta.T.contiguous() for e, delta in deltas.items()})
+    assert_close(merge(stage, deltas, slice_elements=16), by_row.T, 1e-6)
+
+
+@pytest.mark.parametrize("scope", ["row", "column"])
+def test_model_stock_takes_a_vector_as_a_whole(scope):
+    deltas = deltas_of(3, 8)
+    assert_close(
+        merge(checked("model_stock", {"scope": scope}), deltas), merge(checked("model_stock", {}), deltas), 1e-6
+    )
+
+
 @pytest.mark.parametrize(("clamp", "t"), [(False, -3), (True, 0)])
 def test_model_stock_of_opposed_task_vectors_goes_back_unless_clamped(clamp, t):
     merged = merge(checked("model_stock", {"clamp": clamp}), {"a": [2.5, 0], "b": [-0.3, 0.4]})
