@@ -54,12 +54,13 @@ def _check_layers(config: Path, imported: Imported, start: Path) -> None:
     from merger.importing import layers_of
 
     base = imported.recipe["base"]
-    file = start / (base if isinstance(base, str) else base["model"]) / "config.json"
+    model = base if isinstance(base, str) else base["model"]
+    file = start / model / "config.json"
     if imported.layers is None or not file.is_file():
         return
     there = layers_of(json.loads(file.read_text()))
     if there not in (None, imported.layers):
         raise RecipeError(
-            f"{config}: slices: have {imported.layers} layers, but {file.parent} has {there}; "
+            f"{config}: slices: have {imported.layers} layers, but {model} has {there}; "
             "leaving layers out has no equivalent"
         )

@@ -31,12 +31,9 @@ from merger.recipe import DType, Recipe
 
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer",
+    "tokenizer", "modules",
 }  # fmt: skip
-_LACKING = {
-    "modules": "has no equivalent: a multimodal model is merged as a whole, with rules by tensors' names",
-    "chat_template": "has no equivalent: the base's is kept; put another beside the output",
-}
+_TEMPLATE = "has no equivalent: the tokenizer keeps its own; leave it out, and put another beside the output"
 _PATH = "out/merged"
 
 
@@ -90,7 +87,7 @@ class _Importer:
         recipe = {
             "base": self._placed(start),
             "experts": {name: self._placed(model) for model, name in names.items()},
-            **({} if method is None else self._choices(method, slices, names, delta=start not in experts)),
+            **(self._choices(method, slices, names, delta=start not in experts) if method and names else {}),
             "output": {"path": _PATH, **self._dtype(), **self._tokenizer(start, names)},
         }
         self._complain()
@@ -101,7 +98,7 @@ class _Importer:
             self._complain()
         layers = self._layers(slices)
         if layers is not None:
-            self.notes.append(f"slices: the models must have {layers} layers, for all of them are merged.")
+            self.notes.append(f"slices: the models must have just {layers} layers: merger merges all that there are.")
         return Imported(recipe, tuple(dict.fromkeys(self.notes)), layers)
 
     def _complain(self) -> None:
@@ -131,17 +128,33 @@ class _Importer:
         given = self.config.get("base_model")
         return None if given is None else reference(given, ("base_model",), self.faults)
 
+    def _holder(self) -> tuple[KeyPath, Mapping[str, Any]]:
+        """What holds models or slices: the file, or the only module that it names."""
+        modules = self.config.get("modules")
+        if modules is None:
+            return (), self.config
+        if (
+            isinstance(modules, Mapping)
+            and len(modules) == 1
+            and isinstance(inner := next(iter(modules.values())), Mapping)
+        ):
+            path: KeyPath = ("modules", str(next(iter(modules))))
+            self._ignored(inner, {"models", "slices", "parameters"}, path)
+            return path, inner
+        self.faults.append((("modules",), "has no equivalent with several modules: rules tell tensors apart, by name"))
+        return (), {}
+
     def _slices(self) -> list[Slice]:
-        given = [key for key in ("models", "slices", "modules") if self.config.get(key)]
+        above, holder = self._holder()
+        given = [key for key in ("models", "slices") if holder.get(key)]
         if len(given) != 1:
-            self.faults.append(((), f"expected one of models, slices, found {' and '.join(given) or 'none'}"))
-        if given == ["models"]:
-            return [Slice((), tuple(self._sources(self.config["models"], ("models",))))]
-        if given != ["slices"]:
+            self.faults.append((above, f"expected models or slices, found {' and '.join(given) or 'neither'}"))
             return []
+        if given == ["models"]:
+            return [Slice((*above, "models"), tuple(self._sources(holder["models"], (*above, "models"))))]
         slices, layers = [], 0
-        for i, each in enumerate(self._maps(self.config["slices"], ("slices",))):
-            path: KeyPath = ("slices", i)
+        for i, each in enumerate(self._maps(holder["slices"], (*above, "slices"))):
+            path: KeyPath = (*above, "slices", i)
             self._same_base(each.get("base_model"), (*path, "base_model"))
             self._ignored(each, {"sources", "base_model", "parameters"}, path)
             sources = tuple(self._sources(each.get("sources"), (*path, "sources"), {"layer_range"}))
@@ -200,7 +213,7 @@ class _Importer:
             return base or models[0], others
         if method.base == "first" and base is not None:
             return base, [base, *others]
-        if base is not None and base not in models and not slices[0].path:  # mergekit adds it to whole models
+        if base is not None and base not in models and slices[0].layers is None:  # mergekit adds it to whole models
             models.append(base)
         return base or models[0], models
 
@@ -209,7 +222,9 @@ class _Importer:
     def _choices(
         self, method: Method, slices: list[Slice], names: Mapping[Reference, str], *, delta: bool
     ) -> dict[str, Any]:
-        settings = Settings(slices, self.config.get("parameters"), self.faults)
+        above, holder = self._holder()
+        general = {(*above, "parameters"): holder.get("parameters"), ("parameters",): self.config.get("parameters")}
+        settings = Settings(slices, list(general.items()), self.faults)
         used = {*method.shared, *method.each}
         for path, given in settings.everywhere():
             self.faults += [((*path, name), "has no equivalent") for name in method.lacking if name in given]
@@ -263,7 +278,10 @@ class _Importer:
         )
         if given == "union":
             self.faults.append(
-                (path, "union has no equivalent: no vocabularies are put together; name base or a model")
+                (
+                    path,
+                    "union has no equivalent: vocabularies are not put together; if all models share one, write base",
+                )
             )
             return {}
         model = base if given == "base" else reference(given, path, self.faults)
@@ -274,10 +292,9 @@ class _Importer:
         return {"tokenizer": names.get(model, "base")}
 
     def _other_keys(self) -> None:
-        for key, message in _LACKING.items():
-            if self.config.get(key) is not None:
-                self.faults.append(((key,), message))
-        self._ignored(self.config, {*_KEYS, *_LACKING}, ())
+        if self.config.get("chat_template") is not None:
+            self.faults.append((("chat_template",), _TEMPLATE))
+        self._ignored(self.config, {*_KEYS, "chat_template"}, ())
 
     def _ignored(self, given: Mapping[str, Any], known: set[str], path: KeyPath) -> None:
         for key in given:

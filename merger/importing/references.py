@@ -57,7 +57,7 @@ def expert_names(references: Iterable[Reference]) -> dict[Reference, str]:
     """A short name for each: its folder's or repository's own, told apart by numbers where two are the same."""
     names: dict[Reference, str] = {}
     for each in references:
-        last = (each.adapter or each.model).partition("@")[0].rstrip("/").rpartition("/")[2]
+        last = (each.adapter or each.model).partition("@")[0].replace("\\", "/").rstrip("/").rpartition("/")[2]
         stem = re.sub(r"[^A-Za-z0-9_.-]", "_", last).lstrip(".-") or "model"
         stem = "base_model" if stem == "base" else stem
         taken = set(names.values())

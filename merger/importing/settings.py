@@ -51,9 +51,9 @@ class Slice:
 class Settings:
     """All parameters of a file, and what is wrong with those that were asked for."""
 
-    def __init__(self, slices: Sequence[Slice], parameters: Any, faults: Faults) -> None:
+    def __init__(self, slices: Sequence[Slice], general: Sequence[tuple[KeyPath, Any]], faults: Faults) -> None:
         self.slices = slices
-        self.parameters = parameters
+        self.general = general  # parameters of all slices, and where they stand
         self.faults = faults
 
     def scopes(self, part: Slice, model: Reference | None) -> Iterator[tuple[KeyPath, Any]]:
@@ -62,7 +62,7 @@ class Settings:
             if source.model == model:
                 yield (*source.path, "parameters"), source.parameters
         yield (*part.path, "parameters"), part.parameters
-        yield ("parameters",), self.parameters
+        yield from self.general
 
     def everywhere(self) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
         """Every map of parameters in the file."""
@@ -88,8 +88,8 @@ class Settings:
         """A number for the tensors of a group, or a list of them over the depth; ``absent`` where the model is not."""
         found = []
         for part in self.slices:
-            there = part.layers is None or any(source.model == model for source in part.sources)
-            path, value = self._found(name, default, group, part, model) if there else ((), absent)
+            out = absent is not None and part.layers is not None and all(each.model != model for each in part.sources)
+            path, value = ((), absent) if out else self._found(name, default, group, part, model)
             found.append(_each(value, partial(self._checked, path)))
         if OUTSIDE in group:  # mergekit takes the first value for what comes before the blocks, and after them
             return _shortened([_first(found[0]), _first(found[-1])])
