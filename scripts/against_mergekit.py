@@ -1,11 +1,13 @@
 """The same merges by mergekit and by merger, and the largest difference between what they write.
 
-    python scripts/against_mergekit.py --mergekit VENV/bin/python [--only ties,della] [--keep FOLDER] [--as-it-sorts]
+    python scripts/against_mergekit.py --mergekit VENV/bin/python [--only ties,della] [--as-it-sorts] [--keep FOLDER]
+        [--models BASE A B C]
 
 VENV has mergekit (0.1.5 is what the import was written for). Tiny Llama, Granite and GPT-2 models and three
 fine-tunes of each are made in float32 and bfloat16, mergekit configurations are written for every method, and
 each runs through mergekit and, imported, through merger. Prints Markdown tables. Methods that draw random numbers
-are compared by what they keep, by what they multiply it with, and by the mean.
+are compared by what they keep, by what they multiply it with, and by the mean. --models takes models of your own
+instead, stored in bfloat16.
 
 mergekit's sorts leave the order of equal magnitudes to torch, which leaves it to the processor. So that both tools
 keep the same of them, its sorts are made stable here, lower index first, unless --as-it-sorts is given.
@@ -20,6 +22,7 @@ import argparse
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,8 @@ MODELS = {
     "GPT-2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=160, n_positions=32, n_embd=64, n_layer=3, n_head=4)),
 }
 TUNED = ("a", "b", "c")
+GIVEN = "given models"
+ROUNDED_ONCE = ", rounded once"
 
 
 def several(*weights: Any, **more: Any) -> dict[str, Any]:
@@ -195,34 +200,50 @@ def make_models(folder: Path, family: str, dtype: torch.dtype) -> None:
         model.float()
 
 
-def configurations(dtype: torch.dtype, only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A name and a configuration for every merge of models of this dtype."""
+def configurations(folder: Path, only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A name and a configuration for every merge of the models in a folder."""
     for name, config in (CASES | DRAWN).items():
-        if not only or config["merge_method"] in only:
+        if (not only or config["merge_method"] in only) and not ("slices" in config and folder.name == GIVEN):
             yield name, config
-            if dtype == torch.bfloat16 and name in CASES:
-                yield f"{name} in float32", {**config, "dtype": "float32", "out_dtype": "bfloat16"}
+            if not folder.name.endswith("float32") and name in CASES:
+                yield name + ROUNDED_ONCE, {**config, "dtype": "float32", "out_dtype": "bfloat16"}
 
 
 # --- comparison -----------------------------------------------------------------------------------
 
 
-def differences(folder: Path, name: str) -> torch.Tensor:
-    """Of every element of a merge: the distance between both tools, absolute, or in steps of bfloat16.
+@dataclass
+class Apart:
+    """How far two merges are apart: absolute in float32, in steps of bfloat16 otherwise."""
 
-    A step is the one from the base's value, or from a result if that is larger, to its neighbour.
-    """
-    base = load_all(folder / "base")
-    theirs, ours = (load_all(folder / f"{name}.{tool}") for tool in ("mergekit", "merger"))
-    assert theirs.keys() == ours.keys(), set(theirs) ^ set(ours)
-    found = []
-    for each, start in base.items():
-        apart = (theirs[each].double() - ours[each].double()).abs().flatten()
-        if start.dtype == torch.bfloat16:
-            sizes = torch.stack([values[each].double().abs().flatten() for values in (base, theirs, ours)])
-            apart /= torch.exp2(sizes.amax(0).clamp(min=1e-30).log2().floor() - 7)
-        found.append(apart)
-    return torch.cat(found)
+    most: float = 0
+    beyond: int = 0  # elements that differ by more than 1e-6, or than one step
+    elements: int = 0
+
+    def add(self, base: torch.Tensor, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+        """Counts one tensor; a step is that from the base's value, or from a result if that is larger."""
+        apart, allowed = (theirs.double() - ours.double()).abs(), 1e-6
+        if base.dtype == torch.bfloat16:
+            sizes = torch.stack([each.double().abs() for each in (base, theirs, ours)]).amax(0)
+            apart, allowed = apart / torch.exp2(sizes.clamp(min=1e-30).log2().floor() - 7), 1
+        self.most = max(self.most, apart.max().item())
+        self.beyond += int((apart > allowed).sum())
+        self.elements += apart.numel()
+
+    def __str__(self) -> str:
+        return f"{self.most:.2g}" + (f" ({self.beyond / self.elements:.2%})" if self.beyond else "")
+
+
+def differences(folders: list[Path], name: str) -> Apart:
+    """Between what both tools made of a configuration in these folders."""
+    found = Apart()
+    for folder in folders:
+        base = load_all(folder / "base")
+        theirs, ours = (load_all(folder / f"{name}.{tool}") for tool in ("mergekit", "merger"))
+        assert theirs.keys() == ours.keys(), set(theirs) ^ set(ours)
+        for each in ours:
+            found.add(base[each], theirs[each], ours[each])
+    return found
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -247,57 +268,76 @@ def drawn_facts(folder: Path, name: str, tool: str) -> tuple[float, float, float
 # --- the whole ------------------------------------------------------------------------------------
 
 
-def run_all(folder: Path, python: str, program: str, only: list[str], dtype: torch.dtype) -> str:
-    """Every merge of one family by both tools; returns mergekit's versions."""
-    for name, config in configurations(dtype, only):
+def run_all(folder: Path, python: Path, program: str, only: list[str]) -> str:
+    """Every merge of the models in a folder by both tools; returns mergekit's versions."""
+    for name, config in configurations(folder, only):
         (folder / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     ran = subprocess.run([python, "-c", program], cwd=folder, text=True, capture_output=True)
     if ran.returncode:
         raise SystemExit(f"mergekit: {ran.stderr[-2000:]}")
-    for name, _ in configurations(dtype, only):
+    for name, _ in configurations(folder, only):
         recipe = import_mergekit(read(folder / f"{name}.yml")).recipe
         recipe["output"]["path"] = f"{name}.merger"
         merge(Recipe.parse(recipe, folder))
     return ran.stdout.strip().splitlines()[-1]
 
 
+def folders_of(root: Path, models: list[Path]) -> list[Path]:
+    """Folders with a base and three fine-tunes: those that are given, or tiny ones of each family and dtype."""
+    if models:
+        (root / GIVEN).mkdir(parents=True)
+        for label, model in zip(("base", *TUNED), models, strict=True):
+            (root / GIVEN / label).symlink_to(model.absolute())
+        return [root / GIVEN]
+    made = []
+    for family in MODELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            made.append(root / f"{family} {str(dtype).removeprefix('torch.')}")
+            made[-1].mkdir(parents=True)
+            make_models(made[-1], family, dtype)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--mergekit", required=True, metavar="PYTHON", help="the interpreter that has mergekit")
+    parser.add_argument(
+        "--mergekit", required=True, metavar="PYTHON", type=Path, help="the interpreter that has mergekit"
+    )
     parser.add_argument("--only", default="", help="merge methods of mergekit, with commas")
     parser.add_argument("--keep", type=Path, help="keep everything in this new folder")
     parser.add_argument("--as-it-sorts", action="store_true", help="leave mergekit's choice among equals to torch")
+    parser.add_argument("--models", nargs=4, type=Path, default=[], metavar="MODEL", help="a base and three fine-tunes")
     given = parser.parse_args()
     program = BY_MERGEKIT if given.as_it_sorts else STABLE + BY_MERGEKIT
     only = [name for name in given.only.split(",") if name]
     with tempfile.TemporaryDirectory() as temporary:
-        root = given.keep or Path(temporary)
-        for family in MODELS:
-            for dtype in (torch.float32, torch.bfloat16):
-                folder = root / f"{family}-{str(dtype).removeprefix('torch.')}"
-                folder.mkdir(parents=True)
-                make_models(folder, family, dtype)
-                versions = run_all(folder, str(Path(given.mergekit).absolute()), program, only, dtype)
-        print_tables(root, only)
-        print(f"\nmergekit: {versions}. merger: {', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers'))}.")
+        folders = folders_of(given.keep or Path(temporary), given.models)
+        versions = [run_all(folder, given.mergekit.absolute(), program, only) for folder in folders]
+        print_differences(folders, only)
+        print_drawn(folders, only)
+    print(f"\nmergekit: {versions[0]}. merger: {', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers'))}.")
 
 
-def print_tables(root: Path, only: list[str]) -> None:
-    chosen = [name for name, config in CASES.items() if not only or config["merge_method"] in only]
-    print(f"| merge | {' | '.join(f'{each}, float32' for each in MODELS)} | bfloat16, computed in float32 | as it is |")
-    print("|---|---|---|---|---|---|")
-    for name in chosen:
-        cells = [f"{differences(root / f'{family}-float32', name).max():.1e}" for family in MODELS]
-        for suffix in (" in float32", ""):
-            found = torch.cat([differences(root / f"{family}-bfloat16", name + suffix) for family in MODELS])
-            cells.append(f"{found.max():.3g} ({(found > 1).float().mean():.2%})")
-        print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| drawn at random | model | kept | multiplied by | mean |\n|---|---|---|---|---|")
-    for name in (name for name, config in DRAWN.items() if not only or config["merge_method"] in only):
-        for family in MODELS:
-            facts = [drawn_facts(root / f"{family}-float32", name, tool) for tool in ("mergekit", "merger")]
+def print_differences(folders: list[Path], only: list[str]) -> None:
+    exact = [folder for folder in folders if folder.name.endswith("float32")]
+    rounded = [folder for folder in folders if folder not in exact]
+    print(
+        "|".join(["| merge ", *(f" {each.name} " for each in exact), " bfloat16, computed in float32 ", " as it is |"])
+    )
+    print("|---" * (len(exact) + 3) + "|")
+    for name in (name for name, _ in configurations(folders[0], only) if name in CASES):
+        cells = [differences([folder], name) for folder in exact]
+        cells += [differences(rounded, name + suffix) for suffix in (ROUNDED_ONCE, "")]
+        print(f"| {name} | {' | '.join(map(str, cells))} |")
+
+
+def print_drawn(folders: list[Path], only: list[str]) -> None:
+    print("\n| drawn at random | models | kept | multiplied by | mean |\n|---|---|---|---|---|")
+    for name in (name for name, _ in configurations(folders[0], only) if name in DRAWN):
+        for folder in folders:
+            facts = [drawn_facts(folder, name, tool) for tool in ("mergekit", "merger")]
             pairs = zip(*facts, strict=True)
-            print(f"| {name} | {family} | {' | '.join(f'{one:.4f} / {other:.4f}' for one, other in pairs)} |")
+            print(f"| {name} | {folder.name} | {' | '.join(f'{one:.4f} / {other:.4f}' for one, other in pairs)} |")
 
 
 if __name__ == "__main__":

@@ -398,7 +398,7 @@ tokenizer: {source: union, pad_to_multiple_of: 8}
             "m.yml:3: models.0.model.override_architecture: has no equivalent",
         ),
         ("merge_method: linear\n---\nmodels: []", "m.yml:2: holds several documents"),
-        (config("slerp", "parameters: {t: 1.5}", ONE), "m.yml:1: merge_method: parameters.t: is 1.5, expected at most 1"),
+        (config("slerp", "parameters: {t: 1.5}", ONE), "m.yml:1: merge_method: parameters.t: is 1.5, expected at most"),
         (
             config("nuslerp", models="{a: {weight: 1}}"),
             "m.yml:1: merge_method: method: nuslerp merges exactly 2 experts",
