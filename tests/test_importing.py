@@ -382,6 +382,10 @@ tokenizer: {source: union, pad_to_multiple_of: 8}
             "m.yml:6: parameters.normalize: expected true or false",
         ),
         (config("ties", base=""), "m.yml:1: merge_method: needs a base_model"),
+        (
+            config("ties", models="{a: {weight: [1, -1]}}"),
+            "m.yml:1: merge_method: has no equivalent with a negative weight",
+        ),
         (config("ties", models="{base: {}}"), "m.yml:2: models: expected a model other than base_model"),
         (config("multislerp", "parameters: {eps: 0.1}"), "m.yml:6: parameters.eps: has no equivalent"),
         ("merge_method: linear\nmodules: {x: {}, y: {}}", "m.yml:2: modules: has no equivalent with several modules"),

@@ -96,7 +96,8 @@ class _Importer:
         except RecipeError as error:
             self.faults += [(("merge_method",), fault.removeprefix("recipe: ")) for fault in error.faults]
             self._complain()
-        layers = self._layers(slices)
+        counts = [part.layers for part in slices if part.layers is not None]
+        layers = sum(counts) if counts else None
         if layers is not None:
             self.notes.append(f"slices: the models must have just {layers} layers: merger merges all that there are.")
         return Imported(recipe, tuple(dict.fromkeys(self.notes)), layers)
@@ -114,7 +115,7 @@ class _Importer:
 
     def _method(self) -> Method | None:
         name = self.config.get("merge_method")
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             near = nearest(str(name), METHODS)
             self.faults.append(
                 (("merge_method",), "is missing" if name is None else f"{name!r} has no equivalent; {near}")
@@ -158,7 +159,7 @@ class _Importer:
             self._same_base(each.get("base_model"), (*path, "base_model"))
             self._ignored(each, {"sources", "base_model", "parameters"}, path)
             sources = tuple(self._sources(each.get("sources"), (*path, "sources"), {"layer_range"}))
-            count = self._range(each.get("sources"), (*path, "sources"), layers)
+            count = self._layers(sources, layers)
             slices.append(Slice(path, sources, each.get("parameters"), count))
             layers += count
         return slices
@@ -172,7 +173,7 @@ class _Importer:
                 self.faults.append(((*path, i, "model"), "stands here a second time"))
             elif model is not None:
                 seen.add(model)
-                yield Source(model, (*path, i), each.get("parameters"))
+                yield Source(model, (*path, i), each.get("parameters"), each.get("layer_range"))
 
     def _maps(self, given: Any, path: KeyPath) -> list[Mapping[str, Any]]:
         if isinstance(given, list) and given and all(isinstance(each, Mapping) for each in given):
@@ -180,20 +181,22 @@ class _Importer:
         self.faults.append((path, "expected a list of keys and values"))
         return []
 
-    def _range(self, sources: Any, path: KeyPath, begin: int) -> int:
-        """How many layers a slice has, if it is those that come next."""
-        ranges = [each.get("layer_range") for each in sources if isinstance(each, Mapping)] if sources else []
-        for i, given in enumerate(ranges):
-            here = (*path, i, "layer_range")
-            if not (isinstance(given, list) and len(given) == 2 and all(type(end) is int for end in given)):
-                self.faults.append((here, "expected the first layer and the one after the last, as in [0, 32]"))
-            elif given[0] != begin or given[1] <= begin:
-                moved = f"layers {given[0]} to {given[1] - 1} would not stay where they are"
-                self.faults.append((here, f"has no equivalent: {moved} (expected a range from {begin} on)"))
-            elif given != ranges[0]:
-                self.faults.append((here, f"is {given}, but {ranges[0]} in the same slice"))
-        ends = ranges[0] if ranges and isinstance(ranges[0], list) else []
-        return ends[1] - begin if len(ends) == 2 and all(type(end) is int for end in ends) and ends[1] > begin else 1
+    def _layers(self, sources: tuple[Source, ...], begin: int) -> int:
+        """How many layers a slice has, if they are those that come next."""
+        end = begin + 1
+        for i, source in enumerate(sources):
+            here = (*source.path, "layer_range")
+            match source.layers:
+                case [int(first), int(stop)] if first == begin < stop and (i == 0 or stop == end):
+                    end = stop
+                case [int(first), int(stop)] if i and stop - first != end - begin:
+                    self.faults.append((here, f"has {stop - first} layers, but {end - begin} in the same slice"))
+                case [int(first), int(stop)]:
+                    moved = f"layers {first} to {stop - 1} would not stay where they are"
+                    self.faults.append((here, f"has no equivalent: {moved} (expected a range from {begin} on)"))
+                case _:
+                    self.faults.append((here, "expected the first layer and the one after the last, as in [0, 32]"))
+        return end - begin
 
     def _same_base(self, given: Any, path: KeyPath) -> None:
         if given is not None and reference(given, path, self.faults) != self._base():
@@ -246,10 +249,6 @@ class _Importer:
             if _absent(method) is None and own != models[0]:
                 self.faults.append(((*part.path, "sources"), "has no equivalent: other models than in the first slice"))
 
-    def _layers(self, slices: list[Slice]) -> int | None:
-        counts = [part.layers for part in slices if part.layers is not None]
-        return sum(counts) if counts else None
-
     # --- what is left ---
 
     def _dtype(self) -> dict[str, str]:
@@ -265,9 +264,11 @@ class _Importer:
 
     def _tokenizer(self, base: Reference, names: Mapping[Reference, str]) -> dict[str, str]:
         path: KeyPath = ("tokenizer_source",)
-        given = self.config.get("tokenizer_source")
-        if given is None and isinstance(self.config.get("tokenizer"), Mapping):
-            tokenizer, path = self.config["tokenizer"], ("tokenizer", "source")
+        given, tokenizer = self.config.get("tokenizer_source"), self.config.get("tokenizer")
+        if not isinstance(tokenizer, Mapping | None):
+            self.faults.append((("tokenizer",), "expected keys and values, as in {source: base}"))
+        elif given is None and tokenizer is not None:
+            path = ("tokenizer", "source")
             given = tokenizer.get("source", "union")
             lacking = [key for key in ("tokens", "pad_to_multiple_of") if tokenizer.get(key)]
             self.faults += [(("tokenizer", key), "has no equivalent") for key in lacking]
@@ -318,16 +319,16 @@ def _choice(
     for name, default in method.each.items():
         absent = 0 if name == _absent(method) else None
         values[name] = {expert: settings.number(name, default, group, model, absent) for model, expert in names.items()}
-    stages = [{name: {key: _plain(value) for key, value in given.items()}} for name, given in _items(method, values)]
-    if len(stages) > 1:
-        return {"pipeline": [each if given else name for each in stages for name, given in each.items()]}
-    ((name, given),) = stages[0].items()
+    try:
+        stages = [(name, given) for stage in method.stages(values) for name, given in stage.items()]
+    except ValueError as error:
+        settings.faults.append((("merge_method",), str(error)))
+        return {}
+    plain = [(name, {key: _plain(value) for key, value in given.items()}) for name, given in stages]
+    if len(plain) > 1:
+        return {"pipeline": [{name: given} for name, given in plain]}
+    ((name, given),) = plain
     return {"method": name, "parameters": given} if given else {"method": name}
-
-
-def _items(method: Method, values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for stage in method.stages(values):
-        yield from stage.items()
 
 
 def _plain(value: Any) -> Any:

@@ -36,6 +36,7 @@ class Source:
     model: Reference
     path: KeyPath
     parameters: Any
+    layers: Any = None  # its layer_range
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,15 @@ class Settings:
         if given:
             self.faults.append(((*given[0][0], name), "says nothing of tensors that none of its filters names"))
         else:
-            own = next((source.path for source in part.sources if source.model == model), ("merge_method",))
+            own: KeyPath = ("merge_method",) if model is None else ("base_model",)  # which mergekit adds to the models
+            own = next((source.path for source in part.sources if source.model == model), own)
             self.faults.append((own, f"{name} is missing, which the method needs"))
         return (), 0
 
     def _checked(self, path: KeyPath, value: Any) -> Any:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             self.faults.append(

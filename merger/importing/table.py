@@ -24,7 +24,7 @@ class Method:
     base: Base
     shared: Values  # parameters of the merge
     each: Values  # parameters of each model
-    stages: Callable[[Values], Stages]
+    stages: Callable[[Values], Stages]  # ValueError for values that have no equivalent
     idle: Sequence[str] = ()  # what changes nothing in the result
     lacking: Sequence[str] = ()  # what has no equivalent
     remark: str = ""  # what is not the same, in a line
@@ -81,6 +81,14 @@ def _magprune(p: Values) -> Stages:
     return [{"magprune": {"density": density, "epsilon": width, "rank_norm": "n-1", "rescale": "none"}}]
 
 
+def _no_negative(weights: Mapping[str, Any]) -> None:
+    if any(each < 0 for weight in weights.values() for each in (weight if isinstance(weight, list) else [weight])):
+        raise ValueError(
+            "has no equivalent with a negative weight: mergekit elects by the signs of weighted changes, merger by the "
+            "changes' own"
+        )
+
+
 def _general(
     sparsify: Callable[[Values], Stages] | None,
     *,
@@ -95,6 +103,7 @@ def _general(
         thinned = sparsify(p) if thins and sparsify is not None else []
         rescaled: Stages = [{"rescale": {"by": "l1"}}] if thinned and p["rescale"] else []
         if elect:
+            _no_negative(p["weight"])
             how = "mean" if p["normalize"] else "sum"
             merged: Stages = [{"sign_elect": {"weight": p["weight"], "merge": how, "zero_sign": "positive"}}]
         else:
