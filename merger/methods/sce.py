@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.methods._parameters import Share
 from merger.methods._registry import merger
-from merger.methods.sign_elect import mean_of_agreeing
-from merger.ops import Flow, Size, Sum, keep, select, summed
+from merger.ops import Flow, Size, Sum, keep, mean_of_agreeing, select, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
