@@ -1,11 +1,15 @@
 """mergekit configurations as recipes: methods, filters and gradients, slices, and what has no equivalent."""
 
+import math
+from contextlib import suppress
 from fractions import Fraction
 
 import pytest
 import torch
 import yaml
 from checkpoints import load, save, trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from merger import Recipe, RecipeError, merge, plan
 from merger.document import parse
@@ -432,6 +436,38 @@ def test_layers_that_move_have_no_equivalent(ranges, fault):
 def test_slices_of_other_models_have_no_equivalent_where_no_weight_can_leave_one_out():
     text = SLICED.replace("merge_method: linear", "merge_method: karcher")
     assert "m.yml:8: slices.1.sources: has no equivalent: other models than in the first slice" in faults(text)
+
+
+JUNK = [
+    None, True, -1, 1.5, "x", "", "a+b", [], [1, 2], ["a"], {}, {"a": 1}, {"filter": "mlp", "value": 1},
+    [{"value": {}}], math.inf, 10**400, [[1]], {"model": {"path": 3}},
+]  # fmt: skip
+
+
+def places(node, path=()):
+    """Every place in a tree of maps and lists."""
+    yield path
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, each in pairs:
+        yield from places(each, (*path, key))
+
+
+def changed(node, path, value):
+    """The tree with another value at a place."""
+    if not path:
+        return value
+    pairs = node.items() if isinstance(node, dict) else enumerate(node)
+    several = {key: changed(each, path[1:], value) if key == path[0] else each for key, each in pairs}
+    return several if isinstance(node, dict) else list(several.values())
+
+
+@given(st.sampled_from([text for text, _ in TRANSLATED] + [GRADED, SLICED]), st.data())
+@settings(max_examples=60)
+def test_whatever_a_configuration_says_is_imported_or_refused_in_words(text, data):
+    tree = yaml.safe_load(text)
+    path = data.draw(st.sampled_from([path for path in places(tree) if path]))
+    with suppress(RecipeError):
+        imported(yaml.safe_dump(changed(tree, path, data.draw(st.sampled_from(JUNK)))))
 
 
 # --- the command ------------------------------------------------------------------------------------
