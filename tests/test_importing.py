@@ -391,7 +391,7 @@ tokenizer: {source: union, pad_to_multiple_of: 8}
             "m.yml:1: merge_method: has no equivalent with a negative weight",
         ),
         (config("ties", models="{base: {}}"), "m.yml:2: models: expected a model other than base_model"),
-        (config("multislerp", "parameters: {eps: 0.1}"), "m.yml:6: parameters.eps: has no equivalent"),
+        (config("multislerp", "parameters: {eps: 0.1}"), "m.yml:1: merge_method: has no equivalent with eps: 0.1"),
         ("merge_method: linear\nmodules: {x: {}, y: {}}", "m.yml:2: modules: has no equivalent with several modules"),
         ("merge_method: linear", "m.yml: expected models or slices, found neither"),
         ("models: [{model: a}]", "m.yml: merge_method: is missing"),

@@ -34,6 +34,7 @@ _KEYS = {
     "tokenizer", "modules",
 }  # fmt: skip
 _TEMPLATE = "has no equivalent: the tokenizer keeps its own; leave it out, and put another beside the output"
+_UNION = "union has no equivalent: vocabularies are not put together; if all models share one, write base"
 _PATH = "out/merged"
 
 
@@ -230,8 +231,7 @@ class _Importer:
         settings = Settings(slices, list(general.items()), self.faults)
         used = {*method.shared, *method.each}
         for path, given in settings.everywhere():
-            self.faults += [((*path, name), "has no equivalent") for name in method.lacking if name in given]
-            self._ignored(given, {*used, *method.idle, *method.lacking}, path)
+            self._ignored(given, {*used, *method.idle}, path)
         self._same_models(method, slices)
         conditions = settings.conditions(used)
         if len(conditions) > MOST_FILTERS + 2:
@@ -278,12 +278,7 @@ class _Importer:
             "Vocabulary rows are matched by number, where mergekit matches the tokens that they stand for."
         )
         if given == "union":
-            self.faults.append(
-                (
-                    path,
-                    "union has no equivalent: vocabularies are not put together; if all models share one, write base",
-                )
-            )
+            self.faults.append((path, _UNION))
             return {}
         model = base if given == "base" else reference(given, path, self.faults)
         if model is None or model == base:

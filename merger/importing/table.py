@@ -26,7 +26,6 @@ class Method:
     each: Values  # parameters of each model
     stages: Callable[[Values], Stages]  # ValueError for values that have no equivalent
     idle: Sequence[str] = ()  # what changes nothing in the result
-    lacking: Sequence[str] = ()  # what has no equivalent
     remark: str = ""  # what is not the same, in a line
 
 
@@ -57,6 +56,8 @@ def _nuslerp(p: Values) -> Stages:
 
 
 def _multislerp(p: Values) -> Stages:
+    if isinstance(p["eps"], list) or p["eps"] > 1e-6:  # less is not seen in float32
+        raise ValueError(f"has no equivalent with eps: {p['eps']}, which shortens every direction; leave it out")
     return [{"multislerp": {"weight": p["weight"], "space": p["space"], "normalize": p["normalize_weights"]}}]
 
 
@@ -99,8 +100,8 @@ def _general(
     remark: str = "",
 ) -> Method:
     def stages(p: Values) -> Stages:
-        thins = sparsify is not None and any(density != 1 for density in p["density"].values())
-        thinned = sparsify(p) if thins and sparsify is not None else []
+        whole = sparsify is None or all(density == 1 for density in p["density"].values())
+        thinned = [] if sparsify is None or whole else sparsify(p)
         rescaled: Stages = [{"rescale": {"by": "l1"}}] if thinned and p["rescale"] else []
         if elect:
             _no_negative(p["weight"])
@@ -135,7 +136,7 @@ METHODS: dict[str, Method] = {
         lambda p: [{"slerp": {"t": p["t"], "space": "weights"}}],
     ),
     "nuslerp": Method("either", {"nuslerp_flatten": True, "nuslerp_row_wise": False}, {"weight": NEEDED}, _nuslerp),
-    "multislerp": Method("either", {"normalize_weights": True}, {"weight": NEEDED}, _multislerp, lacking=("eps",)),
+    "multislerp": Method("either", {"normalize_weights": True, "eps": 1e-8}, {"weight": NEEDED}, _multislerp),
     "karcher": Method(
         "input", {"max_iter": 10, "tol": 1e-5}, {},
         lambda p: [{"karcher": {"space": "weights", "max_iter": p["max_iter"], "tol": p["tol"]}}],
