@@ -60,9 +60,9 @@ def import_mergekit(document: Document, place: Callable[[str], str] = str) -> Im
     return _Importer(document, place).imported()
 
 
-def layers_of(config: Mapping[str, Any]) -> int | None:
+def layers_of(config: Any) -> int | None:
     """How many layers a model's config.json says it has."""
-    inner = text_config(config)
+    inner = text_config(config) if isinstance(config, Mapping) else {}
     return next(
         (inner[key] for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in inner), None
     )
