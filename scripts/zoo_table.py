@@ -75,6 +75,13 @@ HALVES: dict[str, list[dict[str, Any]]] = {  # of CABS: the stage that thins, be
     "BS only": [{"bs": {"n": 64, "m": 256}}],
     "both: CABS": [{"bs": {"n": 64, "m": 256, "exclusive": "listed"}}],
 }
+SEVERAL: list[tuple[str, Parameters]] = [  # outputs that hold each expert
+    ("emr", {}),
+    ("tall_masks", {}),
+    ("byom", {"density": 0.1}),
+    ("tsv_c", {}),
+    ("factors", {"rank_share": 0.1}),
+]
 LAMBDAS = (0.7, 1, 1.4)
 BLOCKS = ((1, 4), (4, 16), (16, 64), (64, 256), (256, 1024), (1024, 4096))
 """n:m of one density, in blocks that grow."""
@@ -128,6 +135,11 @@ class Judge:
         )
 
 
+def weights_of(checkpoint: Path) -> int:
+    """Bytes of its weight files."""
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+
+
 def recipe(zoo: Path, data: Path, method: str, parameters: Parameters, output: Path, samples: int) -> merger.Recipe:
     """The merge of the three experts by one method, or by the stages of a ``pipeline``."""
     written: dict[str, Any] = {
@@ -175,15 +187,35 @@ class Table:
 
         return self._line(f"{part} {method} {said}", compute)
 
+    def several(self, method: str, parameters: Parameters) -> dict[str, Any]:
+        """Each expert's losses on its own domain as an output that holds all of them gives it back, and the output's size."""
+
+        def compute() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                packed = Path(folder) / "packed"
+                own: dict[str, float] = {}
+                merger.merge(recipe(self.zoo, self.data, method, parameters, packed, 0))
+                for domain in DOMAINS:
+                    expert = Path(folder) / domain
+                    merger.extract(packed, domain, expert, base=str(self.zoo / "base"))
+                    own |= self.judge.losses(expert, {domain: self.parts["report"][domain]})
+                whole = sum(weights_of(self.zoo / domain) for domain in DOMAINS)
+                return {"losses": own, "size": weights_of(packed) / whole}
+
+        return self._entry(f"report several {method} {json.dumps(parameters, sort_keys=True)}", compute)
+
     def _line(self, key: str, compute: Any) -> dict[str, float]:
+        found: dict[str, float] = self._entry(key, lambda: {"losses": compute()})["losses"]
+        return found
+
+    def _entry(self, key: str, compute: Any) -> dict[str, Any]:
         if key not in self.lines:
             began = time.monotonic()
-            self.lines[key] = {"key": key, "losses": compute(), "seconds": round(time.monotonic() - began, 1)}
+            self.lines[key] = {"key": key, **compute(), "seconds": round(time.monotonic() - began, 1)}
             with self.record.open("a") as file:
                 file.write(json.dumps(self.lines[key]) + "\n")
             print(key, self.lines[key]["losses"], flush=True)
-        found: dict[str, float] = self.lines[key]["losses"]
-        return found
+        return self.lines[key]
 
     def kept(self, part: str, found: Mapping[str, float]) -> float:
         """The mean share of the experts' gains."""
@@ -229,6 +261,12 @@ def report(table: Table) -> Iterator[str]:
     for n, m in BLOCKS:
         setting = {"n": n, "m": m, "lambda": 1}
         yield table.row("cabs", f"{n}:{m}", table.merged("report", "cabs", setting))
+    yield "\n## Outputs that hold each expert\n"
+    yield "Each expert as `merger extract` rebuilds it, on its own domain; size as a share of the three checkpoints.\n"
+    yield head.replace("share kept", "share kept | size") + "---|"
+    for name, parameters in SEVERAL:
+        entry = table.several(name, parameters)
+        yield f"{table.row(name, json.dumps(parameters), entry['losses'])} {entry['size']:.3f} |"
 
 
 def main() -> None:
