@@ -372,9 +372,8 @@ class _Merge:
 
     def _names(self, tensor: TensorPlan) -> list[str]:
         """The names under which a tensor is written: its results', or its own and that of a head that repeats it."""
-        if tensor.packed is not None:
-            return list(tensor.stored)
-        return [tensor.name, *(twin for of, twin in self.twins.items() if of == tensor.name)]
+        twins = [] if tensor.packed else [twin for of, twin in self.twins.items() if of == tensor.name]
+        return [*tensor.stored, *twins]
 
     def _copy(self, tensor: TensorPlan, part: Part) -> None:
         """Copies a tensor slice by slice; a buffer that differs between models is told of."""

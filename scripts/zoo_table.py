@@ -188,7 +188,7 @@ class Table:
         return self._line(f"{part} {method} {said}", compute)
 
     def several(self, method: str, parameters: Parameters) -> dict[str, Any]:
-        """Each expert's losses on its own domain as an output that holds all of them gives it back, and the output's size."""
+        """Each expert's losses on its own domain as an output that holds all gives it back, and the output's size."""
 
         def compute() -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
