@@ -245,10 +245,10 @@ def _rebuilt_slice(sources: _Sources, tensor: _Tensor, matrix: int, rows: range,
     packing = ENTRIES[tensor.by].packing
     assert packing is not None, "it is a pack"
     delta = packing.unpack(**results).float()
-    merged = restored(stored, base, deltas, delta.T if tensor.transposed else delta, torch_dtype(tensor.info))
-    if not torch.isfinite(merged).all():
-        raise CheckpointError(f"{tensor.name}: the rebuilt values overflow {tensor.info.dtype}")
-    return merged
+    try:
+        return restored(stored, base, deltas, delta.T if tensor.transposed else delta, torch_dtype(tensor.info))
+    except OverflowError:
+        raise CheckpointError(f"{tensor.name}: the rebuilt values overflow {tensor.info.dtype}") from None
 
 
 def _others(sources: _Sources, tensor: _Tensor, matrix: int, rows: range, skipped: Counter[str]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections import Counter
@@ -341,9 +340,10 @@ class _Merge:
         self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor
     ) -> tuple[int, Tensor]:
         """The first row of a slice in the stored tensor, and what is written from there on."""
-        merged = rounded(tensor, part, stored, piece, delta)
-        if not math.isfinite(merged.sum()) and not torch.isfinite(merged).all():
-            raise _overflow(tensor)
+        try:
+            merged = rounded(tensor, part, stored, piece, delta)
+        except OverflowError:
+            raise _overflow(tensor) from None
         return part.row + (0 if part.transposed else piece.row), merged
 
     def _put_results(

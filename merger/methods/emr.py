@@ -37,6 +37,6 @@ def emr(
     unified = elected * keep(deltas.abs(), agreeing).amax(0)
     mask = agreeing & (unified != 0)
     own = yield Sum(deltas.double().abs().sum((1, 2)), scope)
-    left = yield Sum(keep(unified.double().abs(), mask).sum((1, 2)), scope)
+    left = yield Sum((unified.double().abs() * mask).sum((1, 2)), scope)
     rescale = torch.where(left > 0, own / left.where(left > 0, 1), 0)
     return {"unified": unified, "mask": mask, "rescale": rescale.float()}
