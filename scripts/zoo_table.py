@@ -69,11 +69,10 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "wudi": [{}],
 }
 CALIBRATED = {"obim", "ties_obm", "regmean", "regmean_diag"}
-HALVES: dict[str, list[dict[str, Any]]] = {  # of CABS: the stage that thins, before the sum
+HALVES: dict[str, list[dict[str, Any]]] = {  # of CABS: what thins, before the sum
     "neither": [{"top": {"density": 0.25}}],
     "CA only": [{"top": {"density": 0.25, "exclusive": "listed"}}],
     "BS only": [{"bs": {"n": 64, "m": 256}}],
-    "both: CABS": [{"bs": {"n": 64, "m": 256, "exclusive": "listed"}}],
 }
 SEVERAL: list[tuple[str, Parameters]] = [  # outputs that hold each expert
     ("emr", {}),
@@ -82,7 +81,7 @@ SEVERAL: list[tuple[str, Parameters]] = [  # outputs that hold each expert
     ("tsv_c", {}),
     ("factors", {"rank_share": 0.1}),
 ]
-LAMBDAS = (0.7, 1, 1.4)
+LAMBDAS = (0.7, 1)
 BLOCKS = ((1, 4), (4, 16), (16, 64), (64, 256), (256, 1024), (1024, 4096))
 """n:m of one density, in blocks that grow."""
 ORDERS: list[Any] = ["rotation", *({end: name} for end in ("first", "last") for name in DOMAINS)]
@@ -254,6 +253,8 @@ def report(table: Table) -> Iterator[str]:
     for samples in SAMPLES:
         yield table.row("obim", f"{samples} samples", table.merged("report", "obim", density, samples))
     yield "\n## CABS: its two halves\n\n" + head
+    both = table.best("cabs", [{"n": 64, "m": 256, "lambda": factor} for factor in LAMBDAS])
+    yield table.row("both: CABS", json.dumps(both), table.merged("report", "cabs", both))
     for name, stages in HALVES.items():
         chosen = table.best("pipeline", [[*stages, {"sum": {"weight": factor}}] for factor in LAMBDAS])
         yield table.row(name, json.dumps(chosen), table.merged("report", "pipeline", chosen))
