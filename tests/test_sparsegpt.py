@@ -106,6 +106,20 @@ def test_an_expert_whose_inputs_were_never_seen_is_thinned_by_magnitude():
     assert torch.equal(got, by_size)
 
 
+def test_exclusive_experts_hold_no_position_twice_and_the_first_chooses_as_if_alone():
+    deltas = dict(zip("abc", randn(3, 8, 12), strict=True))
+    known = inputs_of(*(correlated(12, seed=i) for i in range(3)))
+
+    def left(expert, **more):
+        only = {name: int(name == expert) for name in deltas}
+        stages = [checked("sparsegpt", {"density": "1/3", **more}), checked("sum", {"weight": only})]
+        return merge(stages, deltas, inputs=known)
+
+    held = {name: left(name, exclusive=["b", "a", "c"]) != 0 for name in deltas}
+    assert torch.equal(sum(mask.int() for mask in held.values()), torch.ones(8, 12, dtype=torch.int32))
+    assert torch.equal(left("b", exclusive=["b", "a", "c"]), left("b"))
+
+
 @pytest.mark.parametrize("kind", ["vector", "embedding"])
 def test_tensors_without_inputs_are_thinned_by_magnitude(kind):
     delta = randn(1 if kind == "vector" else 4, 6)
