@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -25,8 +25,8 @@ from merger.errors import CheckpointError, RecipeError, nearest
 from merger.inspection import manifests
 from merger.inspection.masks import is_packed
 from merger.machine import SLICE, tuned
-from merger.methods._registry import ENTRIES, Form
-from merger.packing import as_columns, mask_of, open_packed, stored_name
+from merger.methods._registry import ENTRIES
+from merger.packing import Packed, as_columns, mask_of, open_packed
 from merger.record import RECORD
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def extract(
     ):
         check_output(target, [packed.directory, model.directory], force=force)
         sources = _Sources(expert, packed, flat, model)
-        tensors = {name: _fate(name, record["tensors"], packed) for name in record["tensors"]}
-        infos = {name: tensor.info if isinstance(tensor, _Tensor) else tensor for name, tensor in tensors.items()}
+        tensors = list(_tensors(record, packed))
+        infos = {tensor.name: tensor.info for tensor in tensors}
         shards = layout(list(infos.items()), record["recipe"]["output"]["shard_size"])
         writer = Writer(target, shards, infos, {"expert": expert, "packed": _digest(source)})
         try:
@@ -115,34 +115,44 @@ def _base(folder: Path, record: Mapping[str, Any], given: str | None, offline: b
     return model
 
 
-def _fate(name: str, fates: Mapping[str, Any], packed: Checkpoint) -> _Tensor | Info:
-    """How a tensor of the expert is rebuilt, or what it is where all experts have it as it lies in the files."""
-    said = fates[name]
-    of = said.get("tied to", name)
-    if "packed" in fates[of]:
-        return _Tensor.recorded(of, fates[of])
-    if name not in packed.tensors:
-        raise CheckpointError(f"{packed.directory}: has no tensor {name}, which its manifest names; verify it")
-    return packed.tensors[name]
+def _tensors(record: Mapping[str, Any], packed: Checkpoint) -> Iterator[_Tensor]:
+    """All tensors of the expert, and what they are made of."""
+    fates = record["tensors"]
+    for name, said in fates.items():
+        of = said.get("tied to", name)
+        how = fates[of].get("packed")
+        made = None if how is None else Packed.of(of, list(record["recipe"]["experts"]), how)
+        stored = {name: packed.tensors.get(name)} if made is None else made.infos
+        for each, info in stored.items():
+            there = packed.tensors.get(each)
+            if there is None or info is None or (there.dtype, there.shape) != (info.dtype, info.shape):
+                raise CheckpointError(f"{packed.directory}: {each} is not there as merger.json says; verify it")
+        read = fates[of].get("reads", {}).get("base", of)
+        yield _Tensor(name, packed.tensors[name] if made is None else made.info, read, made)
 
 
 def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
 
 
-def _write(sources: _Sources, tensors: Mapping[str, _Tensor | Info], writer: Writer, tell: Tell) -> None:
-    done, total = 0, sum((each.info if isinstance(each, _Tensor) else each).nbytes for each in tensors.values())
+def _write(sources: _Sources, tensors: Sequence[_Tensor], writer: Writer, tell: Tell) -> None:
+    done, total = 0, sum(tensor.info.nbytes for tensor in tensors)
     with tuned():
-        for name, each in tensors.items():
+        for tensor in tensors:
             position = 0
-            pieces = _rebuilt(sources, each) if isinstance(each, _Tensor) else _copied(sources.packed, name)
-            for values in pieces:
+            for values in _values(sources, tensor):
                 data = values.contiguous().flatten().view(torch.uint8).numpy().data
-                writer.write(name, position, data)
+                writer.write(tensor.name, position, data)
                 position += len(data)
                 done += len(data)
                 tell("extracting", done, total)
-            writer.done(name)
+            writer.done(tensor.name)
+
+
+def _values(sources: _Sources, tensor: _Tensor) -> Iterator[Tensor]:
+    if tensor.packed is None:
+        return _copied(sources.packed, tensor.name)
+    return _rebuilt(sources, tensor.packed, tensor.read)
 
 
 def _copied(packed: Checkpoint, name: str) -> Iterator[Tensor]:
@@ -155,7 +165,8 @@ def _copied(packed: Checkpoint, name: str) -> Iterator[Tensor]:
 
 def _write_side_files(source: Path, title: str, expert: str, record: Mapping[str, Any], folder: Path) -> None:
     """Config, tokenizer and the rest as they lie beside the packed files, and a card."""
-    manifest.copy_side_files({name: source / name for name in record["files"]}, folder)
+    named = (name for name in record["files"] if Path(name).name == name)  # never a way out of the folder
+    manifest.copy_side_files({name: source / name for name in named}, folder)
     base = record["inputs"]["base"]["source"]
     write_text(folder / "README.md", manifest.extracted_card(title, base, expert, source.name))
 
@@ -179,89 +190,66 @@ class _Sources:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """How one tensor of the expert was packed, as the manifest has it."""
+    """One tensor of the expert."""
 
     name: str
-    read: str  # the base's tensor
     info: Info
-    by: str
-    forms: Mapping[str, Form]
-    matrices: int
-    rows: int
-    columns: int
-    transposed: bool
-
-    @classmethod
-    def recorded(cls, name: str, said: Mapping[str, Any]) -> _Tensor:
-        """What the manifest says of the tensor ``name``."""
-        packed = said["packed"]
-        return cls(
-            name=name,
-            read=said.get("reads", {}).get("base", name),
-            info=Info(packed["dtype"], tuple(packed["shape"])),
-            by=packed["by"],
-            forms={result: Form(**form) for result, form in packed["results"].items()},
-            matrices=packed["matrices"],
-            rows=packed["rows"],
-            columns=packed["columns"],
-            transposed=packed.get("transposed", False),
-        )
-
-    def stored(self, result: str, expert: str) -> str:
-        """The name of the stored tensor that holds an expert's result."""
-        return stored_name(self.name, result, self.forms[result], expert)
-
-    def slices(self) -> Iterator[range]:
-        """Rows of a matrix that are rebuilt together: all where another orientation or factors need them."""
-        whole = self.transposed or any(form.holds == "factors" for form in self.forms.values())
-        unit = 8 // math.gcd(8, self.columns)  # so that bits begin with a byte
-        step = self.rows if whole else max(1, SLICE // (self.columns * unit)) * unit
-        for start in range(0, self.rows if self.columns else 0, step):
-            yield range(start, min(start + step, self.rows))
+    read: str  # what it is called in the base
+    packed: Packed | None  # what it is rebuilt of; None where all experts have it as it lies in the files
 
 
-def _rebuilt(sources: _Sources, tensor: _Tensor) -> Iterator[Tensor]:
-    """The tensor's numbers as the expert has them, from the first on."""
-    for matrix in range(tensor.matrices):
+def _slices(packed: Packed) -> Iterator[range]:
+    """Rows of a matrix that are rebuilt together: all where another orientation or factors need them."""
+    whole = packed.transposed or any(form.holds == "factors" for form in packed.forms.values())
+    unit = 8 // math.gcd(8, packed.columns)  # so that bits begin with a byte
+    step = packed.rows if whole else max(1, SLICE // max(1, packed.columns * unit)) * unit
+    for start in range(0, packed.rows if packed.columns else 0, step):
+        yield range(start, min(start + step, packed.rows))
+
+
+def _rebuilt(sources: _Sources, packed: Packed, read: str) -> Iterator[Tensor]:
+    """A tensor's numbers as the expert has them, from the first on; it is called ``read`` in the base."""
+    for matrix in range(packed.matrices):
         skipped = Counter[str]()  # numbers of each result that earlier slices have had
-        for rows in tensor.slices():
-            yield _rebuilt_slice(sources, tensor, matrix, rows, skipped)
+        for rows in _slices(packed):
+            yield _rebuilt_slice(sources, packed, read, matrix, rows, skipped)
 
 
-def _rebuilt_slice(sources: _Sources, tensor: _Tensor, matrix: int, rows: range, skipped: Counter[str]) -> Tensor:
-    first, last = matrix * tensor.rows + rows.start, matrix * tensor.rows + rows.stop
-    if tensor.transposed:
-        first, last = matrix * tensor.columns, (matrix + 1) * tensor.columns  # rows of the stored tensor
-    weights = [result for result, form in tensor.forms.items() if form.holds == "weights"]
-    names = [tensor.stored(result, sources.expert) for result in weights]
-    width = tensor.rows if tensor.transposed else tensor.columns
-    several = [sources.base.read_rows(tensor.read, first, last)[:, :width]]  # of a longer vocabulary its beginning
+def _rebuilt_slice(
+    sources: _Sources, packed: Packed, read: str, matrix: int, rows: range, skipped: Counter[str]
+) -> Tensor:
+    first, last = matrix * packed.rows + rows.start, matrix * packed.rows + rows.stop
+    if packed.transposed:
+        first, last = matrix * packed.columns, (matrix + 1) * packed.columns  # rows of the stored tensor
+    weights = [result for result, form in packed.forms.items() if form.holds == "weights"]
+    names = [packed.stored_name(result, sources.expert) for result in weights]
+    width = packed.rows if packed.transposed else packed.columns
+    several = [sources.base.read_rows(read, first, last)[:, :width]]  # of a longer vocabulary its beginning
     several += [sources.packed.read_rows(name, first, last) for name in names]
     stored = torch.stack([each.to(reduce(torch.promote_types, (one.dtype for one in several))) for each in several])
     values = stored.float()
     base, deltas = values[0], values[1:] - values[0]
-    results = dict(zip(weights, deltas.transpose(1, 2) if tensor.transposed else deltas, strict=True))
-    results |= _others(sources, tensor, matrix, rows, skipped)
-    packing = ENTRIES[tensor.by].packing
+    results = dict(zip(weights, deltas.transpose(1, 2) if packed.transposed else deltas, strict=True))
+    results |= _others(sources, packed, matrix, rows, skipped)
+    packing = ENTRIES[packed.by].packing
     assert packing is not None, "it is a pack"
     delta = packing.unpack(**results).float()
     try:
-        return restored(stored, base, deltas, delta.T if tensor.transposed else delta, torch_dtype(tensor.info))
+        return restored(stored, base, deltas, delta.T if packed.transposed else delta, torch_dtype(packed.info))
     except OverflowError:
-        raise CheckpointError(f"{tensor.name}: the rebuilt values overflow {tensor.info.dtype}") from None
+        raise CheckpointError(f"{packed.name}: the rebuilt values overflow {packed.info.dtype}") from None
 
 
-def _others(sources: _Sources, tensor: _Tensor, matrix: int, rows: range, skipped: Counter[str]) -> dict[str, Tensor]:
+def _others(sources: _Sources, packed: Packed, matrix: int, rows: range, skipped: Counter[str]) -> dict[str, Tensor]:
     """The results of one slice that are no weights."""
     found: dict[str, Tensor] = {}
-    for result, form in tensor.forms.items():
-        name = tensor.stored(result, sources.expert)
-        info = sources.packed.tensors[name]
-        size = info.elements // tensor.matrices
+    for result, form in packed.forms.items():
+        name = packed.stored_name(result, sources.expert)
+        size = packed.infos[name].elements // packed.matrices
         start = matrix * size + skipped[result]
         if form.holds == "bits":
-            count = -(-len(rows) * tensor.columns // 8)
-            found[result] = mask_of(sources.flat.read_rows(name, start, start + count), len(rows), tensor.columns)
+            count = -(-len(rows) * packed.columns // 8)
+            found[result] = mask_of(sources.flat.read_rows(name, start, start + count), len(rows), packed.columns)
             skipped[result] += count
         elif form.holds == "chosen":
             mask = found[form.at]
@@ -271,5 +259,5 @@ def _others(sources: _Sources, tensor: _Tensor, matrix: int, rows: range, skippe
             skipped[result] += count
         elif form.holds != "weights":
             numbers = sources.flat.read_rows(name, start, start + size).float()
-            found[result] = numbers.view(info.shape if tensor.matrices == 1 else info.shape[1:])
+            found[result] = numbers.view(form.shape)
     return found

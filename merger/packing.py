@@ -5,8 +5,8 @@ A tensor is one matrix, or several of packed experts one after another; each res
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from merger._lazy import torch
 from merger.checkpoint.folder import find_weights, local_folder, read_tensors
 from merger.checkpoint.header import Info
 from merger.checkpoint.stored import PACKED, Checkpoint
+from merger.errors import CheckpointError
 from merger.methods._registry import Form
 from merger.ops import Before, Flow
 
@@ -43,8 +44,16 @@ class Packed:
 
     def stored_names(self, result: str) -> list[str]:
         """The names under which a result is stored: one that all share, or one for each expert."""
-        experts = [None] if self.forms[result].shared else self.experts
-        return [stored_name(self.name, result, self.forms[result], expert) for expert in experts]
+        if self.forms[result].shared:
+            return [self.stored_name(result, "")]
+        return [self.stored_name(result, expert) for expert in self.experts]
+
+    def stored_name(self, result: str, expert: str) -> str:
+        """NAME:result.expert, or NAME:result where all share it; the tensor's own name for weights that all share."""
+        form = self.forms[result]
+        if not form.shared:
+            return f"{self.name}:{result}.{expert}"
+        return self.name if form.holds == "weights" else f"{self.name}:{result}"
 
     def _info(self, form: Form) -> Info:
         several = () if self.matrices == 1 else (self.matrices,)
@@ -62,19 +71,32 @@ class Packed:
         return -(-self.rows * self.columns // 8)
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest says of it, for whoever rebuilds an expert; sizes stand in the headers."""
+        """What the manifest says of it, for whoever rebuilds an expert."""
         results = {
-            result: {
-                "holds": form.holds,
-                **({"shared": True} if form.shared else {}),
-                **({"at": form.at} if form.at else {}),
-            }
-            for result, form in self.forms.items()
+            result: {key: each for key, each in asdict(form).items() if each} for result, form in self.forms.items()
         }
-        oriented = {"transposed": True} if self.transposed else {}
-        tensor = {"dtype": self.info.dtype, "shape": list(self.info.shape)}
-        sizes = {"matrices": self.matrices, "rows": self.rows, "columns": self.columns, **oriented}
-        return {"by": self.by, **tensor, **sizes, "results": results}
+        return {
+            "by": self.by,
+            "dtype": self.info.dtype,
+            "shape": list(self.info.shape),
+            "rows": self.rows,
+            "columns": self.columns,
+            "matrices": self.matrices,
+            "transposed": self.transposed,
+            "results": results,
+        }
+
+    @classmethod
+    def of(cls, name: str, experts: Sequence[str], said: Mapping[str, Any]) -> Packed:
+        """What `recorded` says of the tensor ``name``; CheckpointError where that cannot be understood."""
+        try:
+            results = said["results"].items()
+            forms = {result: Form(**{**form, "shape": tuple(form.get("shape", ()))}) for result, form in results}
+            info = Info(said["dtype"], tuple(said["shape"]))
+            sizes = {key: int(said[key]) for key in ("rows", "columns", "matrices")}
+            return cls(name, said["by"], tuple(experts), forms, info, **sizes, transposed=bool(said["transposed"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(f"merger.json: what it says of {name} cannot be understood; run it again") from None
 
     def weights(self, results: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The task vectors that are stored as weights, by stored name."""
@@ -120,13 +142,6 @@ def as_columns(packed: Checkpoint) -> Checkpoint:
     """The same tensors, each as one column of numbers, of which any can be read."""
     columns = {name: replace(info, shape=(info.elements, 1)) for name, info in packed.tensors.items()}
     return Checkpoint(packed.label, packed.directory, columns, {})
-
-
-def stored_name(tensor: str, result: str, form: Form, expert: str | None) -> str:
-    """NAME:result.expert, or NAME:result where all share it; the tensor's own name for weights that all share."""
-    if not form.shared:
-        return f"{tensor}:{result}.{expert}"
-    return tensor if form.holds == "weights" else f"{tensor}:{result}"
 
 
 def bits_of(mask: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.checkpoint.stored import Checkpoint
-from merger.methods._registry import Form
-from merger.packing import as_columns, mask_of, open_packed, stored_name
+from merger.packing import Packed, as_columns, mask_of, open_packed
 
 if TYPE_CHECKING:
     import numpy
@@ -28,9 +27,9 @@ def told(folder: Path, record: Mapping[str, Any], experts: Sequence[str]) -> lis
     import numpy
 
     each, together = numpy.zeros(len(experts), dtype=numpy.int64), numpy.zeros(len(experts) + 1, dtype=numpy.int64)
-    with closing(open_packed(folder)) as packed, closing(as_columns(packed)) as flat:
+    with closing(open_packed(folder)) as stored, closing(as_columns(stored)) as flat:
         for name, said in record["tensors"].items():
-            for masks in _masks(flat, name, said.get("packed"), experts):
+            for masks in _masks(flat, Packed.of(name, experts, said["packed"])) if "packed" in said else ():
                 each += masks.sum(1)
                 together += numpy.bincount(masks.sum(0), minlength=len(experts) + 1)
     positions = int(together.sum())
@@ -41,18 +40,14 @@ def told(folder: Path, record: Mapping[str, Any], experts: Sequence[str]) -> lis
     return [f"share of {positions:,} positions held: {own}", f"share of positions held by so many experts: {shared}"]
 
 
-def _masks(
-    flat: Checkpoint, name: str, said: Mapping[str, Any] | None, experts: Sequence[str]
-) -> Iterator[numpy.ndarray[Any, Any]]:
-    """The masks of a tensor as 0 and 1 [k, positions], some at a time."""
-    if said is None or "bits" not in (form["holds"] for form in said["results"].values()):
+def _masks(flat: Checkpoint, packed: Packed) -> Iterator[numpy.ndarray[Any, Any]]:
+    """The masks of a tensor as booleans [k, positions], some at a time; none where it has no bits."""
+    result = next((result for result, form in packed.forms.items() if form.holds == "bits"), None)
+    if result is None:
         return
-    result, form = next((result, Form(**each)) for result, each in said["results"].items() if each["holds"] == "bits")
-    names = [stored_name(name, result, form, expert) for expert in experts]
-    positions = said["rows"] * said["columns"]
-    size = -(-positions // 8)
-    for matrix in range(said["matrices"]):
-        for i in range(0, size, CHUNK):
-            start, stop = matrix * size + i, matrix * size + min(i + CHUNK, size)
-            count = min(8 * CHUNK, positions - 8 * i)
+    names, size = packed.stored_names(result), packed.bytes_of_bits
+    for matrix in range(packed.matrices):
+        for first in range(0, size, CHUNK):
+            start, stop = matrix * size + first, matrix * size + min(first + CHUNK, size)
+            count = min(8 * CHUNK, packed.rows * packed.columns - 8 * first)
             yield torch.stack([mask_of(flat.read_rows(each, start, stop), 1, count)[0] for each in names]).numpy()
