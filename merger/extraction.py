@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import reduce
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,8 @@ def _tensors(record: Mapping[str, Any], packed: Checkpoint) -> Iterator[_Tensor]
         how = fates[of].get("packed")
         made = None if how is None else Packed.of(of, list(record["recipe"]["experts"]), how)
         stored = {name: packed.tensors.get(name)} if made is None else made.infos
+        if made is not None:
+            _unpack(made)  # is there, which is to be known before anything is written
         for each, info in stored.items():
             there = packed.tensors.get(each)
             if there is None or info is None or (there.dtype, there.shape) != (info.dtype, info.shape):
@@ -231,13 +234,19 @@ def _rebuilt_slice(
     base, deltas = values[0], values[1:] - values[0]
     results = dict(zip(weights, deltas.transpose(1, 2) if packed.transposed else deltas, strict=True))
     results |= _others(sources, packed, matrix, rows, skipped)
-    packing = ENTRIES[packed.by].packing
-    assert packing is not None, "it is a pack"
-    delta = packing.unpack(**results).float()
+    delta = _unpack(packed)(**results).float()
     try:
         return restored(stored, base, deltas, delta.T if packed.transposed else delta, torch_dtype(packed.info))
     except OverflowError:
         raise CheckpointError(f"{packed.name}: the rebuilt values overflow {packed.info.dtype}") from None
+
+
+def _unpack(packed: Packed) -> Callable[..., Tensor]:
+    """What makes a task vector of one expert's results; CheckpointError where no pack of that name takes these."""
+    entry = ENTRIES.get(packed.by)
+    if entry is None or entry.packing is None or {*signature(entry.packing.unpack).parameters} != packed.forms.keys():
+        raise CheckpointError(f"{packed.name}: was packed by {packed.by!r} in a way that this version does not know")
+    return entry.packing.unpack
 
 
 def _others(sources: _Sources, packed: Packed, matrix: int, rows: range, skipped: Counter[str]) -> dict[str, Tensor]:

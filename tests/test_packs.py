@@ -3,12 +3,14 @@
 import json
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import llama, load, save
 from tiny import bits, merge, tensor
 
+import merger as merger_package
 from merger.checkpoint.header import Info
 from merger.errors import CheckpointError, RecipeError
 from merger.extraction import extract
@@ -389,6 +391,25 @@ def test_inspect_tells_what_the_masks_hold(models):
     assert together.endswith(f"by 3 {three:.4f}")
 
 
+def test_transformers_loads_an_extracted_expert_and_not_the_several(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    models = Path(merger_package.__file__).parent / "demo_models"
+    experts = {task: str(models / task) for task in ("upper", "shift", "double")}
+    run(
+        Recipe.parse(
+            {"base": str(models / "base"), "experts": experts, "method": "emr", "output": {"path": "out"}}, tmp_path
+        )
+    )
+    extract(tmp_path / "out", "shift", tmp_path / "shift", base=str(models / "base"))
+    load_model = transformers.AutoModelForCausalLM.from_pretrained
+    _, found = load_model(tmp_path / "shift", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "shift")
+    with pytest.raises(OSError, match="no file named model"):
+        load_model(tmp_path / "out")
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -423,6 +444,37 @@ def test_a_base_that_was_moved_can_be_named(packed):
         extract(packed / "out", "code", packed / "x")
     extract(packed / "out", "code", packed / "x", base=str(packed / "elsewhere"))
     assert all(torch.equal(value, expected[name]) for name, value in load(packed / "x").items())
+
+
+def test_a_manifest_that_says_something_else_is_told_of(packed):
+    file = packed / "out" / "merger.json"
+    record = json.loads(file.read_text())
+    for said, wrong in [
+        ("rows", None),
+        ("rows", 9),
+        ("results", {"mask": {"holds": "bits", "colour": 3}}),
+        ("by", "ties"),
+    ]:
+        name = "model.norm.weight"
+        changed = {**record["tensors"][name], "packed": {**record["tensors"][name]["packed"], said: wrong}}
+        file.write_text(json.dumps({**record, "tensors": {**record["tensors"], name: changed}}))
+        with pytest.raises(CheckpointError, match=r"cannot be understood|is not there as|does not know"):
+            extract(packed / "out", "code", packed / "x")
+        assert not (packed / "x").exists()
+
+
+def test_a_side_file_out_of_the_folder_is_not_followed(packed):
+    file = packed / "out" / "merger.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "files": {**record["files"], "../stolen": "0" * 64}}))
+    (packed / "stolen").write_text("secret")
+    extracted(packed)
+    assert not list(packed.glob("out-code*/../stolen*/*"))
+    assert sorted(each.name for each in (packed / "out-code").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_an_output_that_is_there_is_not_replaced_unasked(packed):
