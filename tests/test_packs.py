@@ -353,6 +353,21 @@ def test_thinned_task_vectors_can_be_packed(models):
     assert int((got[name] != base[name]).sum()) == base[name].numel() // 4
 
 
+@pytest.mark.parametrize("last", ["emr", "tall_masks", {"byom": {"density": "1/4"}}, {"factors": {"rank": 2}}])
+def test_weights_that_are_stored_the_other_way_round_come_back_that_way(tmp_path, last):
+    stages = [{"top": {"density": "1/2", "scope": "row"}}, last]  # a row has to be one of outputs
+    for folder, module in (("gpt2", "h.0.mlp.c_fc"), ("llama", "model.layers.0.mlp.up_proj")):
+        for i, name in enumerate(("base", *EXPERTS)):
+            weight, bias = drawn(1, 4, 9, seed=i)[0], drawn(1, 9, seed=i)[0]
+            stored = weight if folder == "gpt2" else weight.T.contiguous()
+            save(tmp_path / folder / name, {f"{module}.weight": stored, f"{module}.bias": bias})
+        run(recipe(tmp_path / folder, None, pipeline=stages))
+    got, expected = extracted(tmp_path / "gpt2"), extracted(tmp_path / "llama")
+    weight = expected["model.layers.0.mlp.up_proj.weight"].T
+    assert not torch.equal(weight, load(tmp_path / "gpt2" / "code")["h.0.mlp.c_fc.weight"])
+    torch.testing.assert_close(got["h.0.mlp.c_fc.weight"], weight)
+
+
 def test_the_plan_says_what_is_written(models):
     folder = models()
     made = plan(recipe(folder, "emr"))
