@@ -19,8 +19,9 @@ from merger.methods._registry import Form, checked
 from merger.methods.byom import byom
 from merger.methods.emr import emr
 from merger.methods.tall_masks import tall_masks
-from merger.ops import Size
 from merger.packing import Packed, bits_of, mask_of
+from merger.passes import Sizes, settle
+from merger.passes import run as all_passes
 from merger.pipeline import merge_tensors
 from merger.planning import plan
 from merger.recipe import Recipe
@@ -31,14 +32,15 @@ EXPERTS = ("code", "math", "chat")
 PACKS = ("emr", "tall_masks", "byom", "tsv_c", "separate")
 
 
-def whole(flow, size=None):
-    """What a method makes of a tensor of this size that is one slice, and all of the model."""
-    try:
-        question = next(flow)
-        while True:
-            question = flow.send(size if isinstance(question, Size) else question.answer(question.value))
-    except StopIteration as done:
-        return done.value
+def whole(method, deltas, **parameters):
+    """What a pack makes of a tensor that is one slice, and all of the model."""
+    found, elements = [], deltas[0].numel()
+
+    def carry(_):
+        found.append((yield from method(deltas, **parameters)))
+
+    settle([0], lambda _, known: all_passes(1, carry, sizes=Sizes(elements, elements), known=known))
+    return found[-1]
 
 
 def task_vectors(case):
@@ -60,7 +62,7 @@ def assert_close(got, expected):
 @pytest.mark.parametrize("zero_sign", ["zero", "negative"])
 def test_emr(golden, zero_sign):
     case = golden[f"emr_zero_sign_{zero_sign}"]
-    got, said = whole(emr(task_vectors(case), zero_sign=zero_sign)), case["outputs"]
+    got, said = whole(emr, task_vectors(case), zero_sign=zero_sign), case["outputs"]
     assert_close(got["unified"], said["unified"])
     assert got["mask"].tolist() == list(said["masks"].values())
     assert_close(got["rescale"], list(said["rescalers"].values()))
@@ -80,7 +82,7 @@ def test_tall_masks(golden):
 def test_byom(golden):
     case = golden["byom_fft"]
     params = case["params"]
-    got = whole(byom(task_vectors(case), density=Fraction(params["keep"]), lambda_=params["lambda"]), size=8)
+    got = whole(byom, task_vectors(case), density=Fraction(params["keep"]), lambda_=params["lambda"])
     assert_close(1 + got["merged"], case["outputs"]["shared"])
     first = rebuilt("byom", {"density": 0.25}, case["inputs"]["deltas"], "a", base=case["inputs"]["base"])
     assert_close(first, case["outputs"]["task_a"])
@@ -107,7 +109,7 @@ def test_one_expert_alone_comes_back_bit_for_bit(method):
 
 def test_emr_keeps_for_each_expert_the_positions_where_its_sign_was_elected():
     deltas = drawn(3, 6, 8)
-    got = whole(emr(deltas))
+    got = whole(emr, deltas)
     elected = deltas.sum(0).sign()
     assert torch.equal(got["unified"].sign(), elected)
     assert torch.equal(got["mask"], deltas.sign() == elected)
@@ -116,7 +118,7 @@ def test_emr_keeps_for_each_expert_the_positions_where_its_sign_was_elected():
 
 def test_emr_gives_each_expert_the_mean_size_of_its_changes():
     deltas = drawn(3, 6, 8)
-    got = whole(emr(deltas))
+    got = whole(emr, deltas)
     kept = (got["unified"] * got["mask"]).abs().sum((1, 2)) * got["rescale"]
     torch.testing.assert_close(kept, deltas.abs().sum((1, 2)))
 
@@ -129,7 +131,7 @@ def test_emr_scales_by_the_whole_model_unless_told_otherwise():
     factors = {}
     for scope in ("global", "tensor"):
         for key, each in merge_tensors(checked("emr", {"scope": scope}), base, experts, expert="a").items():
-            unified = whole(emr(torch.stack([experts[name][key] for name in "ab"])))["unified"]
+            unified = whole(emr, torch.stack([experts[name][key] for name in "ab"]))["unified"]
             factors[scope, key] = float((each / unified)[each != 0].mean())
     assert factors["global", "one"] == pytest.approx(factors["global", "two"])
     assert factors["tensor", "one"] != pytest.approx(factors["tensor", "two"])
