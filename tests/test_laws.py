@@ -19,7 +19,7 @@ from tiny import bits
 
 from merger.methods._parameters import Place
 from merger.methods._registry import ENTRIES, SCORES, checked, parameters
-from merger.ops import Before, Size, Sum
+from merger.ops import Before, Size, Sum, Tally
 from merger.passes import Sizes
 from merger.pipeline import Inputs, Slice, Subject, bind, expand, flow, merge_tensors
 
@@ -137,6 +137,10 @@ def _sums_floats(case, name):
     running = flow(case.bound(name), Slice(0, base, own - base), subject)
     question, sizes = next(running, None), Sizes(base.numel(), base.numel())
     while question is not None:
+        if isinstance(question, Tally):
+            counts = torch.zeros(question.counters, dtype=torch.int64)
+            question.add(counts)
+            question = question.of_all(counts)
         if isinstance(question, Size):
             answer = sizes.of(question.scope)
         elif isinstance(question, Before):
