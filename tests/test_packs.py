@@ -39,7 +39,10 @@ def whole(method, deltas, **parameters):
     def carry(_):
         found.append((yield from method(deltas, **parameters)))
 
-    settle([0], lambda _, known: all_passes(1, carry, sizes=Sizes(elements, elements), known=known))
+    def visit(_, known, ahead):
+        return all_passes(1, carry, sizes=Sizes(elements, elements), known=known, ahead=ahead)
+
+    settle([0], visit)
     return found[-1]
 
 
