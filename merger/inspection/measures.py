@@ -5,10 +5,11 @@ Shapes: k experts, r rows, c columns. A position is kept where a vector is not z
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import add, and_
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from merger._lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,28 +21,38 @@ Floats = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Sums:
-    """Numbers that add up; plain ones, for small tensors that outlive large ones leave the heap in pieces."""
+    """Numbers that are added up, or joined as their field says; plain ones, for small tensors that outlive
+    large ones leave the heap in pieces.
+    """
 
     elements: int
 
     def __add__(self: T, other: T) -> T:
-        return type(self)(*(_plus(getattr(self, each.name), getattr(other, each.name)) for each in fields(self)))
+        def joined(name: str, join: Callable[[Any, Any], Any]) -> Any:
+            return _joined(getattr(self, name), getattr(other, name), join)
+
+        return type(self)(*(joined(each.name, each.metadata.get("join", add)) for each in fields(self)))
 
 
-def _plus(one: Any, other: Any) -> Any:
-    return tuple(map(_plus, one, other)) if isinstance(one, tuple) else one + other
+def _joined(one: Any, other: Any, join: Callable[[Any, Any], Any]) -> Any:
+    if isinstance(one, tuple):
+        return tuple(_joined(a, b, join) for a, b in zip(one, other, strict=True))
+    return join(one, other)
 
 
 @dataclass(frozen=True)
 class Vectors(Sums):
-    """Several task vectors over the same positions."""
+    """Several task vectors over the same positions; all but the counts is known of whole tensors only."""
 
     both: tuple[Ints, ...]  # [k k] positions that both keep; on the diagonal, that one keeps
     opposed: tuple[Ints, ...]  # [k k] positions that both keep with different signs
     holders: Ints  # [k+1] positions kept by exactly 0, 1, .. k of them
     products: tuple[Floats, ...]  # [k k] inner products
-    uneven: tuple[Floats, ...]  # [2 k] `unevenness` over rows and columns, times the elements of the matrix
-    in_matrices: int  # elements of whole matrices, over which unevenness is averaged
+    uneven: tuple[Floats, ...]  # [3 k] `unevenness` over rows, columns and blocks, times the elements of the matrix
+    in_matrices: Ints  # [3] elements of whole matrices, over which each is averaged
+    distinct: Ints = field(metadata={"join": max})  # [k] different values of the tensor that has most
+    ranks: Floats  # [k] effective ranks, times the elements of the matrix
+    ranked: int  # elements of matrices of which ranks were asked for, over which they are averaged
 
 
 @dataclass(frozen=True)
@@ -56,32 +67,70 @@ class Outcome(Sums):
 
 
 def vectors(deltas: Tensor) -> Vectors:
-    """Counts what task vectors [k r c] keep, share and oppose; of their balance nothing yet."""
+    """Counts what task vectors [k r c] keep, share and oppose; of their balance and values nothing yet."""
     import numpy
 
-    flat = deltas.flatten(1).cpu()
-    values = flat.numpy()
-    k, elements = values.shape
-    kept, negative = values != 0, numpy.signbit(values)
+    values = deltas.cpu().numpy()
+    k = len(values)
+    kept, negative = _words(values != 0), _words(values < 0)
     both, opposed = numpy.zeros((2, k, k), "int64")
     for i in range(k):
-        both[i, i] = numpy.count_nonzero(kept[i])
+        both[i, i] = _ones(kept[i])
         for j in range(i):
             shared = kept[i] & kept[j]
-            both[i, j] = both[j, i] = numpy.count_nonzero(shared)
-            shared &= negative[i] ^ negative[j]
-            opposed[i, j] = opposed[j, i] = numpy.count_nonzero(shared)
-    depth = kept.sum(0, dtype="int16")
-    wide = flat.double()
+            both[i, j] = both[j, i] = _ones(shared)
+            opposed[i, j] = opposed[j, i] = _ones(shared & (negative[i] ^ negative[j]))
+    wide = deltas.flatten(1).cpu().double()
     return Vectors(
-        elements=elements,
+        elements=values[0].size,
         both=_plain(both),
         opposed=_plain(opposed),
-        holders=tuple(int(numpy.count_nonzero(depth == n)) for n in range(k + 1)),
+        holders=_holders(kept, values[0].size),
         products=_plain(wide @ wide.T),
-        uneven=((0.0,) * k,) * 2,
-        in_matrices=0,
+        uneven=((0.0,) * k,) * 3,
+        in_matrices=(0,) * 3,
+        distinct=(0,) * k,
+        ranks=(0.0,) * k,
+        ranked=0,
     )
+
+
+def _words(mask: Any) -> Any:
+    """Booleans as bits of whole 64-bit words, zeros behind the last: [k w]. 64 positions are counted at once."""
+    import numpy
+
+    flat = numpy.packbits(mask.reshape(len(mask), -1), axis=1)
+    words = numpy.zeros((len(flat), -(-flat.shape[1] // 8) * 8), "uint8")
+    words[:, : flat.shape[1]] = flat
+    return words.view("uint64")
+
+
+def _ones(words: Any) -> int:
+    """How many bits are 1."""
+    import numpy
+
+    return int(numpy.bitwise_count(words).sum(dtype="int64"))
+
+
+def _holders(kept: Any, elements: int) -> Ints:
+    """How many of ``elements`` positions exactly 0, 1, .. k of the vectors of bits [k w] keep.
+
+    An adder of bits: ``digits[d]`` has the d-th binary digit of every position's count.
+    """
+    digits: list[Any] = []
+    for i, bits in enumerate(kept, 1):
+        carry = bits
+        for d, digit in enumerate(digits):
+            digits[d], carry = digit ^ carry, digit & carry
+        if i.bit_length() > len(digits):
+            digits.append(carry)
+    counts = [_ones(_with_digits(digits, n)) for n in range(1, len(kept) + 1)]
+    return (elements - sum(counts), *counts)
+
+
+def _with_digits(digits: Sequence[Any], number: int) -> Any:
+    """Where binary digits, given as bits, make a number."""
+    return reduce(and_, (digit if number >> d & 1 else ~digit for d, digit in enumerate(digits)))
 
 
 def outcome(merged: Tensor, deltas: Tensor, ends: Ints) -> Outcome:
@@ -119,38 +168,3 @@ def endings(result: Tensor, base: Tensor, experts: Tensor) -> Ints:
 def _plain(values: Any) -> Any:
     """An array or a tensor as numbers in tuples."""
     return tuple(tuple(each) if isinstance(each, list) else each for each in values.tolist())
-
-
-# --- balance over rows and columns ----------------------------------------------------------------
-
-
-def kept_by_line(deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """How many positions of [k r c] each row keeps, [k r], and each column, [k c]."""
-    import numpy
-
-    kept = deltas.cpu().numpy() != 0
-    return tuple(torch.from_numpy(numpy.count_nonzero(kept, axis=axis)) for axis in (2, 1))  # type: ignore[return-value]
-
-
-def unevenness(squares: Tensor, lines: int, total: Tensor) -> Tensor:
-    """Standard deviation over mean of what ``lines`` rows or columns keep: 0 where all keep alike.
-
-    ``squares`` [k] is the sum of their squared counts, ``total`` [k] of the counts. Random masks of density p
-    over c columns have sqrt((1 - p) / (p c)) over their rows; a vector that keeps nothing has 0.
-    """
-    mean_square = total.double().square().clamp(min=1) / lines
-    return (squares.double() / mean_square - 1).clamp(min=0).sqrt().where(total > 0, 0)
-
-
-def kept_by_cell(deltas: Tensor, first: int, rows: int, cells: int) -> Tensor:
-    """How many positions are kept in each of ``cells`` x ``cells`` pieces of a matrix, in some of its rows: [k y x].
-
-    ``first`` is the slice's first row and ``rows`` the matrix's; a smaller matrix has a piece for each element.
-    """
-    k, r, c = deltas.shape
-    high, wide = min(cells, rows), min(cells, c)
-    down = torch.arange(first, first + r) * high // rows
-    across = torch.arange(c) * wide // c
-    kept = (deltas != 0).cpu().double()
-    by_column = torch.zeros(k, r, wide, dtype=torch.float64).index_add_(2, across, kept)
-    return torch.zeros(k, high, wide, dtype=torch.float64).index_add_(1, down, by_column).long()
