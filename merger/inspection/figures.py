@@ -93,18 +93,22 @@ def _matrix(name: str, what: str, pairs: ByPair) -> Heatmap:
 def charts(curves: Curves) -> list[Chart]:
     """Overlap and balance against density, of the whole model and of each kind of tensor that has matrices."""
     kinds = {kind: curve for kind, curve in curves.kinds.items() if any(map(any, curve.uneven_rows.values()))}
-    shown = {"": curves.whole, **({f" of {kind}": each for kind, each in kinds.items()} if len(kinds) > 1 else {})}
-    return [chart for of, curve in shown.items() for chart in _charts(of, curve)]
+    shown = {"": curves.whole, **({f", kind {kind}": each for kind, each in kinds.items()} if len(kinds) > 1 else {})}
+    return [chart for where, curve in shown.items() for chart in _charts(where, curve)]
 
 
-def _charts(of: str, curve: Curve) -> list[Chart]:
+def _charts(where: str, curve: Curve) -> list[Chart]:
     pairs = sorted(combinations(curve.uneven_rows, 2), key=lambda pair: -sum(curve.overlap[pair[0]][pair[1]]))
     overlap = [Line(f"{a}, {b}", curve.overlap[a][b], curve.overlap_random[a][b]) for a, b in pairs[:LINES]]
     uneven = [Line(name, own, curve.uneven_rows_random[name]) for name, own in curve.uneven_rows.items()][:LINES]
     drawn = "solid: the largest by magnitude; dashed: as many of the changed positions at random"
     return [
-        *([Chart(f"overlap against density{of}", drawn, curve.densities, overlap, diagonal=True)] if overlap else []),
-        Chart(f"uneven rows against density{of}", drawn, curve.densities, uneven),
+        *(
+            [Chart(f"overlap against density{where}", drawn, curve.densities, overlap, diagonal=True)]
+            if overlap
+            else []
+        ),
+        Chart(f"uneven rows against density{where}", drawn, curve.densities, uneven),
     ]
 
 

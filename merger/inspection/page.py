@@ -47,6 +47,7 @@ td { padding: .12rem .45rem; text-align: right; }
 .heat.deep { color: var(--on-high); }
 .scale { display: flex; gap: .5rem; align-items: center; font-size: 13px; margin-top: .4rem; }
 .scale i { width: 10rem; height: .7rem; background: linear-gradient(in oklab 90deg, var(--low), var(--high)); }
+.beside figcaption:has(+ .chart) { max-width: 30rem; }
 .chart { width: 30rem; max-width: 100%; display: block; font-size: 12px; fill: var(--ink); }
 .grid { stroke: var(--line); }
 .diagonal { stroke: var(--faint); stroke-dasharray: 2 4; }

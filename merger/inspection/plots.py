@@ -69,14 +69,16 @@ def _panels(widths: Iterable[float], height: float) -> tuple[Any, list[Any]]:
 
 
 def _heatmaps(maps: list[Heatmap]) -> Any:
-    height = max(len(each.rows) for each in maps) * 0.24 + 2.4
-    figure, panels = _panels([max(len(each.columns) * 0.55 + 2.2, 3.2) for each in maps], height)
+    most = max(len(each.rows) for each in maps)
+    figure, panels = _panels([max(len(each.columns) * 0.55 + 2.2, 3.2) for each in maps], most * 0.24 + 2.4)
     for each, axes in zip(maps, panels, strict=True):
         values = [[row[column] for column in each.columns] for row in each.rows.values()]
         image = axes.imshow([[float("nan") if v is None else v for v in row] for row in values], SCALE, aspect="auto")
         axes.set_title(each.name)
         axes.set_xticks(range(len(each.columns)), each.columns, rotation=0 if each.across else 90)
         axes.set_yticks(range(len(each.rows)), each.rows)
+        axes.set_ylim(most - 0.5, -0.5)  # rows are as high in every panel
+        axes.spines[:].set_visible(False)
         least, greatest = each.span
         for y, row in enumerate(values):
             for x, value in enumerate(row):
