@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING, Any
 
+from merger import kernels
 from merger._lazy import torch
 from merger.checkpoint.header import TORCH_NAMES
 from merger.copies import restored
@@ -91,11 +91,11 @@ class Reader:
             else:
                 model.read_into(stored[k], name, first, last)
         stored = stored.to(self.machine.device)
-        values = stored.to(torch.float32, copy=True)
-        base, deltas = values[0], values[1:].sub_(values[0])
+        base, deltas, finite = kernels.for_stored(stored).difference(stored)
         for k, change in changes.items():
             deltas[k - 1] = change
-        _check_finite(tensor, base, deltas)
+        if not finite or changes:
+            _check_finite(tensor, base, deltas)
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
         return stored, Slice(rows.start, base, deltas)
@@ -114,8 +114,6 @@ def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta:
 
 def _check_finite(tensor: TensorPlan, base: Tensor, deltas: Tensor) -> None:
     """CheckpointError that names the model if any value is NaN or infinite."""
-    if math.isfinite(deltas.sum()):
-        return
     if not torch.isfinite(base).all():
         raise CheckpointError(f"base: {tensor.reads['base']} holds NaN or infinity")
     for k, label in enumerate(tensor.place.experts):

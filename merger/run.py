@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections import Counter
@@ -329,9 +328,10 @@ class _Merge:
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
         """Rounds once to the output's dtype and writes."""
-        merged = rounded(tensor, part, stored, piece, delta)
-        if not math.isfinite(merged.sum()) and not torch.isfinite(merged).all():
-            raise _overflow(tensor)
+        try:
+            merged = rounded(tensor, part, stored, piece, delta)
+        except OverflowError:
+            raise _overflow(tensor) from None
         self._write(tensor, part.row + (0 if part.transposed else piece.row), merged)
 
     def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
