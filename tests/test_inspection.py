@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import merger.machine
 from merger import Recipe, inspect, inspect_merge, merge
 from merger.errors import RecipeError
-from merger.inspection.balance import Lines, kept_by_cell, unevenness
+from merger.inspection.balance import kept_by_cell, lines, unevenness
 from merger.inspection.facts import facts
 from merger.inspection.measures import endings, outcome, vectors
 
@@ -301,7 +301,7 @@ def test_random_masks_overlap_as_much_as_they_are_dense():
 
 def test_random_masks_are_as_uneven_as_a_binomial():
     kept = (torch.rand(1, 4000, 500, generator=torch.Generator().manual_seed(1)) < 0.2).float()
-    by_row = Lines(kept, 0).rows
+    by_row = lines(kept, 0)[0]
     found = unevenness(by_row.square().sum(1), 4000, by_row.sum(1))
     assert found.item() == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.kernels import counting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,13 +30,17 @@ class Balance:
         self._by_column = torch.zeros(experts, columns, dtype=torch.int64)
         self._cut: dict[int, Tensor] = {}  # [k]: what blocks keep that begin in one slice and end in another
 
-    def add(self, counts: Lines) -> None:
-        """Adds a slice."""
-        self.row_squares += counts.rows.square().sum(1)
-        self._block_squares += counts.blocks.square().sum(1)
-        self._by_column += counts.columns
-        for block, kept in counts.cut:
-            self._cut[block] = kept + self._cut[block] if block in self._cut else kept
+    def add(self, row: int, counts: Lines) -> None:
+        """Adds what `lines` counted in the slice that begins at ``row``."""
+        by_row, by_column, by_block = (each.long() for each in counts)
+        self.row_squares += by_row.square().sum(1)
+        self._block_squares += by_block.square().sum(1)
+        self._by_column += by_column
+        first, end = row * self.columns, (row + by_row.shape[1]) * self.columns
+        for block in {each // BLOCK for each in (first, end) if each % BLOCK}:
+            part = by_block[:, block - first // BLOCK]
+            self._block_squares -= part.square()
+            self._cut[block] = self._cut[block] + part if block in self._cut else part
 
     def uneven(self, kept: Tensor) -> list[Tensor | None]:
         """`unevenness` over rows, columns and blocks, [k] each, given what is ``kept`` [k] of the whole.
@@ -54,25 +59,13 @@ class Balance:
         return [unevenness(*lines) if matrix and lines[1] > 1 else None for lines in each]
 
 
-class Lines:
-    """What the lines of one slice keep, which begins at element ``first`` of its matrix."""
+Lines = tuple["Tensor", "Tensor", "Tensor"]
+"""What each row [k r], column [k c] and block [k b] of a slice keeps; its first and its last block may be cut."""
 
-    def __init__(self, deltas: Tensor, first: int) -> None:
-        import numpy
 
-        kept = deltas.cpu().numpy() != 0
-        k, rows, _ = kept.shape
-        by_row = numpy.bitwise_count(numpy.packbits(kept, axis=2)).sum(2, dtype="int64")
-        by_column = sum(kept[:, i : i + 255].sum(1, dtype="uint8").astype("int64") for i in range(0, rows, 255))
-        flat = kept.reshape(k, -1)
-        head = min(-first % BLOCK, flat.shape[1])
-        tail = (flat.shape[1] - head) // BLOCK * BLOCK + head
-        bits = numpy.packbits(flat[:, head:tail], axis=1).reshape(k, -1, BLOCK // 8)
-        self.rows = torch.from_numpy(by_row)  # [k r]
-        self.columns = torch.from_numpy(by_column)  # [k c]
-        self.blocks = torch.from_numpy(numpy.bitwise_count(bits).sum(2, dtype="int64"))  # [k b]: whole ones
-        ends = [(first, flat[:, :head]), (first + tail, flat[:, tail:])]
-        self.cut = [(start // BLOCK, torch.from_numpy(part.sum(1))) for start, part in ends if part.size]
+def lines(deltas: Tensor, row: int) -> Lines:
+    """Counts the slice [k r c] of a matrix that begins at ``row``."""
+    return counting.of(deltas).lines(deltas, row * deltas.shape[2] % BLOCK, BLOCK)
 
 
 def unevenness(squares: Tensor, lines: int, total: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ Shapes: k experts, r rows, c columns. A position is kept where a vector is not z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import reduce
-from operator import add, and_
+from operator import add
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from merger.kernels import counting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,30 +64,20 @@ class Outcome(Sums):
     ends: Ints  # [k+2] positions that end at the base, at each expert, elsewhere
     square: float  # of its norm
     along: Floats  # [k] inner products with the task vectors
-    squares: Floats  # [k] the squared norms of those
+    squares: Floats  # [k] the squared norms of those, known of whole tensors only
 
 
 def vectors(deltas: Tensor) -> Vectors:
     """Counts what task vectors [k r c] keep, share and oppose; of their balance and values nothing yet."""
-    import numpy
-
-    values = deltas.cpu().numpy()
-    k = len(values)
-    kept, negative = _words(values != 0), _words(values < 0)
-    both, opposed = numpy.zeros((2, k, k), "int64")
-    for i in range(k):
-        both[i, i] = _ones(kept[i])
-        for j in range(i):
-            shared = kept[i] & kept[j]
-            both[i, j] = both[j, i] = _ones(shared)
-            opposed[i, j] = opposed[j, i] = _ones(shared & (negative[i] ^ negative[j]))
-    wide = deltas.flatten(1).cpu().double()
+    loops = counting.of(deltas)
+    both, opposed, holders = loops.pairs(deltas)
+    k = len(deltas)
     return Vectors(
-        elements=values[0].size,
+        elements=deltas[0].numel(),
         both=_plain(both),
         opposed=_plain(opposed),
-        holders=_holders(kept, values[0].size),
-        products=_plain(wide @ wide.T),
+        holders=_plain(holders),
+        products=_plain(loops.products(deltas, deltas)),
         uneven=((0.0,) * k,) * 3,
         in_matrices=(0,) * 3,
         distinct=(0,) * k,
@@ -95,74 +86,29 @@ def vectors(deltas: Tensor) -> Vectors:
     )
 
 
-def _words(mask: Any) -> Any:
-    """Booleans as bits of whole 64-bit words, zeros behind the last: [k w]. 64 positions are counted at once."""
-    import numpy
-
-    flat = numpy.packbits(mask.reshape(len(mask), -1), axis=1)
-    words = numpy.zeros((len(flat), -(-flat.shape[1] // 8) * 8), "uint8")
-    words[:, : flat.shape[1]] = flat
-    return words.view("uint64")
-
-
-def _ones(words: Any) -> int:
-    """How many bits are 1."""
-    import numpy
-
-    return int(numpy.bitwise_count(words).sum(dtype="int64"))
-
-
-def _holders(kept: Any, elements: int) -> Ints:
-    """How many of ``elements`` positions exactly 0, 1, .. k of the vectors of bits [k w] keep.
-
-    An adder of bits: ``digits[d]`` has the d-th binary digit of every position's count.
-    """
-    digits: list[Any] = []
-    for i, bits in enumerate(kept, 1):
-        carry = bits
-        for d, digit in enumerate(digits):
-            digits[d], carry = digit ^ carry, digit & carry
-        if i.bit_length() > len(digits):
-            digits.append(carry)
-    counts = [_ones(_with_digits(digits, n)) for n in range(1, len(kept) + 1)]
-    return (elements - sum(counts), *counts)
-
-
-def _with_digits(digits: Sequence[Any], number: int) -> Any:
-    """Where binary digits, given as bits, make a number."""
-    return reduce(and_, (digit if number >> d & 1 else ~digit for d, digit in enumerate(digits)))
-
-
 def outcome(merged: Tensor, deltas: Tensor, ends: Ints) -> Outcome:
     """Counts what a merged task vector [r c] has of those that it was made of [k r c], given its `endings`."""
-    import numpy
-
-    flat, wide = merged.flatten().double().cpu(), deltas.flatten(1).double().cpu()
+    alone = merged.unsqueeze(0)
+    loops = counting.of(alone, deltas)
+    both, _, _ = loops.pairs(alone)
     return Outcome(
-        elements=flat.numel(),
-        kept=int(numpy.count_nonzero(flat.numpy())),
+        elements=merged.numel(),
+        kept=int(both),
         ends=ends,
-        square=float(flat @ flat),
-        along=tuple(float(each @ flat) for each in wide),
-        squares=tuple(float(each @ each) for each in wide),
+        square=float(loops.products(alone, alone)),
+        along=_plain(loops.products(alone, deltas)[0]),
+        squares=(0.0,) * len(deltas),
     )
 
 
-def endings(result: Tensor, base: Tensor, experts: Tensor) -> Ints:
+def endings(result: Tensor, base: Tensor | None, experts: Tensor) -> Ints:
     """How many positions end at the base [r c], at each of the experts [k r c] exactly, and elsewhere: [k+2].
 
-    Weights or deltas; where several experts have the value of the result, the first of them counts.
+    Weights, or deltas, whose base is 0; where several have the value of the result, the first of them counts.
     """
-    import numpy
-
-    found, *inputs = (each.flatten().cpu().numpy() for each in (result.float(), base.float(), *experts.float()))
-    left = numpy.ones_like(found, dtype=bool)
-    counts = []
-    for each in inputs:
-        here = left & (found == each)
-        counts.append(int(numpy.count_nonzero(here)))
-        left &= ~here
-    return (*counts, int(numpy.count_nonzero(left)))
+    inputs = (experts,) if base is None else (base, experts)
+    counts: Ints = _plain(counting.of(result, *inputs).endings(result, base, experts))
+    return counts
 
 
 def _plain(values: Any) -> Any:

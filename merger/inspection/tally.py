@@ -9,11 +9,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from merger._lazy import torch
-from merger.inspection.balance import CELLS, Balance, Lines, kept_by_cell
+from merger.inspection.balance import CELLS, Balance, kept_by_cell, lines
 from merger.inspection.curves import Curves, curves, swept
 from merger.inspection.measures import Ints, Outcome, Vectors, outcome, vectors
 from merger.inspection.ranks import Spectra
-from merger.inspection.values import Values, different
+from merger.inspection.values import Values
 from merger.planning import Part, TensorPlan
 
 if TYPE_CHECKING:
@@ -60,12 +60,12 @@ class Tally:
                 ranked = self._wanted.rank and key == TASK_VECTORS
                 self._wholes[key] = _Whole(len(deltas), self.part, ranked=ranked)
             whole = self._wholes[key]
-        counted, lines, values = vectors(deltas), Lines(deltas, row * self.part.columns), different(deltas)
+        counted, kept, values = vectors(deltas), lines(deltas, row), whole.values.different(deltas)
         spectra = None if whole.spectra is None else whole.spectra.part(deltas)
         cells = kept_by_cell(deltas, row, self.part.rows, CELLS) if self._pictured else None
         with self._lock:
             self._slices[key][row] = counted
-            whole.balance.add(lines)
+            whole.balance.add(row, kept)
             whole.values.add(values)
             if whole.spectra is not None and spectra is not None:
                 whole.spectra.add(row, deltas.shape[1], spectra)
@@ -88,7 +88,13 @@ class Tally:
         for key in [key for key, slices in self._slices.items() if slices]:
             slices = self._slices.pop(key)
             total = reduce(_added, (slices[row] for row in sorted(slices)))
-            self.sums[key] = self._completed(key, total) if isinstance(total, Vectors) else total
+            if isinstance(total, Vectors):
+                self.sums[key] = self._completed(key, total)
+            else:
+                own = self.sums[TASK_VECTORS]  # which every watch shows first
+                assert isinstance(own, Vectors)
+                squares = tuple(own.products[k][k] for k in range(len(own.products)))
+                self.sums[key] = replace(total, squares=squares)
 
     def _completed(self, key: Key, total: Vectors) -> Vectors:
         """The sums with what only a whole tensor has: balance, different values, rank."""

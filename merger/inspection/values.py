@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from merger._lazy import torch
+from merger.kernels import counting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,26 +23,23 @@ class Values:
     """The different values of k task vectors, collected slice by slice in any order."""
 
     def __init__(self, experts: int) -> None:
-        import numpy
+        self._seen = [torch.empty(0, dtype=torch.int32) for _ in range(experts)]
 
-        self._seen = [numpy.empty(0, "int32") for _ in range(experts)]
+    def different(self, deltas: Tensor) -> list[Tensor]:
+        """Those of each task vector of a slice [k r c]; none of one that has more than `MOST` already."""
+        loops = counting.of(deltas)
+        return [
+            loops.different(each) if len(seen) <= MOST else torch.empty(0, dtype=torch.int32)
+            for seen, each in zip(self._seen, deltas, strict=True)
+        ]
 
-    def add(self, found: Sequence[Any]) -> None:
-        """Joins what `different` found in a slice; an expert that has more than `MOST` already takes no more."""
-        import numpy
-
+    def add(self, found: Sequence[Tensor]) -> None:
+        """Joins what is `different` in a slice."""
         for i, (seen, more) in enumerate(zip(self._seen, found, strict=True)):
-            if len(seen) <= MOST:
-                self._seen[i] = numpy.union1d(seen, more)[: MOST + 1]
+            if len(more):
+                together = torch.cat([seen, more]).view(torch.float32)
+                self._seen[i] = counting.of(together).different(together)[: MOST + 1]
 
     def count(self) -> tuple[int, ...]:
         """How many each expert has, [k]; `MOST` + 1 where it has more than `MOST`."""
         return tuple(map(len, self._seen))
-
-
-def different(deltas: Tensor) -> list[Any]:
-    """The bit patterns of the different values of each task vector [k r c] other than zero, sorted."""
-    import numpy
-
-    flat = deltas.cpu().contiguous().numpy().reshape(len(deltas), -1)
-    return [numpy.unique(each[each != 0].view("int32")) for each in flat]

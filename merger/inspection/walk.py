@@ -140,7 +140,7 @@ def between_stages(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slic
             tally.experts((*keys[i], "experts"), piece.row, deltas)
             return
         if i + 1 < len(keys):
-            ends = endings(deltas, torch.zeros_like(deltas), piece.deltas)
+            ends = endings(deltas, None, piece.deltas)
         else:
             written = rounded(tensor, tally.part, stored, piece, deltas)
             ends = endings(written, *_inputs(stored, written.dtype))
