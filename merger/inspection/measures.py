@@ -36,9 +36,11 @@ class Sums:
 
 
 def _joined(one: Any, other: Any, join: Callable[[Any, Any], Any]) -> Any:
-    if isinstance(one, tuple):
+    if not isinstance(one, tuple):
+        return join(one, other)
+    if one and isinstance(one[0], tuple):
         return tuple(_joined(a, b, join) for a, b in zip(one, other, strict=True))
-    return join(one, other)
+    return tuple(map(join, one, other))
 
 
 @dataclass(frozen=True)

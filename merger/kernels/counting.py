@@ -94,7 +94,8 @@ class NativeCounting(Counting):
         k = len(deltas)
         both, opposed = torch.zeros(2, k, k, dtype=torch.int64)
         holders = torch.zeros(k + 1, dtype=torch.int64)
-        _call("count_pairs", deltas, k, deltas[0].numel(), both, opposed, holders)
+        if not _call("count_pairs", deltas, k, deltas[0].numel(), both, opposed, holders):
+            raise MemoryError
         return both, opposed, holders
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:

@@ -309,35 +309,48 @@ void uniforms_f64(uint64_t key0, uint64_t key1, int64_t start, int64_t n, double
 
 /* --- counts: what an inspection says of task vectors; a position is kept where one is not zero -------------- */
 
+/* The sum of products of signs, or of zeros and ones: 32 at a time where vectors have 512 bits. */
+static inline int64_t agreement(const int16_t *one, const int16_t *other, int64_t n) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (int32_t)one[i] * other[i];
+    return sum;
+}
+
+/* How many of at most PIECE numbers are the wanted one. On its own, or gcc takes several wanted ones for a vector. */
+CLONES int64_t occurrences(const int16_t *numbers, int64_t n, int16_t wanted) {
+    int16_t found = 0;
+    for (int64_t i = 0; i < n; i++) found = (int16_t)(found + (numbers[i] == wanted));
+    return found;
+}
+
 /* Positions that experts e and f both keep, both [k k], and with different signs, opposed [k k]; positions that
- * exactly 0, 1, .. k of them keep, holders [k+1]. */
-CLONES void count_pairs(const float *deltas, int64_t k, int64_t n, int64_t *both, int64_t *opposed, int64_t *holders) {
-    uint16_t depth[PIECE];
+ * exactly 0, 1, .. k of them keep, holders [k+1]. 0 if memory ran out. */
+CLONES int64_t count_pairs(const float *deltas, int64_t k, int64_t n, int64_t *both, int64_t *opposed, int64_t *holders) {
+    int16_t depth[PIECE], *signs = malloc((size_t)(2 * k) * sizeof depth), *kept = signs + k * PIECE;
+    if (!signs) return 0;
     for (int64_t start = 0; start < n; start += PIECE) {
         int64_t count = least(PIECE, n - start);
         memset(depth, 0, sizeof depth);
         for (int64_t e = 0; e < k; e++) {
-            const float *one = deltas + e * n + start;
-            for (int64_t i = 0; i < count; i++) depth[i] += one[i] != 0;
+            const float *own = deltas + e * n + start;
+            int16_t *sign = signs + e * PIECE, *held = kept + e * PIECE;
+            for (int64_t i = 0; i < count; i++) {
+                sign[i] = (int16_t)((own[i] > 0) - (own[i] < 0));
+                held[i] = (int16_t)(sign[i] * sign[i]);
+                depth[i] = (int16_t)(depth[i] + held[i]);
+            }
             for (int64_t f = 0; f <= e; f++) {
-                const float *other = deltas + f * n + start;
-                int32_t shared = 0, against = 0;
-                for (int64_t i = 0; i < count; i++) {
-                    shared += (one[i] != 0) & (other[i] != 0);
-                    against += ((one[i] > 0) & (other[i] < 0)) | ((one[i] < 0) & (other[i] > 0));
-                }
+                int64_t shared = agreement(held, kept + f * PIECE, count);
                 both[e * k + f] += shared;
-                opposed[e * k + f] += against;
+                opposed[e * k + f] += (shared - agreement(sign, signs + f * PIECE, count)) / 2;
             }
         }
-        for (int64_t h = 0; h <= k; h++) {
-            int32_t held = 0;
-            for (int64_t i = 0; i < count; i++) held += depth[i] == h;
-            holders[h] += held;
-        }
+        for (int16_t h = 0; h <= k; h++) holders[h] += occurrences(depth, count, h);
     }
     for (int64_t e = 0; e < k; e++)
         for (int64_t f = e + 1; f < k; f++) both[e * k + f] = both[f * k + e], opposed[e * k + f] = opposed[f * k + e];
+    free(signs);
+    return 1;
 }
 
 #define LANES 16 /* sums that run side by side, of every 16th product */
@@ -389,11 +402,9 @@ int64_t gather(const uint32_t *patterns, int64_t n, uint32_t *table, int64_t bit
     int64_t most = (int64_t)1 << (bits - 1);
     uint32_t mask = ((uint32_t)1 << bits) - 1;
     for (int64_t i = 0; i < n; i++) {
-        uint32_t pattern = patterns[i];
-        if (!(pattern & ABSOLUTE)) continue;
-        uint32_t place = pattern * 0x9E3779B1u >> (32 - bits);
-        while (table[place] && table[place] != pattern) place = (place + 1) & mask;
-        if (table[place]) continue;
+        uint32_t pattern = patterns[i], place = pattern * 0x9E3779B1u >> (32 - bits);
+        while (table[place] != pattern && table[place]) place = (place + 1) & mask;
+        if (table[place] == pattern || pattern << 1 == 0) continue; /* 0 is found where a place is free */
         if (known == most) return -1;
         table[place] = found[known++] = pattern;
     }
