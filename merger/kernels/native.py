@@ -44,19 +44,17 @@ def takes(stored: Tensor) -> bool:
 
 
 @cache
-def _loop(name: str) -> Any:
+def _loop(name: str, count: int) -> Any:
     loop = getattr(library(), name)
     loop.restype = ctypes.c_int64
+    loop.argtypes = [ctypes.c_int64] * count  # an address is a whole number too
     return loop
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> int:
     """Calls a loop with tensors in one piece, whole numbers, and None for an array that is not there."""
-    told = [
-        ctypes.c_int64(each) if isinstance(each, int) else ctypes.c_void_p(None if each is None else each.data_ptr())
-        for each in arguments
-    ]
-    answer: int = _loop(name)(*told)
+    told = [each if isinstance(each, int) else 0 if each is None else each.data_ptr() for each in arguments]
+    answer: int = _loop(name, len(told))(*told)
     return answer
 
 

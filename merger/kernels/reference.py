@@ -26,7 +26,7 @@ class Reference:
         return base, deltas, bool(torch.isfinite(base).all() and torch.isfinite(deltas).all())
 
     def restored(self, stored: Tensor, base: Tensor, deltas: Tensor, delta: Tensor) -> tuple[Tensor, bool]:
-        """base + delta [r c] rounded to the dtype of ``stored``, with its bits where delta is zero or exactly one expert's.
+        """base + delta [r c] rounded to the dtype of ``stored``; its bits where delta is zero or exactly one expert's.
 
         Where several experts have that delta the last one's bits are taken. Also says whether all is finite.
         """
@@ -45,7 +45,7 @@ class Reference:
         return torch.stack([_counted(own >> 16, HIGH) for own in _free_ones(keys, free)])
 
     def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int]) -> Tensor:
-        """How often each low half occurs among the free keys whose high half is the expert's bucket: int32 [k 65536]."""
+        """How often each low half occurs among the free keys with the expert's high half: int32 [k 65536]."""
         several = zip(_free_ones(keys, free), buckets, strict=True)
         return torch.stack([_counted(own[own >> 16 == bucket] & 0xFFFF, LOW) for own, bucket in several])
 
