@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from merger import kernels
 from merger._lazy import torch
 from merger.inspection.balance import unevenness
 from merger.inspection.measures import Floats, Ints, Sums, Vectors
@@ -29,79 +30,39 @@ DENSITIES = (Fraction(1, 20), *(Fraction(n, 10) for n in range(1, 11)))
 # --- where magnitude keeps a position -------------------------------------------------------------
 
 
-def levels(deltas: Tensor, elements: int) -> Flow[Any]:
-    """At how many of `DENSITIES` magnitude keeps each position of a slice [k r c]: numpy's uint8, 0 to d.
+def levels(deltas: Tensor, elements: int) -> Flow[Tensor]:
+    """At how many of `DENSITIES` magnitude keeps each position of a slice [k r c]: uint8, 0 to d.
 
     They are the masks of the stage ``top`` with its defaults: a count of the whole tensor's ``elements``, equal
-    ones to the lower flat index. Only what is not zero is kept.
+    ones to the lower flat index, found as `ops.select` does but for all densities at once. Only what is not zero
+    is kept.
     """
-    import numpy
-
-    shape = deltas.shape
-    keys = deltas.abs().cpu().contiguous().view(torch.int32).numpy().reshape(len(deltas), -1)
-    wanted = numpy.array([[count(share, elements) for share in DENSITIES]] * len(keys))
-    high, left = yield Sum(partial(_high_tally, keys), then=partial(_descend, wanted))
-    low, left = yield Sum(partial(_low_tally, keys, high), then=partial(_descend, left))
-    last = high << 16 | low  # [k d]: the smallest that is kept, of which ``left`` are
-    equal = _counts(keys, last)
-    before = yield Before(torch.from_numpy(equal))
-    room = left - before.numpy()
-    kept = numpy.zeros(keys.shape, "uint8")
-    for k, each in enumerate(keys):
-        for at, there, budget in zip(last[k], equal[k], room[k], strict=True):
-            kept[k] += each >= at if budget >= there else each > at
-            if 0 < budget < there:  # the slice in which the equal ones run out
-                kept[k][numpy.flatnonzero(each == at)[:budget]] += 1
-    return (kept * (keys != 0)).reshape(shape)
+    loops = kernels.of(deltas)
+    keys = loops.keys_of(deltas.abs())
+    wanted = torch.tensor([[count(share, elements)] * len(deltas) for share in DENSITIES])
+    high, left = yield Sum(lambda: loops.tally_high(keys, None).unsqueeze(0), then=partial(_descend, wanted))
+    low, left = yield Sum(
+        lambda: torch.stack([loops.tally_low(keys, None, own) for own in high.tolist()]), then=partial(_descend, left)
+    )
+    last = (high << 16 | low).tolist()  # [d k]: the smallest that are kept, ``left`` of each
+    before = yield Before(lambda: torch.tensor([loops.count_equal(keys, None, own) for own in last]))
+    kept = torch.zeros(deltas.shape, dtype=torch.uint8, device=deltas.device)
+    for own, room in zip(last, (left - before).tolist(), strict=True):
+        kept += loops.mark_top(keys, None, own, room)
+    return kept * (deltas != 0)
 
 
-def _high_tally(keys: Any) -> Tensor:
-    """How often each high half occurs, [k 1 2^15]; a float without its sign sorts as its bits."""
-    import numpy
-
-    return torch.from_numpy(numpy.stack([numpy.bincount(each >> 16, minlength=1 << 15)[None] for each in keys]))
-
-
-def _low_tally(keys: Any, high: Any) -> Tensor:
-    """How often each low half occurs beside the high half of each density, [k d 2^16]."""
-    import numpy
-
-    tallies = numpy.zeros((*high.shape, 1 << 16), "int32")
-    for each, wanted, tally in zip(keys, high, tallies, strict=True):
-        halves, places = numpy.unique(wanted, return_inverse=True)
-        slots = numpy.full(1 << 15, -1, "int32")
-        slots[halves] = numpy.arange(len(halves))
-        slot = slots[each >> 16]
-        inside = numpy.flatnonzero(slot >= 0)
-        found = numpy.bincount(slot[inside] << 16 | each[inside] & 0xFFFF, minlength=len(halves) << 16)
-        tally[:] = found.reshape(len(halves), -1)[places]
-    return torch.from_numpy(tallies)
-
-
-def _descend(wanted: Any, tally: Tensor) -> tuple[Any, Any]:
-    """Of each tally [k d n] or [k 1 n] the bin that holds the ``wanted``-th [k d] from the top, and how many of it.
+def _descend(wanted: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each tally [d k n], or [1 k n], the bin that holds the ``wanted``-th [d k] from the top, and how many of it.
 
     Where nothing is wanted: the last bin, none of it.
     """
-    import numpy
-
-    counts = numpy.broadcast_to(tally.numpy(), (*wanted.shape, tally.shape[-1]))
-    bins, left = numpy.empty_like(wanted), numpy.empty_like(wanted)
-    for place in numpy.ndindex(wanted.shape):
-        above = counts[place][::-1].cumsum()
-        step = numpy.searchsorted(above, wanted[place])
-        bins[place] = tally.shape[-1] - 1 - step
-        left[place] = wanted[place] - (above[step] - counts[place][bins[place]])
-    return bins, left
-
-
-def _counts(keys: Any, values: Any) -> Any:
-    """How often each of ``values`` [k d] occurs among the keys of its expert."""
-    import numpy
-
-    return numpy.array(
-        [[numpy.count_nonzero(each == value) for value in own] for each, own in zip(keys, values, strict=True)]
-    )
+    tally = tally.cpu().expand(*wanted.shape, -1)
+    above = tally.flip(-1).cumsum(-1)
+    steps = torch.searchsorted(above, wanted.unsqueeze(-1))
+    bins = tally.shape[-1] - 1 - steps
+    left = wanted.unsqueeze(-1) - (above.gather(-1, steps) - tally.gather(-1, bins))
+    return bins.squeeze(-1), left.squeeze(-1)
 
 
 # --- sums -----------------------------------------------------------------------------------------
@@ -147,21 +108,19 @@ def curves(slices: Iterable[tuple[Any, Any]], total: Vectors, held_squares: Tens
     )
 
 
-def swept(kept: Any) -> tuple[Any, Any]:
-    """Positions that both experts keep at each density, [k k d], and squares of what each row keeps, [k d]."""
+def swept(kept: Tensor) -> tuple[Any, Any]:
+    """Positions that two experts keep at each density, [k k d], and squares of what rows keep, [k d], given `levels`."""
     import numpy
 
-    k, number = len(kept), len(DENSITIES)
+    values = kept.cpu().numpy()
+    k, number = len(values), len(DENSITIES)
     both = numpy.empty((k, k, number), "int64")
     for i in range(k):
         for j in range(i + 1):
-            at = numpy.bincount(numpy.minimum(kept[i], kept[j]).ravel(), minlength=number + 1)
+            at = numpy.bincount(numpy.minimum(values[i], values[j]).ravel(), minlength=number + 1)
             both[i, j] = both[j, i] = at[:0:-1].cumsum()  # what is kept at a density is kept at all larger ones
-    squares = [
-        numpy.bitwise_count(numpy.packbits(kept >= number - d, axis=2)).sum(2, dtype="int64") ** 2
-        for d in range(number)
-    ]
-    return both, numpy.stack([each.sum(1) for each in squares], 1)
+    rows = (numpy.count_nonzero(values >= number - d, axis=2) for d in range(number))
+    return both, numpy.stack([(each**2).sum(1) for each in rows], 1)
 
 
 def _random_squares(held: Any, kept: Any, squares: Any) -> Any:
