@@ -109,7 +109,7 @@ def curves(slices: Iterable[tuple[Any, Any]], total: Vectors, held_squares: Tens
 
 
 def swept(kept: Tensor) -> tuple[Any, Any]:
-    """Positions that two experts keep at each density, [k k d], and squares of what rows keep, [k d], given `levels`."""
+    """Given `levels`: positions that both experts keep at each density, [k k d]; squares of what rows keep, [k d]."""
     import numpy
 
     values = kept.cpu().numpy()

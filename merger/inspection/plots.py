@@ -37,12 +37,16 @@ def write(seen: Inspection, folder: Path) -> list[Path]:
     files = []
     with matplotlib.rc_context({"svg.hashsalt": "merger", "svg.fonttype": "none", "font.size": 9}):
         for name, figure in _figures(seen):
-            start = re.sub(r"[^\w.-]+", "-", name)
             for kind, metadata in (("png", {}), ("svg", {"Date": None})):  # no date: the same bytes each time
-                file = folder / f"{start}.{kind}"
+                file = folder / f"{file_name(name)}.{kind}"
                 figure.savefig(file, dpi=150, metadata=metadata, facecolor="white")
                 files.append(file)
     return files
+
+
+def file_name(figure: str) -> str:
+    """What a figure's file is called, without its ending."""
+    return re.sub(r"[^\w.-]+", "-", figure)
 
 
 def _figures(seen: Inspection) -> Iterator[tuple[str, Any]]:

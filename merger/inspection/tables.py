@@ -37,6 +37,8 @@ def print_inspection(seen: Inspection, console: Console, *, every: bool = False)
     for view in results:
         _print_result(view, console)
     by_what = results if seen.subject == "merge" else seen.merging()
+    ranked = [view for view in experts if isinstance(view.whole, Facts) and view.whole.effective_rank]
+    by_what = [*(view for view in ranked if view not in by_what), *by_what]
     for view in by_what:
         for title, groups in (("layer", view.layers), ("projection", view.projections)):
             _print_groups(view, title, groups, console, every)
@@ -120,7 +122,8 @@ def _print_result(view: View, console: Console) -> None:
 
 
 def _print_groups(view: View, title: str, groups: Mapping[str, Facts | Merged], console: Console, every: bool) -> None:
-    columns = {name: _columns(facts) for name, facts in groups.items()}
+    ranked = isinstance(view.whole, Facts) and view.whole.effective_rank is not None
+    columns = {name: _columns(facts, ranked=ranked) for name, facts in groups.items()}
     headings = list(next(iter(columns.values())))
     most = {heading: max(each[heading] for each in columns.values()) for heading in headings}
     table = _table(f"{title} ({view.name})", *headings)
@@ -142,12 +145,12 @@ def shortened(names: Iterable[str]) -> dict[str, str]:
     return {name: each.removeprefix(prefix) for name, each in short.items()}
 
 
-def _columns(facts: Facts | Merged) -> dict[str, float]:
+def _columns(facts: Facts | Merged, *, ranked: bool) -> dict[str, float]:
     """What a table by layer shows: what it is sorted by comes first, and the first three have bars."""
     if isinstance(facts, Merged):
         return {"blend": facts.blend, "base": facts.at_base, **facts.at_expert}
     density, norm, uneven = (most(each) for each in (facts.density, facts.norm, facts.uneven_rows))
-    rank = {} if facts.effective_rank is None else {"rank": most(facts.effective_rank)}
+    rank = {"rank": most(facts.effective_rank)} if ranked else {}
     if len(facts.norm) == 1:
         return {"norm": norm, "density": density, "uneven rows": uneven, "distinct": most(facts.distinct), **rank}
     overlap, conflict = most(facts.overlap), most(facts.sign_conflict)
@@ -156,7 +159,7 @@ def _columns(facts: Facts | Merged) -> dict[str, float]:
 
 
 def most(value: Any) -> float:
-    """The largest number of a fact."""
+    """The largest number of a fact; 0 of one that nobody asked for, or that has no experts or pairs."""
     return max((number for _, number in numbers(value)), default=0.0)
 
 
