@@ -18,7 +18,8 @@ from merger.inspection.measures import Outcome, Sums, Vectors, endings
 from merger.inspection.tally import TASK_VECTORS, Key, Tally, Wanted
 from merger.machine import Machine, tuned
 from merger.ops import Flow, Question
-from merger.pipeline import Slice, Subject, flow, settle
+from merger.passes import settle
+from merger.pipeline import Slice, Subject, flow
 from merger.planning import Part, Plan, TensorPlan
 from merger.reading import Reader, rounded
 from merger.statistics import Statistics
