@@ -18,7 +18,7 @@ from merger import kernels
 from merger._lazy import torch
 from merger.inspection.balance import unevenness
 from merger.inspection.measures import Floats, Ints, Sums, Vectors
-from merger.ops import Before, Flow, Sum, count
+from merger.ops import Before, Flow, Tally, count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +39,17 @@ def levels(deltas: Tensor, elements: int) -> Flow[Tensor]:
     """
     loops = kernels.of(deltas)
     keys = loops.keys_of(deltas.abs())
-    wanted = torch.tensor([[count(share, elements)] * len(deltas) for share in DENSITIES])
-    high, left = yield Sum(lambda: loops.tally_high(keys, None).unsqueeze(0), then=partial(_descend, wanted))
-    low, left = yield Sum(
-        lambda: torch.stack([loops.tally_low(keys, None, own) for own in high.tolist()]), then=partial(_descend, left)
-    )
+    d, k = len(DENSITIES), len(deltas)
+    wanted = torch.tensor([[count(share, elements)] * k for share in DENSITIES])
+
+    def low_halves(into: Tensor) -> None:
+        for buckets, tally in zip(high.tolist(), into, strict=True):
+            loops.tally_low(keys, None, buckets, tally)
+
+    high, left = yield Tally(partial(loops.tally_high, keys, None), (k, kernels.HIGH), then=partial(_descend, wanted))
+    low, left = yield Tally(low_halves, (d, k, kernels.LOW), then=partial(_descend, left))
     last = (high << 16 | low).tolist()  # [d k]: the smallest that are kept, ``left`` of each
-    before = yield Before(lambda: torch.tensor([loops.count_equal(keys, None, own) for own in last]))
+    before = yield Before(lambda: torch.stack([loops.count_equal(keys, None, own) for own in last]))
     kept = torch.zeros(deltas.shape, dtype=torch.uint8, device=deltas.device)
     for own, room in zip(last, (left - before).tolist(), strict=True):
         kept += loops.mark_top(keys, None, own, room)
@@ -53,7 +57,7 @@ def levels(deltas: Tensor, elements: int) -> Flow[Tensor]:
 
 
 def _descend(wanted: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each tally [d k n], or [1 k n], the bin that holds the ``wanted``-th [d k] from the top, and how many of it.
+    """Of each tally [d k n], or [k n], the bin that holds the ``wanted``-th [d k] from the top, and how many of it.
 
     Where nothing is wanted: the last bin, none of it.
     """
