@@ -101,6 +101,26 @@ def test_only_the_first_dozen_of_a_long_table_is_shown_unless_all_are_asked_for(
     assert len(whole.out.splitlines()) == len(short.out.splitlines()) + 5 - 1
 
 
+def test_curves_are_a_table_and_ranks_a_column_that_fit_80_columns(merger, folder, monkeypatch):
+    seen = library.inspect(library.Recipe.load("recipe.yaml"), rank=True, curves=True)
+    console = Console(width=80, record=True, file=io.StringIO())
+    tables.print_inspection(seen, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    below = next(i for i, line in enumerate(lines) if line.split() == ["largest", "by", "overlap", "uneven", "rows"])
+    assert [line.split()[0] for line in lines[below + 3 :][:3]] == ["0.05", "0.10", "0.20"]
+    assert any(line.split()[-1:] == ["rank"] and "overlap" in line for line in lines)
+
+
+def test_options_ask_for_curves_and_ranks(merger, folder):
+    said = json.loads(merger("inspect", "recipe.yaml", "--json", "--curves", "--rank").out)
+    schema = json.loads(merger("schema", "inspection").out)
+    jsonschema.Draft202012Validator(schema).validate(said)
+    assert said["curves"].keys() == schema["$defs"]["Curves"]["properties"].keys()
+    assert said["curves"]["whole"].keys() == schema["$defs"]["Curve"]["properties"].keys()
+    assert said["views"][0]["whole"]["effective_rank"].keys() == {"code", "math", "wiki"}
+
+
 # --- conditions -----------------------------------------------------------------------------------
 
 
@@ -111,6 +131,7 @@ def test_only_the_first_dozen_of_a_long_table_is_shown_unless_all_are_asked_for(
         ("tensor.cosine<=-1e-2", (None, "tensor", "cosine", "<=", -0.01)),
         ("task_vectors.layer.sign_conflict >= .5", ("task_vectors", "layer", "sign_conflict", ">=", 0.5)),
         ("at_base < 1", ("result", None, "at_base", "<", 1)),
+        ("effective_rank < 8", ("task_vectors", None, "effective_rank", "<", 8)),
         ("result.kind.density > 0", ("result", "kind", "density", ">", 0)),
     ],
 )
@@ -162,6 +183,13 @@ def test_a_condition_that_holds_ends_in_1_with_the_worst_offender(merger, folder
 @pytest.mark.parametrize(("text", "code"), [("overlap > 0.9", 0), ("layer.overlap > 0.9", 1), ("density < 0.4", 0)])
 def test_a_condition_is_about_the_whole_model_unless_it_names_a_place(merger, folder, text, code):
     assert merger("inspect", "recipe.yaml", "--fail-if", text).code == code
+
+
+@pytest.mark.parametrize(
+    "text", ["distinct < 1000", "tensor.uneven_blocks >= 0", "effective_rank > 1", "layer.effective_rank > 1"]
+)
+def test_every_fact_can_be_a_condition(merger, folder, text):
+    assert merger("inspect", "recipe.yaml", "--fail-if", text).code == 1
 
 
 def test_less_than_looks_for_the_smallest(folder):

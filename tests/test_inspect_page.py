@@ -1,6 +1,7 @@
 """The page that `merger inspect --html` writes: whole in itself, well formed, and with every number in its place."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -50,7 +51,7 @@ def seen(tmp_path):
     trio(tmp_path, hidden=16)
     written = {"base": "base", "experts": {"code": "code", "math": "math"}, "output": {"path": "out"}}
     recipe = Recipe.parse({**written, "pipeline": [{"top": {"density": 0.5}}, "sum"]}, tmp_path)
-    return library.inspect(recipe, picture=UP)
+    return library.inspect(recipe, picture=UP, curves=True)
 
 
 def test_a_page_needs_nothing_but_itself(seen):
@@ -104,9 +105,28 @@ def test_text_is_light_where_the_ground_is_deep_and_only_there(seen):
 
 def test_a_picture_paints_every_piece_once(seen):
     text = page(seen)
-    maps = re.findall(r"<svg viewBox=\"0 0 (\d+) (\d+)\".*?</svg>", text)
+    maps = re.findall(r'<svg viewBox="0 0 (\d+) (\d+)" preserveAspectRatio.*?</svg>', text)
     assert maps == [("16", "32")] * 4  # two experts in two views
     assert text.count("h1v1h-1z") == 4 * 16 * 32
+
+
+def test_a_chart_has_a_line_and_a_mark_at_each_density_for_every_pair_and_expert(seen):
+    overlap, uneven = re.findall(r'<svg class="chart".*?</svg>', page(seen))[:2]
+    assert (overlap.count('class="line l'), uneven.count('class="line l')) == (2, 4)  # by magnitude, and at random
+    assert (overlap.count('class="mark'), uneven.count('class="mark')) == (11, 22)
+    x, y = re.findall(r'class="line l0" d="M([\d.]+) ([\d.]+)L', overlap)[0]
+    first = seen.curves.whole.overlap["code"]["math"][0]
+    assert (float(x), float(y)) == (22, pytest.approx(300 - 300 * first, abs=0.1))
+
+
+def test_the_whole_model_and_every_kind_of_matrix_have_charts(seen):
+    captions = re.findall("<figcaption>(overlap against density.*?):", page(seen))
+    kinds = ("", ", kind embedding", ", kind head", ", kind linear")
+    assert sorted(captions) == [f"overlap against density{of}" for of in kinds]
+
+
+def test_a_page_without_curves_has_no_chart(seen):
+    assert '<svg class="chart"' not in page(replace(seen, curves=None))
 
 
 def test_names_are_text_and_never_markup(tmp_path):

@@ -12,11 +12,13 @@ from checkpoints import llama, load, save
 from hypothesis import given
 from hypothesis import strategies as st
 
+import merger.inspection
 import merger.machine
-from merger import Recipe, inspect, inspect_merge, merge
+from merger import Recipe, inspect, inspect_merge, inspect_model, merge
 from merger.errors import RecipeError
+from merger.inspection.balance import kept_by_cell, lines, unevenness
 from merger.inspection.facts import facts
-from merger.inspection.measures import endings, kept_by_cell, kept_by_line, outcome, unevenness, vectors
+from merger.inspection.measures import endings, outcome, vectors
 
 EXPERTS = ("code", "math", "wiki")
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -144,6 +146,112 @@ def test_a_models_unevenness_is_the_mean_over_its_matrices_by_their_size(models,
     assert found == pytest.approx(np.average([spread(each) for each in matrices], weights=weights))
 
 
+def test_blocks_run_across_the_ends_of_rows_and_a_short_last_one_is_left_out(models, recipe, monkeypatch):
+    monkeypatch.setattr(merger.inspection.balance, "BLOCK", 24)
+    found = inspect(recipe("linear")).view("task_vectors").tensors[UP].uneven_blocks
+    whole = [each.ravel()[: 512 // 24 * 24].reshape(-1, 24) for each in deltas(models, UP)]
+    assert list(found.values()) == pytest.approx([spread(each) for each in whole])
+
+
+def test_distinct_values_are_those_of_the_tensor_that_has_most(models, recipe):
+    view = inspect(recipe("linear")).view("task_vectors")
+    counts = {name: len(np.unique(own[own != 0])) for name in models["base"] for own in deltas(models, name)[:1]}
+    assert {name: facts.distinct["code"] for name, facts in view.tensors.items()} == counts
+    assert view.whole.distinct["code"] == max(counts.values())
+
+
+def test_values_of_several_slices_are_counted_once(tmp_path, monkeypatch):
+    base = llama(0, rows=24, hidden=16)
+    tuned = {name: values + torch.arange(values.numel()).view(values.shape) % 5 for name, values in base.items()}
+    for name, tensors in (("base", base), ("tune", tuned)):
+        save(tmp_path / name, {each: values.bfloat16().float().round() for each, values in tensors.items()})
+    monkeypatch.setattr(merger.machine, "SLICE", 64)
+    seen = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"))
+    change = load(tmp_path / "tune")[UP] - load(tmp_path / "base")[UP]
+    assert seen.view("task_vectors").tensors[UP].distinct == {"tune": len(change[change != 0].unique())}
+
+
+def test_more_values_than_are_told_apart_are_one_more(recipe, monkeypatch):
+    monkeypatch.setattr(merger.inspection.values, "MOST", 100)
+    monkeypatch.setattr(merger.machine, "SLICE", 64)
+    view = inspect(recipe("linear")).view("task_vectors")
+    assert set(view.tensors[UP].distinct.values()) == {101}
+    assert all(count < 17 for count in view.tensors["model.norm.weight"].distinct.values())
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [UP, "model.layers.0.mlp.down_proj.weight"])  # tall and wide
+def test_the_effective_rank_is_the_exponent_of_the_entropy_of_singular_values(models, recipe, monkeypatch, name):
+    monkeypatch.setattr(merger.machine, "SLICE", 64)
+    found = inspect(recipe("linear"), rank=True).view("task_vectors").tensors[name].effective_rank
+    shares = [
+        s / s.sum() for s in (np.linalg.svd(each.astype("f8"), compute_uv=False) for each in deltas(models, name))
+    ]
+    assert list(found.values()) == pytest.approx([np.exp(-(p * np.log(p)).sum()) for p in shares], rel=1e-6)
+
+
+def test_a_matrix_of_rank_one_has_effective_rank_one_and_an_untouched_one_none(tmp_path):
+    base = {"a.weight": torch.zeros(6, 4), "b.weight": torch.zeros(4, 6), "c.weight": torch.zeros(4)}
+    save(tmp_path / "base", base)
+    save(tmp_path / "tune", {**base, "a.weight": torch.arange(1.0, 7).outer(torch.arange(1.0, 5))})
+    seen = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"), rank=True)
+    ranks = {name: facts.effective_rank for name, facts in seen.view("task_vectors").tensors.items()}
+    assert ranks == {"a.weight": {"tune": pytest.approx(1)}, "b.weight": {"tune": 0}, "c.weight": None}
+
+
+def test_nobody_waits_for_ranks_or_curves_that_were_not_asked_for(recipe):
+    seen = inspect(recipe("linear"))
+    assert (seen.view("task_vectors").whole.effective_rank, seen.curves) == (None, None)
+
+
+# --- against density ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1])
+def test_a_curve_goes_through_what_the_stage_top_leaves(recipe, monkeypatch, density):
+    monkeypatch.setattr(merger.machine, "SLICE", 64)
+    seen = inspect(recipe(pipeline=[{"top": {"density": density}}, "sum"]), curves=True)
+    at, left = seen.curves.whole.densities.index(density), seen.view("top").whole
+    for one, other in itertools.permutations(EXPERTS, 2):
+        assert seen.curves.whole.overlap[one][other][at] == pytest.approx(left.overlap[one][other])
+    for name in EXPERTS:
+        assert seen.curves.whole.uneven_rows[name][at] == pytest.approx(left.uneven_rows[name])
+
+
+def test_equal_values_are_kept_by_a_curve_as_by_the_stage(tmp_path):
+    for seed, name in enumerate(("base", *EXPERTS)):
+        save(tmp_path / name, {each: values.sign() for each, values in llama(seed, rows=24, hidden=16).items()})
+    written = {"base": "base", "experts": {name: name for name in EXPERTS}, "output": {"path": "out"}}
+    made = Recipe.parse({**written, "pipeline": [{"top": {"density": 0.3}}, "sum"]}, tmp_path)
+    seen = inspect(made, curves=True)
+    assert seen.view("task_vectors").whole.distinct == dict.fromkeys(EXPERTS, 2)
+    at, left = seen.curves.whole.densities.index(0.3), seen.view("top").whole
+    assert [seen.curves.whole.overlap["code"][name][at] for name in EXPERTS[1:]] == pytest.approx(
+        [left.overlap["code"][name] for name in EXPERTS[1:]]
+    )
+
+
+def test_random_masks_do_on_average_what_a_curve_says_of_them(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "code", "math"):
+        changed = torch.rand(400, 300, generator=generator) < torch.linspace(0.2, 1, 400).view(-1, 1)
+        save(
+            tmp_path / name,
+            {"a.weight": torch.randn(400, 300, generator=generator) * (changed if name != "base" else 0)},
+        )
+    drawn = [{"top": {"density": 0.3, "score": "uniform", "claim_zeros": False}}, "sum"]
+    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "output": {"path": "out"}}
+    seen = inspect(Recipe.parse({**written, "pipeline": drawn}, tmp_path), curves=True)
+    at, left = seen.curves.whole.densities.index(0.3), seen.view("top").whole
+    expected = seen.curves.whole.overlap_random["code"]["math"][at]
+    error = math.sqrt(expected * (1 - expected) / (0.3 * 400 * 300))
+    assert left.overlap["code"]["math"] == pytest.approx(expected, abs=4 * error)
+    assert expected > 0.3 + 10 * error  # more than among all positions: both change the lower rows
+    assert left.uneven_rows["code"] == pytest.approx(seen.curves.whole.uneven_rows_random["code"][at], rel=0.02)
+
+
 # --- between the stages ---------------------------------------------------------------------------
 
 
@@ -184,14 +292,14 @@ def test_a_ranking_of_the_whole_model_is_counted_once(models, recipe):
 @pytest.mark.parametrize("method", ["ties", "cabs", "dare_linear"])
 def test_facts_do_not_depend_on_how_a_tensor_is_cut(recipe, monkeypatch, method):
     def counted():
-        seen = inspect(recipe(method))
-        return [facts for view in seen.views for facts in view.tensors.values()]
+        seen = inspect(recipe(method), rank=True, curves=True)
+        return [*(facts for view in seen.views for facts in view.tensors.values()), seen.curves.whole]
 
     whole = counted()
     monkeypatch.setattr(merger.machine, "SLICE", 64)
     monkeypatch.setattr(merger.machine, "HOLD", 0)
     for one, other in zip(whole, counted(), strict=True):
-        assert flattened(one) == pytest.approx(flattened(other))
+        assert flattened(one) == pytest.approx(flattened(other), rel=1e-6)
 
 
 def flattened(found):
@@ -202,7 +310,7 @@ def flattened(found):
         each = values.pop()
         nested = isinstance(each, dict | list)
         values.extend(each.values() if isinstance(each, dict) else each if nested else ())
-        numbers.extend([] if nested else [each])
+        numbers.extend([] if nested or each is None else [each])
     return numbers
 
 
@@ -300,7 +408,7 @@ def test_random_masks_overlap_as_much_as_they_are_dense():
 
 def test_random_masks_are_as_uneven_as_a_binomial():
     kept = (torch.rand(1, 4000, 500, generator=torch.Generator().manual_seed(1)) < 0.2).float()
-    by_row, _ = kept_by_line(kept)
+    by_row = lines(kept, 0)[0]
     found = unevenness(by_row.square().sum(1), 4000, by_row.sum(1))
     assert found.item() == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
 

@@ -31,6 +31,15 @@ def inspect(
     tensor: Annotated[
         str | None, typer.Option(metavar="NAME", help="Map in the page where this tensor keeps its weights.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the same as PNG and SVG, by matplotlib.")
+    ] = None,
+    curves: Annotated[
+        bool, typer.Option("--curves", help="Overlap and balance against density; a page and plots have them anyway.")
+    ] = False,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="The effective rank of every matrix, which takes a while.")
+    ] = False,
     every: Annotated[bool, typer.Option("--all", help="Show every layer, not only the first dozen.")] = False,
     inputs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the relative paths of a finished merge start.")
@@ -46,26 +55,35 @@ def inspect(
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
     from merger.checkpoint.writer import write_text
-    from merger.inspection import conditions, page, tables
+    from merger.inspection import conditions, page, plots, tables
 
     wanted = [conditions.parse(text) for text in fail_if]
     if overrides and (base is not None or what.is_dir()):
         raise RecipeError(f"--set changes a recipe, and {what} is none")
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise RecipeError(f"--html {html}: expected a file in a folder that is there")
+    if plot is not None:
+        plots.check(plot)
+    looks = {
+        "picture": tensor,
+        "rank": rank or any(condition.metric == "effective_rank" for condition in wanted),
+        "curves": curves or html is not None or plot is not None,
+    }
     size = memory_size(max_memory)
     with progress_bar(quiet) as (progress, notice):
-        common: dict[str, Any] = {"max_memory": size, "progress": progress, "notice": notice}
+        common: dict[str, Any] = {**looks, "max_memory": size, "progress": progress, "notice": notice}
         if base is not None:
-            seen = inspection.inspect_model(str(what), base, picture=tensor, offline=offline, **common)
+            seen = inspection.inspect_model(str(what), base, offline=offline, **common)
         elif what.is_dir():
-            seen = inspection.inspect_merge(what, inputs=inputs, picture=tensor, **common)
+            seen = inspection.inspect_merge(what, inputs=inputs, **common)
         else:
             loaded = load(what, overrides)
             common |= {"offline": offline, "device": device, "trust_remote_code": trust_remote_code}
-            seen = inspection.inspect(loaded, picture=tensor, **common)
+            seen = inspection.inspect(loaded, **common)
     if html is not None:
         write_text(html, page.page(seen))
+    if plot is not None:
+        plots.write(seen, plot)
     if as_json:
         print(json.dumps(seen.as_json()))
     else:

@@ -11,7 +11,8 @@ from typing import Any
 
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.inspection import manifests, masks
-from merger.inspection.facts import FORMAT, Facts, Inspection, Merged, Picture, View
+from merger.inspection.facts import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
+from merger.inspection.tally import Wanted
 from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
 from merger.machine import Machine, peak_memory
 from merger.planning import Plan
@@ -20,13 +21,26 @@ from merger.recipe import Recipe
 from merger.statistics import Options, grams, load
 from merger.statistics import calibrate as statistics_files
 
-__all__ = ["Facts", "Inspection", "Merged", "Picture", "View", "inspect", "inspect_merge", "inspect_model"]
+__all__ = [
+    "Curve",
+    "Curves",
+    "Facts",
+    "Inspection",
+    "Merged",
+    "Picture",
+    "View",
+    "inspect",
+    "inspect_merge",
+    "inspect_model",
+]
 
 
 def inspect(
     recipe: Recipe,
     *,
     picture: str | None = None,
+    rank: bool = False,
+    curves: bool = False,
     device: str = "auto",
     max_memory: int | None = None,
     offline: bool = False,
@@ -36,7 +50,8 @@ def inspect(
 ) -> Inspection:
     """Looks at the experts against the base, and at what every stage of the recipe leaves; writes nothing.
 
-    ``picture`` names a tensor whose kept positions are mapped. Raises a `MergerError` as `merge` does.
+    ``picture`` names a tensor whose kept positions are mapped, ``rank`` asks for effective ranks and ``curves`` for
+    overlap and balance against density. Raises a `MergerError` as `merge` does.
     """
     tell, say = progress or _silent, notice or _silent
     plan = make_plan(recipe, offline=offline, headers_only=False)
@@ -45,7 +60,9 @@ def inspect(
         options = Options(machine.device, max_memory, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
         blocks = grams(plan, options, notice=say, progress=tell)
-        walk = Walk(plan, machine, load(plan, paths), notice=say, progress=tell, picture=_found(picture, plan))
+        walk = Walk(
+            plan, machine, load(plan, paths), notice=say, progress=tell, wanted=_wanted(plan, picture, rank, curves)
+        )
         return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts), blocks)
     finally:
         plan.close()
@@ -56,6 +73,8 @@ def inspect_model(
     base: str,
     *,
     picture: str | None = None,
+    rank: bool = False,
+    curves: bool = False,
     max_memory: int | None = None,
     offline: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -72,7 +91,7 @@ def inspect_model(
             {},
             notice=notice or _silent,
             progress=progress or _silent,
-            picture=_found(picture, plan),
+            wanted=_wanted(plan, picture, rank, curves),
         )
         return _seen(walk, task_vectors, "model", base, [name])
     finally:
@@ -84,6 +103,8 @@ def inspect_merge(
     *,
     inputs: Path | None = None,
     picture: str | None = None,
+    rank: bool = False,
+    curves: bool = False,
     max_memory: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -100,7 +121,7 @@ def inspect_merge(
     base = made["inputs"]["base"]
     say = notice or _silent
     label = manifests.unlike("merged", experts)
-    known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made)
+    known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=made)
     if masks.is_packed(record):
         return _told(known, masks.told(folder, record, experts), say)
     try:
@@ -118,7 +139,7 @@ def inspect_merge(
             {},
             notice=say,
             progress=progress or _silent,
-            picture=_found(picture, plan),
+            wanted=_wanted(plan, picture, rank, curves),
         )
         seen = _seen(walk, partial(finished, plan.models[label]), "merge", base, experts)
         return replace(seen, made=made, copied=copied)
@@ -146,6 +167,7 @@ def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[s
         experts=list(experts),
         views=walk.views(experts),
         pictures=walk.pictures(experts),
+        curves=walk.curves(experts),
         copied={tensor.name: tensor.source for tensor in plan.tensors if not tensor.stages},
         notes=list(plan.notes),
         seconds=round(time.monotonic() - began, 3),
@@ -154,12 +176,12 @@ def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[s
     )
 
 
-def _found(picture: str | None, plan: Plan) -> str | None:
-    """The tensor to draw; RecipeError with the near name if no such tensor is merged."""
+def _wanted(plan: Plan, picture: str | None, rank: bool, curves: bool) -> Wanted:
+    """What is asked for; RecipeError with the near name if no such tensor as ``picture`` is merged."""
     names = [tensor.name for tensor in plan.tensors if tensor.stages]
     if picture is not None and picture not in names:
         raise RecipeError(f"--tensor {picture}: no such tensor is merged; {nearest(picture, names[:40])}")
-    return picture
+    return Wanted(picture, rank, curves)
 
 
 def _silent(*_: object) -> None:

@@ -17,6 +17,7 @@ OF_MERGED = tuple(each.name for each in fields(Merged) if each.name != "elements
 METRICS = tuple(dict.fromkeys(OF_EXPERTS + OF_MERGED))
 PLACES = {"tensor": "tensors", "layer": "layers", "projection": "projections", "kind": "kinds"}
 VIEWS = ("task_vectors", "result")
+ONLY_IN = {"effective_rank": "task_vectors"}
 _FORM = re.compile(r"\s*([\w.]+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*$")
 
 
@@ -63,7 +64,7 @@ def parse(text: str) -> Condition:
     if unknown:
         near = nearest(unknown[0], (*PLACES, *VIEWS))
         raise RecipeError(f"--fail-if {text!r}: there is no place or view {unknown[0]!r}; {near}")
-    view = views[0] if views else None if metric in OF_EXPERTS else "result"
+    view = views[0] if views else ONLY_IN.get(metric, None if metric in OF_EXPERTS else "result")
     if before != views[:1] + places[:1] or metric not in {"task_vectors": OF_EXPERTS, "result": OF_MERGED}.get(
         view or "", METRICS
     ):
@@ -110,9 +111,9 @@ def _places(view: View, place: str | None) -> Iterator[tuple[str, Facts | Merged
 
 
 def numbers(value: Any, *names: str) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Every number of a fact, with the experts that it is about."""
+    """Every number of a fact, with the experts that it is about; of None there is none."""
     if isinstance(value, Mapping):
         for name, each in value.items():
             yield from numbers(each, *names, name)
-    else:
+    elif value is not None:
         yield names, value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, TypeAdapter, with_config
 
 from merger._lazy import torch
+from merger.inspection import curves
 from merger.inspection.measures import Outcome, Vectors
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ FORMAT = 1
 
 ByExpert = dict[str, float]
 ByPair = dict[str, dict[str, float]]
+CurvesByExpert = dict[str, list[float]]
+CurvesByPair = dict[str, dict[str, list[float]]]
 
 _DESCRIBED = ConfigDict(use_attribute_docstrings=True)
 
@@ -45,6 +48,12 @@ class Facts:
     uneven_rows: ByExpert
     """Standard deviation over mean of what the rows of a matrix keep, mean over matrices."""
     uneven_columns: ByExpert
+    uneven_blocks: ByExpert
+    """The same of every 256 consecutive elements of a matrix."""
+    distinct: dict[str, int]
+    """How many different values other than zero the tensor that has most has; 1048577: more than 1048576."""
+    effective_rank: ByExpert | None
+    """e to the entropy of a matrix's singular values as shares, mean over matrices; null where nobody asked for it."""
 
 
 @with_config(_DESCRIBED)
@@ -98,6 +107,32 @@ class Picture:
 
 @with_config(_DESCRIBED)
 @dataclass(frozen=True)
+class Curve:
+    """Task vectors pruned to several densities, tensor by tensor: a number for each density."""
+
+    densities: list[float]
+    """Share of all positions; no more than what is not zero is kept."""
+    overlap: CurvesByPair
+    """``overlap[a][b]`` of what magnitude keeps."""
+    overlap_random: CurvesByPair
+    """What random masks of as many changed positions have on average."""
+    uneven_rows: CurvesByExpert
+    """Standard deviation over mean of what magnitude keeps of the rows of a matrix, mean over matrices."""
+    uneven_rows_random: CurvesByExpert
+    """The same of random masks, from the average of their squared counts."""
+
+
+@with_config(_DESCRIBED)
+@dataclass(frozen=True)
+class Curves:
+    """Overlap and balance against density."""
+
+    whole: Curve
+    kinds: dict[str, Curve]
+
+
+@with_config(_DESCRIBED)
+@dataclass(frozen=True)
 class Inspection:
     """All that was seen."""
 
@@ -111,6 +146,8 @@ class Inspection:
     copied: dict[str, str]
     """Tensors that are copied, and from which model."""
     notes: list[str]
+    curves: Curves | None = None
+    """Where they were asked for."""
     made: dict[str, Any] | None = None
     """Of a finished merge: what its manifest says."""
     seconds: float = 0.0
@@ -149,9 +186,9 @@ def facts(sums: Vectors | Outcome, experts: Sequence[str]) -> Facts | Merged:
 
 
 def _of_vectors(sums: Vectors, experts: Sequence[str]) -> Facts:
-    both, products = torch.tensor(sums.both), torch.tensor(sums.products, dtype=torch.float64)
+    both, products = torch.tensor(sums.both), _floats(sums.products)
     kept, lengths = both.diagonal(), products.diagonal().sqrt()
-    spread = _share(torch.tensor(sums.uneven, dtype=torch.float64), sums.in_matrices)
+    rows, columns, blocks = _share(_floats(sums.uneven), torch.tensor(sums.in_matrices).view(-1, 1))
     return Facts(
         elements=sums.elements,
         density=_named(_share(kept, sums.elements), experts),
@@ -161,13 +198,16 @@ def _of_vectors(sums: Vectors, experts: Sequence[str]) -> Facts:
         sign_conflict=_paired(_share(torch.tensor(sums.opposed), both), experts),
         cosine=_paired(_share(products, lengths.view(-1, 1) * lengths), experts),
         holders=_share(torch.tensor(sums.holders), sums.elements).tolist(),
-        uneven_rows=_named(spread[0], experts),
-        uneven_columns=_named(spread[1], experts),
+        uneven_rows=_named(rows, experts),
+        uneven_columns=_named(columns, experts),
+        uneven_blocks=_named(blocks, experts),
+        distinct=dict(zip(experts, sums.distinct, strict=True)),
+        effective_rank=_named(_share(_floats(sums.ranks), sums.ranked), experts) if sums.ranked else None,
     )
 
 
 def _of_outcome(sums: Outcome, experts: Sequence[str]) -> Merged:
-    ends, along, squares = (torch.tensor(each, dtype=torch.float64) for each in (sums.ends, sums.along, sums.squares))
+    ends, along, squares = map(_floats, (sums.ends, sums.along, sums.squares))
     at_base, *at_experts, elsewhere = _share(ends, sums.elements).tolist()
     return Merged(
         elements=sums.elements,
@@ -180,17 +220,41 @@ def _of_outcome(sums: Outcome, experts: Sequence[str]) -> Merged:
     )
 
 
+def curve(sums: curves.Curves, experts: Sequence[str]) -> Curve:
+    """Overlap rates and balance of what was counted at each density."""
+    kept = torch.tensor(sums.kept).unsqueeze(1)
+
+    def pairs(both: Any) -> CurvesByPair:
+        return _paired(_share(_floats(both), kept), experts)
+
+    def each(uneven: Any) -> CurvesByExpert:
+        return _named(_share(_floats(uneven), sums.in_matrices), experts)
+
+    return Curve(
+        densities=[float(share) for share in curves.DENSITIES],
+        overlap=pairs(sums.both),
+        overlap_random=pairs(sums.both_random),
+        uneven_rows=each(sums.uneven),
+        uneven_rows_random=each(sums.uneven_random),
+    )
+
+
 def _share(part: Tensor, whole: Tensor | float) -> Tensor:
     """part / whole in float64, 0 where there is no whole."""
     of = torch.as_tensor(whole, dtype=torch.float64)
     return (part.double() / of.where(of != 0, 1)).where(of != 0, 0)
 
 
-def _named(values: Tensor, experts: Sequence[str]) -> ByExpert:
+def _floats(numbers: Any) -> Tensor:
+    """Nested tuples of numbers in float64."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _named(values: Tensor, experts: Sequence[str]) -> dict[str, Any]:
     return dict(zip(experts, values.tolist(), strict=True))
 
 
-def _paired(values: Tensor, experts: Sequence[str]) -> ByPair:
+def _paired(values: Tensor, experts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A matrix by two names, without its diagonal."""
     named = {one: _named(row, experts) for one, row in zip(experts, values, strict=True)}
     return {one: {other: value for other, value in row.items() if other != one} for one, row in named.items()}

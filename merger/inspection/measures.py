@@ -5,10 +5,12 @@ Shapes: k experts, r rows, c columns. A position is kept where a vector is not z
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from operator import add
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from merger._lazy import torch
+from merger.kernels import counting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,28 +22,40 @@ Floats = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Sums:
-    """Numbers that add up; plain ones, for small tensors that outlive large ones leave the heap in pieces."""
+    """Numbers that are added up, or joined as their field says; plain ones, for small tensors that outlive
+    large ones leave the heap in pieces.
+    """
 
     elements: int
 
     def __add__(self: T, other: T) -> T:
-        return type(self)(*(_plus(getattr(self, each.name), getattr(other, each.name)) for each in fields(self)))
+        def joined(name: str, join: Callable[[Any, Any], Any]) -> Any:
+            return _joined(getattr(self, name), getattr(other, name), join)
+
+        return type(self)(*(joined(each.name, each.metadata.get("join", add)) for each in fields(self)))
 
 
-def _plus(one: Any, other: Any) -> Any:
-    return tuple(map(_plus, one, other)) if isinstance(one, tuple) else one + other
+def _joined(one: Any, other: Any, join: Callable[[Any, Any], Any]) -> Any:
+    if not isinstance(one, tuple):
+        return join(one, other)
+    if one and isinstance(one[0], tuple):
+        return tuple(_joined(a, b, join) for a, b in zip(one, other, strict=True))
+    return tuple(map(join, one, other))
 
 
 @dataclass(frozen=True)
 class Vectors(Sums):
-    """Several task vectors over the same positions."""
+    """Several task vectors over the same positions; all but the counts is known of whole tensors only."""
 
     both: tuple[Ints, ...]  # [k k] positions that both keep; on the diagonal, that one keeps
     opposed: tuple[Ints, ...]  # [k k] positions that both keep with different signs
     holders: Ints  # [k+1] positions kept by exactly 0, 1, .. k of them
     products: tuple[Floats, ...]  # [k k] inner products
-    uneven: tuple[Floats, ...]  # [2 k] `unevenness` over rows and columns, times the elements of the matrix
-    in_matrices: int  # elements of whole matrices, over which unevenness is averaged
+    uneven: tuple[Floats, ...]  # [3 k] `unevenness` over rows, columns and blocks, times the elements of the matrix
+    in_matrices: Ints  # [3] elements of whole matrices, over which each is averaged
+    distinct: Ints = field(metadata={"join": max})  # [k] different values of the tensor that has most
+    ranks: Floats  # [k] effective ranks, times the elements of the matrix
+    ranked: int  # elements of matrices of which ranks were asked for, over which they are averaged
 
 
 @dataclass(frozen=True)
@@ -52,105 +66,53 @@ class Outcome(Sums):
     ends: Ints  # [k+2] positions that end at the base, at each expert, elsewhere
     square: float  # of its norm
     along: Floats  # [k] inner products with the task vectors
-    squares: Floats  # [k] the squared norms of those
+    squares: Floats  # [k] the squared norms of those, known of whole tensors only
 
 
 def vectors(deltas: Tensor) -> Vectors:
-    """Counts what task vectors [k r c] keep, share and oppose; of their balance nothing yet."""
-    import numpy
-
-    flat = deltas.flatten(1).cpu()
-    values = flat.numpy()
-    k, elements = values.shape
-    kept, negative = values != 0, numpy.signbit(values)
-    both, opposed = numpy.zeros((2, k, k), "int64")
-    for i in range(k):
-        both[i, i] = numpy.count_nonzero(kept[i])
-        for j in range(i):
-            shared = kept[i] & kept[j]
-            both[i, j] = both[j, i] = numpy.count_nonzero(shared)
-            shared &= negative[i] ^ negative[j]
-            opposed[i, j] = opposed[j, i] = numpy.count_nonzero(shared)
-    depth = kept.sum(0, dtype="int16")
-    wide = flat.double()
+    """Counts what task vectors [k r c] keep, share and oppose; of their balance and values nothing yet."""
+    loops = counting.of(deltas)
+    both, opposed, holders = loops.pairs(deltas)
+    k = len(deltas)
     return Vectors(
-        elements=elements,
+        elements=deltas[0].numel(),
         both=_plain(both),
         opposed=_plain(opposed),
-        holders=tuple(int(numpy.count_nonzero(depth == n)) for n in range(k + 1)),
-        products=_plain(wide @ wide.T),
-        uneven=((0.0,) * k,) * 2,
-        in_matrices=0,
+        holders=_plain(holders),
+        products=_plain(loops.products(deltas, deltas)),
+        uneven=((0.0,) * k,) * 3,
+        in_matrices=(0,) * 3,
+        distinct=(0,) * k,
+        ranks=(0.0,) * k,
+        ranked=0,
     )
 
 
 def outcome(merged: Tensor, deltas: Tensor, ends: Ints) -> Outcome:
     """Counts what a merged task vector [r c] has of those that it was made of [k r c], given its `endings`."""
-    import numpy
-
-    flat, wide = merged.flatten().double().cpu(), deltas.flatten(1).double().cpu()
+    alone = merged.unsqueeze(0)
+    loops = counting.of(alone, deltas)
+    both, _, _ = loops.pairs(alone)
     return Outcome(
-        elements=flat.numel(),
-        kept=int(numpy.count_nonzero(flat.numpy())),
+        elements=merged.numel(),
+        kept=int(both),
         ends=ends,
-        square=float(flat @ flat),
-        along=tuple(float(each @ flat) for each in wide),
-        squares=tuple(float(each @ each) for each in wide),
+        square=float(loops.products(alone, alone)),
+        along=_plain(loops.products(alone, deltas)[0]),
+        squares=(0.0,) * len(deltas),
     )
 
 
-def endings(result: Tensor, base: Tensor, experts: Tensor) -> Ints:
+def endings(result: Tensor, base: Tensor | None, experts: Tensor) -> Ints:
     """How many positions end at the base [r c], at each of the experts [k r c] exactly, and elsewhere: [k+2].
 
-    Weights or deltas; where several experts have the value of the result, the first of them counts.
+    Weights, or deltas, whose base is 0; where several have the value of the result, the first of them counts.
     """
-    import numpy
-
-    found, *inputs = (each.flatten().cpu().numpy() for each in (result.float(), base.float(), *experts.float()))
-    left = numpy.ones_like(found, dtype=bool)
-    counts = []
-    for each in inputs:
-        here = left & (found == each)
-        counts.append(int(numpy.count_nonzero(here)))
-        left &= ~here
-    return (*counts, int(numpy.count_nonzero(left)))
+    inputs = (experts,) if base is None else (base, experts)
+    counts: Ints = _plain(counting.of(result, *inputs).endings(result, base, experts))
+    return counts
 
 
 def _plain(values: Any) -> Any:
     """An array or a tensor as numbers in tuples."""
     return tuple(tuple(each) if isinstance(each, list) else each for each in values.tolist())
-
-
-# --- balance over rows and columns ----------------------------------------------------------------
-
-
-def kept_by_line(deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """How many positions of [k r c] each row keeps, [k r], and each column, [k c]."""
-    import numpy
-
-    kept = deltas.cpu().numpy() != 0
-    return tuple(torch.from_numpy(numpy.count_nonzero(kept, axis=axis)) for axis in (2, 1))  # type: ignore[return-value]
-
-
-def unevenness(squares: Tensor, lines: int, total: Tensor) -> Tensor:
-    """Standard deviation over mean of what ``lines`` rows or columns keep: 0 where all keep alike.
-
-    ``squares`` [k] is the sum of their squared counts, ``total`` [k] of the counts. Random masks of density p
-    over c columns have sqrt((1 - p) / (p c)) over their rows; a vector that keeps nothing has 0.
-    """
-    mean_square = total.double().square().clamp(min=1) / lines
-    return (squares.double() / mean_square - 1).clamp(min=0).sqrt().where(total > 0, 0)
-
-
-def kept_by_cell(deltas: Tensor, first: int, rows: int, cells: int) -> Tensor:
-    """How many positions are kept in each of ``cells`` x ``cells`` pieces of a matrix, in some of its rows: [k y x].
-
-    ``first`` is the slice's first row and ``rows`` the matrix's; a smaller matrix has a piece for each element.
-    """
-    k, r, c = deltas.shape
-    high, wide = min(cells, rows), min(cells, c)
-    down = torch.arange(first, first + r) * high // rows
-    across = torch.arange(c) * wide // c
-    kept = (deltas != 0).cpu().double()
-    by_column = torch.zeros(k, r, wide, dtype=torch.float64).index_add_(2, across, kept)
-    return torch.zeros(k, high, wide, dtype=torch.float64).index_add_(1, down, by_column).long()

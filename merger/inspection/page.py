@@ -6,12 +6,13 @@ has its number beside it or a scale below it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
 
-from merger.inspection.facts import ByPair, Facts, Inspection, Merged, Picture, View
-from merger.inspection.tables import most, number, shortened
+from merger.inspection.facts import Facts, Inspection, Merged, Picture, View
+from merger.inspection.figures import Chart, Heatmap, Line, by_layer, charts, matrices
+from merger.inspection.tables import number
 
 DEEP = 0.6
 """From this share of the strongest colour on, light ink on it (dark ink in the dark) is the more legible."""
@@ -19,23 +20,13 @@ DEEP = 0.6
 LEVELS = 16
 """Shades of a picture: more cannot be told apart."""
 
-Statistic = tuple[str, str, Callable[[Any], float]]
-"""What it is called, what it is, and how it is found."""
-
-OF_EXPERTS = {
-    "overlap": "of what one expert keeps, the share that another keeps too; the largest of all pairs",
-    "sign_conflict": "of what two experts keep, the share where their signs differ; the largest of all pairs",
-    "density": "share of positions that are not zero; the densest expert",
-    "norm": "euclidean length of the task vector; the longest",
-    "uneven_rows": "standard deviation over mean of what the rows keep; the most uneven expert",
-    "uneven_columns": "standard deviation over mean of what the columns keep; the most uneven expert",
-}
-
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1b1f; --faint: #5c5c66; --line: #d9d9e0;
-  --low: #f3f6fb; --high: #08306b; --on-low: #1b1b1f; --on-high: #ffffff; }
+  --low: #f3f6fb; --high: #08306b; --on-low: #1b1b1f; --on-high: #ffffff;
+  --l0: #0072b2; --l1: #c44e00; --l2: #00795a; --l3: #a0467a; --l4: #8a6d00; --l5: #1b1b1f; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16161a; --ink: #ececf1; --faint: #a3a3ad; --line: #3a3a44;
-  --low: #1f1f25; --high: #e5ae45; --on-low: #ececf1; --on-high: #16161a; } }
+  --low: #1f1f25; --high: #e5ae45; --on-low: #ececf1; --on-high: #16161a;
+  --l0: #56b4e9; --l1: #f08a3c; --l2: #3fc79a; --l3: #e08fbf; --l4: #e8d44d; --l5: #ececf1; } }
 body { background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; max-width: 72rem;
   margin: 2rem auto; padding: 0 1rem; }
 h2 { border-top: 1px solid var(--line); padding-top: 1.2rem; margin-top: 2.2rem; }
@@ -56,6 +47,17 @@ td { padding: .12rem .45rem; text-align: right; }
 .heat.deep { color: var(--on-high); }
 .scale { display: flex; gap: .5rem; align-items: center; font-size: 13px; margin-top: .4rem; }
 .scale i { width: 10rem; height: .7rem; background: linear-gradient(in oklab 90deg, var(--low), var(--high)); }
+.beside figcaption:has(+ .chart) { max-width: 30rem; }
+.chart { width: 30rem; max-width: 100%; display: block; font-size: 12px; fill: var(--ink); }
+.grid { stroke: var(--line); }
+.diagonal { stroke: var(--faint); stroke-dasharray: 2 4; }
+.line { fill: none; stroke-width: 1.8; }
+.random { stroke-dasharray: 7 5; stroke-width: 1.4; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: 13px; }
+.legend svg { width: 34px; height: 12px; margin-right: .4rem; }
+.l0 { stroke: var(--l0); } .l1 { stroke: var(--l1); } .l2 { stroke: var(--l2); }
+.l3 { stroke: var(--l3); } .l4 { stroke: var(--l4); } .l5 { stroke: var(--l5); }
+.mark { stroke-width: 1.6; fill: var(--paper); }
 .maps { display: flex; flex-wrap: wrap; gap: 1.2rem; }
 .maps svg { width: 20rem; height: 20rem; border: 1px solid var(--line); display: block; }
 """
@@ -69,6 +71,7 @@ def page(seen: Inspection) -> str:
         f"<h1>{title[seen.subject]}</h1>",
         f"<p>{names} against {escape(seen.base)}. Colours run from the least to the greatest value of each figure.</p>",
         *(f"<p>{escape(note)}</p>" for note in seen.notes),
+        "" if seen.curves is None else _beside(map(_chart, charts(seen.curves))),
         *(_view(view, [each for each in seen.pictures if each.view == view.name]) for view in seen.views),
     ]
     head = f"<title>{title[seen.subject]}</title><style>{STYLE}</style>"
@@ -79,56 +82,37 @@ def page(seen: Inspection) -> str:
 
 def _view(view: View, pictures: Sequence[Picture]) -> str:
     whole = view.whole
-    parts = [f"<h2>{escape(view.name)}</h2>"]
-    if isinstance(whole, Facts):
-        parts.append(_experts(whole))
-        if len(whole.norm) > 1:
-            overlap = "of what the row's expert keeps, the share that the column's keeps too"
-            conflict = "of what both keep, the share where their signs differ"
-            matrices = (
-                _matrix("overlap", overlap, whole.overlap),
-                _matrix("sign conflict", conflict, whole.sign_conflict),
-                _matrix("cosine", "between task vectors", whole.cosine),
-            )
-            parts.append(f'<div class="beside">{"".join(matrices)}</div>')
-        statistics = _of_experts(whole)
-    else:
-        parts.append(_outcome(whole))
-        statistics = _of_merged(whole)
-    parts += [_by_layer(view, statistic, opened=i == 0) for i, statistic in enumerate(statistics)]
-    parts += map(_picture, pictures)
-    return "\n".join(parts)
-
-
-def _of_experts(whole: Facts) -> list[Statistic]:
-    def of(name: str, what: str) -> Statistic:
-        return name.replace("_", " "), what, lambda facts: most(getattr(facts, name))
-
-    pairs = len(whole.norm) > 1
-    return [of(name, what) for name, what in OF_EXPERTS.items() if pairs or name not in ("overlap", "sign_conflict")]
-
-
-def _of_merged(whole: Merged) -> list[Statistic]:
-    def of(name: str) -> Statistic:
-        return f"at {name}", f"share of positions that end at {name}'s value", lambda f: float(f.at_expert[name])
-
-    return [
-        ("blend", "share of positions that end at no single input's value", lambda f: float(f.blend)),
-        ("at the base", "share of positions that end at the base's value", lambda f: float(f.at_base)),
-        *map(of, whole.at_expert),
-        ("norm", "euclidean length of the merged task vector", lambda f: float(f.norm)),
+    heading = f"<h2>{escape(view.name)}</h2>"
+    table = _experts(whole) if isinstance(whole, Facts) else _outcome(whole)
+    layers = [
+        _details(f"{name} by layer", maps, opened=i == 0) for i, (name, maps) in enumerate(by_layer(view).items())
     ]
+    return "\n".join([heading, table, _beside(map(_heatmap, matrices(view))), *layers, *map(_picture, pictures)])
+
+
+def _details(summary: str, maps: Iterable[Heatmap], *, opened: bool) -> str:
+    drawn = _beside(map(_heatmap, maps))
+    return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{drawn}</details>"
+
+
+def _beside(figures: Iterable[str]) -> str:
+    return f'<div class="beside">{"".join(figures)}</div>'
 
 
 # --- the whole model ------------------------------------------------------------------------------
 
 
 def _experts(facts: Facts) -> str:
-    rows = {
-        name: [facts.density[name], facts.norm[name], facts.uneven_rows[name], facts.uneven_columns[name]]
-        for name in facts.norm
+    columns: dict[str, Mapping[str, float]] = {
+        "density": facts.density,
+        "norm": facts.norm,
+        "uneven rows": facts.uneven_rows,
+        "uneven columns": facts.uneven_columns,
+        "uneven blocks": facts.uneven_blocks,
+        "distinct values": facts.distinct,
+        **({} if facts.effective_rank is None else {"effective rank": facts.effective_rank}),
     }
-    return _table(("density", "norm", "uneven rows", "uneven columns"), rows)
+    return _table(columns, {name: [each[name] for each in columns.values()] for name in facts.norm})
 
 
 def _outcome(facts: Merged) -> str:
@@ -148,65 +132,19 @@ def _table(headings: Iterable[str], rows: Mapping[str, Iterable[float | None]]) 
     return f"<figure><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></figure>"
 
 
-def _matrix(name: str, what: str, pairs: ByPair) -> str:
-    rows = {one: {other: pairs[one].get(other) for other in pairs} for one in pairs}
-    return _heatmap(name, what, list(pairs), rows, across=True)
+# --- heatmaps -------------------------------------------------------------------------------------
 
 
-# --- by layer and projection ----------------------------------------------------------------------
-
-
-def _by_layer(view: View, statistic: Statistic, *, opened: bool) -> str:
-    """One statistic of every block's large tensors, of its small ones, and of the tensors outside any block."""
-    name, what, find = statistic
-    short = shortened(view.cells)
-    inside = {short[layer]: cells for layer, cells in view.cells.items() if layer not in view.tensors}
-    outside = {short[layer]: cells for layer, cells in view.cells.items() if layer in view.tensors}
-    figures = []
-    for title, columns in zip((name, f"{name} of small tensors"), _by_size(inside.values()), strict=True):
-        rows = {
-            layer: {each: find(cells[each]) if each in cells else None for each in columns}
-            for layer, cells in inside.items()
-        }
-        figures += [_heatmap(title, what, columns, rows)] if columns else []
-    alone = {layer: {name: find(next(iter(cells.values())))} for layer, cells in outside.items()}
-    figures += [_heatmap(f"{name} outside the blocks", what, [name], alone, across=True)] if alone else []
-    summary = f"<summary>{escape(name)} by layer</summary>"
-    beside = f'<div class="beside">{"".join(figures)}</div>'
-    return f"<details{' open' if opened else ''}>{summary}{beside}</details>"
-
-
-def _by_size(layers: Iterable[Mapping[str, Facts | Merged]]) -> tuple[list[str], list[str]]:
-    """The projections with many elements and those with less than a hundredth of the largest's: norms, biases.
-
-    A figure of their own keeps the small ones' wide scatter out of the others' colours.
-    """
-    elements: dict[str, int] = {}
-    for cells in layers:
-        for projection, facts in cells.items():
-            elements[projection] = max(elements.get(projection, 0), facts.elements)
-    few = max(elements.values(), default=0) / 100
-    return [p for p, n in elements.items() if n >= few], [p for p, n in elements.items() if n < few]
-
-
-def _heatmap(
-    name: str,
-    what: str,
-    columns: Sequence[str],
-    rows: Mapping[str, Mapping[str, float | None]],
-    *,
-    across: bool = False,
-) -> str:
-    """Numbers on a ground as strong as their place between the least and the greatest; ``across``: short headings."""
-    values = [value for row in rows.values() for value in row.values() if value is not None]
-    least, greatest = min(values), max(values)
-    head = "".join(f"<th><span>{escape(each)}</span></th>" for each in columns)
+def _heatmap(shown: Heatmap) -> str:
+    """Numbers on a ground as strong as their place between the least and the greatest."""
+    least, greatest = shown.span
+    head = "".join(f"<th><span>{escape(each)}</span></th>" for each in shown.columns)
     body = "".join(
-        f"<tr><th>{escape(row)}</th>{''.join(_cell(cells[each], least, greatest) for each in columns)}</tr>"
-        for row, cells in rows.items()
+        f"<tr><th>{escape(row)}</th>{''.join(_cell(cells[each], least, greatest) for each in shown.columns)}</tr>"
+        for row, cells in shown.rows.items()
     )
-    table = f'<table class="{"across" if across else "down"}"><thead><tr><th></th>{head}</tr></thead>'
-    caption = f"<figcaption>{escape(name)}: {escape(what)}</figcaption>"
+    table = f'<table class="{"across" if shown.across else "down"}"><thead><tr><th></th>{head}</tr></thead>'
+    caption = f"<figcaption>{escape(shown.name)}: {escape(shown.what)}</figcaption>"
     return f"<figure>{caption}{table}<tbody>{body}</tbody></table>{_scale(least, greatest)}</figure>"
 
 
@@ -219,6 +157,77 @@ def _cell(value: float | None, least: float, greatest: float) -> str:
 
 def _scale(least: float, greatest: float) -> str:
     return f'<div class="scale">{number(least)}<i></i>{number(greatest)}</div>'
+
+
+# --- against density ------------------------------------------------------------------------------
+
+WIDE, HIGH = 440, 300
+"""A chart's own units, in which its letters are 12 high."""
+
+MARKS = (
+    "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z",
+    "m-3-3h6v6h-6z",
+    "m0-4l4 7h-8z",
+    "m0-4.5l4.5 4.5l-4.5 4.5l-4.5-4.5z",
+    "m-3-3l6 6m0-6l-6 6",
+    "m0-4v8m-4-4h8",
+)
+"""A disc, a square, a triangle, a diamond, a cross and a plus: with them no line is known by its colour alone."""
+
+
+def _chart(chart: Chart) -> str:
+    """Lines over density, solid for magnitude and dashed for random masks."""
+    top = _ceiling(1.0 if chart.diagonal else chart.top)
+
+    def points(values: Sequence[float]) -> list[tuple[float, float]]:
+        return [(x * WIDE, HIGH - y / top * HIGH) for x, y in zip(chart.densities, values, strict=True)]
+
+    lines = "".join(
+        _path(f"line l{i} random", points(line.random))
+        + _path(f"line l{i}", points(line.magnitude))
+        + "".join(_mark(i, x, y) for x, y in points(line.magnitude))
+        for i, line in enumerate(chart.lines)
+    )
+    diagonal = _path("diagonal", [(0, HIGH), (WIDE, HIGH - HIGH / top)]) if chart.diagonal else ""
+    box = f'viewBox="-44 -10 {WIDE + 60} {HIGH + 52}" role="img" aria-label="{escape(chart.name)}"'
+    caption = f"<figcaption>{escape(chart.name)}: {escape(chart.what)}</figcaption>"
+    return (
+        f'<figure>{caption}<svg class="chart" {box}>{_axes(top)}{diagonal}{lines}</svg>{_legend(chart.lines)}</figure>'
+    )
+
+
+def _axes(top: float) -> str:
+    """A grid of fifths and its numbers."""
+    fifths = "".join(
+        f'<path class="grid" d="M0 {HIGH - HIGH * i / 5:.0f}h{WIDE}"/>'
+        f'<text x="-6" y="{HIGH - HIGH * i / 5 + 4:.0f}" text-anchor="end">{top * i / 5:.2g}</text>'
+        f'<text x="{WIDE * i / 5:.0f}" y="{HIGH + 18}" text-anchor="middle">{i / 5:.1f}</text>'
+        for i in range(6)
+    )
+    return f'{fifths}<text x="{WIDE / 2:.0f}" y="{HIGH + 36}" text-anchor="middle">density</text>'
+
+
+def _path(kind: str, points: Iterable[tuple[float, float]]) -> str:
+    return f'<path class="{kind}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in points)}"/>'
+
+
+def _mark(i: int, x: float, y: float) -> str:
+    return f'<path class="mark l{i}" d="M{x:.1f} {y:.1f}{MARKS[i]}"/>'
+
+
+def _legend(lines: Iterable[Line]) -> str:
+    names = (
+        f'<span><svg viewBox="0 0 34 12">{_path(f"line l{i}", [(0, 6), (34, 6)])}{_mark(i, 17, 6)}</svg>'
+        f"{escape(line.name)}</span>"
+        for i, line in enumerate(lines)
+    )
+    return f'<div class="legend">{"".join(names)}</div>'
+
+
+def _ceiling(value: float) -> float:
+    """The next of 1, 2, 5 times a power of ten, for a scale whose fifths are short to write."""
+    step = 10.0 ** math.floor(math.log10(value or 1))
+    return next(each * step for each in (1, 2, 5, 10) if each * step >= value)
 
 
 # --- one tensor -----------------------------------------------------------------------------------

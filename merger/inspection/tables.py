@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from merger.inspection.conditions import numbers
-from merger.inspection.facts import Facts, Inspection, Merged, View
+from merger.inspection.facts import Curve, Facts, Inspection, Merged, View
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,10 +31,14 @@ def print_inspection(seen: Inspection, console: Console, *, every: bool = False)
         merging = [view for view in seen.merging() if view is not experts[0]]
         for view in (*experts[:1], *merging):
             _print_pairs(view, console)
+    if seen.curves is not None:
+        _print_curve(seen.curves.whole, console)
     results = [view for view in seen.views if view.name == "result"]
     for view in results:
         _print_result(view, console)
     by_what = results if seen.subject == "merge" else seen.merging()
+    ranked = [view for view in experts if isinstance(view.whole, Facts) and view.whole.effective_rank]
+    by_what = [*(view for view in ranked if view not in by_what), *by_what]
     for view in by_what:
         for title, groups in (("layer", view.layers), ("projection", view.projections)):
             _print_groups(view, title, groups, console, every)
@@ -56,10 +60,19 @@ def _print_made(seen: Inspection, console: Console) -> None:
 def _print_experts(view: View, console: Console) -> None:
     facts = view.whole
     assert isinstance(facts, Facts)
-    table = _table(f"expert ({view.name})", "density", "norm", "uneven rows", "uneven columns")
-    for name, density in facts.density.items():
-        uneven = f"{facts.uneven_rows[name]:.3f}", f"{facts.uneven_columns[name]:.3f}"
-        _row(table, name, _heat(density, 1), number(facts.norm[name]), *uneven)
+    columns: dict[str, Mapping[str, object]] = {
+        "density": {name: _heat(value, 1) for name, value in facts.density.items()},
+        "norm": facts.norm,
+        "uneven\nrows": facts.uneven_rows,
+        "uneven\ncolumns": facts.uneven_columns,
+        "uneven\nblocks": facts.uneven_blocks,
+        "distinct\nvalues": facts.distinct,
+        **({} if facts.effective_rank is None else {"effective\nrank": facts.effective_rank}),
+    }
+    table = _table(f"expert ({view.name})", *columns)
+    for name in facts.norm:
+        values = (each[name] for each in columns.values())
+        _row(table, name, *(number(value) if isinstance(value, float | int) else value for value in values))
     console.print(table)
 
 
@@ -81,6 +94,22 @@ def _print_pairs(view: View, console: Console) -> None:
     console.print(table)
 
 
+def _print_curve(curve: Curve, console: Console) -> None:
+    """The pair that overlaps most and the most uneven expert, beside random masks."""
+    uneven = max(curve.uneven_rows, key=lambda name: sum(curve.uneven_rows[name]))
+    columns = [("uneven rows", uneven, curve.uneven_rows[uneven]), ("", "at random", curve.uneven_rows_random[uneven])]
+    pairs = combinations(curve.uneven_rows, 2)
+    worst = max(pairs, key=lambda pair: sum(curve.overlap[pair[0]][pair[1]]), default=None)
+    if worst is not None:
+        a, b = worst
+        overlap = ("overlap", f"{a}, {b}", curve.overlap[a][b]), ("", "at random", curve.overlap_random[a][b])
+        columns = [*overlap, *columns]
+    table = _table("largest by\nmagnitude", *(f"{what}\n{who}" for what, who, _ in columns))
+    for density, *values in zip(curve.densities, *(values for _, _, values in columns), strict=True):
+        _row(table, f"{density:.2f}", *(_heat(value, 1) for value in values))
+    console.print(table)
+
+
 def _print_result(view: View, console: Console) -> None:
     facts = view.whole
     assert isinstance(facts, Merged)
@@ -93,7 +122,8 @@ def _print_result(view: View, console: Console) -> None:
 
 
 def _print_groups(view: View, title: str, groups: Mapping[str, Facts | Merged], console: Console, every: bool) -> None:
-    columns = {name: _columns(facts) for name, facts in groups.items()}
+    ranked = isinstance(view.whole, Facts) and view.whole.effective_rank is not None
+    columns = {name: _columns(facts, ranked=ranked) for name, facts in groups.items()}
     headings = list(next(iter(columns.values())))
     most = {heading: max(each[heading] for each in columns.values()) for heading in headings}
     table = _table(f"{title} ({view.name})", *headings)
@@ -115,19 +145,21 @@ def shortened(names: Iterable[str]) -> dict[str, str]:
     return {name: each.removeprefix(prefix) for name, each in short.items()}
 
 
-def _columns(facts: Facts | Merged) -> dict[str, float]:
+def _columns(facts: Facts | Merged, *, ranked: bool) -> dict[str, float]:
     """What a table by layer shows: what it is sorted by comes first, and the first three have bars."""
     if isinstance(facts, Merged):
         return {"blend": facts.blend, "base": facts.at_base, **facts.at_expert}
     density, norm, uneven = (most(each) for each in (facts.density, facts.norm, facts.uneven_rows))
+    rank = {"rank": most(facts.effective_rank)} if ranked else {}
     if len(facts.norm) == 1:
-        return {"norm": norm, "density": density, "uneven rows": uneven}
-    conflict = most(facts.sign_conflict)
-    return {"overlap": most(facts.overlap), "conflict": conflict, "density": density, "norm": norm, "uneven": uneven}
+        return {"norm": norm, "density": density, "uneven rows": uneven, "distinct": most(facts.distinct), **rank}
+    overlap, conflict = most(facts.overlap), most(facts.sign_conflict)
+    columns = {"overlap": overlap, "conflict": conflict, "density": density, "norm": norm}
+    return {**columns, **(rank or {"uneven": uneven})}
 
 
 def most(value: Any) -> float:
-    """The largest number of a fact."""
+    """The largest number of a fact; 0 of one that nobody asked for, or that has no experts or pairs."""
     return max((number for _, number in numbers(value)), default=0.0)
 
 
@@ -135,7 +167,9 @@ def most(value: Any) -> float:
 
 
 def number(value: float) -> str:
-    """Three digits behind the point, as long as there are few before it."""
+    """Three digits behind the point, as long as there are few before it; a whole number is whole."""
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.3f}" if value < 10 else f"{value:.4g}"
 
 

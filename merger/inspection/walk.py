@@ -7,23 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from merger._lazy import torch
-from merger.inspection.facts import Facts, Merged, Picture, View, facts
-from merger.inspection.measures import (
-    Ints,
-    Outcome,
-    Vectors,
-    endings,
-    kept_by_cell,
-    kept_by_line,
-    outcome,
-    unevenness,
-    vectors,
-)
+from merger.inspection.curves import levels
+from merger.inspection.facts import Curve, Curves, Facts, Merged, Picture, View, curve, facts
+from merger.inspection.measures import Outcome, Sums, Vectors, endings
+from merger.inspection.tally import TASK_VECTORS, Key, Tally, Wanted
 from merger.machine import Machine, tuned
 from merger.ops import Flow, Max, Sum
 from merger.passes import Ahead, settle
@@ -37,12 +29,8 @@ if TYPE_CHECKING:
 
     from merger.checkpoint.stored import Checkpoint
 
-CELLS = 48
-"""Pieces along each side of a picture: as many as can be told apart on a page."""
-
-TASK_VECTORS, RESULT = "task_vectors", "result"
-Key = tuple[tuple[int, int], str, Literal["experts", "merged"]]
-"""A view: its place in order, (group, stage); its name; what it is about."""
+S = TypeVar("S", bound=Sums)
+RESULT = "result"
 Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
 """Tensors that take Gram matrices, and these, as `statistics.grams` gives them."""
 Watch = Callable[["Tally", TensorPlan, "Tensor", Slice, Subject], Flow[None]]
@@ -60,13 +48,13 @@ class Walk:
         *,
         notice: Callable[[str], None],
         progress: Callable[[str, int, int], None],
-        picture: str | None = None,
+        wanted: Wanted,
     ) -> None:
         self.plan, self.machine, self.statistics = plan, machine, statistics
         self.notice, self.tell = notice, progress
-        self.picture = picture
+        self.wanted = wanted
         self.work = [
-            (tensor, part, Tally(part, tensor.kind, tensor.name == picture))
+            (tensor, part, Tally(tensor, part, wanted))
             for tensor in plan.tensors
             if tensor.stages
             for part in tensor.parts
@@ -127,7 +115,7 @@ class Walk:
 
     def pictures(self, experts: Sequence[str]) -> list[Picture]:
         """Where the chosen tensor's kept positions lie, in each view of the experts; of packed experts, the first."""
-        tally = next((tally for tensor, _, tally in self.work if tensor.name == self.picture), None)
+        tally = next((tally for tensor, _, tally in self.work if tensor.name == self.wanted.picture), None)
         if tally is None:
             return []
         return [
@@ -135,73 +123,15 @@ class Walk:
             for key, cells in sorted(tally.cells.items(), key=lambda item: item[0])
         ]
 
-
-class Tally:
-    """What was counted of one part, by view: whole numbers added as they come, others in the order of slices."""
-
-    def __init__(self, part: Part, kind: str, pictured: bool) -> None:
-        self.part = part
-        self.lying = kind == "conv1d" and not part.transposed  # its rows are what others have as columns
-        self.pictured = pictured
-        self.sums: dict[Key, Vectors | Outcome] = {}
-        self.cells: dict[Key, Tensor] = {}
-        self._slices: dict[Key, dict[int, Vectors | Outcome]] = defaultdict(dict)
-        self._rows: dict[Key, Tensor] = {}  # [k]: squares of what each row keeps
-        self._columns: dict[Key, Tensor] = {}  # [k c]: what each column keeps
-        self._lock = Lock()
-
-    def experts(self, key: Key, row: int, deltas: Tensor) -> None:
-        """Counts the task vectors [k r c] of the slice that begins at ``row``, once however often it is shown."""
-        if key in self.sums or row in self._slices[key]:
-            return
-        counted = vectors(deltas)
-        by_row, by_column = kept_by_line(deltas)
-        cells = kept_by_cell(deltas, row, self.part.rows, CELLS) if self.pictured else None
-        with self._lock:
-            self._slices[key][row] = counted
-            _add(self._rows, key, by_row.square().sum(1))
-            _add(self._columns, key, by_column)
-            if cells is not None:
-                _add(self.cells, key, cells)
-
-    def merged(self, key: Key, row: int, delta: Tensor, deltas: Tensor, ends: Ints) -> None:
-        """Counts a merged task vector [r c] beside those that it was made of."""
-        if key not in self.sums and row not in self._slices[key]:
-            counted = outcome(delta, deltas, ends)
-            with self._lock:
-                self._slices[key][row] = counted
-
-    def fold(self) -> None:
-        """Adds the slices up; all those that a view has, for a pass shows all slices or none."""
-        for key in [key for key, slices in self._slices.items() if slices]:
-            slices = self._slices.pop(key)
-            total = reduce(_added, (slices[row] for row in sorted(slices)))
-            self.sums[key] = self._balanced(key, total) if isinstance(total, Vectors) else total
-
-    def _balanced(self, key: Key, total: Vectors) -> Vectors:
-        rows, columns = self.part.rows, self.part.columns
-        by_row, by_column = self._rows.pop(key), self._columns.pop(key).square().sum(1)
-        if min(rows, columns) < 2:
-            return total
-        kept = torch.tensor(total.both).diagonal()
-        uneven = (unevenness(by_row, rows, kept), unevenness(by_column, columns, kept))
-        in_order = uneven[::-1] if self.lying else uneven
-        weighted = tuple(tuple((each * total.elements).tolist()) for each in in_order)
-        return replace(total, uneven=weighted, in_matrices=total.elements)
-
-    def cells_hold(self) -> Tensor:
-        """How many elements each piece of a picture has."""
-        whole = torch.ones(1, 1, self.part.columns)
-        across = kept_by_cell(whole, 0, 1, CELLS)[0]
-        down = kept_by_cell(torch.ones(1, 1, self.part.rows), 0, 1, CELLS)[0]
-        return down.T * across
-
-
-def _add(sums: dict[Key, Tensor], key: Key, more: Tensor) -> None:
-    if key in sums:
-        sums[key] += more
-    else:
-        sums[key] = more
+    def curves(self, experts: Sequence[str]) -> Curves | None:
+        """The curves of the whole model and of each kind of tensor, where they were asked for."""
+        seen = [(tensor, tally.curves) for tensor, _, tally in self.work if tally.curves is not None]
+        if not seen:
+            return None
+        drawn: dict[Any, Curve] = {
+            name: curve(sums, experts) for name, sums in _grouped(seen, lambda t: (None, t.kind)).items()
+        }
+        return Curves(whole=drawn.pop(None), kinds=drawn)
 
 
 # --- what is watched ------------------------------------------------------------------------------
@@ -210,7 +140,7 @@ def _add(sums: dict[Key, Tensor], key: Key, more: Tensor) -> None:
 def between_stages(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
     """The task vectors before the recipe's stages, after each, and what becomes of them."""
     keys = stage_keys(tensor)
-    tally.experts(((-1, -1), TASK_VECTORS, "experts"), piece.row, piece.deltas)
+    yield from task_vectors(tally, tensor, stored, piece, subject)
 
     def look(i: int, deltas: Tensor) -> None:
         if tensor.stages[i].entry.packing is not None:
@@ -219,7 +149,7 @@ def between_stages(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slic
             tally.experts((*keys[i], "experts"), piece.row, deltas)
             return
         if i + 1 < len(keys):
-            ends = endings(deltas, torch.zeros_like(deltas), piece.deltas)
+            ends = endings(deltas, None, piece.deltas)
         else:
             written = rounded(tensor, tally.part, stored, piece, deltas)
             ends = endings(written, *_inputs(stored, written.dtype))
@@ -230,8 +160,7 @@ def between_stages(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slic
 
 def task_vectors(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
     """The task vectors alone."""
-    tally.experts(((-1, -1), TASK_VECTORS, "experts"), piece.row, piece.deltas)
-    yield from ()
+    yield from _task_vectors(tally, piece.row, piece.deltas)
 
 
 def finished(
@@ -240,9 +169,14 @@ def finished(
     """The task vectors, and beside them a finished ``merge``, which is the last of the experts."""
     dtype = merge.dtype(tensor.name)
     ends = endings(stored[-1].to(dtype), *_inputs(stored[:-1], dtype))
-    tally.experts(((-1, -1), TASK_VECTORS, "experts"), piece.row, piece.deltas[:-1])
+    yield from _task_vectors(tally, piece.row, piece.deltas[:-1])
     tally.merged((_LAST, RESULT, "merged"), piece.row, piece.deltas[-1], piece.deltas[:-1], ends)
-    yield from ()
+
+
+def _task_vectors(tally: Tally, row: int, deltas: Tensor) -> Flow[None]:
+    tally.experts(TASK_VECTORS, row, deltas)
+    if tally.awaits_curves:
+        tally.sweep(row, (yield from levels(deltas, tally.part.rows * tally.part.columns)))
 
 
 def _inputs(stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -269,10 +203,7 @@ def stage_keys(tensor: TensorPlan) -> list[tuple[tuple[int, int], str]]:
 
 def _view(key: Key, seen: Sequence[tuple[TensorPlan, Vectors | Outcome]], experts: Sequence[str]) -> View:
     def grouped(group: Callable[[TensorPlan], Any]) -> dict[Any, Facts | Merged]:
-        totals: dict[Any, Vectors | Outcome] = {}
-        for tensor, sums in seen:
-            name = group(tensor)
-            totals[name] = _added(totals[name], sums) if name in totals else sums
+        totals = _grouped(seen, lambda tensor: (group(tensor),))
         return {name: facts(sums, experts) for name, sums in totals.items()}
 
     cells: dict[str, dict[str, Facts | Merged]] = defaultdict(dict)
@@ -290,9 +221,13 @@ def _view(key: Key, seen: Sequence[tuple[TensorPlan, Vectors | Outcome]], expert
     )
 
 
-def _added(one: Vectors | Outcome, other: Vectors | Outcome) -> Vectors | Outcome:
-    assert type(one) is type(other), "a view is about one kind of thing"
-    return one + other  # type: ignore[operator]
+def _grouped(seen: Iterable[tuple[TensorPlan, S]], groups: Callable[[TensorPlan], Iterable[Any]]) -> dict[Any, S]:
+    """Sums added up by each of the groups that a tensor belongs to."""
+    totals: dict[Any, S] = {}
+    for tensor, sums in seen:
+        for name in groups(tensor):
+            totals[name] = totals[name] + sums if name in totals else sums
+    return totals
 
 
 def projection_of(tensor: TensorPlan) -> str:

@@ -344,3 +344,144 @@ int64_t uniforms_f64(uint64_t key0, uint64_t key1, int64_t start, int64_t n, dou
     return 1;
 }
 #endif
+
+/* --- counts: what an inspection says of task vectors; a position is kept where one is not zero -------------- */
+
+/* The sum of products of signs, or of zeros and ones: 32 at a time where vectors have 512 bits. */
+static inline int64_t agreement(const int16_t *one, const int16_t *other, int64_t n) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (int32_t)one[i] * other[i];
+    return sum;
+}
+
+/* How many of at most PIECE numbers are the wanted one. On its own, or gcc takes several wanted ones for a vector. */
+CLONES int64_t occurrences(const int16_t *numbers, int64_t n, int16_t wanted) {
+    int16_t found = 0;
+    for (int64_t i = 0; i < n; i++) found = (int16_t)(found + (numbers[i] == wanted));
+    return found;
+}
+
+/* Positions that experts e and f both keep, both [k k], and with different signs, opposed [k k]; positions that
+ * exactly 0, 1, .. k of them keep, holders [k+1]. 0 if memory ran out. */
+CLONES int64_t count_pairs(const float *deltas, int64_t k, int64_t n, int64_t *both, int64_t *opposed, int64_t *holders) {
+    int16_t depth[PIECE], *signs = malloc((size_t)(2 * k) * sizeof depth), *kept = signs + k * PIECE;
+    if (!signs) return 0;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t count = least(PIECE, n - start);
+        memset(depth, 0, sizeof depth);
+        for (int64_t e = 0; e < k; e++) {
+            const float *own = deltas + e * n + start;
+            int16_t *sign = signs + e * PIECE, *held = kept + e * PIECE;
+            for (int64_t i = 0; i < count; i++) {
+                sign[i] = (int16_t)((own[i] > 0) - (own[i] < 0));
+                held[i] = (int16_t)(sign[i] * sign[i]);
+                depth[i] = (int16_t)(depth[i] + held[i]);
+            }
+            for (int64_t f = 0; f <= e; f++) {
+                int64_t shared = agreement(held, kept + f * PIECE, count);
+                both[e * k + f] += shared;
+                opposed[e * k + f] += (shared - agreement(sign, signs + f * PIECE, count)) / 2;
+            }
+        }
+        for (int16_t h = 0; h <= k; h++) holders[h] += occurrences(depth, count, h);
+    }
+    for (int64_t e = 0; e < k; e++)
+        for (int64_t f = e + 1; f < k; f++) both[e * k + f] = both[f * k + e], opposed[e * k + f] = opposed[f * k + e];
+    free(signs);
+    return 1;
+}
+
+#define LANES 16 /* sums that run side by side, of every 16th product */
+
+static inline double dot(const float *one, const float *other, int64_t n) {
+    double sums[LANES] = {0}, total = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int64_t l = 0; l < LANES; l++) sums[l] += (double)one[i + l] * (double)other[i + l];
+    for (int64_t l = 0; i + l < n; l++) sums[l] += (double)one[i + l] * (double)other[i + l];
+    for (int64_t l = 0; l < LANES; l++) total += sums[l];
+    return total;
+}
+
+/* Inner products [k m] of vectors [k n] and [m n]: the product of two floats is a double without rounding. */
+CLONES void products(const float *left, int64_t k, const float *right, int64_t m, int64_t n, double *out) {
+    for (int64_t e = 0; e < k; e++)
+        for (int64_t f = 0; f < m; f++)
+            out[e * m + f] = left == right && f < e ? out[f * m + e] : dot(left + e * n, right + f * n, n);
+}
+
+/* How many positions of [k r c] each row keeps, by_row [k r], and each column, by_column [k c]; and each block of
+ * `size` elements, by_block [k b], where element 0 is number `first` of the first block. */
+CLONES void count_lines(const float *deltas, int64_t k, int64_t r, int64_t c, int64_t first, int64_t size, int64_t blocks,
+                        int32_t *by_row, int32_t *by_column, int32_t *by_block) {
+    for (int64_t e = 0; e < k; e++) {
+        const float *own = deltas + e * r * c;
+        for (int64_t y = 0; y < r; y++) {
+            int32_t kept = 0;
+            for (int64_t x = 0; x < c; x++) {
+                int32_t here = own[y * c + x] != 0;
+                by_column[e * c + x] += here;
+                kept += here;
+            }
+            by_row[e * r + y] = kept;
+        }
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t from = b ? b * size - first : 0, to = least((b + 1) * size - first, r * c);
+            int32_t kept = 0;
+            for (int64_t i = from; i < to; i++) kept += own[i] != 0;
+            by_block[e * blocks + b] = kept;
+        }
+    }
+}
+
+/* Appends to found, which has `known` values, those of the n patterns that are not zero and new. `table` has
+ * 2^bits places, 0 where free. -1 once more than half of it is taken: then it is as good as lost. */
+int64_t gather(const uint32_t *patterns, int64_t n, uint32_t *table, int64_t bits, uint32_t *found, int64_t known) {
+    int64_t most = (int64_t)1 << (bits - 1);
+    uint32_t mask = ((uint32_t)1 << bits) - 1;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t pattern = patterns[i], place = pattern * 0x9E3779B1u >> (32 - bits);
+        while (table[place] != pattern && table[place]) place = (place + 1) & mask;
+        if (table[place] == pattern || pattern << 1 == 0) continue; /* 0 is found where a place is free */
+        if (known == most) return -1;
+        table[place] = found[known++] = pattern;
+    }
+    return known;
+}
+
+/* Adds to ends [k+2] how many positions have the value of base [n], of the experts [k n], of none of them; where several
+ * have it, the first counts. Without a base it is 0. */
+#define ENDINGS(TYPE, NAME)                                                                             \
+    CLONES void endings_##NAME(const TYPE *result, const TYPE *base, const TYPE *experts, int64_t k, int64_t n, \
+                               int64_t *ends) {                                                         \
+        uint8_t left[PIECE];                                                                            \
+        for (int64_t start = 0; start < n; start += PIECE) {                                            \
+            int64_t count = least(PIECE, n - start);                                                    \
+            const TYPE *found = result + start;                                                         \
+            int32_t here = 0;                                                                           \
+            for (int64_t i = 0; i < count; i++) {                                                       \
+                left[i] = from_##NAME(found[i]) != (base ? from_##NAME(base[start + i]) : 0.0f);        \
+                here += !left[i];                                                                       \
+            }                                                                                           \
+            ends[0] += here;                                                                            \
+            for (int64_t e = 0; e < k; e++) {                                                           \
+                const TYPE *own = experts + e * n + start;                                              \
+                here = 0;                                                                               \
+                for (int64_t i = 0; i < count; i++) {                                                   \
+                    uint8_t equal = left[i] & (from_##NAME(found[i]) == from_##NAME(own[i]));           \
+                    here += equal;                                                                      \
+                    left[i] ^= equal;                                                                   \
+                }                                                                                       \
+                ends[e + 1] += here;                                                                    \
+            }                                                                                           \
+            here = 0;                                                                                   \
+            for (int64_t i = 0; i < count; i++) here += left[i];                                        \
+            ends[k + 1] += here;                                                                        \
+        }                                                                                               \
+    }
+
+ENDINGS(bf16, bf16)
+ENDINGS(float, f32)
+#ifdef __FLT16_MAX__
+ENDINGS(uint16_t, f16)
+#endif

@@ -1,0 +1,68 @@
+"""The compiled loops of an inspection count what their twins in numpy count."""
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from merger import kernels
+from merger.kernels.counting import Counting, NativeCounting
+
+pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
+
+native, twin = NativeCounting(), Counting()
+FEW = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -2.0, 1e-30, -1e-30])
+ANY = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**60), max_value=2.0**60)
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> torch.Tensor:
+    """Of up to four experts; some longer than a vector, with a rest. [k r c]"""
+    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 70)))
+    return torch.from_numpy(draw(arrays(numpy.float32, shape, elements=draw(st.sampled_from([FEW, ANY])))))
+
+
+@given(stacks())
+def test_pairs_and_holders_are_the_same(deltas: torch.Tensor) -> None:
+    assert all(map(torch.equal, native.pairs(deltas), twin.pairs(deltas)))
+
+
+@given(stacks())
+def test_inner_products_have_the_same_bits(deltas: torch.Tensor) -> None:
+    assert torch.equal(native.products(deltas, deltas), twin.products(deltas, deltas))
+    assert torch.equal(native.products(deltas[:1], deltas), twin.products(deltas[:1], deltas))
+
+
+@given(stacks(), st.integers(0, 7))
+def test_lines_and_blocks_are_the_same(deltas: torch.Tensor, first: int) -> None:
+    assert all(map(torch.equal, native.lines(deltas, first, 8), twin.lines(deltas, first, 8)))
+
+
+@given(stacks())
+def test_the_same_values_are_found_once_each(deltas: torch.Tensor) -> None:
+    found = native.different(deltas).tolist()
+    assert sorted(found) == sorted(twin.different(deltas).tolist())
+    assert len(found) == len(set(found)) == len(set(deltas.flatten().tolist()) - {0.0})
+
+
+def test_a_table_that_fills_up_is_made_larger() -> None:
+    values = torch.arange(1, 100_001, dtype=torch.float32)
+    assert torch.equal(native.different(values.repeat(3)).view(torch.float32), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@given(values=stacks(), pick=st.integers(0, 3), based=st.booleans())
+def test_positions_end_at_the_same_inputs(values: torch.Tensor, dtype: torch.dtype, pick: int, based: bool) -> None:
+    experts = values.to(dtype)
+    result = torch.where(values[0] > 0.2, experts[pick % len(experts)], experts.flip(-1)[0])
+    base = experts[0].flip(0) if based else None
+    assert torch.equal(native.endings(result, base, experts), twin.endings(result, base, experts))
+
+
+def test_more_elements_than_one_look_takes_are_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randint(-1, 2, (3, 9, 1000), generator=generator).float()
+    assert all(map(torch.equal, native.pairs(deltas), twin.pairs(deltas)))
+    assert torch.equal(native.endings(deltas[0], None, deltas), twin.endings(deltas[0], None, deltas))
