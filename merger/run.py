@@ -419,8 +419,8 @@ class _Merge:
             self.notes,
         )
         write_json(folder / RECORD, record)
-        models = [each["source"] for each in record["inputs"].values()]
-        write_text(folder / "README.md", manifest.card(self.output.name, models, record["recipe"], self._counts()))
+        card = manifest.card(self.output.name, record["inputs"], record["recipe"], self._counts())
+        write_text(folder / "README.md", card)
 
     def _counts(self) -> dict[str, int]:
         counts = Counter("merged" if tensor.stages else "copied" for tensor in self.plan.tensors)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merger.machine
+from merger.checkpoint import manifest
 from merger.errors import CheckpointError, RecipeError, ResourceError
 from merger.methods._registry import checked
 from merger.pipeline import merge_tensors
@@ -548,16 +549,18 @@ def test_the_manifests_recipe_makes_the_same_model_again(drawn):
     assert same_bits(first, load(drawn.folder / "again"))
 
 
-def test_the_card_names_the_models_and_the_recipe(drawn):
+def test_the_card_has_the_recipe_and_takes_no_folder_for_a_repository(drawn):
     drawn.run("ties")
     _, front, body = (drawn.folder / "out" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "transformers",
-        "base_model": ["base", "code", "math"],
-        "base_model_relation": "merge",
-        "tags": ["merge", "merger"],
-    }
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "merger"]}
     assert yaml.safe_load(body.split("```")[1].removeprefix("yaml\n"))["method"] == "ties"
+
+
+def test_the_card_links_to_what_came_from_the_hub():
+    hub = {"source": "org/base@main", "commit": "a" * 40}
+    text = manifest.card("merged", {"base": hub, "code": {"source": "models/code"}, "math": hub}, {}, {})
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == (["org/base"], "merge")
 
 
 def test_tokenizer_and_generation_files_come_along(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,12 @@ def portable(source: str) -> str:
     return Path(source).name if Path(source).expanduser().is_absolute() else source
 
 
-def card(title: str, models: Iterable[str], recipe: Mapping[str, Any], tensors: Mapping[str, int]) -> str:
+def card(title: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any], tensors: Mapping[str, int]) -> str:
     """README.md: what the Hub shows of a merged model."""
-    front = {"library_name": "transformers", "base_model": list(models), "base_model_relation": "merge"}
-    front["tags"] = ["merge", "merger"]
+    # Only what came from the Hub has a name there: the path of a folder is refused, or taken for someone's repository.
+    models = dict.fromkeys(each["source"].partition("@")[0] for each in inputs.values() if "commit" in each)
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "merger"]}
+    front |= {"base_model": list(models), "base_model_relation": "merge"} if models else {}
     counts = ", ".join(f"{count} {what}" for what, count in tensors.items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
