@@ -52,6 +52,20 @@ def digest(path: Path, tell: Callable[[int], None] = lambda count: None) -> str:
     return found.hexdigest()
 
 
+def note(path: Path, sha256: str) -> None:
+    """Remembers the SHA-256 of a file of ours by its place, size and time of change, for `noted`."""
+    remember("by-mtime", _stamped(path), sha256)
+
+
+def noted(path: Path) -> str | None:
+    """The SHA-256 that a file had when it had this size and time of change; it may have been changed and set back."""
+    return recall("by-mtime", _stamped(path))
+
+
+def _stamped(path: Path) -> str:
+    return hashlib.sha256(stamp(path).encode()).hexdigest()
+
+
 def stamp(path: Path) -> str:
     """What shows without a look inside whether a file is still the same, even after the machine was started anew."""
     stored = path.resolve()

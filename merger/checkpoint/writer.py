@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from merger.checkpoint.hashes import digest
+from merger.checkpoint.hashes import digest, note
 from merger.checkpoint.header import Info
 from merger.checkpoint.journal import Finished, Journal, remove
 from merger.checkpoint.layout import Shard, index
@@ -203,10 +203,13 @@ class Writer:
                 self._replace()
             else:
                 raise RecipeError(_taken(self.path))
+            digests = self.digests()
             self.journal.finished.clear()  # who is stopped from here on leaves nothing unfinished
             _sync(self.path.parent)
         except OSError as error:
             raise _resource_error(self.path, error, 0) from None
+        for file, sha256 in digests.items():
+            note(self.path / file, sha256)
         self.journal.remove()
         self._close()
 
