@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import time
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
 from merger.checkpoint import manifest
-from merger.checkpoint.hashes import digest, sha256
+from merger.checkpoint.hashes import sha256
 from merger.checkpoint.header import TORCH_NAMES
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, check_output, write_json, write_text
-from merger.errors import CheckpointError, RecipeError
+from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
+from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.machine import (
     SLICE,
     Machine,
@@ -225,11 +226,10 @@ class _Merge:
                     raise
             written = sum(infos[name].nbytes for name in unfinished)
             writer.finish(force=force)
-        except (RecipeError, CheckpointError):
-            writer.abandon()
-            raise
-        except BaseException:
-            if writer.suspend():
+        except BaseException as error:
+            if isinstance(error, RecipeError | CheckpointError) and not isinstance(error, UnreadableError):
+                writer.abandon()  # what is made of wrong inputs is not kept
+            elif writer.suspend():
                 self.notice(f"{writer.journal.folder} keeps the finished shards; the same run goes on from there")
             raise
         return self._result(began, written)
@@ -405,15 +405,16 @@ class _Merge:
     def _write_side_files(self, writer: Writer, hashes: Mapping[Path, Future[str]]) -> None:
         plan, folder = self.plan, writer.folder
         copied = manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
-        manifest.copy_side_files(copied, folder)
-        write_json(folder / "config.json", plan.config)
-        files = {name: digest(folder / name) for name in sorted({"config.json", *copied})}
+        files = manifest.copy_side_files(copied, folder)
+        config = json_bytes(plan.config)
+        write_bytes(folder / "config.json", config)
+        files["config.json"] = hashlib.sha256(config).hexdigest()
         record = record_of(
             plan,
             self.machine.device,
             hashes,
             writer.digests(),
-            files,
+            dict(sorted(files.items())),
             sources(plan),
             self.statistics_origin,
             self.notes,

@@ -179,8 +179,8 @@ def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str
     for file, sha in record["files"].items():
         if file not in contents.folder.names:
             yield Difference(file, None, f"is missing, though {RECORD} names it")
-        elif (own := digest(contents.directory / file)) != sha:
-            yield _other_hash(file, own, sha)
+        else:
+            yield from _side_file(contents.directory / file, sha)
     for name, said in record["tensors"].items():
         info = contents.tensors.get(name)
         wanted = said.get("stored as") if isinstance(said, dict) else None
@@ -191,6 +191,16 @@ def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str
     for name in contents.tensors:
         if name not in record["tensors"]:
             yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
+
+
+def _side_file(path: Path, sha: str) -> Iterator[Difference]:
+    try:
+        own = digest(path)
+    except OSError as error:
+        yield Difference(path.name, None, f"cannot be read: {error.strerror}")
+    else:
+        if own != sha:
+            yield _other_hash(path.name, own, sha)
 
 
 def _other_hash(file: str, own: str, said: str) -> Difference:

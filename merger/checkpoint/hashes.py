@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from merger.cache import recall, remember
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, UnreadableError
 
 SETTLED = 2.0
 """Seconds since its last change after which a file is sure to have another time stamp when it changes again."""
@@ -38,7 +38,7 @@ def sha256(path: Path) -> str:
         if _identity(stored) == identity and time.time() - stored.stat().st_ctime > SETTLED:
             remember("sha256", identity, found)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import yaml
 
 from merger._version import VERSION
 from merger.checkpoint.writer import write_bytes
-from merger.errors import CheckpointError
+from merger.errors import UnreadableError
 
 FORMAT = 1
 
@@ -32,14 +33,17 @@ def side_files(base: Path, tokenizer: Path) -> dict[str, Path]:
     return found
 
 
-def copy_side_files(files: Mapping[str, Path], to: Path) -> None:
-    """Copies them; content only, so that no file is read-only or older than it should be."""
+def copy_side_files(files: Mapping[str, Path], to: Path) -> dict[str, str]:
+    """Copies content only, so that no file is read-only or older than it should be; the SHA-256 of each."""
+    found = {}
     for name, path in files.items():
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
         write_bytes(to / name, content)
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def versions() -> dict[str, str]:
