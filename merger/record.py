@@ -37,6 +37,7 @@ def record_of(
         "versions": manifest.versions(),
         "seed": plan.recipe.seed,
         "device": device.partition(":")[0],
+        "device-dependent": inexact(plan),
         "recipe": portable(plan.recipe.spelled_out()),
         "set": list(plan.recipe.overrides),
         "inputs": inputs_of(plan, {file: hashed.result() for file, hashed in hashes.items()}),
@@ -109,6 +110,11 @@ def _fate(tensor: TensorPlan) -> dict[str, Any]:
         return said | {"tied to": tensor.tied_to}
     others = {label: name for label, name in tensor.reads.items() if name != tensor.name}
     return said | ({"reads": others} if others else {})
+
+
+def inexact(plan: Plan) -> list[str]:
+    """The stages whose last bits another device may give otherwise, for they sum floats or decompose matrices."""
+    return sorted({stage.entry.name for tensor in plan.tensors for stage in tensor.stages if not stage.entry.exact})
 
 
 def stored_as(info: Info) -> str:

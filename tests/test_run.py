@@ -542,6 +542,14 @@ def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
     assert str(drawn.folder) not in json.dumps(record)
 
 
+@pytest.mark.parametrize(
+    ("method", "said"), [("ties", []), ("dare_linear", []), ("slerp", ["slerp"]), ("tsv_m", ["tsv_m"])]
+)
+def test_the_manifest_says_which_stages_depend_on_the_device(drawn, method, said):
+    drawn.run(method)
+    assert drawn.record()["device-dependent"] == said
+
+
 def test_the_manifests_recipe_makes_the_same_model_again(drawn):
     first = drawn.merged("della", {"density": [0.4, 0.6]}, rules=[{"kinds": ["vector"], "use": "code"}])
     again = {**drawn.record()["recipe"], "output": {"path": "again"}}
@@ -617,6 +625,37 @@ def test_every_input_tensor_is_accounted_for(tmp_path_factory, base, data):
         "copied": sum(not tensor.is_floating_point() for tensor in merged.values()),
         "dropped": sum(len(each) for each in record["dropped"].values()),
     }
+
+
+@given(st.data())
+def test_every_tensor_is_accounted_for_whatever_is_tied_biased_or_added(tmp_path_factory, data):
+    folder, tensors, configs = tmp_path_factory.mktemp("models"), {}, {}
+    q = "model.layers.0.self_attn.q_proj.bias"
+    biased = data.draw(st.booleans())
+    for seed, label in enumerate(("base", "code", "math")):
+        own = llama(seed, layers=1, rows=8 + (data.draw(st.integers(0, 2)) if label != "base" else 0))
+        head = data.draw(st.sampled_from(["own", "repeated", "none"]))
+        if head != "own":
+            del own[HEAD]
+        own |= {HEAD: own[EMBEDDING].clone()} if head == "repeated" else {}
+        own |= {q: torch.ones(4)} if biased else {}
+        own |= {f"extra.{name}": torch.ones(2) for name in data.draw(st.lists(names, max_size=2))}
+        tensors[label] = own
+        configs[label] = {**CONFIG, "vocab_size": len(own[EMBEDDING]), "tie_word_embeddings": head != "own"}
+    made = models(folder, tensors, configs)
+
+    made.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
+
+    merged, record = load(folder / "out"), made.record()
+    assert merged.keys() == record["tensors"].keys()
+    for label, own in tensors.items():
+        dropped = record["dropped"].get(label, {})
+        reads = {
+            said["reads"][label] for said in record["tensors"].values() if "reads" in said and label in said["reads"]
+        }
+        assert own.keys() <= merged.keys() | dropped.keys() | reads
+        assert not dropped.keys() & merged.keys()
+    assert tensors["base"].keys() <= merged.keys()
 
 
 # --- what a run says ------------------------------------------------------------------------------

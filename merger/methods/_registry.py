@@ -87,6 +87,7 @@ class Entry:
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
+    exact: bool = True  # whether every device gives the same bits: it sums no floats, and decomposes no matrix
 
     @property
     def summary(self) -> str:

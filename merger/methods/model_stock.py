@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(fewest=2)
+@merger(exact=False, fewest=2)
 def model_stock(deltas: Tensor, *, scope: Literal["tensor", "row"] = "tensor", clamp: bool = False) -> Flow[Tensor]:
     """The mean task vector times t = K c / (1 + (K - 1) c), where c is the mean cosine between experts.
 

@@ -21,7 +21,7 @@ def _nothing_differs(experts: int, select_topk: Fraction, **_: object) -> str:
     return "one expert differs from no other, so all stays at the base" if experts == 1 and select_topk < 1 else ""
 
 
-@merger(remark=_nothing_differs)
+@merger(exact=False, remark=_nothing_differs)
 def sce(deltas: Tensor, *, select_topk: Share = 0.1, select_in_merge: bool = True) -> Flow[Tensor]:
     """Merges, where experts differ most, those that agree in sign, each weighted by its mean square there.
 
