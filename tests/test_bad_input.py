@@ -295,6 +295,9 @@ RECIPES = [  # all end in exit code 2
         "models/base is, holds or lies in the input"),
     ("the output lies in an input", output("{path: models/code/out}"),
         "models/code/out is, holds or lies in the input"),
+    ("the output lies in what an input is a link to",
+        both(moved("models", "../elsewhere"), output("{path: ../elsewhere/code/out}")),
+        "elsewhere/code/out is, holds or lies in the input"),
     ("an input lies in the output", output("{path: models}"), "models is, holds or lies in the input"),
     ("the output is a link to an input", both(linked("out", "models/math"), flags("--force")),
         "out is, holds or lies in the input"),
@@ -393,6 +396,8 @@ CHECKPOINTS = [  # all end in exit code 3
     ("statistics that are not there",
         method("obim", more="calibration: {stats: {code: code.stats, math: math.stats}}\n"),
         "code.stats: there is no such statistics file"),
+    ("a name that no repository has", both(edit("models/code", "x" * 200), flags("--offline")),
+        "is neither a folder nor org/name[@revision]"),
     ("a model that is not in the cache", both(edit("models/code", "org/not-here"), flags("--offline")),
         "code: org/not-here is neither a folder nor in the Hub cache"),
 ]

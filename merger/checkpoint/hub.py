@@ -105,7 +105,8 @@ def _cached(source: str, *, label: str) -> Folder:
 
     repository, _, revision = source.partition("@")
     for name in ("config.json", "adapter_config.json"):
-        path = try_to_load_from_cache(repository, name, revision=revision or None)
+        with _explained(source, label):
+            path = try_to_load_from_cache(repository, name, revision=revision or None)
         if isinstance(path, str):
             directory = Path(path).parent
             return replace(local_folder(directory, label, directory.name), source=source)
