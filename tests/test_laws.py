@@ -21,7 +21,8 @@ from merger.methods._parameters import Place
 from merger.methods._registry import ENTRIES, SCORES, checked, parameters
 from merger.methods._spectral import whole as takes_whole
 from merger.ops import Before, Size, Sum
-from merger.pipeline import Inputs, Sizes, Slice, Subject, bind, expand, flow, merge_tensors
+from merger.passes import Sizes
+from merger.pipeline import Inputs, Slice, Subject, bind, expand, flow, merge_tensors
 
 every = pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
 EXPERTS = "abcde"

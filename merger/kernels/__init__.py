@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.kernels import native
 from merger.kernels.native import Native
-from merger.kernels.reference import Reference
+from merger.kernels.reference import HIGH, LOW, Reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Native", "Reference", "compiled", "for_draws", "for_stored", "of"]
+__all__ = ["HIGH", "LOW", "Native", "Reference", "compiled", "for_draws", "for_stored", "of"]
 
 _NATIVE, _REFERENCE = Native(), Reference()
 
@@ -24,13 +24,13 @@ def compiled() -> bool:
 
 def of(values: Tensor) -> Reference:
     """The loops for deltas or scores."""
-    plain = values.device.type == "cpu" and values.dtype == torch.float32
+    plain = values.is_cpu and values.dtype == torch.float32
     return _NATIVE if plain and compiled() else _REFERENCE
 
 
 def for_stored(stored: Tensor) -> Reference:
     """The loops for tensors as they were read."""
-    return _NATIVE if stored.device.type == "cpu" and compiled() and native.takes(stored) else _REFERENCE
+    return _NATIVE if stored.is_cpu and compiled() and native.takes(stored.dtype) else _REFERENCE
 
 
 def for_draws() -> Reference:
