@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from merger.locking import check_lock, is_done, lock
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
+    from merger.pushing import Pushed, push
     from merger.recipe import Recipe
     from merger.run import Result, calibrate, merge
     from merger.verification import Deep, Verification, verify
@@ -37,6 +38,7 @@ _HOMES = {
     "MergerError": "errors",
     "Plan": "planning",
     "Recipe": "recipe",
+    "Pushed": "pushing",
     "RecipeError": "errors",
     "ResourceError": "errors",
     "Result": "run",
@@ -53,6 +55,7 @@ _HOMES = {
     "merge": "run",
     "merge_tensors": "pipeline",
     "plan": "planning",
+    "push": "pushing",
     "verify": "verification",
 }
 __all__ = [
@@ -62,6 +65,7 @@ __all__ = [
     "Inspection",
     "MergerError",
     "Plan",
+    "Pushed",
     "Recipe",
     "RecipeError",
     "ResourceError",
@@ -79,6 +83,7 @@ __all__ = [
     "merge",
     "merge_tensors",
     "plan",
+    "push",
     "verify",
 ]
 

@@ -4,6 +4,7 @@
     ├── ConditionError   1   what `merger inspect --fail-if` was told to fail for
     ├── RecipeError      2   the recipe, or what it names as output, is wrong
     ├── CheckpointError  3   an input (checkpoint, adapter, calibration data) is wrong
+    │   └── UnreadableError  3   an input's file cannot be read, which may pass: what was made of it so far is right
     ├── ResourceError    4   not enough disk or memory
     └── VerifyError      5   an output is not what its manifest says
 
@@ -35,7 +36,7 @@ class RecipeError(MergerError):
     exit_code = 2
 
     def __init__(self, faults: str | Sequence[str]) -> None:
-        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        self.faults = [printable(fault) for fault in ([faults] if isinstance(faults, str) else faults)]
         super().__init__("\n".join(self.faults))
 
 
@@ -43,6 +44,10 @@ class CheckpointError(MergerError):
     """An input cannot be used: missing, broken, of another shape, or of a refused kind."""
 
     exit_code = 3
+
+
+class UnreadableError(CheckpointError):
+    """The disk of an input fails."""
 
 
 class ResourceError(MergerError):
@@ -55,6 +60,11 @@ class VerifyError(MergerError):
     """A written model differs from its manifest."""
 
     exit_code = 5
+
+
+def printable(text: str) -> str:
+    """The text in one line: breaks, escape sequences and lone surrogates of what it quotes are spelled out."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

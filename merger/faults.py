@@ -27,7 +27,7 @@ def said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]]) -> It
     """Each error's key path in the file, and one sentence about it; ``keys`` gives the valid ones at a path."""
     sentences: dict[KeyPath, str] = {}
     for each in error.errors(include_url=False):
-        path = tuple(part for part in each["loc"] if part not in _TAGS and not _is_type_tag(part))
+        path = _path(each["loc"], last_is_a_key=each["type"] == "extra_forbidden")
         sentence = _sentence(dict(each), path, keys)
         known = sentences.get(path, "").partition(", expected ")[0]
         if known and sentence.startswith(f"{known}, expected "):  # the branches of a union
@@ -36,9 +36,16 @@ def said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]]) -> It
     yield from sentences.items()
 
 
-def _is_type_tag(part: Any) -> bool:
+def _path(parts: KeyPath, *, last_is_a_key: bool) -> KeyPath:
+    """The keys alone of a path of pydantic's; an unknown key may have the name of a tag."""
+    own = parts[-1:] if last_is_a_key else ()
+    return (*(part for part in parts[: len(parts) - len(own)] if not _is_tag(part)), *own)
+
+
+def _is_tag(part: Any) -> bool:
     """Names that pydantic puts into a path for a branch of a union, such as dict[str,str]."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "constrained-int", "function-before"))
+    types = ("str", "int", "constrained-int", "function-before")
+    return isinstance(part, str) and (part in _TAGS or "[" in part or part in types)
 
 
 def _sentence(each: dict[str, Any], path: KeyPath, keys: Callable[[KeyPath], Iterable[str]]) -> str:

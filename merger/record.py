@@ -37,6 +37,7 @@ def record_of(
         "versions": manifest.versions(),
         "seed": plan.recipe.seed,
         "device": device.partition(":")[0],
+        "device-dependent": inexact(plan),
         "recipe": portable(plan.recipe.spelled_out()),
         "set": list(plan.recipe.overrides),
         "inputs": inputs_of(plan, {file: hashed.result() for file, hashed in hashes.items()}),
@@ -121,6 +122,11 @@ def stored_tensors(fates: Mapping[str, Any]) -> dict[str, Any]:
         stored = said.get("stored as") if isinstance(said, dict) else None
         found |= stored if isinstance(stored, dict) else {name: stored}
     return found
+
+
+def inexact(plan: Plan) -> list[str]:
+    """The stages whose last bits another device may give otherwise, for they sum floats or decompose matrices."""
+    return sorted({stage.entry.name for tensor in plan.tensors for stage in tensor.stages if not stage.entry.exact})
 
 
 def stored_as(info: Info) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections import Counter
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
 from merger.checkpoint import manifest
-from merger.checkpoint.hashes import digest, sha256
+from merger.checkpoint.hashes import sha256
 from merger.checkpoint.header import TORCH_NAMES
 from merger.checkpoint.layout import layout
 from merger.checkpoint.stored import PACKED, SINGLE
-from merger.checkpoint.writer import Writer, check_output, write_json, write_text
-from merger.errors import CheckpointError, RecipeError
+from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
+from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.machine import (
     SLICE,
     Machine,
@@ -228,11 +229,10 @@ class _Merge:
                     raise
             written = sum(infos[name].nbytes for name in unfinished)
             writer.finish(force=force)
-        except (RecipeError, CheckpointError):
-            writer.abandon()
-            raise
-        except BaseException:
-            if writer.suspend():
+        except BaseException as error:
+            if isinstance(error, RecipeError | CheckpointError) and not isinstance(error, UnreadableError):
+                writer.abandon()  # what is made of wrong inputs is not kept
+            elif writer.suspend():
                 self.notice(f"{writer.journal.folder} keeps the finished shards; the same run goes on from there")
             raise
         return self._result(began, written)
@@ -436,24 +436,23 @@ class _Merge:
     def _write_side_files(self, writer: Writer, hashes: Mapping[Path, Future[str]]) -> None:
         plan, folder = self.plan, writer.folder
         copied = manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
-        manifest.copy_side_files(copied, folder)
-        write_json(folder / "config.json", plan.config)
-        files = {name: digest(folder / name) for name in sorted({"config.json", *copied})}
+        files = manifest.copy_side_files(copied, folder)
+        config = json_bytes(plan.config)
+        write_bytes(folder / "config.json", config)
+        files["config.json"] = hashlib.sha256(config).hexdigest()
         record = record_of(
             plan,
             self.machine.device,
             hashes,
             writer.digests(),
-            files,
+            dict(sorted(files.items())),
             sources(plan),
             self.statistics_origin,
             self.notes,
         )
         write_json(folder / RECORD, record)
-        models = [each["source"] for each in record["inputs"].values()]
-        write_text(
-            folder / "README.md", manifest.card(self.output.name, models, record["recipe"], self._counts(), plan.packed)
-        )
+        card = manifest.card(self.output.name, record["inputs"], record["recipe"], self._counts(), plan.packed)
+        write_text(folder / "README.md", card)
 
     def _counts(self) -> dict[str, int]:
         counts = Counter("merged" if tensor.stages else "copied" for tensor in self.plan.tensors)

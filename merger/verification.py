@@ -27,14 +27,14 @@ from merger.agreement import (
 from merger.checkpoint import manifest
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.header import ITEM_SIZE
-from merger.errors import RecipeError
+from merger.errors import CheckpointError, RecipeError, VerifyError
 from merger.planning import Plan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
 from merger.record import RECORD, differing, inputs_of, portable, stored_as, stored_tensors
 from merger.run import Progress, recompute
 
-_WEIGHTS = (".safetensors", ".bin")
+WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,23 @@ def verify(
     )
 
 
+def whole_merge(directory: str | Path) -> dict[str, Any]:
+    """merger.json of a folder that holds all it names, told by names and headers: no weight is read for it.
+
+    Raises CheckpointError for a folder without merger.json, and VerifyError where files are not as it says.
+    """
+    contents = look(Path(directory))
+    if RECORD not in contents.folder.names:
+        raise CheckpointError(f"{directory}: has no {RECORD}, so it is no finished merge")
+    found = [*contents.broken, *index_differences(contents)]
+    record = _record(contents, found)
+    if record is not None:
+        found += _recorded(contents, record, {})
+    if found or record is None:
+        raise VerifyError("\n".join(f"{directory}: {each}" for each in dict.fromkeys(found)))
+    return record
+
+
 def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Difference]]:
     """The SHA-256 of each safetensors file, and what is wrong with the values; files side by side."""
     total = sum(info.nbytes for header in contents.headers.values() for info in header.values())
@@ -159,13 +176,13 @@ def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str
         elif file in hashes and hashes[file] != sha:
             yield _other_hash(file, hashes[file], sha)
     for file in sorted(contents.folder.names - record["shards"].keys()):
-        if file.endswith(_WEIGHTS):
+        if file.endswith(WEIGHTS):
             yield Difference(file, None, f"holds weights that {RECORD} does not name")
     for file, sha in record["files"].items():
         if file not in contents.folder.names:
             yield Difference(file, None, f"is missing, though {RECORD} names it")
-        elif (own := digest(contents.directory / file)) != sha:
-            yield _other_hash(file, own, sha)
+        else:
+            yield from _side_file(contents.directory / file, sha)
     recorded = stored_tensors(record["tensors"])
     for name, wanted in recorded.items():
         info = contents.tensors.get(name)
@@ -176,6 +193,16 @@ def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str
     for name in contents.tensors:
         if name not in recorded:
             yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
+
+
+def _side_file(path: Path, sha: str) -> Iterator[Difference]:
+    try:
+        own = digest(path)
+    except OSError as error:
+        yield Difference(path.name, None, f"cannot be read: {error.strerror}")
+    else:
+        if own != sha:
+            yield _other_hash(path.name, own, sha)
 
 
 def _other_hash(file: str, own: str, said: str) -> Difference:

@@ -1,12 +1,14 @@
 """Kill a merge at random moments, run it to its end each time, and compare its bytes with an uninterrupted run.
 
-    python scripts/kill_test.py [--kills 20] [--seed 0] [--method ties]
+    python scripts/kill_test.py [--kills 20] [--seed 0] [--method ties] [--force]
 
 The models are synthetic: a Llama of 5 MB with two experts, merged into a dozen shards. Each round starts a merge
 in a process of its own, kills it (SIGKILL) at a moment drawn evenly from the time between its first file and its
 end, starts it again, and kills that as well with a probability of one half, until one comes to its end. Meanwhile
 a watcher looks at the output's name some thousand times a second: whatever has that name must have all files of
-a whole model, at their full size. Ends with exit code 1 at the first byte that differs or the first part of a model.
+a whole model, at their full size. With --force a whole model is there from the beginning: two recipes replace each
+other's output by turns, and at every look one of the two must be there, whole. Ends with exit code 1 at the first byte
+that differs, the first part of a model, or the first absence of one that should be there.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,14 +79,15 @@ def ended(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def start(folder: Path) -> int:
+def start(folder: Path, recipe: str, *, force: bool) -> int:
     """A merge; what it says is in the file ``said``."""
 
     def work() -> None:
         with (folder / "said").open("w") as said:
             merge(
-                Recipe.load(folder / "recipe.yaml"),
+                Recipe.load(folder / recipe),
                 device="cpu",
+                force=force,
                 notice=lambda line: print(line, file=said, flush=True),
             )
 
@@ -92,8 +95,9 @@ def start(folder: Path) -> int:
     return forked(work)
 
 
-def watch(output: Path, sizes: Mapping[str, int], report: Path) -> None:
+def watch(output: Path, models: Sequence[Mapping[str, bytes]], report: Path) -> None:
     """Looks at the output's name until SIGTERM, and writes what it saw."""
+    sizes = {whole["merger.json"]: {name: len(content) for name, content in whole.items()} for whole in models}
     told: Counter[str] = Counter()
     signal.signal(signal.SIGTERM, lambda *_: told.update(stop=1))
     while not told["stop"]:
@@ -101,33 +105,55 @@ def watch(output: Path, sizes: Mapping[str, int], report: Path) -> None:
         try:
             folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
+            told["absent"] += 1
             time.sleep(0.0002)
             continue
-        found = {name: os.stat(name, dir_fd=folder).st_size for name in os.listdir(folder)}
+        whole = is_whole(folder, sizes)
+        named = is_at(output, folder)  # one that was replaced while it was looked at may be half deleted
         os.close(folder)
-        told["seen"] += 1
-        told["parts"] += found != sizes
+        told["seen"] += named
+        told["parts"] += named and not whole
         time.sleep(0.0002)
     report.write_text(json.dumps(told))
+
+
+def is_whole(folder: int, sizes: Mapping[bytes, Mapping[str, int]]) -> bool:
+    """Whether an open folder has all the files, at their sizes, of the model whose merger.json it has."""
+    try:
+        with open(os.open("merger.json", os.O_RDONLY, dir_fd=folder), "rb") as file:
+            wanted = sizes.get(file.read())
+        return {name: os.stat(name, dir_fd=folder).st_size for name in os.listdir(folder)} == wanted
+    except FileNotFoundError:
+        return False
+
+
+def is_at(path: Path, folder: int) -> bool:
+    """Whether a name still stands for an open folder."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(folder))
+    except FileNotFoundError:
+        return False
 
 
 # --- rounds ---------------------------------------------------------------------------------------
 
 
-def until_writing(folder: Path) -> None:
-    """Waits until the journal is there, or the output already."""
-    while not (folder / "out.partial" / "journal").exists() and not (folder / "out").exists():
+def until_writing(folder: Path, process: int) -> None:
+    """Waits until the journal is there, or the process at its end."""
+    while not (folder / "out.partial" / "journal").exists():
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
         time.sleep(0.0005)
 
 
-def until_done(folder: Path, whole: float, draw: random.Random) -> Counter[str]:
+def until_done(folder: Path, recipe: str, whole: float, draw: random.Random, *, force: bool) -> Counter[str]:
     """Runs and kills until a run comes to its end; what happened."""
     did: Counter[str] = Counter(rounds=1)
-    kill = True
-    while not (folder / "out").exists():
-        process = start(folder)
+    kill, status = True, -1
+    while status and (force or not (folder / "out").exists()):
+        process = start(folder, recipe, force=force)
         if kill:
-            until_writing(folder)
+            until_writing(folder, process)
             time.sleep(draw.random() * whole)
             os.kill(process, signal.SIGKILL)
         status = ended(process)
@@ -136,7 +162,7 @@ def until_done(folder: Path, whole: float, draw: random.Random) -> Counter[str]:
             raise SystemExit(f"a run ended with {status}: {(folder / 'said').read_text()}")
         said = (folder / "said").read_text()
         did["kills"] += killed
-        did["late"] += killed and (folder / "out").exists()
+        did["late"] += killed and not force and (folder / "out").exists()
         if GOES_ON in said:
             did["resumed"] += 1
             did["kept"] += int(said.partition(GOES_ON)[2].split()[0])
@@ -144,14 +170,14 @@ def until_done(folder: Path, whole: float, draw: random.Random) -> Counter[str]:
     return did
 
 
-def timed(folder: Path) -> float:
-    """Seconds of an uninterrupted merge from its first file on."""
-    process = start(folder)
-    until_writing(folder)
+def timed(folder: Path, recipe: str) -> tuple[float, dict[str, bytes]]:
+    """Seconds of an uninterrupted merge from its first file on, and what it wrote."""
+    process = start(folder, recipe, force=True)
+    until_writing(folder, process)
     began = time.monotonic()
     if ended(process):
         raise SystemExit("the uninterrupted merge failed")
-    return time.monotonic() - began
+    return time.monotonic() - began, contents(folder / "out")
 
 
 def main() -> None:
@@ -159,6 +185,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="linear")
+    parser.add_argument("--force", action="store_true", help="each round replaces the last one's model")
     chosen = parser.parse_args()
     draw = random.Random(chosen.seed)
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
@@ -166,23 +193,26 @@ def main() -> None:
         folder = Path(temporary)
         os.environ["MERGER_CACHE"] = str(folder / "cache")
         synthesize(folder, chosen.seed)
-        (folder / "recipe.yaml").write_text(
-            f"base: base\nexperts: {{code: code, math: math}}\nmethod: {chosen.method}\n"
-            "output: {path: out, shard_size: 500kB}\n"
-        )
-        whole = timed(folder)
-        expected = contents(folder / "out")
-        sizes = {name: len(content) for name, content in expected.items()}
-        watcher = forked(lambda: watch(folder / "out", sizes, folder / "watched"))
+        for name, weight in (("one.yaml", 1), ("other.yaml", "1/2")):
+            (folder / name).write_text(
+                f"base: base\nexperts: {{code: {{model: code, weight: {weight}}}, math: math}}\n"
+                f"method: {chosen.method}\noutput: {{path: out, shard_size: 500kB}}\n"
+            )
+        expected = {name: timed(folder, name) for name in ("one.yaml", "other.yaml")}
+        whole = max(seconds for seconds, _ in expected.values())
+        models = [written for _, written in expected.values()]
+        watcher = forked(lambda: watch(folder / "out", models, folder / "watched"))
         told: Counter[str] = Counter()
         try:
             while told["kills"] < chosen.kills:
-                # the watcher may still look into the last output, so that is deleted a round later
-                shutil.rmtree(folder / "old", ignore_errors=True)
-                (folder / "out").rename(folder / "old")
-                shutil.rmtree(folder / "out.partial", ignore_errors=True)  # of a kill after the end
-                told += until_done(folder, whole, draw)
-                if contents(folder / "out") != expected:
+                recipe = "other.yaml" if chosen.force and told["rounds"] % 2 else "one.yaml"
+                if not chosen.force:
+                    # the watcher may still look into the last output, so that is deleted a round later
+                    shutil.rmtree(folder / "old", ignore_errors=True)
+                    (folder / "out").rename(folder / "old")
+                    shutil.rmtree(folder / "out.partial", ignore_errors=True)  # of a kill after the end
+                told += until_done(folder, recipe, whole, draw, force=chosen.force)
+                if contents(folder / "out") != expected[recipe][1]:
                     raise SystemExit(f"round {told['rounds']}: the bytes differ from those of an uninterrupted run")
         finally:
             os.kill(watcher, signal.SIGTERM)
@@ -190,11 +220,14 @@ def main() -> None:
         saw = Counter(json.loads((folder / "watched").read_text()))
     if saw["parts"]:
         raise SystemExit(f"the output was there {saw['parts']} times with only a part of a model")
+    if chosen.force and saw["absent"]:
+        raise SystemExit(f"the output was not there {saw['absent']} times")
+    absent = ", nor its absence" if chosen.force else ""
     print(
         f"{chosen.method}: {told['kills']} kills in {told['rounds']} rounds, each within {whole:.2f} s of writing; "
-        f"every round ended in the same bytes ({len(expected)} files). {told['resumed']} runs kept finished shards "
+        f"every round ended in the same bytes ({len(models[0])} files). {told['resumed']} runs kept finished shards "
         f"({told['kept']} in all); {told['late']} kills came after the end. The watcher looked {saw['looks']:,} "
-        f"times, saw the output {saw['seen']:,} times, and never a part of it."
+        f"times, saw the output {saw['seen']:,} times, and never a part of it{absent}."
     )
 
 

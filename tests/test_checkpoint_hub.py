@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
 from huggingface_hub import constants
+from loopback import TOKEN, Handler, point_at, serving
 from safetensors.torch import save
 
 from merger.checkpoint.opening import open_checkpoint
@@ -21,7 +20,6 @@ from merger.locking import check_lock, is_done, lock
 from merger.recipe import Recipe
 from merger.run import merge
 
-TOKEN = "hf_secret"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 WEIGHT = torch.arange(600_000.0).view(300, 2000)
 
@@ -73,11 +71,8 @@ def repositories(tmp_path_factory):
     }
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """As much of the Hub's HTTP interface as a download needs."""
-
-    def log_message(self, *_):
-        pass
 
     def do_HEAD(self):
         self.do_GET()
@@ -116,41 +111,20 @@ class Hub(BaseHTTPRequestHandler):
         first, last = wanted.removeprefix("bytes=").split("-")
         return self.answer(206, data[int(first) : int(last or len(data)) + 1], commit=commit)
 
-    def answer(self, status, data=b"", commit=None, error=None):
-        self.send_response(status)
-        headers = {"Content-Length": str(len(data)), "ETag": f'"{hash(data)}"'}
-        headers |= {"X-Repo-Commit": commit} if commit else {}
-        headers |= {"X-Error-Code": error} if error else {}
-        for header in headers.items():
-            self.send_header(*header)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
 
 @pytest.fixture(scope="module")
 def server(repositories):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.repositories = repositories
-        Thread(target=server.serve_forever, daemon=True).start()
+    with serving(Hub, repositories=repositories) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """A client with an empty cache; gives the log of requests."""
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    point_at(monkeypatch, endpoint)
+    point_at(monkeypatch, server.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     server.log, server.sizes = [], True
     return server.log
-
-
-def point_at(monkeypatch, endpoint):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def opened(source, tmp_path, adapter=None, **more):
@@ -341,7 +315,7 @@ def test_the_environment_alone_sets_endpoint_and_offline(server, tmp_path):
     )
     server.log, server.sizes = [], True
     environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(tmp_path),
     }
     for offline in ("0", "1"):

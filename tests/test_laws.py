@@ -19,6 +19,7 @@ from tiny import bits
 
 from merger.methods._parameters import Place
 from merger.methods._registry import ENTRIES, SCORES, checked, parameters
+from merger.methods._spectral import whole as takes_whole
 from merger.ops import Before, Size, Sum, Tally
 from merger.passes import Sizes
 from merger.pipeline import Inputs, Slice, Subject, bind, expand, flow, merge_tensors
@@ -274,3 +275,16 @@ def test_scaling_the_task_vectors_scales_what_is_merged(name, data, factor):
     scaled = {e: {key: values * factor for key, values in own.items()} for e, own in case.experts.items()}
     once = {key: values * factor for key, values in case.merged().items()}
     assert_same(replace(case, experts=scaled).merged(), once, exactly=False)
+
+
+def test_what_decomposes_matrices_is_not_said_to_be_exact():
+    whole = {name for name, entry in ENTRIES.items() if entry.kind != "method" and entry.takes is takes_whole}
+    assert whole >= {"tsv_m", "wudi", "truncate"}
+    assert not any(ENTRIES[name].exact for name in whole)
+
+
+@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.exact and e.kind != "method"] + [*SCORES])
+@given(st.data())
+def test_what_is_said_to_be_exact_sums_no_floats_over_a_tensor(name, data):
+    case = data.draw(cases(name, {"zero_sign": "zero"} if name == "sign_elect" else None))  # the other sums signs
+    assert not sums_floats(case)

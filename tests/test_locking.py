@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import yaml
 from checkpoints import CONFIG, llama, save, trio
+
+from merger import locking
 
 RECIPE = {
     "base": "base",
@@ -67,6 +70,57 @@ def test_an_unchanged_lock_with_a_whole_output_is_nothing_to_do(merger, folder):
     assert (ran.code, ran.out, ran.err) == (0, f"{folder}/out: is what the lock says, and whole; nothing to do\n", "")
     assert json.loads(merger("run", "recipe.yaml", "--locked", "--json").out)["unchanged"] is True
     assert contents(folder / "out") == before
+
+
+@pytest.fixture
+def read_through(monkeypatch):
+    """The output's files that are read to their end."""
+    found = []
+    digest = locking.digest
+    monkeypatch.setattr(locking, "digest", lambda path, tell: found.append(path.name) or digest(path, tell))
+    return found
+
+
+def test_an_output_of_the_same_size_and_time_is_not_read_on_request(merger, folder, read_through):
+    merger("lock", "recipe.yaml")
+    merger("run", "recipe.yaml", "--locked")
+
+    ran = merger("run", "recipe.yaml", "--locked", "--trust-mtime")
+    assert (ran.code, ran.out) == (0, f"{folder}/out: is what the lock says, and whole; nothing to do\n")
+    assert read_through == []
+
+    merger("run", "recipe.yaml", "--locked")
+    assert len(read_through) == 2
+
+
+def test_a_time_that_is_not_remembered_costs_a_pass_and_is_remembered_then(merger, folder, read_through):
+    merger("lock", "recipe.yaml")
+    merger("run", "recipe.yaml", "--locked")
+    os.utime(folder / "out" / "model-00001-of-00002.safetensors")
+    for _ in range(2):
+        assert merger("run", "recipe.yaml", "--locked", "--trust-mtime").code == 0
+        assert read_through == ["model-00001-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "fewer bytes", "no shard", "no config"])
+def test_trusting_times_still_finds_what_shows_without_reading(merger, folder, damage):
+    merger("lock", "recipe.yaml")
+    merger("run", "recipe.yaml", "--locked")
+    shard = folder / "out" / "model-00002-of-00002.safetensors"
+    if damage == "other bytes":
+        with shard.open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\x01")
+    elif damage == "fewer bytes":
+        os.truncate(shard, shard.stat().st_size - 1)
+    else:
+        (shard if damage == "no shard" else folder / "out" / "config.json").unlink()
+    assert "is there already" in merger("run", "recipe.yaml", "--locked", "--trust-mtime").err
+
+
+def test_trusting_times_is_a_part_of_running_locked(merger, folder):
+    ran = merger("run", "recipe.yaml", "--trust-mtime")
+    assert (ran.code, ran.err) == (2, "error: --trust-mtime: is about what --locked would do; say both\n")
 
 
 def test_an_output_that_is_damaged_or_of_another_lock_is_not_taken_for_done(merger, folder):

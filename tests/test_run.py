@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merger.machine
+from merger.checkpoint import manifest
 from merger.errors import CheckpointError, RecipeError, ResourceError
 from merger.methods._registry import checked
 from merger.pipeline import merge_tensors
@@ -541,6 +542,14 @@ def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
     assert str(drawn.folder) not in json.dumps(record)
 
 
+@pytest.mark.parametrize(
+    ("method", "said"), [("ties", []), ("dare_linear", []), ("slerp", ["slerp"]), ("tsv_m", ["tsv_m"])]
+)
+def test_the_manifest_says_which_stages_depend_on_the_device(drawn, method, said):
+    drawn.run(method)
+    assert drawn.record()["device-dependent"] == said
+
+
 def test_the_manifests_recipe_makes_the_same_model_again(drawn):
     first = drawn.merged("della", {"density": [0.4, 0.6]}, rules=[{"kinds": ["vector"], "use": "code"}])
     again = {**drawn.record()["recipe"], "output": {"path": "again"}}
@@ -548,16 +557,18 @@ def test_the_manifests_recipe_makes_the_same_model_again(drawn):
     assert same_bits(first, load(drawn.folder / "again"))
 
 
-def test_the_card_names_the_models_and_the_recipe(drawn):
+def test_the_card_has_the_recipe_and_takes_no_folder_for_a_repository(drawn):
     drawn.run("ties")
     _, front, body = (drawn.folder / "out" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "transformers",
-        "base_model": ["base", "code", "math"],
-        "base_model_relation": "merge",
-        "tags": ["merge", "merger"],
-    }
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "merger"]}
     assert yaml.safe_load(body.split("```")[1].removeprefix("yaml\n"))["method"] == "ties"
+
+
+def test_the_card_links_to_what_came_from_the_hub():
+    hub = {"source": "org/base@main", "commit": "a" * 40}
+    text = manifest.card("merged", {"base": hub, "code": {"source": "models/code"}, "math": hub}, {}, {})
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == (["org/base"], "merge")
 
 
 def test_tokenizer_and_generation_files_come_along(tmp_path):
@@ -614,6 +625,37 @@ def test_every_input_tensor_is_accounted_for(tmp_path_factory, base, data):
         "copied": sum(not tensor.is_floating_point() for tensor in merged.values()),
         "dropped": sum(len(each) for each in record["dropped"].values()),
     }
+
+
+@given(st.data())
+def test_every_tensor_is_accounted_for_whatever_is_tied_biased_or_added(tmp_path_factory, data):
+    folder, tensors, configs = tmp_path_factory.mktemp("models"), {}, {}
+    q = "model.layers.0.self_attn.q_proj.bias"
+    biased = data.draw(st.booleans())
+    for seed, label in enumerate(("base", "code", "math")):
+        own = llama(seed, layers=1, rows=8 + (data.draw(st.integers(0, 2)) if label != "base" else 0))
+        head = data.draw(st.sampled_from(["own", "repeated", "none"]))
+        if head != "own":
+            del own[HEAD]
+        own |= {HEAD: own[EMBEDDING].clone()} if head == "repeated" else {}
+        own |= {q: torch.ones(4)} if biased else {}
+        own |= {f"extra.{name}": torch.ones(2) for name in data.draw(st.lists(names, max_size=2))}
+        tensors[label] = own
+        configs[label] = {**CONFIG, "vocab_size": len(own[EMBEDDING]), "tie_word_embeddings": head != "own"}
+    made = models(folder, tensors, configs)
+
+    made.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
+
+    merged, record = load(folder / "out"), made.record()
+    assert merged.keys() == record["tensors"].keys()
+    for label, own in tensors.items():
+        dropped = record["dropped"].get(label, {})
+        reads = {
+            said["reads"][label] for said in record["tensors"].values() if "reads" in said and label in said["reads"]
+        }
+        assert own.keys() <= merged.keys() | dropped.keys() | reads
+        assert not dropped.keys() & merged.keys()
+    assert tensors["base"].keys() <= merged.keys()
 
 
 # --- what a run says ------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from merger.cache import recall, remember
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, UnreadableError
 
 SETTLED = 2.0
 """Seconds since its last change after which a file is sure to have another time stamp when it changes again."""
@@ -38,7 +38,7 @@ def sha256(path: Path) -> str:
         if _identity(stored) == identity and time.time() - stored.stat().st_ctime > SETTLED:
             remember("sha256", identity, found)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
     return found
 
 
@@ -50,6 +50,20 @@ def digest(path: Path, tell: Callable[[int], None] = lambda count: None) -> str:
             found.update(chunk)
             tell(len(chunk))
     return found.hexdigest()
+
+
+def note(path: Path, sha256: str) -> None:
+    """Remembers the SHA-256 of a file of ours by its place, size and time of change, for `noted`."""
+    remember("by-mtime", _stamped(path), sha256)
+
+
+def noted(path: Path) -> str | None:
+    """The SHA-256 that a file had when it had this size and time of change; it may have been changed and set back."""
+    return recall("by-mtime", _stamped(path))
+
+
+def _stamped(path: Path) -> str:
+    return hashlib.sha256(stamp(path).encode()).hexdigest()
 
 
 def stamp(path: Path) -> str:

@@ -73,14 +73,14 @@ def _download(source: str, names: list[str], commit: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = source.partition("@")
-    with _quiet_when_piped():
+    with quiet_when_piped():
         # A branch goes by its name, not by its commit, so that the cache knows it when offline.
         return Path(snapshot_download(repository, revision=commit or revision or None, allow_patterns=names))
 
 
 @contextmanager
-def _quiet_when_piped() -> Iterator[None]:
-    """Keeps progress bars out of log files, unless the environment asks for them."""
+def quiet_when_piped(*, always: bool = False) -> Iterator[None]:
+    """Keeps progress bars out of log files, unless the environment asks for them; ``always`` off terminals too."""
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not in its __all__
         are_progress_bars_disabled,
@@ -89,7 +89,8 @@ def _quiet_when_piped() -> Iterator[None]:
     )
 
     asked_for = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
-    if asked_for or sys.stderr.isatty() or are_progress_bars_disabled():
+    drawn = sys.stderr.isatty() and not always
+    if asked_for or drawn or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()
@@ -104,7 +105,8 @@ def _cached(source: str, *, label: str) -> Folder:
 
     repository, _, revision = source.partition("@")
     for name in ("config.json", "adapter_config.json"):
-        path = try_to_load_from_cache(repository, name, revision=revision or None)
+        with _explained(source, label):
+            path = try_to_load_from_cache(repository, name, revision=revision or None)
         if isinstance(path, str):
             directory = Path(path).parent
             return replace(local_folder(directory, label, directory.name), source=source)
@@ -182,20 +184,19 @@ class _RemoteFile(io.RawIOBase):
 @contextmanager
 def _explained(source: str, label: str) -> Iterator[None]:
     """Turns what huggingface_hub raises into one line, without its URLs: they may hold credentials."""
+    try:
+        yield
+    except connection_errors() as error:
+        _explain(error, source, label)
+
+
+def connection_errors() -> tuple[type[BaseException], ...]:
+    """What huggingface_hub raises where a request is refused, or is not answered."""
     from huggingface_hub import errors as hub
 
     # Its HTTP library is requests, httpx or httpx2, by version; the bases of its own error are that library's.
     http = cast("tuple[type[Exception], ...]", hub.HfHubHTTPError.__bases__)
-    expected: tuple[type[BaseException], ...] = (
-        *http,
-        OSError,
-        hub.HFValidationError,
-        RuntimeError,
-    )  # RuntimeError: hf_xet's
-    try:
-        yield
-    except expected as error:
-        _explain(error, source, label)
+    return (*http, OSError, hub.HFValidationError, RuntimeError)  # RuntimeError: hf_xet's
 
 
 def _explain(error: BaseException, source: str, label: str) -> NoReturn:

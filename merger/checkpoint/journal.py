@@ -69,7 +69,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise ResourceError(f"{self.folder}: cannot be made: {error.strerror}") from None
+            raise ResourceError(f"{error.filename or path}: cannot be made: {error.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file), os.stat(path)):
@@ -96,7 +96,10 @@ class Journal:
     def add(self, finished: Finished) -> None:
         """Says that a shard is whole and on disk."""
         assert self._file is not None, "it was never opened"
-        _append(self._file, asdict(finished))
+        try:
+            _append(self._file, asdict(finished))
+        except OSError as error:
+            raise ResourceError(f"{self.folder / NAME}: cannot be written: {error.strerror}") from None
         self.finished[finished.shard] = finished
 
     def clear(self, keep: Path) -> None:

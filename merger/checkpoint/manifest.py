@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 
 from merger._version import VERSION
 from merger.checkpoint.writer import write_bytes
-from merger.errors import CheckpointError
+from merger.errors import UnreadableError
 
 FORMAT = 1
 
@@ -32,14 +33,17 @@ def side_files(base: Path, tokenizer: Path) -> dict[str, Path]:
     return found
 
 
-def copy_side_files(files: Mapping[str, Path], to: Path) -> None:
-    """Copies them; content only, so that no file is read-only or older than it should be."""
+def copy_side_files(files: Mapping[str, Path], to: Path) -> dict[str, str]:
+    """Copies content only, so that no file is read-only or older than it should be; the SHA-256 of each."""
+    found = {}
     for name, path in files.items():
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
         write_bytes(to / name, content)
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -69,10 +73,14 @@ def extracted_card(title: str, base: str, expert: str, packed: str) -> str:
 _PACKED = "It holds several experts and is no model by itself: `merger extract` writes one of them. "
 
 
-def card(title: str, models: Iterable[str], recipe: Mapping[str, Any], tensors: Mapping[str, int], packed: bool) -> str:
+def card(
+    title: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any], tensors: Mapping[str, int], packed: bool
+) -> str:
     """README.md: what the Hub shows of a merged model, or of several ``packed`` experts."""
-    front = {"library_name": "transformers", "base_model": list(models), "base_model_relation": "merge"}
-    front["tags"] = ["merge", "merger"]
+    # Only what came from the Hub has a name there: the path of a folder is refused, or taken for someone's repository.
+    models = dict.fromkeys(each["source"].partition("@")[0] for each in inputs.values() if "commit" in each)
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "merger"]}
+    front |= {"base_model": list(models), "base_model_relation": "merge"} if models else {}
     counts = ", ".join(f"{count} {what}" for what, count in tensors.items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"

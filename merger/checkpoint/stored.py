@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.checkpoint.header import TORCH_NAMES, Info
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, UnreadableError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ class Checkpoint:
                     raise CheckpointError(f"{info.file}: ended at byte {position:,} while it was being read")
                 buffer, position = buffer[count:], position + count
         except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}") from None
+            raise UnreadableError(f"{info.file}: cannot be read: {error.strerror}") from None
 
     def _open(self, file: Path) -> int:
         with self._lock:

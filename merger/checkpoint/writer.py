@@ -10,11 +10,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from merger.checkpoint.hashes import digest
+from merger.checkpoint.hashes import digest, note
 from merger.checkpoint.header import Info
 from merger.checkpoint.journal import Finished, Journal, remove
 from merger.checkpoint.layout import Shard, index, index_name
@@ -89,10 +90,7 @@ class Writer:
         for shard in self._shards:
             if shard.file not in self.journal.finished:
                 self._create(shard)
-        try:
-            _sync(self.folder)
-        except OSError as error:
-            raise _resource_error(self.folder, error, 0) from None
+        _sync(self.folder)
         self._hashes = self._pool.submit(self._hash)
 
     @property
@@ -192,33 +190,39 @@ class Writer:
         """Writes the index and renames the folder into place; whatever was there is replaced only now."""
         if len(self._shards) > 1:
             write_json(self.folder / index_name(self._shards), index(self._shards, self._infos))
-        try:
-            for each in self.folder.iterdir():
-                _sync(each)
-            _sync(self.folder)
-            if not _is_occupied(self.path):
-                os.rename(self.folder, self.path)  # over an empty folder too
-            elif force:
-                self._replace()
-            else:
-                raise RecipeError(_taken(self.path))
-            self.journal.finished.clear()  # who is stopped from here on leaves nothing unfinished
-            _sync(self.path.parent)
-        except OSError as error:
-            raise _resource_error(self.path, error, 0) from None
+        for each in sorted(self.folder.iterdir()):
+            _sync(each)
+        _sync(self.folder)
+        digests = self.digests()
+        self._take_place(force=force)
+        self.journal.finished.clear()  # who is stopped from here on leaves nothing unfinished
+        for file, sha256 in digests.items():
+            note(self.path / file, sha256)
         self.journal.remove()
         self._close()
 
-    def _replace(self) -> None:
-        """Puts the new folder where the old one is, which is gone only after that."""
-        if _exchange(self.folder, self.path):
-            return
+    def _take_place(self, *, force: bool) -> None:
+        """Puts the new folder where the old one is, if any; both are back where they were if that does not last."""
         old = self.journal.folder / "replaced"
-        os.rename(self.path, old)
+        undo: Callable[[], object]
         try:
-            os.rename(self.folder, self.path)
-        except BaseException:
-            os.rename(old, self.path)
+            if not _is_occupied(self.path):
+                os.rename(self.folder, self.path)  # over an empty folder too
+                undo = partial(os.rename, self.path, self.folder)
+            elif not force:
+                raise RecipeError(_taken(self.path))
+            elif _exchange(self.folder, self.path):
+                undo = partial(_exchange, self.folder, self.path)
+            else:
+                _rename_both((self.path, old), (self.folder, self.path))
+                undo = partial(_rename_both, (self.path, self.folder), (old, self.path))
+        except OSError as error:
+            raise _resource_error(self.path, error, 0) from None
+        try:
+            _sync(self.path.parent)
+        except ResourceError:
+            with contextlib.suppress(OSError):
+                undo()
             raise
 
     def abandon(self) -> None:
@@ -280,6 +284,16 @@ def left_over(path: Path) -> int:
         return 0
 
 
+def _rename_both(first: tuple[Path, Path], second: tuple[Path, Path]) -> None:
+    """Renames twice, or not at all."""
+    os.rename(*first)
+    try:
+        os.rename(*second)
+    except BaseException:
+        os.rename(*reversed(first))
+        raise
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Swaps what two names stand for in one step, which only Linux can (renameat2); False where it cannot."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -323,8 +337,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Puts a file, or what a folder says of its files, on disk."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _resource_error(path, error, 0) from None

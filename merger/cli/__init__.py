@@ -15,6 +15,7 @@ from merger.cli.inspect import inspect
 from merger.cli.lock import lock
 from merger.cli.methods import methods
 from merger.cli.plan import plan
+from merger.cli.push import push
 from merger.cli.run import run
 from merger.cli.schema import schema
 from merger.cli.verify import verify
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run, lock, plan, inspect, calibrate, verify, extract, import_, methods, demo, schema):
+for _command in (run, lock, plan, inspect, calibrate, verify, push, extract, import_, methods, demo, schema):
     app.command(_command.__name__.rstrip("_"))(_command)
 
 

@@ -21,6 +21,7 @@ from merger.cli._options import (
     memory_size,
 )
 from merger.cli._terminal import progress_bar, size_text
+from merger.errors import RecipeError
 
 if TYPE_CHECKING:
     from merger.recipe import Recipe
@@ -36,15 +37,21 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     locked: Annotated[bool, typer.Option("--locked", help="Refuse what differs from the recipe's lock.")] = False,
+    trust_mtime: Annotated[
+        bool,
+        typer.Option("--trust-mtime", help="With --locked: take an output of the same size and time for unchanged."),
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge: read the inputs, write one checkpoint that transformers loads."""
     from merger.run import merge
 
+    if trust_mtime and not locked:
+        raise RecipeError("--trust-mtime: is about what --locked would do; say both")
     loaded = load(recipe, overrides)
     with progress_bar(quiet) as (progress, notice):
-        if locked and _is_done(loaded, recipe, offline, progress):
+        if locked and _is_done(loaded, recipe, offline, trust_mtime, progress):
             output = loaded.folder / loaded.output.path
             print(json.dumps({"output": str(output), "unchanged": True}) if as_json else f"{output}: {_UNCHANGED}")
             return
@@ -72,8 +79,8 @@ def run(
 _UNCHANGED = "is what the lock says, and whole; nothing to do"
 
 
-def _is_done(loaded: Recipe, path: Path, offline: bool, progress: Progress | None) -> bool:
+def _is_done(loaded: Recipe, path: Path, offline: bool, trust_mtime: bool, progress: Progress | None) -> bool:
     from merger.locking import check_lock, is_done, lock_of
 
     check_lock(loaded, lock_of(path), offline=offline)
-    return is_done(loaded, lock_of(path), progress=progress)
+    return is_done(loaded, lock_of(path), trust_mtime=trust_mtime, progress=progress)

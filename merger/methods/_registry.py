@@ -116,6 +116,7 @@ class Entry:
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
     packing: Packing | None = None  # of a pack
+    exact: bool = True  # whether every device gives the same bits: it sums no floats, and decomposes no matrix
 
     @property
     def summary(self) -> str:

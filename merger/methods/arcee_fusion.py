@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(experts=1)
+@merger(exact=False, experts=1)
 def arcee_fusion(deltas: Tensor, base: Tensor) -> Flow[Tensor]:
     """Takes the expert's weights whose importance is an outlier of its tensor; the rest stays at the base.
 

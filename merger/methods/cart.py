@@ -20,7 +20,7 @@ def _mean_alone(kind: str, *, head: bool, weight: Any, **_: object) -> list[Stag
     return None if has_matrix(kind, head=head) else [stage(mean, weight=weight)]
 
 
-@merger(takes=whole, check=positive_sum, elsewhere=_mean_alone)
+@merger(exact=False, takes=whole, check=positive_sum, elsewhere=_mean_alone)
 def cart(
     deltas: Tensor,
     *,

@@ -20,7 +20,7 @@ def _rebuilt(unified: Tensor, mask: Tensor, rescale: Tensor) -> Tensor:
     return keep(unified, mask) * rescale
 
 
-@pack(forms=_forms, unpack=_rebuilt)
+@pack(forms=_forms, unpack=_rebuilt, exact=False)
 def emr(
     deltas: Tensor, *, scope: Whole = "global", zero_sign: Literal["zero", "negative"] = "zero"
 ) -> Flow[dict[str, Tensor]]:

@@ -42,7 +42,7 @@ def _separate(kind: str, *, head: bool, **_: Any) -> list[Stage] | None:
     return None if has_matrix(kind, head=head) else [stage(separate)]
 
 
-@pack(forms=_forms, unpack=_rebuilt, takes=whole, elsewhere=_separate)
+@pack(forms=_forms, unpack=_rebuilt, takes=whole, exact=False, elsewhere=_separate)
 def factors(
     deltas: Tensor,
     *,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(takes=whole, elsewhere=averaged)
+@merger(exact=False, takes=whole, elsewhere=averaged)
 def iso_c(deltas: Tensor, *, weight: Numbers = 1, lambda_: Number = 1, head: bool = False) -> Tensor:
     """Gives every singular direction of the summed task vectors the mean of their singular values.
 

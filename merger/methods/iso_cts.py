@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(takes=whole, elsewhere=averaged)
+@merger(exact=False, takes=whole, elsewhere=averaged)
 def iso_cts(
     deltas: Tensor,
     *,

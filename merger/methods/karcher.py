@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(check=positive_sum)
+@merger(exact=False, check=positive_sum)
 def karcher(
     deltas: Tensor,
     base: Tensor,

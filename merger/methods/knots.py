@@ -21,7 +21,7 @@ def _inner_alone(kind: str, *, head: bool, inner: Stage) -> list[Stage] | None:
     return None if has_matrix(kind, head=head) else [inner]
 
 
-@merger(takes=whole, elsewhere=_inner_alone)
+@merger(exact=False, takes=whole, elsewhere=_inner_alone)
 def knots(
     deltas: Tensor,
     inside: Callable[[Tensor], Flow[Tensor]],

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger()
+@merger(exact=False)
 def metagpt(deltas: Tensor, *, scope: Whole = "global") -> Flow[Tensor]:
     """The mean of the task vectors, each weighted by its squared norm over the whole model or the tensor.
 

@@ -21,7 +21,7 @@ def _takes(scope: str, **_: object) -> Takes:
     return "slice" if scope == "tensor" else "rows"
 
 
-@merger(takes=_takes, fewest=2)
+@merger(takes=_takes, exact=False, fewest=2)
 def model_stock(
     deltas: Tensor, *, scope: Literal["tensor", "row", "column"] = "tensor", clamp: bool = False
 ) -> Flow[Tensor]:

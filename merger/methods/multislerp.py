@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(check=positive_sum)
+@merger(exact=False, check=positive_sum)
 def multislerp(
     deltas: Tensor,
     base: Tensor,

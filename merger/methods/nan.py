@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger()
+@merger(exact=False)
 def nan(
     deltas: Tensor,
     base: Tensor,

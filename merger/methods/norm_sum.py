@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger()
+@merger(exact=False)
 def norm_sum(deltas: Tensor, *, weight: Numbers = 1, scope: Whole = "global") -> Flow[Tensor]:
     """The weighted sum of the task vectors, times what makes its norm the mean of theirs.
 

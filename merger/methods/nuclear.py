@@ -22,7 +22,7 @@ def _percentages(eta: Sequence[Fraction], **_: object) -> None:
             raise ValueError(f"eta is {float(each):g}, but is a percentage above 0 and at most 100")
 
 
-@sparsifier(takes=whole, check=_percentages, elsewhere=untouched)
+@sparsifier(exact=False, takes=whole, check=_percentages, elsewhere=untouched)
 def nuclear(deltas: Tensor, *, eta: Numbers = 40, rescale: bool = True, head: bool = False) -> Tensor:
     """Keeps the strongest singular directions that hold `eta` percent of the sum of singular values.
 

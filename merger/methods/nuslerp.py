@@ -21,7 +21,7 @@ def _takes(scope: str, **_: object) -> Takes:
     return "slice" if scope == "tensor" else "rows"
 
 
-@merger(takes=_takes, experts=2, check=positive_sum)
+@merger(exact=False, takes=_takes, experts=2, check=positive_sum)
 def nuslerp(
     deltas: Tensor,
     base: Tensor,

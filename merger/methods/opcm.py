@@ -20,7 +20,7 @@ def _added(kind: str, *, head: bool, weight: Any, scope: str, **_: object) -> li
     return None if has_matrix(kind, head=head) else [stage(norm_sum, weight=weight, scope=scope)]
 
 
-@merger(takes=whole, elsewhere=_added)
+@merger(exact=False, takes=whole, elsewhere=_added)
 def opcm(
     deltas: Tensor,
     *,

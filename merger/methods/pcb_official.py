@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OUTLIERS = Fraction(1, 10_000)  # the share at each end whose magnitude is clamped
 
 
-@merger()
+@merger(exact=False)
 def pcb_official(deltas: Tensor, *, density: Shares = 0.1, scope: Whole = "global") -> Flow[Tensor]:
     """Averages what is left of each clamped task vector, weighted by how far its score exceeds the threshold.
 

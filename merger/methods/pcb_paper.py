@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger()
+@merger(exact=False)
 def pcb_paper(deltas: Tensor, *, density: Shares = 0.1, scope: Whole = "global") -> Flow[Tensor]:
     """Averages the `density` of each task vector that wins the competition, weighted by how clearly it wins.
 

@@ -21,7 +21,7 @@ def _averaged(kind: str, *, weight: Any, lambda_: Any, **_: object) -> list[Stag
     return averaged(kind, head=True, weight=weight, lambda_=lambda_)
 
 
-@merger(takes=whole, calibrated=lambda **_: True, check=positive_sum, elsewhere=_averaged)
+@merger(exact=False, takes=whole, calibrated=lambda **_: True, check=positive_sum, elsewhere=_averaged)
 def regmean(
     deltas: Tensor, gram: Tensor | None, *, alpha: Share = 0.9, weight: Numbers = 1, lambda_: Number = 1
 ) -> Tensor:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@sparsifier()
+@sparsifier(exact=False)
 def rescale(deltas: Tensor, originals: Tensor, *, by: Literal["l1", "l2"] = "l1") -> Flow[Tensor]:
     """Scales each expert's tensor so that its l1 or l2 norm is that of the task vector before the pipeline.
 

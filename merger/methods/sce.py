@@ -22,7 +22,7 @@ def _nothing_differs(experts: int, select_topk: Fraction, **_: object) -> str:
     return "one expert differs from no other, so all stays at the base" if experts == 1 and select_topk < 1 else ""
 
 
-@merger(remark=_nothing_differs)
+@merger(exact=False, remark=_nothing_differs)
 def sce(
     deltas: Tensor,
     *,

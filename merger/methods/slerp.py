@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(experts=2)
+@merger(exact=False, experts=2)
 def slerp(
     deltas: Tensor,
     base: Tensor,

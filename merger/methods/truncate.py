@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@sparsifier(takes=whole, elsewhere=untouched)
+@sparsifier(exact=False, takes=whole, elsewhere=untouched)
 def truncate(deltas: Tensor, *, rank_share: Shares = 0.1, head: bool = False) -> Tensor:
     """Keeps the strongest singular directions of each task vector.
 

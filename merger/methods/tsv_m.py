@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merger(takes=whole, elsewhere=averaged)
+@merger(exact=False, takes=whole, elsewhere=averaged)
 def tsv_m(deltas: Tensor, *, weight: Numbers = 1, lambda_: Number = 1, head: bool = False) -> Tensor:
     """Keeps the strongest 1/K of each expert's singular directions, and turns them until no two overlap.
 

@@ -29,7 +29,7 @@ def _not_negative(omega: Fraction, **_: object) -> None:
         raise ValueError(f"omega is {float(omega):g}, but a ridge cannot be negative")
 
 
-@merger(takes=whole, check=_not_negative, elsewhere=averaged)
+@merger(exact=False, takes=whole, check=_not_negative, elsewhere=averaged)
 def wudi(
     deltas: Tensor,
     *,

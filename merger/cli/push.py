@@ -1,0 +1,30 @@
+"""`merger push`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merger.cli._options import AsJson, Quiet
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished merge.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it; private if not given.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a finished merge to the Hub, with card and manifest; run again, it goes on where it broke off."""
+    from merger.pushing import push as upload
+
+    pushed = upload(folder, repository, public=public, quiet=quiet)
+    if as_json:
+        print(json.dumps(pushed.as_json()))
+        return
+    seen = "private" if pushed.private else "public"
+    did = "was there already" if pushed.unchanged else "uploaded"
+    print(f"{folder}: {did}: {pushed.repository} ({seen}) at {pushed.commit}, {pushed.shards} shards as in merger.json")

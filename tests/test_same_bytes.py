@@ -1,0 +1,157 @@
+"""The same bytes for every registered function: whatever threads, slices, memory, shards, breaks and hash seeds."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import llama, load, same_bits, save
+
+import merger.machine
+import merger.methods
+from merger.calibration import Moments, Settings, files
+from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.writer import Writer
+from merger.methods._registry import ENTRIES, SCORES
+from merger.recipe import Recipe
+from merger.run import merge
+from merger.statistics import fingerprint
+
+EXPERTS = ("code", "math", "wiki")
+GRAM = "regmean"  # whose Gram matrices are on no file: it is in tests/test_calibrated_merge.py
+SHARDS = 400
+ALL = [name for name in [*ENTRIES, *SCORES] if name != GRAM]
+
+
+def chosen(name):
+    """A merge with a function in it, whatever it is."""
+    kind = ENTRIES[name].kind if name in ENTRIES else "sparsifier"
+    if kind == "method":
+        return {"method": name}
+    stage = {name: {"inner": "ties"} if name == "knots" else {}}
+    return {"pipeline": {"sparsifier": [stage, "sum"], "merger": [stage]}.get(kind, ["sum", stage])}
+
+
+def recipe(name, shard_size=SHARDS):
+    number = ENTRIES[name].experts if name in ENTRIES else None
+    experts = EXPERTS[: number or 3]
+    return {
+        "base": "base",
+        "experts": {expert: expert for expert in experts},
+        **chosen(name),
+        "calibration": {"stats": {expert: f"{expert}.stats" for expert in experts}},
+        "output": {"path": "out", "shard_size": shard_size},
+        "seed": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and three experts of real-looking bfloat16 weights, with statistics of their inputs."""
+    folder = tmp_path_factory.mktemp("models")
+    base = llama(0, layers=1, dtype=torch.bfloat16)
+    for seed, name in enumerate(("base", *EXPERTS)):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {n: 0.1 * seed * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+        save(folder / name, {n: (t.float() + drawn[n]).bfloat16() for n, t in base.items()})
+    for seed, name in enumerate(EXPERTS):
+        with open_checkpoint(name, None, label=name, folder=folder) as model:
+            generator = torch.Generator().manual_seed(seed)
+            moments = {
+                n: Moments(torch.tensor(9), *torch.randn(2, i.shape[-1], generator=generator).square())
+                for n, i in model.tensors.items()
+                if len(i.shape) == 2
+            }
+            key = files.Key(fingerprint(model), "text", "tokenizer", Settings())
+            files.save(folder / f"{name}.stats", moments, key)
+    return folder
+
+
+@pytest.fixture
+def folder(models, tmp_path, monkeypatch):
+    """A folder of its own in which the models are found."""
+    for path in models.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    return tmp_path
+
+
+def merged(folder, name, shard_size=SHARDS, **how):
+    """Every file of a merge; it is at the same place each time, for the manifest names that."""
+    merge(Recipe.parse(recipe(name, shard_size), folder), **how)
+    written = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    shutil.rmtree(folder / "out")
+    return written
+
+
+def merged_in_two_runs(folder, name, monkeypatch):
+    """The same by a run that is killed when half of the shards are finished, and by the one that goes on from there."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "finish", killed)
+        with pytest.raises(Killed):
+            merged(folder, name)
+    journal = folder / "out.partial" / "journal"
+    plan, *finished = journal.read_text().splitlines()
+    journal.write_text("\n".join([plan, *finished[::2], ""]))
+    said = []
+    written = merged(folder, name, notice=said.append)
+    assert f"goes on where an earlier run stopped: {len(finished[::2])} of {len(finished)} shards are finished" in said
+    return written
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process."""
+
+
+def digests(folder):
+    """One SHA-256 for all files of each merge."""
+    return {
+        name: hashlib.sha256(b"".join(written[file] for file in sorted(written))).hexdigest()
+        for name in ALL
+        for written in [merged(folder, name)]
+    }
+
+
+@pytest.fixture(scope="module")
+def elsewhere(models):
+    """What `digests` finds in a process whose dictionaries and sets have another order."""
+    program = "import json, pathlib, test_same_bytes as t; print(json.dumps(t.digests(pathlib.Path.cwd())))"
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=models,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_neither_threads_slices_memory_breaks_nor_hash_seeds_decide_a_byte(folder, monkeypatch, elsewhere, name):
+    written = merged(folder, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 7)
+        patch.setattr(merger.machine, "SLICE", 24)
+        patch.setattr(merger.machine, "HOLD", 0)
+        assert merged(folder, name, max_memory=merger.machine.INTERPRETER + 1_000_000) == written
+    assert merged_in_two_runs(folder, name, monkeypatch) == written
+    assert elsewhere[name] == hashlib.sha256(b"".join(written[file] for file in sorted(written))).hexdigest()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_size_of_shards_decides_no_byte_of_a_tensor(folder, name):
+    tensors = []
+    for size in (SHARDS, 10**9):
+        merge(Recipe.parse(recipe(name, size), folder), force=True)
+        tensors.append(load(folder / "out"))
+    assert same_bits(*tensors)
