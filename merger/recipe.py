@@ -292,6 +292,8 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
             ((), "its saliency needs calibration: {data: ...}, or a score that looks at no inputs"),
             *found,
         ]
+    if len({bound.fed for bound in _bounds(recipe) if bound.gram}) > 1:
+        found.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
     with_data = set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
     from_text = any(bound.gram for bound in _bounds(recipe))
     lacking = [name for name in experts if name not in (with_data if from_text else with_data | set(given.stats))]

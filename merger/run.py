@@ -37,7 +37,7 @@ from merger.planning import plan as make_plan
 from merger.reading import Reader, rounded
 from merger.recipe import Recipe
 from merger.record import RECORD, decisive, record_of
-from merger.statistics import Options, Statistics, grams, load, origin, sources
+from merger.statistics import Merged, Options, Statistics, grams, load, origin, sources
 from merger.statistics import calibrate as statistics_files
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ Progress = Callable[[str, int, int], None]
 """
 
 
-Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
-"""Tensors that take Gram matrices, and these, as `grams` gives them."""
+Blocks = Callable[[Merged], Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]]
+"""Tensors that take Gram matrices, and these, as `grams` gives them to who can tell what is merged already."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def merge(
         tell, say = progress or _silent, notice or _silent
         options = Options(machine.device, max_memory, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-        blocks = grams(plan, options, notice=say, progress=tell)
+        blocks = partial(grams, plan, options, notice=say, progress=tell)
         return _Merge(plan, machine, output, paths, blocks, tell, say).run(began, force=force)
     finally:
         plan.close()
@@ -114,6 +114,9 @@ class Sink(Protocol):
 
     def done(self, name: str, notes: Sequence[str]) -> None:
         """Hears that all bytes of a tensor were given, and what was noted about it."""
+
+    def read(self, name: str) -> Tensor | None:
+        """Gives back a tensor that is whole, or None."""
 
 
 def recompute(
@@ -135,7 +138,7 @@ def recompute(
     tell, say = progress or _silent, notice or _silent
     options = Options(machine.device, max_memory, trust_remote_code)
     paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-    blocks = grams(plan, options, notice=say, progress=tell)
+    blocks = partial(grams, plan, options, notice=say, progress=tell)
     merge = _Merge(plan, machine, plan.recipe.folder, paths, blocks, tell, say)
     merge.again(names, sink)
     return merge.statistics_origin
@@ -270,7 +273,7 @@ class _Merge:
             try:
                 self._settle(tensors, [tensor for tensor in self.tensors if not tensor.gram])
                 if any(tensor.gram for tensor in self.tensors):
-                    for ready, known in self.blocks:
+                    for ready, known in self.blocks(sink.read):
                         self.statistics = known
                         self._settle(tensors, [tensor for tensor in ready if tensor in self.tensors])
             except BaseException:

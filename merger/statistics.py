@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from merger.checkpoint.stored import Checkpoint
 
+Merged = Callable[[str], "Tensor | None"]
+"""Gives a merged tensor by its name in the output, or None as long as it is not made."""
 Statistics = Mapping[str, Moments]
 """What enters each matrix of one expert, by the expert's own tensor names."""
 
@@ -105,6 +107,7 @@ def _blocks(
     progress: Callable[[str, int, int], None],
     *,
     gram: bool = False,
+    onward: Onward | None = None,
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
     """What enters an expert's matrices, block by block."""
     return collect(
@@ -115,23 +118,50 @@ def _blocks(
         host_memory=options.host_memory,
         trust_remote_code=options.trust_remote_code,
         gram=gram,
+        onward=onward,
         notice=notice,
         progress=lambda done, total: progress(f"calibrating {name}", done, total),
     )
 
 
+class Onward:
+    """The merged model as far as it is made, by an expert's names: what is not merged yet is the expert's own."""
+
+    def __init__(self, plan: Plan, expert: str, merged: Merged) -> None:
+        self._own, self._merged = plan.models[expert], merged
+        self._names = {own: tensor.name for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor in the expert's own shape: rows of its vocabulary that were dropped stay its own."""
+        merged = self._merged(self._names.get(name, name))
+        if merged is None or merged.shape == self._own.tensors[name].shape:
+            return self._own.read(name) if merged is None else merged
+        own = self._own.read(name).to(merged.dtype)
+        common = min(len(own), len(merged))
+        own[:common] = merged[:common]
+        return own
+
+
 def grams(
-    plan: Plan, options: Options, *, notice: Callable[[str], None], progress: Callable[[str, int, int], None]
+    plan: Plan,
+    options: Options,
+    merged: Merged,
+    *,
+    notice: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
 ) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
     """The tensors that take Gram matrices, as those become known: all experts advance together, block by block.
 
-    What a block's tensors were given is dropped when the next is asked for. Tensors whose inputs were never
-    seen come last, with nothing. Raises as `calibrate` does.
+    What a block's tensors were given is dropped when the next is asked for. Where stages ask for inputs behind the
+    merged blocks, ``merged`` gives their tensors by then. Tensors whose inputs were never seen come last, with
+    nothing. Raises as `calibrate` does.
     """
     waiting = [tensor for tensor in plan.tensors if tensor.gram]
+    fed = any(tensor.fed_by_merged for tensor in waiting)
+    onward = {name: Onward(plan, name, merged) if fed else None for name in plan.recipe.experts}
     wanted = {name: _samples(plan, name, options) for name in plan.recipe.experts} if waiting else {}
     streams = [
-        _blocks(plan, name, key, samples, options, notice, progress, gram=True)
+        _blocks(plan, name, key, samples, options, notice, progress, gram=True, onward=onward[name])
         for name, (key, samples) in wanted.items()
     ]
     known: dict[str, dict[str, Moments]] = {name: {} for name in wanted}

@@ -109,14 +109,19 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--runs", type=int, default=1)
     given = parser.parse_args()
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n"
+    )
     print("| shapes | method | way | seconds | of merger's | difference |\n|---|---|---|---|---|---|", flush=True)
     for shapes in given.shapes:
         several = [task_vectors(given.experts, shape, seed) for seed, shape in enumerate(SHAPES[shapes])]
         for name in METHODS:
             rows = measured(name, given, several)
             for way, seconds, far in rows:
-                print(f"| {shapes} | {name} | {way} | {seconds:.2f} | {seconds / rows[-1][1]:.1f} | {far:.0e} |", flush=True)
+                print(
+                    f"| {shapes} | {name} | {way} | {seconds:.2f} | {seconds / rows[-1][1]:.1f} | {far:.0e} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

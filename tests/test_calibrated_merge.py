@@ -1,18 +1,22 @@
 """Merges that look at layer inputs, from text to checkpoint, on the demo's trained models."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checkpoints import load
 
 import merger
 from merger import demo_tasks
 from merger.calibration import Settings, batches, collect_all, texts
 from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.writer import Writer
 from merger.errors import CheckpointError, RecipeError
+from merger.verification import Deep
 
 MODELS = Path(merger.__file__).parent / "demo_models"
 EXPERTS = ("upper", "shift", "double")
@@ -29,14 +33,14 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def recipe(place, method="obim", *, output="out", dtype="bfloat16", **more):
+def recipe(place, method="obim", *, output="out", dtype="bfloat16", shard_size=10**9, **more):
     calibration = {"data": {task: f"{task}.jsonl" for task in EXPERTS}, "samples": 12}
     written = {
         "base": "models/base",
         "experts": {task: f"models/{task}" for task in EXPERTS},
         "method": method,
         "calibration": calibration,
-        "output": {"path": output, "dtype": dtype},
+        "output": {"path": output, "dtype": dtype, "shard_size": shard_size},
         **more,
     }
     return merger.Recipe.parse(written, folder=place)
@@ -108,14 +112,15 @@ def test_activations_that_are_not_numbers_are_an_error_before_anything_is_writte
 # --- Gram matrices --------------------------------------------------------------------------------
 
 
+def samples_of(place, task):
+    tokenizer = texts.load_tokenizer(place / "models" / task, task, trust_remote_code=False)
+    return texts.load(f"{task}.jsonl", place, tokenizer, Settings(samples=12))
+
+
 def moments_of(place, task):
     """What enters an expert's matrices, all blocks at once."""
-    folder = place / "models" / task
-    settings = Settings(samples=12)
-    tokenizer = texts.load_tokenizer(folder, task, trust_remote_code=False)
-    samples = texts.load(f"{task}.jsonl", place, tokenizer, settings)
-    with open_checkpoint(str(folder), None, label=task, folder=place) as model:
-        return collect_all(model, batches(samples.tokens), settings, gram=True)
+    with open_checkpoint(str(place / "models" / task), None, label=task, folder=place) as model:
+        return collect_all(model, batches(samples_of(place, task).tokens), Settings(samples=12), gram=True)
 
 
 def test_regmean_block_by_block_is_the_regression_over_whole_models(place):
@@ -134,6 +139,103 @@ def test_regmean_block_by_block_is_the_regression_over_whole_models(place):
             expected = solved.T
         error = (merged[name].double() - value.double() - expected).norm() / expected.norm()
         assert error < 1e-5, name
+
+
+def block_of(name):
+    """The number of the block that a tensor is in; -1 outside."""
+    return int(name.split(".")[2]) if ".layers." in name else -1
+
+
+def grams_behind(place, task, weights, block):
+    """E[x x^T] of the inputs of a block's matrices, for an expert's text and a model of these weights: run whole."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "models" / task, dtype=torch.float32).eval()
+    model.load_state_dict(weights, strict=False)
+    seen = {}
+
+    def see(name, mask, module, given):
+        rows = given[0][mask].double()
+        total, count = seen.get(name, (0, 0))
+        seen[name] = total + rows.T @ rows, count + len(rows)
+
+    for batch in batches(samples_of(place, task).tokens):
+        hooks = [
+            module.register_forward_pre_hook(functools.partial(see, f"{name}.weight", batch.mask))
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and block_of(f"{name}.weight") == block
+        ]
+        with torch.no_grad():
+            model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    return {name: total / count for name, (total, count) in seen.items()}
+
+
+def regmean_behind_merged_blocks(place, alpha):
+    """RegMean++ as it is written, on whole models: each expert's block behind all that is merged by then."""
+    base = {name: value.double() for name, value in load(MODELS / "base").items()}
+    experts = [{name: value.double() for name, value in load(MODELS / task).items()} for task in EXPERTS]
+    merged = {name: sum(each[name] for each in experts) / 3 for name in base}
+    for block in range(3):
+        grams = []
+        for task, own in zip(EXPERTS, experts, strict=True):
+            weights = {name: (own if block_of(name) == block else merged)[name].float() for name in base}
+            grams.append(grams_behind(place, task, weights, block))
+        for name in grams[0]:
+            several = [alpha * each[name] + (1 - alpha) * each[name].diagonal().diag() for each in grams]
+            wanted = sum(g @ (own[name] - base[name]).T for g, own in zip(several, experts, strict=True))
+            merged[name] = base[name] + torch.linalg.solve(sum(several), wanted).T
+    return merged
+
+
+def test_regmean_behind_merged_blocks_is_that_of_whole_models(place):
+    """Streamed, a block's Gram matrices are made from hidden states that went through the merged blocks on file."""
+    merger.merge(recipe(place, "regmean", parameters={"alpha": 0.7, "inputs": "merged"}, dtype="float32"))
+    merged, base = load(place / "out"), load(MODELS / "base")
+    for name, expected in regmean_behind_merged_blocks(place, 0.7).items():
+        change = expected - base[name].double()
+        assert (merged[name].double() - expected).norm() / change.norm() < 1e-5, name
+
+
+def test_merged_inputs_are_other_inputs_than_own_ones(place):
+    for inputs in ("own", "merged"):
+        merger.merge(recipe(place, "regmean", output=inputs, parameters={"inputs": inputs}, dtype="float32"))
+    own, merged = load(place / "own"), load(place / "merged")
+    far = {name for name in own if not torch.allclose(own[name], merged[name], rtol=1e-3, atol=1e-6)}
+    assert {block_of(name) for name in far} >= {1, 2}
+
+
+def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch):
+    """What earlier blocks became is read back from the output, whichever run wrote it."""
+    behind = {"parameters": {"inputs": "merged"}}
+    done = Writer.done
+
+    def stop(self, name, notes=()):
+        if block_of(name) == 2 and "proj" in name:
+            raise KeyboardInterrupt
+        done(self, name, notes)
+
+    monkeypatch.setattr(Writer, "done", stop)
+    with pytest.raises(KeyboardInterrupt):
+        merger.merge(recipe(place, "regmean", shard_size=20_000, **behind))
+    monkeypatch.setattr(Writer, "done", done)
+    heard = []
+    merger.merge(recipe(place, "regmean", shard_size=20_000, **behind), notice=heard.append)
+    assert any("goes on where an earlier run stopped" in line for line in heard)
+    merger.merge(recipe(place, "regmean", output="whole", **behind))
+    resumed, whole = load(place / "out"), load(place / "whole")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert merger.verify(place / "whole", deep=Deep(sample=6)).differences == ()
+
+
+def test_own_and_merged_inputs_do_not_go_together(place):
+    rules = [{"tensors": "mlp", "method": "regmean", "parameters": {"inputs": "merged"}}]
+    with pytest.raises(RecipeError, match="inputs: own in one method and merged in another"):
+        recipe(place, "regmean", rules=rules)
+
+
+def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
+    with pytest.raises(RecipeError, match="inputs: merged needs merged blocks"):
+        merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
 
 
 def test_gram_matrices_are_made_from_text_so_statistics_files_do_not_do(place):

@@ -41,10 +41,12 @@ def inspect(
     tell, say = progress or _silent, notice or _silent
     plan = make_plan(recipe, offline=offline, headers_only=False)
     try:
+        if any(tensor.fed_by_merged for tensor in plan.tensors):
+            raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
         machine = Machine.of(device, max_memory, plan)
         options = Options(machine.device, max_memory, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-        blocks = grams(plan, options, notice=say, progress=tell)
+        blocks = grams(plan, options, _never_merged, notice=say, progress=tell)
         walk = Walk(plan, machine, load(plan, paths), notice=say, progress=tell, picture=_found(picture, plan))
         return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts), blocks)
     finally:
@@ -156,6 +158,10 @@ def _found(picture: str | None, plan: Plan) -> str | None:
     if picture is not None and picture not in names:
         raise RecipeError(f"--tensor {picture}: no such tensor is merged; {nearest(picture, names[:40])}")
     return picture
+
+
+def _never_merged(name: str) -> None:
+    """Nothing is merged by looking."""
 
 
 def _silent(*_: object) -> None:
