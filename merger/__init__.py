@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
     from merger.locking import check_lock, is_done, lock
+    from merger.lora import Extraction, extract_lora
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
     from merger.recipe import Recipe
@@ -30,6 +31,7 @@ __version__ = VERSION
 
 _HOMES = {
     "CheckpointError": "errors",
+    "Extraction": "lora",
     "Inspection": "inspection",
     "Deep": "verification",
     "MergerError": "errors",
@@ -45,6 +47,7 @@ _HOMES = {
     "inspect_merge": "inspection",
     "inspect_model": "inspection",
     "check_lock": "locking",
+    "extract_lora": "lora",
     "is_done": "locking",
     "lock": "locking",
     "merge": "run",
@@ -55,6 +58,7 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "Deep",
+    "Extraction",
     "Inspection",
     "MergerError",
     "Plan",
@@ -66,6 +70,7 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "check_lock",
+    "extract_lora",
     "inspect",
     "inspect_merge",
     "inspect_model",

@@ -11,6 +11,7 @@ from merger.cli.calibrate import calibrate
 from merger.cli.demo import demo
 from merger.cli.inspect import inspect
 from merger.cli.lock import lock
+from merger.cli.lora import lora
 from merger.cli.methods import methods
 from merger.cli.plan import plan
 from merger.cli.run import run
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run, lock, plan, inspect, calibrate, verify, methods, demo, schema):
+for _command in (run, lock, plan, inspect, calibrate, verify, lora, methods, demo, schema):
     app.command()(_command)
 
 
