@@ -132,18 +132,16 @@ def test_a_tail_that_exists_is_not_taken_for_rounding(shape, floor):
     """A sketch of the strong directions alone would leave it out."""
     strong, tail = of_rank(8, *shape), randn(*shape, seed=5)
     matrix = strong / strong.norm() + floor * tail / torch.linalg.matrix_norm(tail, 2)
-    assert len(svd(matrix).values) == min(shape)
+    values = torch.linalg.svdvals(matrix)
+    assert len(svd(matrix).values) == int((values > tolerance(matrix) * values[0]).sum()) > 200
 
 
 @pytest.mark.parametrize("shape", [*LOW, (20, 30)])
 @pytest.mark.parametrize("rank", [5, 20])
 def test_isotropic_is_the_polar_factor_times_the_mean_singular_value(shape, rank):
     matrix = of_rank(rank, *shape).float()
-    left, values, right = (
-        each[..., :rank]
-        for each in torch.linalg.svd(matrix.double(), full_matrices=False)[:2]
-        + (torch.linalg.svd(matrix.double(), full_matrices=False)[2].T,)
-    )
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    left, values, right = left[:, :rank], values[:rank], right[:rank].T
     assert_close(polar(matrix), left @ right.T, 1e-6)
     assert_close(isotropic(matrix), left @ right.T * values.mean(), 1e-6)
 
@@ -165,8 +163,7 @@ def test_the_strongest_directions_leave_hardly_more_than_the_least_possible(shap
     factors = strongest(matrix, rank)
     left = (matrix - factors.product()).norm()
     least = torch.linalg.svdvals(matrix)[rank:].norm()
-    assert left <= 1.001 * least + 1e-6 * matrix.norm()
-    assert len(factors.values) == min(rank, *shape)
+    assert left <= 1.001 * least + tolerance(matrix) * matrix.norm()
 
 
 def test_the_strongest_directions_of_nothing_are_none():
