@@ -37,7 +37,7 @@ from merger.planning import plan as make_plan
 from merger.reading import Reader, rounded
 from merger.recipe import Recipe
 from merger.record import RECORD, decisive, record_of
-from merger.statistics import Merged, Options, Statistics, grams, load, origin, sources
+from merger.statistics import Merged, Options, Statistics, grams, keep_grams, load, origin, sources
 from merger.statistics import calibrate as statistics_files
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def calibrate(
     recipe: Recipe,
     *,
     to: Path | None = None,
+    gram: bool = False,
     device: str = "auto",
     max_memory: int | None = None,
     offline: bool = False,
@@ -157,13 +158,21 @@ def calibrate(
 ) -> dict[str, Path]:
     """Makes the statistics of a recipe's experts, or finds them; with ``to`` copies them to a folder.
 
-    Returns the file of each expert, as ``calibration: {stats: ...}`` of a recipe takes them.
+    With ``gram`` they hold Gram matrices, as large as the models, and are made in ``to`` itself, where an
+    unfinished one is gone on with. Returns the file or folder of each expert, as ``calibration: {stats: ...}`` of
+    a recipe takes them.
     """
     plan = make_plan(recipe, offline=offline, headers_only=False)
     try:
-        if not plan.needs_statistics:
-            raise RecipeError("no stage of this recipe needs statistics that are kept: there is nothing to calibrate")
         options = Options(Machine.of(device, max_memory, plan).device, max_memory, trust_remote_code)
+        if gram:
+            _check_grams(plan)
+            return keep_grams(plan, options, to, notice=notice or _silent, progress=progress or _silent)
+        if not plan.needs_statistics:
+            raise RecipeError(
+                "no stage of this recipe needs statistics that are kept: there is nothing to calibrate"
+                + (" (--gram keeps Gram matrices)" if any(tensor.gram for tensor in plan.tensors) else "")
+            )
         paths = statistics_files(plan, options, notice=notice or _silent, progress=progress or _silent)
     finally:
         plan.close()
@@ -174,6 +183,14 @@ def calibrate(
     for name, path in paths.items():
         shutil.copyfile(path, copies[name])
     return copies
+
+
+def _check_grams(plan: Plan) -> None:
+    """RecipeError if the recipe needs no Gram matrices, or none that can be made beforehand."""
+    if not any(tensor.gram for tensor in plan.tensors):
+        raise RecipeError("no stage of this recipe takes Gram matrices: there is nothing to keep with --gram")
+    if any(tensor.fed_by_merged for tensor in plan.tensors):
+        raise RecipeError("inputs: merged makes Gram matrices while it merges: there is nothing to keep with --gram")
 
 
 # --- the merge ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from checkpoints import load
 
 import merger
 from merger import demo_tasks
-from merger.calibration import Settings, batches, collect_all, texts
+from merger.calibration import Settings, batches, collect_all, files, texts
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
 from merger.errors import CheckpointError, RecipeError
@@ -238,11 +238,99 @@ def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
         merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
 
 
-def test_gram_matrices_are_made_from_text_so_statistics_files_do_not_do(place):
-    files = merger.calibrate(recipe(place), to=place / "stats")
-    stats = {name: f"stats/{path.name}" for name, path in files.items()}
-    with pytest.raises(RecipeError, match="no data, from which alone Gram matrices are made, for upper, shift, double"):
-        recipe(place, "regmean", calibration={"stats": stats})
+def kept_grams(place, **more):
+    """A recipe that takes the Gram matrices that were kept in `stats`."""
+    merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+    return recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}, **more)
+
+
+def test_with_kept_gram_matrices_a_merge_needs_no_text_and_no_forward_pass(place, monkeypatch):
+    merger.merge(recipe(place, "regmean"))
+    kept = kept_grams(place, output="again")
+    for task in EXPERTS:
+        (place / f"{task}.jsonl").unlink()
+    forbid_forward_passes(monkeypatch)
+    merger.merge(kept)
+    assert weights(place, "again") == weights(place)
+
+
+def test_gram_matrices_that_were_kept_without_a_place_are_found_again(place, monkeypatch):
+    merger.merge(recipe(place, "regmean"))
+    merger.calibrate(recipe(place, "regmean"), gram=True)
+    forbid_forward_passes(monkeypatch)
+    merger.merge(recipe(place, "regmean", output="again"))
+    assert weights(place, "again") == weights(place)
+
+
+def test_a_folder_of_gram_matrices_serves_a_saliency_too(place):
+    kept_grams(place)
+    merger.merge(recipe(place, "obim"))
+    stats = {task: f"stats/{task}.grams" for task in EXPERTS}
+    merger.merge(recipe(place, "obim", output="again", calibration={"stats": stats}))
+    assert weights(place, "again") == weights(place)
+
+
+def test_a_kept_gram_matrix_is_a_float32_triangle_and_shared_ones_are_there_once(place):
+    kept_grams(place)
+    tensors, moments = load(place / "stats" / "upper.grams"), moments_of(place, "upper")
+    triangles = [name for name in tensors if name.endswith(".gram")]
+    assert len(triangles) == 3 * 4  # of q, k and v one; of o; of gate and up one; of down
+    name = "model.layers.1.mlp.down_proj.weight"
+    rows, columns = torch.triu_indices(*moments[name].gram.shape)
+    assert torch.equal(tensors[f"{name}.gram"], moments[name].gram[rows, columns])
+    assert tensors[f"{name}.gram"].dtype == torch.float32
+
+
+def test_a_calibration_that_was_stopped_goes_on_with_the_blocks_that_it_lacks(place, monkeypatch):
+    merger.calibrate(recipe(place, "regmean"), to=place / "whole", gram=True)
+    write, written = files.save_block, []
+
+    def stop(folder, number, unit, *rest):
+        written.append((folder.name, unit))
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(folder, number, unit, *rest)
+
+    monkeypatch.setattr(files, "save_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+    with pytest.raises(CheckpointError, match=r"upper\.grams: its Gram matrices are not all there"):
+        merger.merge(recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}))
+    merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+    assert len(written) == len(set(written)) + 1  # only the one that failed was made twice
+    for task in EXPERTS:
+        for file in (place / "whole" / f"{task}.grams").iterdir():
+            assert (place / "stats" / f"{task}.grams" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_gram_matrices_of_other_text_are_not_gone_on_with(place):
+    kept_grams(place)
+    (place / "upper.jsonl").write_text(json.dumps({"text": "abc"}))
+    with pytest.raises(CheckpointError, match="was made from another model, data or settings"):
+        merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+
+
+def test_statistics_files_hold_no_gram_matrices(place):
+    paths = merger.calibrate(recipe(place), to=place / "stats")
+    stats = {name: f"stats/{path.name}" for name, path in paths.items()}
+    with pytest.raises(CheckpointError, match="has no Gram matrices; merger calibrate --gram makes"):
+        merger.merge(recipe(place, "regmean", calibration={"stats": stats}))
+    assert not list(place.glob("out*"))
+
+
+def test_inputs_behind_merged_blocks_are_made_from_text_alone(place):
+    stats = {task: f"stats/{task}.grams" for task in EXPERTS}
+    with pytest.raises(RecipeError, match="no data, as inputs behind merged blocks need it, for upper, shift, double"):
+        recipe(place, "regmean", parameters={"inputs": "merged"}, calibration={"stats": stats})
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "message"),
+    [("regmean", {"inputs": "merged"}, "inputs: merged makes Gram matrices while it merges"), ("obim", {}, "no stage")],
+)
+def test_gram_matrices_that_no_merge_could_use_are_not_kept(place, method, parameters, message):
+    with pytest.raises(RecipeError, match=message):
+        merger.calibrate(recipe(place, method, parameters=parameters), gram=True)
 
 
 def test_a_ranking_of_the_whole_model_cannot_stand_before_a_regression(place):

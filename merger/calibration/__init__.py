@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from merger.calibration.moments import Moments
@@ -31,6 +31,7 @@ def collect(
     gram: bool = False,
     host_memory: int | None = None,
     onward: Readable | None = None,
+    known: Container[str] = (),
     trust_remote_code: bool = False,
     notice: Callable[[str], None] = warnings.warn,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -43,7 +44,8 @@ def collect(
     told what did not go as it should; ``progress`` how many of how many batch passes are done.
 
     With ``onward`` each block is watched with the checkpoint's weights, but hidden states go on through that model's:
-    a block of it is read when the next is asked for, and what is outside the blocks at the start.
+    a block of it is read when the next is asked for, and what is outside the blocks at the start. Blocks that are
+    ``known`` already are gone through and not given.
 
     Raises CheckpointError where the model cannot be run, or an activation is not finite.
     """
@@ -57,7 +59,7 @@ def collect(
 
     done: set[str] = set()
     try:
-        for unit, moments in by_block(rig(), host_memory, progress, onward):
+        for unit, moments in by_block(rig(), host_memory, progress, onward, known):
             done.update(moments)
             yield unit, moments
         return

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,11 +48,18 @@ class Unfit(Exception):
     """The blocks of this model cannot be run one at a time; the message says why."""
 
 
-def by_block(rig: Rig, host_memory: int | None, progress: Progress, onward: Readable | None = None) -> Results:
+def by_block(
+    rig: Rig,
+    host_memory: int | None,
+    progress: Progress,
+    onward: Readable | None = None,
+    known: Container[str] = (),
+) -> Results:
     """All batches through one block after the other; what is outside the blocks comes last, under no name.
 
     With ``onward`` they go through a block twice: watched, with the model's own weights, and then on to the next
-    block with those that ``onward`` has for it once the caller has seen what was found.
+    block with those that ``onward`` has for it once the caller has seen what was found. Blocks that are
+    ``known`` are only gone through.
     """
     names = rig.block_names
     if not names:
@@ -66,12 +73,14 @@ def by_block(rig: Rig, host_memory: int | None, progress: Progress, onward: Read
             _pass(rig, relay, EMBEDDING, number, batch, "both")
         for block, name in enumerate(names):
             rig.forget_embedding(seed=block)
-            _through(rig, relay, block, rig.weights, "both" if onward is None else "watch", progress)
-            moments = rig.take(name)
-            rig.loader.drop(name)
-            yield rig.unit(name), moments
-            if onward is not None:
-                _through(rig, relay, block, onward, "carry", lambda done, total: None)
+            unit = rig.unit(name)
+            if unit not in known:
+                _through(rig, relay, block, rig.weights, "both" if onward is None else "watch", progress)
+                moments = rig.take(name)
+                rig.loader.drop(name)
+                yield unit, moments
+            if onward is not None or unit in known:
+                _through(rig, relay, block, onward or rig.weights, "carry", progress)
                 rig.loader.drop(name)
         yield "", rig.rest()
 
