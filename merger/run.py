@@ -97,7 +97,7 @@ def merge(
         check_disk(plan, output)
         machine = Machine.of(device, max_memory, plan)
         tell, say = progress or _silent, notice or _silent
-        options = Options(machine.device, max_memory, trust_remote_code)
+        options = Options(machine.device, machine.hidden, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
         blocks = partial(grams, plan, options, notice=say, progress=tell)
         return _Merge(plan, machine, output, paths, blocks, tell, say).run(began, force=force)
@@ -135,7 +135,7 @@ def recompute(
     """
     machine = Machine.of(device, max_memory, plan)
     tell, say = progress or _silent, notice or _silent
-    options = Options(machine.device, max_memory, trust_remote_code)
+    options = Options(machine.device, machine.hidden, trust_remote_code)
     paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
     blocks = partial(grams, plan, options, notice=say, progress=tell)
     merge = _Merge(plan, machine, plan.recipe.folder, paths, blocks, tell, say)
@@ -163,7 +163,8 @@ def calibrate(
     """
     plan = make_plan(recipe, offline=offline, headers_only=False)
     try:
-        options = Options(Machine.of(device, max_memory, plan).device, max_memory, trust_remote_code)
+        machine = Machine.of(device, max_memory, plan)
+        options = Options(machine.device, machine.hidden, trust_remote_code)
         if gram:
             _check_grams(plan)
             return keep_grams(plan, options, to, notice=notice or _silent, progress=progress or _silent)

@@ -274,7 +274,7 @@ def test_a_kept_gram_matrix_is_a_float32_triangle_and_shared_ones_are_there_once
     kept_grams(place)
     tensors, moments = load(place / "stats" / "upper.grams"), moments_of(place, "upper")
     triangles = [name for name in tensors if name.endswith(".gram")]
-    assert len(triangles) == 3 * 4  # of q, k and v one; of o; of gate and up one; of down
+    assert len(triangles) == 3 * 4 + 1  # of q, k and v one; of o; of gate and up one; of down; and the head's
     name = "model.layers.1.mlp.down_proj.weight"
     rows, columns = torch.triu_indices(*moments[name].gram.shape)
     assert torch.equal(tensors[f"{name}.gram"], moments[name].gram[rows, columns])

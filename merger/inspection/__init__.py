@@ -44,7 +44,7 @@ def inspect(
         if any(tensor.fed_by_merged for tensor in plan.tensors):
             raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
         machine = Machine.of(device, max_memory, plan)
-        options = Options(machine.device, max_memory, trust_remote_code)
+        options = Options(machine.device, machine.hidden, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
         blocks = grams(plan, options, _never_merged, notice=say, progress=tell)
         walk = Walk(plan, machine, load(plan, paths), notice=say, progress=tell, picture=_found(picture, plan))
