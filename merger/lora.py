@@ -6,13 +6,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merger._lazy import torch
 from merger.anatomy import Anatomy, study
@@ -59,12 +60,10 @@ class Extraction:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """One matrix's factors, and squared norms of its change and of what they leave of it."""
+class _Kept(NamedTuple):
+    """What one matrix's factors keep: their rank, and squared norms of its change and of what is left of it."""
 
-    down: Tensor  # lora_A [r in]
-    up: Tensor  # lora_B [out r]
+    rank: int
     change: float
     left: float
 
@@ -96,8 +95,9 @@ def extract_lora(
         check_output(output, [each.directory for each in models], force=force)
         modules = _modules(models[0], trust_remote_code)
         _check_alike(*models)
+        factor = partial(strongest, rank=rank) if rank is not None else partial(_of_energy, share=float(energy or 0))
         with tuned(), _AdapterFile(output, modules.values()) as file:
-            found = _extract(models[0], models[1], modules, file, rank, energy, progress or _silent)
+            found = _extract(models[0], models[1], modules, file, partial(_cut, factor, rank or 1), progress or _silent)
             write_json(file.folder / CONFIG, _config(base, file.ranks, study(models[0].tensors, models[0].config)))
             file.finish(force=force)
     return Extraction(str(output), file.parameters, **found)
@@ -139,35 +139,33 @@ def _extract(
     model: Checkpoint,
     modules: Mapping[str, str],
     file: _AdapterFile,
-    rank: int | None,
-    energy: Fraction | None,
+    cut: Callable[[Tensor], tuple[Tensor, Tensor, _Kept]],
     progress: Progress,
 ) -> dict[str, Any]:
+    """Sends every matrix's factors to the file, several side by side; what an `Extraction` says of them."""
     anatomy = study(base.tensors, base.config)
     rest = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
-    others = {name: _change(base, model, name, anatomy).square().sum().item() for name in rest}
-    total = sum(others.values())
-    layers: dict[str, list[tuple[int, _Cut]]] = {}
+    others = {name: _square(_change(base, model, name, anatomy)) for name in rest}
+    layers: dict[str, list[_Kept]] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1, "merger-lora") as pool:
-        cuts = pool.map(lambda name: _cut(_change(base, model, name, anatomy), rank, energy), modules)
-        for done, (name, cut) in enumerate(zip(modules, cuts, strict=True), 1):
-            file.add(modules[name], cut)
-            bare = _Cut(cut.down[:0], cut.up[:0], cut.change, cut.left)
-            layers.setdefault(anatomy.unit(name), []).append((len(cut.down), bare))
+        cuts = pool.map(lambda name: cut(_change(base, model, name, anatomy)), modules)
+        for done, (name, (down, up, kept)) in enumerate(zip(modules, cuts, strict=True), 1):
+            file.add(modules[name], down, up)
+            layers.setdefault(anatomy.unit(name), []).append(kept)
             progress("factoring", done, len(modules))
-    every = [cut for several in layers.values() for _, cut in several]
-    changed, left = sum(cut.change for cut in every), sum(cut.left for cut in every)
+    every = [kept for several in layers.values() for kept in several]
+    changed, left, beside = sum(k.change for k in every), sum(k.left for k in every), sum(others.values())
     return {
         "layers": {unit: _layer(several) for unit, several in layers.items()},
         "error": _share(left, changed),
-        "whole_error": _share(left + total, changed + total),
-        "left_out": {name: square / (changed + total) for name, square in others.items() if square},
+        "whole_error": _share(left + beside, changed + beside),
+        "left_out": {name: square / (changed + beside) for name, square in others.items() if square},
     }
 
 
-def _layer(several: list[tuple[int, _Cut]]) -> Layer:
-    ranks = [rank for rank, _ in several]
-    error = _share(sum(cut.left for _, cut in several), sum(cut.change for _, cut in several))
+def _layer(several: Sequence[_Kept]) -> Layer:
+    ranks = [kept.rank for kept in several]
+    error = _share(sum(kept.left for kept in several), sum(kept.change for kept in several))
     return Layer(len(several), (min(ranks), max(ranks)), error)
 
 
@@ -183,16 +181,20 @@ def _change(base: Checkpoint, model: Checkpoint, name: str, anatomy: Anatomy) ->
     return change.T if anatomy.kind(name) == "conv1d" else change
 
 
-def _cut(change: Tensor, rank: int | None, energy: Fraction | None) -> _Cut:
-    """The factors, rounded to float32 as they are stored, and what is left of the change beside their product."""
-    factors = strongest(change, rank) if rank is not None else _of_energy(change, float(energy or 0))
+def _cut(factor: Callable[[Tensor], Factors], least: int, change: Tensor) -> tuple[Tensor, Tensor, _Kept]:
+    """lora_A [r in] and lora_B [out r] as they are stored, of a rank of ``least`` at least, and what they keep."""
+    factors = factor(change)
     root = factors.values.sqrt()
-    up, down = (factors.left * root).float(), (factors.right * root).T.float()
-    missing = max(1, min(rank or 1, *change.shape)) - len(root)
-    if missing > 0:  # a matrix that changed less than so far, or not at all
-        up, down = (torch.nn.functional.pad(up, (0, missing)), torch.nn.functional.pad(down, (0, 0, 0, missing)))
-    left = (change - up @ down).double().square().sum()
-    return _Cut(down.contiguous(), up.contiguous(), change.double().square().sum().item(), left.item())
+    down, up = (factors.right * root).T.float().contiguous(), (factors.left * root).float().contiguous()
+    missing = min(least, *change.shape) - len(root)
+    if missing > 0:  # it changed in fewer directions, or not at all
+        down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
+    return down, up, _Kept(len(down), _square(change), _square(change - up @ down))
+
+
+def _square(change: Tensor) -> float:
+    """The squared norm."""
+    return float(change.double().square().sum())
 
 
 def _of_energy(change: Tensor, share: float) -> Factors:
@@ -244,7 +246,7 @@ class _AdapterFile:
             if self.folder.is_dir():  # of a run that was killed
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
-            self._file = (self.folder / f"{ADAPTER[0]}").open("wb")
+            self._file = (self.folder / ADAPTER[0]).open("wb")
         except OSError as error:
             raise ResourceError(f"{self.folder}: cannot be made: {error.strerror}") from None
 
@@ -255,10 +257,10 @@ class _AdapterFile:
         self._file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add(self, module: str, cut: _Cut) -> None:
+    def add(self, module: str, down: Tensor, up: Tensor) -> None:
         """Writes the two factors of a module."""
-        self.ranks[module] = len(cut.down)
-        for factor, values in (("lora_A", cut.down), ("lora_B", cut.up)):
+        self.ranks[module] = len(down)
+        for factor, values in (("lora_A", down), ("lora_B", up)):
             start, end = 4 * self.parameters, 4 * (self.parameters + values.numel())
             self._header[f"base_model.model.{module}.{factor}.weight"] = {
                 "dtype": "F32",

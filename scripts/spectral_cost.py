@@ -31,7 +31,7 @@ from merger.methods.tsv_m import tsv_m
 # the matrices of one transformer block: q, k, v, o, gate, up, down; and of a larger model one of each shape
 SHAPES = {
     "zoo": [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)],
-    "1.1B": [(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632)],
+    "1.1B": [(2048, 2048), (256, 2048), (5632, 2048)],
 }
 
 
