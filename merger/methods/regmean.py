@@ -51,12 +51,14 @@ def regmean(
         return mean(deltas, weight=weight) * float(lambda_)
     kept = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
     kept.mul_(1 - float(alpha)).add_(float(alpha))  # 1 on the diagonal, alpha off it
-    total, wanted = torch.zeros_like(kept), torch.zeros_like(deltas[0], dtype=torch.float64)
+    first = deltas[0].double()
+    total, beside = torch.zeros_like(kept), torch.zeros_like(first)
     for delta, own, share in zip(deltas, gram, weight, strict=True):
         seen = own.double().mul_(kept).mul_(float(share))
         total += seen
-        wanted += delta.double() @ seen
-    merged: Tensor = torch.cholesky_solve(wanted.T, _factor(total)).T
+        beside += (delta.double() - first) @ seen
+    # from the first on, so that equal task vectors come back bit for bit
+    merged: Tensor = first + torch.cholesky_solve(beside.T, _factor(total)).T
     return (merged * float(lambda_)).to(deltas)
 
 
