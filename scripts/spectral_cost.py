@@ -72,10 +72,11 @@ def task_vectors(experts: int, shape: tuple[int, int], seed: int) -> Tensor:
     return (factors[0] * strong @ factors[1].mT + noise).bfloat16().float()
 
 
-def timed(work: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
-    began = time.monotonic()
+def timed(work: Callable[[], list[Tensor]]) -> tuple[float, float, list[Tensor]]:
+    """Seconds by the clock, and of all cores together."""
+    began, before = time.monotonic(), time.process_time()
     found = work()
-    return time.monotonic() - began, found
+    return time.monotonic() - began, time.process_time() - before, found
 
 
 def side_by_side(method: Callable[[Tensor], Tensor], several: list[Tensor]) -> list[Tensor]:
@@ -83,8 +84,8 @@ def side_by_side(method: Callable[[Tensor], Tensor], several: list[Tensor]) -> l
         return list(pool.map(method, several))
 
 
-def measured(name: str, given: argparse.Namespace, several: list[Tensor]) -> list[tuple[str, float, float]]:
-    """Seconds of each way, and how far its results are from the float64 SVD's."""
+def measured(name: str, given: argparse.Namespace, several: list[Tensor]) -> list[tuple[str, float, float, float]]:
+    """Seconds of each way by both clocks, and how far its results are from the float64 SVD's."""
     slow, ours = METHODS[name]
     ways = {
         "full SVD, float64": lambda: [slow(each.double()) for each in several],
@@ -92,9 +93,14 @@ def measured(name: str, given: argparse.Namespace, several: list[Tensor]) -> lis
         "merger": lambda: side_by_side(ours, several),
     }
     runs = {way: [timed(work) for _ in range(given.runs)] for way, work in ways.items()}
-    exact = runs["full SVD, float64"][0][1]
+    exact = runs["full SVD, float64"][0][2]
     return [
-        (way, statistics.median(seconds for seconds, _ in each), max(map(difference, each[0][1], exact)))
+        (
+            way,
+            statistics.median(seconds for seconds, _, _ in each),
+            statistics.median(cpu for _, cpu, _ in each),
+            max(map(difference, each[0][2], exact)),
+        )
         for way, each in runs.items()
     ]
 
@@ -108,20 +114,20 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the full SVDs")
     given = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n"
-    )
-    print("| shapes | method | way | seconds | of merger's | difference |\n|---|---|---|---|---|---|", flush=True)
+    torch.set_num_threads(given.threads)
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {given.threads} threads\n")
+    print("| shapes | method | way | seconds | of merger's | CPU seconds | of merger's | difference |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for shapes in given.shapes:
         several = [task_vectors(given.experts, shape, seed) for seed, shape in enumerate(SHAPES[shapes])]
         for name in METHODS:
             rows = measured(name, given, several)
-            for way, seconds, far in rows:
-                print(
-                    f"| {shapes} | {name} | {way} | {seconds:.2f} | {seconds / rows[-1][1]:.1f} | {far:.0e} |",
-                    flush=True,
-                )
+            _, own, own_cpu, _ = rows[-1]
+            for way, seconds, cpu, far in rows:
+                cells = f"{seconds:.2f} | {seconds / own:.1f} | {cpu:.2f} | {cpu / own_cpu:.1f} | {far:.0e}"
+                print(f"| {shapes} | {name} | {way} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
