@@ -298,9 +298,17 @@ class _Merge:
     # --- one tensor ---
 
     def _settle(self, tensors: Sequence[TensorPlan]) -> None:
-        work = [(tensor, part) for tensor in tensors for part in tensor.parts]
+        whole, work = [], []
+        for tensor in tensors:
+            for part in tensor.parts:
+                single = slice_rows(tensor, part) >= part.rows and not tensor.ranked
+                (whole if single else work).append((tensor, part))
         reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
+        alone = replace(reader, mapper=map)
         with tuned():
+            # a matrix that its method must see whole is one slice, so several of them go side by side
+            for _ in _map(self.slices, lambda i: self._visit(alone, *whole[i], [], {}), range(len(whole))):
+                pass
             settle(
                 [tensor.group for tensor, _ in work],
                 lambda i, known, ahead: self._visit(reader, *work[i], known, ahead),
