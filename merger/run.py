@@ -298,7 +298,8 @@ class _Merge:
     # --- one tensor ---
 
     def _settle(self, tensors: Sequence[TensorPlan]) -> None:
-        whole, work = [], []
+        whole: list[tuple[TensorPlan, Part]] = []
+        work: list[tuple[TensorPlan, Part]] = []
         for tensor in tensors:
             for part in tensor.parts:
                 single = slice_rows(tensor, part) >= part.rows and not tensor.ranked

@@ -9,6 +9,7 @@ import typer
 
 from merger.cli.calibrate import calibrate
 from merger.cli.demo import demo
+from merger.cli.import_ import import_
 from merger.cli.inspect import inspect
 from merger.cli.lock import lock
 from merger.cli.lora import lora
@@ -26,8 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run, lock, plan, inspect, calibrate, verify, lora, methods, demo, schema):
-    app.command()(_command)
+for _command in (run, lock, plan, inspect, calibrate, verify, lora, methods, import_, demo, schema):
+    app.command(_command.__name__.rstrip("_"))(_command)
 
 
 class _Stopped(BaseException):
