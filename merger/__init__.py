@@ -18,9 +18,10 @@ from merger._version import VERSION
 
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
+    from merger.extraction import Extraction, extract
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
     from merger.locking import check_lock, is_done, lock
-    from merger.lora import Extraction, extract_lora
+    from merger.lora import LoraExtraction, extract_lora
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
     from merger.recipe import Recipe
@@ -31,8 +32,9 @@ __version__ = VERSION
 
 _HOMES = {
     "CheckpointError": "errors",
-    "Extraction": "lora",
+    "Extraction": "extraction",
     "Inspection": "inspection",
+    "LoraExtraction": "lora",
     "Deep": "verification",
     "MergerError": "errors",
     "Plan": "planning",
@@ -47,6 +49,7 @@ _HOMES = {
     "inspect_merge": "inspection",
     "inspect_model": "inspection",
     "check_lock": "locking",
+    "extract": "extraction",
     "extract_lora": "lora",
     "is_done": "locking",
     "lock": "locking",
@@ -60,6 +63,7 @@ __all__ = [
     "Deep",
     "Extraction",
     "Inspection",
+    "LoraExtraction",
     "MergerError",
     "Plan",
     "Recipe",
@@ -70,6 +74,7 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "check_lock",
+    "extract",
     "extract_lora",
     "inspect",
     "inspect_merge",

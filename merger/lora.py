@@ -45,7 +45,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Extraction:
+class LoraExtraction:
     """An adapter that was written, and what it leaves out."""
 
     output: str
@@ -79,7 +79,7 @@ def extract_lora(
     force: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Extraction:
+) -> LoraExtraction:
     """Writes the change from ``base`` to ``model`` as a LoRA adapter into the folder ``output``, whole or not at all.
 
     Each linear layer gets the factors of rank ``rank`` nearest to its change, or of the least rank that keeps the
@@ -100,7 +100,7 @@ def extract_lora(
             found = _extract(models[0], models[1], modules, file, partial(_cut, factor, rank or 1), progress or _silent)
             write_json(file.folder / CONFIG, _config(base, file.ranks, study(models[0].tensors, models[0].config)))
             file.finish(force=force)
-    return Extraction(str(output), file.parameters, **found)
+    return LoraExtraction(str(output), file.parameters, **found)
 
 
 def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
@@ -142,7 +142,7 @@ def _extract(
     cut: Callable[[Tensor], tuple[Tensor, Tensor, _Kept]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Sends every matrix's factors to the file, several side by side; what an `Extraction` says of them."""
+    """Sends every matrix's factors to the file, several side by side; what an `LoraExtraction` says of them."""
     anatomy = study(base.tensors, base.config)
     rest = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
     others = {name: _square(_change(base, model, name, anatomy)) for name in rest}

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from merger.checkpoint.hashes import digest
 from merger.checkpoint.header import Info
 from merger.checkpoint.journal import Finished, Journal, remove
-from merger.checkpoint.layout import Shard, index
-from merger.checkpoint.stored import INDEX, Checkpoint
+from merger.checkpoint.layout import Shard, index, index_name
+from merger.checkpoint.stored import Checkpoint
 from merger.errors import RecipeError, ResourceError
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Writer:
     def finish(self, *, force: bool) -> None:
         """Writes the index and renames the folder into place; whatever was there is replaced only now."""
         if len(self._shards) > 1:
-            write_json(self.folder / INDEX, index(self._shards, self._infos))
+            write_json(self.folder / index_name(self._shards), index(self._shards, self._infos))
         try:
             for each in self.folder.iterdir():
                 _sync(each)

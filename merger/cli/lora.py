@@ -16,7 +16,7 @@ from merger.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from merger.lora import Extraction
+    from merger.lora import LoraExtraction
 
 
 def lora(
@@ -60,7 +60,7 @@ def lora(
         _print(found, make_console())
 
 
-def _print(found: Extraction, console: Console) -> None:
+def _print(found: LoraExtraction, console: Console) -> None:
     """The error of each layer, then of the whole."""
     from rich import box
     from rich.table import Table
