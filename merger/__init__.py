@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from merger.extraction import Extraction, extract
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
     from merger.locking import check_lock, is_done, lock
+    from merger.lora import LoraExtraction, extract_lora
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
     from merger.pushing import Pushed, push
@@ -34,6 +35,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "Extraction": "extraction",
     "Inspection": "inspection",
+    "LoraExtraction": "lora",
     "Deep": "verification",
     "MergerError": "errors",
     "Plan": "planning",
@@ -50,6 +52,7 @@ _HOMES = {
     "inspect_model": "inspection",
     "check_lock": "locking",
     "extract": "extraction",
+    "extract_lora": "lora",
     "is_done": "locking",
     "lock": "locking",
     "merge": "run",
@@ -63,6 +66,7 @@ __all__ = [
     "Deep",
     "Extraction",
     "Inspection",
+    "LoraExtraction",
     "MergerError",
     "Plan",
     "Pushed",
@@ -75,6 +79,7 @@ __all__ = [
     "calibrate",
     "check_lock",
     "extract",
+    "extract_lora",
     "inspect",
     "inspect_merge",
     "inspect_model",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from merger import demand
 from merger._lazy import torch
 from merger.checkpoint.writer import check_output, left_over
 from merger.errors import RecipeError, ResourceError
@@ -36,6 +37,7 @@ class Machine:
     device: str
     workers: int  # threads that each carry a slice on its whole trip
     hold: int  # bytes of unfinished slices of one tensor that may stay in memory
+    hidden: int | None = None  # bytes of hidden states that may; None: all of them
 
     @classmethod
     def of(cls, device: str, max_memory: int | None, plan: Plan) -> Machine:
@@ -52,7 +54,8 @@ class Machine:
             raise ResourceError(
                 f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
             )
-        return cls(chosen, workers, min(HOLD, max_memory - need))
+        hidden = (max_memory - need) // 2 if plan.calibrated else 0
+        return cls(chosen, workers, min(HOLD, max_memory - need - hidden), hidden)
 
 
 INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux with a CPU build
@@ -77,7 +80,7 @@ def memory_needed(plan: Plan, workers: int) -> int:
     """Bytes of host memory that the merge takes at least, with so many slices at once."""
     experts = len(plan.models) - 1
     largest = max((_slice_bytes(tensor, part, experts) for tensor in plan.tensors for part in tensor.parts), default=0)
-    return INTERPRETER + workers * largest
+    return INTERPRETER + max(demand.while_watching(plan), demand.while_merging(plan) + workers * largest)
 
 
 def bytes_per_element(experts: int) -> int:
@@ -99,6 +102,8 @@ def _slice_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
     beside = 0
     if any(stage.takes == "matrix" for stage in tensor.stages):
         beside = 8 * (elements * (experts + 8) + 3 * part.columns**2)
+    if tensor.gram:
+        beside += (16 + 4 * experts) * part.columns**2
     return elements * bytes_per_element(experts) + beside
 
 
@@ -166,6 +171,7 @@ class Forecast:
     memory: int  # bytes of host memory
     disk_free: int
     passes_over_model: bool  # whether some stage ranks all tensors together, and so reads them again
+    kept_grams: int  # bytes of disk that `merger calibrate --gram` would take at most
 
 
 def preview(plan: Plan, output: Path, max_memory: int | None) -> Forecast:
@@ -174,5 +180,7 @@ def preview(plan: Plan, output: Path, max_memory: int | None) -> Forecast:
     check_disk(plan, output)
     machine = Machine.of("cpu", max_memory, plan)
     ranked = any(tensor.ranked for tensor in plan.tensors)
+    hidden = demand.hidden_states(plan)
     memory = memory_needed(plan, machine.workers) + machine.hold
-    return Forecast(memory, _free(output), ranked)
+    memory += hidden if machine.hidden is None else min(machine.hidden, hidden)
+    return Forecast(memory, _free(output), ranked, demand.kept_grams(plan))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from merger._lazy import torch
 from merger.copies import restored
 from merger.methods._parameters import Place, resolve, turns
-from merger.methods._registry import Entry, Form, Stage, Takes, entry_of, parameters, supplied
+from merger.methods._registry import Entry, Fed, Form, Stage, Takes, entry_of, parameters, supplied
 from merger.ops import Flow, Max, Size, Sum, uniforms
 from merger.passes import Ahead, Sizes, run, settle
 
@@ -99,6 +99,11 @@ class Bound:
     def gram(self) -> bool:
         """Whether this stage takes the Gram matrices of what enters the layer."""
         return "gram" in supplied(self.entry.function)
+
+    @property
+    def fed(self) -> Fed:
+        """What feeds the blocks in which this stage's Gram matrices are made."""
+        return self.entry.fed(**self.values)
 
     @property
     def align(self) -> int:

@@ -68,6 +68,11 @@ class TensorPlan:
         return any(stage.gram for stage in self.stages)
 
     @property
+    def fed_by_merged(self) -> bool:
+        """Whether its Gram matrices are made behind the merged blocks, not behind each expert's own."""
+        return any(stage.gram and stage.fed == "merged" for stage in self.stages)
+
+    @property
     def ranked(self) -> bool:
         """Whether any of its stages looks at all tensors of its group together."""
         return any(stage.values.get("scope") == "global" for stage in self.stages)

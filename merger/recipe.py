@@ -292,11 +292,13 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
             ((), "its saliency needs calibration: {data: ...}, or a score that looks at no inputs"),
             *found,
         ]
+    if len({bound.fed for bound in _bounds(recipe) if bound.gram}) > 1:
+        found.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
     with_data = set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
-    from_text = any(bound.gram for bound in _bounds(recipe))
+    from_text = any(bound.gram and bound.fed == "merged" for bound in _bounds(recipe))
     lacking = [name for name in experts if name not in (with_data if from_text else with_data | set(given.stats))]
     if lacking:
-        what = "no data, from which alone Gram matrices are made," if from_text else "no data and no stats"
+        what = "no data, as inputs behind merged blocks need it," if from_text else "no data and no stats"
         found.append((("calibration",), f"{what} for {', '.join(lacking)}"))
     return found
 

@@ -82,6 +82,13 @@ def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
         f"needs about {forecast.memory / gigabytes:.2f} GB of memory",
         markup=False,
     )
+    if forecast.kept_grams:
+        console.print(
+            f"Gram matrices are made and dropped block by block; merger calibrate --gram would keep them, "
+            f"in at most {forecast.kept_grams / gigabytes:.2f} GB",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 # --- methods --------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from merger.planning import plan as make_plan
 from merger.reading import Reader, rounded
 from merger.recipe import Recipe
 from merger.record import RECORD, decisive, record_of
-from merger.statistics import Options, Statistics, grams, load, origin, sources
+from merger.statistics import Merged, Options, Statistics, grams, keep_grams, load, origin, sources
 from merger.statistics import calibrate as statistics_files
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ Progress = Callable[[str, int, int], None]
 """
 
 
-Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
-"""Tensors that take Gram matrices, and these, as `grams` gives them."""
+Blocks = Callable[[Merged], Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]]
+"""Tensors that take Gram matrices, and these, as `grams` gives them to who can tell what is merged already."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def merge(
         check_disk(plan, output)
         machine = Machine.of(device, max_memory, plan)
         tell, say = progress or _silent, notice or _silent
-        options = Options(machine.device, max_memory, trust_remote_code)
+        options = Options(machine.device, machine.hidden, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-        blocks = grams(plan, options, notice=say, progress=tell)
+        blocks = partial(grams, plan, options, notice=say, progress=tell)
         return _Merge(plan, machine, output, paths, blocks, tell, say).run(began, force=force)
     finally:
         plan.close()
@@ -117,6 +117,9 @@ class Sink(Protocol):
 
     def done(self, name: str, notes: Sequence[str]) -> None:
         """Hears that all bytes of a tensor were given, and what was noted about it."""
+
+    def read(self, name: str) -> Tensor | None:
+        """Gives back a tensor that is whole, or None."""
 
 
 def recompute(
@@ -136,9 +139,9 @@ def recompute(
     """
     machine = Machine.of(device, max_memory, plan)
     tell, say = progress or _silent, notice or _silent
-    options = Options(machine.device, max_memory, trust_remote_code)
+    options = Options(machine.device, machine.hidden, trust_remote_code)
     paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-    blocks = grams(plan, options, notice=say, progress=tell)
+    blocks = partial(grams, plan, options, notice=say, progress=tell)
     merge = _Merge(plan, machine, plan.recipe.folder, paths, blocks, tell, say)
     merge.again(names, sink)
     return merge.statistics_origin
@@ -148,6 +151,7 @@ def calibrate(
     recipe: Recipe,
     *,
     to: Path | None = None,
+    gram: bool = False,
     device: str = "auto",
     max_memory: int | None = None,
     offline: bool = False,
@@ -157,13 +161,22 @@ def calibrate(
 ) -> dict[str, Path]:
     """Makes the statistics of a recipe's experts, or finds them; with ``to`` copies them to a folder.
 
-    Returns the file of each expert, as ``calibration: {stats: ...}`` of a recipe takes them.
+    With ``gram`` they hold Gram matrices, as large as the models, and are made in ``to`` itself, where an
+    unfinished one is gone on with. Returns the file or folder of each expert, as ``calibration: {stats: ...}`` of
+    a recipe takes them.
     """
     plan = make_plan(recipe, offline=offline, headers_only=False)
     try:
+        machine = Machine.of(device, max_memory, plan)
+        options = Options(machine.device, machine.hidden, trust_remote_code)
+        if gram:
+            _check_grams(plan)
+            return keep_grams(plan, options, to, notice=notice or _silent, progress=progress or _silent)
         if not plan.needs_statistics:
-            raise RecipeError("no stage of this recipe needs statistics that are kept: there is nothing to calibrate")
-        options = Options(Machine.of(device, max_memory, plan).device, max_memory, trust_remote_code)
+            raise RecipeError(
+                "no stage of this recipe needs statistics that are kept: there is nothing to calibrate"
+                + (" (--gram keeps Gram matrices)" if any(tensor.gram for tensor in plan.tensors) else "")
+            )
         paths = statistics_files(plan, options, notice=notice or _silent, progress=progress or _silent)
     finally:
         plan.close()
@@ -174,6 +187,14 @@ def calibrate(
     for name, path in paths.items():
         shutil.copyfile(path, copies[name])
     return copies
+
+
+def _check_grams(plan: Plan) -> None:
+    """RecipeError if the recipe needs no Gram matrices, or none that can be made beforehand."""
+    if not any(tensor.gram for tensor in plan.tensors):
+        raise RecipeError("no stage of this recipe takes Gram matrices: there is nothing to keep with --gram")
+    if any(tensor.fed_by_merged for tensor in plan.tensors):
+        raise RecipeError("inputs: merged makes Gram matrices while it merges: there is nothing to keep with --gram")
 
 
 # --- the merge ------------------------------------------------------------------------------------
@@ -270,7 +291,7 @@ class _Merge:
             try:
                 self._settle([tensor for tensor in self.tensors if not tensor.gram])
                 if any(tensor.gram for tensor in self.tensors):
-                    for ready, known in self.blocks:
+                    for ready, known in self.blocks(sink.read):
                         self.statistics = known
                         self._settle([tensor for tensor in ready if tensor in self.tensors])
             except BaseException:
@@ -280,9 +301,18 @@ class _Merge:
     # --- one tensor ---
 
     def _settle(self, tensors: Sequence[TensorPlan]) -> None:
-        work = [(tensor, part) for tensor in tensors for part in tensor.parts]
+        whole: list[tuple[TensorPlan, Part]] = []
+        work: list[tuple[TensorPlan, Part]] = []
+        for tensor in tensors:
+            for part in tensor.parts:
+                single = slice_rows(tensor, part) >= part.rows and not tensor.ranked
+                (whole if single else work).append((tensor, part))
         reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
+        alone = replace(reader, mapper=map)
         with tuned():
+            # a matrix that its method must see whole is one slice, so several of them go side by side
+            for _ in _map(self.slices, lambda i: self._visit(alone, *whole[i], [], {}), range(len(whole))):
+                pass
             settle(
                 [tensor.group for tensor, _ in work],
                 lambda i, known, ahead: self._visit(reader, *work[i], known, ahead),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from merger.checkpoint.stored import Checkpoint
 
+Merged = Callable[[str], "Tensor | None"]
+"""Gives a merged tensor by its name in the output, or None as long as it is not made."""
 Statistics = Mapping[str, Moments]
 """What enters each matrix of one expert, by the expert's own tensor names."""
 
@@ -105,6 +107,8 @@ def _blocks(
     progress: Callable[[str, int, int], None],
     *,
     gram: bool = False,
+    onward: Onward | None = None,
+    known: Container[str] = (),
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
     """What enters an expert's matrices, block by block."""
     return collect(
@@ -115,26 +119,59 @@ def _blocks(
         host_memory=options.host_memory,
         trust_remote_code=options.trust_remote_code,
         gram=gram,
+        onward=onward,
+        known=known,
         notice=notice,
         progress=lambda done, total: progress(f"calibrating {name}", done, total),
     )
 
 
+class Onward:
+    """The merged model as far as it is made, by an expert's names: what is not merged yet is the expert's own."""
+
+    def __init__(self, plan: Plan, expert: str, merged: Merged) -> None:
+        self._own, self._merged = plan.models[expert], merged
+        self._names = {own: tensor.name for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor in the expert's own shape: rows of its vocabulary that were dropped stay its own."""
+        merged = self._merged(self._names.get(name, name))
+        if merged is None or merged.shape == self._own.tensors[name].shape:
+            return self._own.read(name) if merged is None else merged
+        own = self._own.read(name).to(merged.dtype)
+        common = min(len(own), len(merged))
+        own[:common] = merged[:common]
+        return own
+
+
 def grams(
-    plan: Plan, options: Options, *, notice: Callable[[str], None], progress: Callable[[str, int, int], None]
+    plan: Plan,
+    options: Options,
+    merged: Merged,
+    *,
+    notice: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
 ) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
     """The tensors that take Gram matrices, as those become known: all experts advance together, block by block.
 
-    What a block's tensors were given is dropped when the next is asked for. Tensors whose inputs were never
-    seen come last, with nothing. Raises as `calibrate` does.
+    What a block's tensors were given is dropped when the next is asked for. Where stages ask for inputs behind the
+    merged blocks, ``merged`` gives their tensors by then. Tensors whose inputs were never seen come last, with
+    nothing. Raises as `calibrate` does.
     """
     waiting = [tensor for tensor in plan.tensors if tensor.gram]
-    wanted = {name: _samples(plan, name, options) for name in plan.recipe.experts} if waiting else {}
+    experts = tuple(plan.recipe.experts) if waiting else ()
+    fed = any(tensor.fed_by_merged for tensor in waiting)
+    onward = {name: Onward(plan, name, merged) if fed else None for name in plan.recipe.experts}
+    kept = _kept_grams(plan, options) if waiting and not fed else {}
+    options = replace(options, host_memory=options.host_memory and options.host_memory // len(plan.recipe.experts))
+    wanted = {name: _samples(plan, name, options) for name in experts if name not in kept}
     streams = [
-        _blocks(plan, name, key, samples, options, notice, progress, gram=True)
-        for name, (key, samples) in wanted.items()
+        files.blocks(kept[name], checkpoint=fingerprint(plan.models[name]))
+        if name in kept
+        else _blocks(plan, name, *wanted[name], options, notice, progress, gram=True, onward=onward[name])
+        for name in experts
     ]
-    known: dict[str, dict[str, Moments]] = {name: {} for name in wanted}
+    known: dict[str, dict[str, Moments]] = {name: {} for name in experts}
     for several in zip_longest(*streams, fillvalue=("", {})):
         for have, (_, moments) in zip(known.values(), several, strict=True):
             have.update(moments)
@@ -145,6 +182,49 @@ def grams(
             for name, have in known.items():
                 have.pop(tensor.reads[name] or "", None)
     yield waiting, {name: {} for name in known}
+
+
+def _kept_grams(plan: Plan, options: Options) -> dict[str, Path]:
+    """The folders of Gram matrices that the recipe names, or that `keep_grams` has made of the same text."""
+    given = plan.recipe.calibration
+    assert given is not None, "the recipe was checked for it"
+    found = {}
+    for name in plan.recipe.experts:
+        if name in given.stats:
+            found[name] = plan.recipe.folder / Path(given.stats[name]).expanduser()
+        else:
+            key, _ = _samples(plan, name, options)
+            folder = (options.cache or cache_folder()) / key.folder_name()
+            if files.is_whole(folder):
+                found[name] = folder
+    return found
+
+
+def keep_grams(
+    plan: Plan,
+    options: Options,
+    to: Path | None,
+    *,
+    notice: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Path]:
+    """Each expert's folder of statistics with Gram matrices, in ``to`` or in the cache; goes on with unfinished ones.
+
+    They are as large as the models. Raises as `calibrate` does.
+    """
+    folders = {}
+    for name in plan.recipe.experts:
+        key, samples = _samples(plan, name, options)
+        folder = to / f"{name}{files.GRAMS}" if to else (options.cache or cache_folder()) / key.folder_name()
+        folders[name] = folder
+        done = files.kept_units(folder, key)
+        if files.is_whole(folder):
+            continue
+        notice(f"calibrating {name}: {len(samples.tokens)} samples; {len(done)} blocks are there already")
+        found = _blocks(plan, name, key, samples, options, notice, progress, gram=True, known=done)
+        for number, (unit, moments) in enumerate(found, len(done)):
+            files.save_block(folder, number, unit, moments, key)
+    return folders
 
 
 def layers(plan: Plan, expert: str) -> list[str]:
@@ -209,7 +289,7 @@ def _tell_unreached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, n
 
 def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
     """The SHA-256 of each statistics file, for the manifest."""
-    return {name: sha256(path) for name, path in paths.items()}
+    return {name: files.digest(path) for name, path in paths.items()}
 
 
 def sources(plan: Plan) -> dict[str, str | None]:
@@ -225,5 +305,5 @@ def sources(plan: Plan) -> dict[str, str | None]:
         source = given.stats.get(name) or data[name]
         assert source is not None, "the recipe was checked for it"
         path = plan.recipe.folder / Path(source).expanduser()
-        found[manifest.portable(source)] = sha256(path) if path.is_file() else None
+        found[manifest.portable(source)] = files.digest(path) if path.exists() else None
     return found

@@ -27,6 +27,7 @@ from merger.agreement import (
 from merger.checkpoint import manifest
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.header import ITEM_SIZE
+from merger.checkpoint.stored import Checkpoint
 from merger.errors import CheckpointError, RecipeError, VerifyError
 from merger.planning import Plan
 from merger.planning import plan as make_plan
@@ -311,6 +312,13 @@ class _Comparison:
 
     def done(self, name: str, notes: Sequence[str]) -> None:
         """A tensor that is whole was compared already."""
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """What the output has for it."""
+        if name not in self.contents.tensors:
+            return None
+        with Checkpoint("output", self.contents.directory, self.contents.tensors, {}) as output:
+            return output.read(name)
 
     def differences(self) -> Iterator[Difference]:
         """What was found, by tensor."""

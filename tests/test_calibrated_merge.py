@@ -1,18 +1,22 @@
 """Merges that look at layer inputs, from text to checkpoint, on the demo's trained models."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checkpoints import load
 
 import merger
 from merger import demo_tasks
-from merger.calibration import Settings, batches, collect_all, texts
+from merger.calibration import Settings, batches, collect_all, files, texts
 from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.writer import Writer
 from merger.errors import CheckpointError, RecipeError
+from merger.verification import Deep
 
 MODELS = Path(merger.__file__).parent / "demo_models"
 EXPERTS = ("upper", "shift", "double")
@@ -29,14 +33,14 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def recipe(place, method="obim", *, output="out", dtype="bfloat16", **more):
+def recipe(place, method="obim", *, output="out", dtype="bfloat16", shard_size=10**9, **more):
     calibration = {"data": {task: f"{task}.jsonl" for task in EXPERTS}, "samples": 12}
     written = {
         "base": "models/base",
         "experts": {task: f"models/{task}" for task in EXPERTS},
         "method": method,
         "calibration": calibration,
-        "output": {"path": output, "dtype": dtype},
+        "output": {"path": output, "dtype": dtype, "shard_size": shard_size},
         **more,
     }
     return merger.Recipe.parse(written, folder=place)
@@ -108,14 +112,15 @@ def test_activations_that_are_not_numbers_are_an_error_before_anything_is_writte
 # --- Gram matrices --------------------------------------------------------------------------------
 
 
+def samples_of(place, task):
+    tokenizer = texts.load_tokenizer(place / "models" / task, task, trust_remote_code=False)
+    return texts.load(f"{task}.jsonl", place, tokenizer, Settings(samples=12))
+
+
 def moments_of(place, task):
     """What enters an expert's matrices, all blocks at once."""
-    folder = place / "models" / task
-    settings = Settings(samples=12)
-    tokenizer = texts.load_tokenizer(folder, task, trust_remote_code=False)
-    samples = texts.load(f"{task}.jsonl", place, tokenizer, settings)
-    with open_checkpoint(str(folder), None, label=task, folder=place) as model:
-        return collect_all(model, batches(samples.tokens), settings, gram=True)
+    with open_checkpoint(str(place / "models" / task), None, label=task, folder=place) as model:
+        return collect_all(model, batches(samples_of(place, task).tokens), Settings(samples=12), gram=True)
 
 
 def test_regmean_block_by_block_is_the_regression_over_whole_models(place):
@@ -136,11 +141,196 @@ def test_regmean_block_by_block_is_the_regression_over_whole_models(place):
         assert error < 1e-5, name
 
 
-def test_gram_matrices_are_made_from_text_so_statistics_files_do_not_do(place):
-    files = merger.calibrate(recipe(place), to=place / "stats")
-    stats = {name: f"stats/{path.name}" for name, path in files.items()}
-    with pytest.raises(RecipeError, match="no data, from which alone Gram matrices are made, for upper, shift, double"):
-        recipe(place, "regmean", calibration={"stats": stats})
+def block_of(name):
+    """The number of the block that a tensor is in; -1 outside."""
+    return int(name.split(".")[2]) if ".layers." in name else -1
+
+
+def grams_behind(place, task, weights, block):
+    """E[x x^T] of the inputs of a block's matrices, for an expert's text and a model of these weights: run whole."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "models" / task, dtype=torch.float32).eval()
+    model.load_state_dict(weights, strict=False)
+    seen = {}
+
+    def see(name, mask, module, given):
+        rows = given[0][mask].double()
+        total, count = seen.get(name, (0, 0))
+        seen[name] = total + rows.T @ rows, count + len(rows)
+
+    for batch in batches(samples_of(place, task).tokens):
+        hooks = [
+            module.register_forward_pre_hook(functools.partial(see, f"{name}.weight", batch.mask))
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and block_of(f"{name}.weight") == block
+        ]
+        with torch.no_grad():
+            model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    return {name: total / count for name, (total, count) in seen.items()}
+
+
+def regmean_behind_merged_blocks(place, alpha):
+    """RegMean++ as it is written, on whole models: each expert's block behind all that is merged by then."""
+    base = {name: value.double() for name, value in load(MODELS / "base").items()}
+    experts = [{name: value.double() for name, value in load(MODELS / task).items()} for task in EXPERTS]
+    merged = {name: sum(each[name] for each in experts) / 3 for name in base}
+    for block in range(3):
+        grams = []
+        for task, own in zip(EXPERTS, experts, strict=True):
+            weights = {name: (own if block_of(name) == block else merged)[name].float() for name in base}
+            grams.append(grams_behind(place, task, weights, block))
+        for name in grams[0]:
+            several = [alpha * each[name] + (1 - alpha) * each[name].diagonal().diag() for each in grams]
+            wanted = sum(g @ (own[name] - base[name]).T for g, own in zip(several, experts, strict=True))
+            merged[name] = base[name] + torch.linalg.solve(sum(several), wanted).T
+    return merged
+
+
+def test_regmean_behind_merged_blocks_is_that_of_whole_models(place):
+    """Streamed, a block's Gram matrices are made from hidden states that went through the merged blocks on file."""
+    merger.merge(recipe(place, "regmean", parameters={"alpha": 0.7, "inputs": "merged"}, dtype="float32"))
+    merged, base = load(place / "out"), load(MODELS / "base")
+    for name, expected in regmean_behind_merged_blocks(place, 0.7).items():
+        change = expected - base[name].double()
+        assert (merged[name].double() - expected).norm() / change.norm() < 1e-5, name
+
+
+def test_merged_inputs_are_other_inputs_than_own_ones(place):
+    for inputs in ("own", "merged"):
+        merger.merge(recipe(place, "regmean", output=inputs, parameters={"inputs": inputs}, dtype="float32"))
+    own, merged = load(place / "own"), load(place / "merged")
+    far = {name for name in own if not torch.allclose(own[name], merged[name], rtol=1e-3, atol=1e-6)}
+    assert {block_of(name) for name in far} >= {1, 2}
+
+
+def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch):
+    """What earlier blocks became is read back from the output, whichever run wrote it."""
+    behind = {"parameters": {"inputs": "merged"}}
+    done = Writer.done
+
+    def stop(self, name, notes=()):
+        if block_of(name) == 2 and "proj" in name:
+            raise KeyboardInterrupt
+        done(self, name, notes)
+
+    monkeypatch.setattr(Writer, "done", stop)
+    with pytest.raises(KeyboardInterrupt):
+        merger.merge(recipe(place, "regmean", shard_size=20_000, **behind))
+    monkeypatch.setattr(Writer, "done", done)
+    heard = []
+    merger.merge(recipe(place, "regmean", shard_size=20_000, **behind), notice=heard.append)
+    assert any("goes on where an earlier run stopped" in line for line in heard)
+    merger.merge(recipe(place, "regmean", output="whole", **behind))
+    resumed, whole = load(place / "out"), load(place / "whole")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert merger.verify(place / "whole", deep=Deep(sample=6)).differences == ()
+
+
+def test_own_and_merged_inputs_do_not_go_together(place):
+    rules = [{"tensors": "mlp", "method": "regmean", "parameters": {"inputs": "merged"}}]
+    with pytest.raises(RecipeError, match="inputs: own in one method and merged in another"):
+        recipe(place, "regmean", rules=rules)
+
+
+def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
+    with pytest.raises(RecipeError, match="inputs: merged needs merged blocks"):
+        merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
+
+
+def kept_grams(place, **more):
+    """A recipe that takes the Gram matrices that were kept in `stats`."""
+    merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+    return recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}, **more)
+
+
+def test_with_kept_gram_matrices_a_merge_needs_no_text_and_no_forward_pass(place, monkeypatch):
+    merger.merge(recipe(place, "regmean"))
+    kept = kept_grams(place, output="again")
+    for task in EXPERTS:
+        (place / f"{task}.jsonl").unlink()
+    forbid_forward_passes(monkeypatch)
+    merger.merge(kept)
+    assert weights(place, "again") == weights(place)
+
+
+def test_gram_matrices_that_were_kept_without_a_place_are_found_again(place, monkeypatch):
+    merger.merge(recipe(place, "regmean"))
+    merger.calibrate(recipe(place, "regmean"), gram=True)
+    forbid_forward_passes(monkeypatch)
+    merger.merge(recipe(place, "regmean", output="again"))
+    assert weights(place, "again") == weights(place)
+
+
+def test_a_folder_of_gram_matrices_serves_a_saliency_too(place):
+    kept_grams(place)
+    merger.merge(recipe(place, "obim"))
+    stats = {task: f"stats/{task}.grams" for task in EXPERTS}
+    merger.merge(recipe(place, "obim", output="again", calibration={"stats": stats}))
+    assert weights(place, "again") == weights(place)
+
+
+def test_a_kept_gram_matrix_is_a_float32_triangle_and_shared_ones_are_there_once(place):
+    kept_grams(place)
+    tensors, moments = load(place / "stats" / "upper.grams"), moments_of(place, "upper")
+    triangles = [name for name in tensors if name.endswith(".gram")]
+    assert len(triangles) == 3 * 4 + 1  # of q, k and v one; of o; of gate and up one; of down; and the head's
+    name = "model.layers.1.mlp.down_proj.weight"
+    rows, columns = torch.triu_indices(*moments[name].gram.shape)
+    assert torch.equal(tensors[f"{name}.gram"], moments[name].gram[rows, columns])
+    assert tensors[f"{name}.gram"].dtype == torch.float32
+
+
+def test_a_calibration_that_was_stopped_goes_on_with_the_blocks_that_it_lacks(place, monkeypatch):
+    merger.calibrate(recipe(place, "regmean"), to=place / "whole", gram=True)
+    write, written = files.save_block, []
+
+    def stop(folder, number, unit, *rest):
+        written.append((folder.name, unit))
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(folder, number, unit, *rest)
+
+    monkeypatch.setattr(files, "save_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+    with pytest.raises(CheckpointError, match=r"upper\.grams: its Gram matrices are not all there"):
+        merger.merge(recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}))
+    merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+    assert len(written) == len(set(written)) + 1  # only the one that failed was made twice
+    for task in EXPERTS:
+        for file in (place / "whole" / f"{task}.grams").iterdir():
+            assert (place / "stats" / f"{task}.grams" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_gram_matrices_of_other_text_are_not_gone_on_with(place):
+    kept_grams(place)
+    (place / "upper.jsonl").write_text(json.dumps({"text": "abc"}))
+    with pytest.raises(CheckpointError, match="was made from another model, data or settings"):
+        merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+
+
+def test_statistics_files_hold_no_gram_matrices(place):
+    paths = merger.calibrate(recipe(place), to=place / "stats")
+    stats = {name: f"stats/{path.name}" for name, path in paths.items()}
+    with pytest.raises(CheckpointError, match="has no Gram matrices; merger calibrate --gram makes"):
+        merger.merge(recipe(place, "regmean", calibration={"stats": stats}))
+    assert not list(place.glob("out*"))
+
+
+def test_inputs_behind_merged_blocks_are_made_from_text_alone(place):
+    stats = {task: f"stats/{task}.grams" for task in EXPERTS}
+    with pytest.raises(RecipeError, match="no data, as inputs behind merged blocks need it, for upper, shift, double"):
+        recipe(place, "regmean", parameters={"inputs": "merged"}, calibration={"stats": stats})
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "message"),
+    [("regmean", {"inputs": "merged"}, "inputs: merged makes Gram matrices while it merges"), ("obim", {}, "no stage")],
+)
+def test_gram_matrices_that_no_merge_could_use_are_not_kept(place, method, parameters, message):
+    with pytest.raises(RecipeError, match=message):
+        merger.calibrate(recipe(place, method, parameters=parameters), gram=True)
 
 
 def test_a_ranking_of_the_whole_model_cannot_stand_before_a_regression(place):

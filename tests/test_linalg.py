@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merger.linalg import low_rank, polar, svd, tolerance
+from merger.linalg import SKETCH, gram, isotropic, low_rank, polar, strongest, svd, tolerance
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (6, 9), (9, 6), (8, 8), (300, 40), (40, 300), (260, 260)]
 
@@ -104,3 +104,67 @@ def test_what_low_rank_leaves_out_are_the_smallest_singular_values(shape):
 def test_a_matrix_of_low_rank_is_its_own_low_rank():
     matrix = of_rank(2, 9, 6).float()
     assert torch.equal(low_rank(matrix, 2), matrix.double())
+
+
+@pytest.mark.parametrize("height", [1, 5, 64, 65, 300])
+def test_a_gram_matrix_has_the_products_of_all_rows(height):
+    rows = randn(height, 7)
+    torch.testing.assert_close(gram(rows), rows @ rows.T)
+
+
+# --- matrices of low rank, which a sketch tells ------------------------------------------------------
+
+LOW = [(400, 300), (300, 400), (260, 260)]
+
+
+@pytest.mark.parametrize("shape", LOW)
+@pytest.mark.parametrize("rank", [1, 16, SKETCH - 1, SKETCH, SKETCH + 1, 200])
+def test_the_factors_of_a_product_are_those_of_lapack(shape, rank):
+    matrix = of_rank(rank, *shape).float()
+    factors = svd(matrix)
+    torch.testing.assert_close(factors.values, torch.linalg.svdvals(matrix.double())[:rank], rtol=1e-7, atol=0)
+    assert_close(factors.product(), matrix.double(), 1e-6)
+
+
+@pytest.mark.parametrize("shape", LOW)
+@pytest.mark.parametrize("floor", [1e-3, 2e-4])
+def test_a_tail_that_exists_is_not_taken_for_rounding(shape, floor):
+    """A sketch of the strong directions alone would leave it out."""
+    strong, tail = of_rank(8, *shape), randn(*shape, seed=5)
+    matrix = strong / strong.norm() + floor * tail / torch.linalg.matrix_norm(tail, 2)
+    values = torch.linalg.svdvals(matrix)
+    assert len(svd(matrix).values) == int((values > tolerance(matrix) * values[0]).sum()) > 200
+
+
+@pytest.mark.parametrize("shape", [*LOW, (20, 30)])
+@pytest.mark.parametrize("rank", [5, 20])
+def test_isotropic_is_the_polar_factor_times_the_mean_singular_value(shape, rank):
+    matrix = of_rank(rank, *shape).float()
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    left, values, right = left[:, :rank], values[:rank], right[:rank].T
+    assert_close(polar(matrix), left @ right.T, 1e-6)
+    assert_close(isotropic(matrix), left @ right.T * values.mean(), 1e-6)
+
+
+def test_the_same_matrix_has_the_same_factors_bit_for_bit():
+    for matrix in (of_rank(16, 400, 300), randn(400, 300)):
+        assert torch.equal(svd(matrix).left, svd(matrix.clone()).left)
+        assert torch.equal(strongest(matrix, 4).left, strongest(matrix.clone(), 4).left)
+
+
+# --- a few directions of many ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400), (30, 20)])
+@pytest.mark.parametrize("rank", [1, 8, 40, 200])
+@pytest.mark.parametrize("make", [randn, decaying], ids=["flat", "decaying"])
+def test_the_strongest_directions_leave_hardly_more_than_the_least_possible(shape, rank, make):
+    matrix = make(*shape)
+    factors = strongest(matrix, rank)
+    left = (matrix - factors.product()).norm()
+    least = torch.linalg.svdvals(matrix)[rank:].norm()
+    assert left <= 1.001 * least + tolerance(matrix) * matrix.norm()
+
+
+def test_the_strongest_directions_of_nothing_are_none():
+    assert strongest(torch.zeros(300, 400), 4).values.tolist() == []

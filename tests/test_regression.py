@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import merge
 
 from merger.methods._registry import checked
@@ -100,6 +102,74 @@ def test_regmean_diag_refuses_a_negative_weight():
         merged("regmean_diag", deltas_of(2, 3, 2), {"weight": {"a": 2, "b": -1}}, inputs=moments([[1, 1], [1, 1]]))
 
 
+# --- RegMean ----------------------------------------------------------------------------------------
+
+
+def grams_of(k, columns, tokens, seed=5):
+    """What calibration knows of experts that so many random tokens reached: all moments, [k c c] among them."""
+    x = randn(k, tokens, columns, seed=seed)
+    return Inputs(x.square().mean(1), x.mean(1), x.mT @ x / tokens)
+
+
+def turned_inputs(known, turn):
+    """The same of tokens that were turned."""
+    return Inputs(known.second_moment, known.mean, turn.T @ known.gram @ turn)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 0.9, 1])
+@pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
+def test_the_errors_of_regmeans_outputs_balance(shape, alpha):
+    """The sum of (W - W_k) G_k is zero, which is where the squared error is least."""
+    deltas, known = deltas_of(3, *shape), grams_of(3, shape[1], 50)
+    best = merged("regmean", deltas, {"alpha": alpha}, inputs=known).double()
+    kept = [alpha * g.double() + (1 - alpha) * g.double().diagonal().diag() for g in known.gram]
+    errors = [(best - delta.double()) @ g for delta, g in zip(deltas.values(), kept, strict=True)]
+    assert float(sum(errors).norm()) < 1e-5 * sum(float(each.norm()) for each in errors)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_regmean_of_equal_experts_is_the_expert_bit_for_bit(k):
+    delta = randn(4, 6)
+    assert torch.equal(merged("regmean", dict.fromkeys("abc"[:k], delta), inputs=grams_of(k, 6, 50)), delta)
+
+
+def test_regmean_of_inputs_alike_in_all_directions_is_the_mean():
+    eye = torch.eye(6).expand(3, 6, 6)
+    known = Inputs(torch.ones(3, 6), torch.zeros(3, 6), eye)
+    assert_close(merged("regmean", deltas_of(3, 4, 6), inputs=known), merged("mean", deltas_of(3, 4, 6)))
+
+
+def test_regmean_without_correlations_is_regmean_diag():
+    deltas, known = deltas_of(3, 4, 6), grams_of(3, 6, 50)
+    got = merged("regmean", deltas, {"alpha": 0}, inputs=known)
+    assert_close(got, merged("regmean_diag", deltas, inputs=known))
+
+
+def test_regmean_of_fewer_tokens_than_inputs_still_has_an_answer():
+    deltas, known = deltas_of(2, 4, 6), grams_of(2, 6, 2)
+    got = merged("regmean", deltas, {"alpha": 1}, inputs=known)
+    for delta, gram in zip(deltas.values(), known.gram, strict=True):  # each is answered as it was, where 4 < 6
+        assert_close((got - delta) @ gram, torch.zeros(4, 6), 1e-4)
+
+
+@given(seed=st.integers(0, 1000), k=st.sampled_from([2, 3]), shape=st.sampled_from([(4, 6), (9, 6), (6, 6)]))
+def test_turning_outputs_turns_what_regmean_merges_and_so_does_turning_inputs(seed, k, shape):
+    deltas, known = deltas_of(k, *shape, seed=seed), grams_of(k, shape[1], 50, seed=seed)
+    left, right = (torch.linalg.qr(randn(n, n, seed=seed + 1))[0] for n in shape)
+    turned = {expert: left @ delta @ right for expert, delta in deltas.items()}
+    whole = {"alpha": 1}
+    got = merged("regmean", turned, whole, inputs=turned_inputs(known, right))
+    assert_close(got, left @ merged("regmean", deltas, whole, inputs=known) @ right, 1e-4)
+
+
+@given(seed=st.integers(0, 1000))
+def test_regmean_does_not_care_for_the_order_of_experts(seed):
+    deltas, known = deltas_of(3, 5, 6, seed=seed), grams_of(3, 6, 50, seed=seed)
+    backwards = Inputs(known.second_moment.flip(0), known.mean.flip(0), known.gram.flip(0))
+    got = merged("regmean", dict(reversed(deltas.items())), inputs=backwards)
+    assert_close(got, merged("regmean", deltas, inputs=known))
+
+
 # --- WUDI -----------------------------------------------------------------------------------------
 
 NO_RIDGE = {"omega": 0}
@@ -153,10 +223,12 @@ def test_a_large_ridge_makes_wudi_the_mean():
 
 
 @pytest.mark.parametrize("written", [{}, NO_RIDGE])
-def test_turning_the_inputs_turns_what_wudi_merges(written):
-    deltas, turn = deltas_of(3, 9, 6), torch.linalg.qr(randn(6, 6, seed=3))[0]
-    turned = {expert: delta @ turn for expert, delta in deltas.items()}
-    assert_close(merged("wudi", turned, written), merged("wudi", deltas, written) @ turn, 1e-4)
+@given(seed=st.integers(0, 1000))
+def test_turning_outputs_turns_what_wudi_merges_and_so_does_turning_inputs(written, seed):
+    deltas = deltas_of(3, 9, 6, seed=seed)
+    left, right = (torch.linalg.qr(randn(n, n, seed=seed + 1))[0] for n in (9, 6))
+    turned = {expert: left @ delta @ right for expert, delta in deltas.items()}
+    assert_close(merged("wudi", turned, written), left @ merged("wudi", deltas, written) @ right, 1e-4)
 
 
 def test_wudi_does_not_care_for_the_order_of_experts():

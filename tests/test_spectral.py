@@ -394,6 +394,24 @@ def test_opcm_of_identical_experts_is_the_expert():
     assert_close(merged("opcm", dict.fromkeys("abc", delta)), delta)
 
 
+@given(seed=st.integers(0, 1000), shape=st.sampled_from([(5, 8), (8, 5), (6, 6)]))
+def test_turning_outputs_and_inputs_turns_what_opcm_merges(seed, shape):
+    deltas = deltas_of(3, *shape, seed=seed)
+    left, right = orthogonal(shape[0], seed + 1), orthogonal(shape[1], seed + 2)
+    turned = {expert: left @ delta @ right for expert, delta in deltas.items()}
+    assert_close(merged("opcm", turned), left @ merged("opcm", deltas) @ right, 1e-3)
+
+
+def test_knots_of_adapters_is_ties_in_their_few_directions():
+    """Rank 4 of 300: the shared directions are found from a sketch of the product, to the bits of float32."""
+    deltas = low_rank_deltas(2, 300, 400, rank=4)
+    left, _, _ = torch.linalg.svd(torch.cat([d.double() for d in deltas.values()], 1), full_matrices=False)
+    left = left[:, :8] * left[:, :8].gather(0, left[:, :8].abs().argmax(0, keepdim=True)).sign()
+    inside = {expert: (left.T @ delta.double()).float() for expert, delta in deltas.items()}
+    expected = left @ merged("ties", inside, {"density": 1}).double()
+    assert_close(merged("knots", deltas), expected.float(), 1e-4)
+
+
 def test_opcm_takes_experts_in_the_order_that_is_asked():
     deltas = deltas_of(3, 6, 8)
     turned = dict(reversed(deltas.items()))

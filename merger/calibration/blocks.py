@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -29,6 +29,7 @@ from merger.errors import MergerError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from merger.calibration.loader import Readable
     from merger.calibration.moments import Moments
     from merger.calibration.texts import Batch
     from merger.calibration.watch import Watch
@@ -37,6 +38,9 @@ Progress = Callable[[int, int], None]
 Results = Iterator[tuple[str, dict[str, "Moments"]]]
 
 
+Doing = Literal["watch", "carry", "both"]
+"""What a pass is for: to see what enters the matrices, to bring hidden states to the next block, or both at once."""
+
 EMBEDDING = -1  # what stands before block 0
 
 
@@ -44,8 +48,19 @@ class Unfit(Exception):
     """The blocks of this model cannot be run one at a time; the message says why."""
 
 
-def by_block(rig: Rig, host_memory: int | None, progress: Progress) -> Results:
-    """All batches through one block after the other; what is outside the blocks comes last, under no name."""
+def by_block(
+    rig: Rig,
+    host_memory: int | None,
+    progress: Progress,
+    onward: Readable | None = None,
+    known: Container[str] = (),
+) -> Results:
+    """All batches through one block after the other; what is outside the blocks comes last, under no name.
+
+    With ``onward`` they go through a block twice: watched, with the model's own weights, and then on to the next
+    block with those that ``onward`` has for it once the caller has seen what was found. Blocks that are
+    ``known`` are only gone through.
+    """
     names = rig.block_names
     if not names:
         raise Unfit("it has no list of blocks")
@@ -55,28 +70,38 @@ def by_block(rig: Rig, host_memory: int | None, progress: Progress) -> Results:
     with tempfile.TemporaryDirectory(prefix="merger-") as folder:
         relay = Relay(rig.blocks, rig.watch, Carried(host_memory, Path(folder)))
         for number, batch in enumerate(rig.batches):
-            _pass(rig, relay, EMBEDDING, number, batch)
+            _pass(rig, relay, EMBEDDING, number, batch, "both")
         for block, name in enumerate(names):
             rig.forget_embedding(seed=block)
-            rig.loader.load(name)
-            for number, batch in enumerate(rig.batches):
-                _pass(rig, relay, block, number, batch)
-                progress(block * len(rig.batches) + number + 1, len(names) * len(rig.batches))
-            moments = rig.take(name)
-            rig.loader.drop(name)
-            yield rig.unit(name), moments
+            unit = rig.unit(name)
+            if unit not in known:
+                _through(rig, relay, block, rig.weights, "both" if onward is None else "watch", progress)
+                moments = rig.take(name)
+                rig.loader.drop(name)
+                yield unit, moments
+            if onward is not None or unit in known:
+                _through(rig, relay, block, onward or rig.weights, "carry", progress)
+                rig.loader.drop(name)
         yield "", rig.rest()
 
 
-def _pass(rig: Rig, relay: Relay, block: int, number: int, batch: Batch) -> None:
+def _through(rig: Rig, relay: Relay, block: int, source: Readable, doing: Doing, progress: Progress) -> None:
+    """All batches through one block with the weights that ``source`` has for it."""
+    rig.loader.load(rig.block_names[block], source)
+    for number, batch in enumerate(rig.batches):
+        _pass(rig, relay, block, number, batch, doing)
+        progress(block * len(rig.batches) + number + 1, len(rig.block_names) * len(rig.batches))
+
+
+def _pass(rig: Rig, relay: Relay, block: int, number: int, batch: Batch, doing: Doing) -> None:
     """One batch through one block; with the true embedding back in place if the first block is told of it too."""
     try:
-        relay.begin(block, number)
+        relay.begin(block, number, doing)
         _forward(rig, batch)
     except Unfit:
         if block != 0 or number != 0 or not rig.recall_embedding():
             raise
-        relay.begin(block, number)
+        relay.begin(block, number, doing)
         _forward(rig, batch)
     relay.end()
 
@@ -93,7 +118,7 @@ def _forward(rig: Rig, batch: Batch) -> None:
 def whole(rig: Rig, progress: Progress) -> Results:
     """The whole model on every batch; its blocks are loaded when they are called and dropped after."""
     for name, block in zip(rig.block_names, rig.blocks, strict=True):
-        block.register_forward_pre_hook(lambda *_, name=name: rig.loader.load(name))
+        block.register_forward_pre_hook(lambda *_, name=name: rig.loader.load(name, rig.weights))
         block.register_forward_hook(lambda *_, name=name: rig.loader.drop(name))
     rig.watch.on = True
     for number, batch in enumerate(rig.batches):
@@ -112,9 +137,9 @@ class Relay:
         for index, block in enumerate(blocks):
             block.forward = functools.partial(self._call, index, block.forward)
 
-    def begin(self, block: int, batch: int) -> None:
-        """Says which block is real in the next pass, and which batch goes through it."""
-        self._block, self._batch, self._next = block, batch, 0
+    def begin(self, block: int, batch: int, doing: Doing) -> None:
+        """Says which block is real in the next pass, which batch goes through it, and what for."""
+        self._block, self._batch, self._doing, self._next = block, batch, doing, 0
         self._watch.on = block == EMBEDDING
 
     def end(self) -> None:
@@ -137,9 +162,12 @@ class Relay:
         if self._batch == 0 and not _same(told, self._told):
             raise Unfit("its blocks depend on one another by more than hidden states")
         args, kwargs = _put_back(args, kwargs, self._carried.get(self._batch).to(hidden.device))
-        self._watch.on = True
+        self._watch.on = self._doing != "carry"
         output = forward(*args, **kwargs)
         self._forms[index] = _form(output)
+        if self._doing == "watch":
+            raise Stop
+        self._watch.on = True  # what comes after the last block is not in any
         return output
 
     def _as_block(self, index: int, hidden: Tensor) -> Any:

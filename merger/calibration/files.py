@@ -1,17 +1,26 @@
-"""Statistics files: what was found of one expert's inputs, kept for the next run and for other machines."""
+"""Statistics files: what was found of one expert's inputs, kept for the next run and for other machines.
+
+Gram matrices are as large as the model, so where they are kept at all it is in a folder, a file for each block
+that is written when the block is done: `00000.safetensors` on, and `outside.safetensors` last, which says that all
+are there. A matrix is the float32 numbers of its upper triangle, row by row; one that several tensors share, as q, k
+and v do, is in the file once.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merger._lazy import torch
 from merger.calibration.moments import Moments
+from merger.checkpoint.hashes import sha256
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,7 +29,9 @@ if TYPE_CHECKING:
     from merger.calibration.settings import Settings
 
 FORMAT = 1
-_FIELDS = ("count", "second_moment", "mean", "token_share")  # Gram matrices are too large to keep
+_FIELDS = ("count", "second_moment", "mean", "token_share")
+GRAMS = ".grams"
+_LAST = "outside.safetensors"
 _METADATA = "merger.statistics"  # a single entry, since safetensors writes several in any order
 
 
@@ -48,21 +59,33 @@ class Key:
         text = json.dumps(self.fields(), sort_keys=True)
         return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.stats.safetensors"
 
+    def folder_name(self) -> str:
+        """The name of the folder that holds the same with Gram matrices."""
+        return self.file_name().replace(".stats.safetensors", GRAMS)
+
 
 def save(path: Path, moments: Mapping[str, Moments], key: Key) -> None:
     """Writes a statistics file; it is whole or absent."""
-    from safetensors.torch import save_file
+    _write(path, _plain(moments), key.fields())
 
-    tensors = {
+
+def _plain(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """All but Gram matrices, by tensor and field."""
+    return {
         f"{name}.{field}": value.clone()  # safetensors refuses tensors that share memory, as those of gate and up do
         for name, each in moments.items()
         for field in _FIELDS
         if (value := getattr(each, field)) is not None
     }
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={_METADATA: json.dumps(key.fields(), sort_keys=True)})
+        save_file(dict(tensors), partial, metadata={_METADATA: json.dumps(said, sort_keys=True)})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -77,11 +100,30 @@ def find(folder: Path, key: Key) -> Path | None:
 
 
 def load(path: Path, *, layers: Iterable[str] = (), **expected: Any) -> dict[str, Moments]:
-    """Reads a statistics file that must be about the ``expected`` parts of a key and cover the ``layers``.
+    """Reads statistics, but no Gram matrices; about the ``expected`` parts of a key, and covering the ``layers``.
 
     >>> load(path, layers=["lm_head.weight"], checkpoint=fingerprint)  # doctest: +SKIP
     """
-    found, tensors = _read(path)
+    found = {name: each for file in _files(path) for name, each in _moments(file, False, **expected).items()}
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        more = f", nor of {len(missing) - 1} others" if missing[1:] else ""
+        raise CheckpointError(f"{path}: has no statistics of {missing[0]}{more}; calibrate again")
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those of a folder in the order of blocks."""
+    if not path.is_dir():
+        return [path]
+    if not (path / _LAST).is_file():
+        raise CheckpointError(f"{path}: its Gram matrices are not all there; merger calibrate --gram goes on with them")
+    return sorted(path.glob("*.safetensors"))  # digits come before letters
+
+
+def _moments(path: Path, gram: bool, **expected: Any) -> dict[str, Moments]:
+    """What one file holds, with Gram matrices or without."""
+    found, tensors = _read(path, gram)
     for name, value in {"format": FORMAT, **expected}.items():
         if found.get(name) != value:
             raise CheckpointError(f"{path}: {_mismatch(name)}: its {name} is {found.get(name)}, expected {value}")
@@ -89,14 +131,82 @@ def load(path: Path, *, layers: Iterable[str] = (), **expected: Any) -> dict[str
     for name, tensor in tensors.items():
         layer, _, field = name.rpartition(".")
         parts[layer][field] = tensor
-    missing = [layer for layer in layers if layer not in parts]
-    if missing:
-        more = f", nor of {len(missing) - 1} others" if missing[1:] else ""
-        raise CheckpointError(f"{path}: has no statistics of {missing[0]}{more}; calibrate again")
-    return {layer: Moments(**fields) for layer, fields in parts.items()}
+    same = found.get("same", {})
+    whole = {name: _unfolded(fields.pop("gram")) for name, fields in parts.items() if "gram" in fields}
+    return {name: Moments(**fields, gram=whole.get(same.get(name, name))) for name, fields in parts.items()}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+# --- with Gram matrices ---------------------------------------------------------------------------
+
+
+def save_block(folder: Path, number: int, unit: str, moments: Mapping[str, Moments], key: Key) -> None:
+    """Writes what was found of one block, Gram matrices and all; what is outside the blocks has no ``unit``."""
+    same: dict[str, str] = {}
+    kept: dict[str, Tensor] = {}
+    for name, each in moments.items():
+        if each.gram is None:
+            continue
+        twin = next((other for other, gram in kept.items() if torch.equal(gram, each.gram)), None)
+        if twin is None:
+            kept[name] = each.gram
+        else:
+            same[name] = twin
+    triangles = {f"{name}.gram": _folded(gram) for name, gram in kept.items()}
+    path = folder / (f"{number:05}.safetensors" if unit else _LAST)
+    _write(path, {**_plain(moments), **triangles}, {**key.fields(), "unit": unit, "same": same})
+
+
+def kept_units(folder: Path, key: Key) -> set[str]:
+    """The blocks that an earlier run has finished; a folder of another key is none of ours."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        said, _ = _read(path, False)
+        if {name: said.get(name) for name in key.fields()} != key.fields():
+            raise CheckpointError(
+                f"{path}: was made from another model, data or settings; remove it, or write elsewhere"
+            )
+        found.add(said["unit"])
+    return found
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds the Gram matrices of a whole model."""
+    return (folder / _LAST).is_file()
+
+
+def blocks(folder: Path, **expected: Any) -> Iterator[tuple[str, dict[str, Moments]]]:
+    """What a folder holds, a block at a time: (block, moments of its tensors' inputs)."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: has no Gram matrices; merger calibrate --gram makes a folder of them")
+    for path in _files(folder):
+        yield path.stem, _moments(path, True, **expected)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a statistics file, or of the names and SHA-256s of a folder's."""
+    if not path.is_dir():
+        return sha256(path)
+    lines = (f"{file.name} {sha256(file)}\n" for file in _files(path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _folded(gram: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix [.. i i], row by row: [.. i(i+1)/2]."""
+    rows, columns = torch.triu_indices(gram.shape[-1], gram.shape[-1])
+    return gram[..., rows, columns].contiguous()
+
+
+def _unfolded(triangle: Tensor) -> Tensor:
+    """The matrix of an upper triangle."""
+    size = (math.isqrt(8 * triangle.shape[-1] + 1) - 1) // 2
+    rows, columns = torch.triu_indices(size, size)
+    gram = triangle.new_empty(*triangle.shape[:-1], size, size)
+    gram[..., rows, columns] = triangle
+    gram[..., columns, rows] = triangle
+    return gram
+
+
+def _read(path: Path, gram: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -104,7 +214,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if _METADATA not in metadata:
                 raise CheckpointError(f"{path}: is a safetensors file, but not one of statistics")
-            return json.loads(metadata[_METADATA]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 a file is no dict
+            names = [name for name in file.keys() if gram or not name.endswith(".gram")]  # noqa: SIM118 a file is no dict
+            return json.loads(metadata[_METADATA]), {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such statistics file") from None
     except (OSError, SafetensorError, ValueError) as error:

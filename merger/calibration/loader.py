@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
     from merger.calibration.watch import Key
     from merger.checkpoint.stored import Checkpoint
+
+
+class Readable(Protocol):
+    """What gives a checkpoint's tensors by name."""
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
 
 
 class Loader:
@@ -40,15 +47,15 @@ class Loader:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
 
-    def load(self, prefix: str, *, recurse: bool = True) -> None:
-        """Loads the weights of the module of this name, with those of the modules in it or without."""
+    def load(self, prefix: str, source: Readable, *, recurse: bool = True) -> None:
+        """Loads the weights of the module of this name from ``source``, with those of the modules in it or without."""
         wanted = self._held(prefix, recurse)
         for name in wanted:
             if name in self._empty and self._group(name) is None:
                 raise CheckpointError(f"{self._weights.label}: {name} is not in the checkpoint, but its model needs it")
         groups = {id(group): group for group in map(self._group, wanted) if group is not None}
         for group in groups.values():
-            for target, tensor in self._converted(group).items():
+            for target, tensor in self._converted(group, source).items():
                 for name in self._aliases.get(target, [target]):
                     if name in wanted:
                         self._put(name, tensor)
@@ -89,8 +96,8 @@ class Loader:
         """What a parameter is made of: tied ones of what is stored for any of them."""
         return next((self._groups[each] for each in self._aliases.get(name, [name]) if each in self._groups), None)
 
-    def _converted(self, group: Group) -> dict[str, Tensor]:
-        tensors = {name: self._weights.read(name) for _, name in group.names}
+    def _converted(self, group: Group, source: Readable) -> dict[str, Tensor]:
+        tensors = {name: source.read(name) for _, name in group.names}
         if group.converter is None:
             return {group.target: next(iter(tensors.values()))}
         converter = copy.deepcopy(group.converter)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from merger.calibration.loader import Readable
     from merger.calibration.settings import Settings
     from merger.calibration.texts import Batch
     from merger.checkpoint.stored import Checkpoint
@@ -31,11 +32,15 @@ class Stop(Exception):
 
 
 class Rig:
-    """A checkpoint's model, its weights and what watches it. Blocks are loaded by who runs them."""
+    """A checkpoint's model, its weights and what watches it. Blocks are loaded by who runs them.
+
+    What is outside the blocks comes from ``onward``, the model that hidden states go through.
+    """
 
     def __init__(
         self,
         weights: Checkpoint,
+        onward: Readable,
         batches: Sequence[Batch],
         settings: Settings,
         device: str | torch.device,
@@ -45,6 +50,7 @@ class Rig:
         notice: Callable[[str], None],
     ) -> None:
         self.label, self._settings = weights.label, settings
+        self.weights, self.onward = weights, onward
         self.model = build(weights, trust_remote_code=trust_remote_code)
         self.batches = self._that_fit(batches, notice)
         where = torch.device(device)
@@ -126,14 +132,14 @@ class Rig:
         for name, module in self.model.named_modules():
             around = next((each for each in lists if f"{name}.".startswith(f"{each}.")), None)
             if around is None and module is not self.model.get_output_embeddings():
-                self.loader.load(name, recurse=False)
+                self.loader.load(name, self.onward, recurse=False)
             elif around is not None and around != self._list:
                 module.register_forward_pre_hook(functools.partial(self._enter, set(), name))
 
     def _enter(self, entered: set[str], name: str, *_: Any) -> None:
         if name not in entered:
             entered.add(name)
-            self.loader.load(name, recurse=False)
+            self.loader.load(name, self.onward, recurse=False)
 
     def _skip_head(self) -> None:
         """Shows the head its input and leaves it at that: a product with the vocabulary costs more than a block."""
@@ -194,5 +200,5 @@ class Rig:
         if self._embedding is None or self._embedding_stays:
             return False
         self._embedding_stays = True
-        self.loader.load(self._embedding.rpartition(".")[0], recurse=False)
+        self.loader.load(self._embedding.rpartition(".")[0], self.onward, recurse=False)
         return True

@@ -10,16 +10,21 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merger.checkpoint.hashes import digest, note
 from merger.checkpoint.header import Info
 from merger.checkpoint.journal import Finished, Journal, remove
 from merger.checkpoint.layout import Shard, index, index_name
+from merger.checkpoint.stored import Checkpoint
 from merger.errors import RecipeError, ResourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 8 << 20
 
@@ -72,6 +77,7 @@ class Writer:
         self._shards = shards
         self._infos = infos
         self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
+        self._stored = Checkpoint("output", self.folder, self._stored_as(), {})
         self._ready = {name: Event() for name in self._places}
         self._notes: dict[str, Sequence[str]] = {}
         self._stopped = False
@@ -79,6 +85,13 @@ class Writer:
         self._parents = [folder for folder in path.parents if not folder.exists()]
         self._pool = ThreadPoolExecutor(1, "merger-hash")
         self._hashes: Future[None] | None = None
+
+    def _stored_as(self) -> dict[str, Info]:
+        """Where each tensor lies in the files."""
+        return {
+            name: replace(self._infos[name], file=self.folder / file, offset=offset)
+            for name, (file, offset) in self._places.items()
+        }
 
     def open(self, *, force: bool = False, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes the folder and the shards that are not finished at their full size, and begins to hash.
@@ -155,6 +168,11 @@ class Writer:
         """Says that all bytes of a tensor are written, and what was noted about it."""
         self._notes[name] = notes
         self._ready[name].set()
+
+    def read(self, name: str) -> Tensor | None:
+        """A tensor that is whole, by this run or an earlier one; else None."""
+        file, _ = self._places[name]
+        return self._stored.read(name) if file not in self._files or self._ready[name].is_set() else None
 
     def _hash(self) -> None:
         """Follows the tensors in file order; each shard that is whole is put on disk, and then in the journal."""
@@ -258,6 +276,7 @@ class Writer:
 
     def _close(self) -> None:
         self._pool.shutdown(wait=True)
+        self._stored.close()
         for file in self._files.values():
             os.close(file)
         self._files = {}

@@ -13,6 +13,7 @@ from merger.cli.extract import extract
 from merger.cli.import_ import import_
 from merger.cli.inspect import inspect
 from merger.cli.lock import lock
+from merger.cli.lora import lora
 from merger.cli.methods import methods
 from merger.cli.plan import plan
 from merger.cli.push import push
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run, lock, plan, inspect, calibrate, verify, push, extract, import_, methods, demo, schema):
+for _command in (run, lock, plan, inspect, calibrate, verify, push, extract, lora, import_, methods, demo, schema):
     app.command(_command.__name__.rstrip("_"))(_command)
 
 

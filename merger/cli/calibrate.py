@@ -28,6 +28,9 @@ def calibrate(
     to: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Copy the statistics there, one file an expert.")
     ] = None,
+    gram: Annotated[
+        bool, typer.Option("--gram", help="Keep Gram matrices too, as large as the models; goes on if stopped.")
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
     device: Device = "auto",
     max_memory: MaxMemory = None,
@@ -43,6 +46,7 @@ def calibrate(
         paths = make_statistics(
             load(recipe, overrides),
             to=to,
+            gram=gram,
             device=device,
             max_memory=memory_size(max_memory),
             offline=offline,

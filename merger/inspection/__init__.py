@@ -56,10 +56,12 @@ def inspect(
     tell, say = progress or _silent, notice or _silent
     plan = make_plan(recipe, offline=offline, headers_only=False)
     try:
+        if any(tensor.fed_by_merged for tensor in plan.tensors):
+            raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
         machine = Machine.of(device, max_memory, plan)
-        options = Options(machine.device, max_memory, trust_remote_code)
+        options = Options(machine.device, machine.hidden, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-        blocks = grams(plan, options, notice=say, progress=tell)
+        blocks = grams(plan, options, _never_merged, notice=say, progress=tell)
         walk = Walk(
             plan, machine, load(plan, paths), notice=say, progress=tell, wanted=_wanted(plan, picture, rank, curves)
         )
@@ -182,6 +184,10 @@ def _wanted(plan: Plan, picture: str | None, rank: bool, curves: bool) -> Wanted
     if picture is not None and picture not in names:
         raise RecipeError(f"--tensor {picture}: no such tensor is merged; {nearest(picture, names[:40])}")
     return Wanted(picture, rank, curves)
+
+
+def _never_merged(name: str) -> None:
+    """Nothing is merged by looking."""
 
 
 def _silent(*_: object) -> None:

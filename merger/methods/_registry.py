@@ -43,6 +43,8 @@ from merger.errors import nearest
 Kind = Literal["score", "sparsifier", "merger", "pack", "filter", "scale", "method"]
 Takes = Literal["slice", "rows", "matrix"]
 """Any slice; rows, one for each output neuron; the whole oriented matrix."""
+Fed = Literal["own", "merged"]
+"""What feeds a block while its inputs are watched: the expert's own earlier blocks, or those merged so far."""
 F = TypeVar("F", bound=Callable[..., Any])
 Stage = partial[Any]
 """A registered function with the parameters of one recipe."""
@@ -61,6 +63,10 @@ def _by_scope(*, scope: str = "tensor", **_: object) -> Takes:
 
 def _never(**_: object) -> bool:
     return False
+
+
+def _own(**_: object) -> Fed:
+    return "own"
 
 
 def _unremarkable(experts: int, **_: object) -> str:
@@ -112,6 +118,7 @@ class Entry:
     fewest: int = 1  # how many it merges at least
     scope: str = "tensor"  # what a score is ranked within, unless the recipe says it
     calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
+    fed: Callable[..., Fed] = _own  # what the Gram matrices it takes are made behind, given its parameters
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters

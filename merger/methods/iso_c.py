@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.linalg import svd
+from merger.linalg import isotropic
 from merger.methods._parameters import Number, Numbers
 from merger.methods._registry import merger
 from merger.methods._spectral import averaged, weighted, whole
@@ -22,6 +22,4 @@ def iso_c(deltas: Tensor, *, weight: Numbers = 1, lambda_: Number = 1, head: boo
     alpha. What is no matrix (and the head, unless `head`) gets the mean.
     diag(3, 1, 0) and diag(1, 1, 0) make diag(3, 3, 0).
     """
-    left, values, right = svd(summed(weighted(deltas, weight)))
-    flat = values.mean() if len(values) else 0
-    return (left @ right.T * flat * float(lambda_)).to(deltas)
+    return (isotropic(summed(weighted(deltas, weight))) * float(lambda_)).to(deltas)

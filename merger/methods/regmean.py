@@ -1,12 +1,15 @@
-"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; methods.md 6.4."""
+"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; methods.md 6.4.
+
+With `inputs: merged` it is RegMean++, https://arxiv.org/abs/2508.03121.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from merger._lazy import torch
 from merger.methods._parameters import Number, Numbers, Share
-from merger.methods._registry import Stage, merger
+from merger.methods._registry import Fed, Stage, merger
 from merger.methods._spectral import averaged, whole
 from merger.methods.mean import mean, positive_sum
 
@@ -21,9 +24,19 @@ def _averaged(kind: str, *, weight: Any, lambda_: Any, **_: object) -> list[Stag
     return averaged(kind, head=True, weight=weight, lambda_=lambda_)
 
 
-@merger(exact=False, takes=whole, calibrated=lambda **_: True, check=positive_sum, elsewhere=_averaged)
+def _fed(*, inputs: Fed, **_: object) -> Fed:
+    return inputs
+
+
+@merger(exact=False, takes=whole, calibrated=lambda **_: True, fed=_fed, check=positive_sum, elsewhere=_averaged)
 def regmean(
-    deltas: Tensor, gram: Tensor | None, *, alpha: Share = 0.9, weight: Numbers = 1, lambda_: Number = 1
+    deltas: Tensor,
+    gram: Tensor | None,
+    *,
+    alpha: Share = 0.9,
+    inputs: Literal["own", "merged"] = "own",
+    weight: Numbers = 1,
+    lambda_: Number = 1,
 ) -> Tensor:
     """The weights whose outputs come closest, in the least squares, to each expert's on its own inputs.
 
@@ -31,18 +44,21 @@ def regmean(
     (sum of delta_k G_k) (sum of G_k)^-1, in float64. At `alpha` 0 it is the mean of every column weighted
     by E[x_j^2]. An expert that no input reached has no say; where none was reached it is the plain mean,
     as it is for embeddings, norms and biases. Needs calibration text; the Gram matrices of a block are
-    made and used before those of the next, so none are kept.
+    made and used before those of the next, so none are kept. With `inputs: merged` an expert's text comes to
+    its block through the merged blocks before it, and not through its own.
     """
     if gram is None or not gram.any():
         return mean(deltas, weight=weight) * float(lambda_)
     kept = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
     kept.mul_(1 - float(alpha)).add_(float(alpha))  # 1 on the diagonal, alpha off it
-    total, wanted = torch.zeros_like(kept), torch.zeros_like(deltas[0], dtype=torch.float64)
+    first = deltas[0].double()
+    total, beside = torch.zeros_like(kept), torch.zeros_like(first)
     for delta, own, share in zip(deltas, gram, weight, strict=True):
         seen = own.double().mul_(kept).mul_(float(share))
         total += seen
-        wanted += delta.double() @ seen
-    merged: Tensor = torch.cholesky_solve(wanted.T, _factor(total)).T
+        beside += (delta.double() - first) @ seen
+    # from the first on, so that equal task vectors come back bit for bit
+    merged: Tensor = first + torch.cholesky_solve(beside.T, _factor(total)).T
     return (merged * float(lambda_)).to(deltas)
 
 

@@ -1,0 +1,122 @@
+"""What RegMean costs beside plain forward passes of its experts, and what of that its regressions take.
+
+    python scripts/regmean_cost.py BASE EXPERT=MODEL:TEXT.jsonl ... [--samples 100] [--tokens 512]
+
+Each row is a process of its own on the same samples, which are all cut to the same length: `plain` is
+transformers' own float32 model of each expert on its text, without the logits of its head, one expert after the
+other; `own` and `merged` are `merger run` with RegMean and these `inputs`; `kept` is the same merge from Gram
+matrices that `merger calibrate --gram` made before, so reading, regressions and writing alone. What is asked of
+RegMean is (own - kept) / plain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from calibration_cost import prepared, whole
+
+import merger
+
+KINDS = ("plain", "own", "merged", "kept")
+
+
+def experts(given: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
+    """Each expert's model and text."""
+    named = (each.partition("=") for each in given.experts)
+    return {name: tuple(map(Path, where.split(":"))) for name, _, where in named}
+
+
+def long_texts(model: Path, text: Path, given: argparse.Namespace, to: Path) -> None:
+    """Writes as many texts as there are samples, each of a few more tokens than a sample has."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    joined = "\n\n".join(json.loads(line)["text"] for line in text.read_text().splitlines())
+    ids, size = tokenizer(joined).input_ids, given.tokens + given.tokens // 4
+    while len(ids) < given.samples * size:
+        ids = ids + ids
+    pieces = (tokenizer.decode(ids[i * size : (i + 1) * size]) for i in range(given.samples))
+    to.write_text("\n".join(json.dumps({"text": f"{i} {piece}"}) for i, piece in enumerate(pieces)))
+
+
+def recipe(given: argparse.Namespace, folder: Path, inputs: str) -> merger.Recipe:
+    """RegMean of the experts on the texts in ``folder``."""
+    named = experts(given)
+    data = {name: str(folder / f"{name}.jsonl") for name in named}
+    written = {
+        "base": str(given.base.resolve()),
+        "experts": {name: str(model.resolve()) for name, (model, _) in named.items()},
+        "method": "regmean",
+        "parameters": {"inputs": inputs},
+        "calibration": {"data": data, "samples": given.samples, "max_tokens": given.tokens},
+        "output": {"path": str(folder / "out")},
+    }
+    return merger.Recipe.parse(written)
+
+
+def plain(given: argparse.Namespace) -> None:
+    for model, text in experts(given).values():
+        passes, _ = prepared(model, text, given.samples, given.tokens)
+        whole(model, passes, logits=False)
+
+
+def one(given: argparse.Namespace) -> None:
+    """One row, in this process."""
+    folder = Path(given.folder)
+    began = time.monotonic()
+    if given.one == "plain":
+        plain(given)
+    elif given.one == "keep":
+        merger.calibrate(recipe(given, folder, "own"), gram=True)
+    else:
+        merger.merge(recipe(given, folder, "merged" if given.one == "merged" else "own"), force=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": time.monotonic() - began, "peak": peak}))
+
+
+def measured(what: str, given: argparse.Namespace, folder: str, cache: str) -> dict[str, float]:
+    command = [sys.executable, __file__, str(given.base), *given.experts, "--one", what, "--folder", folder]
+    command += ["--samples", str(given.samples), "--tokens", str(given.tokens)]
+    environment = {**os.environ, "MERGER_CACHE": cache}
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
+    result: dict[str, float] = json.loads(told[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("experts", nargs="+", metavar="EXPERT=MODEL:TEXT")
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--one", choices=(*KINDS, "keep"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        one(given)
+        return
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
+        for name, (model, text) in experts(given).items():
+            long_texts(model, text, given, Path(folder) / f"{name}.jsonl")
+        rows = {}
+        for kind in ("plain", "own", "merged", "keep", "kept"):  # what is kept would be found by `own`
+            rows[kind] = measured(kind, given, folder, cache)
+            print(kind, rows[kind], file=sys.stderr, flush=True)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| row | seconds | of plain | without the regressions, of plain | peak memory |\n|---|---|---|---|---|")
+    for kind in (*KINDS, "keep"):
+        seconds, base, rest = (rows[each]["seconds"] for each in (kind, "plain", "kept"))
+        share = f"{(seconds - rest) / base:.2f}" if kind in ("own", "merged") else ""
+        print(f"| {kind} | {seconds:.1f} | {seconds / base:.2f} | {share} | {rows[kind]['peak'] / 1e6:,.0f} MB |")
+
+
+if __name__ == "__main__":
+    main()
