@@ -9,6 +9,7 @@ import typer
 
 from merger.cli.calibrate import calibrate
 from merger.cli.demo import demo
+from merger.cli.evaluate import eval_
 from merger.cli.inspect import inspect
 from merger.cli.lock import lock
 from merger.cli.methods import methods
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for _command in (run, lock, plan, inspect, calibrate, verify, methods, demo, schema):
     app.command()(_command)
+app.command("eval")(eval_)
 
 
 class _Stopped(BaseException):
