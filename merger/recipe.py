@@ -261,6 +261,15 @@ def _spelled_choice(choice: _Choice) -> dict[str, Any]:
 _UNDECIDED = "is left open for `merger search`, which writes a recipe with the best value; or give one with --set"
 
 
+def search_of(document: Document) -> Search:
+    """The section ``search`` alone, of a recipe that is still open."""
+    try:
+        return Search.model_validate(document.value.get("search") or {})
+    except ValidationError as error:
+        told = said(error, lambda path: Search.model_fields)
+        raise RecipeError([document.fault(("search", *path), message) for path, message in told]) from None
+
+
 def overridden(document: Document, overrides: Iterable[str]) -> Document:
     """The document with what `--set` changes; RecipeError for an argument that is none."""
     for override in overrides:

@@ -16,6 +16,7 @@ from merger.cli.methods import methods
 from merger.cli.plan import plan
 from merger.cli.run import run
 from merger.cli.schema import schema
+from merger.cli.search import search
 from merger.cli.verify import verify
 from merger.errors import INTERRUPTED, MergerError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 for _command in (run, lock, plan, inspect, calibrate, verify, methods, demo, schema):
     app.command()(_command)
 app.command("eval")(eval_)
+app.command()(search)
 
 
 class _Stopped(BaseException):

@@ -59,7 +59,7 @@ def evaluate(
     with Bench(how) as bench:
         panel = Panel(bench, family, held_out, section.max_tokens)
         entries = [*panel.references(), *(panel.merge(label, subject) for label, subject in subjects.items())]
-        return compare(held_out, entries, bench.dtype)
+        return compare(held_out, entries, panel.dtype)
 
 
 def _section(family: Recipe, asked: Asked) -> Evaluation:

@@ -98,7 +98,6 @@ class Bench:
 
     def __init__(self, way: Way) -> None:
         self.way = way
-        self.dtype = ""  # of the last model's forward passes
         self._folder = tempfile.TemporaryDirectory(prefix="merger-")
         self._held: tuple[Held, Loader] | None = None
         self._statistics: dict[str, dict[str, Path]] = {}
@@ -114,6 +113,15 @@ class Bench:
     ) -> None:
         self._held = None
         self._folder.cleanup()
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are."""
+        return torch.device(chosen_device(self.way.device))
+
+    def dtype_for(self, weights: Checkpoint) -> torch.dtype:
+        """What the forward passes of a model are computed in."""
+        return self.way.dtype or forward_dtype(weights, self.device)
 
     # --- models -----------------------------------------------------------------------------------
 
@@ -137,10 +145,8 @@ class Bench:
 
     def _loaded(self, weights: Checkpoint) -> Loader:
         model = build(weights, trust_remote_code=self.way.trust_remote_code)
-        device = torch.device(chosen_device(self.way.device))
-        loader = Loader(model, weights, device, self.way.dtype or forward_dtype(weights, device))
+        loader = Loader(model, weights, self.device, self.dtype_for(weights))
         loader.load("")
-        self.dtype = str(loader.dtype).removeprefix("torch.")
         return loader
 
     def _room(self, plan: Plan) -> tuple[Held, Loader]:

@@ -28,6 +28,7 @@ class Panel:
             tokenizer = load_tokenizer(base.directory, "base", trust_remote_code=bench.way.trust_remote_code)
             limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
             ends = ends_of(base.directory, tokenizer)
+            self.dtype = str(bench.dtype_for(base)).removeprefix("torch.")
         self.judge = Judge(tuple(prepare(task, tokenizer, limit) for task in tasks), tokenizer, ends)
 
     def references(self) -> Iterator[Entry]:

@@ -149,22 +149,22 @@ def log_likelihoods(model: Any, sequences: Sequence[Sequence[int]], starts: Sequ
         batch = padded([sequences[i] for i in group])
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
         logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        scored = mask & (
-            torch.arange(ids.shape[1], device=ids.device) >= torch.tensor([[starts[i]] for i in group]).to(ids)
-        )
-        found[group] = -_losses(logits[:, :-1], ids[:, 1:], scored[:, 1:]).cpu().numpy()
+        first = torch.tensor([[starts[i]] for i in group], device=ids.device)
+        scored = mask & (torch.arange(ids.shape[1], device=ids.device) >= first)
+        found[group] = -_losses(logits, ids, scored).cpu().numpy()
     return found
 
 
 def _losses(logits_BTV: Tensor, ids_BT: Tensor, scored_BT: Tensor) -> Tensor:
     """The summed cross-entropy of each row's scored tokens: [b], float64."""
-    targets = ids_BT.masked_fill(~scored_BT, -100)
-    summed = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
-    for row, (logits_TV, target_T) in enumerate(zip(logits_BTV, targets, strict=True)):
-        for logits, target in zip(logits_TV.split(ROWS), target_T.split(ROWS), strict=True):
-            losses = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none", ignore_index=-100)
-            summed[row] += losses.double().sum()
-    return summed
+    target_BT = torch.full_like(ids_BT, -100)
+    target_BT[:, :-1] = ids_BT[:, 1:].masked_fill(~scored_BT[:, 1:], -100)  # what follows each position
+    pieces = zip(torch.split(logits_BTV.flatten(0, 1), ROWS), torch.split(target_BT.flatten(), ROWS), strict=True)
+    losses = [
+        torch.nn.functional.cross_entropy(logits.float(), target, reduction="none", ignore_index=-100)
+        for logits, target in pieces
+    ]
+    return torch.cat(losses).view(ids_BT.shape).double().sum(1)
 
 
 @torch.inference_mode()

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def print_comparison(found: Comparison, console: Console) -> None:
-    """One table: rows are models, columns tasks; the best merge is bold, and so are those not told apart from it."""
+def print_comparison(found: Comparison, console: Console, *, settings: bool = False) -> None:
+    """One table: rows are models, columns tasks; the best merge is bold, and so are those not told apart from it.
+
+    With ``settings`` what a search found for each merge stands below.
+    """
     from rich import box
     from rich.table import Table
 
@@ -25,6 +28,9 @@ def print_comparison(found: Comparison, console: Console) -> None:
         last_of_kind = i + 1 < len(found.rows) and found.rows[i + 1].kind != row.kind
         table.add_row(_name(row), *cells(found, row), style="bold" if _leads(row) else None, end_section=last_of_kind)
     console.print(table)
+    for row in found.rows if settings else ():
+        if row.setting:
+            console.print(f"{row.model}: {row.setting}", markup=False, soft_wrap=True)
     for line in legend(found):
         console.print(line, markup=False, soft_wrap=True)
 

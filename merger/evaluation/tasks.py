@@ -71,7 +71,7 @@ def split(data: Mapping[str, str], folder: Path, report: int, search: int) -> Sp
     for task in found:
         if len(task.examples) < report + search:
             raise CheckpointError(
-                f"evaluation.data.{task.name}: {data[task.name]} holds {len(task.examples)} different examples, but the "
+                f"evaluation.data.{task.name}: {data[task.name]} has {len(task.examples)} different examples, but the "
                 f"search takes {search} and the report {report} others; lower search.samples or evaluation.samples"
             )
     return Split(
