@@ -430,7 +430,22 @@ def json_schema() -> dict[str, Any]:
     return whole
 
 
+_OPEN = {"$ref": "#/$defs/search mark"}
+
+
 def _or_mark(schema: dict[str, Any]) -> dict[str, Any]:
-    """A value, or the mark that leaves it to a search; its description stays where editors look for it."""
-    said: dict[str, Any] = {key: schema[key] for key in ("default", "description", "title") if key in schema}
-    return {"anyOf": [schema, {"$ref": "#/$defs/search mark"}], **said}
+    """A value, or the mark that leaves it, or one expert's, to a search."""
+    for several in ("anyOf", "oneOf"):
+        if several in schema:
+            return {**schema, several: [*map(_with_open_entries, schema[several]), _OPEN]}
+    return {"anyOf": [_with_open_entries(schema), _OPEN], **{k: schema[k] for k in _SHOWN if k in schema}}
+
+
+_SHOWN = ("default", "description", "title")
+"""What editors look for at the top of a value's schema."""
+
+
+def _with_open_entries(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same, where each value of a map may be left open."""
+    entries = schema.get("additionalProperties")
+    return {**schema, "additionalProperties": _or_mark(entries)} if isinstance(entries, dict) else schema

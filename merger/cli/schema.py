@@ -11,9 +11,11 @@ from merger.errors import RecipeError
 
 
 def schema(
-    of: Annotated[str, typer.Argument(metavar="[recipe|inspection|evaluation]", help="Of what.", show_default=False)] = "recipe",
+    of: Annotated[
+        str, typer.Argument(metavar="[recipe|inspection|evaluation]", help="Of what.", show_default=False)
+    ] = "recipe",
 ) -> None:
-    """Print the JSON Schema of a recipe, for editors, or of what inspect or eval --json says, for machines."""
+    """Print the JSON Schema of a recipe, for editors, or of what inspect and eval say in JSON, for machines."""
     from merger.errors import nearest
 
     if of == "inspection":

@@ -89,7 +89,8 @@ class Entry:
 def compare(tasks: Sequence[Task], entries: Sequence[Entry], dtype: str) -> Comparison:
     """The table of these models; every interval resamples the same examples for all of them."""
     notes = list(_without_gain(tasks, entries))
-    rows = _Resampled(tasks, entries).rows()
+    with np.errstate(divide="ignore", invalid="ignore"):  # examples on which an expert gains nothing have no share
+        rows = _Resampled(tasks, entries).rows()
     judged = {task.name: Judged(_measure(task), len(task.examples), task.sha256) for task in tasks}
     return Comparison(judged, tuple(rows), dtype, versions(), tuple(notes))
 
@@ -212,11 +213,9 @@ class _Resampled:
         return found
 
     def _shares(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return {
-                name: _share(values[name], self.values[self.base, name], self.values[name, name])
-                for name in self.gained
-            }
+        return {
+            name: _share(values[name], self.values[self.base, name], self.values[name, name]) for name in self.gained
+        }
 
     def _kept(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         shares = self._shares(values)
@@ -245,8 +244,7 @@ class _Resampled:
 
 def _measured(outcome: Outcome, counts: np.ndarray) -> np.ndarray:
     """The measure for each drawing of examples: [draws]; nothing where a drawing holds no token."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        measured: np.ndarray = (counts @ outcome.total) / (counts @ outcome.weight)
+    measured: np.ndarray = (counts @ outcome.total) / (counts @ outcome.weight)
     return measured
 
 

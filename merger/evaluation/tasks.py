@@ -66,8 +66,11 @@ def load(data: Mapping[str, str], folder: Path, samples: int) -> tuple[Task, ...
 
 
 def split(data: Mapping[str, str], folder: Path, report: int, search: int) -> Split:
-    """``report`` examples of each task for the report, and ``search`` others; CheckpointError where there are fewer."""
-    found = [_task(name, read, report + search) for name, read in _every(data, folder)]
+    """``report`` examples of each task for the report, and ``search`` others; CheckpointError where there are fewer.
+
+    Neither choice depends on the other's size: one is from the beginning of the examples' order, one from its end.
+    """
+    found = [_task(name, read, None) for name, read in _every(data, folder)]
     for task in found:
         if len(task.examples) < report + search:
             raise CheckpointError(
@@ -75,7 +78,7 @@ def split(data: Mapping[str, str], folder: Path, report: int, search: int) -> Sp
                 f"search takes {search} and the report {report} others; lower search.samples or evaluation.samples"
             )
     return Split(
-        search=tuple(Task(task.name, task.kind, task.examples[report:]) for task in found),
+        search=tuple(Task(task.name, task.kind, task.examples[-search:]) for task in found),
         report=tuple(Task(task.name, task.kind, task.examples[:report]) for task in found),
     )
 
@@ -88,7 +91,7 @@ def _every(data: Mapping[str, str], folder: Path) -> Iterator[tuple[str, list[tu
         yield name, read
 
 
-def _task(name: str, read: Sequence[tuple[str, Kind, Example]], samples: int) -> Task:
+def _task(name: str, read: Sequence[tuple[str, Kind, Example]], samples: int | None) -> Task:
     first, kind, _ = read[0]
     for where, other, _ in read:
         if other != kind:

@@ -198,6 +198,6 @@ def _dimension(path: KeyPath, said: Any) -> Dimension:
     low, high, log = numbers["low"], numbers["high"], bool(said.get("log", False))
     assert low is not None
     assert high is not None
-    if low >= high or (log and low <= 0) or any((numbers.get(key) or 1) <= 0 for key in ("step", "fine")):
+    if low >= high or (log and low <= 0) or any(numbers.get(key, 1) <= 0 for key in ("step", "fine")):
         raise ValueError("search: expected low < high, steps above 0, and for log: a low above 0")
     return Range(path, low, high, numbers.get("step"), numbers.get("fine"), log)
