@@ -18,6 +18,7 @@ from fractions import Fraction
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from merger import kernels
 from merger._lazy import torch
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ class Sum(_Asked):
     """
 
     then: Callable[[Tensor], Any] | None = None
+
+    def joined(self, total: Tensor | None) -> Tensor:
+        """The sum so far, added to in place; counts of one slice may be int32, sums of them are int64."""
+        if total is not None:
+            return total.add_(self.value)
+        return self.value.long() if self.value.dtype == torch.int32 else self.value.clone()
 
     def answer(self, total: Tensor) -> Any:
         """The sum, or what ``then`` makes of it."""
@@ -110,6 +117,22 @@ def summed(terms: Tensor) -> Tensor:
     return total
 
 
+def weighted_sum(deltas: Tensor, weights: Sequence[Fraction]) -> Tensor:
+    """The sum over the experts of delta [k r c] times weight, in their order: [r c]."""
+    return kernels.of(deltas).weighted_sum(deltas, column(weights, deltas).flatten())
+
+
+def anchored_mean(deltas: Tensor, weights: Sequence[Fraction]) -> Tensor:
+    """The weighted mean of the deltas [k r c], from the first on, so that equal ones come back bit for bit: [r c]."""
+    total = sum(weights)
+    return kernels.of(deltas).anchored_sum(deltas, column([w / total for w in weights], deltas).flatten())
+
+
+def mean_of_agreeing(deltas: Tensor, elected: Tensor, weights: Tensor) -> Tensor:
+    """The mean, by ``weights`` [k 1 1], of the deltas [k r c] that have the sign of ``elected`` [r c], or 0: [r c]."""
+    return kernels.of(deltas).mean_of_agreeing(deltas, elected, weights.flatten())
+
+
 def combined(vectors: Tensor, coefficients: Tensor) -> Tensor:
     """The sum of ``vectors`` [k r c] times ``coefficients`` [k] or [k . .], float64. [r c]
 
@@ -145,16 +168,7 @@ def fast(operation: Literal["eq", "ge", "gt", "mul"], left: Tensor, right: Tenso
 
 def keep(deltas: Tensor, kept: Tensor) -> Tensor:
     """The deltas where ``kept`` is true, zero elsewhere."""
-    return fast("mul", deltas, kept)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Where a vector of booleans is true; numpy takes a tenth of torch's time for it."""
-    if mask.device.type != "cpu":
-        return mask.nonzero().flatten()
-    import numpy
-
-    return torch.from_numpy(numpy.flatnonzero(mask.numpy()))
+    return kernels.of(deltas).keep(deltas, kept)
 
 
 def _picked(values: Tensor, mask: Tensor) -> Tensor:
@@ -220,21 +234,20 @@ def _take(
 def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -> Flow[Tensor]:
     """Exactly ``wanted[k]`` of the free positions, or all of them: a radix selection on the bits.
 
-    A non-negative float32 sorts as its own bit pattern. One histogram of the high 16 bits finds
+    A non-negative float32 sorts as its own bit pattern, its key. One tally of the keys' high 16 bits finds
     the bucket of the last one taken, one of the low 16 bits within it finds its exact value, and
     the equal ones are handed out in flat order (methods.md 0.4).
     """
-    keys = scores.float().contiguous().view(torch.int32)
-    if free is not None:
-        keys = fast("mul", keys + 1, free)  # 0 is below every score
-    bucket, left, _ = yield Sum(lambda: _tally_of_free(keys, free), scope, partial(_descend, wanted))
-    level, left, equal = yield Sum(lambda: _histogram(_within(keys, bucket), 1 << 16), scope, partial(_descend, left))
-    last = (bucket << 16) | level
+    loops = kernels.of(scores.float())
+    keys = loops.keys_of(scores)
+    buckets, left, _ = yield Sum(lambda: loops.tally_high(keys, free), scope, partial(_descend, wanted))
+    levels, left, equal = yield Sum(lambda: loops.tally_low(keys, free, buckets), scope, partial(_descend, left))
+    last = [bucket << 16 | level for bucket, level in zip(buckets, levels, strict=True)]
     if left == equal:
-        return fast("ge", keys, last)
-    before = yield Before(lambda: _counts(fast("eq", keys, last)), scope)
-    budgets = [n - b for n, b in zip(left, before.tolist(), strict=True)]
-    return fast("gt", keys, last) | _first(fast("eq", keys, last), budgets)
+        return loops.mark_top(keys, free, last, equal)
+    before = yield Before(lambda: torch.tensor(loops.count_equal(keys, free, last)), scope)
+    room = [n - b for n, b in zip(left, before.tolist(), strict=True)]
+    return loops.mark_top(keys, free, last, room)
 
 
 def ordered(values: Tensor, places: Sequence[Sequence[int]], scope: Whole) -> Flow[Tensor]:
@@ -248,30 +261,13 @@ def ordered(values: Tensor, places: Sequence[Sequence[int]], scope: Whole) -> Fl
     high = (keys >> 16) + 32768
     each = [(k, size - place) for k, own in enumerate(places) for place in own]
     tally = yield Sum(_histogram(high, 65536), scope)
-    bucket, left, _ = _descend([from_top for _, from_top in each], tally[[k for k, _ in each]])
-    inside = (fast("eq", high[k], own) for (k, _), own in zip(each, bucket, strict=True))
+    buckets, left, _ = _descend([from_top for _, from_top in each], tally[[k for k, _ in each]])
+    inside = (fast("eq", high[k], high.new_tensor(own)) for (k, _), own in zip(each, buckets, strict=True))
     low = [_picked(keys[k], mask) & 0xFFFF for (k, _), mask in zip(each, inside, strict=True)]
-    level, _, _ = yield Sum(_histogram(low, 65536), scope, partial(_descend, left))
-    found: Tensor = ((bucket - 32768) << 16) | level
+    levels, _, _ = yield Sum(_histogram(low, 65536), scope, partial(_descend, left))
+    found = keys.new_tensor([(own - 32768) << 16 | level for own, level in zip(buckets, levels, strict=True)])
     found = (found ^ ((found >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return found.view(len(places), -1, 1, 1).transpose(0, 1)
-
-
-_BUCKETS = 1 << 15  # values of the high half of a non-negative float32; the last ones are NaNs, never used
-
-
-def _within(keys: Tensor, bucket: Tensor) -> list[Tensor]:
-    """The low halves of each expert's keys whose high half is its ``bucket`` [k 1 1]."""
-    inside = fast("eq", keys >> 16, bucket)
-    return [_picked(each, mask) & 0xFFFF for each, mask in zip(keys, inside, strict=True)]
-
-
-def _tally_of_free(keys: Tensor, free: Tensor | None) -> Tensor:
-    """A tally of the high halves, without what is barred: [k bins]."""
-    tally = _histogram(keys >> 16, _BUCKETS)
-    if free is not None:
-        tally[:, 0] -= keys[0].numel() - _counts(free)
-    return tally
 
 
 def _counts(masks: Tensor) -> Tensor:
@@ -288,7 +284,7 @@ def _histogram(bins: Iterable[Tensor], size: int) -> Tensor:
     return torch.stack([torch.bincount(each.flatten(), minlength=size) for each in bins])
 
 
-def _descend(wanted: Sequence[int], tally: Tensor) -> tuple[Tensor, list[int], list[int]]:
+def _descend(wanted: Sequence[int], tally: Tensor) -> tuple[list[int], list[int], list[int]]:
     """Per expert the bin that holds the ``wanted``-th from the top, how many of it to take, how many it has.
 
     ``tally`` is [k bins]; where it has fewer all are taken. Where nothing is wanted: the last bin, none of it.
@@ -299,18 +295,7 @@ def _descend(wanted: Sequence[int], tally: Tensor) -> tuple[Tensor, list[int], l
     bins = tally.shape[1] - 1 - steps
     there = tally.gather(1, bins)
     left = target - (above.gather(1, steps) - there)
-    return bins.to(torch.int32).view(-1, 1, 1), left.flatten().tolist(), there.flatten().tolist()
-
-
-def _first(mask: Tensor, budgets: Sequence[int]) -> Tensor:
-    """The first ``budgets[k]`` true positions of each expert's mask, in flat order."""
-    first = mask.clone()
-    for each, budget in zip(first, budgets, strict=True):
-        if budget <= 0:
-            each.zero_()
-        elif budget < each.sum():  # only in the slice where an expert's budget runs out
-            each &= (each.flatten().cumsum(0, dtype=torch.int32) <= budget).view_as(each)
-    return first
+    return bins.flatten().tolist(), left.flatten().tolist(), there.flatten().tolist()
 
 
 def top_of_rows(scores: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
@@ -318,30 +303,12 @@ def top_of_rows(scores: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
 
     ``scores`` [k r c] is non-negative; equal scores go to the lower column. Returns bool [k r c].
     """
-    barred = torch.where(free, scores.float(), -1.0)
-    wanted = torch.minimum(wanted, free.sum(-1)).unsqueeze(-1)
-    last = _sorted(barred).gather(-1, (barred.shape[-1] - wanted).clamp(max=barred.shape[-1] - 1))
-    above, equal = barred > last, barred == last
-    room = wanted - above.sum(-1, keepdim=True)
-    kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
-    return kept & (wanted > 0)
-
-
-def _sorted(rows: Tensor) -> Tensor:
-    """Each row in ascending order; on the CPU through numpy, whose sort is 20 times torch's in speed."""
-    if rows.device.type != "cpu":
-        return rows.sort(-1).values
-    import numpy
-
-    return torch.from_numpy(numpy.sort(rows.numpy(), -1))
+    return kernels.of(scores.float()).top_of_rows(scores, wanted, free)
 
 
 def ranks_of_rows(scores: Tensor) -> Tensor:
     """Each element's place in its row, 0 for the highest score; equal scores rank by column. [k r c]"""
-    descending = (~scores.float().view(torch.int32)).long() << 32
-    columns = torch.arange(scores.shape[-1], device=scores.device)
-    ordered = _sorted(descending | columns) & 0xFFFFFFFF  # the column at each place
-    return torch.empty_like(ordered).scatter_(-1, ordered, columns.expand_as(ordered))
+    return kernels.of(scores.float()).ranks_of_rows(scores)
 
 
 def exclusive(masks: Tensor, order: Sequence[int]) -> Tensor:
@@ -378,12 +345,5 @@ def uniforms(key: tuple[object, ...], start: int, size: int, *, double: bool = F
     Philox4x64-10, keyed by the first 16 bytes of the SHA-256 of the names joined by 0x1f
     (methods.md 0.7): float32 takes 24 bits of each 32-bit half, low half first, float64 takes 53.
     """
-    import numpy
-
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
-    bits = numpy.random.Philox(key=numpy.frombuffer(digest[:16], "<u8"))
-    lanes = 4 if double else 8  # uniforms in one 256-bit step of the counter
-    bits.advance(start // lanes)
-    skip = start % lanes
-    dtype = numpy.float64 if double else numpy.float32
-    return torch.from_numpy(numpy.random.Generator(bits).random(skip + size, dtype=dtype)[skip:])
+    return kernels.for_draws().uniforms(digest[:16], start, size, double=double)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING, Any
 
+from merger import kernels
 from merger._lazy import torch
 from merger.checkpoint.header import TORCH_NAMES
 from merger.copies import restored
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 Carry = Callable[["Tensor", Slice, Subject], Flow[None]]
 """What is done with one slice: given base and experts as stored [1+k r c], and the same as base and deltas."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Some rows of base and experts as they were read."""
+
+    values: Tensor  # [1+k r c]
+    changes: Mapping[int, Tensor]  # by expert, float32, where a change to the base is what is stored [r c]
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,20 @@ class Reader:
         count = -(-part.rows // step) if part.columns else 0
         elements = part.rows * part.columns
         hold = count == 1 or elements * bytes_held(len(self.plan.models) - 1) <= self.machine.hold
+        kept: dict[int, _Stored] = {}
 
         def start(j: int) -> Flow[None]:
-            stored, piece = self._read(tensor, part, range(j * step, min((j + 1) * step, part.rows)))
-            yield from carry(stored, piece, subject)
+            read = kept.get(j) or self._read(tensor, part, range(j * step, min((j + 1) * step, part.rows)))
+            if elements * read.values.itemsize * len(read.values) <= self.machine.hold:
+                kept[j] = read  # should the flow ask, it will be started again
+            yield from carry(read.values, self._slice(tensor, part, j * step, read), subject)
+            kept.pop(j, None)
 
         sizes = Sizes(elements, self.sizes[tensor.group])
         return run(count, start, sizes=sizes, known=known, hold=hold, mapper=self.mapper)
 
-    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> tuple[Tensor, Slice]:
-        """Some rows of a part: base and experts as stored, [1+k r c], and the slice that its stages see."""
+    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> _Stored:
+        """Some rows of a part as they are stored."""
         first, last = part.row + rows.start, part.row + rows.stop
         if part.transposed:
             first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
@@ -84,21 +96,24 @@ class Reader:
             if name is None:  # `missing: zero`
                 stored[k] = stored[0]
             elif change is not None:
-                changes[k] = change
+                changes[k - 1] = change
                 torch.add(stored[0], change, out=stored[k])
             elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
-        stored = stored.to(self.machine.device)
-        values = stored.to(torch.float32, copy=True)
-        base, deltas = values[0], values[1:].sub_(values[0])
-        for k, change in changes.items():
-            deltas[k - 1] = change
-        _check_finite(tensor, base, deltas)
+        return _Stored(stored.to(self.machine.device), changes)
+
+    def _slice(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
+        """The slice that the stages see."""
+        base, deltas, finite = kernels.for_stored(read.values).difference(read.values)
+        for k, change in read.changes.items():
+            deltas[k] = change
+        if not finite or read.changes:
+            _check_finite(tensor, base, deltas)
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
-        return stored, Slice(rows.start, base, deltas)
+        return Slice(row, base, deltas)
 
 
 def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:
@@ -114,8 +129,6 @@ def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta:
 
 def _check_finite(tensor: TensorPlan, base: Tensor, deltas: Tensor) -> None:
     """CheckpointError that names the model if any value is NaN or infinite."""
-    if math.isfinite(deltas.sum()):
-        return
     if not torch.isfinite(base).all():
         raise CheckpointError(f"base: {tensor.reads['base']} holds NaN or infinity")
     for k, label in enumerate(tensor.place.experts):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -297,12 +296,14 @@ class _Merge:
 
     def _settle(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
         work = [(tensor, part) for tensor in tensors for part in tensor.parts]
-        reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
+        reader = Reader(
+            self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices, self.machine.workers)
+        )
         with tuned():
             settle(
                 [tensor.group for tensor, _ in work],
                 lambda i, known: self._visit(reader, *work[i], known),
-                partial(_map, pool),
+                partial(_map, pool, self.machine.in_flight),
             )
             for tensor in tensors:
                 if not tensor.parts:  # packed experts, but none of them
@@ -344,9 +345,10 @@ class _Merge:
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
         """Rounds once to the output's dtype and writes."""
-        merged = rounded(tensor, part, stored, piece, delta)
-        if not math.isfinite(merged.sum()) and not torch.isfinite(merged).all():
-            raise _overflow(tensor)
+        try:
+            merged = rounded(tensor, part, stored, piece, delta)
+        except OverflowError:
+            raise _overflow(tensor) from None
         self._write(tensor, part.row + (0 if part.transposed else piece.row), merged)
 
     def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
@@ -475,5 +477,25 @@ def _silent(*_: object) -> None:
     """Tells nobody."""
 
 
-def _map(pool: ThreadPoolExecutor, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
-    return pool.map(function, numbers)
+def _map(
+    pool: ThreadPoolExecutor, workers: int, function: Callable[[int], Any], numbers: Iterable[int]
+) -> Iterator[Any]:
+    """Like `map`, side by side: every worker takes the next number as soon as it has done its last."""
+    todo = list(numbers)
+    results: list[Any] = [None] * len(todo)
+    places = iter(range(len(todo)))  # handed out under Python's lock, each to one worker
+
+    def work() -> None:
+        try:
+            for place in places:
+                results[place] = function(todo[place])
+        finally:
+            deque(places, maxlen=0)  # after an error nobody takes another one
+
+    futures = [pool.submit(work) for _ in range(min(workers, len(todo)))]
+    try:
+        for each in futures:
+            each.result()
+    finally:
+        deque(places, maxlen=0)
+    return iter(results)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from merger.checkpoint.header import Info
-from merger.checkpoint.writer import Writer, layout
+from merger.checkpoint.layout import layout
+from merger.checkpoint.writer import Writer
 from merger.recipe import byte_size
 
 # hidden, intermediate, layers, attention heads, key-value heads, vocabulary
@@ -71,7 +72,7 @@ def write(path: Path, size: str, expert: int, shard_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(1 << 24, generator=generator)
     tensors = {name: Info("BF16", shape) for name, shape in shapes(size).items()}
-    writer = Writer(path, layout(list(tensors.items()), shard_size), tensors)
+    writer = Writer(path, layout(list(tensors.items()), shard_size), tensors, {})
     writer.open()
     for i, (name, info) in enumerate(tensors.items()):
         for start in range(0, info.elements, 1 << 22):
@@ -81,7 +82,7 @@ def write(path: Path, size: str, expert: int, shard_size: int) -> None:
                 weights = weights.bfloat16() + _cut(pool, i * 104729 + start * 17 + expert * 1299709, count) * 0.001
             writer.write(name, start * 2, memoryview(weights.bfloat16().view(torch.uint8).numpy()))
         writer.done(name)
-    (writer.partial / "config.json").write_text(json.dumps(config(size), indent=2))
+    (writer.folder / "config.json").write_text(json.dumps(config(size), indent=2))
     writer.digests()
     writer.finish(force=True)
 

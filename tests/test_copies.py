@@ -10,13 +10,13 @@ from merger.copies import restored
 SIXTEEN = [torch.bfloat16, torch.float16]
 
 
-def finite(bits, dtype):
-    """Values of these bit patterns, without NaN and infinity, nor any whose differences are infinite in float32."""
+def finite(bits, dtype, output):
+    """Values of these bit patterns, without NaN and infinity, nor any whose differences the output cannot hold."""
     values = bits.to(torch.int16).view(dtype)
-    return torch.where(values.float().abs() <= torch.finfo(torch.float32).max / 4, values, torch.zeros((), dtype=dtype))
+    return torch.where(values.float().abs() <= torch.finfo(output).max / 4, values, torch.zeros((), dtype=dtype))
 
 
-def drawn(seed, dtype, experts=3, count=4096):
+def drawn(seed, dtype, output, experts=3, count=4096):
     """Base and experts of any bit patterns at all; experts near the base, near zero, and -0 among them."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(1 << 15), 1 << 15, (1 + experts, 1, count), generator=generator)
@@ -25,7 +25,7 @@ def drawn(seed, dtype, experts=3, count=4096):
     kind = torch.randint(0, 4, (experts, 1, count), generator=generator)
     bits[1:] = torch.where(kind == 0, near.clamp(-(1 << 15), (1 << 15) - 1), bits[1:])
     bits[1:] = torch.where(kind == 1, small, bits[1:])
-    return finite(bits, dtype), generator
+    return finite(bits, dtype, output), generator
 
 
 def by_definition(stored, base, deltas, delta, dtype):
@@ -40,7 +40,7 @@ def by_definition(stored, base, deltas, delta, dtype):
 @pytest.mark.parametrize("output", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @given(seed=st.integers(0, 1 << 32))
 def test_copies_have_the_bits_of_what_they_are_copies_of(dtype, output, seed):
-    stored, generator = drawn(seed, dtype)
+    stored, generator = drawn(seed, dtype, output)
     values = stored.float()
     base, deltas = values[0], values[1:] - values[0]
     choice = torch.randint(0, 5, base.shape, generator=generator)  # an expert's, none, or a mean of two
@@ -50,6 +50,15 @@ def test_copies_have_the_bits_of_what_they_are_copies_of(dtype, output, seed):
     found = restored(stored, base, deltas, delta, output)
     bits = {2: torch.int16, 4: torch.int32}[expected.element_size()]
     assert torch.equal(found.view(bits), expected.view(bits))
+
+
+@pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32], ids=str)
+def test_what_the_output_cannot_hold_is_an_overflow(dtype):
+    stored = torch.full((2, 1, 3), torch.finfo(dtype).max / 2, dtype=dtype)
+    stored[1] = 0
+    base, delta = stored[0].float(), stored[0].float() * 3
+    with pytest.raises(OverflowError, match="overflow torch"):
+        restored(stored, base, stored[1:].float() - base, delta, dtype)
 
 
 def test_a_value_too_small_for_the_sum_comes_back():

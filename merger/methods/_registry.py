@@ -156,6 +156,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+@cache
 def supplied(function: Callable[..., Any]) -> tuple[str, ...]:
     """The runner's side of a signature: the names before the ``*``."""
     each = inspect.signature(function).parameters.values()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Numbers
 from merger.methods._registry import merger
+from merger.ops import anchored_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +26,4 @@ def mean(deltas: Tensor, *, weight: Numbers = 1) -> Tensor:
 
     (4, -3) and (-2, -4) make (1, -3.5).
     """
-    total = sum(weight)
-    merged = deltas[0].clone()
-    for other, w in zip(deltas[1:], weight[1:], strict=True):
-        merged += (other - deltas[0]).mul_(float(w / total))
-    return merged
+    return anchored_mean(deltas, weight)

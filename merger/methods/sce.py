@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Share
 from merger.methods._registry import merger
-from merger.methods.sign_elect import mean_of_agreeing
-from merger.ops import Flow, Sum, keep, select, summed
+from merger.ops import Flow, Sum, keep, mean_of_agreeing, select, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

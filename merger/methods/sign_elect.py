@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.methods._parameters import Numbers
 from merger.methods._registry import merger
-from merger.ops import Flow, Sum, Whole, column, summed, weighted_mean
+from merger.ops import Flow, Sum, Whole, column, mean_of_agreeing, summed, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,24 +26,14 @@ def sign_elect(
     Where the sum is exactly 0 nobody agrees; `zero_sign` may elect + or the majority of all elected
     signs (over `scope`) instead. (4, -3), (-2, -4) and (1, 2) make (2.5, -3.5).
     """
+    elected = weighted_sum(deltas, weight)
     weights = column(weight, deltas)
-    elected = summed(deltas * weights).sign()
     if zero_sign == "majority":
-        majority = (yield Sum(elected.double().sum(), scope)).sign().to(elected)
+        majority = (yield Sum(elected.sign().double().sum(), scope)).sign().to(elected)
         elected = elected.where(elected != 0, majority)
     elif zero_sign == "positive":
         elected = elected.where(elected != 0, 1)
     if merge == "mean":
         return mean_of_agreeing(deltas, elected, weights)
-    agree = _agreeing(deltas, elected)
-    return elected * (deltas.abs() * agree).amax(0) if merge == "max" else summed(deltas * (weights * agree))
-
-
-def mean_of_agreeing(deltas: Tensor, elected: Tensor, weights: Tensor) -> Tensor:
-    """The mean, by ``weights`` [k 1 1], of the deltas [k r c] that have the ``elected`` sign [r c], or 0."""
-    return weighted_mean(deltas, weights * _agreeing(deltas, elected))
-
-
-def _agreeing(deltas: Tensor, elected: Tensor) -> Tensor:
-    """1 where an expert has the elected sign, else 0."""
-    return (deltas.sign() * elected).clamp_(min=0)
+    agree = (deltas.sign() * elected.sign()).clamp_(min=0)
+    return elected.sign() * (deltas.abs() * agree).amax(0) if merge == "max" else summed(deltas * (weights * agree))

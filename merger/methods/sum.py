@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Numbers
 from merger.methods._registry import merger
-from merger.ops import column, summed
+from merger.ops import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,4 +15,4 @@ if TYPE_CHECKING:
 @merger()
 def sum_(deltas: Tensor, *, weight: Numbers = 1) -> Tensor:
     """The weighted sum of the task vectors: (4, -3) and (-2, -4) make (2, -7)."""
-    return summed(deltas * column(weight, deltas))
+    return weighted_sum(deltas, weight)

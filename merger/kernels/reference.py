@@ -1,0 +1,135 @@
+"""The loops in torch: what native.c does, on any device, bit for bit.
+
+Shapes: k experts, r rows, c columns; [n] is any shape, in one piece or not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger._lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HIGH = 1 << 15  # values of the high half of a non-negative float32
+LOW = 1 << 16
+
+
+class Reference:
+    """The loops over tensors of any device and dtype."""
+
+    def difference(self, stored: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Base [r c] and deltas [k r c] in float32 of what is ``stored`` [1+k r c]; whether all are finite."""
+        values = stored.to(torch.float32, copy=True)
+        base, deltas = values[0], values[1:].sub_(values[0])
+        return base, deltas, bool(torch.isfinite(base).all() and torch.isfinite(deltas).all())
+
+    def restored(self, stored: Tensor, base: Tensor, deltas: Tensor, delta: Tensor) -> tuple[Tensor, bool]:
+        """base + delta [r c] rounded to the dtype of ``stored``; its bits where delta is zero or exactly one expert's.
+
+        Where several experts have that delta the last one's bits are taken. Also says whether all is finite.
+        """
+        merged = (base + delta).to(stored.dtype)
+        for own, change in zip(stored[1:], deltas, strict=True):
+            merged = torch.where(delta == change, own, merged)
+        merged = torch.where(delta == 0, stored[0], merged)
+        return merged, bool(torch.isfinite(merged).all())
+
+    def keys_of(self, scores: Tensor) -> Tensor:
+        """Non-negative scores as the integers that sort as they do: int32 [n]."""
+        return scores.float().contiguous().view(torch.int32)
+
+    def tally_high(self, keys: Tensor, free: Tensor | None) -> Tensor:
+        """How often each high half of a key occurs among the ``free`` ones, per expert: int32 [k 32768]."""
+        return torch.stack([_counted(own >> 16, HIGH) for own in _free_ones(keys, free)])
+
+    def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int]) -> Tensor:
+        """How often each low half occurs among the free keys with the expert's high half: int32 [k 65536]."""
+        several = zip(_free_ones(keys, free), buckets, strict=True)
+        return torch.stack([_counted(own[own >> 16 == bucket] & 0xFFFF, LOW) for own, bucket in several])
+
+    def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> list[int]:
+        """How many free keys of each expert are exactly its ``last``."""
+        return [int((own == key).sum()) for own, key in zip(_free_ones(keys, free), last, strict=True)]
+
+    def mark_top(self, keys: Tensor, free: Tensor | None, last: list[int], room: list[int]) -> Tensor:
+        """Marks the free keys above ``last``, and the first ``room`` of those that equal it: bool [k n]."""
+        kept = torch.empty_like(keys, dtype=torch.bool)
+        for k, (own, level, space) in enumerate(zip(keys, last, room, strict=True)):
+            equal = own == level if free is None else (own == level) & free[k]
+            above = own > level if free is None else (own > level) & free[k]
+            first = equal.flatten().cumsum(0, dtype=torch.int32).view_as(equal) <= space
+            kept[k] = above | (equal & first)
+        return kept
+
+    def top_of_rows(self, scores: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
+        """Each row's ``wanted`` [k r] highest free scores [k r c], all the free ones where there are fewer.
+
+        Equal scores go to the lower column. Returns bool [k r c].
+        """
+        barred = torch.where(free, scores.float(), -1.0)
+        wanted = torch.minimum(wanted, free.sum(-1)).unsqueeze(-1)
+        last = barred.sort(-1).values.gather(-1, (barred.shape[-1] - wanted).clamp(max=barred.shape[-1] - 1))
+        above, equal = barred > last, barred == last
+        room = wanted - above.sum(-1, keepdim=True)
+        kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+        return kept & (wanted > 0)
+
+    def ranks_of_rows(self, scores: Tensor) -> Tensor:
+        """Each element's place in its row [k r c], 0 for the highest score; equal scores rank by column."""
+        places = self.keys_of(scores).sort(dim=-1, descending=True, stable=True).indices
+        columns = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int32)
+        return torch.empty_like(places, dtype=torch.int32).scatter_(-1, places, columns.expand_as(places))
+
+    def keep(self, deltas: Tensor, kept: Tensor) -> Tensor:
+        """The deltas where ``kept`` is true, +0 elsewhere. [n]"""
+        return torch.where(kept, deltas, 0)
+
+    def weighted_sum(self, deltas: Tensor, weights: Tensor) -> Tensor:
+        """The sum of deltas [k r c] times weights [k], always in the experts' order: [r c].
+
+        torch's own sum over five or more associates by the slice's shape, so its last bit would depend on how a tensor
+        was cut.
+        """
+        total = deltas[0] * weights[0]
+        for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+            total += delta * weight
+        return total
+
+    def anchored_sum(self, deltas: Tensor, weights: Tensor) -> Tensor:
+        """The first delta, and of the others [k r c] what they add to it times their weights [k]: [r c]."""
+        total = deltas[0].clone()
+        for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+            total += (delta - deltas[0]) * weight
+        return total
+
+    def mean_of_agreeing(self, deltas: Tensor, elected: Tensor, weights: Tensor) -> Tensor:
+        """The mean by weights [k] of the deltas [k r c] that have the sign of ``elected`` [r c], or 0: [r c]."""
+        sign = elected.sign()
+        shares = torch.where((deltas.sign() == sign) & (sign != 0), weights.view(-1, 1, 1), 0)
+        together = self.weighted_sum(shares, torch.ones_like(weights))
+        shares = shares / together.masked_fill(together == 0, 1)
+        return self.weighted_sum(deltas * shares, torch.ones_like(weights))
+
+    def uniforms(self, key: bytes, start: int, size: int, *, double: bool) -> Tensor:
+        """``size`` uniforms in [0, 1) from number ``start`` on of the Philox4x64-10 stream of a key of 16 bytes.
+
+        float32 takes 24 bits of each 32-bit half, low half first; float64 takes 53 of each word.
+        """
+        import numpy
+
+        bits = numpy.random.Philox(key=numpy.frombuffer(key, "<u8"))
+        lanes = 4 if double else 8  # uniforms in one 256-bit step of the counter
+        bits.advance(start // lanes)
+        skip = start % lanes
+        dtype = numpy.float64 if double else numpy.float32
+        return torch.from_numpy(numpy.random.Generator(bits).random(skip + size, dtype=dtype)[skip:])
+
+
+def _free_ones(keys: Tensor, free: Tensor | None) -> list[Tensor]:
+    return [own.flatten() if free is None else own[free[k]] for k, own in enumerate(keys)]
+
+
+def _counted(bins: Tensor, size: int) -> Tensor:
+    return torch.bincount(bins, minlength=size).to(torch.int32)

@@ -1,0 +1,108 @@
+"""The compiled loops give the bits of their twins in torch."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from merger import kernels
+from merger.kernels import Native, Reference
+
+pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
+
+native, reference = Native(), Reference()
+FEW = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 2.0, 1e-30, -3e38])  # many equal ones, and both ends
+ANY = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def stacks(draw: st.DrawFn, *, positive: bool = False) -> torch.Tensor:
+    """Of up to four experts, and up to as many elements as need several vectors and a rest. [k r c]"""
+    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 70)))
+    values = torch.from_numpy(draw(arrays(numpy.float32, shape, elements=draw(st.sampled_from([FEW, ANY])))))
+    return values.abs() if positive else values
+
+
+def masks_of(scores: torch.Tensor, draw: st.DataObject) -> torch.Tensor | None:
+    """Which positions are free: bool [k r c], or None for all of them."""
+    if not draw.draw(st.booleans()):
+        return None
+    return torch.from_numpy(draw.draw(arrays(numpy.bool_, tuple(scores.shape))))
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same type and bits; -0 is not 0."""
+    return one.dtype == other.dtype and torch.equal(one, other) and torch.equal(one.signbit(), other.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@given(values=stacks())
+def test_reading_gives_the_same_deltas(values: torch.Tensor, dtype: torch.dtype) -> None:
+    stored = torch.cat([values, values.flip(-1)]).to(dtype)
+    base, deltas, finite = native.difference(stored)
+    expected_base, expected, expected_finite = reference.difference(stored)
+    assert finite == expected_finite
+    if finite:
+        assert same_bits(base, expected_base)
+        assert same_bits(deltas, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@given(values=stacks(), pick=st.integers(0, 5))
+def test_writing_rounds_and_restores_the_same_bits(values: torch.Tensor, dtype: torch.dtype, pick: int) -> None:
+    stored = torch.cat([values, values.flip(-1)]).to(dtype)
+    base, deltas, finite = reference.difference(stored)
+    delta = [*deltas, deltas.mean(0), torch.zeros_like(base)][pick % (len(deltas) + 2)]
+    merged, whole = native.restored(stored, base, deltas, delta)
+    expected, expected_whole = reference.restored(stored, base, deltas, delta)
+    if finite:
+        assert whole == (expected_whole and bool(torch.isfinite(delta).all()))
+        assert not whole or same_bits(merged, expected)
+
+
+@given(scores=stacks(positive=True), data=st.data())
+def test_selection_counts_and_marks_the_same(scores: torch.Tensor, data: st.DataObject) -> None:
+    free = masks_of(scores, data)
+    keys = reference.keys_of(scores)
+    last = [int(data.draw(st.sampled_from(own.flatten().tolist()))) for own in keys]
+    room = [data.draw(st.integers(-1, 5)) for _ in keys]
+    buckets = [level >> 16 for level in last]
+    assert same_bits(native.tally_high(keys, free), reference.tally_high(keys, free))
+    assert same_bits(native.tally_low(keys, free, buckets), reference.tally_low(keys, free, buckets))
+    assert native.count_equal(keys, free, last) == reference.count_equal(keys, free, last)
+    assert same_bits(native.mark_top(keys, free, last, room), reference.mark_top(keys, free, last, room))
+
+
+@given(scores=stacks(positive=True), data=st.data())
+def test_rows_keep_and_rank_the_same(scores: torch.Tensor, data: st.DataObject) -> None:
+    free = masks_of(scores, data)
+    open_ = torch.ones_like(scores, dtype=torch.bool) if free is None else free
+    wanted = torch.from_numpy(data.draw(arrays(numpy.int64, tuple(scores.shape[:2]), elements=st.integers(0, 80))))
+    assert same_bits(native.top_of_rows(scores, wanted, open_), reference.top_of_rows(scores, wanted, open_))
+    assert same_bits(native.ranks_of_rows(scores), reference.ranks_of_rows(scores))
+
+
+@given(deltas=stacks(), data=st.data())
+def test_sums_over_the_experts_are_the_same(deltas: torch.Tensor, data: st.DataObject) -> None:
+    weights = torch.tensor(
+        data.draw(st.lists(FEW.filter(lambda w: abs(w) < 10), min_size=len(deltas), max_size=len(deltas)))
+    )
+    elected = reference.weighted_sum(deltas, weights)
+    assert same_bits(native.weighted_sum(deltas, weights), elected)
+    assert same_bits(native.anchored_sum(deltas, weights), reference.anchored_sum(deltas, weights))
+    kept = data.draw(arrays(numpy.bool_, tuple(deltas.shape)))
+    assert same_bits(native.keep(deltas, torch.from_numpy(kept)), reference.keep(deltas, torch.from_numpy(kept)))
+    if torch.isfinite(elected).all():
+        mine, twin = (each.mean_of_agreeing(deltas, elected, weights) for each in (native, reference))
+        assert torch.equal(mine.nan_to_num(), twin.nan_to_num())
+
+
+@given(key=st.binary(min_size=16, max_size=16), start=st.integers(0, 1 << 40), size=st.integers(0, 40))
+def test_draws_are_those_of_numpys_philox(key: bytes, start: int, size: int) -> None:
+    for double in (False, True):
+        drawn = native.uniforms(key, start, size, double=double)
+        assert same_bits(drawn, reference.uniforms(key, start, size, double=double))
