@@ -29,16 +29,16 @@ def write(path, records):
     return path
 
 
-def text_of(folder, kind="answers", **changes):
+def text_of(folder, kind="answers", tasks=TASKS, **changes):
     """A recipe for the demo's models, with data of a kind to judge by."""
     data = folder / "data"
     written = {
         "base": str(folder / "models" / "base"),
-        "experts": {task: str(folder / "models" / task) for task in TASKS},
+        "experts": {task: str(folder / "models" / task) for task in tasks},
         "method": "ties",
-        "calibration": {"data": {task: str(data / f"{task}.jsonl") for task in TASKS}, "samples": 8, "max_tokens": 32},
+        "calibration": {"data": {task: str(data / f"{task}.jsonl") for task in tasks}, "samples": 8, "max_tokens": 32},
         "evaluation": {
-            "data": {task: str(data / f"{task}.{kind}.jsonl") for task in TASKS},
+            "data": {task: str(data / f"{task}.{kind}.jsonl") for task in tasks},
             "samples": 10,
             "dtype": "float32",
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from merger.anatomy import text_config
 from merger.calibration.texts import load_tokenizer
@@ -32,12 +32,16 @@ class Panel:
         self.judge = Judge(tuple(prepare(task, tokenizer, limit) for task in tasks), tokenizer, ends)
 
     def references(self) -> Iterator[Entry]:
-        """The base, then the experts in the recipe's order."""
+        """What the base does, then what the experts do, in the recipe's order."""
+        for label, model in self.models():
+            yield Entry(label, kind_of(label), self.outcomes(model, label))
+
+    def models(self) -> Iterator[tuple[str, Any]]:
+        """The base and the experts as transformers models, one after the other."""
         models = open_models(self.family, offline=self.bench.way.offline, headers_only=False)
         try:
             for label, model in models.items():
-                found = self._outcomes(self.bench.model_of(model), label)
-                yield Entry(label, "base" if label == "base" else "expert", found)
+                yield label, self.bench.model_of(model)
         finally:
             for model in models.values():
                 model.close()
@@ -45,12 +49,18 @@ class Panel:
     def merge(self, label: str, subject: Recipe | Path, setting: str = "") -> Entry:
         """A merge: made in memory of a recipe, or read from a folder."""
         if isinstance(subject, Recipe):
-            return Entry(label, "merge", self._outcomes(self.bench.merged(subject)[0], label), setting)
+            return Entry(label, "merge", self.outcomes(self.bench.merged(subject)[0], label), setting)
         with _open(self.bench, str(subject), None, label, Path()) as checkpoint:
-            return Entry(label, "merge", self._outcomes(self.bench.model_of(checkpoint), label), setting)
+            return Entry(label, "merge", self.outcomes(self.bench.model_of(checkpoint), label), setting)
 
-    def _outcomes(self, model: Any, label: str) -> dict[str, Outcome]:
+    def outcomes(self, model: Any, label: str) -> dict[str, Outcome]:
+        """What a model does, told of under its name."""
         return self.judge.outcomes(model, partial(self.bench.way.progress, f"judging {label}"))
+
+
+def kind_of(label: str) -> Literal["base", "expert"]:
+    """What a model of a family is, by its name in the recipe."""
+    return "base" if label == "base" else "expert"
 
 
 def _open(bench: Bench, model: str, adapter: str | None, label: str, folder: Path) -> Checkpoint:

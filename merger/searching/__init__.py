@@ -24,7 +24,6 @@ from merger.searching.strategies import ENDLESS, STRATEGIES
 
 if TYPE_CHECKING:
     from merger.evaluation.hosting import Bench
-    from merger.evaluation.judging import Panel
     from merger.run import Progress
 
 __all__ = ["Found", "search"]
@@ -89,11 +88,14 @@ def search(
         one = _Search(settings, section, family, split, bench)
         folder.mkdir(parents=True, exist_ok=True)
         record = Record(folder / "trials.jsonl", one.decisive(document), force=force)
-        trials = {name: tuple(one.trials(name, space, record)) for name, space in variants.items()}
+        references = one.references(record)
+        trials = {
+            name: tuple(one.trials(name, space, references["search"], record)) for name, space in variants.items()
+        }
         best = {name: top for name, each in trials.items() if (top := best_of(each)) is not None}
         if not best:
             raise RecipeError(f"{record.path}: no trial made a merge that could be judged; the lines say why")
-        report = one.report(path.stem, variants, best, record)
+        report = one.report(path.stem, variants, best, references["report"], record)
     found = Found(str(folder), settings.objective, trials, best, report)
     results.write(found, folder, variants[found.winner.variant], path)
     return found
@@ -147,9 +149,8 @@ class _Search:
             "versions": versions(),
         }
 
-    def trials(self, variant: str, space: Space, record: Record) -> Iterator[Trial]:
-        """All trials of a variant."""
-        references = self._references("search", self.panel, record)
+    def trials(self, variant: str, space: Space, references: Sequence[Entry], record: Record) -> Iterator[Trial]:
+        """All trials of a variant, given what base and experts do with the search data."""
 
         def judged(space: Space, point: Point) -> tuple[float, dict[str, float], float, float]:
             began = time.monotonic()
@@ -169,9 +170,16 @@ class _Search:
             self.bench.way.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
             yield trial
 
-    def report(self, name: str, variants: Mapping[str, Space], best: Mapping[str, Trial], record: Record) -> Comparison:
-        """The best of every variant on examples that no trial has seen."""
-        entries = self._references("report", self.report_panel, record)
+    def report(
+        self,
+        name: str,
+        variants: Mapping[str, Space],
+        best: Mapping[str, Trial],
+        references: Sequence[Entry],
+        record: Record,
+    ) -> Comparison:
+        """The best of every variant on examples that no trial has seen, beside base and experts."""
+        entries = [*references]
         for variant, trial in best.items():
             setting = results.setting(trial.point)
             key = f"report {variant} {json.dumps(trial.point, sort_keys=True)}"
@@ -182,13 +190,17 @@ class _Search:
             entries.append(Entry(variant or name, "merge", found, setting))
         return compare(self.split.report, entries, self.panel.dtype)
 
-    def _references(self, part: str, panel: Panel, record: Record) -> list[Entry]:
-        """Base and experts, from the record if they are all there."""
+    def references(self, record: Record) -> dict[str, list[Entry]]:
+        """Base and experts by both kinds of data; each model is loaded once, and not at all if it is on record."""
+        from merger.evaluation.judging import kind_of
+
+        panels = {"search": self.panel, "report": self.report_panel}
         names = ["base", *self.family.experts]
-        known = {name: record.outcomes(f"{part} {name}") for name in names}
+        known = {(part, name): record.outcomes(f"{part} {name}") for part in panels for name in names}
         if any(found is None for found in known.values()):
-            for entry in panel.references():
-                if known[entry.model] is None:
-                    known[entry.model] = dict(entry.outcomes)
-                    record.add_outcomes(f"{part} {entry.model}", entry.outcomes)
-        return [Entry(name, "base" if name == "base" else "expert", found or {}) for name, found in known.items()]
+            for name, model in self.panel.models():
+                for part, panel in panels.items():
+                    if known[part, name] is None:
+                        known[part, name] = panel.outcomes(model, name)
+                        record.add_outcomes(f"{part} {name}", known[part, name] or {})
+        return {part: [Entry(name, kind_of(name), known[part, name] or {}) for name in names] for part in panels}
