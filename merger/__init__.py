@@ -18,12 +18,14 @@ from merger._version import VERSION
 
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
+    from merger.evaluation import evaluate
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
     from merger.locking import check_lock, is_done, lock
     from merger.pipeline import merge_tensors
     from merger.planning import Plan, plan
     from merger.recipe import Recipe
     from merger.run import Result, calibrate, merge
+    from merger.searching import search
     from merger.verification import Deep, Verification, verify
 
 __version__ = VERSION
@@ -41,6 +43,7 @@ _HOMES = {
     "Verification": "verification",
     "VerifyError": "errors",
     "calibrate": "run",
+    "evaluate": "evaluation",
     "inspect": "inspection",
     "inspect_merge": "inspection",
     "inspect_model": "inspection",
@@ -50,6 +53,7 @@ _HOMES = {
     "merge": "run",
     "merge_tensors": "pipeline",
     "plan": "planning",
+    "search": "searching",
     "verify": "verification",
 }
 __all__ = [
@@ -66,6 +70,7 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "check_lock",
+    "evaluate",
     "inspect",
     "inspect_merge",
     "inspect_model",
@@ -74,6 +79,7 @@ __all__ = [
     "merge",
     "merge_tensors",
     "plan",
+    "search",
     "verify",
 ]
 
