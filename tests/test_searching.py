@@ -180,7 +180,7 @@ NARROW = {"density": 0.4, "lambda": {"search": {"low": 0.8, "high": 1.2, "step":
 """Three coarse values, and then finer ones beside the best."""
 
 
-CHANGES = {"random": OPEN["parameters"], "tpe": OPEN["parameters"], "two-step": NARROW}
+CHANGES = {"tpe": OPEN["parameters"], "two-step": NARROW}
 
 
 class Killed(BaseException):
@@ -199,7 +199,7 @@ def die_at(monkeypatch, merges):
     monkeypatch.setattr(Bench, "merged", dying)
 
 
-@pytest.mark.parametrize("strategy", ["random", "two-step", "tpe"])
+@pytest.mark.parametrize("strategy", ["two-step", "tpe"])
 def test_a_search_that_is_killed_and_goes_on_ends_with_the_same_trials(demo_folder, tmp_path, monkeypatch, strategy):  # noqa: F811
     if strategy == "tpe":
         pytest.importorskip("optuna")

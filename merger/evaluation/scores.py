@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
 
-from merger.checkpoint.manifest import versions
+from merger.checkpoint import manifest
 from merger.errors import RecipeError, nearest
 from merger.evaluation.measures import Outcome, Outcomes
 from merger.evaluation.tasks import Task
@@ -93,6 +94,11 @@ def compare(tasks: Sequence[Task], entries: Sequence[Entry], dtype: str) -> Comp
         rows = _Resampled(tasks, entries).rows()
     judged = {task.name: Judged(_measure(task), len(task.examples), task.sha256) for task in tasks}
     return Comparison(judged, tuple(rows), dtype, versions(), tuple(notes))
+
+
+def versions() -> dict[str, str]:
+    """What computes: the merge's own, and transformers."""
+    return {**manifest.versions(), "transformers": metadata.version("transformers")}
 
 
 def _measure(task: Task) -> Literal["loss", "accuracy"]:

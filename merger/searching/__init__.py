@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merger.checkpoint.manifest import versions
 from merger.document import Document, read
 from merger.errors import RecipeError
 from merger.evaluation import families, tasks
-from merger.evaluation.scores import Comparison, Entry, check_objective, compare, objective
+from merger.evaluation.scores import Comparison, Entry, check_objective, compare, objective, versions
 from merger.recipe import Evaluation, Recipe, Search, overridden, search_of
 from merger.searching import results
 from merger.searching.loop import Trial, best_of, explore
