@@ -60,15 +60,23 @@ class Sum(_Asked):
 
     then: Callable[[Tensor], Any] | None = None
 
-    def joined(self, total: Tensor | None) -> Tensor:
-        """The sum so far, added to in place; counts of one slice may be int32, sums of them are int64."""
-        if total is not None:
-            return total.add_(self.value)
-        return self.value.long() if self.value.dtype == torch.int32 else self.value.clone()
-
     def answer(self, total: Tensor) -> Any:
         """The sum, or what ``then`` makes of it."""
         return total if self.then is None else self.then(total)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Asks for counts over all slices, which ``add`` adds to int64 ``counters`` of this shape; else as `Sum`."""
+
+    add: Callable[[Tensor], None]
+    counters: tuple[int, ...]
+    scope: Whole = "tensor"
+    then: Callable[[Tensor], Any] | None = None
+
+    def of_all(self, counts: Tensor) -> Sum:
+        """The question when all slices have been counted."""
+        return Sum(counts, self.scope, self.then)
 
 
 class Max(_Asked):
@@ -90,7 +98,7 @@ class Size:
     scope: Whole = "tensor"
 
 
-Question = Sum | Max | Before | Size
+Question = Sum | Tally | Max | Before | Size
 Flow = Generator[Question, Any, T]
 """A computation over one slice that may ask about the whole; its return value is the result."""
 
@@ -191,7 +199,7 @@ def select(
 ) -> Flow[Tensor]:
     """The mask of each expert's highest scores; equal scores go to the lower flat index.
 
-    ``scores`` [k r c] is non-negative, compared as float32; ``density`` is the kept share of each
+    ``scores`` [k r c] rank by their size, compared as float32; ``density`` is the kept share of each
     expert, as a count that is rounded down. With an ``order`` each expert chooses only among
     positions that earlier ones left free, so the masks are disjoint. ``eligible`` [k r c] bars
     positions from the start. Returns bool [k r c].
@@ -234,20 +242,21 @@ def _take(
 def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -> Flow[Tensor]:
     """Exactly ``wanted[k]`` of the free positions, or all of them: a radix selection on the bits.
 
-    A non-negative float32 sorts as its own bit pattern, its key. One tally of the keys' high 16 bits finds
+    A float32 without its sign sorts as its own bit pattern, its key. One tally of the keys' high 16 bits finds
     the bucket of the last one taken, one of the low 16 bits within it finds its exact value, and
     the equal ones are handed out in flat order (methods.md 0.4).
     """
     loops = kernels.of(scores.float())
     keys = loops.keys_of(scores)
-    buckets, left, _ = yield Sum(lambda: loops.tally_high(keys, free), scope, partial(_descend, wanted))
-    levels, left, equal = yield Sum(lambda: loops.tally_low(keys, free, buckets), scope, partial(_descend, left))
+    k, high, low = len(keys), kernels.HIGH, kernels.LOW
+    buckets, left, _ = yield Tally(partial(loops.tally_high, keys, free), (k, high), scope, partial(_descend, wanted))
+    within = partial(loops.tally_low, keys, free, buckets)
+    levels, left, equal = yield Tally(within, (k, low), scope, partial(_descend, left))
     last = [bucket << 16 | level for bucket, level in zip(buckets, levels, strict=True)]
     if left == equal:
         return loops.mark_top(keys, free, last, equal)
-    before = yield Before(lambda: torch.tensor(loops.count_equal(keys, free, last)), scope)
-    room = [n - b for n, b in zip(left, before.tolist(), strict=True)]
-    return loops.mark_top(keys, free, last, room)
+    before = yield Before(partial(loops.count_equal, keys, free, last), scope)
+    return loops.mark_top(keys, free, last, [n - b for n, b in zip(left, before.tolist(), strict=True)])
 
 
 def ordered(values: Tensor, places: Sequence[Sequence[int]], scope: Whole) -> Flow[Tensor]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,11 @@ from merger._lazy import torch
 from merger.copies import restored
 from merger.methods._parameters import Place, resolve, turns
 from merger.methods._registry import Entry, Stage, Takes, entry_of, parameters, supplied
-from merger.ops import Before, Flow, Max, Question, Size, Sum, uniforms
+from merger.ops import Flow, Question, Size, uniforms
+from merger.passes import Sizes, run, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Mapper = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
-"""Like ``map``: calls a function on every slice's number and gives the results in order."""
 
 
 @dataclass(frozen=True)
@@ -249,115 +247,6 @@ def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) 
     if subject.transposed:  # the stream runs over the stored order
         return stacked.view(-1, columns, rows).transpose(1, 2)
     return stacked.view(-1, rows, columns)
-
-
-# --- questions: put to every slice, and for the whole model to every tensor -----------------------
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many elements a share is a share of."""
-
-    tensor: int
-    model: int
-
-    def of(self, scope: str) -> int:
-        """The elements of the tensor, or of all tensors that are ranked together with it."""
-        return self.model if scope == "global" else self.tensor
-
-
-def run(
-    count: int,
-    start: Callable[[int], Flow[None]],
-    *,
-    sizes: Sizes,
-    known: Sequence[Any] = (),
-    hold: bool = False,
-    mapper: Mapper = map,
-) -> Question | None:
-    """Carries the flows of a tensor's ``count`` slices as far as what is ``known`` of the model allows.
-
-    ``start(i)`` is a flow that reads slice i, merges it and puts the result away. With ``hold``
-    unfinished flows stay in memory between questions, else they are started again.
-    Returns None when all is done, or the first question about the model that ``known`` does not
-    answer, with this tensor's part of it.
-    """
-    answers: list[Callable[[int], Any]] = [lambda i: None]  # what starts a generator
-    held: dict[int, tuple[Flow[None], int]] = {}
-    used = 0
-
-    def step(i: int) -> Question | None:
-        running, given = held.pop(i) if i in held else (start(i), 0)
-        try:
-            for answer in answers[given:]:
-                question = running.send(answer(i))
-                while isinstance(question, Size):
-                    question = running.send(sizes.of(question.scope))
-        except StopIteration:
-            return None
-        if hold:
-            held[i] = running, len(answers)
-        if isinstance(question, Sum | Max | Before):
-            question.value  # noqa: B018 - computed here, where slices run side by side
-        return question
-
-    while True:
-        question, total, before = _joined(mapper(step, range(count)))
-        if question is None:
-            return None
-        outside = None
-        if question.scope == "global":
-            if used == len(known):
-                return replace(question, of=total)
-            outside, used = known[used], used + 1
-        answers.append(_answer(question, total, before, outside))
-
-
-def _joined(questions: Iterable[Question | None]) -> tuple[Sum | Max | Before | None, Any, list[Any]]:
-    """One question in all slices' name, its values as one, and for `Before` what is ahead of each slice."""
-    asked, total, before = None, None, []
-    for question in questions:
-        if isinstance(question, Sum | Max | Before):
-            asked = question
-            if isinstance(question, Before):
-                before.append(torch.zeros_like(question.value) if total is None else total)
-            total = question.joined(total)
-    return asked, total, before
-
-
-def _answer(question: Sum | Max | Before, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
-    if isinstance(question, Before):
-        return lambda i: before[i] + (0 if outside is None else outside)
-    answer = question.answer(total if outside is None else outside)
-    return lambda i: answer
-
-
-def settle(
-    groups: Sequence[Hashable],
-    visit: Callable[[int, Sequence[Any]], Question | None],
-    mapper: Mapper = map,
-) -> None:
-    """Visits every tensor until none has an open question about all tensors of its group.
-
-    ``visit(i, known)`` is `run` on tensor i. Tensors are visited in order, which for a shared
-    ranking is the canonical one: equal scores go to the earlier tensor (methods.md 0.4).
-    """
-    known: list[list[Any]] = [[] for _ in groups]
-    waiting = list(range(len(groups)))
-    while waiting:
-        totals: dict[Hashable, Any] = {}
-        asked: list[int] = []
-        for i, question in zip(waiting, mapper(lambda i: visit(i, known[i]), waiting), strict=True):
-            if isinstance(question, Sum | Max | Before):
-                total = totals.get(groups[i])
-                ahead = torch.zeros_like(question.value) if total is None else total
-                known[i].append(ahead if isinstance(question, Before) else None)
-                totals[groups[i]] = question.joined(total)
-                asked.append(i)
-        for i in asked:
-            if known[i][-1] is None:
-                known[i][-1] = totals[groups[i]]
-        waiting = asked
 
 
 def step_rows(columns: int, stages: Sequence[Bound], elements: int) -> int:

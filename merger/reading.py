@@ -15,7 +15,8 @@ from merger.copies import restored
 from merger.errors import CheckpointError
 from merger.machine import Machine, bytes_held, slice_rows
 from merger.ops import Flow, Question
-from merger.pipeline import Mapper, Sizes, Slice, Subject, run
+from merger.passes import Mapper, Sizes, run
+from merger.pipeline import Slice, Subject
 from merger.planning import Part, Plan, TensorPlan
 from merger.statistics import Statistics, inputs_of
 

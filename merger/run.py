@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,8 @@ from merger.machine import (
     tuned,
 )
 from merger.ops import Flow, Question
-from merger.pipeline import Slice, Subject, flow, settle
+from merger.passes import settle
+from merger.pipeline import Slice, Subject, flow
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.reading import Reader, rounded
@@ -296,14 +297,12 @@ class _Merge:
 
     def _settle(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
         work = [(tensor, part) for tensor in tensors for part in tensor.parts]
-        reader = Reader(
-            self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices, self.machine.workers)
-        )
+        reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
         with tuned():
             settle(
                 [tensor.group for tensor, _ in work],
                 lambda i, known: self._visit(reader, *work[i], known),
-                partial(_map, pool, self.machine.in_flight),
+                partial(_map, pool),
             )
             for tensor in tensors:
                 if not tensor.parts:  # packed experts, but none of them
@@ -477,25 +476,5 @@ def _silent(*_: object) -> None:
     """Tells nobody."""
 
 
-def _map(
-    pool: ThreadPoolExecutor, workers: int, function: Callable[[int], Any], numbers: Iterable[int]
-) -> Iterator[Any]:
-    """Like `map`, side by side: every worker takes the next number as soon as it has done its last."""
-    todo = list(numbers)
-    results: list[Any] = [None] * len(todo)
-    places = iter(range(len(todo)))  # handed out under Python's lock, each to one worker
-
-    def work() -> None:
-        try:
-            for place in places:
-                results[place] = function(todo[place])
-        finally:
-            deque(places, maxlen=0)  # after an error nobody takes another one
-
-    futures = [pool.submit(work) for _ in range(min(workers, len(todo)))]
-    try:
-        for each in futures:
-            each.result()
-    finally:
-        deque(places, maxlen=0)
-    return iter(results)
+def _map(pool: ThreadPoolExecutor, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+    return pool.map(function, numbers)

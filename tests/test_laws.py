@@ -20,7 +20,8 @@ from tiny import bits
 from merger.methods._parameters import Place
 from merger.methods._registry import ENTRIES, SCORES, checked, parameters
 from merger.ops import Before, Size, Sum
-from merger.pipeline import Inputs, Sizes, Slice, Subject, bind, expand, flow, merge_tensors
+from merger.passes import Sizes
+from merger.pipeline import Inputs, Slice, Subject, bind, expand, flow, merge_tensors
 
 every = pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
 EXPERTS = "abcde"

@@ -4,7 +4,8 @@ import torch
 
 from merger.methods._parameters import Place
 from merger.methods._registry import checked
-from merger.pipeline import Inputs, Sizes, merge_tensors, run, settle
+from merger.passes import Sizes, run, settle
+from merger.pipeline import Inputs, merge_tensors
 
 NAME = "layers.0.w"
 

@@ -26,7 +26,8 @@ from merger.inspection.measures import (
 )
 from merger.machine import Machine, tuned
 from merger.ops import Flow, Question
-from merger.pipeline import Slice, Subject, flow, settle
+from merger.passes import settle
+from merger.pipeline import Slice, Subject, flow
 from merger.planning import Part, Plan, TensorPlan
 from merger.reading import Reader, rounded
 from merger.statistics import Statistics

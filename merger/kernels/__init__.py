@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.kernels import native
 from merger.kernels.native import Native
-from merger.kernels.reference import Reference
+from merger.kernels.reference import HIGH, LOW, Reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Native", "Reference", "compiled", "for_draws", "for_stored", "of"]
+__all__ = ["HIGH", "LOW", "Native", "Reference", "compiled", "for_draws", "for_stored", "of"]
 
 _NATIVE, _REFERENCE = Native(), Reference()
 

@@ -1,7 +1,7 @@
 /* The loops in which a merge spends its time. Each has a twin in reference.py that gives the same bits.
  *
- * Arrays lie in one piece: k experts of n elements each. Scores and keys are non-negative float32, which sort
- * as their own bit patterns. Nothing here allocates but a row's scratch, keeps state, or starts a thread.
+ * Arrays lie in one piece: k experts of n elements each. A score ranks by its size, and a float32 without its sign
+ * sorts as its own bit pattern: its key. Nothing here allocates but a row's scratch, keeps state, or starts a thread.
  * Built without contraction and without fast-math: a * b + c rounds twice, as it does in torch.
  */
 #include <stdint.h>
@@ -97,51 +97,83 @@ RESTORED(uint16_t, f16)
 
 /* --- selection: the top of a score, as a count ------------------------------------------------ */
 
-/* Adds to tally [32768] how often each high half of a key occurs among the free ones (free may be NULL). */
-void tally_high(const uint32_t *keys, const uint8_t *is_free, int64_t n, int32_t *tally) {
-    if (is_free)
-        for (int64_t i = 0; i < n; i++) tally[keys[i] >> 16 & 0x7FFF] += is_free[i];
-    else
-        for (int64_t i = 0; i < n; i++) tally[keys[i] >> 16 & 0x7FFF]++;
-}
+#define KEY(i) (own[i] & ABSOLUTE)
+#define EACH_EXPERT                                                  \
+    const uint32_t *own = keys + e * n;                              \
+    const uint8_t *open = is_free ? is_free + e * n : NULL;
 
-/* Adds to tally [65536] how often each low half occurs among the free keys whose high half is bucket. */
-CLONES void tally_low(const uint32_t *keys, const uint8_t *is_free, int64_t n, int64_t bucket, int32_t *tally) {
-    uint16_t inside[PIECE];
-    for (int64_t start = 0; start < n; start += PIECE) {
-        int64_t stop = least(start + PIECE, n), found = 0;
-        for (int64_t i = start; i < stop; i++) {
-            inside[found] = (uint16_t)keys[i];
-            found += (keys[i] >> 16) == (uint32_t)bucket && (!is_free || is_free[i]);
-        }
-        for (int64_t j = 0; j < found; j++) tally[inside[j]]++;
+/* Adds to tally [k 32768] how often each high half of a key occurs among the free ones (is_free may be NULL). */
+int64_t tally_high(const uint32_t *keys, const uint8_t *is_free, int64_t k, int64_t n, int64_t *tally) {
+    for (int64_t e = 0; e < k; e++, tally += 32768) {
+        EACH_EXPERT
+        if (open)
+            for (int64_t i = 0; i < n; i++) tally[KEY(i) >> 16] += open[i];
+        else
+            for (int64_t i = 0; i < n; i++) tally[KEY(i) >> 16]++;
     }
+    return 1;
 }
 
-/* How many free keys are exactly last. */
-CLONES int64_t count_equal(const uint32_t *keys, const uint8_t *is_free, int64_t n, int64_t last) {
+/* Adds to tally [k 65536] how often each low half occurs among the free keys whose high half is the bucket. */
+CLONES int64_t tally_low(const uint32_t *keys, const uint8_t *is_free, const int64_t *bucket, int64_t k, int64_t n,
+                         int64_t *tally) {
+    uint16_t inside[PIECE];
+    for (int64_t e = 0; e < k; e++, tally += 65536) {
+        EACH_EXPERT
+        uint32_t wanted = (uint32_t)bucket[e];
+        for (int64_t start = 0; start < n; start += PIECE) {
+            int64_t stop = least(start + PIECE, n), found = 0;
+            for (int64_t i = start; i < stop; i++) {
+                inside[found] = (uint16_t)own[i];
+                found += KEY(i) >> 16 == wanted && (!open || open[i]);
+            }
+            for (int64_t j = 0; j < found; j++) tally[inside[j]]++;
+        }
+    }
+    return 1;
+}
+
+static inline int64_t equal_ones(const uint32_t *own, const uint8_t *open, int64_t n, uint32_t level) {
     int64_t equal = 0;
-    if (is_free)
-        for (int64_t i = 0; i < n; i++) equal += (keys[i] == (uint32_t)last) & is_free[i];
+    if (open)
+        for (int64_t i = 0; i < n; i++) equal += (KEY(i) == level) & open[i];
     else
-        for (int64_t i = 0; i < n; i++) equal += keys[i] == (uint32_t)last;
+        for (int64_t i = 0; i < n; i++) equal += KEY(i) == level;
     return equal;
 }
 
-/* Marks the free keys above last, and the first `room` of those that equal it. */
-CLONES void mark_top(const uint32_t *keys, const uint8_t *is_free, int64_t n, int64_t last, int64_t room,
-                     uint8_t *kept) {
-    int64_t equal = room <= 0 ? 0 : count_equal(keys, is_free, n, last);
-    uint32_t level = (uint32_t)last, from = equal && room >= equal ? level : level + 1;
-    for (int64_t i = 0; i < n; i++) kept[i] = keys[i] >= from;
-    if (is_free)
-        for (int64_t i = 0; i < n; i++) kept[i] &= is_free[i];
+/* How many free keys of each expert are exactly its last. */
+CLONES int64_t count_equal(const uint32_t *keys, const uint8_t *is_free, const int64_t *last, int64_t k, int64_t n,
+                           int64_t *equal) {
+    for (int64_t e = 0; e < k; e++) {
+        EACH_EXPERT
+        equal[e] = equal_ones(own, open, n, (uint32_t)last[e]);
+    }
+    return 1;
+}
+
+static inline void mark(const uint32_t *own, const uint8_t *open, int64_t n, uint32_t level, int64_t room, uint8_t *kept) {
+    int64_t equal = room <= 0 ? 0 : equal_ones(own, open, n, level);
+    uint32_t from = equal && room >= equal ? level : level + 1;
+    for (int64_t i = 0; i < n; i++) kept[i] = KEY(i) >= from;
+    if (open)
+        for (int64_t i = 0; i < n; i++) kept[i] &= open[i];
     if (from == level || !equal) return;
     for (int64_t i = 0; room && i < n; i++)
-        if (keys[i] == level && (!is_free || is_free[i])) {
+        if (KEY(i) == level && (!open || open[i])) {
             kept[i] = 1;
             room--;
         }
+}
+
+/* Marks the free keys above last, and the first room[e] of those that equal it. */
+CLONES int64_t mark_top(const uint32_t *keys, const uint8_t *is_free, const int64_t *last, const int64_t *room, int64_t k,
+                        int64_t n, uint8_t *kept) {
+    for (int64_t e = 0; e < k; e++) {
+        EACH_EXPERT
+        mark(own, open, n, (uint32_t)last[e], room[e], kept + e * n);
+    }
+    return 1;
 }
 
 /* The key of the wanted-th highest of a row: found by halving, since counting what is above is the one thing
@@ -169,7 +201,7 @@ CLONES int64_t top_of_rows(const uint32_t *scores, const uint8_t *is_free, const
     for (int64_t r = 0; r < rows; r++, scores += n, is_free += n, kept += n) {
         int64_t free_ones = 0;
         for (int64_t i = 0; i < n; i++) {
-            keys[i] = is_free[i] ? scores[i] + 1 : 0;
+            keys[i] = is_free[i] ? (scores[i] & ABSOLUTE) + 1 : 0;
             free_ones += is_free[i];
         }
         if (wanted[r] <= 0) memset(kept, 0, (size_t)n);
@@ -177,7 +209,7 @@ CLONES int64_t top_of_rows(const uint32_t *scores, const uint8_t *is_free, const
         else {
             int64_t room = 0;
             uint32_t last = last_taken(keys, n, wanted[r], &room);
-            mark_top(keys, NULL, n, last, room, kept);
+            mark(keys, NULL, n, last, room, kept);
         }
     }
     free(keys);
@@ -191,7 +223,7 @@ int64_t ranks_of_rows(const uint32_t *keys, int64_t rows, int64_t n, int32_t *ra
     for (int64_t r = 0; r < rows; r++, keys += n, ranks += n) {
         uint32_t counts[3][2048] = {{0}};
         for (int64_t i = 0; i < n; i++) {
-            uint32_t key = ABSOLUTE - keys[i]; /* the highest first */
+            uint32_t key = ABSOLUTE - (keys[i] & ABSOLUTE); /* the highest first */
             items[i] = (uint64_t)key << 32 | (uint32_t)i;
             for (int d = 0; d < 3; d++) counts[d][key >> 11 * d & 2047]++;
         }
@@ -210,12 +242,13 @@ int64_t ranks_of_rows(const uint32_t *keys, int64_t rows, int64_t n, int32_t *ra
 /* --- arithmetic over the experts -------------------------------------------------------------- */
 
 /* The deltas where kept, +0 elsewhere. */
-CLONES void keep(const uint32_t *deltas, const uint8_t *kept, int64_t n, uint32_t *out) {
+CLONES int64_t keep(const uint32_t *deltas, const uint8_t *kept, int64_t n, uint32_t *out) {
     for (int64_t i = 0; i < n; i++) out[i] = kept[i] ? deltas[i] : 0;
+    return 1;
 }
 
 /* The sum over the experts of delta * weight, in their order. */
-CLONES void weighted_sum(const float *deltas, const float *weights, int64_t k, int64_t n, float *out) {
+CLONES int64_t weighted_sum(const float *deltas, const float *weights, int64_t k, int64_t n, float *out) {
     for (int64_t start = 0; start < n; start += PIECE) {
         int64_t stop = least(start + PIECE, n);
         for (int64_t i = start; i < stop; i++) out[i] = deltas[i] * weights[0];
@@ -224,10 +257,11 @@ CLONES void weighted_sum(const float *deltas, const float *weights, int64_t k, i
             for (int64_t i = start; i < stop; i++) out[i] += delta[i] * weights[e];
         }
     }
+    return 1;
 }
 
 /* The first expert's delta, and of the others what they add to it, times their weights. */
-CLONES void anchored_sum(const float *deltas, const float *weights, int64_t k, int64_t n, float *out) {
+CLONES int64_t anchored_sum(const float *deltas, const float *weights, int64_t k, int64_t n, float *out) {
     for (int64_t start = 0; start < n; start += PIECE) {
         int64_t stop = least(start + PIECE, n);
         for (int64_t i = start; i < stop; i++) out[i] = deltas[i];
@@ -236,6 +270,7 @@ CLONES void anchored_sum(const float *deltas, const float *weights, int64_t k, i
             for (int64_t i = start; i < stop; i++) out[i] += (delta[i] - deltas[i]) * weights[e];
         }
     }
+    return 1;
 }
 
 static inline float agreeing(float delta, float elected, float weight) {
@@ -243,7 +278,7 @@ static inline float agreeing(float delta, float elected, float weight) {
 }
 
 /* The mean, by their weights, of the deltas that have the elected sign; 0 where nobody has it. */
-CLONES void mean_of_agreeing(const float *deltas, const float *elected, const float *weights, int64_t k, int64_t n,
+CLONES int64_t mean_of_agreeing(const float *deltas, const float *elected, const float *weights, int64_t k, int64_t n,
                              float *out) {
     float together[PIECE];
     for (int64_t start = 0; start < n; start += PIECE) {
@@ -261,6 +296,7 @@ CLONES void mean_of_agreeing(const float *deltas, const float *elected, const fl
                 mean[i] = e ? mean[i] + term : term;
             }
     }
+    return 1;
 }
 
 /* --- draws ------------------------------------------------------------------------------------ */
@@ -283,7 +319,7 @@ static inline void philox(uint64_t step, uint64_t key0, uint64_t key1, uint64_t 
 }
 
 /* Uniforms of 24 bits from both halves of each word, low half first: numbers start to start + n of the stream. */
-void uniforms_f32(uint64_t key0, uint64_t key1, int64_t start, int64_t n, float *out) {
+int64_t uniforms_f32(uint64_t key0, uint64_t key1, int64_t start, int64_t n, float *out) {
     for (int64_t step = start / 8; step * 8 < start + n; step++) {
         uint64_t words[4];
         philox((uint64_t)step + 1, key0, key1, words);
@@ -292,10 +328,11 @@ void uniforms_f32(uint64_t key0, uint64_t key1, int64_t start, int64_t n, float 
             if (i >= 0 && i < n) out[i] = (float)((uint32_t)(words[j / 2] >> 32 * (j % 2)) >> 8) * 0x1p-24f;
         }
     }
+    return 1;
 }
 
 /* Uniforms of 53 bits, one from each word. */
-void uniforms_f64(uint64_t key0, uint64_t key1, int64_t start, int64_t n, double *out) {
+int64_t uniforms_f64(uint64_t key0, uint64_t key1, int64_t start, int64_t n, double *out) {
     for (int64_t step = start / 4; step * 4 < start + n; step++) {
         uint64_t words[4];
         philox((uint64_t)step + 1, key0, key1, words);
@@ -304,5 +341,6 @@ void uniforms_f64(uint64_t key0, uint64_t key1, int64_t start, int64_t n, double
             if (i >= 0 && i < n) out[i] = (double)(words[j] >> 11) * 0x1p-53;
         }
     }
+    return 1;
 }
 #endif

@@ -77,30 +77,26 @@ class Native(Reference):
         finite = _call(f"restored_{_SUFFIX[str(stored.dtype)]}", *arrays, len(deltas), merged.numel(), merged)
         return merged, bool(finite)
 
-    def tally_high(self, keys: Tensor, free: Tensor | None) -> Tensor:
+    def tally_high(self, keys: Tensor, free: Tensor | None, into: Tensor) -> None:
         """As `Reference.tally_high`."""
-        tally = torch.zeros(len(keys), HIGH, dtype=torch.int32)
-        for k, own in enumerate(keys):
-            _call("tally_high", own, _of(free, k), own.numel(), tally[k])
-        return tally
+        assert into.shape == (len(keys), HIGH)
+        _call("tally_high", keys, _like(free, keys), *_extent(keys), into)
 
-    def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int]) -> Tensor:
+    def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int], into: Tensor) -> None:
         """As `Reference.tally_low`."""
-        tally = torch.zeros(len(keys), LOW, dtype=torch.int32)
-        for k, (own, bucket) in enumerate(zip(keys, buckets, strict=True)):
-            _call("tally_low", own, _of(free, k), own.numel(), bucket, tally[k])
-        return tally
+        assert into.shape == (len(keys), LOW)
+        _call("tally_low", keys, _like(free, keys), torch.tensor(buckets), *_extent(keys), into)
 
-    def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> list[int]:
+    def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> Tensor:
         """As `Reference.count_equal`."""
-        several = enumerate(zip(keys, last, strict=True))
-        return [_call("count_equal", own, _of(free, k), own.numel(), level) for k, (own, level) in several]
+        equal = torch.empty(len(keys), dtype=torch.int64)
+        _call("count_equal", keys, _like(free, keys), torch.tensor(last), *_extent(keys), equal)
+        return equal
 
     def mark_top(self, keys: Tensor, free: Tensor | None, last: list[int], room: list[int]) -> Tensor:
         """As `Reference.mark_top`."""
         kept = torch.empty_like(keys, dtype=torch.bool)
-        for k, (own, level, space) in enumerate(zip(keys, last, room, strict=True)):
-            _call("mark_top", own, _of(free, k), own.numel(), level, space, kept[k])
+        _call("mark_top", keys, _like(free, keys), torch.tensor(last), torch.tensor(room), *_extent(keys), kept)
         return kept
 
     def top_of_rows(self, scores: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
@@ -149,9 +145,15 @@ class Native(Reference):
 def _over_experts(name: str, deltas: Tensor, *others: Tensor) -> Tensor:
     deltas = deltas.contiguous()
     merged = torch.empty_like(deltas[0])
-    _call(name, deltas, *(each.contiguous() for each in others), len(deltas), merged.numel(), merged)
+    _call(name, deltas, *(each.contiguous() for each in others), *_extent(deltas), merged)
     return merged
 
 
-def _of(free: Tensor | None, k: int) -> Tensor | None:
-    return None if free is None else free[k].contiguous()
+def _extent(stack: Tensor) -> tuple[int, int]:
+    """How many experts, and how many elements of each."""
+    return len(stack), stack[0].numel()
+
+
+def _like(mask: Tensor | None, stack: Tensor) -> Tensor | None:
+    """A mask that may be one for all experts, in one piece and as large as the stack."""
+    return None if mask is None else mask.expand_as(stack).contiguous()

@@ -12,6 +12,7 @@ from merger._lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+SIZE = 0x7FFFFFFF  # the bits of a float32 but its sign
 HIGH = 1 << 15  # values of the high half of a non-negative float32
 LOW = 1 << 16
 
@@ -37,26 +38,28 @@ class Reference:
         return merged, bool(torch.isfinite(merged).all())
 
     def keys_of(self, scores: Tensor) -> Tensor:
-        """Non-negative scores as the integers that sort as they do: int32 [n]."""
+        """Scores as integers that sort as the scores do by size, once their sign bit is masked: int32 [k n]."""
         return scores.float().contiguous().view(torch.int32)
 
-    def tally_high(self, keys: Tensor, free: Tensor | None) -> Tensor:
-        """How often each high half of a key occurs among the ``free`` ones, per expert: int32 [k 32768]."""
-        return torch.stack([_counted(own >> 16, HIGH) for own in _free_ones(keys, free)])
+    def tally_high(self, keys: Tensor, free: Tensor | None, into: Tensor) -> None:
+        """Counts how often each high half of a key occurs among the ``free`` ones of an expert: int64 [k 32768]."""
+        for own, tally in zip(_free_ones(keys, free), into, strict=True):
+            tally += torch.bincount(own >> 16, minlength=HIGH)
 
-    def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int]) -> Tensor:
-        """How often each low half occurs among the free keys with the expert's high half: int32 [k 65536]."""
-        several = zip(_free_ones(keys, free), buckets, strict=True)
-        return torch.stack([_counted(own[own >> 16 == bucket] & 0xFFFF, LOW) for own, bucket in several])
+    def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int], into: Tensor) -> None:
+        """Counts how often each low half occurs among the free keys with the expert's high half: int64 [k 65536]."""
+        for own, bucket, tally in zip(_free_ones(keys, free), buckets, into, strict=True):
+            tally += torch.bincount(own[own >> 16 == bucket] & 0xFFFF, minlength=LOW)
 
-    def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> list[int]:
-        """How many free keys of each expert are exactly its ``last``."""
-        return [int((own == key).sum()) for own, key in zip(_free_ones(keys, free), last, strict=True)]
+    def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> Tensor:
+        """How many free keys of each expert are exactly its ``last``: int64 [k]."""
+        several = zip(_free_ones(keys, free), last, strict=True)
+        return torch.tensor([int((own == key).sum()) for own, key in several])
 
     def mark_top(self, keys: Tensor, free: Tensor | None, last: list[int], room: list[int]) -> Tensor:
         """Marks the free keys above ``last``, and the first ``room`` of those that equal it: bool [k n]."""
         kept = torch.empty_like(keys, dtype=torch.bool)
-        for k, (own, level, space) in enumerate(zip(keys, last, room, strict=True)):
+        for k, (own, level, space) in enumerate(zip(keys & SIZE, last, room, strict=True)):
             equal = own == level if free is None else (own == level) & free[k]
             above = own > level if free is None else (own > level) & free[k]
             first = equal.flatten().cumsum(0, dtype=torch.int32).view_as(equal) <= space
@@ -68,7 +71,7 @@ class Reference:
 
         Equal scores go to the lower column. Returns bool [k r c].
         """
-        barred = torch.where(free, scores.float(), -1.0)
+        barred = torch.where(free, scores.float().abs(), -1.0)
         wanted = torch.minimum(wanted, free.sum(-1)).unsqueeze(-1)
         last = barred.sort(-1).values.gather(-1, (barred.shape[-1] - wanted).clamp(max=barred.shape[-1] - 1))
         above, equal = barred > last, barred == last
@@ -78,7 +81,7 @@ class Reference:
 
     def ranks_of_rows(self, scores: Tensor) -> Tensor:
         """Each element's place in its row [k r c], 0 for the highest score; equal scores rank by column."""
-        places = self.keys_of(scores).sort(dim=-1, descending=True, stable=True).indices
+        places = (self.keys_of(scores) & SIZE).sort(dim=-1, descending=True, stable=True).indices
         columns = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int32)
         return torch.empty_like(places, dtype=torch.int32).scatter_(-1, places, columns.expand_as(places))
 
@@ -128,8 +131,5 @@ class Reference:
 
 
 def _free_ones(keys: Tensor, free: Tensor | None) -> list[Tensor]:
-    return [own.flatten() if free is None else own[free[k]] for k, own in enumerate(keys)]
-
-
-def _counted(bins: Tensor, size: int) -> Tensor:
-    return torch.bincount(bins, minlength=size).to(torch.int32)
+    """Each expert's free keys, without the bit of the sign."""
+    return [own.flatten() if free is None else own[free[k]] for k, own in enumerate(keys & SIZE)]

@@ -117,7 +117,7 @@ def _register(kind: Kind, table: dict[str, Entry], **traits: Any) -> Callable[[F
 
 
 def score(**traits: Any) -> Callable[[F], F]:
-    """Registers a score: ``deltas`` [k r c] -> non-negative [k r c], the higher the more worth keeping."""
+    """Registers a score: ``deltas`` [k r c] -> [k r c], the larger in size the more worth keeping."""
     return _register("score", SCORES, **traits)
 
 

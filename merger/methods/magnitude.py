@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 
 @score()
 def magnitude(deltas: Tensor) -> Tensor:
-    """|delta|: (4, -3, 1, 0) scores (4, 3, 1, 0)."""
-    return deltas.abs()
+    """|delta|: (4, -3, 1, 0) ranks as (4, 3, 1, 0), since a score ranks by its size."""
+    return deltas
