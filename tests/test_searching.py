@@ -255,7 +255,7 @@ def test_variants_have_the_same_budget_and_a_row_each(demo_folder, tmp_path, mer
     variants = {
         "average": {"method": "linear"},
         "ties": OPEN,
-        "obim": {"method": "obim", "parameters": {"density": {"search": [0.2, 0.5]}}},
+        "obim": {"method": "obim", "parameters": {"density": {"search": [0.2, 0.8]}}},
     }
     path = searched(demo_folder, tmp_path, method=None, parameters=None, search={"trials": 2, "variants": variants})
     ran = merger("search", path, "--json", "--device", "cpu")
