@@ -25,8 +25,8 @@ It decides no byte of the output, except in the last bit of float sums over a te
 and l2 norms), so it is a constant and not an option.
 """
 
-HOLD = 512 << 20
-"""Bytes of one tensor's unfinished slices that stay in memory between two questions, unless capped."""
+HOLD = 128 << 20
+"""Bytes of one tensor's slices that stay in memory between two questions, unless capped."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Machine:
 
     device: str
     workers: int  # threads that each carry a slice on its whole trip
-    in_flight: int  # tensors that are worked on side by side
     hold: int  # bytes of unfinished slices of one tensor that may stay in memory
 
     @classmethod
@@ -45,7 +44,7 @@ class Machine:
         workers = max(1, min(os.cpu_count() or 1, 16))
         need = memory_needed(plan, workers)
         if max_memory is None:
-            return cls(chosen, workers, 2, HOLD)
+            return cls(chosen, workers, HOLD)
         while workers > 1 and need > max_memory:
             workers -= 1
             need = memory_needed(plan, workers)
@@ -53,8 +52,7 @@ class Machine:
             raise ResourceError(
                 f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
             )
-        in_flight = 2 if workers > 1 else 1
-        return cls(chosen, workers, in_flight, min(HOLD, (max_memory - need) // in_flight))
+        return cls(chosen, workers, min(HOLD, max_memory - need))
 
 
 INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux with a CPU build
@@ -177,5 +175,5 @@ def preview(plan: Plan, output: Path, max_memory: int | None) -> Forecast:
     check_disk(plan, output)
     machine = Machine.of("cpu", max_memory, plan)
     ranked = any(tensor.ranked for tensor in plan.tensors)
-    memory = memory_needed(plan, machine.workers) + machine.in_flight * machine.hold
+    memory = memory_needed(plan, machine.workers) + machine.hold
     return Forecast(memory, _free(output), ranked)

@@ -78,6 +78,10 @@ class Tally:
         """The question when all slices have been counted."""
         return Sum(counts, self.scope, self.then)
 
+    def answer(self, counts: Tensor) -> Any:
+        """As of `Sum`."""
+        return self.of_all(counts).answer(counts)
+
 
 class Max(_Asked):
     """Asks for the largest value of all slices of the tensor, or of all merged tensors, each element by itself."""

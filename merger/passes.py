@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import reduce
 from threading import Condition
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 Mapper = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
 """Like ``map``: calls a function on every slice's number, which it takes in order, and gives the results in order."""
+
+Ahead = dict[int, "Tensor"]
+"""What the tensors before this one have of each sum over what comes before, by the question's place in the flow."""
+
+_OPEN = object()
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,17 @@ class Sizes:
 class _Line:
     """A sum that grows from slice to slice: each waits for those before it, which were taken before it."""
 
+    scope: str
     totals: list[Tensor] = field(default_factory=list)  # before slice i, and at last of all
     broken: bool = False
     moved: Condition = field(default_factory=Condition)
 
-    def before(self, i: int, value: Tensor) -> Tensor:
+    def before(self, i: int, question: Before) -> Tensor:
         """The sum of the values of the slices before ``i``; its own joins it."""
+        with self.moved:
+            if len(self.totals) > i + 1:
+                return self.totals[i]  # the flow was started again
+        value = question.value
         with self.moved:
             if not self.totals:
                 self.totals.append(torch.zeros_like(value))
@@ -57,22 +68,63 @@ class _Line:
             self.moved.notify_all()
 
 
-class _Pass:
-    """One visit to every slice of a tensor: what is answered on the way, and what is counted."""
+@dataclass
+class _Visit:
+    """One tensor's flows, and all that was answered to them; a question is known by its place in the flow."""
 
-    def __init__(self) -> None:
-        self.lines: list[_Line] = []
-        self.counters: list[Tensor] = []  # one for each thread that counts at the same time
-        self.lock = Condition()
+    start: Callable[[int], Flow[None]]
+    sizes: Sizes
+    known: Sequence[Any]
+    ahead: Ahead
+    hold: bool
+    held: dict[int, tuple[Flow[None], Question, int]] = field(default_factory=dict)
+    answers: dict[int, Any] = field(default_factory=dict)
+    of_the_model: list[int] = field(default_factory=list)  # places of the questions that `known` answers
+    lines: dict[int, _Line] = field(default_factory=dict)
+    counters: list[Tensor] = field(default_factory=list)  # one for each thread that counts at the same time
+    lock: Condition = field(default_factory=Condition)
 
-    def line(self, number: int) -> _Line:
-        """The sum for this pass's ``number``-th question about the slices before."""
-        with self.lock:
-            self.lines += [_Line() for _ in range(number + 1 - len(self.lines))]
-            return self.lines[number]
+    def step(self, i: int) -> Question | None:
+        """Carries slice ``i`` to its end, or to a question that no pass has answered yet: with its part of it."""
+        try:
+            if i in self.held:
+                running, question, place = self.held.pop(i)
+            else:
+                running, place = self.start(i), 0
+                question = next(running)
+            while (answer := self._answer(i, question, place)) is not _OPEN:
+                place += not isinstance(question, Size)
+                question = running.send(answer)
+        except StopIteration:
+            return None
+        except BaseException:
+            for line in self.lines.values():
+                line.break_()
+            raise
+        if self.hold:
+            self.held[i] = running, question, place
+        return self._part(question)
 
-    def count(self, question: Tally) -> Tally:
-        """Lets a slice add to counters that nobody else adds to just now."""
+    def _answer(self, i: int, question: Question, place: int) -> Any:
+        if isinstance(question, Size):
+            return self.sizes.of(question.scope)
+        if isinstance(question, Before):
+            with self.lock:
+                line = self.lines.setdefault(place, _Line(question.scope))
+            before = line.before(i, question)
+            return before + self.ahead[place] if question.scope == "global" and place in self.ahead else before
+        if place not in self.answers and question.scope == "global":
+            with self.lock:
+                self.of_the_model += [] if place in self.of_the_model else [place]
+                number = self.of_the_model.index(place)
+                if number < len(self.known):
+                    self.answers[place] = question.answer(self.known[number])
+        return self.answers.get(place, _OPEN)
+
+    def _part(self, question: Question) -> Question:
+        """The question with this slice's part of the answer, computed side by side; the slice itself is let go."""
+        if not isinstance(question, Tally):
+            return question if isinstance(question, Size) else replace(question, of=question.value)
         try:
             mine = self.counters.pop()
         except IndexError:
@@ -81,11 +133,25 @@ class _Pass:
         self.counters.append(mine)
         return replace(question, add=_counted)
 
-    def part(self, question: Question) -> Question:
-        """The question with this slice's part of the answer, computed side by side; the slice itself is let go."""
-        if isinstance(question, Tally):
-            return self.count(question)
-        return question if isinstance(question, Size) else replace(question, of=question.value)
+    def joined(self, parts: Iterable[Question | None]) -> Sum | Max | None:
+        """The open question, if there is one, with what all slices together have of the answer."""
+        asked: Question | None = None
+        total: Tensor | None = None
+        for part in parts:
+            asked = part
+            if isinstance(part, Sum | Max):
+                total = part.joined(total)
+        if isinstance(asked, Tally):
+            total = reduce(torch.add, self.counters)
+            asked = asked.of_all(total)
+            self.counters.clear()
+        return replace(asked, of=total) if isinstance(asked, Sum | Max) and total is not None else None
+
+    def pass_on(self) -> None:
+        """Adds what this tensor has of the model's sums over what comes before to what is ahead of the next."""
+        for place, line in self.lines.items():
+            if line.scope == "global":
+                self.ahead[place] = line.totals[-1] + self.ahead.get(place, 0)
 
 
 def _counted(into: Tensor) -> None:
@@ -98,9 +164,10 @@ def run(
     *,
     sizes: Sizes,
     known: Sequence[Any] = (),
+    ahead: Ahead | None = None,
     hold: bool = False,
     mapper: Mapper = map,
-) -> Question | None:
+) -> Sum | Max | None:
     """Carries the flows of a tensor's ``count`` slices as far as what is ``known`` of the model allows.
 
     ``start(i)`` is a flow that reads slice i, merges it and puts the result away. With ``hold``
@@ -108,99 +175,35 @@ def run(
     Returns None when all is done, or the first question about the model that ``known`` does not
     answer, with this tensor's part of it.
     """
-    answers: list[Callable[[int], Any]] = []  # in the order in which a flow asks
-    held: dict[int, tuple[Flow[None], Question, int]] = {}
-    used = 0
-
-    def step(i: int, now: _Pass) -> Question | None:
-        try:
-            if i in held:
-                running, question, given = held.pop(i)
-            else:
-                running, given = start(i), 0
-                question = next(running)
-            while True:
-                if isinstance(question, Size):
-                    question = running.send(sizes.of(question.scope))
-                    continue
-                if given < len(answers):
-                    answer = answers[given](i)
-                elif isinstance(question, Before) and question.scope == "tensor":
-                    answer = now.line(given - len(answers)).before(i, question.value)
-                else:
-                    break
-                question, given = running.send(answer), given + 1
-        except StopIteration:
-            return None
-        except BaseException:
-            for line in now.lines:
-                line.break_()
-            raise
-        if hold:
-            held[i] = running, question, given
-        return now.part(question)
-
+    visit = _Visit(start, sizes, known, {} if ahead is None else ahead, hold)
     while True:
-        now = _Pass()
-        question, total, before = _joined(mapper(partial(step, now=now), range(count)), now)
-        if question is None:
-            return None
-        outside = None
-        if question.scope == "global":
-            if used == len(known):
-                return replace(question, of=total)
-            outside, used = known[used], used + 1
-        answers += [line.totals.__getitem__ for line in now.lines]
-        answers.append(_answer(question, total, before, outside))
-
-
-def _joined(questions: Iterable[Question | None], now: _Pass) -> tuple[Sum | Max | Before | None, Any, list[Any]]:
-    """One question in all slices' name, its values as one, and for `Before` what is ahead of each slice."""
-    asked, total, before = None, None, []
-    for question in questions:
-        if isinstance(question, Sum | Max | Before):
-            asked = question
-            if isinstance(question, Before):
-                before.append(torch.zeros_like(question.value) if total is None else total)
-            total = question.joined(total)
-        elif isinstance(question, Tally):
-            tally = question
-    if now.counters:
-        asked = tally.of_all(sum(now.counters[1:], now.counters[0]))
-        total = asked.value
-    return asked, total, before
-
-
-def _answer(question: Sum | Max | Before, total: Any, before: list[Any], outside: Any) -> Callable[[int], Any]:
-    if isinstance(question, Before):
-        return lambda i: before[i] + (0 if outside is None else outside)
-    answer = question.answer(total if outside is None else outside)
-    return lambda i: answer
+        question = visit.joined(mapper(visit.step, range(count)))
+        if question is None or question.scope == "global":
+            visit.pass_on()
+            return question
+        visit.answers[len(visit.answers) + len(visit.lines)] = question.answer(question.value)
 
 
 def settle(
     groups: Sequence[Hashable],
-    visit: Callable[[int, Sequence[Any]], Question | None],
-    mapper: Mapper = map,
+    visit: Callable[[int, Sequence[Any], Ahead], Sum | Max | None],
 ) -> None:
     """Visits every tensor until none has an open question about all tensors of its group.
 
-    ``visit(i, known)`` is `run` on tensor i. Tensors are visited in order, which for a shared
+    ``visit(i, known, ahead)`` is `run` on tensor i. Tensors are visited in order, which for a shared
     ranking is the canonical one: equal scores go to the earlier tensor (methods.md 0.4).
     """
-    known: list[list[Any]] = [[] for _ in groups]
+    known: dict[Hashable, list[Any]] = defaultdict(list)
     waiting = list(range(len(groups)))
     while waiting:
+        ahead: dict[Hashable, Ahead] = defaultdict(dict)
         totals: dict[Hashable, Any] = {}
-        asked: list[int] = []
-        for i, question in zip(waiting, mapper(lambda i: visit(i, known[i]), waiting), strict=True):
-            if isinstance(question, Sum | Max | Before):
-                total = totals.get(groups[i])
-                ahead = torch.zeros_like(question.value) if total is None else total
-                known[i].append(ahead if isinstance(question, Before) else None)
-                totals[groups[i]] = question.joined(total)
-                asked.append(i)
-        for i in asked:
-            if known[i][-1] is None:
-                known[i][-1] = totals[groups[i]]
-        waiting = asked
+        open_: list[int] = []
+        for i in waiting:
+            question = visit(i, known[groups[i]], ahead[groups[i]])
+            if question is not None:
+                totals[groups[i]] = question.joined(totals.get(groups[i]))
+                open_.append(i)
+        for group, total in totals.items():
+            known[group].append(total)
+        waiting = open_

@@ -19,8 +19,8 @@ from merger._lazy import torch
 from merger.copies import restored
 from merger.methods._parameters import Place, resolve, turns
 from merger.methods._registry import Entry, Stage, Takes, entry_of, parameters, supplied
-from merger.ops import Flow, Question, Size, uniforms
-from merger.passes import Sizes, run, settle
+from merger.ops import Flow, Max, Size, Sum, uniforms
+from merger.passes import Ahead, Sizes, run, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -278,7 +278,7 @@ def merge_tensors(
     merged = {name: torch.empty(base[name].shape, device=base[name].device) for name in names}
     model = sum(base[name].numel() for name in names)
 
-    def visit(i: int, known: Sequence[Any]) -> Question | None:
+    def visit(i: int, known: Sequence[Any], ahead: Ahead) -> Sum | Max | None:
         name = names[i]
         whole = _matrix(base[name])
         if not whole.numel():
@@ -305,7 +305,7 @@ def merge_tensors(
             stored = torch.cat([piece.base.unsqueeze(0), own[:, part]])
             _matrix(merged[name])[part] = restored(stored, piece.base, piece.deltas, delta, torch.float32)
 
-        return run(len(firsts), carry, sizes=Sizes(whole.numel(), model), known=known)
+        return run(len(firsts), carry, sizes=Sizes(whole.numel(), model), known=known, ahead=ahead)
 
     settle([0] * len(names), visit)
     return merged

@@ -14,8 +14,8 @@ from merger.checkpoint.header import TORCH_NAMES
 from merger.copies import restored
 from merger.errors import CheckpointError
 from merger.machine import Machine, bytes_held, slice_rows
-from merger.ops import Flow, Question
-from merger.passes import Mapper, Sizes, run
+from merger.ops import Flow, Max, Sum
+from merger.passes import Ahead, Mapper, Sizes, run
 from merger.pipeline import Slice, Subject
 from merger.planning import Part, Plan, TensorPlan
 from merger.statistics import Statistics, inputs_of
@@ -53,8 +53,10 @@ class Reader:
             sizes[tensor.group] += tensor.elements if tensor.stages else 0
         return sizes
 
-    def visit(self, tensor: TensorPlan, part: Part, known: Sequence[Any], carry: Carry) -> Question | None:
-        """Carries all slices of a part as far as what is ``known`` of the model allows, as `pipeline.run` does."""
+    def visit(
+        self, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead, carry: Carry
+    ) -> Sum | Max | None:
+        """Carries all slices of a part as far as what is ``known`` of the model allows, as `passes.run` does."""
         subject = Subject(
             name=tensor.name,
             kind=tensor.kind,
@@ -80,7 +82,7 @@ class Reader:
             kept.pop(j, None)
 
         sizes = Sizes(elements, self.sizes[tensor.group])
-        return run(count, start, sizes=sizes, known=known, hold=hold, mapper=self.mapper)
+        return run(count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper)
 
     def _read(self, tensor: TensorPlan, part: Part, rows: range) -> _Stored:
         """Some rows of a part as they are stored."""

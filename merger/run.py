@@ -29,8 +29,8 @@ from merger.machine import (
     slice_rows,
     tuned,
 )
-from merger.ops import Flow, Question
-from merger.passes import settle
+from merger.ops import Flow, Max, Sum
+from merger.passes import Ahead, settle
 from merger.pipeline import Slice, Subject, flow
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.planning import plan as make_plan
@@ -276,41 +276,38 @@ class _Merge:
         self.total_bytes = replace(self.plan, tensors=self.tensors).bytes_read
 
     def _carry_out(self, sink: Sink) -> None:
-        """Sends every tensor through its stages, several side by side."""
+        """Sends every tensor through its stages, several slices side by side."""
         self.sink = sink
-        with (
-            ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices,
-            ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
-        ):
+        with ThreadPoolExecutor(self.machine.workers, "merger-slice") as self.slices:
             try:
-                self._settle(tensors, [tensor for tensor in self.tensors if not tensor.gram])
+                self._settle([tensor for tensor in self.tensors if not tensor.gram])
                 if any(tensor.gram for tensor in self.tensors):
                     for ready, known in self.blocks:
                         self.statistics = known
-                        self._settle(tensors, [tensor for tensor in ready if tensor in self.tensors])
+                        self._settle([tensor for tensor in ready if tensor in self.tensors])
             except BaseException:
-                for pool in (tensors, self.slices):
-                    pool.shutdown(wait=False, cancel_futures=True)
+                self.slices.shutdown(wait=False, cancel_futures=True)
                 raise
 
     # --- one tensor ---
 
-    def _settle(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
+    def _settle(self, tensors: Sequence[TensorPlan]) -> None:
         work = [(tensor, part) for tensor in tensors for part in tensor.parts]
         reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
         with tuned():
             settle(
                 [tensor.group for tensor, _ in work],
-                lambda i, known: self._visit(reader, *work[i], known),
-                partial(_map, pool),
+                lambda i, known, ahead: self._visit(reader, *work[i], known, ahead),
             )
             for tensor in tensors:
                 if not tensor.parts:  # packed experts, but none of them
                     self._finish(tensor)
 
-    def _visit(self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
+    def _visit(
+        self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead
+    ) -> Sum | Max | None:
         size = self.plan.bytes_of(tensor, part.rows * part.columns)
-        question = self._merge(reader, tensor, part, known) if tensor.stages else None
+        question = self._merge(reader, tensor, part, known, ahead) if tensor.stages else None
         if not tensor.stages:
             self._copy(tensor, part)
         self._count(size, again=question is not None)
@@ -335,12 +332,14 @@ class _Merge:
             self.total_bytes += size if again else 0
             self.tell("merging", self.done_bytes, self.total_bytes)
 
-    def _merge(self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any]) -> Question | None:
+    def _merge(
+        self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead
+    ) -> Sum | Max | None:
         def carry(stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
             delta = yield from flow(tensor.stages, piece, subject)
             self._put(tensor, part, stored, piece, delta)
 
-        return reader.visit(tensor, part, known, carry)
+        return reader.visit(tensor, part, known, ahead, carry)
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
         """Rounds once to the output's dtype and writes."""

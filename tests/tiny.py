@@ -50,13 +50,13 @@ def sliced(begin, tensors, rows=1):
     model = sum(each[0].numel() for each in tensors)
     found = [{} for _ in tensors]
 
-    def visit(i, known):
+    def visit(i, known, ahead):
         starts = range(0, tensors[i].shape[-2], rows)
 
         def carry(j):
             found[i][j] = yield from begin(i, slice(starts[j], starts[j] + rows))
 
-        return run(len(starts), carry, sizes=Sizes(tensors[i][0].numel(), model), known=known)
+        return run(len(starts), carry, sizes=Sizes(tensors[i][0].numel(), model), known=known, ahead=ahead)
 
     settle([0] * len(tensors), visit)
     return [torch.cat([parts[j] for j in sorted(parts)], -2) for parts in found]

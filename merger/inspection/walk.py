@@ -25,8 +25,8 @@ from merger.inspection.measures import (
     vectors,
 )
 from merger.machine import Machine, tuned
-from merger.ops import Flow, Question
-from merger.passes import settle
+from merger.ops import Flow, Max, Sum
+from merger.passes import Ahead, settle
 from merger.pipeline import Slice, Subject, flow
 from merger.planning import Part, Plan, TensorPlan
 from merger.reading import Reader, rounded
@@ -77,32 +77,38 @@ class Walk:
 
     def run(self, watch: Watch, blocks: Blocks = ()) -> None:
         """Visits every tensor until nothing is left to see; what takes Gram matrices, as ``blocks`` brings them."""
-        with (
-            ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices,
-            ThreadPoolExecutor(self.machine.in_flight, "merger-tensor") as tensors,
-        ):
+        with ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices:
             reader = Reader(
                 self.plan, self.machine, self.statistics, lambda _, message: self.notice(message), slices.map
             )
             try:
-                self._settle(reader, watch, tensors, [tensor for tensor in self.plan.tensors if not tensor.gram])
+                self._settle(reader, watch, [tensor for tensor in self.plan.tensors if not tensor.gram])
                 for ready, statistics in blocks:
-                    self._settle(replace(reader, statistics=statistics), watch, tensors, ready)
+                    self._settle(replace(reader, statistics=statistics), watch, ready)
             except BaseException:
-                for pool in (tensors, slices):
-                    pool.shutdown(wait=False, cancel_futures=True)
+                slices.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _settle(self, reader: Reader, watch: Watch, pool: ThreadPoolExecutor, tensors: Iterable[TensorPlan]) -> None:
+    def _settle(self, reader: Reader, watch: Watch, tensors: Iterable[TensorPlan]) -> None:
         names = {tensor.name for tensor in tensors}
         work = [each for each in self.work if each[0].name in names]
         with tuned():
-            settle([t.group for t, *_ in work], lambda i, known: self._visit(reader, watch, *work[i], known), pool.map)
+            settle(
+                [t.group for t, *_ in work],
+                lambda i, known, ahead: self._visit(reader, watch, *work[i], known, ahead),
+            )
 
     def _visit(
-        self, reader: Reader, watch: Watch, tensor: TensorPlan, part: Part, tally: Tally, known: Sequence[Any]
-    ) -> Question | None:
-        question = reader.visit(tensor, part, known, partial(watch, tally, tensor))
+        self,
+        reader: Reader,
+        watch: Watch,
+        tensor: TensorPlan,
+        part: Part,
+        tally: Tally,
+        known: Sequence[Any],
+        ahead: Ahead,
+    ) -> Sum | Max | None:
+        question = reader.visit(tensor, part, known, ahead, partial(watch, tally, tensor))
         tally.fold()
         size = self.plan.bytes_of(tensor, part.rows * part.columns)
         with self.lock:

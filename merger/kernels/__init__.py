@@ -24,13 +24,13 @@ def compiled() -> bool:
 
 def of(values: Tensor) -> Reference:
     """The loops for deltas or scores."""
-    plain = values.device.type == "cpu" and values.dtype == torch.float32
+    plain = values.is_cpu and values.dtype == torch.float32
     return _NATIVE if plain and compiled() else _REFERENCE
 
 
 def for_stored(stored: Tensor) -> Reference:
     """The loops for tensors as they were read."""
-    return _NATIVE if stored.device.type == "cpu" and compiled() and native.takes(stored) else _REFERENCE
+    return _NATIVE if stored.is_cpu and compiled() and native.takes(stored.dtype) else _REFERENCE
 
 
 def for_draws() -> Reference:

@@ -37,10 +37,10 @@ def has(name: str) -> bool:
     return hasattr(library(), name)
 
 
-def takes(stored: Tensor) -> bool:
+@cache
+def takes(dtype: torch.dtype) -> bool:
     """Whether tensors of this dtype can be read and written here."""
-    suffix = _SUFFIX.get(str(stored.dtype))
-    return suffix is not None and has(f"difference_{suffix}")
+    return str(dtype) in _SUFFIX and has(f"difference_{_SUFFIX[str(dtype)]}")
 
 
 @cache
@@ -64,32 +64,31 @@ class Native(Reference):
     def difference(self, stored: Tensor) -> tuple[Tensor, Tensor, bool]:
         """As `Reference.difference`."""
         stored = stored.contiguous()
-        deltas = stored.new_empty(len(stored) - 1, *stored.shape[1:], dtype=torch.float32)
-        base = torch.empty_like(deltas[0]) if len(deltas) else stored.new_empty(stored.shape[1:], dtype=torch.float32)
-        name = f"difference_{_SUFFIX[str(stored.dtype)]}"
-        finite = _call(name, stored, len(deltas), base.numel(), base, deltas)
+        values = torch.empty(stored.shape, dtype=torch.float32)
+        base, deltas = values[0], values[1:]
+        finite = _call(f"difference_{_SUFFIX[str(stored.dtype)]}", stored, deltas.shape[0], base.numel(), base, deltas)
         return base, deltas, bool(finite)
 
     def restored(self, stored: Tensor, base: Tensor, deltas: Tensor, delta: Tensor) -> tuple[Tensor, bool]:
         """As `Reference.restored`."""
         arrays = [each.contiguous() for each in (stored, base, deltas, delta)]
         merged = torch.empty_like(arrays[0][0])
-        finite = _call(f"restored_{_SUFFIX[str(stored.dtype)]}", *arrays, len(deltas), merged.numel(), merged)
+        finite = _call(f"restored_{_SUFFIX[str(stored.dtype)]}", *arrays, deltas.shape[0], merged.numel(), merged)
         return merged, bool(finite)
 
     def tally_high(self, keys: Tensor, free: Tensor | None, into: Tensor) -> None:
         """As `Reference.tally_high`."""
-        assert into.shape == (len(keys), HIGH)
+        assert into.shape == (keys.shape[0], HIGH)
         _call("tally_high", keys, _like(free, keys), *_extent(keys), into)
 
     def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int], into: Tensor) -> None:
         """As `Reference.tally_low`."""
-        assert into.shape == (len(keys), LOW)
+        assert into.shape == (keys.shape[0], LOW)
         _call("tally_low", keys, _like(free, keys), torch.tensor(buckets), *_extent(keys), into)
 
     def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> Tensor:
         """As `Reference.count_equal`."""
-        equal = torch.empty(len(keys), dtype=torch.int64)
+        equal = torch.empty(keys.shape[0], dtype=torch.int64)
         _call("count_equal", keys, _like(free, keys), torch.tensor(last), *_extent(keys), equal)
         return equal
 
@@ -151,7 +150,8 @@ def _over_experts(name: str, deltas: Tensor, *others: Tensor) -> Tensor:
 
 def _extent(stack: Tensor) -> tuple[int, int]:
     """How many experts, and how many elements of each."""
-    return len(stack), stack[0].numel()
+    experts = stack.shape[0]
+    return experts, stack.numel() // experts
 
 
 def _like(mask: Tensor | None, stack: Tensor) -> Tensor | None:
