@@ -74,7 +74,9 @@ def parse(text: str, label: str, folder: Path) -> Document:
         value, lines = _construct(text, label)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(f"{label}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
+        several = error.problem == "but found another document"
+        problem = "holds several documents, expected one" if several else f"not valid YAML: {error.problem}"
+        raise RecipeError(f"{label}:{mark.line + 1 if mark else 1}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from None
     value = {} if value is None else value

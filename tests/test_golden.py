@@ -201,7 +201,7 @@ def test_della_drop_probabilities(golden, rank_norm, output):
         scores,
         lambda purpose: torch.ones(1, 1, 4),  # everything is kept
         density=[Fraction(1, 2)],
-        epsilon=Fraction(2, 5),
+        epsilon=[Fraction(2, 5)],
         rank_norm=rank_norm,
     )
     assert_close(1 - 1 / rescaled.flatten(), case["outputs"][output])

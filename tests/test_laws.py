@@ -163,7 +163,10 @@ def assert_same(got, expected, *, exactly=True):
 
 # --- the laws -------------------------------------------------------------------------------------
 
-WEIGHTED_MEAN = {"linear": {"normalize": True}}  # else the output is the base times the sum of the weights
+WEIGHTED_MEAN = {
+    "linear": {"normalize": True},
+    "multislerp": {"normalize": True},
+}  # else the output is the base times the sum of the weights
 
 
 @every
@@ -254,6 +257,7 @@ HOMOGENEOUS = {
     "nan": {"norm_of": "delta"},
     "pcb": {"variant": "paper"},
     "ram": {"epsilon": 0},
+    "sce": {"even_below": 0},
 }
 # A tanh of raw products, a divergence of softmaxes, and a distance in the weights' own unit.
 NEVER_HOMOGENEOUS = ["pcb_official", "arcee_fusion", "nearswap"]

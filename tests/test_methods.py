@@ -627,6 +627,14 @@ def test_the_spherical_mean_looks_only_at_the_proportions_of_weights(method):
     assert torch.equal(merge(checked(method, once), deltas), merge(checked(method, thrice), deltas))
 
 
+@pytest.mark.parametrize("space", ["delta", "weights"])
+def test_multislerp_may_grow_with_the_sum_of_its_weights(space):
+    deltas, weights = deltas_of(3, 4, 5), {"a": 1, "b": 0.5, "c": 0.5}
+    stage = {"weight": weights, "space": space}
+    once = merge(checked("multislerp", stage), deltas)
+    assert_close(merge(checked("multislerp", {**stage, "normalize": False}), deltas), 2 * once)
+
+
 @SPHERICAL
 def test_the_spherical_mean_does_not_care_for_the_order_of_experts(method):
     deltas, stage = deltas_of(3, 6, 8), checked(method, {})
@@ -811,6 +819,16 @@ def test_ties_keeps_exactly_the_count(density):
     assert int((merged != 0).sum()) == math.floor(Fraction(str(density)) * 48)
 
 
+@pytest.mark.parametrize(("scope", "expected"), [("tensor", 2), ("row", 6)])
+def test_a_small_tensor_may_keep_more_than_its_share(scope, expected):
+    stage = checked("top", {"density": 0.01, "at_least": 2, "scope": scope})
+    assert int(kept(stage, deltas_of(1, 3, 8))["a"].sum()) == expected
+
+
+def test_nothing_is_kept_at_density_zero_whatever_the_least():
+    assert not kept(checked("top", {"density": 0, "at_least": 2}), deltas_of(1, 3, 8))["a"].any()
+
+
 def test_ties_of_one_whole_expert_is_the_expert():
     base, own = randn(6, 8, seed=1) * 1e6, randn(6, 8)
     merged = merge_tensors(checked("ties", {"density": 1}), {NAME: base}, {"a": {NAME: own}})
@@ -949,6 +967,12 @@ def test_sce_takes_its_share_of_the_positions_where_experts_differ():
     assert merged.tolist() == [0, 0, 0, 0, 0, 0, 3, 4]
 
 
+def test_sce_may_weigh_small_task_vectors_evenly():
+    deltas = {"a": [3e-4, 1e-4], "b": [1e-4, 1e-4]}  # mean squares of 5e-8 and 1e-8
+    assert_close(merge(checked("sce", {"select_topk": 1, "even_below": 1e-6}), deltas) * 1e4, [2, 1])
+    assert_close(merge(checked("sce", {"select_topk": 1, "even_below": 1e-8}), deltas) * 1e4, [16 / 6, 1])
+
+
 def test_sce_weighs_small_task_vectors_by_their_squares_too():
     deltas = {"a": [3e-6, 1e-6], "b": [1e-6, 1e-6]}
     assert_close(merge(checked("sce", {"select_topk": 1}), deltas) * 1e6, [(10 * 3 + 2 * 1) / 12, 1])
@@ -1075,6 +1099,20 @@ def test_model_stock_by_row_is_model_stock_of_each_row():
         assert_close(row, alone, 1e-6)
 
 
+def test_model_stock_by_column_is_model_stock_of_each_column():
+    deltas, stage = deltas_of(3, 6, 8), checked("model_stock", {"scope": "column"})
+    by_row = merge(checked("model_stock", {"scope": "row"}), {e: delta.T.contiguous() for e, delta in deltas.items()})
+    assert_close(merge(stage, deltas, slice_elements=16), by_row.T, 1e-6)
+
+
+@pytest.mark.parametrize("scope", ["row", "column"])
+def test_model_stock_takes_a_vector_as_a_whole(scope):
+    deltas = deltas_of(3, 8)
+    assert_close(
+        merge(checked("model_stock", {"scope": scope}), deltas), merge(checked("model_stock", {}), deltas), 1e-6
+    )
+
+
 @pytest.mark.parametrize(("clamp", "t"), [(False, -3), (True, 0)])
 def test_model_stock_of_opposed_task_vectors_goes_back_unless_clamped(clamp, t):
     merged = merge(checked("model_stock", {"clamp": clamp}), {"a": [2.5, 0], "b": [-0.3, 0.4]})
@@ -1142,7 +1180,7 @@ def drop_rates(delta, density, epsilon, **more):
     """DELLA's drop probabilities, read off the rescaling of ones that are all kept."""
     ones = torch.ones(1, *delta.shape)
     shares = [Fraction(density)]
-    out = magprune(ones, delta[None].abs(), lambda purpose: ones, density=shares, epsilon=Fraction(epsilon), **more)
+    out = magprune(ones, delta[None].abs(), lambda purpose: ones, density=shares, epsilon=[Fraction(epsilon)], **more)
     return 1 - 1 / out[0]
 
 
@@ -1181,6 +1219,13 @@ def test_della_without_a_window_keeps_as_dare_does():
     assert torch.equal(mask, draws >= torch.tensor(0.3))
 
 
+def test_della_may_have_a_window_for_each_expert():
+    stage = checked("magprune", {"density": {"a": 1, "b": 0.5}, "epsilon": {"a": 0, "b": 0.4}, "rescale": "none"})
+    masks = kept(stage, deltas_of(2, 30, 30))
+    assert masks["a"].all()
+    assert 0.45 < masks["b"].float().mean() < 0.55
+
+
 @pytest.mark.parametrize("density", [1, 0.95, 0.05, 0])
 def test_della_refuses_a_window_that_leaves_the_unit_interval(density):
     assert "drop rates from" in refused("della", {"density": density, "epsilon": 0.2})
@@ -1214,6 +1259,23 @@ def test_breadcrumbs_without_outliers_is_magnitude():
 def test_breadcrumbs_may_work_row_by_row():
     masks = kept(checked("band", {"drop_low": 0.5, "drop_high": 0.25, "scope": "row"}), deltas_of(1, 6, 8))
     assert masks["a"].sum(1).tolist() == [2] * 6
+
+
+@pytest.mark.parametrize("d", [1, 7, 64, 300])
+@pytest.mark.parametrize(
+    ("density", "high"), [("0.9", "0.01"), ("0.29", "1/3"), ("0.95", "0.5"), ("0", "0.1"), ("1", "1")]
+)
+def test_the_middle_is_exactly_the_density(d, density, high):
+    delta = deltas_of(1, d)["a"]
+    mask = kept(checked("middle", {"density": density, "drop_high": high}), {"a": delta})["a"]
+    keep = math.floor(Fraction(density) * d)
+    above = min(math.floor(Fraction(high) * d), d - keep)
+    assert mask.tolist() == [i in delta.abs().argsort(descending=True)[above : above + keep] for i in range(d)]
+
+
+def test_the_middle_may_be_that_of_each_row():
+    masks = kept(checked("middle", {"density": 0.5, "drop_high": 0.25, "scope": "row"}), deltas_of(1, 6, 8))
+    assert masks["a"].sum(1).tolist() == [4] * 6
 
 
 def test_breadcrumbs_refuses_to_drop_everything():

@@ -10,6 +10,7 @@ import typer
 from merger.cli.calibrate import calibrate
 from merger.cli.demo import demo
 from merger.cli.evaluate import eval_
+from merger.cli.import_ import import_
 from merger.cli.inspect import inspect
 from merger.cli.lock import lock
 from merger.cli.methods import methods
@@ -27,10 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run, lock, plan, inspect, calibrate, verify, methods, demo, schema):
-    app.command()(_command)
-app.command("eval")(eval_)
-app.command()(search)
+for _command in (run, lock, plan, inspect, calibrate, verify, eval_, search, methods, import_, demo, schema):
+    app.command(_command.__name__.rstrip("_"))(_command)
 
 
 class _Stopped(BaseException):

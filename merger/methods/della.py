@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.methods._parameters import Number, Numbers, Share, Shares
+from merger.methods._parameters import Number, Numbers, Shares
 from merger.methods._registry import Score, Stage, method, stage
 from merger.methods.magprune import magprune
 from merger.methods.rescale import rescale as rescale_norm
@@ -23,7 +23,7 @@ def prune_and_rescale(rescale: str, **magprune_parameters: object) -> list[Stage
 def della(
     *,
     density: Shares = 0.7,
-    epsilon: Share = 0.14,
+    epsilon: Shares = 0.14,
     weight: Numbers = 1,
     lambda_: Number = 1.1,
     score: Score = "magnitude",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.methods._parameters import Number, Numbers, Share, Shares
+from merger.methods._parameters import Number, Numbers, Shares
 from merger.methods._registry import Score, Stage, method, stage
 from merger.methods.della import prune_and_rescale
 from merger.methods.scale import scale
@@ -15,7 +15,7 @@ from merger.methods.sum import sum_
 def della_linear(
     *,
     density: Shares = 0.7,
-    epsilon: Share = 0.14,
+    epsilon: Shares = 0.14,
     weight: Numbers = 1,
     lambda_: Number = 1.1,
     score: Score = "magnitude",

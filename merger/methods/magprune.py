@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
-from merger.methods._parameters import Order, Share, Shares
+from merger.methods._parameters import Order, Shares
 from merger.methods._registry import Score, Takes, sparsifier
 from merger.ops import column, fast, keep, ranks_of_rows
 from merger.ops import exclusive as disjoint
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from merger.methods._registry import Draw
 
 
-def _window(density: Sequence[Fraction], epsilon: Fraction, **_: object) -> None:
-    for share in density:
-        drop = 1 - share
-        if drop - epsilon / 2 < 0 or drop + epsilon / 2 >= 1:
+def _window(density: Sequence[Fraction], epsilon: Sequence[Fraction], **_: object) -> None:
+    for share, width in zip(density, epsilon, strict=True):
+        low, high = 1 - share - width / 2, 1 - share + width / 2
+        if low < 0 or high >= 1:
             raise ValueError(
-                f"drop rates from {float(drop - epsilon / 2):g} to {float(drop + epsilon / 2):g} leave [0, 1): "
-                f"1 - density must lie at least epsilon / 2 = {float(epsilon / 2):g} from both ends"
+                f"drop rates from {float(low):g} to {float(high):g} leave [0, 1): "
+                f"1 - density must lie at least epsilon / 2 = {float(width / 2):g} from both ends"
             )
 
 
@@ -42,7 +42,7 @@ def magprune(
     uniform: Draw,
     *,
     density: Shares = 0.7,
-    epsilon: Share = 0.14,
+    epsilon: Shares = 0.14,
     score: Score = "magnitude",
     scope: Literal["row", "tensor"] = "row",
     rank_norm: Literal["n", "n-1"] = "n",
@@ -58,7 +58,8 @@ def magprune(
     ranked = scores.flatten(1).unsqueeze(1) if scope == "tensor" else scores
     length = ranked.shape[-1] - (rank_norm == "n-1")
     spread = ranks_of_rows(ranked).view_as(scores).to(deltas) / length if length else 0.5
-    drop = 1 - column(density, deltas) - float(epsilon) / 2 + float(epsilon) * spread
+    width = column(epsilon, deltas)
+    drop = 1 - column(density, deltas) - width / 2 + width * spread
     kept = fast("ge", uniform("della"), drop)
     if exclusive is not None:
         kept = disjoint(kept, exclusive)

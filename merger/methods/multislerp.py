@@ -28,17 +28,21 @@ def multislerp(
     weight: Numbers = 1,
     space: Literal["delta", "weights"] = "delta",
     scope: Whole = "tensor",
+    normalize: bool = True,
 ) -> Flow[Tensor]:
     """The weighted mean of the experts' directions, made as long as their weighted mean length.
 
     The directions are those of the task vectors or of the weights themselves. Where they cancel there
-    is none, and the plain mean is taken. (3, 0) and (0, 3) make (2.1213, 2.1213).
+    is none, and the plain mean is taken. Unless `normalize` is on, the sum of `weight` multiplies the
+    result. (3, 0) and (0, 3) make (2.1213, 2.1213).
     """
     vectors = deltas if space == "delta" else deltas + base
     flat = vectors.flatten(1).double()
     shares, lengths, cosines = sphere((yield Sum(flat @ flat.T, scope)), weight)
     middle = normalised(shares, cosines)
     merged = combined(vectors, shares if middle is None else on_vectors(middle, shares, lengths))
+    if not normalize:
+        merged *= float(sum(weight))
     return merged if space == "delta" else merged - base
 
 

@@ -1,7 +1,7 @@
 """Select, calculate, erase: weights from the variance between experts. FuseChat, https://arxiv.org/abs/2408.07990.
 
-A matrix whose mean squares are all exactly 0 is weighted evenly; mergekit does so below 1e-6, where ordinary
-fine-tunes lie (methods.md 5.10).
+A matrix whose mean squares are all exactly 0 is weighted evenly; mergekit does so where they add up to less
+than 1e-6, as those of ordinary fine-tunes do.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from merger._lazy import torch
 from merger.methods._parameters import Share
 from merger.methods._registry import merger
-from merger.ops import Flow, Sum, keep, mean_of_agreeing, select, summed
+from merger.ops import Flow, Size, Sum, keep, mean_of_agreeing, select, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +23,19 @@ def _nothing_differs(experts: int, select_topk: Fraction, **_: object) -> str:
 
 
 @merger(remark=_nothing_differs)
-def sce(deltas: Tensor, *, select_topk: Share = 0.1, select_in_merge: bool = True) -> Flow[Tensor]:
+def sce(
+    deltas: Tensor,
+    *,
+    select_topk: Share = 0.1,
+    select_in_merge: bool = True,
+    even_below: Share = 0,
+) -> Flow[Tensor]:
     """Merges, where experts differ most, those that agree in sign, each weighted by its mean square there.
 
     Of the positions where the experts differ the `select_topk` of highest variance take part; 1 takes
     all positions. `select_in_merge: false` uses that choice for the weights alone, as the authors'
-    code does. At 1, (4, -3) and (2, 4) weigh 25 and 20, and make (3.111, 4).
+    code does. Experts whose mean squares add up to no more than `even_below` weigh the same.
+    At 1, (4, -3) and (2, 4) weigh 25 and 20, and make (3.111, 4).
     """
     chosen = deltas
     if select_topk < 1:
@@ -35,7 +43,7 @@ def sce(deltas: Tensor, *, select_topk: Share = 0.1, select_in_merge: bool = Tru
         selected = yield from select(variance, [select_topk], eligible=variance > 0, ratio_of="remaining")
         chosen = keep(deltas, selected)
     squares = yield Sum(chosen.double().square().sum((1, 2)))
-    weights = squares if squares.any() else squares + 1
+    weights = squares if squares.sum() > float(even_below) * (yield Size()) else torch.ones_like(squares)
     merged = chosen if select_in_merge else deltas
     elected = (summed(merged) >= 0).to(merged) * 2 - 1
     return mean_of_agreeing(merged, elected, (weights / weights.sum()).to(merged).view(-1, 1, 1))

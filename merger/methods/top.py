@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from merger.methods._parameters import Order, Shares
 from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, RatioOf, Scope, keep, select
+from merger.ops import Flow, RatioOf, Scope, Size, keep, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,13 +26,18 @@ def top(
     exclusive: Order | None = None,
     ratio_of: RatioOf = "total",
     claim_zeros: bool = True,
+    at_least: Annotated[int, Field(ge=0)] = 0,
 ) -> Flow[Tensor]:
     """Keeps the `density` of each task vector that scores highest, and sets the rest to zero.
 
     With `exclusive` every position goes to at most one expert: each chooses, in that order, among
-    what the earlier ones left (OBIM's iterative merging, CABS's conflict awareness).
+    what the earlier ones left (OBIM's iterative merging, CABS's conflict awareness). Where a density
+    above 0 comes to fewer than `at_least` elements of the tensor, or row, so many are kept.
     At density 0.5, (4, -3, 1, 0) becomes (4, -3, 0, 0).
     """
+    if at_least:
+        size = scores.shape[-1] if scope == "row" else (yield Size(scope))
+        density = [max(share, Fraction(min(at_least, size), size)) if share else share for share in density]
     eligible = None if claim_zeros else deltas != 0
     kept = yield from select(scores, density, scope=scope, order=exclusive, eligible=eligible, ratio_of=ratio_of)
     return keep(deltas, kept)

@@ -1,0 +1,67 @@
+"""`merger import`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merger.errors import RecipeError
+
+if TYPE_CHECKING:
+    from merger.importing import Imported
+
+
+def import_(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="What mergekit is given.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there, not to the terminal.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Make a recipe of a mergekit configuration, or say which of its keys have no equivalent."""
+    from merger.checkpoint.writer import write_text
+    from merger.document import read
+    from merger.importing import import_mergekit
+
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise RecipeError(f"--output {output}: expected a file in a folder that is there")
+    if output is not None and output.exists() and not force:
+        raise RecipeError(f"--output {output}: is there already; --force replaces it")
+    start = Path.cwd() if output is None else output.resolve().parent
+    imported = import_mergekit(read(config), lambda path: _from(start, path))
+    _check_layers(config, imported, start)
+    for note in imported.notes:
+        print(f"note: {note}", file=sys.stderr)
+    text = imported.written(config.name)
+    if output is None:
+        print(text, end="")
+    else:
+        write_text(output, text)
+
+
+def _from(start: Path, path: str) -> str:
+    """A folder as seen from the recipe's; mergekit sees it from where it is called. Anything else as it is."""
+    return path if os.path.isabs(path) or not Path(path).is_dir() else os.path.relpath(path, start)
+
+
+def _check_layers(config: Path, imported: Imported, start: Path) -> None:
+    """Refuses slices that leave out the last layers, where the base is at hand to tell."""
+    from merger.importing import layers_of
+
+    base = imported.recipe["base"]
+    model = base if isinstance(base, str) else base["model"]
+    file = start / model / "config.json"
+    try:
+        there = None if imported.layers is None else layers_of(json.loads(file.read_text()))
+    except (OSError, ValueError):  # a model of the Hub, or one that the plan will complain of
+        return
+    if there not in (None, imported.layers):
+        raise RecipeError(
+            f"{config}: slices: have {imported.layers} layers, but {model} has {there}; "
+            "leaving layers out has no equivalent"
+        )
