@@ -19,6 +19,7 @@ from merger._version import VERSION
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.evaluation import evaluate
+    from merger.extraction import Extraction, extract
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
     from merger.locking import check_lock, is_done, lock
     from merger.pipeline import merge_tensors
@@ -32,6 +33,7 @@ __version__ = VERSION
 
 _HOMES = {
     "CheckpointError": "errors",
+    "Extraction": "extraction",
     "Inspection": "inspection",
     "Deep": "verification",
     "MergerError": "errors",
@@ -48,6 +50,7 @@ _HOMES = {
     "inspect_merge": "inspection",
     "inspect_model": "inspection",
     "check_lock": "locking",
+    "extract": "extraction",
     "is_done": "locking",
     "lock": "locking",
     "merge": "run",
@@ -59,6 +62,7 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "Deep",
+    "Extraction",
     "Inspection",
     "MergerError",
     "Plan",
@@ -71,6 +75,7 @@ __all__ = [
     "calibrate",
     "check_lock",
     "evaluate",
+    "extract",
     "inspect",
     "inspect_merge",
     "inspect_model",

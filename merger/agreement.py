@@ -15,7 +15,7 @@ from merger.anatomy import Anatomy, block_of, study, text_config
 from merger.checkpoint.folder import MODEL, Folder, local_folder, read_json
 from merger.checkpoint.header import SAFETENSORS_NAMES, Info, read_header
 from merger.checkpoint.pickled import read_pickle
-from merger.checkpoint.stored import Checkpoint, torch_dtype
+from merger.checkpoint.stored import PACKED, Checkpoint, torch_dtype
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -61,6 +61,11 @@ class Contents:
         """What each tensor is."""
         return study(self.tensors, self.config)
 
+    @property
+    def packed(self) -> bool:
+        """Whether the files hold several experts, and no model."""
+        return any(file.startswith(PACKED.removesuffix(".safetensors")) for file in self.headers)
+
     def file_of(self, name: str) -> str:
         """The file that holds a tensor."""
         file = self.tensors[name].file
@@ -86,8 +91,8 @@ def look(directory: Path) -> Contents:
 
 
 def _weight_files(folder: Folder, broken: list[Difference]) -> list[str]:
-    """The weight files that transformers would load: one whole, or those that an index names."""
-    for name in MODEL:
+    """The weight files that transformers would load, or `extract`: one whole, or those that an index names."""
+    for name in (*MODEL, PACKED):
         if name in folder.names:
             return [name]
         if (index := f"{name}.index.json") in folder.names:
@@ -133,8 +138,9 @@ def index_differences(contents: Contents) -> Iterator[Difference]:
     for name, files in holders.items():
         if len(files) > 1:
             yield Difference(files[1], name, f"is in {files[0]} as well")
-    index = next((f"{name}.index.json" for name in MODEL if f"{name}.index.json" in contents.folder.names), None)
-    if index is None or set(contents.headers) & set(MODEL):
+    every = (*MODEL, PACKED)
+    index = next((f"{name}.index.json" for name in every if f"{name}.index.json" in contents.folder.names), None)
+    if index is None or set(contents.headers) & set(every):
         return
     named = _weight_map(_object(contents.folder, index, []), index, [])
     for name, file in named.items():

@@ -142,10 +142,12 @@ def _varies(value: Any) -> bool:
 
 
 def _order_faults(kinds: Sequence[str]) -> list[str]:
-    mergers = [i for i, kind in enumerate(kinds) if kind == "merger"]
+    mergers = [i for i, kind in enumerate(kinds) if kind in ("merger", "pack")]
     if len(mergers) != 1:
         mergers_known = ", ".join(name for name, entry in ENTRIES.items() if entry.kind == "merger")
         return [f"expected exactly one merger among the stages, found {len(mergers)}; mergers are {mergers_known}"]
+    if "pack" in kinds[:-1]:
+        return ["a pack makes more than one model, so no stage can follow it"]
     if "filter" in kinds[: mergers[0]]:
         return ["a filter stands before the merger; it keeps part of what was merged, so it must come after"]
     if "sparsifier" in kinds[mergers[0] :]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from merger._lazy import torch
 from merger.copies import restored
 from merger.methods._parameters import Place, resolve, turns
-from merger.methods._registry import Entry, Stage, Takes, entry_of, parameters, supplied
+from merger.methods._registry import Entry, Form, Stage, Takes, entry_of, parameters, supplied
 from merger.ops import Flow, Max, Size, Sum, uniforms
 from merger.passes import Ahead, Sizes, run, settle
 
@@ -103,7 +103,21 @@ class Bound:
     @property
     def align(self) -> int:
         """The number of elements that every slice must begin at a multiple of."""
-        return int(self.values[self.entry.align]) if self.entry.align else 1
+        own = int(self.values[self.entry.align]) if self.entry.align else 1
+        return math.lcm(own, 8) if self.entry.packing else own  # bits are stored by the byte
+
+    def forms(self, rows: int, columns: int) -> dict[str, Form]:
+        """How the results of this stage, a pack, are stored for a matrix of this size."""
+        assert self.entry.packing is not None, "it is a pack"
+        return self.entry.packing.forms(rows=rows, columns=columns, **self.values)
+
+
+def rebuilt(packed: Bound, results: Mapping[str, Tensor], expert: int) -> Tensor:
+    """The task vector [r c] that a pack's results hold of one expert."""
+    assert packed.entry.packing is not None, "it is a pack"
+    forms = packed.forms(0, 0)
+    own = {name: value if forms[name].shared else value[expert] for name, value in results.items()}
+    return packed.entry.packing.unpack(**own)
 
 
 def bind(stage: Stage, place: Place) -> Bound:
@@ -138,6 +152,8 @@ def _bind_inner(inner: Stage, place: Place) -> tuple[Bound, ...]:
     """The stages of a method that merges a matrix in directions of its own; ValueError if one cannot."""
     stages = tuple(bind(each, place) for each in expand(inner, "linear", place.experts))
     for stage in stages:
+        if stage.entry.packing is not None:
+            raise ValueError(f"inner: {stage.entry.name} makes more than one model; knots merges to one")
         if "base" in supplied(stage.entry.function):
             raise ValueError(
                 f"inner: {stage.entry.name} looks at the base's weights, which are not among the directions of the "
@@ -155,7 +171,7 @@ def unseen(i: int, deltas: Tensor) -> None:
 def flow(
     stages: Sequence[Bound], part: Slice, subject: Subject, look: Callable[[int, Tensor], None] = unseen
 ) -> Flow[Tensor]:
-    """Runs the stages on one slice; its result is the merged delta [r c] (or [k r c] without a merger).
+    """Runs the stages on one slice; its result is the merged delta [r c], or what a pack makes, by name.
 
     ``look`` is shown what stage i leaves, once more each time the flow is started again.
     """
@@ -269,10 +285,12 @@ def merge_tensors(
     inputs: Mapping[str, Inputs] | None = None,
     seed: int = 0,
     slice_elements: int = 1 << 20,
+    expert: str | None = None,
 ) -> dict[str, Tensor]:
     """Merges tensors that are in memory by the same stages as `merge` does files; float32 in and out.
 
-    ``base`` maps names to tensors, ``experts`` an expert's name to its tensors of the same names.
+    ``base`` maps names to tensors, ``experts`` an expert's name to its tensors of the same names. Where the
+    stages end in a pack, ``expert`` is whose tensors are rebuilt of what it holds.
     """
     names = sorted(base, key=natural)
     merged = {name: torch.empty(base[name].shape, device=base[name].device) for name in names}
@@ -301,7 +319,9 @@ def merge_tensors(
         def carry(j: int) -> Flow[None]:
             part = slice(firsts[j], firsts[j] + rows)
             piece = Slice(firsts[j], whole[part], own[:, part] - whole[part])
-            delta = yield from flow(stages, piece, subject)
+            made: Any = yield from flow(stages, piece, subject)
+            packed = stages[-1].entry.packing is not None
+            delta = rebuilt(stages[-1], made, place.experts.index(expert or place.experts[0])) if packed else made
             stored = torch.cat([piece.base.unsqueeze(0), own[:, part]])
             _matrix(merged[name])[part] = restored(stored, piece.base, piece.deltas, delta, torch.float32)
 

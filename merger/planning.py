@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from merger.checkpoint.stored import Checkpoint
 from merger.errors import CheckpointError, RecipeError
 from merger.methods._parameters import Number, Place, resolve
 from merger.methods._registry import entry_of
+from merger.packing import Packed
 from merger.pipeline import Bound, bind, expand, natural
 from merger.recipe import Recipe, Rule
 
@@ -70,6 +72,37 @@ class TensorPlan:
         """Whether any of its stages looks at all tensors of its group together."""
         return any(stage.values.get("scope") == "global" for stage in self.stages)
 
+    @cached_property
+    def packed(self) -> Packed | None:
+        """What its last stage makes of it, where that is more than one model's tensor."""
+        if not self.parts or not self._is_packed:
+            return None
+        first, last = self.parts[0], self.stages[-1]
+        forms = last.forms(first.rows, first.columns)
+        return Packed(
+            name=self.name,
+            by=last.entry.name,
+            experts=self.place.experts,
+            forms=forms,
+            info=self.info,
+            rows=first.rows,
+            columns=first.columns,
+            matrices=len(self.parts),
+            transposed=first.transposed,
+        )
+
+    @property
+    def _is_packed(self) -> bool:
+        return bool(self.stages) and self.stages[-1].entry.packing is not None
+
+    @property
+    def stored(self) -> Mapping[str, Info]:
+        """All that is written of it, by name."""
+        if self.packed is not None:
+            return self.packed.infos
+        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from the embedding's results
+        return {} if repeats else {self.name: self.info}
+
     @property
     def elements(self) -> int:
         """How many elements are merged, without rows that only some models have."""
@@ -96,7 +129,17 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of tensors in the output."""
-        return sum(tensor.info.nbytes for tensor in self.tensors)
+        return sum(info.nbytes for info in self.stored.values())
+
+    @property
+    def stored(self) -> dict[str, Info]:
+        """All tensors of the output, by name."""
+        return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
+
+    @property
+    def packed(self) -> bool:
+        """Whether the output holds several experts, of which `extract` makes a model each."""
+        return any(tensor.packed is not None for tensor in self.tensors)
 
     @property
     def bytes_read(self) -> int:
@@ -282,6 +325,10 @@ class _Planner:
         group = 0 if rule is None else self.recipe.rules.index(rule) + 1
         place = self._place(name, linear)
         stages = self._stages(rule, kind, place)
+        if extra and stages[-1].entry.packing is not None:
+            pack, whose = stages[-1].entry.name, " and ".join(extra[-1].models)
+            self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; set extra_rows: drop")
+            return None
         dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
         rows = any(stage.takes != "slice" for stage in stages)
         return TensorPlan(

@@ -105,10 +105,22 @@ def _fate(tensor: TensorPlan) -> dict[str, Any]:
     by = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
     said: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
     said |= {"merged by": by} if tensor.stages else {"copied from": tensor.source}
+    if tensor.packed is not None:
+        stored = {name: stored_as(info) for name, info in tensor.packed.infos.items()}
+        said |= {"packed": tensor.packed.recorded(), "stored as": stored}
     if tensor.tied_to is not None:
-        return said | {"tied to": tensor.tied_to}
+        return said | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
     others = {label: name for label, name in tensor.reads.items() if name != tensor.name}
     return said | ({"reads": others} if others else {})
+
+
+def stored_tensors(fates: Mapping[str, Any]) -> dict[str, Any]:
+    """How each tensor in the files is stored, by the manifest's ``fates``; a pack stores several of one."""
+    found: dict[str, Any] = {}
+    for name, said in fates.items():
+        stored = said.get("stored as") if isinstance(said, dict) else None
+        found |= stored if isinstance(stored, dict) else {name: stored}
+    return found
 
 
 def stored_as(info: Info) -> str:

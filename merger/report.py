@@ -120,7 +120,7 @@ def print_methods(name: str | None, console: Console) -> None:
 
 
 def _by_kind() -> Iterable[tuple[str, list[Entry]]]:
-    for kind in ("method", "sparsifier", "merger", "filter", "scale"):
+    for kind in ("method", "sparsifier", "merger", "pack", "filter", "scale"):
         yield kind, [entry for entry in ENTRIES.values() if entry.kind == kind]
     yield "score", list(SCORES.values())
 

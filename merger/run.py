@@ -18,6 +18,7 @@ from merger.checkpoint import manifest
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.header import TORCH_NAMES
 from merger.checkpoint.layout import layout
+from merger.checkpoint.stored import PACKED, SINGLE
 from merger.checkpoint.writer import Writer, check_output, write_json, write_text
 from merger.errors import CheckpointError, RecipeError
 from merger.machine import (
@@ -30,6 +31,7 @@ from merger.machine import (
     tuned,
 )
 from merger.ops import Flow, Max, Sum
+from merger.packing import Packed, pieces
 from merger.passes import Ahead, settle
 from merger.pipeline import Slice, Subject, flow
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
@@ -221,8 +223,9 @@ class _Merge:
         self.done_bytes, self.total_bytes = 0, plan.bytes_read
 
     def run(self, began: float, *, force: bool) -> Result:
-        infos = {tensor.name: tensor.info for tensor in self.plan.tensors}
-        shards = layout(list(infos.items()), self.plan.recipe.output.shard_size)
+        infos = self.plan.stored
+        stem = PACKED if self.plan.packed else SINGLE
+        shards = layout(list(infos.items()), self.plan.recipe.output.shard_size, stem)
         for note in self.notes:
             self.notice(note)
         writer = Writer(self.output, shards, infos, self._decisive())
@@ -336,28 +339,56 @@ class _Merge:
         self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead
     ) -> Sum | Max | None:
         def carry(stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
-            delta = yield from flow(tensor.stages, piece, subject)
-            self._put(tensor, part, stored, piece, delta)
+            made: Any = yield from flow(tensor.stages, piece, subject)
+            if tensor.packed is None:
+                self._put(tensor, part, stored, piece, made)
+            else:
+                yield from self._put_results(tensor, tensor.packed, part, stored, piece, made)
 
         return reader.visit(tensor, part, known, ahead, carry)
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
         """Rounds once to the output's dtype and writes."""
+        self._write(self._names(tensor), *self._rounded(tensor, part, stored, piece, delta))
+
+    def _rounded(
+        self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor
+    ) -> tuple[int, Tensor]:
+        """The first row of a slice in the stored tensor, and what is written from there on."""
         try:
             merged = rounded(tensor, part, stored, piece, delta)
         except OverflowError:
             raise _overflow(tensor) from None
-        self._write(tensor, part.row + (0 if part.transposed else piece.row), merged)
+        return part.row + (0 if part.transposed else piece.row), merged
 
-    def _write(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
+    def _put_results(
+        self,
+        tensor: TensorPlan,
+        packed: Packed,
+        part: Part,
+        stored: Tensor,
+        piece: Slice,
+        results: Mapping[str, Tensor],
+    ) -> Flow[None]:
+        """Writes what a pack made of one slice."""
+        others = yield from pieces(packed, results, tensor.parts.index(part), piece.row * part.columns)
+        for name, place, values in others:
+            dtype = getattr(torch, TORCH_NAMES[packed.infos[name].dtype])
+            self._write([name], place, _rounded(values.reshape(-1, 1), dtype, tensor))
+        for name, delta in packed.weights(results):
+            self._write([name], *self._rounded(tensor, part, stored, piece, delta))
+
+    def _write(self, names: Sequence[str], row: int, values: Tensor) -> None:
+        """Writes rows of a tensor, from ``row`` on, under all its names."""
         data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
         width = values.shape[-1] * values.element_size()
-        for name in self._names(tensor):
+        for name in names:
             self.sink.write(name, row * width, data)
 
     def _names(self, tensor: TensorPlan) -> list[str]:
-        """The names under which a tensor is written: its own, and that of a head that repeats it."""
-        return [tensor.name, *(twin for of, twin in self.twins.items() if of == tensor.name)]
+        """The names under which a tensor is written: its results', or its own and that of a head that repeats it."""
+        twins = [] if tensor.packed else [twin for of, twin in self.twins.items() if of == tensor.name]
+        return [*tensor.stored, *twins]
 
     def _copy(self, tensor: TensorPlan, part: Part) -> None:
         """Copies a tensor slice by slice; a buffer that differs between models is told of."""
@@ -376,7 +407,7 @@ class _Merge:
                 )
                 if not same or not torch.equal(values, self.plan.models[label].read_rows(read, start, stop)):
                     differing.add(label)
-            self._write(tensor, start, _rounded(values, dtype, tensor))
+            self._write(self._names(tensor), start, _rounded(values, dtype, tensor))
         if differing:
             self._note(
                 tensor, f"{tensor.name}: copied from {tensor.source}, but differs in {', '.join(sorted(differing))}"
@@ -399,7 +430,7 @@ class _Merge:
                 if not torch.isfinite(each).all():
                     raise CheckpointError(f"{label}: {tensor.reads[label]} holds NaN or infinity")
             mean = several[0] if len(several) == 1 else torch.stack([each.double() for each in several]).mean(0)
-            self._write(tensor, start, _rounded(mean, dtype, tensor))
+            self._write(self._names(tensor), start, _rounded(mean, dtype, tensor))
 
     def _note(self, tensor: TensorPlan, message: str) -> None:
         """Remarks on a tensor, once however often it is visited."""
@@ -435,7 +466,9 @@ class _Merge:
         )
         write_json(folder / RECORD, record)
         models = [each["source"] for each in record["inputs"].values()]
-        write_text(folder / "README.md", manifest.card(self.output.name, models, record["recipe"], self._counts()))
+        write_text(
+            folder / "README.md", manifest.card(self.output.name, models, record["recipe"], self._counts(), plan.packed)
+        )
 
     def _counts(self) -> dict[str, int]:
         counts = Counter("merged" if tensor.stages else "copied" for tensor in self.plan.tensors)

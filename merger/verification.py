@@ -31,7 +31,7 @@ from merger.errors import RecipeError
 from merger.planning import Plan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
-from merger.record import RECORD, differing, inputs_of, portable, stored_as
+from merger.record import RECORD, differing, inputs_of, portable, stored_as, stored_tensors
 from merger.run import Progress, recompute
 
 _WEIGHTS = (".safetensors", ".bin")
@@ -82,7 +82,9 @@ def verify(
     contents = look(Path(directory))
     found = [*contents.broken, *index_differences(contents)]
     hashes, values = _scan(contents, tell)
-    found += [*values, *config_differences(contents), *tokenizer_differences(contents)]
+    found += values
+    if not contents.packed:  # in which no tensor needs to be what config and tokenizer say of a model's
+        found += [*config_differences(contents), *tokenizer_differences(contents)]
     record = _record(contents, found)
     recomputed: tuple[str, ...] = ()
     if record is not None:
@@ -164,15 +166,15 @@ def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str
             yield Difference(file, None, f"is missing, though {RECORD} names it")
         elif (own := digest(contents.directory / file)) != sha:
             yield _other_hash(file, own, sha)
-    for name, said in record["tensors"].items():
+    recorded = stored_tensors(record["tensors"])
+    for name, wanted in recorded.items():
         info = contents.tensors.get(name)
-        wanted = said.get("stored as") if isinstance(said, dict) else None
         if info is None:
             yield Difference(RECORD, name, "is in no file")
         elif stored_as(info) != wanted:
             yield Difference(contents.file_of(name), name, f"is {stored_as(info)}, but {wanted} in {RECORD}")
     for name in contents.tensors:
-        if name not in record["tensors"]:
+        if name not in recorded:
             yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
 
 
@@ -243,7 +245,7 @@ def _changed_inputs(record: Mapping[str, Any], plan: Plan) -> Iterator[Differenc
 
 def _chosen(plan: Plan, deep: Deep) -> list[str]:
     """Some tensors, as good as drawn: those whose hash with the seed is smallest."""
-    names = [tensor.name for tensor in plan.tensors]
+    names = list(plan.stored)
     drawn = sorted(names, key=lambda name: hashlib.sha256(f"{deep.seed} {name}".encode()).digest())
     return sorted(drawn[: deep.sample], key=names.index)
 
@@ -253,7 +255,7 @@ class _Comparison:
 
     def __init__(self, contents: Contents, plan: Plan, names: Sequence[str]) -> None:
         self.contents = contents
-        planned = {tensor.name: stored_as(tensor.info) for tensor in plan.tensors}
+        planned = {name: stored_as(info) for name, info in plan.stored.items()}
         self.misfits = [
             Difference(RECORD, name, f"would be {planned[name]} if it were merged again")
             for name in names

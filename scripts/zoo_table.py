@@ -19,15 +19,19 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import merger
 
+Parameters = dict[str, Any] | list[dict[str, Any]]
+"""A method's, or the stages of a pipeline."""
+P = TypeVar("P", bound=Parameters)
 DOMAINS = ("code", "french", "wordnet")
 TOKENS = 256
 
@@ -49,13 +53,37 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "cabs": grid(n=[32, 64], m=[256], **{"lambda": [1, 1.4, 1.8]}),
     "obim": grid(density=[0.2, 0.3, "1/3"], **{"lambda": [1, 1.4]}),
     "consensus_ta": grid(**{"lambda": [0.6, 0.9]}),
+    "consensus_ties": grid(density=[0.5, 0.8], **{"lambda": [0.6, 0.9]}),
     "pcb": grid(density=[0.2, 0.5]),
+    "localize_stitch": grid(density=[0.2, 0.5]),
+    "sce": grid(select_topk=[0.1, 0.5, 1]),
+    "ram": grid(r=[0, 0.1]),
+    "model_stock": [{}],
+    "metagpt": [{}],
+    "nan": [{}],
+    "multislerp": [{}],
+    "karcher": [{}],
     "regmean_diag": [{}],
     "regmean": [{}],
     "tsv_m": [{}],
     "wudi": [{}],
 }
 CALIBRATED = {"obim", "ties_obm", "regmean", "regmean_diag"}
+HALVES: dict[str, list[dict[str, Any]]] = {  # of CABS: what thins, before the sum
+    "neither": [{"top": {"density": 0.25}}],
+    "CA only": [{"top": {"density": 0.25, "exclusive": "listed"}}],
+    "BS only": [{"bs": {"n": 64, "m": 256}}],
+}
+SEVERAL: list[tuple[str, Parameters]] = [  # outputs that hold each expert
+    ("emr", {}),
+    ("tall_masks", {}),
+    ("byom", {"density": 0.1}),
+    ("tsv_c", {}),
+    ("factors", {"rank_share": 0.1}),
+]
+LAMBDAS = (0.7, 1)
+BLOCKS = ((1, 4), (4, 16), (16, 64), (64, 256), (256, 1024), (1024, 4096))
+"""n:m of one density, in blocks that grow."""
 ORDERS: list[Any] = ["rotation", *({end: name} for end in ("first", "last") for name in DOMAINS)]
 SAMPLES = (10, 50, 100)
 
@@ -66,36 +94,57 @@ def texts(data: Path, domain: str) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-@torch.inference_mode()
-def losses(model_path: Path, held_out: Mapping[str, list[str]]) -> dict[str, float]:
-    """Token-mean cross-entropy of a checkpoint on each domain's texts, one batch of eight at a time."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
-    found = {}
-    for domain, sample in held_out.items():
-        total, count = 0.0, 0
-        for start in range(0, len(sample), 8):
-            batch = tokenizer(
-                sample[start : start + 8], return_tensors="pt", padding=True, truncation=True, max_length=TOKENS
-            )
-            logits = model(**batch).logits[:, :-1].float()
-            target = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)
-            total += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), target.flatten(), reduction="sum", ignore_index=-100
-            ).item()
-            count += int((target != -100).sum())
-        found[domain] = total / count
-    return found
+class Judge:
+    """One model whose weights are swapped in place, and texts that were tokenised once."""
+
+    def __init__(self, base: Path) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """The first tokens of each text, the short ones first, so that a batch needs little padding."""
+        rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=TOKENS).input_ids
+        return sorted(rows, key=len)
+
+    @torch.inference_mode()
+    def losses(self, checkpoint: Path, held_out: Mapping[str, list[list[int]]]) -> dict[str, float]:
+        """Token-mean cross-entropy of a checkpoint on each domain's texts."""
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted(checkpoint.glob("*.safetensors")):
+            weights |= load_file(file)
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        assert not {*missing, *unexpected} - {"lm_head.weight"}, (missing, unexpected)  # the head is tied
+        found = {}
+        for domain, rows in held_out.items():
+            sums = [self._loss(rows[start : start + 8]) for start in range(0, len(rows), 8)]
+            found[domain] = sum(sums) / sum(len(row) - 1 for row in rows)
+        return found
+
+    def _loss(self, rows: list[list[int]]) -> float:
+        """The summed cross-entropy of a batch; logits are made only for tokens that have a next one."""
+        longest = max(map(len, rows))
+        inside = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        hidden = self.model.model(input_ids=ids, attention_mask=inside).last_hidden_state
+        judged = inside[:, 1:].bool()
+        logits, target = self.model.lm_head(hidden[:, :-1][judged]), ids[:, 1:][judged]
+        pieces = zip(torch.split(logits, 512), torch.split(target, 512), strict=True)
+        return sum(
+            torch.nn.functional.cross_entropy(some.float(), which, reduction="sum").item() for some, which in pieces
+        )
 
 
-def recipe(zoo: Path, data: Path, method: str, parameters: dict[str, Any], output: Path, samples: int) -> merger.Recipe:
-    """The merge of the three experts by one method."""
+def weights_of(checkpoint: Path) -> int:
+    """Bytes of its weight files."""
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+
+
+def recipe(zoo: Path, data: Path, method: str, parameters: Parameters, output: Path, samples: int) -> merger.Recipe:
+    """The merge of the three experts by one method, or by the stages of a ``pipeline``."""
     written: dict[str, Any] = {
         "base": str(zoo / "base"),
         "experts": {name: str(zoo / name) for name in DOMAINS},
-        "method": method,
-        "parameters": parameters,
+        **({"pipeline": parameters} if method == "pipeline" else {"method": method, "parameters": parameters}),
         "output": {"path": str(output)},
     }
     if method in CALIBRATED:
@@ -109,7 +158,8 @@ class Table:
 
     def __init__(self, zoo: Path, data: Path, record: Path, select: int, report: int) -> None:
         self.zoo, self.data, self.record = zoo, data, record
-        every = {domain: texts(data, domain) for domain in DOMAINS}
+        self.judge = Judge(zoo / "base")
+        every = {domain: self.judge.tokens(texts(data, domain)) for domain in DOMAINS}
         self.parts = {
             "select": {domain: each[:select] for domain, each in every.items()},
             "report": {domain: each[select : select + report] for domain, each in every.items()},
@@ -122,9 +172,9 @@ class Table:
 
     def loss(self, part: str, model: str) -> dict[str, float]:
         """The losses of the base or of an expert."""
-        return self._line(f"{part} {model}", lambda: losses(self.zoo / model, self.parts[part]))
+        return self._line(f"{part} {model}", lambda: self.judge.losses(self.zoo / model, self.parts[part]))
 
-    def merged(self, part: str, method: str, parameters: dict[str, Any], samples: int = 100) -> dict[str, float]:
+    def merged(self, part: str, method: str, parameters: Parameters, samples: int = 100) -> dict[str, float]:
         """The losses of a merge."""
         said = json.dumps(parameters, sort_keys=True) + (f" samples={samples}" if method in CALIBRATED else "")
 
@@ -132,30 +182,50 @@ class Table:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "merged"
                 merger.merge(recipe(self.zoo, self.data, method, parameters, output, samples))
-                return losses(output, self.parts[part])
+                return self.judge.losses(output, self.parts[part])
 
         return self._line(f"{part} {method} {said}", compute)
 
+    def several(self, method: str, parameters: Parameters) -> dict[str, Any]:
+        """Each expert's losses on its own domain as an output that holds all gives it back, and the output's size."""
+
+        def compute() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                packed = Path(folder) / "packed"
+                own: dict[str, float] = {}
+                merger.merge(recipe(self.zoo, self.data, method, parameters, packed, 0))
+                for domain in DOMAINS:
+                    expert = Path(folder) / domain
+                    merger.extract(packed, domain, expert, base=str(self.zoo / "base"))
+                    own |= self.judge.losses(expert, {domain: self.parts["report"][domain]})
+                whole = sum(weights_of(self.zoo / domain) for domain in DOMAINS)
+                return {"losses": own, "size": weights_of(packed) / whole}
+
+        return self._entry(f"report several {method} {json.dumps(parameters, sort_keys=True)}", compute)
+
     def _line(self, key: str, compute: Any) -> dict[str, float]:
+        found: dict[str, float] = self._entry(key, lambda: {"losses": compute()})["losses"]
+        return found
+
+    def _entry(self, key: str, compute: Any) -> dict[str, Any]:
         if key not in self.lines:
             began = time.monotonic()
-            self.lines[key] = {"key": key, "losses": compute(), "seconds": round(time.monotonic() - began, 1)}
+            self.lines[key] = {"key": key, **compute(), "seconds": round(time.monotonic() - began, 1)}
             with self.record.open("a") as file:
                 file.write(json.dumps(self.lines[key]) + "\n")
             print(key, self.lines[key]["losses"], flush=True)
-        found: dict[str, float] = self.lines[key]["losses"]
-        return found
+        return self.lines[key]
 
     def kept(self, part: str, found: Mapping[str, float]) -> float:
         """The mean share of the experts' gains."""
         base = self.loss(part, "base")
         return sum((base[d] - found[d]) / (base[d] - self.loss(part, d)[d]) for d in DOMAINS) / len(DOMAINS)
 
-    def best(self, method: str) -> dict[str, Any]:
-        """The setting of a method's grid that keeps most on the selection texts; nothing is chosen from one."""
-        if len(GRID[method]) == 1:
-            return GRID[method][0]
-        return max(GRID[method], key=lambda p: self.kept("select", self.merged("select", method, p)))
+    def best(self, method: str, settings: Sequence[P]) -> P:
+        """The setting that keeps most on the selection texts; nothing is chosen from one."""
+        if len(settings) == 1:
+            return settings[0]
+        return max(settings, key=lambda p: self.kept("select", self.merged("select", method, p)))
 
     def row(self, name: str, setting: str, found: Mapping[str, float]) -> str:
         cells = " | ".join(f"{found[d]:.4f}" for d in DOMAINS)
@@ -170,11 +240,11 @@ def report(table: Table) -> Iterator[str]:
         yield table.row(model, "", table.loss("report", model))
     rows = []
     for method in GRID:
-        setting = table.best(method)
+        setting = table.best(method, GRID[method])
         found = table.merged("report", method, setting)
         rows.append((table.kept("report", found), table.row(method, json.dumps(setting), found)))
     yield from (row for _, row in sorted(rows, key=lambda each: -each[0]))
-    density = table.best("obim")
+    density = table.best("obim", GRID["obim"])
     yield "\n## OBIM: order of the experts\n\n" + head
     for order in ORDERS:
         found = table.merged("report", "obim", {**density, "order": order})
@@ -182,6 +252,22 @@ def report(table: Table) -> Iterator[str]:
     yield "\n## OBIM: calibration samples of each expert\n\n" + head
     for samples in SAMPLES:
         yield table.row("obim", f"{samples} samples", table.merged("report", "obim", density, samples))
+    yield "\n## CABS: its two halves\n\n" + head
+    both = table.best("cabs", [{"n": 64, "m": 256, "lambda": factor} for factor in LAMBDAS])
+    yield table.row("both: CABS", json.dumps(both), table.merged("report", "cabs", both))
+    for name, stages in HALVES.items():
+        chosen = table.best("pipeline", [[*stages, {"sum": {"weight": factor}}] for factor in LAMBDAS])
+        yield table.row(name, json.dumps(chosen), table.merged("report", "pipeline", chosen))
+    yield "\n## CABS: blocks of one density\n\n" + head
+    for n, m in BLOCKS:
+        setting = {"n": n, "m": m, "lambda": 1}
+        yield table.row("cabs", f"{n}:{m}", table.merged("report", "cabs", setting))
+    yield "\n## Outputs that hold each expert\n"
+    yield "Each expert as `merger extract` rebuilds it, on its own domain; size as a share of the three checkpoints.\n"
+    yield head.replace("share kept", "share kept | size") + "---|"
+    for name, parameters in SEVERAL:
+        entry = table.several(name, parameters)
+        yield f"{table.row(name, json.dumps(parameters), entry['losses'])} {entry['size']:.3f} |"
 
 
 def main() -> None:

@@ -276,7 +276,7 @@ def test_what_a_method_expands_to_can_be_pasted_into_a_recipe(merger, folder):
 def test_methods_in_json_are_one_object_by_kind(merger):
     ran = merger("methods", "--json")
     said = json.loads(ran.out)
-    assert set(said) == {"method", "sparsifier", "merger", "filter", "scale", "score"}
+    assert set(said) == {"method", "sparsifier", "merger", "pack", "filter", "scale", "score"}
     assert {"linear", "sum"} <= {each["name"] for each in said["merger"]}
 
 

@@ -395,6 +395,8 @@ def test_cabs_of_more_than_a_block_holds_leaves_nothing_to_later_experts():
 EXCLUSIVE = {
     "top": {"density": 0.4},
     "bs": {"n": 2, "m": 5},
+    "band": {"drop_low": 0.3, "drop_high": 0.1},
+    "sparsegpt": {"density": 0.4},
     "random": {"density": 0.5},
     "magprune": {"density": 0.5},
 }
@@ -415,7 +417,7 @@ def test_the_first_expert_of_an_exclusive_order_keeps_what_it_would_alone(name):
     assert torch.equal(masks["c"], alone["c"])
 
 
-@pytest.mark.parametrize("name", ["random", "magprune"])
+@pytest.mark.parametrize("name", ["random", "magprune", "band"])
 def test_an_exclusive_draw_loses_only_what_earlier_experts_hold(name):
     deltas = deltas_of(2, 6, 10)
     alone = kept(checked(name, EXCLUSIVE[name]), deltas)

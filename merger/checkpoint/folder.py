@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from merger.checkpoint.header import Info, checked_name, parse_header, read_header
 from merger.checkpoint.pickled import parse_pickle, read_pickle
-from merger.checkpoint.stored import SINGLE
+from merger.checkpoint.stored import PACKED, SINGLE
 from merger.errors import CheckpointError
 
 # What is looked for, the preferred first, as transformers and peft do; shards stand in NAME.index.json.
@@ -85,6 +85,10 @@ def find_weights(folder: Folder, names: tuple[str, ...]) -> Weights:
         if f"{name}.index.json" in folder.names:
             index = _read_index(folder, f"{name}.index.json")
             return Weights(form, tuple(sorted(set(index.values()))), index)
+    if {PACKED, f"{PACKED}.index.json"} & folder.names:
+        raise CheckpointError(
+            f"{folder.label}: {folder.source} holds several experts, and no model; `merger extract` writes one of them"
+        )
     others = sorted(name for name in folder.names if name.endswith(_OTHER_WEIGHTS))
     found = f", only {', '.join(others[:3])}" if others else ""
     raise CheckpointError(

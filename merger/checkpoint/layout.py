@@ -21,8 +21,11 @@ class Shard:
     size: int
 
 
-def layout(tensors: Sequence[tuple[str, Info]], shard_size: int) -> list[Shard]:
-    """Deals the tensors out to shards of at most ``shard_size`` bytes (or one larger tensor), in order."""
+def layout(tensors: Sequence[tuple[str, Info]], shard_size: int, whole: str = SINGLE) -> list[Shard]:
+    """Deals the tensors out to shards of at most ``shard_size`` bytes (or one larger tensor), in order.
+
+    A single one is named ``whole``, several as in model-00001-of-00003.safetensors.
+    """
     groups: list[list[tuple[str, Info]]] = [[]]
     filled = 0
     for name, info in tensors:
@@ -32,7 +35,8 @@ def layout(tensors: Sequence[tuple[str, Info]], shard_size: int) -> list[Shard]:
         groups[-1].append((name, info))
         filled += info.nbytes
     count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    stem = whole.removesuffix(".safetensors")
+    names = [whole] if count == 1 else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
 
 
@@ -56,8 +60,13 @@ def _shard(file: str, tensors: list[tuple[str, Info]]) -> Shard:
     return Shard(file, len(text).to_bytes(8, "little") + text, placed, start + position)
 
 
+def index_name(shards: Sequence[Shard]) -> str:
+    """What the index of several shards is called."""
+    return f"{shards[0].file.partition('-')[0]}.safetensors.index.json"
+
+
 def index(shards: Sequence[Shard], infos: Mapping[str, Info]) -> dict[str, Any]:
-    """model.safetensors.index.json of several shards."""
+    """What the index of several shards says."""
     return {
         "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
         "weight_map": {name: shard.file for shard in shards for name in sorted(shard.offsets)},

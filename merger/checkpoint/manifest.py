@@ -57,14 +57,26 @@ def portable(source: str) -> str:
     return Path(source).name if Path(source).expanduser().is_absolute() else source
 
 
-def card(title: str, models: Iterable[str], recipe: Mapping[str, Any], tensors: Mapping[str, int]) -> str:
-    """README.md: what the Hub shows of a merged model."""
+def extracted_card(title: str, base: str, expert: str, packed: str) -> str:
+    """README.md of one expert that was rebuilt from a ``packed`` output."""
+    front = {"library_name": "transformers", "base_model": [base], "tags": ["merger"]}
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
+        f"The expert {expert}, rebuilt from `{packed}` by `merger extract`.\n"
+    )
+
+
+_PACKED = "It holds several experts and is no model by itself: `merger extract` writes one of them. "
+
+
+def card(title: str, models: Iterable[str], recipe: Mapping[str, Any], tensors: Mapping[str, int], packed: bool) -> str:
+    """README.md: what the Hub shows of a merged model, or of several ``packed`` experts."""
     front = {"library_name": "transformers", "base_model": list(models), "base_model_relation": "merge"}
     front["tags"] = ["merge", "merger"]
     counts = ", ".join(f"{count} {what}" for what, count in tensors.items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
-        f"Merged with `merger`. Tensors: {counts}. "
+        f"Merged with `merger`. Tensors: {counts}. {_PACKED if packed else ''}"
         "`merger.json` names every input and what happened to each tensor.\n\n"
         f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PACKED = "experts.safetensors"
+"""Several experts, of which none can be loaded as it is."""
 
 
 class Checkpoint:

@@ -17,8 +17,7 @@ from typing import Any
 from merger.checkpoint.hashes import digest
 from merger.checkpoint.header import Info
 from merger.checkpoint.journal import Finished, Journal, remove
-from merger.checkpoint.layout import Shard, index
-from merger.checkpoint.stored import INDEX
+from merger.checkpoint.layout import Shard, index, index_name
 from merger.errors import RecipeError, ResourceError
 
 CHUNK = 8 << 20
@@ -192,7 +191,7 @@ class Writer:
     def finish(self, *, force: bool) -> None:
         """Writes the index and renames the folder into place; whatever was there is replaced only now."""
         if len(self._shards) > 1:
-            write_json(self.folder / INDEX, index(self._shards, self._infos))
+            write_json(self.folder / index_name(self._shards), index(self._shards, self._infos))
         try:
             for each in self.folder.iterdir():
                 _sync(each)

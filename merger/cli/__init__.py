@@ -10,6 +10,7 @@ import typer
 from merger.cli.calibrate import calibrate
 from merger.cli.demo import demo
 from merger.cli.evaluate import eval_
+from merger.cli.extract import extract
 from merger.cli.import_ import import_
 from merger.cli.inspect import inspect
 from merger.cli.lock import lock
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run, lock, plan, inspect, calibrate, verify, eval_, search, methods, import_, demo, schema):
+for _command in (run, lock, plan, inspect, calibrate, verify, eval_, search, extract, import_, methods, demo, schema):
     app.command(_command.__name__.rstrip("_"))(_command)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merger.errors import CheckpointError, RecipeError, nearest
-from merger.inspection import manifests
+from merger.inspection import manifests, masks
 from merger.inspection.facts import FORMAT, Facts, Inspection, Merged, Picture, View
 from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
 from merger.machine import Machine, peak_memory
@@ -101,14 +101,17 @@ def inspect_merge(
     say = notice or _silent
     label = manifests.unlike("merged", experts)
     known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made)
+    if masks.is_packed(record):
+        return _told(known, masks.told(folder, record, experts), say)
     try:
         plan = make_plan(manifests.beside(record, folder, label, inputs), offline=True, headers_only=False)
     except (CheckpointError, RecipeError) as error:
-        return _told(known, f"shares cannot be told from the weights: {error}; --inputs says where they are", say)
+        why = f"shares cannot be told from the weights: {error}; --inputs says where they are"
+        return _told(known, [why], say)
     try:
         changed = manifests.changed(record, plan)
         if changed is not None:
-            return _told(known, changed, say)
+            return _told(known, [f"{changed}, so shares cannot be told from the weights"], say)
         walk = Walk(
             plan,
             Machine.of("cpu", max_memory, plan),
@@ -123,10 +126,11 @@ def inspect_merge(
         plan.close()
 
 
-def _told(known: Inspection, why: str, notice: Callable[[str], None]) -> Inspection:
-    """What is known without the weights, and why they were not looked at."""
-    notice(why)
-    return replace(known, notes=[why])
+def _told(known: Inspection, notes: Sequence[str], notice: Callable[[str], None]) -> Inspection:
+    """What is known without comparing weights, and what there is to say."""
+    for note in notes:
+        notice(note)
+    return replace(known, notes=list(notes))
 
 
 def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str], blocks: Blocks = ()) -> Inspection:

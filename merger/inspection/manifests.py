@@ -11,6 +11,7 @@ from typing import Any
 
 from merger.checkpoint import manifest
 from merger.checkpoint.hashes import sha256
+from merger.checkpoint.stored import Checkpoint
 from merger.errors import CheckpointError
 from merger.planning import Plan
 from merger.recipe import Recipe
@@ -97,12 +98,25 @@ def _recipe_folder(folder: Path, output: str) -> Path:
 
 def changed(record: Mapping[str, Any], plan: Plan) -> str | None:
     """What is wrong if an input is no longer the one that was merged, told by the hashes of its files."""
-    for label, said in record["inputs"].items():
-        files = {**said["files"], **said.get("adapter", {}).get("files", {})}
-        for file in plan.models[label].files:
-            if files.get(file.name) != sha256(file):
-                return f"{label}: {file} is not the file that was merged, so shares cannot be told from the weights"
-    return None
+    models = [(label, plan.models[label]) for label in record["inputs"]]
+    return next((wrong for label, model in models if (wrong := other_files(record, label, model))), None)
+
+
+def other_files(record: Mapping[str, Any], label: str, model: Checkpoint) -> str | None:
+    """The first file of an input that is not the one that was merged, in a sentence's beginning."""
+    said = record["inputs"][label]
+    files = {**said["files"], **said.get("adapter", {}).get("files", {})}
+    other = (file for file in model.files if files.get(file.name) != sha256(file))
+    return next((f"{label}: {file} is not the file that was merged" for file in other), None)
+
+
+def base(record: Mapping[str, Any], folder: Path, given: str | None) -> dict[str, str]:
+    """A merge's base as a recipe names it: where it was when ``folder`` was made of it, or ``given`` in its place."""
+    said = record["inputs"]["base"]
+    start = _recipe_folder(folder.resolve(), record["recipe"]["output"]["path"])
+    if given is None:
+        return _source("base", said, start)
+    return {**_source("base", {**said, "source": str(start), "commit": None}, start), "model": given}
 
 
 def expert_name(source: str) -> str:

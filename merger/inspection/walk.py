@@ -213,6 +213,8 @@ def between_stages(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slic
     tally.experts(((-1, -1), TASK_VECTORS, "experts"), piece.row, piece.deltas)
 
     def look(i: int, deltas: Tensor) -> None:
+        if tensor.stages[i].entry.packing is not None:
+            return  # its results are of several kinds; what they hold of an expert is seen in the output
         if deltas.dim() == 3:
             tally.experts((*keys[i], "experts"), piece.row, deltas)
             return

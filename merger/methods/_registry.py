@@ -40,7 +40,7 @@ from pydantic import (
 
 from merger.errors import nearest
 
-Kind = Literal["score", "sparsifier", "merger", "filter", "scale", "method"]
+Kind = Literal["score", "sparsifier", "merger", "pack", "filter", "scale", "method"]
 Takes = Literal["slice", "rows", "matrix"]
 """Any slice; rows, one for each output neuron; the whole oriented matrix."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,6 +72,34 @@ def _nothing(kind: str, **_: object) -> None:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How one named result of a pack is stored: once for every expert, or `shared` by all.
+
+    weights  [r c]     a task vector; the base plus it is stored, in the output's dtype
+    bits     [r c]     booleans, eight to a byte
+    chosen   [r c]     of which only the `count` elements where the bits named `at` are set are stored, likewise
+    floats   `shape`   float32; the same for every slice of a matrix
+    factors  `shape`   the same, in the output's dtype
+    """
+
+    holds: Literal["weights", "bits", "chosen", "floats", "factors"]
+    shared: bool = False
+    shape: tuple[int, ...] = ()
+    at: str = ""
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What belongs to a pack beside its function."""
+
+    forms: Callable[..., dict[str, Form]]
+    """Of a matrix's `rows` and `columns` and the parameters: how each result is stored."""
+    unpack: Callable[..., Tensor]
+    """Of one expert's results, by name: its task vector [r c] again."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One registered function."""
 
@@ -87,6 +115,7 @@ class Entry:
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
+    packing: Packing | None = None  # of a pack
 
     @property
     def summary(self) -> str:
@@ -129,6 +158,15 @@ def sparsifier(**traits: Any) -> Callable[[F], F]:
 def merger(**traits: Any) -> Callable[[F], F]:
     """Registers a stage k -> 1 that makes one task vector [r c] of all."""
     return _register("merger", ENTRIES, **traits)
+
+
+def pack(*, forms: Callable[..., dict[str, Form]], unpack: Callable[..., Tensor], **traits: Any) -> Callable[[F], F]:
+    """Registers a last stage that makes more than one model: k task vectors -> named results, of which each is rebuilt.
+
+    The function gives {name: [k ...]}, or {name: [...]} of what all share; ``forms`` says how these are stored, from
+    the sizes of a matrix alone; ``unpack`` takes one expert's by their names and gives its task vector [r c].
+    """
+    return _register("pack", ENTRIES, packing=Packing(forms, unpack), **traits)
 
 
 def filter_(**traits: Any) -> Callable[[F], F]:

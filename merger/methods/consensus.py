@@ -5,6 +5,8 @@ The authors compare with >, here it is >=: an unchanged position then counts, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -37,7 +39,11 @@ def consensus(
     what separates it from the merged one. Of (3, 0) and (1, 4), merged to (4, 4), two experts hold
     the first at lambda_t 0.3 and one the second: (4, 0).
     """
-    own = originals * column(weight, originals)
-    apart = (deltas - own).abs_().mul_(column(lambda_t, own))
-    holding = fast("ge", own.abs_(), apart)
+    holding = held(originals * column(weight, originals), deltas, lambda_t)
     return keep(deltas, summed(holding.view(torch.int8)) >= k)
+
+
+def held(own: Tensor, merged: Tensor, lambda_t: Sequence[Fraction]) -> Tensor:
+    """Where each task vector ``own`` [k r c] is at least `lambda_t` times as large as the rest of ``merged`` [r c]."""
+    apart = (merged - own).abs_().mul_(column(lambda_t, own))
+    return fast("ge", own.abs(), apart)

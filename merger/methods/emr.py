@@ -1,0 +1,42 @@
+"""Elect, mask, rescale: one task vector for all experts, a bit mask for each. EMR-Merging, https://arxiv.org/abs/2405.17461."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from merger._lazy import torch
+from merger.methods._registry import Form, pack
+from merger.ops import Flow, Sum, Whole, keep, summed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _forms(**_: object) -> dict[str, Form]:
+    return {"unified": Form("weights", shared=True), "mask": Form("bits"), "rescale": Form("floats")}
+
+
+def _rebuilt(unified: Tensor, mask: Tensor, rescale: Tensor) -> Tensor:
+    return keep(unified, mask) * rescale
+
+
+@pack(forms=_forms, unpack=_rebuilt)
+def emr(
+    deltas: Tensor, *, scope: Whole = "global", zero_sign: Literal["zero", "negative"] = "zero"
+) -> Flow[dict[str, Tensor]]:
+    """Keeps for all experts the largest change of the elected sign, for each where its own has that sign, and a scale.
+
+    The sign elected at a position is that of the sum of all changes; where that is exactly 0 none is, or - as in the
+    authors' code. The scale gives an expert, over the whole model or the tensor, the mean size that its changes had.
+    (4, -3) and (-2, -4) make (4, -4); the first expert keeps both at 7/8: (3.5, -3.5), the second the last at 6/4.
+    """
+    elected = summed(deltas).sign()
+    if zero_sign == "negative":
+        elected = elected.where(elected != 0, -1)
+    agreeing = deltas.sign() == elected
+    unified = elected * keep(deltas.abs(), agreeing).amax(0)
+    mask = agreeing & (unified != 0)
+    own = yield Sum(deltas.double().abs().sum((1, 2)), scope)
+    left = yield Sum((unified.double().abs() * mask).sum((1, 2)), scope)
+    rescale = torch.where(left > 0, own / left.where(left > 0, 1), 0)
+    return {"unified": unified, "mask": mask, "rescale": rescale.float()}

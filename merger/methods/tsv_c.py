@@ -1,0 +1,14 @@
+"""Task singular vectors, compressed. TSV-Compress, https://arxiv.org/abs/2412.00081, section 3.2; methods.md 7.2."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from merger.methods._registry import Stage, method, stage
+from merger.methods.factors import factors
+
+
+@method()
+def tsv_c(experts: tuple[str, ...], *, head: bool = False) -> list[Stage]:
+    """Keeps the strongest 1/K of each expert's singular directions, as factors; `factors` keeps another share."""
+    return [stage(factors, rank_share=Fraction(1, len(experts)), head=head)]
