@@ -18,6 +18,7 @@ from merger.calibration.loader import Loader
 from merger.calibration.model import build
 from merger.checkpoint.header import Info
 from merger.checkpoint.stored import Checkpoint, torch_dtype
+from merger.errors import RecipeError
 from merger.machine import Machine, chosen_device
 from merger.planning import Plan, TensorPlan
 from merger.planning import plan as make_plan
@@ -136,6 +137,10 @@ class Bench:
         """
         plan = make_plan(recipe, offline=self.way.offline, headers_only=False)
         try:
+            if plan.packed:
+                raise RecipeError(
+                    "a pack holds each expert apart and is no model; judge what `merger extract` rebuilds"
+                )
             held, loader = self._room(plan)
             self._merge(plan, held)
         finally:
