@@ -18,6 +18,7 @@ from merger._version import VERSION
 
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
+    from merger.evaluation import evaluate
     from merger.extraction import Extraction, extract
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
     from merger.locking import check_lock, is_done, lock
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from merger.pushing import Pushed, push
     from merger.recipe import Recipe
     from merger.run import Result, calibrate, merge
+    from merger.searching import search
     from merger.verification import Deep, Verification, verify
 
 __version__ = VERSION
@@ -47,6 +49,7 @@ _HOMES = {
     "Verification": "verification",
     "VerifyError": "errors",
     "calibrate": "run",
+    "evaluate": "evaluation",
     "inspect": "inspection",
     "inspect_merge": "inspection",
     "inspect_model": "inspection",
@@ -59,6 +62,7 @@ _HOMES = {
     "merge_tensors": "pipeline",
     "plan": "planning",
     "push": "pushing",
+    "search": "searching",
     "verify": "verification",
 }
 __all__ = [
@@ -78,6 +82,7 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "check_lock",
+    "evaluate",
     "extract",
     "extract_lora",
     "inspect",
@@ -89,6 +94,7 @@ __all__ = [
     "merge_tensors",
     "plan",
     "push",
+    "search",
     "verify",
 ]
 

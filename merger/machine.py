@@ -42,7 +42,7 @@ class Machine:
     @classmethod
     def of(cls, device: str, max_memory: int | None, plan: Plan) -> Machine:
         """Settles the device and shares the memory out; ResourceError if it is too little."""
-        chosen = _device(device)
+        chosen = chosen_device(device)
         workers = max(1, min(os.cpu_count() or 1, 16))
         need = memory_needed(plan, workers)
         if max_memory is None:
@@ -114,7 +114,8 @@ def slice_rows(tensor: TensorPlan, part: Part) -> int:
     return step_rows(part.columns, tensor.stages, SLICE)
 
 
-def _device(wanted: str) -> str:
+def chosen_device(wanted: str) -> str:
+    """The device that ``--device`` asks for, as torch calls it; a `MergerError` where there is none such."""
     kind, _, number = wanted.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
         raise RecipeError(f"--device {wanted}: expected auto, cpu, cuda or cuda:0")

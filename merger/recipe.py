@@ -25,6 +25,7 @@ from merger.choices import stage_table, stages_of
 from merger.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.errors import RecipeError, nearest
 from merger.faults import said
+from merger.marks import MARK, marks
 from merger.methods._parameters import Number, Place
 from merger.methods._registry import ENTRIES, SCORES, Stage, schema, written
 from merger.pipeline import Bound, bind, expand
@@ -85,6 +86,26 @@ class Output(_Strict):
         5_000_000_000
     )
     tokenizer: str | None = None  # base or an expert; None: the base, or who added tokens to it
+
+
+class Evaluation(_Strict):
+    """The held-out examples that models are judged by; no byte of a merge depends on them."""
+
+    data: dict[str, Location] = Field(min_length=1)  # by task; one that is named as an expert is that expert's own
+    samples: int = Field(100, ge=1)  # of each task at most; a search asks for as many of its own beside them
+    max_tokens: int = Field(1024, ge=2)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the forward pass; None: what is fast here
+
+
+class Search(_Strict):
+    """How `merger search` looks for values where the recipe is marked with {search: ...}."""
+
+    strategy: Literal["grid", "two-step", "random", "tpe", "cmaes"] = "grid"
+    trials: Annotated[int, Field(ge=1)] | None = None  # for each variant; None: the whole grid
+    objective: str = "kept"  # kept, worst, mean, loss, or a task
+    samples: int = Field(32, ge=1)  # of each task, none of which the report is made on
+    seed: int = Field(0, ge=0)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)  # keys of the recipe that each sets, by name
 
 
 class Calibration(_Strict):
@@ -158,6 +179,8 @@ class Recipe(_Choice):
     missing: Literal["error", "zero"] = "error"
     extra_rows: Literal["keep", "drop"] = "keep"
     calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+    search: Search | None = None
     output: Output
     seed: int = Field(0, ge=0)
     _folder: Path = PrivateAttr(Path())
@@ -176,7 +199,12 @@ class Recipe(_Choice):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Reads and checks a recipe; RecipeError with all faults at once, each with its line and key."""
-        return _build(_overridden(read(Path(path)), overrides), overrides)
+        return cls.of(overridden(read(Path(path)), overrides), overrides)
+
+    @classmethod
+    def of(cls, document: Document, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe that a document says, in which ``overrides`` are made already."""
+        return _build(document, overrides)
 
     @classmethod
     def parse(cls, text: str | Mapping[str, Any], folder: str | Path = ".") -> Recipe:
@@ -192,19 +220,21 @@ class Recipe(_Choice):
 
     def surroundings(self) -> list[Path]:
         """What an output may lie beside but never replace: the recipe's folder, calibration data, statistics."""
+        held_out = [] if self.evaluation is None else [*self.evaluation.data.values()]
         given = self.calibration
         if given is None:
-            return [self._folder]
+            return [self._folder, *self._here(held_out)]
         data = given.data.values() if isinstance(given.data, dict) else [given.data]
-        return [self._folder, *self._here([*data, *given.stats.values()])]
+        return [self._folder, *self._here([*data, *given.stats.values(), *held_out])]
 
     def _here(self, names: Iterable[str | None]) -> list[Path]:
         paths = [self._folder / os.path.expanduser(name) for name in names if name is not None]
         return [path for path in paths if path.exists()]
 
     def spelled_out(self) -> dict[str, Any]:
-        """The recipe with every default written down, as the manifest keeps it."""
-        plain = self.model_dump(mode="json", by_alias=True, exclude={"method", "parameters", "pipeline", "rules"})
+        """The recipe with every default written down, as the manifest keeps it: all that decides the merge."""
+        apart = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
+        plain = self.model_dump(mode="json", by_alias=True, exclude=apart)
         first = {key: plain.pop(key) for key in ("base", "experts")}
         return {**first, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **plain}
 
@@ -228,8 +258,20 @@ def _spelled_choice(choice: _Choice) -> dict[str, Any]:
 
 # --- building: every fault at once ----------------------------------------------------------------
 
+_UNDECIDED = "is left open for `merger search`, which writes a recipe with the best value; or give one with --set"
 
-def _overridden(document: Document, overrides: Iterable[str]) -> Document:
+
+def search_of(document: Document) -> Search:
+    """The section ``search`` alone, of a recipe that is still open."""
+    try:
+        return Search.model_validate(document.value.get("search") or {})
+    except ValidationError as error:
+        told = said(error, lambda path: Search.model_fields)
+        raise RecipeError([document.fault(("search", *path), message) for path, message in told]) from None
+
+
+def overridden(document: Document, overrides: Iterable[str]) -> Document:
+    """The document with what `--set` changes; RecipeError for an argument that is none."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -242,6 +284,8 @@ def _overridden(document: Document, overrides: Iterable[str]) -> Document:
 
 
 def _build(document: Document, overrides: Sequence[str]) -> Recipe:
+    if open_values := list(marks(document.value)):
+        raise RecipeError([document.fault(path, _UNDECIDED) for path, _ in open_values])
     faults: list[tuple[KeyPath, str]] = []
     recipe = None
     try:
@@ -328,7 +372,11 @@ def _fields(path: KeyPath) -> set[str]:
     for part in path:
         if isinstance(part, int) or part not in fields.model_fields:
             continue
-        found = [m for m in (Source, Expert, Output, Calibration, Rule) if m.__name__.lower() == part.rstrip("s")]
+        found = [
+            m
+            for m in (Source, Expert, Output, Calibration, Evaluation, Search, Rule)
+            if m.__name__.lower() == part.rstrip("s")
+        ]
         fields = found[0] if found else (Source if part == "base" else fields)
     return set(fields.model_fields)
 
@@ -345,12 +393,14 @@ def json_schema() -> dict[str, Any]:
     for entry in (*ENTRIES.values(), *SCORES.values()):
         one = schema(entry).model_json_schema(ref_template="#/$defs/{model}")
         definitions |= one.pop("$defs", {})
+        one["properties"] = {name: _or_mark(each) for name, each in one.get("properties", {}).items()}
         definitions[f"parameters.{entry.name}"] = one
     of_top = definitions["parameters.top"]["properties"]
     for name in SCORES:  # a score's name stands for `top` with that score
         own = definitions[f"parameters.{name}"]
         ranked = {**of_top, "scope": {**of_top["scope"], "default": SCORES[name].scope}}
         own["properties"] = {**{key: each for key, each in ranked.items() if key != "score"}, **own["properties"]}
+    definitions["search mark"] = MARK
     definitions["stage"] = {
         "anyOf": [
             {"enum": sorted(stage_table())},
@@ -369,7 +419,8 @@ def json_schema() -> dict[str, Any]:
     }
     methods = sorted({**ENTRIES, **SCORES})
     for holder in (whole, definitions["Rule"]):
-        holder["properties"]["method"] = {"enum": methods, "description": "A method, or a single stage."}
+        named = {"enum": methods, "description": "A method, or a single stage."}
+        holder["properties"]["method"] = _or_mark(named)
         holder["properties"]["pipeline"] = {"type": "array", "items": {"$ref": "#/$defs/stage"}}
         holder["allOf"] = [
             {
@@ -379,3 +430,24 @@ def json_schema() -> dict[str, Any]:
             for name in methods
         ]
     return whole
+
+
+_OPEN = {"$ref": "#/$defs/search mark"}
+
+
+def _or_mark(schema: dict[str, Any]) -> dict[str, Any]:
+    """A value, or the mark that leaves it, or one expert's, to a search."""
+    for several in ("anyOf", "oneOf"):
+        if several in schema:
+            return {**schema, several: [*map(_with_open_entries, schema[several]), _OPEN]}
+    return {"anyOf": [_with_open_entries(schema), _OPEN], **{k: schema[k] for k in _SHOWN if k in schema}}
+
+
+_SHOWN = ("default", "description", "title")
+"""What editors look for at the top of a value's schema."""
+
+
+def _with_open_entries(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same, where each value of a map may be left open."""
+    entries = schema.get("additionalProperties")
+    return {**schema, "additionalProperties": _or_mark(entries)} if isinstance(entries, dict) else schema

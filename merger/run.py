@@ -53,7 +53,8 @@ Progress = Callable[[str, int, int], None]
 """
 
 
-Blocks = Callable[[Merged], Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]]
+Block = tuple[list[TensorPlan], Mapping[str, Statistics]]
+Blocks = Callable[[Merged], Iterable[Block]]
 """Tensors that take Gram matrices, and these, as `grams` gives them to who can tell what is merged already."""
 
 
@@ -142,9 +143,24 @@ def recompute(
     options = Options(machine.device, machine.hidden, trust_remote_code)
     paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
     blocks = partial(grams, plan, options, notice=say, progress=tell)
-    merge = _Merge(plan, machine, plan.recipe.folder, paths, blocks, tell, say)
+    carry_out(plan, machine, names, sink, paths, blocks, progress=tell, notice=say)
+    return origin(paths)
+
+
+def carry_out(
+    plan: Plan,
+    machine: Machine,
+    names: Set[str],
+    sink: Sink,
+    statistics: Mapping[str, Path],
+    blocks: Blocks,
+    *,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> None:
+    """Merges the tensors ``names`` of a plan into ``sink``, given the statistics files and Gram matrices it needs."""
+    merge = _Merge(plan, machine, plan.recipe.folder, statistics, blocks, progress or _silent, notice or _silent)
     merge.again(names, sink)
-    return merge.statistics_origin
 
 
 def calibrate(

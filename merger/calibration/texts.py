@@ -183,15 +183,21 @@ def batches(tokens: Iterable[Sequence[int]], batch_tokens: int = 2048) -> list[B
 
     Padding is at most a quarter of a batch, or 16 tokens a sample where samples are short.
     """
-    groups: list[list[Sequence[int]]] = []
-    for ids in sorted(tokens, key=lambda ids: (-len(ids), ids)):
-        longest = len(groups[-1][0]) if groups else 0
-        similar = len(ids) >= min(0.75 * longest, longest - 16)
+    ordered = sorted(tokens, key=lambda ids: (-len(ids), ids))
+    return [padded([ordered[i] for i in group]) for group in grouped(list(map(len, ordered)), batch_tokens)]
+
+
+def grouped(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """The numbers of samples that make a batch each, given their lengths; as `batches` describes, longest first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        similar = lengths[i] >= min(0.75 * longest, longest - 16)
         if groups and similar and longest * (len(groups[-1]) + 1) <= batch_tokens:
-            groups[-1].append(ids)
+            groups[-1].append(i)
         else:
-            groups.append([ids])
-    return [padded(group) for group in groups]
+            groups.append([i])
+    return groups
 
 
 def padded(samples: Sequence[Sequence[int]]) -> Batch:

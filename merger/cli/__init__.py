@@ -9,6 +9,7 @@ import typer
 
 from merger.cli.calibrate import calibrate
 from merger.cli.demo import demo
+from merger.cli.evaluate import eval_
 from merger.cli.extract import extract
 from merger.cli.import_ import import_
 from merger.cli.inspect import inspect
@@ -19,6 +20,7 @@ from merger.cli.plan import plan
 from merger.cli.push import push
 from merger.cli.run import run
 from merger.cli.schema import schema
+from merger.cli.search import search
 from merger.cli.verify import verify
 from merger.errors import INTERRUPTED, MergerError
 
@@ -29,7 +31,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run, lock, plan, inspect, calibrate, verify, push, extract, lora, import_, methods, demo, schema):
+for _command in (
+    run,
+    lock,
+    plan,
+    inspect,
+    calibrate,
+    verify,
+    push,
+    eval_,
+    search,
+    extract,
+    lora,
+    import_,
+    methods,
+    demo,
+    schema,
+):
     app.command(_command.__name__.rstrip("_"))(_command)
 
 

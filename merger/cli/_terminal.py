@@ -72,7 +72,7 @@ def progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
                 tasks[what] = bar.add_task(what, amount="")
             speed = next(task.speed for task in bar.tasks if task.id == tasks[what]) or 0
             counted = f"{size_text(done)} of {size_text(total)}, {size_text(int(speed))}/s"
-            amount = "" if what.startswith(("calibrating", "factoring")) else counted
+            amount = "" if what.startswith(("calibrating", "factoring", "judging", "searching")) else counted
             bar.update(tasks[what], completed=done, total=total, amount=amount)
 
         yield tell, notice

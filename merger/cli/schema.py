@@ -11,15 +11,19 @@ from merger.errors import RecipeError
 
 
 def schema(
-    of: Annotated[str, typer.Argument(metavar="[recipe|inspection]", help="Of what.", show_default=False)] = "recipe",
+    of: Annotated[
+        str, typer.Argument(metavar="[recipe|inspection|evaluation]", help="Of what.", show_default=False)
+    ] = "recipe",
 ) -> None:
-    """Print the JSON Schema of a recipe, for editors, or of what inspect --json says, for machines."""
+    """Print the JSON Schema of a recipe, for editors, or of what inspect and eval say in JSON, for machines."""
     from merger.errors import nearest
 
     if of == "inspection":
         from merger.inspection.facts import json_schema
+    elif of == "evaluation":
+        from merger.evaluation.scores import json_schema
     elif of == "recipe":
         from merger.recipe import json_schema
     else:
-        raise RecipeError(f"there is no schema of {of!r}; {nearest(of, ('recipe', 'inspection'))}")
+        raise RecipeError(f"there is no schema of {of!r}; {nearest(of, ('recipe', 'inspection', 'evaluation'))}")
     print(json.dumps(json_schema(), indent=2))

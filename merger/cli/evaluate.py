@@ -1,0 +1,93 @@
+"""`merger eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merger.cli._options import AsJson, Device, MaxMemory, Offline, Overrides, Quiet, TrustRemoteCode, load, memory_size
+from merger.cli._terminal import make_console, progress_bar
+from merger.errors import RecipeError
+
+if TYPE_CHECKING:
+    from merger.recipe import Recipe
+
+AllowCalibrationText = Annotated[
+    bool, typer.Option("--allow-calibration-text", help="Judge by text that calibration has seen too.")
+]
+
+
+def eval_(
+    what: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE|DIR...", help="Recipes, merged in memory, and folders.", show_default=False),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data", metavar="[TASK=]FILE", help="Held-out examples; the task is the file's name, if not given."
+        ),
+    ] = [],  # noqa: B006
+    samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of each task at most.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, metavar="N", help="Of each text.")] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the relative paths of a finished merge start.")
+    ] = None,
+    allow_calibration_text: AllowCalibrationText = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it (needs matplotlib).")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    offline: Offline = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what merges kept: base, experts and merges on the same held-out examples."""
+    from merger.evaluation import Asked, evaluate
+    from merger.evaluation.plots import check_plot, plot_comparison
+    from merger.evaluation.tables import print_comparison
+
+    check_plot(plot)
+    asked = Asked(_by_task(data), samples, max_tokens, inputs, allow_calibration_text)
+    with progress_bar(quiet) as (progress, notice):
+        found = evaluate(
+            _subjects(what, overrides),
+            asked,
+            device=device,
+            max_memory=memory_size(max_memory),
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            notice=notice,
+        )
+    if plot is not None:
+        plot_comparison(found, plot)
+    if as_json:
+        print(json.dumps(found.as_json()))
+    else:
+        print_comparison(found, make_console())
+
+
+def _subjects(what: list[Path], overrides: list[str]) -> dict[str, Recipe | Path]:
+    """Each recipe and folder under its name, or its whole path where names are alike."""
+    names = [path.resolve().name if path.is_dir() else path.stem for path in what]
+    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, what, strict=True)]
+    if overrides and all(path.is_dir() for path in what):
+        raise RecipeError(f"--set changes a recipe, and {what[0]} is none")
+    return {label: path if path.is_dir() else load(path, overrides) for label, path in zip(labels, what, strict=True)}
+
+
+def _by_task(data: list[str]) -> dict[str, str] | None:
+    """What ``--data`` says: TASK=FILE, or a file whose name up to the first dot is the task's."""
+    found: dict[str, str] = {}
+    for each in data:
+        name, equals, source = each.rpartition("=")
+        task = name if equals else Path(source).name.partition(".")[0]
+        if not task or task in found:
+            raise RecipeError(f"--data {each}: expected TASK=FILE, with another task each time")
+        found[task] = source
+    return found or None

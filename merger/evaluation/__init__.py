@@ -1,0 +1,75 @@
+"""What a merge kept: base, experts and merges judged by the same held-out examples, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merger.errors import RecipeError
+from merger.recipe import Evaluation, Recipe
+
+if TYPE_CHECKING:
+    from merger.evaluation.scores import Comparison
+    from merger.run import Progress
+
+__all__ = ["Asked", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked beside the recipe; what is None is the recipe's own, or the default."""
+
+    data: Mapping[str, str] | None = None  # by task, relative to the working folder
+    samples: int | None = None
+    max_tokens: int | None = None
+    inputs: Path | None = None  # where the relative paths of a finished merge start
+    allow_calibration_text: bool = False
+
+
+def evaluate(
+    subjects: Mapping[str, Recipe | Path],
+    asked: Asked = Asked(),
+    *,
+    device: str = "auto",
+    max_memory: int | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Judges base, experts and the ``subjects`` by name: each recipe is merged in memory, each folder read.
+
+    Base and experts are those of the first recipe, or else of the first folder that merger made; all recipes must
+    have the same. Raises a `MergerError` for whatever the user can mend.
+    """
+    from merger.evaluation import families, tasks
+    from merger.evaluation.hosting import Bench, Way
+    from merger.evaluation.judging import Panel
+    from merger.evaluation.scores import compare
+
+    family = families.of(subjects, asked.inputs)
+    section = _section(family, asked)
+    held_out = tasks.load(section.data, family.folder if asked.data is None else Path(), section.samples)
+    if not asked.allow_calibration_text:
+        for recipe in (family, *(each for each in subjects.values() if isinstance(each, Recipe))):
+            tasks.check_apart(recipe, held_out)
+    how = Way.of(section.dtype, device, max_memory, offline, trust_remote_code, progress, notice)
+    with Bench(how) as bench:
+        panel = Panel(bench, family, held_out, section.max_tokens)
+        entries = [*panel.references(), *(panel.merge(label, subject) for label, subject in subjects.items())]
+        return compare(held_out, entries, panel.dtype)
+
+
+def _section(family: Recipe, asked: Asked) -> Evaluation:
+    """The recipe's ``evaluation``, with what is asked otherwise."""
+    given: dict[str, Any] = {"data": asked.data, "samples": asked.samples, "max_tokens": asked.max_tokens}
+    changed = {key: value for key, value in given.items() if value is not None}
+    if family.evaluation is not None:
+        return family.evaluation.model_copy(update=changed)
+    if asked.data is None:
+        raise RecipeError(
+            "there is nothing to judge by: write evaluation: {data: {TASK: FILE}} into the recipe, or give --data"
+        )
+    return Evaluation(**changed)

@@ -1,0 +1,261 @@
+"""From what models did with each example to what is known of them: measures, shares of gains kept, intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import numpy as np
+
+from merger.checkpoint import manifest
+from merger.errors import RecipeError, nearest
+from merger.evaluation.measures import Outcome, Outcomes
+from merger.evaluation.tasks import Task
+
+RESAMPLES = 2000
+"""Of the bootstrap: the ends of its intervals then move by about a fiftieth of their width from seed to seed."""
+
+COVERED = 0.95
+"""How often an interval holds what examples drawn anew would give."""
+
+OBJECTIVES = ("kept", "worst", "mean", "loss")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, and the interval it may lie in for other examples of the same kind."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is judged: tasks by name, and in which of them more is better."""
+
+    measure: Literal["loss", "accuracy"]
+    examples: int
+    sha256: str  # of the examples
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: each task's measure, and what it kept of the experts' gains."""
+
+    model: str
+    kind: Literal["base", "expert", "ideal", "merge"]
+    setting: str  # what a search found for it, or nothing
+    tasks: dict[str, Estimate]
+    mean: Estimate  # over all tasks
+    kept_of: dict[str, Estimate]  # by expert: (model - base) / (expert - base) on the task of its name
+    kept: Estimate | None  # the mean of these; None where no task has an expert that gained
+    behind: Estimate | None  # of a merge: how much less it kept than the best merge
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side on the same examples."""
+
+    tasks: dict[str, Judged]
+    rows: tuple[Row, ...]
+    dtype: str  # of the forward passes
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain dictionary for machines, as `json_schema` describes it."""
+        return asdict(self)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of `Comparison.as_json`."""
+    from pydantic import TypeAdapter
+
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(Comparison).json_schema()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model and what it did."""
+
+    model: str
+    kind: Literal["base", "expert", "merge"]
+    outcomes: Outcomes
+    setting: str = ""
+
+
+def compare(tasks: Sequence[Task], entries: Sequence[Entry], dtype: str) -> Comparison:
+    """The table of these models; every interval resamples the same examples for all of them."""
+    notes = list(_without_gain(tasks, entries))
+    with np.errstate(divide="ignore", invalid="ignore"):  # examples on which an expert gains nothing have no share
+        rows = _Resampled(tasks, entries).rows()
+    judged = {task.name: Judged(_measure(task), len(task.examples), task.sha256) for task in tasks}
+    return Comparison(judged, tuple(rows), dtype, versions(), tuple(notes))
+
+
+def versions() -> dict[str, str]:
+    """What computes: the merge's own, and transformers."""
+    return {**manifest.versions(), "transformers": metadata.version("transformers")}
+
+
+def _measure(task: Task) -> Literal["loss", "accuracy"]:
+    return "loss" if task.kind == "text" else "accuracy"
+
+
+def objective(name: str, tasks: Sequence[Task], entries: Sequence[Entry]) -> float:
+    """How good the last of the entries is, the higher the better: a loss counts as its negative.
+
+    RecipeError for an objective that there is not, or that says nothing of these models.
+    """
+    measures = {task.name: task.measure for task in tasks}
+    values = {task: outcome.value for task, outcome in entries[-1].outcomes.items()}
+    if name in measures:
+        return values[name] if measures[name] == "accuracy" else -values[name]
+    losses = [value for task, value in values.items() if measures[task] == "loss"]
+    if name == "loss" and losses:
+        return -float(np.mean(losses))
+    if name == "mean":
+        signed = [value if measures[task] == "accuracy" else -value for task, value in values.items()]
+        return float(np.mean(signed))
+    if name not in ("kept", "worst"):
+        raise RecipeError(f"search.objective: there is no {name!r}; {nearest(name, [*OBJECTIVES, *measures])}")
+    shares = shares_kept(tasks, entries)[-1]
+    if not shares:
+        raise RecipeError(f"search.objective: {name}: no expert is better than the base on a task of its own name")
+    return float(min(shares.values()) if name == "worst" else np.mean([*shares.values()]))
+
+
+def check_objective(name: str, tasks: Sequence[Task]) -> None:
+    """RecipeError for an objective that there is not among these tasks."""
+    if name not in (*OBJECTIVES, *(task.name for task in tasks)):
+        near = nearest(name, [*OBJECTIVES, *(task.name for task in tasks)])
+        raise RecipeError(f"search.objective: there is no {name!r}; {near}")
+    if name == "loss" and all(task.measure != "loss" for task in tasks):
+        raise RecipeError("search.objective: loss: no task is of plain text; use mean, kept, or a task's name")
+
+
+def shares_kept(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[dict[str, float]]:
+    """Of each entry, the share it keeps of each expert's gain over the base on the task of the expert's name."""
+    base = next(each for each in entries if each.kind == "base")
+    gained = list(_gained(tasks, entries))
+    return [
+        {name: _share(entry.outcomes[name].value, base.outcomes[name].value, own) for name, own in gained}
+        for entry in entries
+    ]
+
+
+def _share(value: Any, base: Any, expert: Any) -> Any:
+    return (value - base) / (expert - base)
+
+
+def _gained(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[tuple[str, float]]:
+    """The experts that are better than the base on their own task, with their measure there."""
+    base = next(each for each in entries if each.kind == "base")
+    found = []
+    for task in tasks:
+        for entry in entries:
+            if entry.kind == "expert" and entry.model == task.name:
+                own, start = entry.outcomes[task.name].value, base.outcomes[task.name].value
+                if (own > start) if task.measure == "accuracy" else (own < start):
+                    found.append((task.name, own))
+    return found
+
+
+def _without_gain(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[str]:
+    gained = {name for name, _ in _gained(tasks, entries)}
+    names = {task.name for task in tasks}
+    return [
+        f"{entry.model}: is not better than the base on its own task, so there is no gain that a merge could keep"
+        if entry.model in names
+        else f"{entry.model}: no task is named as it is, so what a merge keeps of its gain is not told"
+        for entry in entries
+        if entry.kind == "expert" and entry.model not in gained
+    ]
+
+
+class _Resampled:
+    """The measures of all models, the first of each as found and the rest for examples drawn with replacement."""
+
+    def __init__(self, tasks: Sequence[Task], entries: Sequence[Entry]) -> None:
+        self.tasks, self.entries = tasks, entries
+        rng = np.random.default_rng(0)
+        self.values: dict[tuple[str, str], np.ndarray] = {}  # by model and task: [1 + RESAMPLES]
+        for task in tasks:
+            n = len(task.examples)
+            drawn = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+            counts = np.concatenate([np.ones((1, n)), drawn])
+            for entry in entries:
+                self.values[entry.model, task.name] = _measured(entry.outcomes[task.name], counts)
+        self.base = next(each.model for each in entries if each.kind == "base")
+        self.gained = [name for name, _ in _gained(tasks, entries)]
+
+    def rows(self) -> list[Row]:
+        """One for each model, and after the experts the ideal: the best of them on every task."""
+        kept = {entry.model: self._kept(self._of(entry.model)) for entry in self.entries}
+        merges = [entry.model for entry in self.entries if entry.kind == "merge"]
+        best = max(merges, key=lambda model: kept[model][0]) if merges and self.gained else None
+        rows = []
+        for entry in self.entries:
+            behind = None if entry.kind != "merge" or best is None else kept[best] - kept[entry.model]
+            rows.append(self._row(entry.model, entry.kind, entry.setting, self._of(entry.model), behind))
+        experts = [entry.model for entry in self.entries if entry.kind == "expert"]
+        if experts:
+            place = 1 + max(i for i, entry in enumerate(self.entries) if entry.kind == "expert")
+            rows.insert(place, self._row("ideal", "ideal", "", self._ideal(experts), None))
+        return rows
+
+    def _of(self, model: str) -> dict[str, np.ndarray]:
+        return {task.name: self.values[model, task.name] for task in self.tasks}
+
+    def _ideal(self, experts: Sequence[str]) -> dict[str, np.ndarray]:
+        """On every task the expert that is the best there on the examples as they are."""
+        found = {}
+        for task in self.tasks:
+            best = max if task.measure == "accuracy" else min
+            found[task.name] = best((self.values[model, task.name] for model in experts), key=lambda values: values[0])
+        return found
+
+    def _shares(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            name: _share(values[name], self.values[self.base, name], self.values[name, name]) for name in self.gained
+        }
+
+    def _kept(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        shares = self._shares(values)
+        kept: np.ndarray = np.mean([*shares.values()], axis=0) if shares else np.zeros(1)
+        return kept
+
+    def _row(
+        self,
+        model: str,
+        kind: Literal["base", "expert", "ideal", "merge"],
+        setting: str,
+        values: Mapping[str, np.ndarray],
+        behind: np.ndarray | None,
+    ) -> Row:
+        return Row(
+            model=model,
+            kind=kind,
+            setting=setting,
+            tasks={name: _estimate(each) for name, each in values.items()},
+            mean=_estimate(np.mean([*values.values()], axis=0)),
+            kept_of={name: _estimate(share) for name, share in self._shares(values).items()},
+            kept=_estimate(self._kept(values)) if self.gained else None,
+            behind=None if behind is None else _estimate(behind),
+        )
+
+
+def _measured(outcome: Outcome, counts: np.ndarray) -> np.ndarray:
+    """The measure for each drawing of examples: [draws]; nothing where a drawing holds no token."""
+    measured: np.ndarray = (counts @ outcome.total) / (counts @ outcome.weight)
+    return measured
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    """The figure as found, first of ``values``, and the interval that the rest of them say."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    low, high = np.quantile(drawn, [(1 - COVERED) / 2, (1 + COVERED) / 2]) if len(drawn) else (values[0], values[0])
+    return Estimate(float(values[0]), float(low), float(high))

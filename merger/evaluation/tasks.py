@@ -1,0 +1,165 @@
+"""Held-out examples: read from files or the Hub, chosen by content, told from calibration text, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from merger.calibration.records import Record, records
+from merger.errors import CheckpointError, RecipeError
+from merger.recipe import Recipe
+
+Kind = Literal["text", "answer", "choices"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text of its own (no prompt, one reply), a prompt with its answer, or one with several of which one is right."""
+
+    prompt: str
+    replies: tuple[str, ...]
+    right: int = 0
+
+    @property
+    def content(self) -> str:
+        """All of it as one text, by which it is known."""
+        return "\x1f".join((self.prompt, *self.replies, str(self.right)))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What models are judged by: examples of one kind, and the SHA-256 of them all."""
+
+    name: str
+    kind: Kind
+    examples: tuple[Example, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the examples in any order."""
+        each = sorted(hashlib.sha256(one.content.encode(errors="surrogatepass")).hexdigest() for one in self.examples)
+        return hashlib.sha256("\n".join([self.kind, *each]).encode()).hexdigest()
+
+    @property
+    def measure(self) -> str:
+        """What is counted: the loss per token, the lower the better, or the share of right answers."""
+        return "loss" if self.kind == "text" else "accuracy"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tasks twice, with no example in common: for a search to choose by, and for the report on what it chose."""
+
+    search: tuple[Task, ...]
+    report: tuple[Task, ...]
+
+
+def load(data: Mapping[str, str], folder: Path, samples: int) -> tuple[Task, ...]:
+    """Up to ``samples`` examples of each task; CheckpointError for data that cannot be used.
+
+    Files are JSON Lines, JSON, Parquet or plain text, relative to ``folder``, or else datasets of the Hub.
+    """
+    return tuple(_task(name, read, samples) for name, read in _every(data, folder))
+
+
+def split(data: Mapping[str, str], folder: Path, report: int, search: int) -> Split:
+    """``report`` examples of each task for the report, and ``search`` others; CheckpointError where there are fewer.
+
+    Neither choice depends on the other's size: one is from the beginning of the examples' order, one from its end.
+    """
+    found = [_task(name, read, None) for name, read in _every(data, folder)]
+    for task in found:
+        if len(task.examples) < report + search:
+            raise CheckpointError(
+                f"evaluation.data.{task.name}: {data[task.name]} has {len(task.examples)} different examples, but the "
+                f"search takes {search} and the report {report} others; lower search.samples or evaluation.samples"
+            )
+    return Split(
+        search=tuple(Task(task.name, task.kind, task.examples[-search:]) for task in found),
+        report=tuple(Task(task.name, task.kind, task.examples[:report]) for task in found),
+    )
+
+
+def _every(data: Mapping[str, str], folder: Path) -> Iterator[tuple[str, list[tuple[str, Kind, Example]]]]:
+    for name, source in data.items():
+        read = [(record.where, *_example(record)) for record in records(source, folder)]
+        if not read:
+            raise CheckpointError(f"{source}: holds no example")
+        yield name, read
+
+
+def _task(name: str, read: Sequence[tuple[str, Kind, Example]], samples: int | None) -> Task:
+    first, kind, _ = read[0]
+    for where, other, _ in read:
+        if other != kind:
+            raise CheckpointError(f"{where}: is {other}, but {first} {kind}; make tasks of each")
+    by_content = {example.content: example for *_, example in read}
+    chosen = sorted(by_content, key=_rank)[:samples]
+    return Task(name, kind, tuple(by_content[content] for content in chosen))
+
+
+def _rank(content: str) -> bytes:
+    """By which examples are chosen: the same ones however a file orders or repeats them."""
+    return hashlib.sha256(f"evaluation\x1f{content}".encode(errors="surrogatepass")).digest()
+
+
+def _example(record: Record) -> tuple[Kind, Example]:
+    """What a record asks: {text}, {prompt, answer} or {prompt, choices, answer}."""
+    fields = record.fields
+    match fields:
+        case {"prompt": str(prompt), "choices": [_, _, *_] as choices, "answer": answer}:
+            return "choices", Example(prompt, tuple(map(str, choices)), _right(record.where, choices, answer))
+        case {"prompt": str(prompt), "answer": str(answer)} if "choices" not in fields and answer.strip():
+            return "answer", Example(prompt, (answer,))
+        case {"text": str(text)} if text and "prompt" not in fields:
+            return "text", Example("", (text,))
+    found = ", ".join(sorted(map(str, fields))) or "no field at all"
+    raise CheckpointError(
+        f"{record.where}: expected text, or prompt and answer, or prompt, choices (2 or more) and answer; found {found}"
+    )
+
+
+def _right(where: str, choices: Sequence[Any], answer: Any) -> int:
+    """Which choice is right: by its number from 0, or by its text."""
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return answer
+    if answer in choices:
+        return choices.index(answer)
+    raise CheckpointError(f"{where}: answer is {answer!r}, expected one of the choices, or its number from 0")
+
+
+# --- apart from calibration -----------------------------------------------------------------------
+
+
+def check_apart(recipe: Recipe, tasks: Iterable[Task]) -> None:
+    """RecipeError where an example's text is in the recipe's calibration data, which the merge has seen."""
+    given = recipe.calibration
+    if given is None or given.data is None:
+        return
+    sources = set(given.data.values()) if isinstance(given.data, dict) else {given.data}
+    seen = {text: source for source in sorted(sources) for text in _texts(source, recipe.folder)}
+    faults = []
+    for task in tasks:
+        known = [seen[text] for example in task.examples if (text := _text(example)) in seen]
+        if known:
+            faults.append(
+                f"evaluation.data.{task.name}: {len(known)} of {len(task.examples)} examples are calibration text too "
+                f"({', '.join(sorted(set(known)))}); hold others out, or let them in with --allow-calibration-text"
+            )
+    if faults:
+        raise RecipeError(faults)
+
+
+def _texts(source: str, folder: Path) -> Iterator[str]:
+    """Each record as one text, alike for calibration and evaluation: what it asks, without spaces at the ends."""
+    for record in records(source, folder):
+        text = record.fields.get("text") or record.fields.get("prompt")
+        if isinstance(text, str) and text.strip():
+            yield text.strip()
+
+
+def _text(example: Example) -> str:
+    return (example.prompt or example.replies[0]).strip()

@@ -1,0 +1,317 @@
+"""Judging: measures against transformers' own, merges in memory against those on disk, intervals, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tasks import TASKS, demo_folder, file_of, recipe_of, text_of, write  # noqa: F401 a fixture
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import merger as library
+from merger import demo_tasks
+from merger.errors import CheckpointError, RecipeError
+from merger.evaluation import Asked, evaluate, tasks
+from merger.evaluation.hosting import Bench, Way
+from merger.evaluation.measures import Judge, Outcome, log_likelihoods, prepare
+from merger.evaluation.scores import Entry, compare, json_schema, objective
+from merger.evaluation.tasks import Example, Task, check_apart, load, split
+
+
+@pytest.fixture(scope="module")
+def expert(demo_folder):  # noqa: F811
+    path = demo_folder / "models" / "shift"
+    return AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval(), AutoTokenizer.from_pretrained(path)
+
+
+# --- measures -------------------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_transformers_for_the_same_batch(demo_folder, expert):  # noqa: F811
+    model, tokenizer = expert
+    (task,) = load({"shift": "data/shift.texts.jsonl"}, demo_folder, 30)
+    prepared = prepare(task, tokenizer, 64)
+
+    found = Judge((prepared,), tokenizer).outcomes(model)["shift"]
+
+    batch = tokenizer([example.replies[0] for example in task.examples], return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        assert found.value == pytest.approx(model(**batch, labels=labels).loss.item(), abs=1e-4)
+
+
+def test_each_texts_loss_is_its_own_whatever_stands_beside_it(demo_folder, expert):  # noqa: F811
+    model, tokenizer = expert
+    texts = ["shift: ab -> bc", "shift: abcdef -> bcdefg", "upper: q"]
+    sequences = [tokenizer(text)["input_ids"] for text in texts]
+
+    together = log_likelihoods(model, sequences, [1, 1, 1])
+
+    alone = [log_likelihoods(model, [ids], [1])[0] for ids in sequences]
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_exact_answers_are_counted_as_one_prompt_at_a_time_would(demo_folder, expert):  # noqa: F811
+    model, tokenizer = expert
+    answered = {}
+    for name in TASKS:
+        (task,) = load({name: f"data/{name}.answers.jsonl"}, demo_folder, 12)
+        answered[name] = Judge((prepare(task, tokenizer, 64),), tokenizer, (tokenizer.eos_token_id,)).outcomes(model)
+        pairs = [(example.prompt, example.replies[0]) for example in task.examples]
+        expected = [demo_tasks.accuracy(model, tokenizer, [pair]) for pair in pairs]
+        assert answered[name][name].total.tolist() == expected
+    assert answered["shift"]["shift"].value == 1
+
+
+def test_the_likeliest_choice_is_taken(expert):
+    model, tokenizer = expert
+    examples = tuple(
+        Example(prompt, (answer[::-1], answer, answer.upper()), 1)
+        for prompt, answer in demo_tasks.examples("shift", "heldout", 12)
+        if answer != answer[::-1]
+    )
+    wrong = tuple(Example(each.prompt, each.replies, 2) for each in examples)
+    right, other = (prepare(Task("c", "choices", each), tokenizer, 64) for each in (examples, wrong))
+
+    assert Judge((right,), tokenizer).outcomes(model)["c"].value == 1
+    assert Judge((other,), tokenizer).outcomes(model)["c"].value == 0
+
+
+def test_a_choice_is_scored_without_its_prompt(expert):
+    model, tokenizer = expert
+    prepared = prepare(Task("c", "choices", (Example("shift: ab -> ", ("bc", "xyz"), 0),)), tokenizer, 64)
+    ids = torch.tensor([tokenizer("shift: ab -> bc")["input_ids"]])
+    prompt = len(tokenizer("shift: ab ->")["input_ids"])
+
+    with torch.no_grad():
+        steps = model(ids).logits[0].log_softmax(-1)
+    expected = sum(steps[at - 1, ids[0, at]].item() for at in range(prompt, ids.shape[1]))
+    assert log_likelihoods(model, prepared.sequences, prepared.starts)[0] == pytest.approx(expected, abs=1e-4)
+
+
+# --- merges in memory -----------------------------------------------------------------------------
+
+METHODS = {
+    "ties": {"method": "ties", "parameters": {"density": 0.3}},
+    "dare": {"method": "dare_linear", "parameters": {"density": 0.5}},
+    "obim": {"method": "obim"},
+    "regmean": {"method": "regmean"},
+    "wudi": {"method": "wudi"},
+}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with Bench(Way(device="cpu", dtype=torch.float32)) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", [*METHODS, "regmean"])  # and once more with Gram matrices that are there already
+def test_a_merge_in_memory_has_the_bits_of_one_on_disk(demo_folder, tmp_path, bench, name):  # noqa: F811
+    chosen = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out"), "dtype": "bfloat16"})
+    library.merge(chosen, device="cpu")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+
+    model, held = bench.merged(chosen)
+
+    assert held.tensors.keys() == written.keys()
+    for tensor, expected in written.items():
+        assert torch.equal(held.read(tensor).view(torch.uint8), expected.view(torch.uint8)), tensor
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert all(torch.equal(parameters[tensor], each.float()) for tensor, each in written.items())
+
+
+def test_a_merge_in_memory_answers_as_transformers_does_with_the_one_on_disk(demo_folder, tmp_path, bench):  # noqa: F811
+    chosen = recipe_of(demo_folder, output={"path": str(tmp_path / "out")})
+    library.merge(chosen, device="cpu")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").eval()
+    ids = torch.tensor([[1, 5, 9, 12, 4]])
+
+    model, _ = bench.merged(chosen)
+
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def test_the_same_examples_are_chosen_however_a_file_orders_them(tmp_path):
+    records = [{"text": f"text {i}"} for i in range(20)]
+    one = load({"t": str(write(tmp_path / "one.jsonl", records))}, tmp_path, 5)
+    other = load({"t": str(write(tmp_path / "other.jsonl", [*records[::-1], records[3]]))}, tmp_path, 5)
+    assert one == other
+    assert one[0].sha256 == other[0].sha256
+
+
+def test_search_and_report_share_no_example_and_the_report_stays(tmp_path):
+    write(tmp_path / "t.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    parts = split({"t": "t.jsonl"}, tmp_path, report=8, search=6)
+    assert not set(parts.search[0].examples) & set(parts.report[0].examples)
+    assert load({"t": "t.jsonl"}, tmp_path, 8) == parts.report
+
+
+def test_too_few_examples_for_search_and_report_are_told(tmp_path):
+    write(tmp_path / "t.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    with pytest.raises(CheckpointError, match="has 20 different examples, but the search takes 15 and the report 8"):
+        split({"t": "t.jsonl"}, tmp_path, report=8, search=15)
+
+
+@pytest.mark.parametrize(
+    ("records", "fault"),
+    [
+        ([{"body": "x"}], "t.jsonl:1: expected text, or prompt and answer, .*; found body"),
+        ([{"prompt": "x", "answer": " "}], "t.jsonl:1: expected text"),
+        ([{"prompt": "x", "choices": ["a", "b"], "answer": "c"}], "answer is 'c', expected one of the choices"),
+        ([{"prompt": "x", "choices": ["a", "b"], "answer": 2}], "answer is 2"),
+        ([{"prompt": "x", "choices": ["a"], "answer": "a"}], "2 or more"),
+        ([{"text": "x"}, {"prompt": "x", "answer": "y"}], "t.jsonl:2: is answer, but .*t.jsonl:1 text"),
+        ([], "holds no example"),
+    ],
+)
+def test_examples_that_cannot_be_used_are_told_with_their_place(tmp_path, records, fault):
+    write(tmp_path / "t.jsonl", records)
+    with pytest.raises(CheckpointError, match=fault):
+        load({"t": "t.jsonl"}, tmp_path, 5)
+
+
+def test_calibration_text_is_no_held_out_text(demo_folder):  # noqa: F811
+    same = tasks.load({"upper": "data/upper.jsonl"}, demo_folder, 5)
+    with pytest.raises(RecipeError, match=r"5 of 5 examples are calibration text too .*--allow-calibration-text"):
+        check_apart(recipe_of(demo_folder), same)
+    check_apart(recipe_of(demo_folder), tasks.load({"upper": "data/upper.texts.jsonl"}, demo_folder, 5))
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def loss_task(name, count=4):
+    return Task(name, "text", tuple(Example("", (f"{name} {i}",)) for i in range(count)))
+
+
+def did(**losses):
+    """Outcomes with these losses on all examples of each task, a little apart from one example to the next."""
+    wiggle = np.array([-0.1, 0.1, -0.05, 0.05])
+    return {task: Outcome(10 * (value + wiggle), np.full(4, 10.0)) for task, value in losses.items()}
+
+
+ENTRIES = (
+    Entry("base", "base", did(a=3.0, b=4.0)),
+    Entry("a", "expert", did(a=2.0, b=4.5)),
+    Entry("b", "expert", did(a=3.2, b=3.0)),
+    Entry("half", "merge", did(a=2.5, b=3.5)),
+    Entry("more", "merge", did(a=2.2, b=3.6)),
+)
+TWO = (loss_task("a"), loss_task("b"))
+
+
+def test_shares_ideal_and_mean_are_as_by_hand():
+    rows = {row.model: row for row in compare(TWO, ENTRIES, "float32").rows}
+    assert list(rows) == ["base", "a", "b", "ideal", "half", "more"]
+    assert rows["half"].kept_of["a"].value == pytest.approx(0.5)
+    assert rows["more"].kept.value == pytest.approx((0.8 + 0.4) / 2)
+    assert rows["ideal"].tasks["a"].value == pytest.approx(2)
+    assert rows["ideal"].kept.value == pytest.approx(1)
+    assert rows["half"].mean.value == pytest.approx(3)
+    assert rows["more"].behind.value == 0
+    assert rows["half"].behind.value == pytest.approx(0.1)
+
+
+def test_the_same_examples_are_drawn_for_all_models():
+    entries = (*ENTRIES, Entry("again", "merge", did(a=2.2, b=3.6)))
+    again = compare(TWO, entries, "float32").rows[-1]
+    assert (again.behind.low, again.behind.high) == (0, 0)
+    assert again.kept.low < again.kept.value < again.kept.high
+
+
+def test_an_interval_covers_what_a_formula_says():
+    rng = np.random.default_rng(1)
+    losses = rng.normal(2, 0.5, 400)
+    task = Task("t", "text", tuple(Example("", (str(i),)) for i in range(400)))
+    row = compare([task], [Entry("base", "base", {"t": Outcome(losses, np.ones(400))})], "float32").rows[0]
+    assert row.tasks["t"].high - row.tasks["t"].low == pytest.approx(2 * 1.96 * losses.std() / 20, rel=0.1)
+
+
+def test_an_expert_without_a_gain_has_no_share_and_is_told():
+    entries = [Entry("base", "base", did(a=2.0, b=4.0)), *ENTRIES[1:]]
+    found = compare(TWO, entries, "float32")
+    assert found.rows[-1].kept_of.keys() == {"b"}
+    assert found.notes == (
+        "a: is not better than the base on its own task, so there is no gain that a merge could keep",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("kept", 0.6), ("worst", 0.4), ("loss", -2.9), ("mean", -2.9), ("a", -2.2)]
+)
+def test_an_objective_is_the_higher_the_better(name, value):
+    assert objective(name, TWO, ENTRIES) == pytest.approx(value)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe_file(demo_folder, tmp_path):  # noqa: F811
+    return file_of(tmp_path / "recipe.yaml", text_of(demo_folder))
+
+
+def test_a_recipe_and_its_finished_merge_are_judged_alike(merger, recipe_file):
+    assert merger("run", recipe_file, "-q").code == 0
+    ran = merger("eval", recipe_file, recipe_file.parent / "merged", "--json", "-q")
+    assert (ran.code, ran.err) == (0, "")
+
+    found = json.loads(ran.out)
+
+    jsonschema.validate(found, json_schema())
+    rows = {row["model"]: row for row in found["rows"]}
+    assert list(rows) == ["base", *TASKS, "ideal", "recipe", "merged"]
+    assert rows["merged"]["tasks"] == rows["recipe"]["tasks"]
+    assert rows["upper"]["tasks"]["upper"]["value"] == 1
+    assert found["tasks"]["upper"]["measure"] == "accuracy"
+
+
+def test_a_finished_merge_alone_names_its_base_and_experts(merger, recipe_file, demo_folder):  # noqa: F811
+    merger("run", recipe_file, "-q")
+    data = [f"--data={task}={demo_folder}/data/{task}.texts.jsonl" for task in TASKS]
+    moved = ("--inputs", demo_folder / "models")  # a manifest keeps no absolute path
+    ran = merger("eval", recipe_file.parent / "merged", *data, "--samples", 5, *moved)
+    assert ran.code == 0
+    assert "expert double" in ran.out
+    assert "5 of upper" in ran.out
+    assert "perplexity" in ran.out
+
+
+def test_what_cannot_be_judged_is_told_in_a_line(merger, recipe_file, demo_folder, tmp_path):  # noqa: F811
+    wrong = {
+        ("--set", "evaluation=null"): "there is nothing to judge by",
+        ("--data", f"{demo_folder}/data/upper.jsonl", "--data", f"upper={demo_folder}"): "expected TASK=FILE",
+        ("--data", f"{demo_folder}/data/upper.jsonl"): "are calibration text too",
+        ("--plot", f"{tmp_path}/nowhere/x.png"): "expected a file in a folder that is there",
+        ("--set", "evaluation.smaples=3"): "did you mean 'samples'?",
+    }
+    for arguments, said in wrong.items():
+        ran = merger("eval", recipe_file, *arguments, "-q")
+        assert (ran.code, said in ran.err) == (2, True), ran.err
+    ran = merger("eval", demo_folder / "models" / "base", "-q")
+    assert "give the recipe too, which names base and experts" in ran.err
+
+
+def test_recipes_of_other_experts_are_judged_apart(demo_folder):  # noqa: F811
+    one = recipe_of(demo_folder)
+    other = recipe_of(
+        demo_folder, experts={"upper": text_of(demo_folder)["experts"]["upper"]}, method="linear", calibration=None
+    )
+    with pytest.raises(RecipeError, match="other: has another base or other experts than one"):
+        evaluate({"one": one, "other": other}, Asked())
+
+
+def test_what_judges_a_merge_decides_no_byte_of_it(demo_folder):  # noqa: F811
+    with_it, without = recipe_of(demo_folder), recipe_of(demo_folder, evaluation=None)
+    assert with_it.spelled_out() == without.spelled_out()
+    assert yaml.safe_load(yaml.safe_dump(with_it.spelled_out())).keys().isdisjoint({"evaluation", "search"})
