@@ -270,7 +270,7 @@ RECIPES = [  # all end in exit code 2
         "recipe.yaml:5: not valid YAML: could not determine a constructor for the tag"),
     ("broken YAML", added("rules: [{tensors: x"), "recipe.yaml:8: not valid YAML: expected ',' or '}'"),
     ("a tab in YAML", recipe("base:\n\tmodel: x\n"), "recipe.yaml:2: not valid YAML: found character '\\t'"),
-    ("two documents", added("---\na: 1"), "recipe.yaml:7: not valid YAML"),
+    ("two documents", added("---\na: 1"), "recipe.yaml:7: holds several documents, expected one"),
     ("a date that is none", added("seed: 2020-13-45"), "recipe.yaml: not valid YAML: month must be in 1..12"),
     ("an empty file", recipe(""), "recipe.yaml: experts: is missing"),
     ("a list", recipe("- a\n"), "recipe.yaml: expected keys and values (base:, experts:, ...), not list"),

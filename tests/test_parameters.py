@@ -219,7 +219,7 @@ def test_a_scores_name_stands_for_the_top_of_it():
 def test_a_scores_name_takes_the_parameters_of_both():
     assert parameter_names("obm") == {
         *("hessian", "nonlinear", "embedding"),
-        *("density", "scope", "exclusive", "ratio_of", "claim_zeros"),
+        *("density", "scope", "exclusive", "ratio_of", "claim_zeros", "at_least"),
     }
 
 

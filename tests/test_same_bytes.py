@@ -22,9 +22,9 @@ from merger.run import merge
 from merger.statistics import fingerprint
 
 EXPERTS = ("code", "math", "wiki")
-GRAM = "regmean"  # whose Gram matrices are on no file: it is in tests/test_calibrated_merge.py
+GRAM = ("regmean", "sparsegpt")  # whose Gram matrices are on no file here
 SHARDS = 400
-ALL = [name for name in [*ENTRIES, *SCORES] if name != GRAM]
+ALL = [name for name in [*ENTRIES, *SCORES] if name not in GRAM]
 
 
 def chosen(name):
@@ -33,7 +33,7 @@ def chosen(name):
     if kind == "method":
         return {"method": name}
     stage = {name: {"inner": "ties"} if name == "knots" else {}}
-    return {"pipeline": {"sparsifier": [stage, "sum"], "merger": [stage]}.get(kind, ["sum", stage])}
+    return {"pipeline": {"sparsifier": [stage, "sum"], "merger": [stage], "pack": [stage]}.get(kind, ["sum", stage])}
 
 
 def recipe(name, shard_size=SHARDS):
