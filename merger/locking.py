@@ -17,10 +17,10 @@ from merger.checkpoint.hashes import digest, note, noted, sha256
 from merger.checkpoint.stored import Checkpoint
 from merger.checkpoint.writer import json_bytes, write_json
 from merger.errors import MergerError, RecipeError
+from merger.loop import Progress
 from merger.planning import Plan, plan
 from merger.recipe import Recipe
 from merger.record import RECORD, differing, fates, portable, sources_of
-from merger.run import Progress
 from merger.statistics import sources
 from merger.verification import whole_merge
 

@@ -92,7 +92,7 @@ class Max(_Asked):
 
 
 class Before(_Asked):
-    """Asks for the sum of a value over the slices that come before this one."""
+    """Asks for the sum of counts over the slices that come before this one. Costs no pass."""
 
 
 @dataclass(frozen=True)

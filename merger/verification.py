@@ -29,11 +29,12 @@ from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.header import ITEM_SIZE
 from merger.checkpoint.stored import Checkpoint
 from merger.errors import CheckpointError, RecipeError, VerifyError
+from merger.loop import Progress
 from merger.planning import Plan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
 from merger.record import RECORD, differing, inputs_of, portable, stored_as, stored_tensors
-from merger.run import Progress, recompute
+from merger.run import recompute
 
 WEIGHTS = (".safetensors", ".bin")
 

@@ -9,7 +9,8 @@ python=${PYTHON:-python3}
   exit 1
 }
 stamp=.venv/installed
-if ! cmp -s <(cat constraints.txt pyproject.toml) "$stamp" 2>/dev/null; then
+decisive=(constraints.txt pyproject.toml merger/kernels/native.c)  # the loops in C are compiled by the installation
+if ! cmp -s <(cat "${decisive[@]}") "$stamp" 2>/dev/null; then
   if "$python" -c 'import torch' 2>/dev/null; then
     "$python" -m venv --system-site-packages .venv
     grep -v '^torch==' constraints.txt >.venv/constraints.txt
@@ -19,5 +20,5 @@ if ! cmp -s <(cat constraints.txt pyproject.toml) "$stamp" 2>/dev/null; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt torch
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[dev]'
-  cat constraints.txt pyproject.toml >"$stamp"
+  cat "${decisive[@]}" >"$stamp"
 fi

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
+from checkpoints import llama, save
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from merger import kernels
 from merger.kernels import Native, Reference
+from merger.recipe import Recipe
+from merger.run import merge
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
 
@@ -109,3 +112,15 @@ def test_draws_are_those_of_numpys_philox(key: bytes, start: int, size: int) -> 
     for double in (False, True):
         drawn = native.uniforms(key, start, size, double=double)
         assert same_bits(drawn, reference.uniforms(key, start, size, double=double))
+
+
+def test_a_merge_without_the_compiled_loops_says_that_it_is_slow(tmp_path, monkeypatch) -> None:
+    for seed, name in enumerate(("base", "code")):
+        save(tmp_path / name, llama(seed))
+    recipe = Recipe.parse(
+        {"base": "base", "experts": {"code": "code"}, "method": "sum", "output": {"path": "out"}}, tmp_path
+    )
+    monkeypatch.setattr(kernels, "compiled", lambda: False)
+    said: list[str] = []
+    merge(recipe, device="cpu", notice=said.append)
+    assert [note for note in said if "compiled loops" in note]

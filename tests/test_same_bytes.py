@@ -1,4 +1,4 @@
-"""The same bytes for every registered function: whatever threads, slices, memory, shards, breaks and hash seeds."""
+"""The same bytes for every function, whatever the threads, slices, memory, loops, shards, breaks and hash seeds."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from checkpoints import llama, load, same_bits, save
 
 import merger.machine
 import merger.methods
+from merger import kernels
 from merger.calibration import Moments, Settings, files
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
@@ -137,12 +138,15 @@ def elsewhere(models):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_neither_threads_slices_memory_breaks_nor_hash_seeds_decide_a_byte(folder, monkeypatch, elsewhere, name):
+def test_neither_threads_slices_memory_compiled_loops_breaks_nor_hash_seeds_decide_a_byte(
+    folder, monkeypatch, elsewhere, name
+):
     written = merged(folder, name)
     with monkeypatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 7)
         patch.setattr(merger.machine, "SLICE", 24)
         patch.setattr(merger.machine, "HOLD", 0)
+        patch.setattr(kernels, "compiled", lambda: False)
         assert merged(folder, name, max_memory=merger.machine.INTERPRETER + 1_000_000) == written
     assert merged_in_two_runs(folder, name, monkeypatch) == written
     assert elsewhere[name] == hashlib.sha256(b"".join(written[file] for file in sorted(written))).hexdigest()

@@ -24,8 +24,8 @@ from merger.cli._terminal import progress_bar, size_text
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
+    from merger.loop import Progress
     from merger.recipe import Recipe
-    from merger.run import Progress
 
 
 def run(

@@ -12,7 +12,7 @@ from merger.recipe import Evaluation, Recipe
 
 if TYPE_CHECKING:
     from merger.evaluation.scores import Comparison
-    from merger.run import Progress
+    from merger.loop import Progress
 
 __all__ = ["Asked", "evaluate"]
 

@@ -20,11 +20,12 @@ from merger.calibration.model import build
 from merger.checkpoint.header import Info
 from merger.checkpoint.stored import Checkpoint, torch_dtype
 from merger.errors import RecipeError
+from merger.loop import Block, Progress
 from merger.machine import Machine, chosen_device
 from merger.planning import Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
-from merger.run import Block, Progress, carry_out
+from merger.run import carry_out
 from merger.statistics import Merged, Options, Statistics, grams
 from merger.statistics import calibrate as statistics_files
 

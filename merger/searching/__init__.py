@@ -23,7 +23,7 @@ from merger.searching.strategies import ENDLESS, STRATEGIES
 
 if TYPE_CHECKING:
     from merger.evaluation.hosting import Bench
-    from merger.run import Progress
+    from merger.loop import Progress
 
 __all__ = ["Found", "search"]
 
