@@ -123,10 +123,16 @@ CLONES int64_t tally_low(const uint32_t *keys, const uint8_t *is_free, const int
         uint32_t wanted = (uint32_t)bucket[e];
         for (int64_t start = 0; start < n; start += PIECE) {
             int64_t stop = least(start + PIECE, n), found = 0;
-            for (int64_t i = start; i < stop; i++) {
-                inside[found] = (uint16_t)own[i];
-                found += KEY(i) >> 16 == wanted && (!open || open[i]);
-            }
+            if (open)
+                for (int64_t i = start; i < stop; i++) {
+                    inside[found] = (uint16_t)own[i];
+                    found += (KEY(i) >> 16 == wanted) & open[i];
+                }
+            else
+                for (int64_t i = start; i < stop; i++) {
+                    inside[found] = (uint16_t)own[i];
+                    found += KEY(i) >> 16 == wanted;
+                }
             for (int64_t j = 0; j < found; j++) tally[inside[j]]++;
         }
     }

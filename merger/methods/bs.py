@@ -43,8 +43,8 @@ def bs(
     free = torch.ones_like(deltas, dtype=torch.bool) if claim_zeros else deltas != 0
     if exclusive is None:
         return keep(deltas, top_of_blocks(scores, n, m, free, short))
-    kept = torch.zeros_like(free)
+    kept, taken = torch.zeros_like(free), torch.zeros_like(free[0])
     for k in exclusive:
-        open_ = free[k : k + 1] & ~kept.any(0)
-        kept[k] = top_of_blocks(scores[k : k + 1], n, m, open_, short)[0]
+        kept[k] = top_of_blocks(scores[k : k + 1], n, m, free[k : k + 1] & ~taken, short)[0]
+        taken |= kept[k]
     return keep(deltas, kept)
