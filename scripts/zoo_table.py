@@ -159,10 +159,10 @@ class Table:
     def __init__(self, zoo: Path, data: Path, record: Path, select: int, report: int) -> None:
         self.zoo, self.data, self.record = zoo, data, record
         self.judge = Judge(zoo / "base")
-        every = {domain: self.judge.tokens(texts(data, domain)) for domain in DOMAINS}
+        every = {domain: texts(data, domain) for domain in DOMAINS}
         self.parts = {
-            "select": {domain: each[:select] for domain, each in every.items()},
-            "report": {domain: each[select : select + report] for domain, each in every.items()},
+            "select": {domain: self.judge.tokens(each[:select]) for domain, each in every.items()},
+            "report": {domain: self.judge.tokens(each[select : select + report]) for domain, each in every.items()},
         }
         self.lines: dict[str, dict[str, Any]] = {}
         if record.exists():
