@@ -116,7 +116,7 @@ def statistics_of(recipe: dict[str, Any], folder: Path) -> dict[str, str]:
     return found
 
 
-def ours(work: Path, experts: int, scenario: str) -> list[str]:
+def ours(work: Path, experts: int, device: str, scenario: str) -> list[str]:
     """The command of a merge."""
     recipe: dict[str, Any] = {
         "base": str(work / "base"),
@@ -127,7 +127,7 @@ def ours(work: Path, experts: int, scenario: str) -> list[str]:
         recipe["calibration"] = {"stats": statistics_of(recipe, work)}
     path = work / f"{scenario.replace(', ', '-')}.yaml"
     path.write_text(yaml.safe_dump({**recipe, **SCENARIOS[scenario]}, sort_keys=False))
-    return [sys.executable, "-m", "merger", "run", str(path), "--force", "--quiet", "--device", "cpu"]
+    return [sys.executable, "-m", "merger", "run", str(path), "--force", "--quiet", "--device", device]
 
 
 def peers(program: str, work: Path, experts: int, scenario: str) -> list[str]:
@@ -174,7 +174,7 @@ def _processor() -> str:
 
 def report(given: argparse.Namespace, runs: list[Run], first: Run) -> str:
     """The page."""
-    flags = f"--size {given.size} --experts {given.experts} --runs {given.runs}"
+    flags = f"--size {given.size} --experts {given.experts} --runs {given.runs} --device {given.device}"
     loops = "compiled loops" if kernels.compiled() else "no compiled loops"
     head = [
         f"# Merges of base + {given.experts} experts of {given.size} parameters",
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", default=",".join(SCENARIOS).replace(", ", " "))
+    parser.add_argument("--device", default="cpu", help="what the merges run on, as merger run takes it")
     parser.add_argument("--mergekit", metavar="PROGRAM", help="mergekit-yaml of an environment of its own")
     parser.add_argument("--peer-runs", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -206,11 +207,13 @@ def main() -> None:
             synthesize.write(model, given.size, i, 5_000_000_000)
     log, scratch = given.work / "log.txt", given.work / "floor"
     wanted = [name for name in SCENARIOS if name.replace(", ", " ") in given.only.split(",")]
-    commands = {name: ours(given.work, given.experts, name) for name in wanted}
+    commands = {name: ours(given.work, given.experts, given.device, name) for name in wanted}
 
     cache = given.work / "cache"
     shutil.rmtree(cache, ignore_errors=True)
-    first = timed(ours(given.work, given.experts, "linear"), "merger", "linear", -1, log, MERGER_CACHE=str(cache))
+    first = timed(
+        ours(given.work, given.experts, given.device, "linear"), "merger", "linear", -1, log, MERGER_CACHE=str(cache)
+    )
     runs: list[Run] = []
     for number in range(given.runs):
         began = time.monotonic()

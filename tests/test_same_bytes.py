@@ -159,3 +159,10 @@ def test_the_size_of_shards_decides_no_byte_of_a_tensor(folder, name):
         merge(Recipe.parse(recipe(name, size), folder), force=True)
         tensors.append(load(folder / "out"))
     assert same_bits(*tensors)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", [name for name in ALL if (ENTRIES.get(name) or SCORES[name]).exact])
+def test_a_gpu_writes_the_same_bytes_of_what_sums_no_floats(folder, name):
+    here, there = (merged(folder, name, device=device) for device in ("cpu", "cuda"))
+    assert {file for file in here if here[file] != there[file]} <= {"merger.json"}  # which names the device

@@ -44,12 +44,12 @@ class Reference:
     def tally_high(self, keys: Tensor, free: Tensor | None, into: Tensor) -> None:
         """Counts how often each high half of a key occurs among the ``free`` ones of an expert: int64 [k 32768]."""
         for own, tally in zip(_free_ones(keys, free), into, strict=True):
-            tally += torch.bincount(own >> 16, minlength=HIGH)
+            tally += torch.bincount(own >> 16, minlength=HIGH).to(tally.device)
 
     def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int], into: Tensor) -> None:
         """Counts how often each low half occurs among the free keys with the expert's high half: int64 [k 65536]."""
         for own, bucket, tally in zip(_free_ones(keys, free), buckets, into, strict=True):
-            tally += torch.bincount(own[own >> 16 == bucket] & 0xFFFF, minlength=LOW)
+            tally += torch.bincount(own[own >> 16 == bucket] & 0xFFFF, minlength=LOW).to(tally.device)
 
     def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> Tensor:
         """How many free keys of each expert are exactly its ``last``: int64 [k]."""
