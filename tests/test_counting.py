@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from merger import kernels
+from merger.kernels import counting
 from merger.kernels.counting import Counting, NativeCounting
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
@@ -22,6 +23,12 @@ def stacks(draw: st.DrawFn) -> torch.Tensor:
     """Of up to four experts; some longer than a vector, with a rest. [k r c]"""
     shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 70)))
     return torch.from_numpy(draw(arrays(numpy.float32, shape, elements=draw(st.sampled_from([FEW, ANY])))))
+
+
+def test_what_c_can_read_is_counted_in_c() -> None:
+    assert isinstance(counting.of(torch.zeros(2, 1, 3)), NativeCounting)
+    assert isinstance(counting.of(torch.zeros(3, dtype=torch.bfloat16)), NativeCounting)
+    assert not isinstance(counting.of(torch.zeros(3, dtype=torch.float64)), NativeCounting)
 
 
 @given(stacks())

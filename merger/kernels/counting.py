@@ -140,4 +140,4 @@ def of(*values: Tensor) -> Counting:
     """The loops for these tensors, compiled where all of them are of one dtype in memory that C can read."""
     first = values[0]
     plain = all(each.device.type == "cpu" and each.dtype == first.dtype for each in values)
-    return _NATIVE if plain and has("count_pairs") and takes(first) else _NUMPY
+    return _NATIVE if plain and has("count_pairs") and takes(first.dtype) else _NUMPY
