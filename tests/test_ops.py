@@ -1,6 +1,7 @@
 """Selection against a plain stable sort, and draws against themselves."""
 
 import math
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import bits, sliced, tensor
 
+from merger import kernels
 from merger.ops import (
     Max,
     count,
@@ -300,3 +302,7 @@ def test_the_largest_of_all_slices_is_asked_for_element_by_element(scope, expect
         return highest.view(1, 2)
 
     assert [each[0].tolist() for each in sliced(begin, tensors)] == expected
+
+
+def test_the_loops_are_compiled_where_there_is_a_compiler():
+    assert kernels.compiled() or shutil.which("cc") is None

@@ -1,0 +1,85 @@
+"""Questions about the whole: how often slices are visited, and what they are told, side by side too."""
+
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import pytest
+import torch
+
+from merger.ops import Before, Size, Sum, Tally, select
+from merger.passes import Sizes, run, settle
+
+SLICES = 6
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(3) as pool:
+        yield pool.map
+
+
+def told(ask, *, count=SLICES, mapper=map, **more):
+    """What each slice's flow is told when it asks ``ask(i)``, and how many flows were started."""
+    answers, started = {}, []
+
+    def start(i):
+        started.append(i)
+        answers[i] = yield ask(i)
+
+    assert run(count, start, sizes=Sizes(60, 600), mapper=mapper, **more) is None
+    return [answers[i] for i in range(count)], len(started)
+
+
+def test_a_sum_takes_a_pass_and_is_the_same_for_all():
+    answers, started = told(lambda i: Sum(torch.tensor([i])))
+    assert [int(each) for each in answers] == [15] * SLICES
+    assert started == 2 * SLICES
+
+
+def test_held_flows_are_not_started_again():
+    assert told(lambda i: Sum(torch.tensor([i])), hold=True)[1] == SLICES
+
+
+def test_what_comes_before_takes_no_pass(threads):
+    answers, started = told(lambda i: Before(torch.tensor([i])), mapper=threads)
+    assert [int(each) for each in answers] == [0, 0, 1, 3, 6, 10]
+    assert started == SLICES
+
+
+def test_counts_of_all_slices_come_together(threads):
+    def count(i, into):
+        into[0, i] += 1
+
+    answers, _ = told(lambda i: Tally(lambda into: count(i, into), (1, SLICES)), mapper=threads)
+    assert all(each.tolist() == [[1] * SLICES] for each in answers)
+
+
+def test_a_size_is_told_at_once():
+    assert told(lambda i: Size("global")) == ([600] * SLICES, SLICES)
+
+
+def test_who_waits_for_a_slice_that_failed_is_let_go(threads):
+    def start(i):
+        if i == 2:
+            raise ValueError("slice 2 cannot be read")
+        yield Before(torch.tensor([1]))
+
+    with pytest.raises(ValueError, match="slice 2 cannot be read"):
+        run(SLICES, start, sizes=Sizes(6, 6), mapper=threads)
+
+
+def test_a_ranking_over_the_model_reads_every_slice_three_times():
+    scores = torch.arange(24.0).view(2, 4, 1, 1, 3) % 5  # two tensors of four slices; with ties
+    visits, kept = [0, 0], torch.zeros(2, 4, 1, 1, 3, dtype=torch.bool)
+
+    def visit(i, known, ahead):
+        def start(j):
+            visits[i] += 1
+            kept[i, j] = yield from select(scores[i, j], [Fraction(1, 4)], scope="global")
+
+        return run(4, start, sizes=Sizes(12, 24), known=known, ahead=ahead)
+
+    settle([0, 0], visit)
+    highest = scores.flatten().sort(stable=True, descending=True).indices[:6]
+    assert kept.flatten().nonzero().flatten().tolist() == highest.sort().values.tolist()
+    assert visits == [12, 12]
