@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,23 @@ def report(given: argparse.Namespace, runs: list[Run], first: Run) -> str:
     return "\n".join([*head, *table(runs, first)]) + "\n"
 
 
+def one_round(
+    given: argparse.Namespace, number: int, models: list[Path], commands: dict[str, list[str]], cache: Path
+) -> Iterator[Run]:
+    """The floor, then every scenario by each tool."""
+    log, scratch, merged = given.work / "log.txt", given.work / "floor", given.work / "merged"
+    began = time.monotonic()
+    floor(models, scratch)
+    yield Run("floor", "", number, time.monotonic() - began, 0, 0, 0)
+    scratch.unlink()
+    for name, command in commands.items():
+        yield timed(command, "merger", name, number, log, MERGER_CACHE=str(cache))
+        if given.mergekit and name in PEER and number < given.peer_runs:
+            shutil.rmtree(merged, ignore_errors=True)
+            yield timed(peers(given.mergekit, given.work, given.experts, name), "mergekit", name, number, log)
+    shutil.rmtree(merged, ignore_errors=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
@@ -205,7 +223,7 @@ def main() -> None:
     for i, model in enumerate(models):
         if not model.exists():
             synthesize.write(model, given.size, i, 5_000_000_000)
-    log, scratch = given.work / "log.txt", given.work / "floor"
+    log = given.work / "log.txt"
     wanted = [name for name in SCENARIOS if name.replace(", ", " ") in given.only.split(",")]
     commands = {name: ours(given.work, given.experts, given.device, name) for name in wanted}
 
@@ -216,25 +234,15 @@ def main() -> None:
     )
     runs: list[Run] = []
     for number in range(given.runs):
-        began = time.monotonic()
-        floor(models, scratch)
-        runs.append(Run("floor", "", number, time.monotonic() - began, 0, 0, 0))
-        scratch.unlink()
-        for name, command in commands.items():
-            runs.append(timed(command, "merger", name, number, log, MERGER_CACHE=str(cache)))
-            print(runs[-1], flush=True)
-            if given.mergekit and name in PEER and number < given.peer_runs:
-                shutil.rmtree(given.work / "merged", ignore_errors=True)
-                runs.append(
-                    timed(peers(given.mergekit, given.work, given.experts, name), "mergekit", name, number, log)
-                )
-                print(runs[-1], flush=True)
-        shutil.rmtree(given.work / "merged", ignore_errors=True)
-    page = report(given, runs, first)
+        for run in one_round(given, number, models, commands, cache):
+            print(run, flush=True)
+            runs.append(run)
+        page = report(given, runs, first)  # after every round, for a long bench may be stopped
+        if given.out:
+            given.out.with_suffix(".md").write_text(page)
+            rows = [asdict(run) for run in (first, *runs)]
+            given.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     print(page)
-    if given.out:
-        given.out.with_suffix(".md").write_text(page)
-        given.out.with_suffix(".json").write_text(json.dumps([asdict(run) for run in (first, *runs)], indent=1) + "\n")
 
 
 if __name__ == "__main__":
