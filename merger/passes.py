@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from threading import Condition
+from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
@@ -87,7 +87,7 @@ class _Visit:
     of_the_model: list[int] = field(default_factory=list)  # places of the questions that `known` answers
     lines: dict[int, _Line] = field(default_factory=dict)
     counters: list[Tensor] = field(default_factory=list)  # one for each thread that counts at the same time
-    lock: Condition = field(default_factory=Condition)
+    lock: Lock = field(default_factory=Lock)
 
     def step(self, i: int) -> Question | None:
         """Carries slice ``i`` to its end, or to a question that no pass has answered yet: with its part of it."""

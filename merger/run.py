@@ -82,7 +82,8 @@ def merge(
         options = Options(machine.device, machine.hidden, trust_remote_code)
         paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
         blocks = partial(grams, plan, options, notice=say, progress=tell)
-        return _Merge(plan, machine, output, paths, blocks, tell, say).run(began, force=force)
+        loop = Loop(plan, machine, paths, blocks, tell, say)
+        return _Merge(loop, output, origin(paths)).run(began, force=force)
     finally:
         plan.close()
 
@@ -182,23 +183,11 @@ def _check_grams(plan: Plan) -> None:
 class _Merge:
     """One run: its loop, its writer, and what stands beside the weights."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        machine: Machine,
-        output: Path,
-        statistics: Mapping[str, Path],
-        blocks: Blocks,
-        progress: Progress,
-        notice: Callable[[str], None],
-    ) -> None:
-        self.plan = plan
-        self.machine = machine
+    def __init__(self, loop: Loop, output: Path, statistics_origin: dict[str, str]) -> None:
+        self.loop, self.plan, self.machine = loop, loop.plan, loop.machine
+        self.tell, self.notice = loop.tell, loop.notice
         self.output = output
-        self.tell = progress
-        self.notice = notice
-        self.loop = Loop(plan, machine, statistics, blocks, progress, notice)
-        self.statistics_origin = origin(statistics)
+        self.statistics_origin = statistics_origin
 
     def run(self, began: float, *, force: bool) -> Result:
         infos = self.plan.stored
