@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ class _Line:
 
     scope: str
     totals: list[Any] = field(default_factory=list)  # before slice i, and at last of all; see `before`
-    broken: bool = False
+    failed: float = math.inf  # the first slice that failed: later ones wait in vain, earlier ones do not
     moved: Condition = field(default_factory=Condition)
 
     def before(self, i: int, question: Before) -> Tensor:
@@ -58,18 +59,18 @@ class _Line:
         with self.moved:
             if not self.totals:
                 self.totals.append(torch.zeros_like(value).tolist())
-            self.moved.wait_for(lambda: len(self.totals) > i or self.broken)
-            if self.broken:
+            self.moved.wait_for(lambda: len(self.totals) > i or i > self.failed)
+            if len(self.totals) <= i:
                 raise RuntimeError("an earlier slice failed")  # whose error comes first, and is told
             before = torch.tensor(self.totals[i])
             self.totals.append((before + value.cpu()).tolist())
             self.moved.notify_all()
             return before
 
-    def break_(self) -> None:
-        """Lets go whoever waits for a slice that will not come."""
+    def break_at(self, i: int) -> None:
+        """Lets go whoever waits for slice ``i``, which will not come."""
         with self.moved:
-            self.broken = True
+            self.failed = min(self.failed, i)
             self.moved.notify_all()
 
 
@@ -87,6 +88,7 @@ class _Visit:
     of_the_model: list[int] = field(default_factory=list)  # places of the questions that `known` answers
     lines: dict[int, _Line] = field(default_factory=dict)
     counters: list[Tensor] = field(default_factory=list)  # one for each thread that counts at the same time
+    failed: float = math.inf
     lock: Lock = field(default_factory=Lock)
 
     def step(self, i: int) -> Question | None:
@@ -103,8 +105,10 @@ class _Visit:
         except StopIteration:
             return None
         except BaseException:
-            for line in self.lines.values():
-                line.break_()
+            with self.lock:
+                self.failed = min(self.failed, i)
+                for line in self.lines.values():
+                    line.break_at(i)
             raise
         if self.hold:
             self.held[i] = running, question, place
@@ -115,7 +119,7 @@ class _Visit:
             return self.sizes.of(question.scope)
         if isinstance(question, Before):
             with self.lock:
-                line = self.lines.setdefault(place, _Line(question.scope))
+                line = self.lines.setdefault(place, _Line(question.scope, failed=self.failed))
             before = line.before(i, question)
             return before + self.ahead[place] if question.scope == "global" and place in self.ahead else before
         if place not in self.answers and question.scope == "global":
