@@ -89,7 +89,7 @@ def _task(measure: str, row: Row, name: str) -> str:
     value = row.tasks[name].value
     shown = f"{value:.4f} / {math.exp(min(value, 700)):.3g}" if measure == "loss" else f"{100 * value:.1f} %"
     share = row.kept_of.get(name)
-    return shown if share is None else f"{shown} ({share.value:.2f})"
+    return shown if share is None else f"{shown} ({round(share.value, 2) + 0.0:.2f})"  # + 0.0: no -0.00
 
 
 def _score(each: Score | None) -> str:
