@@ -106,8 +106,10 @@ class Size:
 class Guess:
     """Asks what a sample of the tensor was answered to the question that comes next; None if there was no such sample.
 
-    It may only decide how that question is put, never what comes of it. Costs no pass.
+    It may only decide how that question is put, never what comes of it. Costs no pass. Nobody samples the whole model.
     """
+
+    scope: Whole = "tensor"
 
 
 Question = Sum | Tally | Max | Before | Size | Guess
@@ -266,7 +268,7 @@ def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -
     loops = kernels.of(scores.float())
     keys = loops.keys_of(scores)
     k, high, low = len(keys), kernels.HIGH, kernels.LOW
-    guess = yield Guess()
+    guess = yield Guess(scope)
     first = [0] * k if guess is None else [max(0, bucket - NEAR // 2) for bucket in guess[0]]
     bins = high if guess is None else high + NEAR * low
     tally = partial(loops.tally_high, keys, free, first)

@@ -121,7 +121,7 @@ class _Visit:
         if isinstance(question, Size):
             return self.sizes.of(question.scope)
         if isinstance(question, Guess):
-            return self._guess(place)
+            return self._guess(place) if question.scope == "tensor" else None
         if isinstance(question, Before):
             with self.lock:
                 line = self.lines.setdefault(place, _Line(question.scope, failed=self.failed))
