@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from merger._lazy import torch
 from merger.checkpoint.header import TORCH_NAMES
 from merger.errors import CheckpointError
-from merger.machine import SLICE, Machine, slice_rows, tuned
+from merger.machine import SLICE, Machine, dealt, slice_rows, tuned
 from merger.ops import Flow, Max, Sum
 from merger.packing import Packed, pieces
 from merger.passes import Ahead, settle
@@ -113,10 +113,11 @@ class Loop:
                 single = slice_rows(tensor, part) >= part.rows and not tensor.ranked
                 (whole if single else work).append((tensor, part))
         reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
-        alone = replace(reader, mapper=map)
+        alone = [replace(reader, mapper=map, machine=each) for each in self.machine.each()]
+        whose = dealt([part.rows * part.columns for _, part in whole], len(alone))
         with tuned():
             # a matrix that its method must see whole is one slice, so several of them go side by side
-            for _ in _map(self.slices, lambda i: self._visit(alone, *whole[i], [], {}), range(len(whole))):
+            for _ in _map(self.slices, lambda i: self._visit(alone[whose[i]], *whole[i], [], {}), range(len(whole))):
                 pass
             settle(
                 [tensor.group for tensor, _ in work],

@@ -35,6 +35,11 @@ class Inputs:
     gram: Tensor | None = None  # [k c c]
     token_share: Tensor | None = None  # [k r], for an embedding
 
+    def on(self, device: torch.device) -> Inputs:
+        """The same, where a slice is."""
+        several = self.second_moment, self.mean, self.gram, self.token_share
+        return Inputs(*(None if each is None else each.to(device) for each in several))
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -180,7 +185,19 @@ def flow(
 
     ``look`` is shown what stage i leaves, once more each time the flow is started again.
     """
-    return (yield from _through(stages, part.deltas, _supplies(part, subject), look))
+    return (yield from _answered_on(part.deltas.device, _through(stages, part.deltas, _supplies(part, subject), look)))
+
+
+def _answered_on(device: torch.device, running: Flow[Tensor]) -> Flow[Tensor]:
+    """Runs a flow whose slice is on ``device``: answers come from the CPU, where the parts of all slices meet."""
+    try:
+        question = next(running)
+        while True:
+            answer = yield question
+            question = running.send(answer.to(device) if isinstance(answer, torch.Tensor) else answer)
+    except StopIteration as done:
+        made: Tensor = done.value
+        return made
 
 
 def _through(
@@ -226,7 +243,7 @@ def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
 def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
     """What a stage may ask for by name; the registry's docstring explains each."""
     rows = slice(part.row, part.row + part.base.shape[0])
-    inputs = subject.inputs
+    inputs = subject.inputs.on(part.base.device)
     return {
         "base": part.base,
         "originals": part.deltas,

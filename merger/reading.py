@@ -66,16 +66,18 @@ class Reader:
             seed=self.plan.recipe.seed,
             first=part.row * part.columns,
             transposed=part.transposed,
-            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, partial(self.notice, tensor)),
+            inputs=inputs_of(tensor, part, self.statistics, partial(self.notice, tensor)),
         )
         step = slice_rows(tensor, part)
         count = -(-part.rows // step) if part.columns else 0
         elements = part.rows * part.columns
         hold = count == 1 or elements * bytes_held(len(self.plan.models) - 1) <= self.machine.hold
         kept: dict[int, _Stored] = {}
+        devices = self.machine.devices
 
         def start(j: int) -> Flow[None]:
-            read = kept.get(j) or self._read(tensor, part, range(j * step, min((j + 1) * step, part.rows)))
+            rows = range(j * step, min((j + 1) * step, part.rows))
+            read = kept.get(j) or self._read(tensor, part, rows, devices[j % len(devices)])
             if elements * read.values.itemsize * len(read.values) <= self.machine.hold:
                 kept[j] = read  # should the flow ask, it will be started again
             yield from carry(read.values, self._slice(tensor, part, j * step, read), subject)
@@ -84,8 +86,8 @@ class Reader:
         sizes = Sizes(elements, self.sizes[tensor.group])
         return run(count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper)
 
-    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> _Stored:
-        """Some rows of a part as they are stored."""
+    def _read(self, tensor: TensorPlan, part: Part, rows: range, device: str) -> _Stored:
+        """Some rows of a part as they are stored, on the device that is to work on them."""
         first, last = part.row + rows.start, part.row + rows.stop
         if part.transposed:
             first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
@@ -105,7 +107,7 @@ class Reader:
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
-        return _Stored(stored.to(self.machine.device), changes)
+        return _Stored(stored.to(device), changes)
 
     def _slice(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
         """The slice that the stages see."""

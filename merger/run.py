@@ -65,7 +65,7 @@ def merge(
 ) -> Result:
     """Merges what ``recipe`` says into a checkpoint folder, which appears whole or not at all.
 
-    ``device`` is auto, cpu or cuda[:i]; ``max_memory`` caps host memory in bytes; ``force`` replaces
+    ``device`` is auto, cpu, cuda (all) or cuda:i; ``max_memory`` caps host memory in bytes; ``force`` replaces
     an output that is there already. Raises a `MergerError` for whatever the user can mend.
     """
     began = time.monotonic()
@@ -270,7 +270,7 @@ class _Merge:
             bytes_written=written,
             tensors=self._counts(),
             peak_memory_bytes=peak_memory(),
-            device=self.machine.device,
+            device=", ".join(self.machine.devices),
             seed=self.plan.recipe.seed,
             notes=self.loop.notes,
         )
