@@ -6,11 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from checkpoints import llama, load, same_bits, save
+from pretended import Pretence
 
+import merger.loop
 import merger.machine
 import merger.methods
 from merger import kernels
@@ -159,6 +162,30 @@ def test_the_size_of_shards_decides_no_byte_of_a_tensor(folder, name):
         merge(Recipe.parse(recipe(name, size), folder), force=True)
         tensors.append(load(folder / "out"))
     assert same_bits(*tensors)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Lets a machine have these devices; what torch does not know is pretended, in every thread that works on slices."""
+
+    class Slices(ThreadPoolExecutor):
+        def __init__(self, workers, name):
+            super().__init__(workers, name, initializer=lambda: Pretence().__enter__())
+
+    def have(*names):
+        monkeypatch.setattr(merger.machine, "chosen_devices", lambda wanted: names)
+        monkeypatch.setattr(merger.machine, "SLICE", 24)
+        monkeypatch.setattr(merger.loop, "ThreadPoolExecutor", Slices)
+
+    return have
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tensors_of_two_devices_never_meet_and_give_the_same_bytes(folder, devices, name):
+    written = merged(folder, name)
+    devices("cuda:0", "cuda:1")
+    elsewhere = merged(folder, name)
+    assert {file for file in written if written[file] != elsewhere[file]} <= {"merger.json"}  # which names the device
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
