@@ -185,19 +185,7 @@ def flow(
 
     ``look`` is shown what stage i leaves, once more each time the flow is started again.
     """
-    return (yield from _answered_on(part.deltas.device, _through(stages, part.deltas, _supplies(part, subject), look)))
-
-
-def _answered_on(device: torch.device, running: Flow[Tensor]) -> Flow[Tensor]:
-    """Runs a flow whose slice is on ``device``: answers come from the CPU, where the parts of all slices meet."""
-    try:
-        question = next(running)
-        while True:
-            answer = yield question
-            question = running.send(answer.to(device) if isinstance(answer, torch.Tensor) else answer)
-    except StopIteration as done:
-        made: Tensor = done.value
-        return made
+    return (yield from _through(stages, part.deltas, _supplies(part, subject), look))
 
 
 def _through(
