@@ -21,6 +21,7 @@ from merger.pipeline import Slice, Subject, flow
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.reading import Reader, rounded
 from merger.statistics import Merged, Statistics, load
+from merger.transfer import fetched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,7 +202,7 @@ class Loop:
 
     def _write(self, names: Sequence[str], row: int, values: Tensor) -> None:
         """Writes rows of a tensor, from ``row`` on, under all its names."""
-        data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
+        data = fetched(values.contiguous()).flatten().view(torch.uint8).numpy().data
         width = values.shape[-1] * values.element_size()
         for name in names:
             self.sink.write(name, row * width, data)

@@ -177,6 +177,11 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_device_memory(devices: Iterable[str]) -> int:
+    """The most that torch has had of one of these GPUs, in bytes; 0 on the CPU."""
+    return max(torch.cuda.max_memory_reserved(each) if each.startswith("cuda") else 0 for each in devices)
+
+
 @contextmanager
 def tuned() -> Iterator[None]:
     """Within it torch works on one thread, for slices run side by side and no sum may depend on the cores."""

@@ -19,6 +19,7 @@ from merger.passes import Ahead, Mapper, Sizes, run
 from merger.pipeline import Slice, Subject
 from merger.planning import Part, Plan, TensorPlan
 from merger.statistics import Statistics, inputs_of
+from merger.transfer import buffer, sent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +95,7 @@ class Reader:
         models = [(self.plan.models[label], tensor.reads[label]) for label in ("base", *tensor.place.experts)]
         dtypes = [model.dtype(name) for model, name in models if name is not None]
         shape = len(models), last - first, part.rows if part.transposed else part.columns
-        stored = torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
+        stored = buffer(shape, reduce(torch.promote_types, dtypes), device)
         changes = {}
         for k, (model, name) in enumerate(models):
             change = None if name is None else model.change_rows(name, first, last)
@@ -107,7 +108,7 @@ class Reader:
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
-        return _Stored(stored.to(device), changes)
+        return _Stored(sent(stored, device), changes)
 
     def _slice(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
         """The slice that the stages see."""
