@@ -519,3 +519,12 @@ def test_what_is_seen_is_plain_data(recipe):
     assert (said["format"], said["subject"], said["experts"]) == (1, "recipe", list(EXPERTS))
     assert said["views"][0]["whole"]["density"] == seen.view("task_vectors").whole.density
     assert said["bytes_read"] > 0
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "tsv_m"])
+def test_what_several_devices_see_is_what_one_sees(recipe, devices, method):
+    devices("cpu")
+    here = inspect(recipe(method), rank=True, curves=True, picture=UP)
+    devices("cuda:0", "cuda:1")
+    there = inspect(recipe(method), rank=True, curves=True, picture=UP)
+    assert (there.views, there.curves, there.pictures) == (here.views, here.curves, here.pictures)

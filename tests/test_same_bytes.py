@@ -6,14 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from checkpoints import llama, load, same_bits, save
-from pretended import Pretence
 
-import merger.loop
 import merger.machine
 import merger.methods
 from merger import kernels
@@ -163,22 +160,6 @@ def test_the_size_of_shards_decides_no_byte_of_a_tensor(folder, name):
         merge(Recipe.parse(recipe(name, size), folder), force=True)
         tensors.append(load(folder / "out"))
     assert same_bits(*tensors)
-
-
-@pytest.fixture
-def devices(monkeypatch):
-    """Lets a machine have these devices; what torch does not know is pretended, in the threads that work on slices."""
-
-    class Slices(ThreadPoolExecutor):
-        def __init__(self, workers, name):
-            super().__init__(workers, name, initializer=lambda: Pretence().__enter__())
-
-    def have(*names):
-        monkeypatch.setattr(merger.machine, "chosen_devices", lambda wanted: names)
-        monkeypatch.setattr(merger.machine, "SLICE", 24)
-        monkeypatch.setattr(merger.loop, "ThreadPoolExecutor", Slices)
-
-    return have
 
 
 SEVERAL = ["linear", "ties", "dare_ties", "obim", "cabs", "rescale", "tsv_m", "emr", "byom", "factors"]
