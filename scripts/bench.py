@@ -85,8 +85,10 @@ def timed(command: list[str], tool: str, scenario: str, experts: int, number: in
         wall = time.monotonic() - began
     process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for here
     said = [line for line in log.read_bytes()[before:].splitlines() if line.startswith(b"{")]
-    device = json.loads(said[-1])["peak_device_memory_bytes"] if said else 0
-    cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    told = json.loads(said[-1]) if said else {}
+    device = told.get("peak_device_memory_bytes", 0)
+    peak = told.get("peak_memory_bytes", used.ru_maxrss * 1024)  # of the peer, but no less than this process's own
+    cpu = used.ru_utime + used.ru_stime
     return Run(tool, scenario, experts, number, wall, cpu, peak, device, process.returncode)
 
 

@@ -1,6 +1,8 @@
 """What a machine gives to a merge: which devices, and who works on what."""
 
 import json
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -49,6 +51,13 @@ def test_there_is_a_worker_for_every_device(gpus, planned, monkeypatch):  # noqa
     gpus(8)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert Machine.of("cuda", None, planned("linear")).workers == 8
+
+
+def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
+    program = "from merger.machine import peak_memory; print(peak_memory())"
+    held = bytearray(1 << 28)
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert int(told) < len(held)
 
 
 BLOCK = [4096 * 4096] * 4 + [4096 * 11008] * 3 + [4096] * 2  # as a 7B Llama has 32 of
