@@ -357,9 +357,10 @@ int64_t uniforms_f64(uint64_t key0, uint64_t key1, int64_t start, int64_t n, dou
 #define SUMMED 1024 /* bytes of 0 and 1 that are added up eight to a word, whose sums stay below 256 */
 #define WIDENED 512 /* elements that are doubles at once */
 #define LANES 16    /* sums of an inner product that run side by side, of every 16th product */
+#define WITHIN static inline __attribute__((always_inline)) /* a function of its own is compiled for the oldest processors */
 
 /* How many of SPAN bytes of 0 and 1 are 1. */
-static inline int64_t ones(const uint8_t *bytes) {
+WITHIN int64_t ones(const uint8_t *bytes) {
     const uint64_t even = 0x00FF00FF00FF00FFu;
     int64_t total = 0;
     for (int64_t start = 0; start < SPAN; start += SUMMED) {
@@ -372,7 +373,7 @@ static inline int64_t ones(const uint8_t *bytes) {
 }
 
 /* Bytes of 0 and 1 for n elements, the rest of SPAN 0: whether one is kept, and below zero. */
-static inline void signs_of(const uint32_t *own, int64_t n, uint8_t *held, uint8_t *below) {
+WITHIN void signs_of(const uint32_t *own, int64_t n, uint8_t *held, uint8_t *below) {
     for (int64_t i = 0; i < n; i++) held[i] = (own[i] & ABSOLUTE) != 0;
     for (int64_t i = 0; i < n; i++) below[i] = (uint8_t)(own[i] >> 31);
     memset(held + n, 0, (size_t)(SPAN - n));
@@ -380,7 +381,7 @@ static inline void signs_of(const uint32_t *own, int64_t n, uint8_t *held, uint8
 }
 
 /* Adds to both [k k] and opposed [k k], given held [k SPAN] and below. */
-static inline void add_pairs(const uint8_t *held, const uint8_t *below, int64_t k, int64_t *both, int64_t *opposed) {
+WITHIN void add_pairs(const uint8_t *held, const uint8_t *below, int64_t k, int64_t *both, int64_t *opposed) {
     uint8_t shared[SPAN], unlike[SPAN];
     for (int64_t e = 0; e < k; e++) {
         both[e * k + e] += ones(held + e * SPAN);
@@ -397,7 +398,7 @@ static inline void add_pairs(const uint8_t *held, const uint8_t *below, int64_t 
 }
 
 /* Adds to holders [k+1], given held [k SPAN] of n elements. */
-static inline void add_holders(const uint8_t *held, int64_t k, int64_t n, int64_t *holders) {
+WITHIN void add_holders(const uint8_t *held, int64_t k, int64_t n, int64_t *holders) {
     uint8_t depth[SPAN], equal[SPAN];
     memset(depth, 0, sizeof depth);
     for (int64_t e = 0; e < k; e++)
@@ -413,7 +414,7 @@ static inline void add_holders(const uint8_t *held, int64_t k, int64_t n, int64_
 typedef struct { int64_t passed, kept; } line;
 
 /* Adds to by_column [c], and the square of what each row that ends here keeps to squares. */
-static inline void add_rows(const uint8_t *held, int64_t n, int64_t c, line *row, int32_t *by_column, int64_t *squares) {
+WITHIN void add_rows(const uint8_t *held, int64_t n, int64_t c, line *row, int32_t *by_column, int64_t *squares) {
     for (int64_t start = 0, stop; start < n; start = stop) {
         stop = least(n, start + c - row->passed);
         int32_t *columns = by_column + row->passed, kept = 0;
@@ -430,7 +431,7 @@ static inline void add_rows(const uint8_t *held, int64_t n, int64_t c, line *row
 
 /* Adds the square of what each block that ends here keeps to squares; but of one that begins elsewhere, what it keeps
  * to *cut. */
-static inline void add_blocks(const uint8_t *held, int64_t n, int64_t size, line *block, int64_t **cut, int64_t *squares) {
+WITHIN void add_blocks(const uint8_t *held, int64_t n, int64_t size, line *block, int64_t **cut, int64_t *squares) {
     for (int64_t start = 0, stop; start < n; start = stop) {
         stop = least(n, start + size - block->passed);
         int32_t kept = 0;
@@ -445,13 +446,13 @@ static inline void add_blocks(const uint8_t *held, int64_t n, int64_t size, line
 }
 
 /* n floats as doubles, up to the next full row of lanes with zeros. */
-static inline void widen(const float *own, int64_t n, double *wide) {
+WITHIN void widen(const float *own, int64_t n, double *wide) {
     for (int64_t i = 0; i < n; i++) wide[i] = (double)own[i];
     for (int64_t i = n; i % LANES; i++) wide[i] = 0;
 }
 
 /* Adds n products to the lanes: the product of two floats is a double without rounding. */
-static inline void add_products(const double *one, const double *other, int64_t n, double *into) {
+WITHIN void add_products(const double *one, const double *other, int64_t n, double *into) {
     double lanes[LANES];
     memcpy(lanes, into, sizeof lanes);
     for (int64_t i = 0; i < n; i += LANES)
@@ -459,14 +460,14 @@ static inline void add_products(const double *one, const double *other, int64_t 
     memcpy(into, lanes, sizeof lanes);
 }
 
-static inline double sum_of(const double *lanes) {
+WITHIN double sum_of(const double *lanes) {
     double total = 0;
     for (int64_t l = 0; l < LANES; l++) total += lanes[l];
     return total;
 }
 
 /* Adds to lanes [k k 16], f <= e, of n elements of k vectors that lie `apart`; wide [k WIDENED] is scratch. */
-static inline void add_gram(const float *deltas, int64_t k, int64_t apart, int64_t n, double *wide, double *lanes) {
+WITHIN void add_gram(const float *deltas, int64_t k, int64_t apart, int64_t n, double *wide, double *lanes) {
     for (int64_t start = 0; start < n; start += WIDENED) {
         int64_t count = least(WIDENED, n - start);
         for (int64_t e = 0; e < k; e++) {
