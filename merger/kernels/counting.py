@@ -32,8 +32,10 @@ class Counts:
     @classmethod
     def none(cls, k: int, c: int) -> Counts:
         """Nothing counted yet."""
-        shapes = ((k, k), (k, k), (k + 1,), (k,), (k,))
-        return cls(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes), torch.zeros(k, c, dtype=torch.int32))
+        both, opposed = torch.zeros(2, k, k, dtype=torch.int64)
+        row_squares, block_squares = torch.zeros(2, k, dtype=torch.int64)
+        holders, by_column = torch.zeros(k + 1, dtype=torch.int64), torch.zeros(k, c, dtype=torch.int32)
+        return cls(both, opposed, holders, row_squares, block_squares, by_column)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(one + more for one, more in zip(vars(self).values(), vars(other).values(), strict=True)))
