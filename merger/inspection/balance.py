@@ -25,15 +25,15 @@ class Balance:
     """How evenly one part is kept, from counts of its slices and of the blocks that these cut."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.block = rows, columns, BLOCK
         self._cut: dict[int, Tensor] = {}  # [k]: what blocks keep that begin in one slice and end in another
 
     def add(self, first: int, stop: int, cut: Tensor) -> None:
         """Adds what the slice of elements ``first`` to ``stop`` keeps of its first and its last block: [k 2]."""
         for element, part in zip((first, stop), cut.T, strict=True):
-            if element % BLOCK:
-                block = element // BLOCK
-                self._cut[block] = self._cut.get(block, 0) + part
+            number, rest = divmod(element, self.block)
+            if rest:
+                self._cut[number] = self._cut.get(number, 0) + part
 
     def uneven(self, counts: Counts) -> list[Tensor | None]:
         """`unevenness` over rows, columns and blocks, [k] each, given the counts of all slices.
@@ -41,7 +41,7 @@ class Balance:
         None where there are fewer than two of them; a last block that is shorter is left out.
         """
         kept = counts.both.diagonal()
-        whole, rest = divmod(self.rows * self.columns, BLOCK)
+        whole, rest = divmod(self.rows * self.columns, self.block)
         last = self._cut.pop(whole) if rest else torch.zeros_like(kept)
         each = [
             (counts.row_squares, self.rows, kept),

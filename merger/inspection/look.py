@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from merger.inspection.balance import BLOCK, Balance
+from merger.inspection.balance import Balance
 from merger.inspection.measures import Vectors
 from merger.inspection.ranks import Spectra
 from merger.inspection.values import Values
@@ -37,7 +37,7 @@ class Look:
     def add(self, row: int, deltas: Tensor) -> None:
         """Counts the slice [k r c] that begins at ``row``."""
         first, stop = row * self.columns, (row + deltas.shape[1]) * self.columns
-        products, cut = self._counted(deltas, first % BLOCK)
+        products, cut = self._counted(deltas, first)
         values = self._values.different(deltas)
         spectra = None if self._spectra is None else self._spectra.part(deltas)
         with self._lock:
@@ -52,7 +52,8 @@ class Look:
             mine = self._idle.pop()
         except IndexError:
             mine = self._none + self._none
-        found = counting.of(deltas).vectors(deltas, first, BLOCK, mine)
+        size = self._balance.block
+        found = counting.of(deltas).vectors(deltas, first % size, size, mine)
         self._idle.append(mine)
         return found
 
