@@ -15,13 +15,18 @@ from merger.copies import restored
 from merger.errors import CheckpointError
 from merger.machine import Machine, bytes_held, slice_rows
 from merger.ops import Flow, Max, Sum
-from merger.passes import Ahead, Mapper, Sizes, run
-from merger.pipeline import Slice, Subject
+from merger.passes import Ahead, Mapper, Sizes, rehearsal, run
+from merger.pipeline import Slice, Subject, flow, step_rows
 from merger.planning import Part, Plan, TensorPlan
 from merger.statistics import Statistics, inputs_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MANY = 8
+"""Slices from which on a tensor is worth a sample, which may save one of its passes."""
+SHARE, PLACES = 64, 8
+"""What part of a tensor the sample is, and from how many places of it."""
 
 Carry = Callable[["Tensor", Slice, Subject], Flow[None]]
 """What is done with one slice: given base and experts as stored [1+k r c], and the same as base and deltas."""
@@ -82,7 +87,21 @@ class Reader:
             kept.pop(j, None)
 
         sizes = Sizes(elements, self.sizes[tensor.group])
-        return run(count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper)
+        rehearse = partial(self._rehearsed, tensor, part, subject) if count >= MANY else tuple
+        return run(
+            count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper, rehearse=rehearse
+        )
+
+    def _rehearsed(self, tensor: TensorPlan, part: Part, subject: Subject) -> list[Any]:
+        """What the stages are answered on a sample: `PLACES` groups of rows, a share of the whole between them."""
+        wanted = part.rows * part.columns // SHARE // PLACES
+        rows = step_rows(part.columns, tensor.stages, wanted)
+        starts = range(0, part.rows - rows + 1, rows * max(1, part.rows // rows // PLACES))
+        groups = [self._read(tensor, part, range(row, row + rows)) for row in starts]
+        changes = {k: torch.cat([group.changes[k] for group in groups]) for k in groups[0].changes}
+        read = _Stored(torch.cat([group.values for group in groups], 1), changes)
+        sample = self._slice(tensor, part, 0, read)
+        return rehearsal(partial(flow, tensor.stages, sample, subject), sample.base.numel())
 
     def _read(self, tensor: TensorPlan, part: Part, rows: range) -> _Stored:
         """Some rows of a part as they are stored."""
