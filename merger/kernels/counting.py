@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LANES = 16
 """Sums that run side by side in an inner product; whoever adds in another order gets other bits."""
 
+MOST = 254
+"""Vectors of which a byte says how many keep a position."""
+
 
 @dataclass
 class Counts:
@@ -108,6 +111,8 @@ class NativeCounting(Counting):
         """As `Counting.vectors`."""
         deltas = deltas.contiguous()
         k, r, c = deltas.shape
+        if k > MOST:
+            return super().vectors(deltas, first, size, into)
         cut, products = torch.zeros(k, 2, dtype=torch.int64), torch.empty(k, k, dtype=torch.float64)
         if not _call("count_vectors", deltas, k, r, c, first, size, *vars(into).values(), cut, products):
             raise MemoryError

@@ -1,7 +1,7 @@
 /* The loops in which a merge spends its time. Each has a twin in reference.py that gives the same bits.
  *
  * Arrays lie in one piece: k experts of n elements each. A score ranks by its size, and a float32 without its sign
- * sorts as its own bit pattern: its key. Nothing here allocates but a row's scratch, keeps state, or starts a thread.
+ * sorts as its own bit pattern: its key. Nothing here allocates but scratch, keeps state, or starts a thread.
  * Built without contraction and without fast-math: a * b + c rounds twice, as it does in torch.
  */
 #include <stdint.h>
