@@ -2,7 +2,8 @@
 
 A method sees one slice of one tensor at a time. What it must know of the whole it asks with a
 ``yield``: the flow stops there, the runner puts the question to every slice, and the flow goes on
-with the answer. Selection is written once, in terms of such questions, so every method that keeps
+with the answer; a tensor among the answers is on the CPU, where the parts of all slices meet, and `.to(deltas)`
+takes it to where the slice is. Selection is written once, in terms of such questions, so every method that keeps
 the largest of something is exact at any scope and never needs a whole tensor in memory.
 
 Shapes: k experts, r rows, c columns; a vector is one row.
@@ -106,8 +107,10 @@ class Size:
 class Guess:
     """Asks what a sample of the tensor was answered to the question that comes next; None if there was no such sample.
 
-    It may only decide how that question is put, never what comes of it. Costs no pass.
+    It may only decide how that question is put, never what comes of it. Costs no pass. Nobody samples the whole model.
     """
+
+    scope: Whole = "tensor"
 
 
 Question = Sum | Tally | Max | Before | Size | Guess
@@ -266,7 +269,7 @@ def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -
     loops = kernels.of(scores.float())
     keys = loops.keys_of(scores)
     k, high, low = len(keys), kernels.HIGH, kernels.LOW
-    guess = yield Guess()
+    guess = yield Guess(scope)
     first = [0] * k if guess is None else [max(0, bucket - NEAR // 2) for bucket in guess[0]]
     bins = high if guess is None else high + NEAR * low
     tally = partial(loops.tally_high, keys, free, first)

@@ -79,11 +79,12 @@ def test_a_guess_is_what_a_sample_was_told_behind_it(threads):
     assert list(found.values()) == [(7, 15)] * SLICES
 
 
-def test_nobody_rehearses_what_asks_for_no_guess():
+def test_nobody_rehearses_what_asks_for_no_guess_at_a_tensor():
     def rehearse():
         raise AssertionError("it was asked")
 
     assert told(lambda i: Sum(torch.tensor([i])), rehearse=rehearse)[1] == 2 * SLICES
+    assert told(lambda i: Guess("global"), rehearse=rehearse) == ([None] * SLICES, SLICES)
 
 
 @pytest.mark.parametrize(
