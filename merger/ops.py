@@ -2,7 +2,8 @@
 
 A method sees one slice of one tensor at a time. What it must know of the whole it asks with a
 ``yield``: the flow stops there, the runner puts the question to every slice, and the flow goes on
-with the answer. Selection is written once, in terms of such questions, so every method that keeps
+with the answer; a tensor among the answers is on the CPU, where the parts of all slices meet, and `.to(deltas)`
+takes it to where the slice is. Selection is written once, in terms of such questions, so every method that keeps
 the largest of something is exact at any scope and never needs a whole tensor in memory.
 
 Shapes: k experts, r rows, c columns; a vector is one row.

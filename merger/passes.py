@@ -147,9 +147,12 @@ class _Visit:
         return self.rehearse()
 
     def _part(self, question: Question) -> Question:
-        """The question with this slice's part of the answer, computed side by side; the slice itself is let go."""
+        """The question with this slice's part of the answer, computed side by side; the slice itself is let go.
+
+        Slices may be on several devices, so their parts meet on the CPU.
+        """
         if not isinstance(question, Tally):
-            return question if isinstance(question, Size | Guess) else replace(question, of=question.value)
+            return question if isinstance(question, Size | Guess) else replace(question, of=question.value.cpu())
         try:
             mine = self.counters.pop()
         except IndexError:
