@@ -128,17 +128,23 @@ def _span(wide: Tensor) -> Tensor | None:
     if max(wide.shape) < SMALL or height < 2 * SKETCH:
         return None
     random = torch.Generator().manual_seed(0)
-    sketch = wide @ torch.randn(width, SKETCH, generator=random).to(
-        wide
-    )  # float64 ones take five times as long to draw
-    spread = torch.linalg.eigvalsh(sketch.T @ sketch)
-    if spread[0] > tolerance(wide) ** 2 * spread[-1]:
+    drawn = torch.randn(width, SKETCH, generator=random).to(wide)  # float64 ones take five times as long to draw
+    if _independent(wide[: 2 * SKETCH] @ drawn, wide):  # some rows tell it of most matrices
+        return None
+    sketch = wide @ drawn
+    if _independent(sketch, wide):
         return None
     span, _ = torch.linalg.qr(sketch)
     inside = (span.T @ wide).square().sum()
     outside = (wide.square().sum() - inside).clamp(min=0)
     largest = inside / SKETCH  # at most the square of the largest singular value
     return span if outside <= (tolerance(wide) / 10) ** 2 * largest else None
+
+
+def _independent(sketch: Tensor, matrix: Tensor) -> bool:
+    """Whether all columns of a sketch have directions of their own that exist in ``matrix``."""
+    spread = torch.linalg.eigvalsh(sketch.T @ sketch)
+    return bool(spread[0] > tolerance(matrix) ** 2 * spread[-1])
 
 
 def decorrelated(directions: Factors) -> Tensor:
