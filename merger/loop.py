@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from merger._lazy import torch
 from merger.checkpoint.header import TORCH_NAMES
 from merger.errors import CheckpointError
-from merger.machine import SLICE, Machine, slice_rows, tuned
+from merger.machine import SLICE, Machine, dealt, slice_rows, tuned
 from merger.ops import Flow, Max, Sum
 from merger.packing import Packed, pieces
 from merger.passes import Ahead, settle
@@ -21,6 +21,7 @@ from merger.pipeline import Slice, Subject, flow
 from merger.planning import ExtraRows, Part, Plan, TensorPlan
 from merger.reading import Reader, rounded
 from merger.statistics import Merged, Statistics, load
+from merger.transfer import fetched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,10 +114,11 @@ class Loop:
                 single = slice_rows(tensor, part) >= part.rows and not tensor.ranked
                 (whole if single else work).append((tensor, part))
         reader = Reader(self.plan, self.machine, self.statistics, self._note, partial(_map, self.slices))
-        alone = replace(reader, mapper=map)
+        alone = [replace(reader, mapper=map, machine=each) for each in self.machine.each()]
+        whose = dealt([part.rows * part.columns for _, part in whole], len(alone))
         with tuned():
             # a matrix that its method must see whole is one slice, so several of them go side by side
-            for _ in _map(self.slices, lambda i: self._visit(alone, *whole[i], [], {}), range(len(whole))):
+            for _ in _map(self.slices, lambda i: self._visit(alone[whose[i]], *whole[i], [], {}), range(len(whole))):
                 pass
             settle(
                 [tensor.group for tensor, _ in work],
@@ -200,7 +202,7 @@ class Loop:
 
     def _write(self, names: Sequence[str], row: int, values: Tensor) -> None:
         """Writes rows of a tensor, from ``row`` on, under all its names."""
-        data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
+        data = fetched(values.contiguous()).flatten().view(torch.uint8).numpy().data
         width = values.shape[-1] * values.element_size()
         for name in names:
             self.sink.write(name, row * width, data)

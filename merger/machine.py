@@ -7,9 +7,9 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merger import demand
@@ -34,7 +34,7 @@ HOLD = 128 << 20
 class Machine:
     """Where the work is done, and how much of it at once."""
 
-    device: str
+    devices: tuple[str, ...]  # slices are dealt out to them by number
     workers: int  # threads that each carry a slice on its whole trip
     hold: int  # bytes of unfinished slices of one tensor that may stay in memory
     hidden: int | None = None  # bytes of hidden states that may; None: all of them
@@ -42,8 +42,8 @@ class Machine:
     @classmethod
     def of(cls, device: str, max_memory: int | None, plan: Plan) -> Machine:
         """Settles the device and shares the memory out; ResourceError if it is too little."""
-        chosen = chosen_device(device)
-        workers = max(1, min(os.cpu_count() or 1, 16))
+        chosen = chosen_devices(device)
+        workers = max(len(chosen), min(os.cpu_count() or 1, 16))
         need = memory_needed(plan, workers)
         if max_memory is None:
             return cls(chosen, workers, HOLD)
@@ -56,6 +56,25 @@ class Machine:
             )
         hidden = (max_memory - need) // 2 if plan.calibrated else 0
         return cls(chosen, workers, min(HOLD, max_memory - need - hidden), hidden)
+
+    @property
+    def device(self) -> str:
+        """The first device, and the one of what is not dealt out, which is calibration."""
+        return self.devices[0]
+
+    def each(self) -> list[Machine]:
+        """This machine with each of its devices alone."""
+        return [replace(self, devices=(device,)) for device in self.devices]
+
+
+def dealt(sizes: Iterable[int], hands: int) -> list[int]:
+    """Deals work of these sizes out in order, each to the hand that has the least so far: whose each is."""
+    held = [0] * hands
+    whose = []
+    for size in sizes:
+        whose.append(held.index(min(held)))
+        held[whose[-1]] += size
+    return whose
 
 
 INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux with a CPU build
@@ -123,17 +142,22 @@ def slice_rows(tensor: TensorPlan, part: Part) -> int:
     return step_rows(part.columns, tensor.stages, SLICE)
 
 
-def chosen_device(wanted: str) -> str:
-    """The device that ``--device`` asks for, as torch calls it; a `MergerError` where there is none such."""
+def chosen_devices(wanted: str) -> tuple[str, ...]:
+    """The devices that ``--device`` asks for, as torch calls them; a `MergerError` where there is none such."""
     kind, _, number = wanted.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
         raise RecipeError(f"--device {wanted}: expected auto, cpu, cuda or cuda:0")
     if kind == "cpu":
-        return "cpu"
+        return ("cpu",)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) >= count:
-        raise ResourceError(f"--device {wanted}: this machine has {count or 'no'} CUDA devices that torch can use")
-    return wanted if kind == "cuda" else ("cuda" if count else "cpu")
+        first = ", from cuda:0 on" if count else ""
+        raise ResourceError(
+            f"--device {wanted}: this machine has {count or 'no'} CUDA devices that torch can use{first}"
+        )
+    if kind == "cuda" and number:
+        return (f"cuda:{int(number)}",)
+    return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
 
 
 def check_place(plan: Plan, output: Path, *, force: bool) -> None:
@@ -157,9 +181,20 @@ def _free(output: Path) -> int:
 
 
 def peak_memory() -> int:
-    """The most resident memory this process has had, in bytes."""
+    """The most resident memory this process has had, in bytes.
+
+    Linux counts in ``ru_maxrss`` what the process that started this one had at that time, but not in VmHWM.
+    """
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory(devices: Iterable[str]) -> int:
+    """The most that torch has had of one of these GPUs, in bytes; 0 on the CPU."""
+    return max(torch.cuda.max_memory_reserved(each) if each.startswith("cuda") else 0 for each in devices)
 
 
 @contextmanager
@@ -182,15 +217,16 @@ class Forecast:
     disk_free: int
     passes_over_model: bool  # whether some stage ranks all tensors together, and so reads them again
     kept_grams: int  # bytes of disk that `merger calibrate --gram` would take at most
+    devices: tuple[str, ...] | None  # None: nobody asked, and torch need not be loaded
 
 
-def preview(plan: Plan, output: Path, max_memory: int | None) -> Forecast:
+def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None = None) -> Forecast:
     """What a merge would take, with the same refusals as the merge itself; nothing is done."""
     check_place(plan, output, force=True)  # an occupied output is a matter of a flag
     check_disk(plan, output)
-    machine = Machine.of("cpu", max_memory, plan)
+    machine = Machine.of(device or "cpu", max_memory, plan)
     ranked = any(tensor.ranked for tensor in plan.tensors)
     hidden = demand.hidden_states(plan)
     memory = memory_needed(plan, machine.workers) + machine.hold
     memory += hidden if machine.hidden is None else min(machine.hidden, hidden)
-    return Forecast(memory, _free(output), ranked, demand.kept_grams(plan))
+    return Forecast(memory, _free(output), ranked, demand.kept_grams(plan), machine.devices if device else None)

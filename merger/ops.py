@@ -2,7 +2,8 @@
 
 A method sees one slice of one tensor at a time. What it must know of the whole it asks with a
 ``yield``: the flow stops there, the runner puts the question to every slice, and the flow goes on
-with the answer. Selection is written once, in terms of such questions, so every method that keeps
+with the answer; a tensor among the answers is on the CPU, where the parts of all slices meet, and `.to(deltas)`
+takes it to where the slice is. Selection is written once, in terms of such questions, so every method that keeps
 the largest of something is exact at any scope and never needs a whole tensor in memory.
 
 Shapes: k experts, r rows, c columns; a vector is one row.
@@ -102,7 +103,17 @@ class Size:
     scope: Whole = "tensor"
 
 
-Question = Sum | Tally | Max | Before | Size
+@dataclass(frozen=True)
+class Guess:
+    """Asks what a sample of the tensor was answered to the question that comes next; None if there was no such sample.
+
+    It may only decide how that question is put, never what comes of it. Costs no pass. Nobody samples the whole model.
+    """
+
+    scope: Whole = "tensor"
+
+
+Question = Sum | Tally | Max | Before | Size | Guess
 Flow = Generator[Question, Any, T]
 """A computation over one slice that may ask about the whole; its return value is the result."""
 
@@ -243,19 +254,30 @@ def _take(
     return (yield from _top(scores, free, wanted, scope))
 
 
+NEAR = 5
+"""Buckets around the guessed one whose low halves are tallied in the first pass as well."""
+
+
 def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -> Flow[Tensor]:
     """Exactly ``wanted[k]`` of the free positions, or all of them: a radix selection on the bits.
 
     A float32 without its sign sorts as its own bit pattern, its key. One tally of the keys' high 16 bits finds
     the bucket of the last one taken, one of the low 16 bits within it finds its exact value, and
-    the equal ones are handed out in flat order (methods.md 0.4).
+    the equal ones are handed out in flat order (methods.md 0.4). Where a guess at the bucket was
+    near enough, one pass makes both tallies.
     """
     loops = kernels.of(scores.float())
     keys = loops.keys_of(scores)
     k, high, low = len(keys), kernels.HIGH, kernels.LOW
-    buckets, left, _ = yield Tally(partial(loops.tally_high, keys, free), (k, high), scope, partial(_descend, wanted))
-    within = partial(loops.tally_low, keys, free, buckets)
-    levels, left, equal = yield Tally(within, (k, low), scope, partial(_descend, left))
+    guess = yield Guess(scope)
+    first = [0] * k if guess is None else [max(0, bucket - NEAR // 2) for bucket in guess[0]]
+    bins = high if guess is None else high + NEAR * low
+    tally = partial(loops.tally_high, keys, free, first)
+    buckets, left, found = yield Tally(tally, (k, bins), scope, partial(_descend_near, wanted, first))
+    if found is None:
+        within = partial(loops.tally_low, keys, free, buckets)
+        found = yield Tally(within, (k, low), scope, partial(_descend, left))
+    levels, left, equal = found
     last = [bucket << 16 | level for bucket, level in zip(buckets, levels, strict=True)]
     if left == equal:
         return loops.mark_top(keys, free, last, equal)
@@ -309,6 +331,19 @@ def _descend(wanted: Sequence[int], tally: Tensor) -> tuple[list[int], list[int]
     there = tally.gather(1, bins)
     left = target - (above.gather(1, steps) - there)
     return bins.flatten().tolist(), left.flatten().tolist(), there.flatten().tolist()
+
+
+Bins = tuple[list[int], list[int], list[int]]
+
+
+def _descend_near(wanted: Sequence[int], first: list[int], tally: Tensor) -> tuple[list[int], list[int], Bins | None]:
+    """As `_descend` among the high halves, and among the low ones of these bins if they were tallied too."""
+    buckets, left, _ = _descend(wanted, tally[:, : kernels.HIGH])
+    low = tally[:, kernels.HIGH :].view(len(tally), -1, kernels.LOW)
+    places = [bucket - start for bucket, start in zip(buckets, first, strict=True)]
+    if not all(0 <= place < low.shape[1] for place in places):
+        return buckets, left, None
+    return buckets, left, _descend(left, low[range(len(low)), places])
 
 
 def top_of_rows(scores: Tensor, wanted: Tensor, free: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.ops import Before, Flow, Max, Question, Size, Sum, Tally
+from merger.ops import Before, Flow, Guess, Max, Question, Size, Sum, Tally
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,13 +83,16 @@ class _Visit:
     known: Sequence[Any]
     ahead: Ahead
     hold: bool
+    rehearse: Callable[[], Sequence[Any]] = tuple  # what a sample was answered behind each guess, in their order
     held: dict[int, tuple[Flow[None], Question, int]] = field(default_factory=dict)
     answers: dict[int, Any] = field(default_factory=dict)
     of_the_model: list[int] = field(default_factory=list)  # places of the questions that `known` answers
     lines: dict[int, _Line] = field(default_factory=dict)
+    guesses: list[int] = field(default_factory=list)  # places of the questions that guesses are about
     counters: list[Tensor] = field(default_factory=list)  # one for each thread that counts at the same time
     failed: float = math.inf
     lock: Lock = field(default_factory=Lock)
+    guessing: Lock = field(default_factory=Lock)
 
     def step(self, i: int) -> Question | None:
         """Carries slice ``i`` to its end, or to a question that no pass has answered yet: with its part of it."""
@@ -100,7 +103,7 @@ class _Visit:
                 running, place = self.start(i), 0
                 question = next(running)
             while (answer := self._answer(i, question, place)) is not _OPEN:
-                place += not isinstance(question, Size)
+                place += not isinstance(question, Size | Guess)
                 question = running.send(answer)
         except StopIteration:
             return None
@@ -117,6 +120,8 @@ class _Visit:
     def _answer(self, i: int, question: Question, place: int) -> Any:
         if isinstance(question, Size):
             return self.sizes.of(question.scope)
+        if isinstance(question, Guess):
+            return self._guess(place) if question.scope == "tensor" else None
         if isinstance(question, Before):
             with self.lock:
                 line = self.lines.setdefault(place, _Line(question.scope, failed=self.failed))
@@ -130,10 +135,24 @@ class _Visit:
                     self.answers[place] = question.answer(self.known[number])
         return self.answers.get(place, _OPEN)
 
+    def _guess(self, place: int) -> Any:
+        with self.guessing:
+            self.guesses += [] if place in self.guesses else [place]
+            number = self.guesses.index(place)
+            return self.rehearsed[number] if number < len(self.rehearsed) else None
+
+    @cached_property
+    def rehearsed(self) -> Sequence[Any]:
+        """What a sample was answered behind each guess."""
+        return self.rehearse()
+
     def _part(self, question: Question) -> Question:
-        """The question with this slice's part of the answer, computed side by side; the slice itself is let go."""
+        """The question with this slice's part of the answer, computed side by side; the slice itself is let go.
+
+        Slices may be on several devices, so their parts meet on the CPU.
+        """
         if not isinstance(question, Tally):
-            return question if isinstance(question, Size) else replace(question, of=question.value)
+            return question if isinstance(question, Size | Guess) else replace(question, of=question.value.cpu())
         try:
             mine = self.counters.pop()
         except IndexError:
@@ -156,6 +175,10 @@ class _Visit:
             self.counters.clear()
         return replace(asked, of=total) if isinstance(asked, Sum | Max) and total is not None else None
 
+    def tell(self, question: Sum | Max) -> None:
+        """Answers the open question."""
+        self.answers[len(self.answers) + len(self.lines)] = question.answer(question.value)
+
     def pass_on(self) -> None:
         """Adds what this tensor has of the model's sums over what comes before to what is ahead of the next."""
         for place, line in self.lines.items():
@@ -176,21 +199,34 @@ def run(
     ahead: Ahead | None = None,
     hold: bool = False,
     mapper: Mapper = map,
+    rehearse: Callable[[], Sequence[Any]] = tuple,
 ) -> Sum | Max | None:
     """Carries the flows of a tensor's ``count`` slices as far as what is ``known`` of the model allows.
 
     ``start(i)`` is a flow that reads slice i, merges it and puts the result away. With ``hold``
-    unfinished flows stay in memory between questions, else they are started again.
+    unfinished flows stay in memory between questions, else they are started again. ``rehearse`` is
+    asked for guesses when a flow asks for one, and says what `rehearsal` said of a sample.
     Returns None when all is done, or the first question about the model that ``known`` does not
     answer, with this tensor's part of it.
     """
-    visit = _Visit(start, sizes, known, {} if ahead is None else ahead, hold)
+    visit = _Visit(start, sizes, known, {} if ahead is None else ahead, hold, rehearse)
     while True:
         question = visit.joined(mapper(visit.step, range(count)))
         if question is None or question.scope == "global":
             visit.pass_on()
             return question
-        visit.answers[len(visit.answers) + len(visit.lines)] = question.answer(question.value)
+        visit.tell(question)
+
+
+def rehearsal(start: Callable[[], Flow[Any]], size: int) -> list[Any]:
+    """What a flow over a sample of ``size`` elements is answered to each question that a guess was asked for.
+
+    As if the sample were the whole tensor, up to a question about the whole model.
+    """
+    visit = _Visit(lambda _: start(), Sizes(size, size), (), {}, hold=True)
+    while (question := visit.joined([visit.step(0)])) is not None and question.scope != "global":
+        visit.tell(question)
+    return [visit.answers.get(place) for place in visit.guesses]
 
 
 def settle(

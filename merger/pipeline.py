@@ -35,6 +35,11 @@ class Inputs:
     gram: Tensor | None = None  # [k c c]
     token_share: Tensor | None = None  # [k r], for an embedding
 
+    def on(self, device: torch.device) -> Inputs:
+        """The same, where a slice is."""
+        several = self.second_moment, self.mean, self.gram, self.token_share
+        return Inputs(*(None if each is None else each.to(device) for each in several))
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -226,7 +231,7 @@ def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
 def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
     """What a stage may ask for by name; the registry's docstring explains each."""
     rows = slice(part.row, part.row + part.base.shape[0])
-    inputs = subject.inputs
+    inputs = subject.inputs.on(part.base.device)
     return {
         "base": part.base,
         "originals": part.deltas,

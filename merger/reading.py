@@ -15,13 +15,19 @@ from merger.copies import restored
 from merger.errors import CheckpointError
 from merger.machine import Machine, bytes_held, slice_rows
 from merger.ops import Flow, Max, Sum
-from merger.passes import Ahead, Mapper, Sizes, run
-from merger.pipeline import Slice, Subject
+from merger.passes import Ahead, Mapper, Sizes, rehearsal, run
+from merger.pipeline import Slice, Subject, flow, step_rows
 from merger.planning import Part, Plan, TensorPlan
 from merger.statistics import Statistics, inputs_of
+from merger.transfer import buffer, sent
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MANY = 8
+"""Slices from which on a tensor is worth a sample, which may save one of its passes."""
+SHARE, PLACES = 64, 8
+"""What part of a tensor the sample is, and from how many places of it."""
 
 Carry = Callable[["Tensor", Slice, Subject], Flow[None]]
 """What is done with one slice: given base and experts as stored [1+k r c], and the same as base and deltas."""
@@ -66,33 +72,49 @@ class Reader:
             seed=self.plan.recipe.seed,
             first=part.row * part.columns,
             transposed=part.transposed,
-            inputs=inputs_of(tensor, part, self.statistics, self.machine.device, partial(self.notice, tensor)),
+            inputs=inputs_of(tensor, part, self.statistics, partial(self.notice, tensor)),
         )
         step = slice_rows(tensor, part)
         count = -(-part.rows // step) if part.columns else 0
         elements = part.rows * part.columns
         hold = count == 1 or elements * bytes_held(len(self.plan.models) - 1) <= self.machine.hold
         kept: dict[int, _Stored] = {}
+        devices = self.machine.devices
 
         def start(j: int) -> Flow[None]:
-            read = kept.get(j) or self._read(tensor, part, range(j * step, min((j + 1) * step, part.rows)))
+            rows = range(j * step, min((j + 1) * step, part.rows))
+            read = kept.get(j) or self._read(tensor, part, rows, devices[j % len(devices)])
             if elements * read.values.itemsize * len(read.values) <= self.machine.hold:
                 kept[j] = read  # should the flow ask, it will be started again
             yield from carry(read.values, self._slice(tensor, part, j * step, read), subject)
             kept.pop(j, None)
 
         sizes = Sizes(elements, self.sizes[tensor.group])
-        return run(count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper)
+        rehearse = partial(self._rehearsed, tensor, part, subject) if count >= MANY else tuple
+        return run(
+            count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper, rehearse=rehearse
+        )
 
-    def _read(self, tensor: TensorPlan, part: Part, rows: range) -> _Stored:
-        """Some rows of a part as they are stored."""
+    def _rehearsed(self, tensor: TensorPlan, part: Part, subject: Subject) -> list[Any]:
+        """What the stages are answered on a sample: `PLACES` groups of rows, a share of the whole between them."""
+        wanted = part.rows * part.columns // SHARE // PLACES
+        rows = step_rows(part.columns, tensor.stages, wanted)
+        starts = range(0, part.rows - rows + 1, rows * max(1, part.rows // rows // PLACES))
+        groups = [self._read(tensor, part, range(row, row + rows), self.machine.device) for row in starts]
+        changes = {k: torch.cat([group.changes[k] for group in groups]) for k in groups[0].changes}
+        read = _Stored(torch.cat([group.values for group in groups], 1), changes)
+        sample = self._slice(tensor, part, 0, read)
+        return rehearsal(partial(flow, tensor.stages, sample, subject), sample.base.numel())
+
+    def _read(self, tensor: TensorPlan, part: Part, rows: range, device: str) -> _Stored:
+        """Some rows of a part as they are stored, on the device that is to work on them."""
         first, last = part.row + rows.start, part.row + rows.stop
         if part.transposed:
             first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
         models = [(self.plan.models[label], tensor.reads[label]) for label in ("base", *tensor.place.experts)]
         dtypes = [model.dtype(name) for model, name in models if name is not None]
         shape = len(models), last - first, part.rows if part.transposed else part.columns
-        stored = torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
+        stored = buffer(shape, reduce(torch.promote_types, dtypes), device)
         changes = {}
         for k, (model, name) in enumerate(models):
             change = None if name is None else model.change_rows(name, first, last)
@@ -105,7 +127,7 @@ class Reader:
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
-        return _Stored(stored.to(self.machine.device), changes)
+        return _Stored(sent(stored, device), changes)
 
     def _slice(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
         """The slice that the stages see."""

@@ -82,6 +82,8 @@ def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
         f"needs about {forecast.memory / gigabytes:.2f} GB of memory",
         markup=False,
     )
+    if forecast.devices is not None:
+        console.print(f"slices are dealt out to {', '.join(forecast.devices)}", markup=False, soft_wrap=True)
     if forecast.kept_grams:
         console.print(
             f"Gram matrices are made and dropped block by block; merger calibrate --gram would keep them, "

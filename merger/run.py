@@ -21,7 +21,7 @@ from merger.checkpoint.stored import PACKED, SINGLE
 from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
 from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.loop import Blocks, Loop, Progress, Sink
-from merger.machine import Machine, check_disk, check_place, peak_memory
+from merger.machine import Machine, check_disk, check_place, peak_device_memory, peak_memory
 from merger.planning import Plan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
@@ -40,6 +40,7 @@ class Result:
     bytes_written: int
     tensors: dict[str, int]  # how many were merged, copied, dropped
     peak_memory_bytes: int
+    peak_device_memory_bytes: int  # of the fullest GPU
     device: str
     seed: int
     notes: list[str]
@@ -65,7 +66,7 @@ def merge(
 ) -> Result:
     """Merges what ``recipe`` says into a checkpoint folder, which appears whole or not at all.
 
-    ``device`` is auto, cpu or cuda[:i]; ``max_memory`` caps host memory in bytes; ``force`` replaces
+    ``device`` is auto, cpu, cuda (all) or cuda:i; ``max_memory`` caps host memory in bytes; ``force`` replaces
     an output that is there already. Raises a `MergerError` for whatever the user can mend.
     """
     began = time.monotonic()
@@ -270,7 +271,8 @@ class _Merge:
             bytes_written=written,
             tensors=self._counts(),
             peak_memory_bytes=peak_memory(),
-            device=self.machine.device,
+            peak_device_memory_bytes=peak_device_memory(self.machine.devices),
+            device=", ".join(self.machine.devices),
             seed=self.plan.recipe.seed,
             notes=self.loop.notes,
         )

@@ -249,7 +249,7 @@ def load(plan: Plan, paths: Mapping[str, Path]) -> dict[str, Statistics]:
 
 
 def inputs_of(
-    tensor: TensorPlan, part: Part, statistics: Mapping[str, Statistics], device: str, notice: Callable[[str], None]
+    tensor: TensorPlan, part: Part, statistics: Mapping[str, Statistics], notice: Callable[[str], None]
 ) -> Inputs:
     """What the stages of one part of a tensor may know of its inputs: [k c], or nothing where an expert has none."""
     if not tensor.calibrated:
@@ -263,11 +263,11 @@ def inputs_of(
     shares = [each.token_share for each in known if each.token_share is not None]
     if len(moments) == len(means) == len(known):
         several = [each.gram for each in known if each.gram is not None]
-        gram = torch.stack(several).to(device) if len(several) == len(known) else None
+        gram = torch.stack(several) if len(several) == len(known) else None
         _tell_unreached(moments, tensor, part, notice)
-        return Inputs(torch.stack(moments).to(device), torch.stack(means).to(device), gram)
+        return Inputs(torch.stack(moments), torch.stack(means), gram)
     if len(shares) == len(known):
-        return Inputs(token_share=torch.stack([share[: part.rows] for share in shares]).to(device))
+        return Inputs(token_share=torch.stack([share[: part.rows] for share in shares]))
     return Inputs()
 
 

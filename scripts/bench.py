@@ -1,13 +1,17 @@
 """Time merges of synthetic checkpoints against the floor of reading the inputs and writing the output, and a peer.
 
-    python scripts/bench.py WORK [--size 1.1B] [--experts 3] [--runs 3] [--only ties,obim] [--out benchmarks/NAME]
-                                 [--mergekit PATH/TO/mergekit-yaml --peer-runs 1]
+    python scripts/bench.py WORK [--size 1.1B] [--experts 2 3 6] [--runs 3] [--only ties,obim] [--out benchmarks/NAME]
+                                 [--device cuda] [--mergekit PATH/TO/mergekit-yaml --peer-runs 1]
 
 WORK holds the checkpoints (made there by `synthesize.py` if they are not yet) and the outputs. In every round the
 floor and all scenarios run one after another as processes of their own, on inputs that are in the page cache as far as
 it holds them; the peer runs in the first `--peer-runs` rounds. Reported are medians, the ratio to the floor of the same
-round, and CPU time and peak resident memory of the whole process, Python's start and imports included. Before the
-first round one merge hashes the inputs, as the first merge of any checkpoint does; its time is told too.
+round, and CPU time and peak resident memory of the whole process, Python's start and imports included, with what torch
+took of the fullest GPU. Before the first round one merge hashes the inputs, as the first merge of any checkpoint does;
+its time is told too. On a GPU, with the shapes of a 7B model and files in memory (68 GB):
+
+    python scripts/bench.py /dev/shm/bench --size 7B --device cuda --only linear,ties,obim --out benchmarks/merges-7B
+
 NAME.json holds every run, failures included, and NAME.md the table.
 """
 
@@ -62,22 +66,30 @@ class Run:
 
     tool: str
     scenario: str
+    experts: int
     round: int
     wall: float  # seconds
     cpu: float
     peak: int  # bytes
+    device: int  # bytes that torch had of the fullest GPU
     exit: int
 
 
-def timed(command: list[str], tool: str, scenario: str, number: int, log: Path, **env: str) -> Run:
-    """Runs a command and has the operating system's own account of it."""
+def timed(command: list[str], tool: str, scenario: str, experts: int, number: int, log: Path, **env: str) -> Run:
+    """Runs a command and has the operating system's own account of it, and what a merge says of the device."""
     with log.open("ab") as output:
+        before = output.tell()
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **env})
         _, status, used = os.wait4(process.pid, 0)
         wall = time.monotonic() - began
     process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for here
-    return Run(tool, scenario, number, wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, process.returncode)
+    said = [line for line in log.read_bytes()[before:].splitlines() if line.startswith(b"{")]
+    told = json.loads(said[-1]) if said else {}
+    device = told.get("peak_device_memory_bytes", 0)
+    peak = told.get("peak_memory_bytes", used.ru_maxrss * 1024)  # of the peer, but no less than this process's own
+    cpu = used.ru_utime + used.ru_stime
+    return Run(tool, scenario, experts, number, wall, cpu, peak, device, process.returncode)
 
 
 def floor(models: list[Path], output: Path) -> None:
@@ -126,9 +138,9 @@ def ours(work: Path, experts: int, device: str, scenario: str) -> list[str]:
     }
     if scenario == "obim":
         recipe["calibration"] = {"stats": statistics_of(recipe, work)}
-    path = work / f"{scenario.replace(', ', '-')}.yaml"
+    path = work / f"{scenario.replace(', ', '-')}-{experts}.yaml"
     path.write_text(yaml.safe_dump({**recipe, **SCENARIOS[scenario]}, sort_keys=False))
-    return [sys.executable, "-m", "merger", "run", str(path), "--force", "--quiet", "--device", device]
+    return [sys.executable, "-m", "merger", "run", str(path), "--force", "--quiet", "--json", "--device", device]
 
 
 def peers(program: str, work: Path, experts: int, scenario: str) -> list[str]:
@@ -145,24 +157,54 @@ def peers(program: str, work: Path, experts: int, scenario: str) -> list[str]:
     return [program, str(path), str(work / "merged"), "--no-copy-tokenizer", "--allow-crimes", "--no-write-model-card"]
 
 
-def table(runs: list[Run], first: Run) -> list[str]:
-    """Medians over the rounds, as Markdown."""
+def table(runs: list[Run], moved: int) -> list[str]:
+    """Medians over the rounds of one number of experts, as Markdown; ``moved`` bytes are read and written at least."""
     floors = {run.round: run.wall for run in runs if run.tool == "floor"}
-    median = statistics.median
-    lines = ["| scenario | tool | wall | of the floor | CPU | peak memory | runs |", "|---|---|---|---|---|---|---|"]
-    lines.append(f"| floor | | {median(floors.values()):.2f} s | 1 | | | {len(floors)} |")
+    floor_ = statistics.median(floors.values())
+    lines = [
+        "| scenario | tool | wall | of the floor | GB/s | mergekit takes | CPU | peak memory | of a GPU | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| floor | | {floor_:.2f} s | 1 | {moved / floor_ / 1e9:.2f} | | | | | {len(floors)} |",
+    ]
     for scenario in SCENARIOS:
+        peer = {run.round: run.wall for run in _of(runs, "mergekit", scenario) if run.exit == 0}
         for tool in ("merger", "mergekit"):
-            own = [run for run in runs if (run.tool, run.scenario) == (tool, scenario)]
+            own = _of(runs, tool, scenario)
             good = [run for run in own if run.exit == 0]
-            if own and not good:
-                lines.append(f"| {scenario} | {tool} | failed with exit code {own[0].exit} | | | | {len(own)} |")
             if good:
-                wall, ratio = median(r.wall for r in good), median(r.wall / floors[r.round] for r in good)
-                cpu, peak = median(r.cpu for r in good), max(r.peak for r in good)
-                cells = f"{wall:.1f} s | {ratio:.1f} | {cpu:.1f} s | {peak / 1e6:,.0f} MB | {len(good)}"
-                lines.append(f"| {scenario} | {tool} | {cells} |")
-    return [*lines, "", f"First merge of these files (linear), which hashes the inputs too: {first.wall:.1f} s."]
+                lines.append(f"| {scenario} | {tool} | {_cells(good, floors, peer, moved)} |")
+            elif own:
+                lines.append(f"| {scenario} | {tool} | failed with exit code {own[0].exit} | | | | | | | {len(own)} |")
+    return lines
+
+
+def _of(runs: list[Run], tool: str, scenario: str) -> list[Run]:
+    return [run for run in runs if (run.tool, run.scenario) == (tool, scenario)]
+
+
+def _cells(runs: list[Run], floors: dict[int, float], peer: dict[int, float], moved: int) -> str:
+    """A row from the wall on: medians, but of memory the most."""
+    median = statistics.median
+    wall, ratio = median(run.wall for run in runs), median(run.wall / floors[run.round] for run in runs)
+    against = [peer[run.round] / run.wall for run in runs if run.round in peer and run.tool == "merger"]
+    times = f"{median(against):.1f} times as long" if against else ""
+    cpu, peak, device = median(run.cpu for run in runs), max(run.peak for run in runs), max(run.device for run in runs)
+    gpu = f"{device / 1e6:,.0f} MB" if device else ""
+    speed = moved / wall / 1e9
+    return (
+        f"{wall:.1f} s | {ratio:.1f} | {speed:.2f} | {times} | {cpu:.1f} s | {peak / 1e6:,.0f} MB | {gpu} | {len(runs)}"
+    )
+
+
+def hardware(device: str) -> str:
+    """The machine and the versions, in a sentence."""
+    gpus = range(torch.cuda.device_count()) if device != "cpu" and torch.cuda.is_available() else []
+    names = "".join(f"{torch.cuda.get_device_name(i)}, " for i in gpus)
+    loops = "compiled loops" if kernels.compiled() else "no compiled loops"
+    return (
+        f"{names}{os.cpu_count()} CPUs ({_processor()}), {platform.system()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, merger {merger.__version__}, {loops}."
+    )
 
 
 def _processor() -> str:
@@ -174,43 +216,62 @@ def _processor() -> str:
 
 
 def report(given: argparse.Namespace, runs: list[Run], first: Run) -> str:
-    """The page."""
-    flags = f"--size {given.size} --experts {given.experts} --runs {given.runs} --device {given.device}"
-    loops = "compiled loops" if kernels.compiled() else "no compiled loops"
-    head = [
-        f"# Merges of base + {given.experts} experts of {given.size} parameters",
+    """The page, of what has run so far."""
+    several = " ".join(map(str, given.experts))
+    flags = f"--size {given.size} --experts {several} --runs {given.runs} --device {given.device}"
+    lines = [
+        f"# Merges of base and experts of {given.size} parameters",
         "",
         f"`python scripts/bench.py WORK {flags}`; bf16, page cache warm where it fits.",
-        f"{os.cpu_count()} CPUs ({_processor()}), {platform.system()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, merger {merger.__version__}, {loops}.",
+        hardware(given.device),
         "The floor reads every input byte once and writes and syncs the output's bytes.",
-        "",
     ]
-    return "\n".join([*head, *table(runs, first)]) + "\n"
+    for experts in given.experts:
+        own = [run for run in runs if run.experts == experts]
+        if own:
+            moved = size_of([*models_of(given.work, experts), given.work / "base"])
+            lines += ["", f"## Base + {experts} experts", "", *table(own, moved)]
+    lines += ["", f"First merge of these files (linear), which hashes the inputs too: {first.wall:.1f} s."]
+    return "\n".join(lines) + "\n"
 
 
-def one_round(
-    given: argparse.Namespace, number: int, models: list[Path], commands: dict[str, list[str]], cache: Path
-) -> Iterator[Run]:
+def stored(out: Path, page: str, runs: list[Run]) -> None:
+    """Writes OUT.md and OUT.json, which holds every run."""
+    Path(f"{out}.md").write_text(page)
+    Path(f"{out}.json").write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+
+
+def models_of(work: Path, experts: int) -> list[Path]:
+    """The folders of the base and so many experts."""
+    return [work / name for name in ("base", *(f"expert{i}" for i in range(1, experts + 1)))]
+
+
+def size_of(models: list[Path]) -> int:
+    """Bytes of all their weights."""
+    return sum(file.stat().st_size for model in models for file in model.glob("*.safetensors"))
+
+
+def one_round(given: argparse.Namespace, experts: int, number: int, wanted: list[str], cache: Path) -> Iterator[Run]:
     """The floor, then every scenario by each tool."""
     log, scratch, merged = given.work / "log.txt", given.work / "floor", given.work / "merged"
     began = time.monotonic()
-    floor(models, scratch)
-    yield Run("floor", "", number, time.monotonic() - began, 0, 0, 0)
+    floor(models_of(given.work, experts), scratch)
+    yield Run("floor", "", experts, number, time.monotonic() - began, 0, 0, 0, 0)
     scratch.unlink()
-    for name, command in commands.items():
-        yield timed(command, "merger", name, number, log, MERGER_CACHE=str(cache))
+    for name in wanted:
+        command = ours(given.work, experts, given.device, name)
+        yield timed(command, "merger", name, experts, number, log, MERGER_CACHE=str(cache))
+        shutil.rmtree(merged, ignore_errors=True)
         if given.mergekit and name in PEER and number < given.peer_runs:
+            yield timed(peers(given.mergekit, given.work, experts, name), "mergekit", name, experts, number, log)
             shutil.rmtree(merged, ignore_errors=True)
-            yield timed(peers(given.mergekit, given.work, given.experts, name), "mergekit", name, number, log)
-    shutil.rmtree(merged, ignore_errors=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--size", choices=synthesize.SIZES, default="1.1B")
-    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--experts", nargs="+", type=int, default=[3])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", default=",".join(SCENARIOS).replace(", ", " "))
     parser.add_argument("--device", default="cpu", help="what the merges run on, as merger run takes it")
@@ -218,30 +279,24 @@ def main() -> None:
     parser.add_argument("--peer-runs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-
-    models = [given.work / name for name in ("base", *(f"expert{i}" for i in range(1, given.experts + 1)))]
-    for i, model in enumerate(models):
+    most = max(given.experts)
+    for i, model in enumerate(models_of(given.work, most)):
         if not model.exists():
             synthesize.write(model, given.size, i, 5_000_000_000)
-    log = given.work / "log.txt"
     wanted = [name for name in SCENARIOS if name.replace(", ", " ") in given.only.split(",")]
-    commands = {name: ours(given.work, given.experts, given.device, name) for name in wanted}
-
-    cache = given.work / "cache"
+    cache, log = given.work / "cache", given.work / "log.txt"
     shutil.rmtree(cache, ignore_errors=True)
-    first = timed(
-        ours(given.work, given.experts, given.device, "linear"), "merger", "linear", -1, log, MERGER_CACHE=str(cache)
-    )
+    linear = ours(given.work, most, given.device, "linear")
+    first = timed(linear, "merger", "linear", most, -1, log, MERGER_CACHE=str(cache))
     runs: list[Run] = []
     for number in range(given.runs):
-        for run in one_round(given, number, models, commands, cache):
-            print(run, flush=True)
-            runs.append(run)
+        for experts in given.experts:
+            for run in one_round(given, experts, number, wanted, cache):
+                print(run, flush=True)
+                runs.append(run)
         page = report(given, runs, first)  # after every round, for a long bench may be stopped
         if given.out:
-            given.out.with_suffix(".md").write_text(page)
-            rows = [asdict(run) for run in (first, *runs)]
-            given.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+            stored(given.out, page, [first, *runs])
     print(page)
 
 

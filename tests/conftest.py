@@ -3,12 +3,14 @@
 import json
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from pretended import Pretence
 
 # Threads that wait for each other on busy cores make a merge of ten numbers take half a second.
 torch.set_num_threads(1)
@@ -37,6 +39,23 @@ def _own_cache(tmp_path_factory):
 def golden():
     """Cases by name, {method, params, inputs, outputs}, from an independent float64 program."""
     return json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Lets a machine have these devices; what torch does not know is pretended, in the threads that work on slices."""
+
+    class Slices(ThreadPoolExecutor):
+        def __init__(self, workers, name):
+            super().__init__(workers, name, initializer=lambda: Pretence().__enter__())
+
+    def have(*names):
+        monkeypatch.setattr("merger.machine.chosen_devices", lambda wanted: names)
+        monkeypatch.setattr("merger.machine.SLICE", 24)
+        monkeypatch.setattr("merger.loop.ThreadPoolExecutor", Slices)
+        monkeypatch.setattr("merger.inspection.walk.ThreadPoolExecutor", Slices)
+
+    return have
 
 
 @dataclass(frozen=True)

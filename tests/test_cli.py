@@ -101,7 +101,8 @@ def test_json_is_exactly_one_object(merger, folder):
     assert len(ran.out.splitlines()) == 1
     said = json.loads(ran.out)
     assert {
-        "output", "seconds", "bytes_read", "bytes_written", "tensors", "peak_memory_bytes", "device", "seed",
+        "output", "seconds", "bytes_read", "bytes_written", "tensors", "peak_memory_bytes",
+        "peak_device_memory_bytes", "device", "seed",
     } <= said.keys()  # fmt: skip
     assert said["tensors"] == {"merged": 21, "copied": 0, "dropped": 0}
     assert said["seed"] == 5

@@ -519,3 +519,12 @@ def test_what_is_seen_is_plain_data(recipe):
     assert (said["format"], said["subject"], said["experts"]) == (1, "recipe", list(EXPERTS))
     assert said["views"][0]["whole"]["density"] == seen.view("task_vectors").whole.density
     assert said["bytes_read"] > 0
+
+
+def test_what_several_devices_see_is_what_one_sees(recipe, devices, monkeypatch):
+    devices("cpu")
+    monkeypatch.setattr(merger.machine, "SLICE", 192)
+    here = inspect(recipe("ties"), rank=True, picture=UP)
+    monkeypatch.setattr(merger.machine, "chosen_devices", lambda wanted: ("cuda:0", "cuda:1"))
+    there = inspect(recipe("ties"), rank=True, picture=UP)
+    assert (there.views, there.pictures) == (here.views, here.pictures)

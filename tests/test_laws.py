@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from drawing import parameters_of
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pretended import Pretence
 from tiny import bits
 
 from merger.methods._parameters import Place
@@ -275,6 +276,28 @@ def test_scaling_the_task_vectors_scales_what_is_merged(name, data, factor):
     scaled = {e: {key: values * factor for key, values in own.items()} for e, own in case.experts.items()}
     once = {key: values * factor for key, values in case.merged().items()}
     assert_same(replace(case, experts=scaled).merged(), once, exactly=False)
+
+
+@every
+@settings(max_examples=4)
+@given(st.data())
+def test_tensors_on_a_device_never_meet_those_of_the_cpu(name, data):
+    case = data.draw(cases(name, {"weight": 1} if name == "regmean" else None))  # no factor of a negative matrix
+    inputs = {key: _with_gram(each) for key, each in case.known["inputs"].items()}
+    case = replace(case, known={**case.known, "inputs": inputs})
+    with Pretence():
+        base, *tuned = (
+            {key: values.to("cuda:0") for key, values in own.items()} for own in (case.base, *case.experts.values())
+        )
+        merged = replace(case, base=base, experts=dict(zip(case.experts, tuned, strict=True))).merged(slice_elements=4)
+        assert {str(values.device) for values in merged.values()} == {"cuda:0"}
+        there = {key: values.cpu() for key, values in merged.items()}
+    assert_same(there, case.merged(slice_elements=4))
+
+
+def _with_gram(known):
+    """Gram matrices of inputs that have nothing to do with each other."""
+    return replace(known, gram=None if known.second_moment is None else torch.diag_embed(known.second_moment))
 
 
 def test_what_decomposes_matrices_is_not_said_to_be_exact():

@@ -6,8 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from merger.ops import Before, Size, Sum, Tally, select
-from merger.passes import Sizes, run, settle
+from merger.ops import Before, Guess, Size, Sum, Tally, select
+from merger.passes import Sizes, rehearsal, run, settle
 
 SLICES = 6
 
@@ -56,6 +56,61 @@ def test_counts_of_all_slices_come_together(threads):
 
 def test_a_size_is_told_at_once():
     assert told(lambda i: Size("global")) == ([600] * SLICES, SLICES)
+
+
+def test_a_guess_is_what_a_sample_was_told_behind_it(threads):
+    def ask(number):
+        yield Sum(torch.tensor([number]))
+        guess = yield Guess()
+        told = yield Sum(torch.tensor([number]), then=int)
+        return guess, told
+
+    found, rehearsals = {}, []
+
+    def start(i):
+        found[i] = yield from ask(i)
+
+    def rehearse():
+        rehearsals.append(rehearsal(lambda: ask(7), 1))
+        return rehearsals[-1]
+
+    assert run(SLICES, start, sizes=Sizes(60, 600), mapper=threads, rehearse=rehearse) is None
+    assert rehearsals == [[7]]
+    assert list(found.values()) == [(7, 15)] * SLICES
+
+
+def test_nobody_rehearses_what_asks_for_no_guess_at_a_tensor():
+    def rehearse():
+        raise AssertionError("it was asked")
+
+    assert told(lambda i: Sum(torch.tensor([i])), rehearse=rehearse)[1] == 2 * SLICES
+    assert told(lambda i: Guess("global"), rehearse=rehearse) == ([None] * SLICES, SLICES)
+
+
+@pytest.mark.parametrize(
+    ("sample", "passes"),
+    [(slice(None), 2), (slice(0, 1), 3)],
+    ids=["one that is like the whole saves a pass", "one that is not costs none"],
+)
+def test_a_sample_decides_how_often_slices_are_read_and_nothing_else(sample, passes):
+    scores = torch.randn(SLICES, 2, 1, 500, generator=torch.Generator().manual_seed(0))
+    scores[0] *= 1e6
+    visits, kept = [], torch.zeros(scores.shape, dtype=torch.bool)
+
+    def start(i):
+        visits.append(i)
+        kept[i] = yield from select(scores[i], [Fraction(1, 2), Fraction(1, 10)])
+
+    def rehearse():
+        taken = scores[sample].transpose(0, 1).reshape(2, 1, -1)
+        return rehearsal(lambda: select(taken, [Fraction(1, 2), Fraction(1, 10)]), taken[0].numel())
+
+    sizes = Sizes(SLICES * 500, SLICES * 500)
+    assert run(SLICES, start, sizes=sizes, rehearse=rehearse) is None
+    assert len(visits) == passes * SLICES
+    for expert, count in enumerate((1500, 300)):
+        highest = scores[:, expert].flatten().abs().sort(stable=True, descending=True).indices[:count]
+        assert kept[:, expert].flatten().nonzero().flatten().tolist() == highest.sort().values.tolist()
 
 
 def test_who_waits_for_a_slice_that_failed_is_let_go(threads):

@@ -17,6 +17,7 @@ from merger import kernels
 from merger.calibration import Moments, Settings, files
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
+from merger.errors import CheckpointError
 from merger.methods._registry import ENTRIES, SCORES
 from merger.recipe import Recipe
 from merger.run import merge
@@ -159,6 +160,44 @@ def test_the_size_of_shards_decides_no_byte_of_a_tensor(folder, name):
         merge(Recipe.parse(recipe(name, size), folder), force=True)
         tensors.append(load(folder / "out"))
     assert same_bits(*tensors)
+
+
+SEVERAL = ["linear", "ties", "dare_ties", "obim", "cabs", "rescale", "tsv_m", "emr", "byom", "factors"]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_devices_give_the_bytes_of_one_and_their_tensors_never_meet(folder, devices, name):
+    written = merged(folder, name)
+    devices("cpu", "cpu", "cpu")
+    assert merged(folder, name) == written
+    devices("cuda:0", "cuda:1")
+    elsewhere = merged(folder, name)
+    assert {file for file in written if written[file] != elsewhere[file]} == {"merger.json"}  # which names the device
+
+
+def test_a_slice_that_fails_on_one_of_several_devices_is_told_of_once_and_leaves_nothing(folder, devices):
+    tensors = load(folder / "code")
+    tensors["model.layers.0.mlp.up_proj.weight"][-1, -1] = float("nan")
+    (folder / "code").unlink()
+    save(folder / "code", tensors)
+    devices("cpu", "cuda:0", "cpu")
+    before = set(folder.iterdir())
+    with pytest.raises(CheckpointError, match=r"^code: model.layers.0.mlp.up_proj.weight holds NaN or infinity$"):
+        merged(folder, "linear")
+    assert set(folder.iterdir()) == before
+
+
+def test_what_one_number_of_devices_began_another_goes_on_with(folder, devices, monkeypatch):
+    devices("cpu")
+    written = merged(folder, "ties")
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "finish", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merged(folder, "ties")
+    devices("cpu", "cpu")
+    said = []
+    assert merged(folder, "ties", notice=said.append) == written
+    assert [line for line in said if line.startswith("goes on where an earlier run stopped")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 8 << 20
+DIRTY = 256 << 20
+"""Bytes of a shard after which the disk is made to write: at the end there is little left to wait for."""
 
 
 def check_output(path: Path, inputs: Iterable[Path], *, beside: Iterable[Path] = (), force: bool) -> None:
@@ -192,6 +194,8 @@ class Writer:
                         count = os.preadv(file, [buffer[: min(CHUNK, end - offset)]], offset)
                         digest.update(buffer[:count])
                         offset += count
+                        if offset // DIRTY > (offset - count) // DIRTY:
+                            os.fdatasync(file)
                 os.fsync(file)
                 notes = [note for name in shard.offsets for note in self._notes[name]]
                 self.journal.add(Finished(shard.file, digest.hexdigest(), notes))

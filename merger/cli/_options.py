@@ -19,7 +19,7 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key of the recipe, as in --set parameters.density=0.3."
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda (all of them) or cuda:N.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="The most host memory to use, as in 2GB.", show_default=False),

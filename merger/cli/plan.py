@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from merger.cli._options import AsJson, MaxMemory, Offline, Overrides, RecipePath, load, memory_size
 from merger.cli._terminal import make_console
@@ -12,6 +15,9 @@ from merger.cli._terminal import make_console
 def plan(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    device: Annotated[
+        str | None, typer.Option(help="Say which devices auto, cpu, cuda or cuda:N would be.", show_default=False)
+    ] = None,
     max_memory: MaxMemory = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -23,7 +29,8 @@ def plan(
 
     loaded = load(recipe, overrides)
     made = make_plan(loaded, offline=offline)
-    forecast = preview(made, loaded.folder / Path(loaded.output.path).expanduser(), memory_size(max_memory))
+    output = loaded.folder / Path(loaded.output.path).expanduser()
+    forecast = preview(made, output, memory_size(max_memory), device)
     if as_json:
         print(json.dumps(report.plan_json(made, forecast)))
     else:

@@ -21,7 +21,7 @@ from merger.checkpoint.header import Info
 from merger.checkpoint.stored import Checkpoint, torch_dtype
 from merger.errors import RecipeError
 from merger.loop import Block, Progress
-from merger.machine import Machine, chosen_device
+from merger.machine import Machine, chosen_devices
 from merger.planning import Plan, TensorPlan
 from merger.planning import plan as make_plan
 from merger.recipe import Recipe
@@ -134,7 +134,7 @@ class Bench:
     @property
     def device(self) -> torch.device:
         """Where models are."""
-        return torch.device(chosen_device(self.way.device))
+        return torch.device(chosen_devices(self.way.device)[0])
 
     def dtype_for(self, weights: Checkpoint) -> torch.dtype:
         """What the forward passes of a model are computed in."""

@@ -36,7 +36,7 @@ class Spectra:
         if not self._tall:
             return deltas
         wide = deltas.double()
-        return wide.transpose(1, 2) @ wide
+        return (wide.transpose(1, 2) @ wide).cpu()
 
     def add(self, row: int, rows: int, part: Tensor) -> None:
         """Adds the `part` of ``rows`` rows from ``row`` on; in the order of rows, that no sum depends on threads."""

@@ -102,14 +102,33 @@ RESTORED(uint16_t, f16)
     const uint32_t *own = keys + e * n;                              \
     const uint8_t *open = is_free ? is_free + e * n : NULL;
 
-/* Adds to tally [k 32768] how often each high half of a key occurs among the free ones (is_free may be NULL). */
-int64_t tally_high(const uint32_t *keys, const uint8_t *is_free, int64_t k, int64_t n, int64_t *tally) {
-    for (int64_t e = 0; e < k; e++, tally += 32768) {
+static inline void tally_keys(const uint32_t *own, const uint8_t *open, int64_t n, uint32_t from, uint32_t width,
+                              int64_t *high, int64_t *low) {
+    uint32_t turns[2][32768] = {{0}}; /* the same key again waits for the one before it, but not for every other's */
+    uint32_t inside[PIECE];
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t stop = least(start + PIECE, n), found = 0;
+        for (int64_t i = start; i < stop; i += 2)
+            for (int64_t j = i; j < least(i + 2, stop); j++) {
+                uint32_t key = KEY(j), one = open ? open[j] : 1;
+                turns[j - i][key >> 16] += one;
+                if (key - from < width && one) inside[found++] = key - from;
+            }
+        for (int64_t j = 0; j < found; j++) low[inside[j]]++; /* apart, so that these wait for memory together */
+    }
+    for (int64_t h = 0; h < 32768; h++) high[h] += (int64_t)turns[0][h] + turns[1][h];
+}
+
+/* Adds to tally [k 32768+65536*near] how often each high half of a key occurs among the free ones (is_free may be
+ * NULL), and each low half of those whose high half is one of `near` from first[e] on. */
+CLONES int64_t tally_high(const uint32_t *keys, const uint8_t *is_free, const int64_t *first, int64_t near, int64_t k,
+                          int64_t n, int64_t *tally) {
+    uint32_t width = (uint32_t)near << 16;
+    for (int64_t e = 0; e < k; e++, tally += 32768 + width) {
         EACH_EXPERT
-        if (open)
-            for (int64_t i = 0; i < n; i++) tally[KEY(i) >> 16] += open[i];
-        else
-            for (int64_t i = 0; i < n; i++) tally[KEY(i) >> 16]++;
+        uint32_t from = near ? (uint32_t)first[e] << 16 : 0;
+        if (open) tally_keys(own, open, n, from, width, tally, tally + 32768);
+        else tally_keys(own, NULL, n, from, width, tally, tally + 32768);
     }
     return 1;
 }

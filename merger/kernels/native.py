@@ -76,10 +76,11 @@ class Native(Reference):
         finite = _call(f"restored_{_SUFFIX[str(stored.dtype)]}", *arrays, deltas.shape[0], merged.numel(), merged)
         return merged, bool(finite)
 
-    def tally_high(self, keys: Tensor, free: Tensor | None, into: Tensor) -> None:
+    def tally_high(self, keys: Tensor, free: Tensor | None, first: list[int], into: Tensor) -> None:
         """As `Reference.tally_high`."""
-        assert into.shape == (keys.shape[0], HIGH)
-        _call("tally_high", keys, _like(free, keys), *_extent(keys), into)
+        near = into.shape[1] // LOW
+        assert into.shape == (len(keys), HIGH + near * LOW)
+        _call("tally_high", keys, _like(free, keys), torch.tensor(first), near, *_extent(keys), into)
 
     def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int], into: Tensor) -> None:
         """As `Reference.tally_low`."""

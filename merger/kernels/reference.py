@@ -41,10 +41,18 @@ class Reference:
         """Scores as integers that sort as the scores do by size, once their sign bit is masked: int32 [k n]."""
         return scores.float().contiguous().view(torch.int32)
 
-    def tally_high(self, keys: Tensor, free: Tensor | None, into: Tensor) -> None:
-        """Counts how often each high half of a key occurs among the ``free`` ones of an expert: int64 [k 32768]."""
-        for own, tally in zip(_free_ones(keys, free), into, strict=True):
-            tally += torch.bincount(own >> 16, minlength=HIGH).to(tally.device)
+    def tally_high(self, keys: Tensor, free: Tensor | None, first: list[int], into: Tensor) -> None:
+        """Counts how often each high half of a key occurs among the ``free`` ones of an expert: int64 [k 32768+..].
+
+        Behind these, in 65536 places for each, how often each low half occurs with the high half ``first[k]`` and with
+        those that follow it, as many as there is room for.
+        """
+        for own, start, tally in zip(_free_ones(keys, free), first, into, strict=True):
+            near = own - (start << 16)
+            width = len(tally) - HIGH
+            high = torch.bincount(own >> 16, minlength=HIGH)
+            low = torch.bincount(near[(near >= 0) & (near < width)], minlength=width)
+            tally += torch.cat([high, low]).to(tally.device)
 
     def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int], into: Tensor) -> None:
         """Counts how often each low half occurs among the free keys with the expert's high half: int64 [k 65536]."""

@@ -1,0 +1,88 @@
+"""What a machine gives to a merge: which devices, and who works on what."""
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+import torch
+from checkpoints import save_headers
+from test_demand import planned  # noqa: F401 a fixture
+
+from merger.errors import ResourceError
+from merger.machine import Machine, chosen_devices, dealt
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    def have(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return have
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "auto"])
+def test_a_machine_with_gpus_uses_all_of_them(gpus, wanted):
+    gpus(3)
+    assert chosen_devices(wanted) == ("cuda:0", "cuda:1", "cuda:2")
+
+
+def test_a_number_chooses_one_gpu(gpus):
+    gpus(3)
+    assert chosen_devices("cuda:1") == ("cuda:1",)
+
+
+def test_a_machine_without_gpus_uses_the_cpu(gpus):
+    gpus(0)
+    assert chosen_devices("auto") == chosen_devices("cpu") == ("cpu",)
+
+
+@pytest.mark.parametrize(("count", "wanted", "there"), [(2, "cuda:3", "2"), (2, "cuda:2", "2"), (0, "cuda", "no")])
+def test_a_gpu_that_is_not_there_is_told_in_one_line(gpus, count, wanted, there):
+    gpus(count)
+    with pytest.raises(ResourceError, match=f"^--device {wanted}: this machine has {there} CUDA devices") as refused:
+        chosen_devices(wanted)
+    assert "\n" not in str(refused.value)
+
+
+def test_there_is_a_worker_for_every_device(gpus, planned, monkeypatch):  # noqa: F811
+    gpus(8)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert Machine.of("cuda", None, planned("linear")).workers == 8
+
+
+def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
+    program = "from merger.machine import peak_memory; print(peak_memory())"
+    held = bytearray(1 << 28)
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert int(told) < len(held)
+
+
+BLOCK = [4096 * 4096] * 4 + [4096 * 11008] * 3 + [4096] * 2  # as a 7B Llama has 32 of
+
+
+@pytest.mark.parametrize("hands", [1, 2, 3, 4, 7, 8, 9])
+def test_matrices_of_a_model_are_dealt_out_evenly(hands):
+    whose = dealt(BLOCK * 32, hands)
+    shares = [sum(size for size, own in zip(BLOCK * 32, whose, strict=True) if own == hand) for hand in range(hands)]
+    assert max(shares) - min(shares) <= max(BLOCK)
+    assert Fraction(max(shares) * hands, sum(shares)) < Fraction(105, 100)
+
+
+def test_equal_work_goes_round():
+    assert dealt([5] * 7, 3) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_plan_says_the_devices_where_one_asks(gpus, merger, tmp_path):
+    for name in ("base", "code"):
+        save_headers(tmp_path / name, {"model.norm.weight": (4,)})
+    (tmp_path / "recipe.yaml").write_text("base: base\nexperts: {code: code}\nmethod: linear\noutput: {path: out}\n")
+    gpus(2)
+    recipe = tmp_path / "recipe.yaml"
+    assert "slices are dealt out to cuda:0, cuda:1\n" in merger("plan", recipe, "--device", "cuda").out
+    assert json.loads(merger("plan", recipe, "--device", "cuda:1", "--json").out)["devices"] == ["cuda:1"]
+    assert json.loads(merger("plan", recipe, "--json").out)["devices"] is None
+    refused = merger("plan", recipe, "--device", "cuda:3")
+    assert (refused.code, len(refused.err.splitlines())) == (4, 1)
