@@ -16,9 +16,10 @@ import merger.inspection
 import merger.machine
 from merger import Recipe, inspect, inspect_merge, inspect_model, merge
 from merger.errors import RecipeError
-from merger.inspection.balance import kept_by_cell, lines, unevenness
+from merger.inspection.balance import kept_by_cell
 from merger.inspection.facts import facts
-from merger.inspection.measures import endings, outcome, vectors
+from merger.inspection.look import Look
+from merger.inspection.measures import endings, outcome
 
 EXPERTS = ("code", "math", "wiki")
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -179,6 +180,15 @@ def test_more_values_than_are_told_apart_are_one_more(recipe, monkeypatch):
     assert all(count < 17 for count in view.tensors["model.norm.weight"].distinct.values())
 
 
+def test_values_that_every_slice_repeats_are_no_more_than_they_are(monkeypatch):
+    monkeypatch.setattr(merger.inspection.values, "MOST", 6)
+    deltas = torch.arange(1.0, 6).repeat(20, 1).unsqueeze(0)
+    look = Look(1, 20, 5)
+    for row in range(20):
+        look.add(row, deltas[:, row : row + 1])
+    assert look.vectors().distinct == (5,)
+
+
 # --- ranks ----------------------------------------------------------------------------------------
 
 
@@ -302,6 +312,15 @@ def test_facts_do_not_depend_on_how_a_tensor_is_cut(recipe, monkeypatch, method)
         assert flattened(one) == pytest.approx(flattened(other), rel=1e-6)
 
 
+def vectors(deltas, cut=None):
+    """What is seen of task vectors [k r c], whole or in two slices."""
+    k, rows, columns = deltas.shape
+    look = Look(k, rows, columns)
+    for first, stop in itertools.pairwise(sorted({0, cut or rows, rows})):
+        look.add(first, deltas[:, first:stop])
+    return look.vectors()
+
+
 def flattened(found):
     """All numbers of facts, in order."""
     values = [found.__dict__]
@@ -408,9 +427,8 @@ def test_random_masks_overlap_as_much_as_they_are_dense():
 
 def test_random_masks_are_as_uneven_as_a_binomial():
     kept = (torch.rand(1, 4000, 500, generator=torch.Generator().manual_seed(1)) < 0.2).float()
-    by_row = lines(kept, 0)[0]
-    found = unevenness(by_row.square().sum(1), 4000, by_row.sum(1))
-    assert found.item() == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
+    found = facts(vectors(kept), ("a",))
+    assert found.uneven_rows["a"] == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +471,7 @@ matrices = st.integers(1, 4).flatmap(
 
 @given(matrices, st.integers(1, 3))
 def test_sums_of_slices_are_sums_of_the_whole(deltas, cut):
-    whole, added = vectors(deltas), vectors(deltas[:, :cut]) + vectors(deltas[:, cut:])
+    whole, added = vectors(deltas), vectors(deltas, cut)
     assert np.allclose(added.products, whole.products)
     assert replace(added, products=()) == replace(whole, products=())
 

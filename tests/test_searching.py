@@ -263,7 +263,7 @@ def test_variants_have_the_same_budget_and_a_row_each(demo_folder, tmp_path, mer
     found = json.loads(ran.out)
     assert {name: len(trials) for name, trials in found["trials"].items()} == {"average": 1, "ties": 2, "obim": 1}
     assert [row["model"] for row in found["report"]["rows"] if row["kind"] == "merge"] == list(variants)
-    assert "1 points were left out, as their values do not go together" in ran.err
+    assert "points left out, as their values do not go together: 1, the first of them " in ran.err
     page = (tmp_path / "recipe.search" / "report.md").read_text()
     assert '| obim | `{"density": 0.2}` |' in page
 

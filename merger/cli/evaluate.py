@@ -13,6 +13,7 @@ from merger.cli._terminal import make_console, progress_bar
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
+    from merger.evaluation.harness import Wanted
     from merger.recipe import Recipe
 
 AllowCalibrationText = Annotated[
@@ -37,6 +38,23 @@ def eval_(
         Path | None, typer.Option(metavar="DIR", help="Where the relative paths of a finished merge start.")
     ] = None,
     allow_calibration_text: AllowCalibrationText = False,
+    lm_eval: Annotated[
+        list[str],
+        typer.Option(
+            "--lm-eval",
+            metavar="TASK[,TASK...]",
+            help="Judge by tasks of lm-evaluation-harness too (needs merger[lm-eval]).",
+        ),
+    ] = [],  # noqa: B006
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --lm-eval: a folder of further tasks, as YAML.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --lm-eval: the first N examples of each task.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="With --lm-eval: worked examples before each question.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it (needs matplotlib).")] = None,
     overrides: Overrides = [],  # noqa: B006
     device: Device = "auto",
@@ -52,7 +70,8 @@ def eval_(
     from merger.evaluation.tables import print_comparison
 
     check_plot(plot)
-    asked = Asked(_by_task(data), samples, max_tokens, inputs, allow_calibration_text)
+    harness = _harness(lm_eval, include_path, limit, num_fewshot)
+    asked = Asked(_by_task(data), samples, max_tokens, inputs, allow_calibration_text, harness)
     with progress_bar(quiet) as (progress, notice):
         found = evaluate(
             _subjects(what, overrides),
@@ -79,6 +98,18 @@ def _subjects(what: list[Path], overrides: list[str]) -> dict[str, Recipe | Path
     if overrides and all(path.is_dir() for path in what):
         raise RecipeError(f"--set changes a recipe, and {what[0]} is none")
     return {label: path if path.is_dir() else load(path, overrides) for label, path in zip(labels, what, strict=True)}
+
+
+def _harness(tasks: list[str], include_path: Path | None, limit: int | None, num_fewshot: int | None) -> Wanted | None:
+    """What ``--lm-eval`` and the options beside it say."""
+    from merger.evaluation.harness import Wanted
+
+    names = tuple(name.strip() for each in tasks for name in each.split(",") if name.strip())
+    beside = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
+    given = [option for option, value in beside.items() if value is not None]
+    if given and not names:
+        raise RecipeError(f"{', '.join(given)}: how tasks of lm-evaluation-harness are run; name them with --lm-eval")
+    return Wanted(names, include_path, limit, num_fewshot) if names else None
 
 
 def _by_task(data: list[str]) -> dict[str, str] | None:

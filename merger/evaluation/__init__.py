@@ -11,6 +11,7 @@ from merger.errors import RecipeError
 from merger.recipe import Evaluation, Recipe
 
 if TYPE_CHECKING:
+    from merger.evaluation.harness import Wanted
     from merger.evaluation.scores import Comparison
     from merger.loop import Progress
 
@@ -26,6 +27,7 @@ class Asked:
     max_tokens: int | None = None
     inputs: Path | None = None  # where the relative paths of a finished merge start
     allow_calibration_text: bool = False
+    lm_eval: Wanted | None = None  # tasks of lm-evaluation-harness
 
 
 def evaluate(
@@ -44,7 +46,7 @@ def evaluate(
     Base and experts are those of the first recipe, or else of the first folder that merger made; all recipes must
     have the same. Raises a `MergerError` for whatever the user can mend.
     """
-    from merger.evaluation import families, tasks
+    from merger.evaluation import families, harness, tasks
     from merger.evaluation.hosting import Bench, Way
     from merger.evaluation.judging import Panel
     from merger.evaluation.scores import compare
@@ -55,9 +57,10 @@ def evaluate(
     if not asked.allow_calibration_text:
         for recipe in (family, *(each for each in subjects.values() if isinstance(each, Recipe))):
             tasks.check_apart(recipe, held_out)
+    tasks_of_harness = None if asked.lm_eval is None else harness.load(asked.lm_eval, offline=offline)
     how = Way.of(section.dtype, device, max_memory, offline, trust_remote_code, progress, notice)
     with Bench(how) as bench:
-        panel = Panel(bench, family, held_out, section.max_tokens)
+        panel = Panel(bench, family, held_out, section.max_tokens, tasks_of_harness)
         entries = [*panel.references(), *(panel.merge(label, subject) for label, subject in subjects.items())]
         return compare(held_out, entries, panel.dtype)
 
@@ -68,8 +71,9 @@ def _section(family: Recipe, asked: Asked) -> Evaluation:
     changed = {key: value for key, value in given.items() if value is not None}
     if family.evaluation is not None:
         return family.evaluation.model_copy(update=changed)
-    if asked.data is None:
+    if asked.data is None and asked.lm_eval is None:
         raise RecipeError(
-            "there is nothing to judge by: write evaluation: {data: {TASK: FILE}} into the recipe, or give --data"
+            "there is nothing to judge by: write evaluation: {data: {TASK: FILE}} into the recipe, or give --data or "
+            "--lm-eval"
         )
-    return Evaluation(**changed)
+    return Evaluation.model_construct(**{"data": {}, **changed})  # no examples where lm-eval's tasks alone judge

@@ -11,6 +11,7 @@ from merger.anatomy import text_config
 from merger.calibration.texts import load_tokenizer
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.stored import Checkpoint
+from merger.evaluation.harness import Harness
 from merger.evaluation.hosting import Bench
 from merger.evaluation.measures import Judge, Outcome, ends_of, prepare
 from merger.evaluation.scores import Entry
@@ -22,8 +23,10 @@ from merger.recipe import Recipe
 class Panel:
     """Judges the models of a family; the tasks are tokens of the base's tokenizer, which all models are given."""
 
-    def __init__(self, bench: Bench, family: Recipe, tasks: Sequence[Task], max_tokens: int) -> None:
-        self.bench, self.family = bench, family
+    def __init__(
+        self, bench: Bench, family: Recipe, tasks: Sequence[Task], max_tokens: int, harness: Harness | None = None
+    ) -> None:
+        self.bench, self.family, self.harness = bench, family, harness
         with _open(bench, family.base.model, family.base.adapter, "base", family.folder) as base:
             tokenizer = load_tokenizer(base.directory, "base", trust_remote_code=bench.way.trust_remote_code)
             limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
@@ -34,7 +37,7 @@ class Panel:
     def references(self) -> Iterator[Entry]:
         """What the base does, then what the experts do, in the recipe's order."""
         for label, model in self.models():
-            yield Entry(label, kind_of(label), self.outcomes(model, label))
+            yield self._entry(label, kind_of(label), model)
 
     def models(self) -> Iterator[tuple[str, Any]]:
         """The base and the experts as transformers models, one after the other."""
@@ -49,13 +52,23 @@ class Panel:
     def merge(self, label: str, subject: Recipe | Path, setting: str = "") -> Entry:
         """A merge: made in memory of a recipe, or read from a folder."""
         if isinstance(subject, Recipe):
-            return Entry(label, "merge", self.outcomes(self.bench.merged(subject)[0], label), setting)
+            return self._entry(label, "merge", self.bench.merged(subject)[0], setting)
         with _open(self.bench, str(subject), None, label, Path()) as checkpoint:
-            return Entry(label, "merge", self.outcomes(self.bench.model_of(checkpoint), label), setting)
+            return self._entry(label, "merge", self.bench.model_of(checkpoint), setting)
 
     def outcomes(self, model: Any, label: str) -> dict[str, Outcome]:
         """What a model does, told of under its name."""
         return self.judge.outcomes(model, partial(self.bench.way.progress, f"judging {label}"))
+
+    def _entry(self, label: str, kind: Literal["base", "expert", "merge"], model: Any, setting: str = "") -> Entry:
+        outcomes = self.outcomes(model, label)
+        if self.harness is None:
+            return Entry(label, kind, outcomes, setting)
+        tell = partial(self.bench.way.progress, f"judging {label} by lm-eval")
+        tell(0, 1)
+        scores = self.harness.scores(model, self.judge.tokenizer, label)
+        tell(1, 1)
+        return Entry(label, kind, outcomes, setting, scores)
 
 
 def kind_of(label: str) -> Literal["base", "expert"]:

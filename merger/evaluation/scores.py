@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from merger.checkpoint import manifest
 from merger.errors import RecipeError, nearest
+from merger.evaluation.harness import Metric, Score, Scores
 from merger.evaluation.measures import Outcome, Outcomes
 from merger.evaluation.tasks import Task
 
@@ -49,10 +50,11 @@ class Row:
     kind: Literal["base", "expert", "ideal", "merge"]
     setting: str  # what a search found for it, or nothing
     tasks: dict[str, Estimate]
-    mean: Estimate  # over all tasks
+    mean: Estimate | None  # over all tasks; None where lm-evaluation-harness alone judges
     kept_of: dict[str, Estimate]  # by expert: (model - base) / (expert - base) on the task of its name
     kept: Estimate | None  # the mean of these; None where no task has an expert that gained
     behind: Estimate | None  # of a merge: how much less it kept than the best merge
+    lm_eval: dict[str, Score]  # by the name of a metric
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Comparison:
     """Models side by side on the same examples."""
 
     tasks: dict[str, Judged]
+    lm_eval: dict[str, Metric]  # what lm-evaluation-harness measured besides, by its name in tables
     rows: tuple[Row, ...]
     dtype: str  # of the forward passes
     versions: dict[str, str]
@@ -82,9 +85,10 @@ class Entry:
     """A model and what it did."""
 
     model: str
-    kind: Literal["base", "expert", "merge"]
+    kind: Literal["base", "expert", "ideal", "merge"]
     outcomes: Outcomes
     setting: str = ""
+    lm_eval: Scores = field(default_factory=dict)
 
 
 def compare(tasks: Sequence[Task], entries: Sequence[Entry], dtype: str) -> Comparison:
@@ -93,7 +97,9 @@ def compare(tasks: Sequence[Task], entries: Sequence[Entry], dtype: str) -> Comp
     with np.errstate(divide="ignore", invalid="ignore"):  # examples on which an expert gains nothing have no share
         rows = _Resampled(tasks, entries).rows()
     judged = {task.name: Judged(_measure(task), len(task.examples), task.sha256) for task in tasks}
-    return Comparison(judged, tuple(rows), dtype, versions(), tuple(notes))
+    metrics = {metric.name: metric for entry in entries for metric in entry.lm_eval}
+    known = versions() | ({"lm_eval": metadata.version("lm_eval")} if metrics else {})
+    return Comparison(judged, metrics, tuple(rows), dtype, known, tuple(notes))
 
 
 def versions() -> dict[str, str]:
@@ -165,6 +171,8 @@ def _gained(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[tuple[str, 
 
 
 def _without_gain(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[str]:
+    if not tasks:
+        return []
     gained = {name for name, _ in _gained(tasks, entries)}
     names = {task.name for task in tasks}
     return [
@@ -200,11 +208,12 @@ class _Resampled:
         rows = []
         for entry in self.entries:
             behind = None if entry.kind != "merge" or best is None else kept[best] - kept[entry.model]
-            rows.append(self._row(entry.model, entry.kind, entry.setting, self._of(entry.model), behind))
-        experts = [entry.model for entry in self.entries if entry.kind == "expert"]
+            rows.append(self._row(entry, self._of(entry.model), behind))
+        experts = [entry for entry in self.entries if entry.kind == "expert"]
         if experts:
             place = 1 + max(i for i, entry in enumerate(self.entries) if entry.kind == "expert")
-            rows.insert(place, self._row("ideal", "ideal", "", self._ideal(experts), None))
+            ideal = Entry("ideal", "ideal", {}, lm_eval=_best([entry.lm_eval for entry in experts]))
+            rows.insert(place, self._row(ideal, self._ideal([entry.model for entry in experts]), None))
         return rows
 
     def _of(self, model: str) -> dict[str, np.ndarray]:
@@ -228,24 +237,28 @@ class _Resampled:
         kept: np.ndarray = np.mean([*shares.values()], axis=0) if shares else np.zeros(1)
         return kept
 
-    def _row(
-        self,
-        model: str,
-        kind: Literal["base", "expert", "ideal", "merge"],
-        setting: str,
-        values: Mapping[str, np.ndarray],
-        behind: np.ndarray | None,
-    ) -> Row:
+    def _row(self, entry: Entry, values: Mapping[str, np.ndarray], behind: np.ndarray | None) -> Row:
         return Row(
-            model=model,
-            kind=kind,
-            setting=setting,
+            model=entry.model,
+            kind=entry.kind,
+            setting=entry.setting,
             tasks={name: _estimate(each) for name, each in values.items()},
-            mean=_estimate(np.mean([*values.values()], axis=0)),
+            mean=_estimate(np.mean([*values.values()], axis=0)) if values else None,
             kept_of={name: _estimate(share) for name, share in self._shares(values).items()},
             kept=_estimate(self._kept(values)) if self.gained else None,
             behind=None if behind is None else _estimate(behind),
+            lm_eval={metric.name: score for metric, score in entry.lm_eval.items()},
         )
+
+
+def _best(models: Sequence[Scores]) -> Scores:
+    """The best of every metric of which it is known what is better."""
+    found = {}
+    for metric in models[0]:
+        if metric.higher_is_better is not None:
+            best = max if metric.higher_is_better else min
+            found[metric] = best((scores[metric] for scores in models), key=lambda score: score.value)
+    return found
 
 
 def _measured(outcome: Outcome, counts: np.ndarray) -> np.ndarray:

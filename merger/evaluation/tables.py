@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from merger.evaluation.harness import Score
 from merger.evaluation.scores import Comparison, Estimate, Row
 
 if TYPE_CHECKING:
@@ -38,27 +39,35 @@ def print_comparison(found: Comparison, console: Console, *, settings: bool = Fa
 def headings(found: Comparison) -> list[str]:
     """What each column is."""
     tasks = [f"{name} {each.measure}" for name, each in found.tasks.items()]
-    return [*tasks, "mean", *(["kept", "behind the best"] if _tells_kept(found) else [])]
+    means = ["mean"] if tasks else []
+    return [*tasks, *means, *(["kept", "behind the best"] if _tells_kept(found) else []), *found.lm_eval]
 
 
 def cells(found: Comparison, row: Row) -> list[str]:
     """A model's figures: of a loss the perplexity too, and of each expert's task the share of its gain."""
     shown = [_task(found.tasks[name].measure, row, name) for name in found.tasks]
-    shown.append(f"{row.mean.value:.4f}")
+    if row.mean is not None:
+        shown.append(f"{row.mean.value:.4f}")
     if _tells_kept(found):
         shown += ["" if each is None else _interval(each) for each in (row.kept, row.behind)]
-    return shown
+    return [*shown, *(_score(row.lm_eval.get(name)) for name in found.lm_eval)]
 
 
 def legend(found: Comparison) -> Iterator[str]:
     """What the table's figures are."""
-    counted = ", ".join(f"{each.examples} of {name}" for name, each in found.tasks.items())
-    yield f"examples: {counted}; forward passes in {found.dtype}"
+    counted = {name: each.examples for name, each in found.tasks.items()}
+    counted |= {metric.task: metric.examples for metric in found.lm_eval.values() if metric.examples is not None}
+    told = ", ".join(f"{examples} of {name}" for name, examples in counted.items())
+    yield f"examples: {told}; forward passes in {found.dtype}"
     if any(each.measure == "loss" for each in found.tasks.values()):
         yield "loss: mean cross-entropy of a token, its perplexity after the slash"
     if _tells_kept(found):
         yield "kept: share of the experts' gains over the base, on the task of each expert's name; in brackets 95 %"
         yield "intervals over the examples, drawn alike for all models; one that holds 0 does not tell two models apart"
+    if found.lm_eval:
+        names = ", ".join(dict.fromkeys(metric.task for metric in found.lm_eval.values()))
+        yield f"{names}: by lm-evaluation-harness {found.versions['lm_eval']}; ± its own standard error over examples"
+        yield "(about half of a 95 % interval), of each model by itself, not of a difference between two"
     yield from (f"note: {note}" for note in found.notes)
 
 
@@ -80,7 +89,13 @@ def _task(measure: str, row: Row, name: str) -> str:
     value = row.tasks[name].value
     shown = f"{value:.4f} / {math.exp(min(value, 700)):.3g}" if measure == "loss" else f"{100 * value:.1f} %"
     share = row.kept_of.get(name)
-    return shown if share is None else f"{shown} ({share.value:.2f})"
+    return shown if share is None else f"{shown} ({round(share.value, 2) + 0.0:.2f})"  # + 0.0: no -0.00
+
+
+def _score(each: Score | None) -> str:
+    if each is None:
+        return ""
+    return f"{each.value:.4f}" if each.stderr is None else f"{each.value:.4f} ± {each.stderr:.4f}"
 
 
 def _interval(each: Estimate) -> str:

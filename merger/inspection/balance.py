@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.kernels import counting
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from merger.kernels.counting import Counts
 
 BLOCK = 256
 """Consecutive elements of a matrix, across the ends of its rows, that make a block: the m of the CABS paper."""
@@ -21,51 +22,34 @@ CELLS = 48
 
 
 class Balance:
-    """What one part's rows, columns and blocks keep, added up slice by slice in any order."""
+    """How evenly one part is kept, from counts of its slices and of the blocks that these cut."""
 
-    def __init__(self, experts: int, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-        self.row_squares = torch.zeros(experts, dtype=torch.int64)  # of what each row keeps
-        self._block_squares = torch.zeros(experts, dtype=torch.int64)
-        self._by_column = torch.zeros(experts, columns, dtype=torch.int64)
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows, self.columns, self.block = rows, columns, BLOCK
         self._cut: dict[int, Tensor] = {}  # [k]: what blocks keep that begin in one slice and end in another
 
-    def add(self, row: int, counts: Lines) -> None:
-        """Adds what `lines` counted in the slice that begins at ``row``."""
-        by_row, by_column, by_block = (each.long() for each in counts)
-        self.row_squares += by_row.square().sum(1)
-        self._block_squares += by_block.square().sum(1)
-        self._by_column += by_column
-        first, end = row * self.columns, (row + by_row.shape[1]) * self.columns
-        for block in {each // BLOCK for each in (first, end) if each % BLOCK}:
-            part = by_block[:, block - first // BLOCK]
-            self._block_squares -= part.square()
-            self._cut[block] = self._cut[block] + part if block in self._cut else part
+    def add(self, first: int, stop: int, cut: Tensor) -> None:
+        """Adds what the slice of elements ``first`` to ``stop`` keeps of its first and its last block: [k 2]."""
+        for element, part in zip((first, stop), cut.T, strict=True):
+            number, rest = divmod(element, self.block)
+            if rest:
+                self._cut[number] = self._cut.get(number, 0) + part
 
-    def uneven(self, kept: Tensor) -> list[Tensor | None]:
-        """`unevenness` over rows, columns and blocks, [k] each, given what is ``kept`` [k] of the whole.
+    def uneven(self, counts: Counts) -> list[Tensor | None]:
+        """`unevenness` over rows, columns and blocks, [k] each, given the counts of all slices.
 
         None where there are fewer than two of them; a last block that is shorter is left out.
         """
-        whole, rest = divmod(self.rows * self.columns, BLOCK)
+        kept = counts.both.diagonal()
+        whole, rest = divmod(self.rows * self.columns, self.block)
         last = self._cut.pop(whole) if rest else torch.zeros_like(kept)
-        cut = sum((each.square() for each in self._cut.values()), self._block_squares)
         each = [
-            (self.row_squares, self.rows, kept),
-            (self._by_column.square().sum(1), self.columns, kept),
-            (cut, whole, kept - last),
+            (counts.row_squares, self.rows, kept),
+            (counts.by_column.long().square().sum(1), self.columns, kept),
+            (sum((own.square() for own in self._cut.values()), counts.block_squares), whole, kept - last),
         ]
         matrix = min(self.rows, self.columns) > 1
         return [unevenness(*lines) if matrix and lines[1] > 1 else None for lines in each]
-
-
-Lines = tuple["Tensor", "Tensor", "Tensor"]
-"""What each row [k r], column [k c] and block [k b] of a slice keeps; its first and its last block may be cut."""
-
-
-def lines(deltas: Tensor, row: int) -> Lines:
-    """Counts the slice [k r c] of a matrix that begins at ``row``."""
-    return counting.of(deltas).lines(deltas, row * deltas.shape[2] % BLOCK, BLOCK)
 
 
 def unevenness(squares: Tensor, lines: int, total: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def _joined(one: Any, other: Any, join: Callable[[Any, Any], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Vectors(Sums):
-    """Several task vectors over the same positions; all but the counts is known of whole tensors only."""
+    """Several task vectors over the same positions."""
 
     both: tuple[Ints, ...]  # [k k] positions that both keep; on the diagonal, that one keeps
     opposed: tuple[Ints, ...]  # [k k] positions that both keep with different signs
@@ -69,38 +69,11 @@ class Outcome(Sums):
     squares: Floats  # [k] the squared norms of those, known of whole tensors only
 
 
-def vectors(deltas: Tensor) -> Vectors:
-    """Counts what task vectors [k r c] keep, share and oppose; of their balance and values nothing yet."""
-    loops = counting.of(deltas)
-    both, opposed, holders = loops.pairs(deltas)
-    k = len(deltas)
-    return Vectors(
-        elements=deltas[0].numel(),
-        both=_plain(both),
-        opposed=_plain(opposed),
-        holders=_plain(holders),
-        products=_plain(loops.products(deltas, deltas)),
-        uneven=((0.0,) * k,) * 3,
-        in_matrices=(0,) * 3,
-        distinct=(0,) * k,
-        ranks=(0.0,) * k,
-        ranked=0,
-    )
-
-
 def outcome(merged: Tensor, deltas: Tensor, ends: Ints) -> Outcome:
     """Counts what a merged task vector [r c] has of those that it was made of [k r c], given its `endings`."""
-    alone = merged.unsqueeze(0)
-    loops = counting.of(alone, deltas)
-    both, _, _ = loops.pairs(alone)
-    return Outcome(
-        elements=merged.numel(),
-        kept=int(both),
-        ends=ends,
-        square=float(loops.products(alone, alone)),
-        along=_plain(loops.products(alone, deltas)[0]),
-        squares=(0.0,) * len(deltas),
-    )
+    kept, products = counting.of(merged, deltas).merged(merged, deltas)
+    square, *along = products.tolist()
+    return Outcome(merged.numel(), kept, ends, square, tuple(along), squares=(0.0,) * len(deltas))
 
 
 def endings(result: Tensor, base: Tensor | None, experts: Tensor) -> Ints:
@@ -109,10 +82,4 @@ def endings(result: Tensor, base: Tensor | None, experts: Tensor) -> Ints:
     Weights, or deltas, whose base is 0; where several have the value of the result, the first of them counts.
     """
     inputs = (experts,) if base is None else (base, experts)
-    counts: Ints = _plain(counting.of(result, *inputs).endings(result, base, experts))
-    return counts
-
-
-def _plain(values: Any) -> Any:
-    """An array or a tensor as numbers in tuples."""
-    return tuple(tuple(each) if isinstance(each, list) else each for each in values.tolist())
+    return tuple(counting.of(result, *inputs).endings(result, base, experts).tolist())

@@ -38,7 +38,7 @@ th { font-weight: 500; text-align: left; padding: .1rem .6rem .1rem 0; white-spa
 thead th { vertical-align: bottom; padding: 0 .45rem .3rem; text-align: right; }
 .down thead th { text-align: center; padding: 0 0 .3rem; }
 .down thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
-.beside { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
+.beside { display: flex; flex-wrap: wrap; align-items: end; gap: 0 2.5rem; }
 .beside figcaption { max-width: 20rem; }
 td { padding: .12rem .45rem; text-align: right; }
 .heat { background: color-mix(in oklab, var(--high) calc(var(--v) * 100%), var(--low)); color: var(--on-low);

@@ -40,6 +40,7 @@ def write(seen: Inspection, folder: Path) -> list[Path]:
             for kind, metadata in (("png", {}), ("svg", {"Date": None})):  # no date: the same bytes each time
                 file = folder / f"{file_name(name)}.{kind}"
                 figure.savefig(file, dpi=150, metadata=metadata, facecolor="white")
+                figure.set_layout_engine("none")  # found for the first, it serves the second
                 files.append(file)
     return files
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 1 << 20
-"""Different values that are told apart, of each expert in one tensor: 4 MB of float32 patterns.
+"""Different values that are told apart, of each expert in one tensor.
 
 One more stands for all larger numbers. Fine-tunes in 16 bits have some thousand in a matrix; in float32 nearly
 every element has a value of its own, and there is no more to know than that.
@@ -20,26 +20,37 @@ every element has a value of its own, and there is no more to know than that.
 
 
 class Values:
-    """The different values of k task vectors, collected slice by slice in any order."""
+    """The different values of k task vectors of so many elements, collected slice by slice in any order."""
 
-    def __init__(self, experts: int) -> None:
-        self._seen = [torch.empty(0, dtype=torch.int32) for _ in range(experts)]
+    def __init__(self, experts: int, elements: int) -> None:
+        room = min(elements, 2 * (MOST + 1))  # for what was told apart, and for one slice more
+        self._seen = torch.empty(experts, room, dtype=torch.int32)
+        self._held = [0] * experts  # how many there are, some of them once for each slice that has them
+        self._full = [False] * experts  # whether more than MOST were told apart
 
-    def different(self, deltas: Tensor) -> list[Tensor]:
-        """Those of each task vector of a slice [k r c]; none of one that has more than `MOST` already."""
-        loops = counting.of(deltas)
-        return [
-            loops.different(each) if len(seen) <= MOST else torch.empty(0, dtype=torch.int32)
-            for seen, each in zip(self._seen, deltas, strict=True)
-        ]
+    def different(self, deltas: Tensor) -> Sequence[Tensor]:
+        """Those of each task vector of a slice [k r c]; nothing once there is no more to know."""
+        return () if all(self._full) else counting.of(deltas).different(deltas)
 
     def add(self, found: Sequence[Tensor]) -> None:
         """Joins what is `different` in a slice."""
-        for i, (seen, more) in enumerate(zip(self._seen, found, strict=True)):
-            if len(more):
-                together = torch.cat([seen, more]).view(torch.float32)
-                self._seen[i] = counting.of(together).different(together)[: MOST + 1]
+        for i, own in enumerate(found):
+            more = own[: MOST + 1]
+            if self._held[i] + len(more) > self._seen.shape[1]:
+                self._tell_apart(i)
+            if not self._full[i]:
+                self._seen[i, self._held[i] :][: len(more)] = more
+                self._held[i] += len(more)
+
+    def _tell_apart(self, i: int) -> None:
+        seen = self._seen[i, : self._held[i]].view(torch.float32)
+        (once,) = counting.of(seen).different(seen.unsqueeze(0))
+        self._held[i] = min(len(once), MOST + 1)
+        self._seen[i, : self._held[i]] = once[: MOST + 1]
+        self._full[i] = len(once) > MOST
 
     def count(self) -> tuple[int, ...]:
         """How many each expert has, [k]; `MOST` + 1 where it has more than `MOST`."""
-        return tuple(map(len, self._seen))
+        for i in range(len(self._held)):
+            self._tell_apart(i)
+        return tuple(self._held)

@@ -5,6 +5,7 @@ A position is kept where a vector is not zero. Shapes: k experts, r rows, c colu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
@@ -16,57 +17,75 @@ if TYPE_CHECKING:
 LANES = 16
 """Sums that run side by side in an inner product; whoever adds in another order gets other bits."""
 
+MOST = 254
+"""Vectors of which a byte says how many keep a position."""
+
+
+@dataclass
+class Counts:
+    """Counts of k task vectors of c columns, added up over slices in any order; of each thread, or of all."""
+
+    both: Tensor  # [k k] positions that both keep
+    opposed: Tensor  # [k k] positions that both keep with different signs
+    holders: Tensor  # [k+1] positions that exactly 0, 1, .. k keep
+    row_squares: Tensor  # [k] of what each row keeps
+    block_squares: Tensor  # [k] of what each block keeps that lies in one slice
+    by_column: Tensor  # [k c] int32, all others int64
+
+    @classmethod
+    def none(cls, k: int, c: int) -> Counts:
+        """Nothing counted yet."""
+        both, opposed = torch.zeros(2, k, k, dtype=torch.int64)
+        row_squares, block_squares = torch.zeros(2, k, dtype=torch.int64)
+        holders, by_column = torch.zeros(k + 1, dtype=torch.int64), torch.zeros(k, c, dtype=torch.int32)
+        return cls(both, opposed, holders, row_squares, block_squares, by_column)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(one + more for one, more in zip(vars(self).values(), vars(other).values(), strict=True)))
+
 
 class Counting:
     """The loops in numpy, for tensors of any device."""
 
-    def pairs(self, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions of [k n] that two experts keep [k k], with different signs [k k], that 0, 1, .. k keep [k+1]."""
-        import numpy
+    def vectors(self, deltas: Tensor, first: int, size: int, into: Counts) -> tuple[Tensor, Tensor]:
+        """Counts task vectors [k r c] into ``into``; inner products [k k] and what is kept of blocks cut off [k 2].
 
-        values = deltas.flatten(1).cpu().numpy()
-        kept, negative = values != 0, values < 0
-        k = len(values)
-        both, opposed = numpy.zeros((2, k, k), "int64")
-        for i in range(k):
-            for j in range(k):
-                shared = kept[i] & kept[j]
-                both[i, j] = numpy.count_nonzero(shared)
-                opposed[i, j] = numpy.count_nonzero(shared & (negative[i] ^ negative[j]))
-        holders = numpy.bincount(kept.sum(0), minlength=k + 1)
-        return torch.from_numpy(both), torch.from_numpy(opposed), torch.from_numpy(holders)
-
-    def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """Inner products of float32 vectors [k n] and [m n] in float64: [k m]."""
-        import numpy
-
-        sides = []
-        for side in (left, right):
-            values = side.flatten(1).cpu().double().numpy()
-            sides.append(numpy.pad(values, [(0, 0), (0, -values.shape[1] % LANES)]).reshape(len(values), -1, LANES))
-        sums = [[(one * other).sum(0) for other in sides[1]] for one in sides[0]]  # row after row, as numpy adds these
-        return torch.tensor([[sum(lanes.tolist()) for lanes in row] for row in sums], dtype=torch.float64)
-
-    def lines(self, deltas: Tensor, first: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions of [k r c] that each row keeps [k r], each column [k c], each block of ``size`` elements [k b].
-
-        Element 0 is number ``first`` of the first block, of which there may be no more; so may the last be cut.
+        Blocks are ``size`` elements; element 0 is number ``first`` of the first block, so the first and the last may
+        lie in other slices too.
         """
         import numpy
 
-        kept = deltas.cpu().numpy() != 0
-        flat = kept.reshape(len(kept), -1)
-        whole = numpy.pad(flat, [(0, 0), (first, -(first + flat.shape[1]) % size)]).reshape(len(kept), -1, size)
-        counts = (numpy.count_nonzero(each, axis=axis) for each, axis in ((kept, 2), (kept, 1), (whole, 2)))
-        by_row, by_column, by_block = (torch.from_numpy(each.astype("int32")) for each in counts)
-        return by_row, by_column, by_block
+        values = deltas.cpu().numpy()
+        kept, negative = values != 0, values < 0
+        k = len(values)
+        for i in range(k):
+            for j in range(k):
+                shared = kept[i] & kept[j]
+                into.both[i, j] += int(numpy.count_nonzero(shared))
+                into.opposed[i, j] += int(numpy.count_nonzero(shared & (negative[i] ^ negative[j])))
+        into.holders += torch.from_numpy(numpy.bincount(kept.sum(0).ravel(), minlength=k + 1))
+        into.row_squares += torch.from_numpy((kept.sum(2) ** 2).sum(1))
+        into.by_column += torch.from_numpy(kept.sum(1).astype("int32"))
+        flat = kept.reshape(k, -1)
+        head, tail = min(-first % size, flat.shape[1]), (first + flat.shape[1]) % size
+        if first and first + flat.shape[1] < size:
+            head, tail = 0, flat.shape[1]  # all of it lies in one block that ends elsewhere
+        whole = flat[:, head : flat.shape[1] - tail].reshape(k, -1, size).sum(2)
+        into.block_squares += torch.from_numpy((whole**2).sum(1))
+        cut = [[numpy.count_nonzero(own[:head]), numpy.count_nonzero(own[len(own) - tail :])] for own in flat]
+        return _products(deltas, deltas), torch.tensor(cut)
 
-    def different(self, values: Tensor) -> Tensor:
-        """The different bit patterns among float32 values [n] other than zeros, in any order: int32."""
+    def merged(self, merged: Tensor, deltas: Tensor) -> tuple[int, Tensor]:
+        """Positions that a merged vector [r c] keeps; its inner products with itself and with deltas [k r c]: [1+k]."""
+        alone = merged.unsqueeze(0)
+        return int(merged.count_nonzero()), torch.cat([_products(alone, alone), _products(alone, deltas)], 1)[0]
+
+    def different(self, deltas: Tensor) -> list[Tensor]:
+        """Each vector's [k r c] different float32 bit patterns other than those of zeros, in any order: int32."""
         import numpy
 
-        patterns = values.flatten().cpu().contiguous().view(torch.int32).numpy()
-        return torch.from_numpy(numpy.unique(patterns[patterns & 0x7FFFFFFF != 0]))
+        several = deltas.flatten(1).cpu().contiguous().view(torch.int32).numpy()
+        return [torch.from_numpy(numpy.unique(patterns[patterns & 0x7FFFFFFF != 0])) for patterns in several]
 
     def endings(self, result: Tensor, base: Tensor | None, experts: Tensor) -> Tensor:
         """Positions of [n] that have the value of base [n], or 0, of each expert [k n], of none: [k+2].
@@ -88,42 +107,35 @@ class Counting:
 class NativeCounting(Counting):
     """The loops in native.c, for tensors in the memory of the CPU."""
 
-    def pairs(self, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Counting.pairs`."""
-        deltas = deltas.contiguous()
-        k = len(deltas)
-        both, opposed = torch.zeros(2, k, k, dtype=torch.int64)
-        holders = torch.zeros(k + 1, dtype=torch.int64)
-        if not _call("count_pairs", deltas, k, deltas[0].numel(), both, opposed, holders):
-            raise MemoryError
-        return both, opposed, holders
-
-    def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """As `Counting.products`."""
-        left, right = left.contiguous(), right.contiguous()
-        out = torch.empty(len(left), len(right), dtype=torch.float64)
-        _call("products", left, len(left), right, len(right), left[0].numel(), out)
-        return out
-
-    def lines(self, deltas: Tensor, first: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Counting.lines`."""
+    def vectors(self, deltas: Tensor, first: int, size: int, into: Counts) -> tuple[Tensor, Tensor]:
+        """As `Counting.vectors`."""
         deltas = deltas.contiguous()
         k, r, c = deltas.shape
-        blocks = -(-(first + r * c) // size)
-        counts = [torch.zeros(k, n, dtype=torch.int32) for n in (r, c, blocks)]
-        _call("count_lines", deltas, k, r, c, first, size, blocks, *counts)
-        by_row, by_column, by_block = counts
-        return by_row, by_column, by_block
+        if k > MOST:
+            return super().vectors(deltas, first, size, into)
+        cut, products = torch.zeros(k, 2, dtype=torch.int64), torch.empty(k, k, dtype=torch.float64)
+        if not _call("count_vectors", deltas, k, r, c, first, size, *vars(into).values(), cut, products):
+            raise MemoryError
+        return products, cut
 
-    def different(self, values: Tensor) -> Tensor:
-        """As `Counting.different`; in a table that is made larger whenever more than half of it is taken."""
-        values = values.contiguous()
-        found = torch.empty(values.numel(), dtype=torch.int32)
-        known, bits = -1, 12
-        while known < 0:
+    def merged(self, merged: Tensor, deltas: Tensor) -> tuple[int, Tensor]:
+        """As `Counting.merged`."""
+        products = torch.empty(1 + len(deltas), dtype=torch.float64)
+        arrays = merged.contiguous(), deltas.contiguous()
+        kept = _call("count_merged", *arrays, len(deltas), merged.numel(), products)
+        if kept < 0:
+            raise MemoryError
+        return kept, products
+
+    def different(self, deltas: Tensor) -> list[Tensor]:
+        """As `Counting.different`; in a table that is made larger whenever it may be taken by more than half."""
+        deltas = deltas.contiguous()
+        k, n = len(deltas), deltas[0].numel()
+        found, known = torch.empty(k, n, dtype=torch.int32), torch.empty(k, dtype=torch.int64)
+        high, bits = torch.empty(1 << 16, dtype=torch.uint8), 14
+        while not _call("different", deltas, k, n, high, _table(bits), bits, found, known):
             bits += 2
-            known = _call("gather", values, values.numel(), torch.zeros(1 << bits, dtype=torch.int32), bits, found, 0)
-        return found[:known].clone()
+        return [own[:count] for own, count in zip(found, known.tolist(), strict=True)]
 
     def endings(self, result: Tensor, base: Tensor | None, experts: Tensor) -> Tensor:
         """As `Counting.endings`."""
@@ -133,6 +145,22 @@ class NativeCounting(Counting):
         return ends
 
 
+def _table(bits: int) -> Tensor:
+    return torch.empty(1 << bits, dtype=torch.int32)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of float32 vectors [k n] and [m n] in float64: [k m]."""
+    import numpy
+
+    sides = []
+    for side in (left, right):
+        values = side.flatten(1).cpu().double().numpy()
+        sides.append(numpy.pad(values, [(0, 0), (0, -values.shape[1] % LANES)]).reshape(len(values), -1, LANES))
+    sums = [[(one * other).sum(0) for other in sides[1]] for one in sides[0]]  # row after row, as numpy adds these
+    return torch.tensor([[lanes.cumsum()[-1] for lanes in row] for row in sums], dtype=torch.float64)
+
+
 _NATIVE, _NUMPY = NativeCounting(), Counting()
 
 
@@ -140,4 +168,4 @@ def of(*values: Tensor) -> Counting:
     """The loops for these tensors, compiled where all of them are of one dtype in memory that C can read."""
     first = values[0]
     plain = all(each.device.type == "cpu" and each.dtype == first.dtype for each in values)
-    return _NATIVE if plain and has("count_pairs") and takes(first.dtype) else _NUMPY
+    return _NATIVE if plain and has("count_vectors") and takes(first.dtype) else _NUMPY

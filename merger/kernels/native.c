@@ -1,7 +1,7 @@
 /* The loops in which a merge spends its time. Each has a twin in reference.py that gives the same bits.
  *
  * Arrays lie in one piece: k experts of n elements each. A score ranks by its size, and a float32 without its sign
- * sorts as its own bit pattern: its key. Nothing here allocates but a row's scratch, keeps state, or starts a thread.
+ * sorts as its own bit pattern: its key. Nothing here allocates but scratch, keeps state, or starts a thread.
  * Built without contraction and without fast-math: a * b + c rounds twice, as it does in torch.
  */
 #include <stdint.h>
@@ -372,106 +372,238 @@ int64_t uniforms_f64(uint64_t key0, uint64_t key1, int64_t start, int64_t n, dou
 
 /* --- counts: what an inspection says of task vectors; a position is kept where one is not zero -------------- */
 
-/* The sum of products of signs, or of zeros and ones: 32 at a time where vectors have 512 bits. */
-static inline int64_t agreement(const int16_t *one, const int16_t *other, int64_t n) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += (int32_t)one[i] * other[i];
-    return sum;
-}
+#define SPAN 2048   /* elements of each vector that are looked at from all sides before the next */
+#define SUMMED 1024 /* bytes of 0 and 1 that are added up eight to a word, whose sums stay below 256 */
+#define WIDENED 512 /* elements that are doubles at once */
+#define LANES 16    /* sums of an inner product that run side by side, of every 16th product */
+#define WITHIN static inline __attribute__((always_inline)) /* a function of its own is compiled for the oldest processors */
 
-/* How many of at most PIECE numbers are the wanted one. On its own, or gcc takes several wanted ones for a vector. */
-CLONES int64_t occurrences(const int16_t *numbers, int64_t n, int16_t wanted) {
-    int16_t found = 0;
-    for (int64_t i = 0; i < n; i++) found = (int16_t)(found + (numbers[i] == wanted));
-    return found;
-}
-
-/* Positions that experts e and f both keep, both [k k], and with different signs, opposed [k k]; positions that
- * exactly 0, 1, .. k of them keep, holders [k+1]. 0 if memory ran out. */
-CLONES int64_t count_pairs(const float *deltas, int64_t k, int64_t n, int64_t *both, int64_t *opposed, int64_t *holders) {
-    int16_t depth[PIECE], *signs = malloc((size_t)(2 * k) * sizeof depth), *kept = signs + k * PIECE;
-    if (!signs) return 0;
-    for (int64_t start = 0; start < n; start += PIECE) {
-        int64_t count = least(PIECE, n - start);
-        memset(depth, 0, sizeof depth);
-        for (int64_t e = 0; e < k; e++) {
-            const float *own = deltas + e * n + start;
-            int16_t *sign = signs + e * PIECE, *held = kept + e * PIECE;
-            for (int64_t i = 0; i < count; i++) {
-                sign[i] = (int16_t)((own[i] > 0) - (own[i] < 0));
-                held[i] = (int16_t)(sign[i] * sign[i]);
-                depth[i] = (int16_t)(depth[i] + held[i]);
-            }
-            for (int64_t f = 0; f <= e; f++) {
-                int64_t shared = agreement(held, kept + f * PIECE, count);
-                both[e * k + f] += shared;
-                opposed[e * k + f] += (shared - agreement(sign, signs + f * PIECE, count)) / 2;
-            }
-        }
-        for (int16_t h = 0; h <= k; h++) holders[h] += occurrences(depth, count, h);
+/* How many of SPAN bytes of 0 and 1 are 1. */
+WITHIN int64_t ones(const uint8_t *bytes) {
+    const uint64_t even = 0x00FF00FF00FF00FFu;
+    int64_t total = 0;
+    for (int64_t start = 0; start < SPAN; start += SUMMED) {
+        uint64_t sums = 0, word;
+        for (int64_t i = start; i < start + SUMMED; i += 8) { memcpy(&word, bytes + i, 8); sums += word; }
+        sums = (sums & even) + (sums >> 8 & even);
+        total += (int64_t)(sums * 0x0001000100010001u >> 48);
     }
-    for (int64_t e = 0; e < k; e++)
-        for (int64_t f = e + 1; f < k; f++) both[e * k + f] = both[f * k + e], opposed[e * k + f] = opposed[f * k + e];
-    free(signs);
-    return 1;
-}
-
-#define LANES 16 /* sums that run side by side, of every 16th product */
-
-static inline double dot(const float *one, const float *other, int64_t n) {
-    double sums[LANES] = {0}, total = 0;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int64_t l = 0; l < LANES; l++) sums[l] += (double)one[i + l] * (double)other[i + l];
-    for (int64_t l = 0; i + l < n; l++) sums[l] += (double)one[i + l] * (double)other[i + l];
-    for (int64_t l = 0; l < LANES; l++) total += sums[l];
     return total;
 }
 
-/* Inner products [k m] of vectors [k n] and [m n]: the product of two floats is a double without rounding. */
-CLONES void products(const float *left, int64_t k, const float *right, int64_t m, int64_t n, double *out) {
-    for (int64_t e = 0; e < k; e++)
-        for (int64_t f = 0; f < m; f++)
-            out[e * m + f] = left == right && f < e ? out[f * m + e] : dot(left + e * n, right + f * n, n);
+/* Bytes of 0 and 1 for n elements, the rest of SPAN 0: whether one is kept, and below zero. */
+WITHIN void signs_of(const uint32_t *own, int64_t n, uint8_t *held, uint8_t *below) {
+    for (int64_t i = 0; i < n; i++) held[i] = (own[i] & ABSOLUTE) != 0;
+    for (int64_t i = 0; i < n; i++) below[i] = (uint8_t)(own[i] >> 31);
+    memset(held + n, 0, (size_t)(SPAN - n));
+    memset(below + n, 0, (size_t)(SPAN - n));
 }
 
-/* How many positions of [k r c] each row keeps, by_row [k r], and each column, by_column [k c]; and each block of
- * `size` elements, by_block [k b], where element 0 is number `first` of the first block. */
-CLONES void count_lines(const float *deltas, int64_t k, int64_t r, int64_t c, int64_t first, int64_t size, int64_t blocks,
-                        int32_t *by_row, int32_t *by_column, int32_t *by_block) {
+/* Adds to both [k k] and opposed [k k], given held [k SPAN] and below. */
+WITHIN void add_pairs(const uint8_t *held, const uint8_t *below, int64_t k, int64_t *both, int64_t *opposed) {
+    uint8_t shared[SPAN], unlike[SPAN];
     for (int64_t e = 0; e < k; e++) {
-        const float *own = deltas + e * r * c;
-        for (int64_t y = 0; y < r; y++) {
-            int32_t kept = 0;
-            for (int64_t x = 0; x < c; x++) {
-                int32_t here = own[y * c + x] != 0;
-                by_column[e * c + x] += here;
-                kept += here;
-            }
-            by_row[e * r + y] = kept;
-        }
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t from = b ? b * size - first : 0, to = least((b + 1) * size - first, r * c);
-            int32_t kept = 0;
-            for (int64_t i = from; i < to; i++) kept += own[i] != 0;
-            by_block[e * blocks + b] = kept;
+        both[e * k + e] += ones(held + e * SPAN);
+        for (int64_t f = 0; f < e; f++) {
+            const uint8_t *one = held + e * SPAN, *other = held + f * SPAN;
+            const uint8_t *sign = below + e * SPAN, *other_sign = below + f * SPAN;
+            for (int64_t i = 0; i < SPAN; i++) shared[i] = one[i] & other[i];
+            for (int64_t i = 0; i < SPAN; i++) unlike[i] = shared[i] & (sign[i] ^ other_sign[i]);
+            int64_t counts[] = {ones(shared), ones(unlike)};
+            both[e * k + f] += counts[0], both[f * k + e] += counts[0];
+            opposed[e * k + f] += counts[1], opposed[f * k + e] += counts[1];
         }
     }
 }
 
-/* Appends to found, which has `known` values, those of the n patterns that are not zero and new. `table` has
- * 2^bits places, 0 where free. -1 once more than half of it is taken: then it is as good as lost. */
-int64_t gather(const uint32_t *patterns, int64_t n, uint32_t *table, int64_t bits, uint32_t *found, int64_t known) {
-    int64_t most = (int64_t)1 << (bits - 1);
-    uint32_t mask = ((uint32_t)1 << bits) - 1;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t pattern = patterns[i], place = pattern * 0x9E3779B1u >> (32 - bits);
-        while (table[place] != pattern && table[place]) place = (place + 1) & mask;
-        if (table[place] == pattern || pattern << 1 == 0) continue; /* 0 is found where a place is free */
-        if (known == most) return -1;
-        table[place] = found[known++] = pattern;
+/* Adds to holders [k+1], given held [k SPAN] of n elements. */
+WITHIN void add_holders(const uint8_t *held, int64_t k, int64_t n, int64_t *holders) {
+    uint8_t depth[SPAN], equal[SPAN];
+    memset(depth, 0, sizeof depth);
+    for (int64_t e = 0; e < k; e++)
+        for (int64_t i = 0; i < SPAN; i++) depth[i] = (uint8_t)(depth[i] + held[e * SPAN + i]);
+    for (int64_t h = 0; h <= k; h++) {
+        for (int64_t i = 0; i < SPAN; i++) equal[i] = depth[i] == (uint8_t)h;
+        holders[h] += ones(equal);
+    }
+    holders[0] -= SPAN - n;
+}
+
+/* The row or block that n elements begin in: how many elements came before them, and of these are kept. */
+typedef struct { int64_t passed, kept; } line;
+
+/* Adds to by_column [c], and the square of what each row that ends here keeps to squares. */
+WITHIN void add_rows(const uint8_t *held, int64_t n, int64_t c, line *row, int32_t *by_column, int64_t *squares) {
+    for (int64_t start = 0, stop; start < n; start = stop) {
+        stop = least(n, start + c - row->passed);
+        int32_t *columns = by_column + row->passed, kept = 0;
+        for (int64_t i = start; i < stop; i++) {
+            columns[i - start] += held[i];
+            kept += held[i];
+        }
+        *row = (line){row->passed + stop - start, row->kept + kept};
+        if (row->passed < c) return;
+        *squares += row->kept * row->kept;
+        *row = (line){0, 0};
+    }
+}
+
+/* Adds the square of what each block that ends here keeps to squares; but of one that begins elsewhere, what it keeps
+ * to *cut. */
+WITHIN void add_blocks(const uint8_t *held, int64_t n, int64_t size, line *block, int64_t **cut, int64_t *squares) {
+    for (int64_t start = 0, stop; start < n; start = stop) {
+        stop = least(n, start + size - block->passed);
+        int32_t kept = 0;
+        for (int64_t i = start; i < stop; i++) kept += held[i];
+        *block = (line){block->passed + stop - start, block->kept + kept};
+        if (block->passed < size) return;
+        if (*cut) **cut = block->kept;
+        else *squares += block->kept * block->kept;
+        *cut = NULL;
+        *block = (line){0, 0};
+    }
+}
+
+/* n floats as doubles, up to the next full row of lanes with zeros. */
+WITHIN void widen(const float *own, int64_t n, double *wide) {
+    for (int64_t i = 0; i < n; i++) wide[i] = (double)own[i];
+    for (int64_t i = n; i % LANES; i++) wide[i] = 0;
+}
+
+/* Adds n products to the lanes: the product of two floats is a double without rounding. */
+WITHIN void add_products(const double *one, const double *other, int64_t n, double *into) {
+    double lanes[LANES];
+    memcpy(lanes, into, sizeof lanes);
+    for (int64_t i = 0; i < n; i += LANES)
+        for (int64_t l = 0; l < LANES; l++) lanes[l] += one[i + l] * other[i + l];
+    memcpy(into, lanes, sizeof lanes);
+}
+
+WITHIN double sum_of(const double *lanes) {
+    double total = 0;
+    for (int64_t l = 0; l < LANES; l++) total += lanes[l];
+    return total;
+}
+
+/* Adds to lanes [k k 16], f <= e, of n elements of k vectors that lie `apart`; wide [k WIDENED] is scratch. */
+WITHIN void add_gram(const float *deltas, int64_t k, int64_t apart, int64_t n, double *wide, double *lanes) {
+    for (int64_t start = 0; start < n; start += WIDENED) {
+        int64_t count = least(WIDENED, n - start);
+        for (int64_t e = 0; e < k; e++) {
+            widen(deltas + e * apart + start, count, wide + e * WIDENED);
+            for (int64_t f = 0; f <= e; f++)
+                add_products(wide + e * WIDENED, wide + f * WIDENED, count, lanes + (e * k + f) * LANES);
+        }
+    }
+}
+
+/* Looks at k < 255 task vectors [k r c] of a slice. Adds up the positions that experts e and f both keep, both [k k],
+ * and with different signs, opposed [k k]; those that exactly 0, 1, .. k keep, holders [k+1]; the squares of what each row
+ * keeps, row_squares [k], and each block of `size` elements, block_squares [k]; what each column keeps, by_column
+ * [k c]. Gives what is kept of a first and of a last block that other slices have a part of, cut [k 2] (element 0 is number
+ * `first` of the first block), and inner products [k k]. 0 if memory ran out. */
+CLONES int64_t count_vectors(const float *deltas, int64_t k, int64_t r, int64_t c, int64_t first, int64_t size,
+                             int64_t *both, int64_t *opposed, int64_t *holders, int64_t *row_squares,
+                             int64_t *block_squares, int32_t *by_column, int64_t *cut, double *products) {
+    struct { line row, block; int64_t *cut; } *at = malloc((size_t)k * sizeof *at);
+    uint8_t *held = malloc((size_t)(2 * k * SPAN)), *below = held + k * SPAN;
+    double *lanes = calloc((size_t)(k * k * LANES + k * WIDENED), sizeof *lanes), *wide = lanes + k * k * LANES;
+    int64_t done = at && held && lanes, n = r * c;
+    for (int64_t e = 0; done && e < k; e++) {
+        at[e].row = (line){0, 0}, at[e].block = (line){first, 0};
+        at[e].cut = first ? cut + 2 * e : NULL;
+    }
+    for (int64_t start = 0; done && start < n; start += SPAN) {
+        int64_t count = least(SPAN, n - start);
+        for (int64_t e = 0; e < k; e++) {
+            uint8_t *own = held + e * SPAN;
+            signs_of((const uint32_t *)(deltas + e * n + start), count, own, below + e * SPAN);
+            add_rows(own, count, c, &at[e].row, by_column + e * c, row_squares + e);
+            add_blocks(own, count, size, &at[e].block, &at[e].cut, block_squares + e);
+        }
+        add_pairs(held, below, k, both, opposed);
+        add_holders(held, k, count, holders);
+        add_gram(deltas + start, k, n, count, wide, lanes);
+    }
+    for (int64_t e = 0; done && e < k; e++) {
+        cut[2 * e + 1] = at[e].block.kept;
+        for (int64_t f = 0; f <= e; f++) products[e * k + f] = products[f * k + e] = sum_of(lanes + (e * k + f) * LANES);
+    }
+    free(at), free(held), free(lanes);
+    return done;
+}
+
+/* Looks at a merged vector [n] beside the task vectors [k n]: how many positions it keeps, and its inner products with itself
+ * and with each of them [1+k]. -1 if memory ran out. */
+CLONES int64_t count_merged(const float *merged, const float *deltas, int64_t k, int64_t n, double *products) {
+    double wide[WIDENED], other[WIDENED], *lanes = calloc((size_t)(1 + k) * LANES, sizeof *lanes);
+    int64_t kept = 0;
+    if (!lanes) return -1;
+    for (int64_t start = 0; start < n; start += WIDENED) {
+        int64_t count = least(WIDENED, n - start);
+        int32_t here = 0;
+        for (int64_t i = start; i < start + count; i++) here += merged[i] != 0;
+        kept += here;
+        widen(merged + start, count, wide);
+        add_products(wide, wide, count, lanes);
+        for (int64_t e = 0; e < k; e++) {
+            widen(deltas + e * n + start, count, other);
+            add_products(wide, other, count, lanes + (1 + e) * LANES);
+        }
+    }
+    for (int64_t e = 0; e <= k; e++) products[e] = sum_of(lanes + e * LANES);
+    free(lanes);
+    return kept;
+}
+
+/* Puts a pattern into a table of 2^bits places, 0 where free; whether it is new. */
+static inline int64_t is_new(uint32_t pattern, uint32_t *table, int64_t bits) {
+    uint32_t place = pattern * 0x9E3779B1u >> (32 - bits), mask = ((uint32_t)1 << bits) - 1;
+    while (table[place] != pattern && table[place]) place = (place + 1) & mask;
+    int64_t new = !table[place];
+    table[place] = pattern;
+    return new;
+}
+
+/* The different ones of n patterns other than those of zero, into found; how many. -1 if more than half of a table of
+ * 2^bits places may be taken. A pattern whose low half is 0, as is nearly every difference of bf16 numbers, has a place of its
+ * own in high [65536]; only the others go into the table. */
+static inline int64_t gather(const uint32_t *patterns, int64_t n, uint8_t *high, uint32_t *table, int64_t bits,
+                             uint32_t *found) {
+    uint32_t others[PIECE];
+    int64_t known = 0, most = (int64_t)1 << (bits - 1);
+    memset(high, 0, 65536);
+    memset(table, 0, sizeof *table << bits);
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t stop = least(start + PIECE, n), count = 0;
+        for (int64_t i = start; i < stop; i++) {
+            uint32_t pattern = others[count] = patterns[i], low = (uint16_t)pattern;
+            high[low ? 0 : pattern >> 16] = 1;
+            count += low != 0;
+        }
+        if (known + count > most) return -1;
+        for (int64_t j = 0; j < count; j++)
+            if (is_new(others[j], table, bits)) found[known++] = others[j];
+    }
+    high[0] = high[0x8000] = 0;
+    for (uint32_t first = 0; first < 65536; first += 8) {
+        uint64_t any;
+        memcpy(&any, high + first, 8);
+        for (uint32_t h = first; any && h < first + 8; h++)
+            if (high[h]) found[known++] = h << 16;
     }
     return known;
+}
+
+/* The different values but zero of vectors [k n] into found [k n], and how many each has, known [k]. The scratch is a table
+ * of 2^bits places and high [65536]; 0 if that table is too small. */
+int64_t different(const uint32_t *patterns, int64_t k, int64_t n, uint8_t *high, uint32_t *table, int64_t bits,
+                  uint32_t *found, int64_t *known) {
+    for (int64_t e = 0; e < k; e++) {
+        known[e] = gather(patterns + e * n, n, high, table, bits, found + e * n);
+        if (known[e] < 0) return 0;
+    }
+    return 1;
 }
 
 /* Adds to ends [k+2] how many positions have the value of base [n], of the experts [k n], of none of them; where several

@@ -51,11 +51,11 @@ def regmean(
         return mean(deltas, weight=weight) * float(lambda_)
     first = deltas[0].double()
     total, beside = torch.zeros_like(gram[0], dtype=torch.float64), torch.zeros_like(first)
-    for k, (delta, own, share) in enumerate(zip(deltas, gram, weight, strict=True)):
-        seen = own.double().mul_(float(alpha))
+    for number, (delta, own, share) in enumerate(zip(deltas, gram, weight, strict=True)):
+        seen = own.to(torch.float64, copy=True).mul_(float(alpha))
         seen.diagonal().copy_(own.diagonal())
         total += seen.mul_(float(share))
-        if k:  # the first is nothing beside itself
+        if number:  # the first differs from itself by nothing, and these products take most of the time
             beside += (delta.double() - first) @ seen
     # from the first on, so that equal task vectors come back bit for bit
     merged: Tensor = first + torch.cholesky_solve(beside.T, _factor(total)).T

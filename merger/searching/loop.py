@@ -72,7 +72,8 @@ def explore(
     except StopIteration:
         pass
     if left_out:
-        notice(f"{len(left_out)} points were left out, as their values do not go together; the first is {left_out[0]}")
+        told = f"{len(left_out)}, the first of them {left_out[0]}"
+        notice(f"points left out, as their values do not go together: {told}")
 
 
 def _impossible(space: Space, point: Point) -> str | None:

@@ -1,0 +1,68 @@
+"""What a trial of `merger search` costs: seconds of its merge in memory, beside those of judging it.
+
+    python scripts/search_overhead.py recipes/search/methods.yaml --variants linear ties obim --samples 40 --trials 2
+
+For each variant of the recipe it merges points drawn at random, one after the other as a search would; the first
+merge of all makes the model too, and that of a variant what its method needs and no run before has kept. Judging
+takes the same passes whatever was merged, so it is timed after the merges of the first variant only. A line is
+printed as soon as it is known.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+from statistics import median
+
+from merger.document import read
+from merger.evaluation import families, tasks
+from merger.evaluation.hosting import Bench, Way
+from merger.evaluation.judging import Panel
+from merger.recipe import overridden, search_of
+from merger.searching.space import Space, example, spaces
+
+
+def main() -> None:
+    given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given.add_argument("recipe", type=Path)
+    given.add_argument("--variants", nargs="+", required=True)
+    given.add_argument("--samples", type=int, default=40, help="texts of each task that a trial is judged by")
+    given.add_argument("--trials", type=int, default=2, help="merges of each variant")
+    given.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    asked = given.parse_args()
+
+    document = overridden(read(asked.recipe), asked.overrides)
+    variants = spaces(document, search_of(document).variants, asked.overrides)
+    family = families.of({name: example(space) for name, space in variants.items()})
+    section = family.evaluation
+    assert section is not None
+    held_out = tasks.load(section.data, family.folder, asked.samples)
+    judged: list[float] = []
+    print("| variant | merges, s | median | judging, s | merge / judging |\n|---|---|---|---|---|")
+    with Bench(Way()) as bench:
+        panel = Panel(bench, family, held_out, section.max_tokens)
+        for name in asked.variants:
+            merged = []
+            for seconds, model in merges(bench, variants[name], asked.trials):
+                merged.append(seconds)
+                if name == asked.variants[0]:
+                    began = time.monotonic()
+                    panel.outcomes(model, name)
+                    judged.append(time.monotonic() - began)
+            each = ", ".join(f"{seconds:.1f}" for seconds in merged)
+            cost, judging = median(merged), median(judged)
+            print(f"| {name} | {each} | {cost:.1f} | {judging:.1f} | {cost / judging:.2f} |", flush=True)
+
+
+def merges(bench: Bench, space: Space, trials: int):
+    """The seconds of each merge, and its model, which the next one overwrites."""
+    rng = random.Random(0)
+    for _ in range(trials):
+        recipe = space.recipe({each.name: each.draw(rng) for each in space.dimensions})
+        began = time.monotonic()
+        model, _ = bench.merged(recipe)
+        yield time.monotonic() - began, model
+
+
+if __name__ == "__main__":
+    main()
