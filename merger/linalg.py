@@ -10,7 +10,8 @@ and at most 5e-9 as measured from 192x576 to 1536x1536, on normal deviates, on v
 1e-6 of the largest and on rank 16. A float32 SVD of the same is wrong by up to 1e-3 and takes as long
 (1.3 s against 1.3 s at 1536x1536 on one core, 0.2 against 0.1 at 576x1536; float64: 2.5 and 0.35).
 Below ``SMALL`` the tolerance is so fine that the squares do not hold it, and LAPACK's SVD is taken.
-Polar factors need no singular vectors of the larger side at all. Iterations for them (Newton-Schulz,
+Polar factors need no singular vectors of the larger side at all, and what two of them stand around is multiplied
+from the inside, where matrices are small. Iterations for them (Newton-Schulz,
 Halley by Cholesky factors) take five to ten rounds of some five products of matrices at the condition
 numbers of task vectors, where the eigenvectors cost as much as seven products (1536x1536).
 
@@ -127,9 +128,11 @@ def _span(wide: Tensor) -> Tensor | None:
     if max(wide.shape) < SMALL or height < 2 * SKETCH:
         return None
     random = torch.Generator().manual_seed(0)
-    sketch = wide @ torch.randn(width, SKETCH, generator=random, dtype=torch.float64).to(wide.device)
-    spread = torch.linalg.eigvalsh(sketch.T @ sketch)
-    if spread[0] > tolerance(wide) ** 2 * spread[-1]:
+    drawn = torch.randn(width, SKETCH, generator=random).to(wide)  # float64 ones take five times as long to draw
+    if _independent(wide[: 2 * SKETCH] @ drawn, wide):  # some rows tell it of most matrices
+        return None
+    sketch = wide @ drawn
+    if _independent(sketch, wide):
         return None
     span, _ = torch.linalg.qr(sketch)
     inside = (span.T @ wide).square().sum()
@@ -138,26 +141,40 @@ def _span(wide: Tensor) -> Tensor | None:
     return span if outside <= (tolerance(wide) / 10) ** 2 * largest else None
 
 
-def polar(matrix: Tensor) -> Tensor:
-    """The nearest to a matrix [m n] of those without length: P @ Q.T for P * d @ Q.T, over existing directions."""
-    return _flat(matrix)[0]
+def _independent(sketch: Tensor, matrix: Tensor) -> bool:
+    """Whether all columns of a sketch have directions of their own that exist in ``matrix``."""
+    spread = torch.linalg.eigvalsh(sketch.T @ sketch)
+    return bool(spread[0] > tolerance(matrix) ** 2 * spread[-1])
+
+
+def decorrelated(directions: Factors) -> Tensor:
+    """The matrix [m n] of ``directions`` turned, as little as it takes, until no two of a side overlap.
+
+    That is P * values @ Q.T, where P and Q are the nearest to ``left`` and ``right`` of those with orthonormal columns
+    (the polar factors, over existing directions). Only what is no larger than [r r] is ever inverted.
+    """
+    left, values, right = directions
+    between = _inverse_root(left) * values @ _inverse_root(right)
+    product: Tensor = torch.linalg.multi_dot([left, between, right.T])
+    return product
+
+
+def _inverse_root(columns: Tensor) -> Tensor:
+    """(columns.T @ columns)^(-1/2), over existing directions: ``columns`` times it is their polar factor."""
+    near, values = _near_side(columns.T)
+    return gram(near / values.sqrt())
 
 
 def isotropic(matrix: Tensor) -> Tensor:
     """The matrix [m n] with the mean of its singular values for each that exists."""
-    directions, values = _flat(matrix)
-    return directions * values.mean() if len(values) else directions
-
-
-def _flat(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The polar factor [m n], and the singular values that exist."""
     wide, tall = _laid_wide(matrix)
     span = _span(wide)
     rows = wide if span is None else span.T @ wide
     near, values = _near_side(rows)
     turned = gram(near / values.sqrt()) @ rows
     turned = turned if span is None else span @ turned
-    return (turned.T if tall else turned), values
+    flat = turned * values.mean() if len(values) else turned
+    return flat.T if tall else flat
 
 
 def strongest(matrix: Tensor, rank: int) -> Factors:

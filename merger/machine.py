@@ -97,9 +97,18 @@ def _keep_freed_memory() -> None:
 
 def memory_needed(plan: Plan, workers: int) -> int:
     """Bytes of host memory that the merge takes at least, with so many slices at once."""
+    return INTERPRETER + max(demand.while_watching(plan), demand.while_merging(plan) + _at_once(plan, workers))
+
+
+def _at_once(plan: Plan, workers: int) -> int:
+    """What so many slices take together: the largest of any block, or of one where blocks are merged one by one."""
     experts = len(plan.models) - 1
-    largest = max((_slice_bytes(tensor, part, experts) for tensor in plan.tensors for part in tensor.parts), default=0)
-    return INTERPRETER + max(demand.while_watching(plan), demand.while_merging(plan) + workers * largest)
+    alone: list[int] = [0]
+    by_block: dict[str, list[int]] = {}
+    for tensor in plan.tensors:
+        sizes = alone if not tensor.gram else by_block.setdefault(tensor.unit, [])
+        sizes += (_slice_bytes(tensor, part, experts) for part in tensor.parts)
+    return max(workers * max(alone), *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
 
 
 def bytes_per_element(experts: int) -> int:

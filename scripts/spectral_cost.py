@@ -1,6 +1,6 @@
 """What TSV-M and Iso-C cost beside an implementation that takes a full SVD of every matrix.
 
-    python scripts/spectral_cost.py [--shapes zoo 1.1B] [--experts 3] [--runs 1]
+    python scripts/spectral_cost.py [--shapes zoo 1.1B] [--blocks 1] [--experts 3] [--runs 1]
 
 `full SVD` is the methods as their papers write them: `torch.linalg.svd` of each task vector (TSV-M) or of
 their sum (Iso-C), and for TSV-M of the two concatenations, one matrix after the other with as many threads as
@@ -112,6 +112,7 @@ def difference(found: Tensor, exact: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--blocks", type=int, default=1, help="how often the shapes occur; a merge has many blocks")
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the full SVDs")
@@ -121,7 +122,7 @@ def main() -> None:
     print("| shapes | method | way | seconds | of merger's | CPU seconds | of merger's | difference |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for shapes in given.shapes:
-        several = [task_vectors(given.experts, shape, seed) for seed, shape in enumerate(SHAPES[shapes])]
+        several = [task_vectors(given.experts, shape, seed) for seed, shape in enumerate(SHAPES[shapes] * given.blocks)]
         for name in METHODS:
             rows = measured(name, given, several)
             _, own, own_cpu, _ = rows[-1]

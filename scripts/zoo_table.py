@@ -64,9 +64,15 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "multislerp": [{}],
     "karcher": [{}],
     "regmean_diag": [{}],
-    "regmean": [{}],
-    "tsv_m": [{}],
-    "wudi": [{}],
+    "regmean": grid(alpha=[0.5, 0.7, 0.9, 0.95, 1]),
+    "tsv_m": grid(**{"lambda": [0.8, 1, 1.2]}),
+    "wudi": grid(omega=[0.1, 0.3, 1]),
+    "iso_c": grid(**{"lambda": [1, 1.5, 2]}),
+    "iso_cts": grid(**{"lambda": [1, 1.5, 2]}),
+    "star": grid(eta=[40, 80], **{"lambda": [1, 1.5]}),
+    "cart": grid(rank_share=[0.08, 0.3], **{"lambda": [0.5, 1]}),
+    "knots": grid(inner=[{"ties": {"density": 1}}, {"ties": {"density": 1, "lambda": 1.4}}]),
+    "opcm": [{}],
 }
 CALIBRATED = {"obim", "ties_obm", "regmean", "regmean_diag"}
 HALVES: dict[str, list[dict[str, Any]]] = {  # of CABS: what thins, before the sum
@@ -139,15 +145,22 @@ def weights_of(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
 
+def calibrated(method: str, parameters: Parameters) -> bool:
+    """Whether some method or stage of a recipe looks at text."""
+    said = json.dumps([method, parameters])
+    return any(f'"{name}"' in said for name in CALIBRATED)
+
+
 def recipe(zoo: Path, data: Path, method: str, parameters: Parameters, output: Path, samples: int) -> merger.Recipe:
-    """The merge of the three experts by one method, or by the stages of a ``pipeline``."""
+    """The merge of the three experts by one method, by the stages of a ``pipeline``, or as a ``recipe``'s keys say."""
+    chosen: Any = {"pipeline": parameters} if method == "pipeline" else {"method": method, "parameters": parameters}
     written: dict[str, Any] = {
         "base": str(zoo / "base"),
         "experts": {name: str(zoo / name) for name in DOMAINS},
-        **({"pipeline": parameters} if method == "pipeline" else {"method": method, "parameters": parameters}),
+        **(parameters if method == "recipe" and isinstance(parameters, dict) else chosen),
         "output": {"path": str(output)},
     }
-    if method in CALIBRATED:
+    if calibrated(method, parameters):
         sources = {name: str(data / f"{name}.calibration.jsonl") for name in DOMAINS}
         written["calibration"] = {"data": sources, "samples": samples, "max_tokens": TOKENS}
     return merger.Recipe.parse(written)
@@ -176,12 +189,17 @@ class Table:
 
     def merged(self, part: str, method: str, parameters: Parameters, samples: int = 100) -> dict[str, float]:
         """The losses of a merge."""
-        said = json.dumps(parameters, sort_keys=True) + (f" samples={samples}" if method in CALIBRATED else "")
+        said = json.dumps(parameters, sort_keys=True) + (
+            f" samples={samples}" if calibrated(method, parameters) else ""
+        )
 
         def compute() -> dict[str, float]:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "merged"
-                merger.merge(recipe(self.zoo, self.data, method, parameters, output, samples))
+                asked = recipe(self.zoo, self.data, method, parameters, output, samples)
+                if any(tensor.gram and not tensor.fed_by_merged for tensor in merger.plan(asked).tensors):
+                    merger.calibrate(asked, gram=True)  # which the next merge of the same text finds
+                merger.merge(asked)
                 return self.judge.losses(output, self.parts[part])
 
         return self._line(f"{part} {method} {said}", compute)

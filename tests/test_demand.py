@@ -6,7 +6,7 @@ from test_plan import CAUSAL, blocks, vocabulary
 
 from merger import demand
 from merger.errors import ResourceError
-from merger.machine import INTERPRETER, Machine, preview
+from merger.machine import INTERPRETER, Machine, memory_needed, preview
 from merger.planning import plan
 from merger.recipe import Recipe
 
@@ -47,6 +47,11 @@ def test_gram_matrices_take_float64_for_the_expert_that_runs_and_float32_for_all
     assert demand.kept_grams(made) == 2 * 2 * 4 * (6 * HIDDEN * (HIDDEN + 1) // 2 + INNER * (INNER + 1) // 2 + 0) + (
         2 * 4 * HIDDEN * (HIDDEN + 1) // 2  # of the head
     )
+
+
+def test_two_matrices_at_once_are_two_of_one_block_where_blocks_are_merged_one_by_one(planned):
+    down_and_gate = 2 * INNER * HIDDEN * (12 + 2 * 18 + 8 * (2 + 8)) + (3 * 8 + 16 + 4 * 2) * (INNER**2 + HIDDEN**2)
+    assert memory_needed(planned("regmean"), 2) == INTERPRETER + 4 * 2 * SQUARES + down_and_gate
 
 
 @pytest.mark.parametrize(("method", "at_once"), [("obim", 1), ("regmean", 2)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merger.linalg import SKETCH, gram, isotropic, low_rank, polar, strongest, svd, tolerance
+from merger.linalg import SKETCH, Factors, decorrelated, gram, isotropic, low_rank, strongest, svd, tolerance
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (6, 9), (9, 6), (8, 8), (300, 40), (40, 300), (260, 260)]
 
@@ -78,20 +78,30 @@ def test_directions_no_larger_than_rounding_are_left_out():
     assert svd(torch.diag(torch.tensor([4.0, 2.0, 1e-3])), rounding=1e-2).values.tolist() == [4, 2]
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (300, 40)])
-def test_the_polar_factor_is_the_nearest_orthonormal_one(shape):
-    columns = randn(*shape)
+def polar(columns):
     left, _, right = torch.linalg.svd(columns, full_matrices=False)
-    assert_close(polar(columns), left @ right, 1e-9)
+    return left @ right
 
 
-def test_the_polar_factor_of_repeated_columns_shares_their_direction():
-    twice = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
-    assert_close(polar(twice), torch.tensor([[0.5, 0.5], [0, 0], [0, 0]]).double() * 2**0.5, 1e-12)
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(6, 5, 4), (300, 400, 40), (40, 300, 40)])
+def test_decorrelated_directions_are_the_nearest_orthonormal_ones(rows, columns, rank):
+    left, right = randn(rows, rank), randn(columns, rank, seed=1)
+    values = torch.linspace(2, 1, rank).double()
+    assert_close(decorrelated(Factors(left, values, right)), polar(left) * values @ polar(right).T, 1e-8)
 
 
-def test_no_columns_have_no_polar_factor():
-    assert polar(torch.zeros(5, 0)).shape == (5, 0)
+def test_a_repeated_direction_is_there_once():
+    twice = Factors(torch.tensor([[1.0, 1], [0, 0], [0, 0]]), torch.tensor([3.0, 5]), torch.tensor([[1.0, 1], [0, 0]]))
+    assert_close(
+        decorrelated(Factors(*(each.double() for each in twice))),
+        torch.diag(torch.tensor([4.0, 0])).double()[[0, 1, 1]],
+        1e-12,
+    )
+
+
+def test_no_directions_make_nothing():
+    nothing = Factors(torch.zeros(5, 0), torch.zeros(0), torch.zeros(3, 0))
+    assert torch.equal(decorrelated(nothing), torch.zeros(5, 3))
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (40, 300)])
@@ -142,7 +152,6 @@ def test_isotropic_is_the_polar_factor_times_the_mean_singular_value(shape, rank
     matrix = of_rank(rank, *shape).float()
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     left, values, right = left[:, :rank], values[:rank], right[:rank].T
-    assert_close(polar(matrix), left @ right.T, 1e-6)
     assert_close(isotropic(matrix), left @ right.T * values.mean(), 1e-6)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.linalg import polar, side_by_side, svd, tolerance
+from merger.linalg import decorrelated, side_by_side, svd, tolerance
 from merger.methods._parameters import Number, Numbers, Share
 from merger.methods._registry import merger
 from merger.methods._spectral import averaged, weighted, whole
@@ -42,6 +42,6 @@ def iso_cts(
         # what projecting leaves of a common direction is rounding, however large it is beside the rest
         rounding = tolerance(delta) * float(torch.linalg.matrix_norm(delta))
         parts.append(svd(delta - shared.left @ (shared.left.T @ delta), rank=own, rounding=rounding))
-    left, values, right = side_by_side(parts)
-    flat = values.mean() if len(values) else 0
-    return (polar(left) @ polar(right).T * flat * float(lambda_)).to(deltas)
+    together = side_by_side(parts)
+    flat = together._replace(values=together.values.mean().expand_as(together.values))
+    return (decorrelated(flat) * float(lambda_)).to(deltas)

@@ -49,13 +49,12 @@ def regmean(
     """
     if gram is None or not gram.any():
         return mean(deltas, weight=weight) * float(lambda_)
-    kept = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
-    kept.mul_(1 - float(alpha)).add_(float(alpha))  # 1 on the diagonal, alpha off it
     first = deltas[0].double()
-    total, beside = torch.zeros_like(kept), torch.zeros_like(first)
+    total, beside = torch.zeros_like(gram[0], dtype=torch.float64), torch.zeros_like(first)
     for number, (delta, own, share) in enumerate(zip(deltas, gram, weight, strict=True)):
-        seen = own.double().mul_(kept).mul_(float(share))
-        total += seen
+        seen = own.to(torch.float64, copy=True).mul_(float(alpha))
+        seen.diagonal().copy_(own.diagonal())
+        total += seen.mul_(float(share))
         if number:  # the first differs from itself by nothing, and these products take most of the time
             beside += (delta.double() - first) @ seen
     # from the first on, so that equal task vectors come back bit for bit

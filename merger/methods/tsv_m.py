@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.linalg import polar, side_by_side, svd
+from merger.linalg import decorrelated, side_by_side, svd
 from merger.methods._parameters import Number, Numbers
 from merger.methods._registry import merger
 from merger.methods._spectral import averaged, whole
@@ -25,5 +25,5 @@ def tsv_m(deltas: Tensor, *, weight: Numbers = 1, lambda_: Number = 1, head: boo
     if len(deltas) == 1:  # all directions are kept, and are orthogonal as they are
         return deltas[0] * float(lambda_)
     rank = max(1, min(deltas.shape[1:]) // len(deltas))
-    left, values, right = side_by_side([svd(delta, rank=rank) for delta in deltas])
-    return (polar(left) * values @ polar(right).T * float(lambda_)).to(deltas)
+    kept = side_by_side([svd(delta, rank=rank) for delta in deltas])
+    return (decorrelated(kept) * float(lambda_)).to(deltas)

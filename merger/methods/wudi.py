@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.linalg import gram
 from merger.methods._parameters import Number, Numbers
 from merger.methods._registry import merger
 from merger.methods._spectral import averaged, weighted, whole
@@ -52,7 +53,7 @@ def wudi(
     columns = first.shape[1]
     together, beside = first.new_zeros(columns, columns), torch.zeros_like(first)
     for term in terms:
-        importance = (term.T @ term).div_(term.square().sum())
+        importance = gram(term.T).div_(term.square().sum())
         importance.diagonal().add_(float(omega) / columns)
         together += importance
         beside += (term - first) @ importance
