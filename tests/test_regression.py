@@ -97,9 +97,10 @@ def test_tensors_without_inputs_get_the_mean_times_lambda(kind):
     assert_close(got, 0.5 * merged("mean", deltas))
 
 
-def test_regmean_diag_refuses_a_negative_weight():
+@pytest.mark.parametrize("method", ["regmean_diag", "regmean"])
+def test_a_negative_weight_of_squared_errors_is_refused(method):
     with pytest.raises(ValueError, match="a weight is -1"):
-        merged("regmean_diag", deltas_of(2, 3, 2), {"weight": {"a": 2, "b": -1}}, inputs=moments([[1, 1], [1, 1]]))
+        merged(method, deltas_of(2, 3, 2), {"weight": {"a": 2, "b": -1}}, inputs=moments([[1, 1], [1, 1]]))
 
 
 # --- RegMean ----------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from merger._lazy import torch
 from merger.methods._parameters import Number, Numbers, Share
 from merger.methods._registry import Fed, Stage, merger
 from merger.methods._spectral import averaged, whole
-from merger.methods.mean import mean, positive_sum
+from merger.methods.mean import mean
+from merger.methods.regmean_diag import a_share_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ def _fed(*, inputs: Fed, **_: object) -> Fed:
     return inputs
 
 
-@merger(exact=False, takes=whole, calibrated=lambda **_: True, fed=_fed, check=positive_sum, elsewhere=_averaged)
+@merger(exact=False, takes=whole, calibrated=lambda **_: True, fed=_fed, check=a_share_each, elsewhere=_averaged)
 def regmean(
     deltas: Tensor,
     gram: Tensor | None,

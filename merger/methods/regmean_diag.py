@@ -22,13 +22,14 @@ def _looks_at_inputs(**_: object) -> bool:
     return True
 
 
-def _a_share_each(weight: Sequence[Fraction], **_: object) -> None:
+def a_share_each(weight: Sequence[Fraction], **_: object) -> None:
+    """Refuses weights that cannot be those of squares."""
     positive_sum(weight)
     if min(weight) < 0:
         raise ValueError(f"a weight is {float(min(weight)):g}, but is a factor of E[x^2] and cannot be negative")
 
 
-@merger(calibrated=_looks_at_inputs, check=_a_share_each)
+@merger(calibrated=_looks_at_inputs, check=a_share_each)
 def regmean_diag(
     deltas: Tensor,
     second_moment: Tensor | None,
