@@ -141,7 +141,8 @@ def main() -> None:
     given = parser.parse_args()
 
     pairs = [("tiny", EXPERTS), *((size, EXPERTS) for size in given.sizes), *((given.at, k) for k in given.experts)]
-    cases = [Case(scenario, *pair) for scenario in given.only.split(",") for pair in dict.fromkeys(pairs)]
+    by_size = sorted(set(pairs), key=lambda pair: (Case("", *pair).parameters, pair[1]))
+    cases = [Case(scenario, *pair) for scenario in given.only.split(",") for pair in by_size]
     for each in cases:
         made(given.work, each.size, each.experts)
     log, cache = given.work / "log.txt", str(given.work / "cache")
