@@ -19,7 +19,7 @@ from merger.errors import RecipeError, ResourceError
 from merger.pipeline import step_rows
 from merger.planning import Part, Plan, TensorPlan
 
-SLICE = 1 << 18
+SLICE = 1 << 19
 """Elements of one model that are worked on at once: what fits the caches of one core.
 
 It decides no byte of the output, except in the last bit of float sums over a tensor (slerp's angle, l1

@@ -1,10 +1,9 @@
-"""Tensor arithmetic that methods share: questions about a whole tensor, exact selection, draws.
+"""Tensor arithmetic that methods share: questions about a whole tensor, sums over experts, draws.
 
 A method sees one slice of one tensor at a time. What it must know of the whole it asks with a
 ``yield``: the flow stops there, the runner puts the question to every slice, and the flow goes on
 with the answer; a tensor among the answers is on the CPU, where the parts of all slices meet, and `.to(deltas)`
-takes it to where the slice is. Selection is written once, in terms of such questions, so every method that keeps
-the largest of something is exact at any scope and never needs a whole tensor in memory.
+takes it to where the slice is.
 
 Shapes: k experts, r rows, c columns; a vector is one row.
 """
@@ -13,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from merger import kernels
@@ -105,15 +104,22 @@ class Size:
 
 @dataclass(frozen=True)
 class Guess:
-    """Asks what a sample of the tensor was answered to the question that comes next; None if there was no such sample.
+    """Asks what was `Found` of a sample of the tensor; None if there was no such sample.
 
-    It may only decide how that question is put, never what comes of it. Costs no pass. Nobody samples the whole model.
+    It may only decide what is asked then, never what comes of it. Costs no pass. Nobody samples the whole model.
     """
 
     scope: Whole = "tensor"
 
 
-Question = Sum | Tally | Max | Before | Size | Guess
+@dataclass(frozen=True)
+class Found:
+    """Tells what the last `Guess` would have liked to know, in case that this is a sample. Costs no pass."""
+
+    values: Sequence[Any]
+
+
+Question = Sum | Tally | Max | Before | Size | Guess | Found
 Flow = Generator[Question, Any, T]
 """A computation over one slice that may ask about the whole; its return value is the result."""
 
@@ -174,19 +180,9 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     return summed(values * (weights / together.masked_fill(together == 0, 1)))  # one alone has a share of exactly 1
 
 
-def fast(operation: Literal["eq", "ge", "gt"], left: Tensor, right: Tensor) -> Tensor:
-    """An operation that makes booleans.
-
-    torch's CPU kernels for these are not vectorised: 0.8 ms for a million elements where numpy takes
-    0.1, so on the CPU it is numpy's.
-    """
-    if left.device.type != "cpu":
-        result: Tensor = getattr(torch, operation)(left, right)
-        return result
-    import numpy
-
-    names = {"eq": "equal", "ge": "greater_equal", "gt": "greater"}
-    return torch.from_numpy(getattr(numpy, names[operation])(left.numpy(), right.numpy()))
+def at_least(values: Tensor, limits: Tensor) -> Tensor:
+    """Where a value is as large as its limit or larger: bool."""
+    return kernels.of(values).at_least(values, limits)
 
 
 def keep(deltas: Tensor, kept: Tensor) -> Tensor:
@@ -194,204 +190,18 @@ def keep(deltas: Tensor, kept: Tensor) -> Tensor:
     return kernels.of(deltas).keep(deltas, kept)
 
 
-def _picked(values: Tensor, mask: Tensor) -> Tensor:
-    """The values where the mask is true, as a vector."""
-    return torch.from_numpy(values.numpy()[mask.numpy()]) if values.device.type == "cpu" else values[mask]
-
-
-# --- selection: the top of a score, as a count and never as a threshold ---------------------------
-
-
-def select(
-    scores: Tensor,
-    density: Sequence[Fraction],
-    *,
-    scope: Scope = "tensor",
-    order: Sequence[int] | None = None,
-    eligible: Tensor | None = None,
-    ratio_of: RatioOf = "total",
-    round_up: bool = False,
-) -> Flow[Tensor]:
-    """The mask of each expert's highest scores; equal scores go to the lower flat index.
-
-    ``scores`` [k r c] rank by their size, compared as float32; ``density`` is the kept share of each
-    expert, as a count that is rounded down. With an ``order`` each expert chooses only among
-    positions that earlier ones left free, so the masks are disjoint. ``eligible`` [k r c] bars
-    positions from the start. Returns bool [k r c].
-    """
-    if order is None:
-        return (yield from _take(scores, eligible, density, scope, ratio_of, round_up))
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    free = torch.ones_like(kept[0])
-    for k in order:
-        mine = slice(k, k + 1)
-        open_ = free[None] if eligible is None else eligible[mine] & free
-        (kept[k],) = yield from _take(scores[mine], open_, density[mine], scope, ratio_of, round_up)
-        free &= ~kept[k]
-    return kept
-
-
-def _take(
-    scores: Tensor,
-    free: Tensor | None,
-    density: Sequence[Fraction],
-    scope: Scope,
-    ratio_of: RatioOf,
-    round_up: bool,
-) -> Flow[Tensor]:
-    """The top ``density`` of each expert's ``scores`` among its ``free`` positions (None: all of them)."""
-    if scope == "row":
-        open_ = torch.ones_like(scores, dtype=torch.bool) if free is None else free
-        sizes = open_.sum(-1) if ratio_of == "remaining" else torch.full(scores.shape[:2], scores.shape[-1])
-        pairs = zip(density, sizes.tolist(), strict=True)
-        rows = torch.tensor([[count(share, n, up=round_up) for n in row] for share, row in pairs])
-        return top_of_rows(scores, rows.to(scores.device), open_)
-    if ratio_of == "remaining" and free is not None:
-        of = (yield Sum(partial(_counts, free), scope)).tolist()
-    else:
-        of = [(yield Size(scope))] * len(density)
-    wanted = [count(share, n, up=round_up) for share, n in zip(density, of, strict=True)]
-    return (yield from _top(scores, free, wanted, scope))
-
-
-NEAR = 5
-"""Buckets around the guessed one whose low halves are tallied in the first pass as well."""
-
-
-def _top(scores: Tensor, free: Tensor | None, wanted: list[int], scope: Whole) -> Flow[Tensor]:
-    """Exactly ``wanted[k]`` of the free positions, or all of them: a radix selection on the bits.
-
-    A float32 without its sign sorts as its own bit pattern, its key. One tally of the keys' high 16 bits finds
-    the bucket of the last one taken, one of the low 16 bits within it finds its exact value, and
-    the equal ones are handed out in flat order (methods.md 0.4). Where a guess at the bucket was
-    near enough, one pass makes both tallies.
-    """
-    loops = kernels.of(scores.float())
-    keys = loops.keys_of(scores)
-    k, high, low = len(keys), kernels.HIGH, kernels.LOW
-    guess = yield Guess(scope)
-    first = [0] * k if guess is None else [max(0, bucket - NEAR // 2) for bucket in guess[0]]
-    bins = high if guess is None else high + NEAR * low
-    tally = partial(loops.tally_high, keys, free, first)
-    buckets, left, found = yield Tally(tally, (k, bins), scope, partial(_descend_near, wanted, first))
-    if found is None:
-        within = partial(loops.tally_low, keys, free, buckets)
-        found = yield Tally(within, (k, low), scope, partial(_descend, left))
-    levels, left, equal = found
-    last = [bucket << 16 | level for bucket, level in zip(buckets, levels, strict=True)]
-    if left == equal:
-        return loops.mark_top(keys, free, last, equal)
-    before = yield Before(partial(loops.count_equal, keys, free, last), scope)
-    return loops.mark_top(keys, free, last, [n - b for n, b in zip(left, before.tolist(), strict=True)])
-
-
-def ordered(values: Tensor, places: Sequence[Sequence[int]], scope: Whole) -> Flow[Tensor]:
-    """The values at ``places[k]`` of each expert's ascending order, 0 being the lowest: [p k 1 1].
-
-    A float32 without its sign sorts as its own bit pattern; a negative one in reverse.
-    """
-    size = yield Size(scope)
-    bits = values.float().contiguous().view(torch.int32)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    high = (keys >> 16) + 32768
-    each = [(k, size - place) for k, own in enumerate(places) for place in own]
-    tally = yield Sum(_histogram(high, 65536), scope)
-    buckets, left, _ = _descend([from_top for _, from_top in each], tally[[k for k, _ in each]])
-    inside = (fast("eq", high[k], high.new_tensor(own)) for (k, _), own in zip(each, buckets, strict=True))
-    low = [_picked(keys[k], mask) & 0xFFFF for (k, _), mask in zip(each, inside, strict=True)]
-    levels, _, _ = yield Sum(_histogram(low, 65536), scope, partial(_descend, left))
-    found = keys.new_tensor([(own - 32768) << 16 | level for own, level in zip(buckets, levels, strict=True)])
-    found = (found ^ ((found >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return found.view(len(places), -1, 1, 1).transpose(0, 1)
-
-
-def _counts(masks: Tensor) -> Tensor:
-    """How many are true for each expert: [k]."""
-    if masks.device.type != "cpu":
-        return masks.flatten(1).sum(1)
-    import numpy
-
-    return torch.tensor([numpy.count_nonzero(each) for each in masks.numpy()])
-
-
-def _histogram(bins: Iterable[Tensor], size: int) -> Tensor:
-    """How often each of ``size`` whole numbers occurs, per expert: [k, size]."""
-    return torch.stack([torch.bincount(each.flatten(), minlength=size) for each in bins])
-
-
-def _descend(wanted: Sequence[int], tally: Tensor) -> tuple[list[int], list[int], list[int]]:
-    """Per expert the bin that holds the ``wanted``-th from the top, how many of it to take, how many it has.
-
-    ``tally`` is [k bins]; where it has fewer all are taken. Where nothing is wanted: the last bin, none of it.
-    """
-    above = tally.flip(1).cumsum(1)
-    target = torch.tensor(wanted, device=tally.device).view(-1, 1).minimum(above[:, -1:])
-    steps = torch.searchsorted(above, target)
-    bins = tally.shape[1] - 1 - steps
-    there = tally.gather(1, bins)
-    left = target - (above.gather(1, steps) - there)
-    return bins.flatten().tolist(), left.flatten().tolist(), there.flatten().tolist()
-
-
-Bins = tuple[list[int], list[int], list[int]]
-
-
-def _descend_near(wanted: Sequence[int], first: list[int], tally: Tensor) -> tuple[list[int], list[int], Bins | None]:
-    """As `_descend` among the high halves, and among the low ones of these bins if they were tallied too."""
-    buckets, left, _ = _descend(wanted, tally[:, : kernels.HIGH])
-    low = tally[:, kernels.HIGH :].view(len(tally), -1, kernels.LOW)
-    places = [bucket - start for bucket, start in zip(buckets, first, strict=True)]
-    if not all(0 <= place < low.shape[1] for place in places):
-        return buckets, left, None
-    return buckets, left, _descend(left, low[range(len(low)), places])
-
-
-def top_of_rows(scores: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
-    """Each row's ``wanted`` [k r] highest free scores (all the free ones where there are fewer).
-
-    ``scores`` [k r c] is non-negative; equal scores go to the lower column. Returns bool [k r c].
-    """
-    return kernels.of(scores.float()).top_of_rows(scores, wanted, free)
-
-
-def ranks_of_rows(scores: Tensor) -> Tensor:
-    """Each element's place in its row, 0 for the highest score; equal scores rank by column. [k r c]"""
-    return kernels.of(scores.float()).ranks_of_rows(scores)
-
-
-def exclusive(masks: Tensor, order: Sequence[int]) -> Tensor:
-    """The masks [k r c] with every position left to the first expert in ``order`` that holds it."""
-    taken = torch.zeros_like(masks[0])
-    disjoint = masks.clone()
-    for k in order:
-        disjoint[k] &= ~taken
-        taken |= masks[k]
-    return disjoint
-
-
-def top_of_blocks(scores: Tensor, n: int, m: int, free: Tensor, tail: int) -> Tensor:
-    """The ``n`` highest free scores of every ``m`` consecutive elements of the flat slice (n:m).
-
-    A last block that is shorter keeps ``tail``. A slice begins at a block's first element.
-    """
-    k, size = scores.shape[0], scores[0].numel()
-    padding = -size % m
-    flat = torch.nn.functional.pad(scores.flatten(1), (0, padding)).view(k, -1, m)
-    open_ = torch.nn.functional.pad(free.flatten(1), (0, padding)).view(k, -1, m)
-    wanted = torch.full(flat.shape[:2], n, device=scores.device)
-    if padding:
-        wanted[:, -1] = tail
-    return top_of_rows(flat, wanted, open_).flatten(1)[:, :size].view_as(scores)
-
-
 # --- draws: counter-based, so that no mask depends on what was visited before ---------------------
 
 
-def uniforms(key: tuple[object, ...], start: int, size: int, *, double: bool = False) -> Tensor:
-    """``size`` uniforms in [0, 1) from position ``start`` of the stream named by ``key``.
+def uniforms(
+    key: tuple[object, ...], start: int, *shape: int, double: bool = False, beside: Tensor | None = None
+) -> Tensor:
+    """Uniforms in [0, 1) of this form from position ``start`` of the stream named by ``key``, on the CPU.
+
+    Where the slice that they go ``beside`` is not computed before someone looks, neither are they.
 
     Philox4x64-10, keyed by the first 16 bytes of the SHA-256 of the names joined by 0x1f
     (methods.md 0.7): float32 takes 24 bits of each 32-bit half, low half first, float64 takes 53.
     """
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
-    return kernels.for_draws().uniforms(digest[:16], start, size, double=double)
+    return kernels.for_draws(beside).uniforms(digest[:16], start, shape, double=double)

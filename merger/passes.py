@@ -11,7 +11,7 @@ from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.ops import Before, Flow, Guess, Max, Question, Size, Sum, Tally
+from merger.ops import Before, Flow, Found, Guess, Max, Question, Size, Sum, Tally
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ class _Visit:
     known: Sequence[Any]
     ahead: Ahead
     hold: bool
-    rehearse: Callable[[], Sequence[Any]] = tuple  # what a sample was answered behind each guess, in their order
+    rehearse: Callable[[], Sequence[Any]] = tuple  # what was found of a sample after each guess, in their order
     held: dict[int, tuple[Flow[None], Question, int]] = field(default_factory=dict)
     answers: dict[int, Any] = field(default_factory=dict)
     of_the_model: list[int] = field(default_factory=list)  # places of the questions that `known` answers
@@ -103,7 +103,7 @@ class _Visit:
                 running, place = self.start(i), 0
                 question = next(running)
             while (answer := self._answer(i, question, place)) is not _OPEN:
-                place += not isinstance(question, Size | Guess)
+                place += not isinstance(question, Size | Guess | Found)
                 question = running.send(answer)
         except StopIteration:
             return None
@@ -120,6 +120,8 @@ class _Visit:
     def _answer(self, i: int, question: Question, place: int) -> Any:
         if isinstance(question, Size):
             return self.sizes.of(question.scope)
+        if isinstance(question, Found):
+            return None
         if isinstance(question, Guess):
             return self._guess(place) if question.scope == "tensor" else None
         if isinstance(question, Before):
@@ -139,11 +141,11 @@ class _Visit:
         with self.guessing:
             self.guesses += [] if place in self.guesses else [place]
             number = self.guesses.index(place)
-            return self.rehearsed[number] if number < len(self.rehearsed) else None
+            return (self.rehearsed[number] or None) if number < len(self.rehearsed) else None
 
     @cached_property
     def rehearsed(self) -> Sequence[Any]:
-        """What a sample was answered behind each guess."""
+        """What was found of a sample after each guess."""
         return self.rehearse()
 
     def _part(self, question: Question) -> Question:
@@ -152,7 +154,9 @@ class _Visit:
         Slices may be on several devices, so their parts meet on the CPU.
         """
         if not isinstance(question, Tally):
-            return question if isinstance(question, Size | Guess) else replace(question, of=question.value.cpu())
+            return (
+                question if isinstance(question, Size | Guess | Found) else replace(question, of=question.value.cpu())
+            )
         try:
             mine = self.counters.pop()
         except IndexError:
@@ -184,6 +188,21 @@ class _Visit:
         for place, line in self.lines.items():
             if line.scope == "global":
                 self.ahead[place] = torch.tensor(line.totals[-1]) + self.ahead.get(place, 0)
+
+
+@dataclass
+class _Rehearsal(_Visit):
+    """A sample's flow, which finds what later ones guess."""
+
+    found: list[list[Any]] = field(default_factory=list)  # after each guess at a tensor
+
+    def _answer(self, i: int, question: Question, place: int) -> Any:
+        if isinstance(question, Guess):
+            self.found += [[]] if question.scope == "tensor" else []
+            return None
+        if isinstance(question, Found) and self.found:
+            self.found[-1] += question.values
+        return super()._answer(i, question, place)
 
 
 def _counted(into: Tensor) -> None:
@@ -219,14 +238,14 @@ def run(
 
 
 def rehearsal(start: Callable[[], Flow[Any]], size: int) -> list[Any]:
-    """What a flow over a sample of ``size`` elements is answered to each question that a guess was asked for.
+    """What a flow over a sample of ``size`` elements finds after each guess that it asks for.
 
     As if the sample were the whole tensor, up to a question about the whole model.
     """
-    visit = _Visit(lambda _: start(), Sizes(size, size), (), {}, hold=True)
+    visit = _Rehearsal(lambda _: start(), Sizes(size, size), (), {}, hold=True)
     while (question := visit.joined([visit.step(0)])) is not None and question.scope != "global":
         visit.tell(question)
-    return [visit.answers.get(place) for place in visit.guesses]
+    return visit.found
 
 
 def settle(

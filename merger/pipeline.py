@@ -12,9 +12,10 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from merger import kernels
 from merger._lazy import torch
 from merger.copies import restored
 from merger.methods._parameters import Place, resolve, turns
@@ -38,7 +39,23 @@ class Inputs:
     def on(self, device: torch.device) -> Inputs:
         """The same, where a slice is."""
         several = self.second_moment, self.mean, self.gram, self.token_share
-        return Inputs(*(None if each is None else each.to(device) for each in several))
+        there = [None if each is None else each.to(device) for each in several]
+        return self if all(each is own for each, own in zip(there, several, strict=True)) else Inputs(*there)
+
+    @cached_property
+    def reached(self) -> Tensor | None:
+        """Which experts have inputs to this matrix at all, [k 1]: none, where no token was routed to a packed one."""
+        return None if self.second_moment is None else (self.second_moment != 0).any(1, keepdim=True)
+
+    @cached_property
+    def judged(self) -> tuple[Tensor | None, Tensor | None]:
+        """Second moment and mean [k c], and 1 where no input was ever seen."""
+        return _filled(self.second_moment), _filled(self.mean)
+
+
+def _filled(values: Tensor | None) -> Tensor | None:
+    """With 1 for whoever has only zeros."""
+    return None if values is None else values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
 
 
 @dataclass(frozen=True)
@@ -232,30 +249,25 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
     """What a stage may ask for by name; the registry's docstring explains each."""
     rows = slice(part.row, part.row + part.base.shape[0])
     inputs = subject.inputs.on(part.base.device)
+    second_moment, mean = inputs.judged
     return {
         "base": part.base,
         "originals": part.deltas,
         "uniform": partial(_draw, part, subject),
-        "second_moment": _by_feature(inputs.second_moment, subject, rows),
+        "second_moment": _by_feature(second_moment, subject, rows),
         "gram": inputs.gram,
-        "mean_input": _by_feature(inputs.mean, subject, rows),
-        "reached": None if inputs.second_moment is None else _reached(inputs.second_moment).unsqueeze(-1),
+        "mean_input": _by_feature(mean, subject, rows),
+        "reached": None if inputs.reached is None else inputs.reached.unsqueeze(-1),
         "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
         "kind": subject.kind,
         "experts": subject.place.experts,
     }
 
 
-def _reached(values: Tensor) -> Tensor:
-    """Which experts have inputs to this matrix at all, [k 1]: none, where no token was routed to a packed expert."""
-    return (values != 0).any(1, keepdim=True)
-
-
 def _by_feature(values: Tensor | None, subject: Subject, rows: slice) -> Tensor | None:
     """A value per in-feature as [k 1 c]; [k r 1] where the tensor is stored, and seen, as [in, out]."""
     if values is None:
         return None
-    values = values.masked_fill(~_reached(values), 1)
     if subject.kind == "conv1d" and not subject.transposed:
         return values[:, rows].unsqueeze(-1)
     return values.unsqueeze(1)
@@ -265,14 +277,14 @@ def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) 
     """A uniform for every position of the slice, by its place in the stored tensor: [k r c]."""
     rows, columns = part.base.shape
     start = subject.first + part.row * columns
-    drawn = [
-        uniforms((subject.seed, purpose, subject.name, expert), start, rows * columns, double=double)
-        for expert in subject.place.experts
-    ]
-    stacked = torch.stack(drawn).to(part.base.device)
-    if subject.transposed:  # the stream runs over the stored order
-        return stacked.view(-1, columns, rows).transpose(1, 2)
-    return stacked.view(-1, rows, columns)
+    shape = (columns, rows) if subject.transposed else (rows, columns)  # the stream runs over the stored order
+    drawn = torch.stack(
+        [
+            uniforms((subject.seed, purpose, subject.name, expert), start, *shape, double=double, beside=part.base)
+            for expert in subject.place.experts
+        ]
+    ).to(part.base.device)
+    return drawn.transpose(1, 2) if subject.transposed else drawn
 
 
 def step_rows(columns: int, stages: Sequence[Bound], elements: int) -> int:
@@ -328,17 +340,21 @@ def merge_tensors(
 
         def carry(j: int) -> Flow[None]:
             part = slice(firsts[j], firsts[j] + rows)
-            piece = Slice(firsts[j], whole[part], own[:, part] - whole[part])
+            stored = torch.cat([whole[None, part], own[:, part]])
+            piece = Slice(firsts[j], *kernels.for_stored(stored).difference(stored, _anything_goes))
             made: Any = yield from flow(stages, piece, subject)
             packed = stages[-1].entry.packing is not None
             delta = rebuilt(stages[-1], made, place.experts.index(expert or place.experts[0])) if packed else made
-            stored = torch.cat([piece.base.unsqueeze(0), own[:, part]])
             _matrix(merged[name])[part] = restored(stored, piece.base, piece.deltas, delta, torch.float32)
 
         return run(len(firsts), carry, sizes=Sizes(whole.numel(), model), known=known, ahead=ahead)
 
     settle([0] * len(names), visit)
     return merged
+
+
+def _anything_goes() -> None:
+    """Values that are not finite are the caller's affair."""
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -131,10 +131,10 @@ class Reader:
 
     def _slice(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
         """The slice that the stages see."""
-        base, deltas, finite = kernels.for_stored(read.values).difference(read.values)
-        for k, change in read.changes.items():
-            deltas[k] = change
-        if not finite or read.changes:
+        refuse = partial(_refuse, tensor, read.values)
+        base, deltas = kernels.for_stored(read.values).difference(read.values, refuse)
+        if read.changes:
+            deltas = torch.stack([read.changes.get(k, delta) for k, delta in enumerate(deltas)])
             _check_finite(tensor, base, deltas)
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
@@ -150,6 +150,12 @@ def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta:
     if part.transposed:
         base, deltas, delta = base.T, deltas.transpose(1, 2), delta.T
     return restored(stored, base, deltas, delta, getattr(torch, TORCH_NAMES[tensor.info.dtype]))
+
+
+def _refuse(tensor: TensorPlan, stored: Tensor) -> None:
+    """CheckpointError that names the model whose values, or whose difference from the base, are not finite."""
+    values = stored.float()
+    _check_finite(tensor, values[0], values[1:] - values[0])
 
 
 def _check_finite(tensor: TensorPlan, base: Tensor, deltas: Tensor) -> None:

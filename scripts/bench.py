@@ -3,10 +3,10 @@
     python scripts/bench.py WORK [--size 1.1B] [--experts 2 3 6] [--runs 3] [--only ties,obim] [--out benchmarks/NAME]
                                  [--device cuda] [--mergekit PATH/TO/mergekit-yaml --peer-runs 1]
 
-WORK holds the checkpoints (made there by `synthesize.py` if they are not yet) and the outputs. In every round the
-floor and all scenarios run one after another as processes of their own, on inputs that are in the page cache as far as
-it holds them; the peer runs in the first `--peer-runs` rounds. Reported are medians, the ratio to the floor of the same
-round, and CPU time and peak resident memory of the whole process, Python's start and imports included, with what torch
+WORK holds the checkpoints (made there by `synthesize.py` if they are not yet) and the outputs. In every round all
+scenarios run one after another as processes of their own, the floor before each, on inputs that are in the page cache as
+far as it holds them; the peer runs in the first `--peer-runs` rounds. Reported are medians, the ratio to the median floor of
+the same round, and CPU time and peak resident memory of the whole process, Python's start and imports included, with what torch
 took of the fullest GPU. Before the first round one merge hashes the inputs, as the first merge of any checkpoint does;
 its time is told too. On a GPU, with the shapes of a 7B model and files in memory (68 GB):
 
@@ -159,12 +159,13 @@ def peers(program: str, work: Path, experts: int, scenario: str) -> list[str]:
 
 def table(runs: list[Run], moved: int) -> list[str]:
     """Medians over the rounds of one number of experts, as Markdown; ``moved`` bytes are read and written at least."""
-    floors = {run.round: run.wall for run in runs if run.tool == "floor"}
-    floor_ = statistics.median(floors.values())
+    every = [run for run in runs if run.tool == "floor"]
+    floors = {n: statistics.median(run.wall for run in every if run.round == n) for n in {run.round for run in every}}
+    floor_ = statistics.median(run.wall for run in every)
     lines = [
         "| scenario | tool | wall | of the floor | GB/s | mergekit takes | CPU | peak memory | of a GPU | runs |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        f"| floor | | {floor_:.2f} s | 1 | {moved / floor_ / 1e9:.2f} | | | | | {len(floors)} |",
+        f"| floor | | {floor_:.2f} s | 1 | {moved / floor_ / 1e9:.2f} | | | | | {len(every)} |",
     ]
     for scenario in SCENARIOS:
         peer = {run.round: run.wall for run in _of(runs, "mergekit", scenario) if run.exit == 0}
@@ -252,13 +253,13 @@ def size_of(models: list[Path]) -> int:
 
 
 def one_round(given: argparse.Namespace, experts: int, number: int, wanted: list[str], cache: Path) -> Iterator[Run]:
-    """The floor, then every scenario by each tool."""
+    """Every scenario by each tool, with the floor before it."""
     log, scratch, merged = given.work / "log.txt", given.work / "floor", given.work / "merged"
-    began = time.monotonic()
-    floor(models_of(given.work, experts), scratch)
-    yield Run("floor", "", experts, number, time.monotonic() - began, 0, 0, 0, 0)
-    scratch.unlink()
     for name in wanted:
+        began = time.monotonic()
+        floor(models_of(given.work, experts), scratch)
+        yield Run("floor", name, experts, number, time.monotonic() - began, 0, 0, 0, 0)
+        scratch.unlink()
         command = ours(given.work, experts, given.device, name)
         yield timed(command, "merger", name, experts, number, log, MERGER_CACHE=str(cache))
         shutil.rmtree(merged, ignore_errors=True)

@@ -9,6 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from merger.kernels import lazy
+
 Tensor = torch.Tensor
 CPU = torch.device("cpu")
 COPIES = (Tensor.copy_, Tensor.__setitem__)
@@ -35,6 +37,7 @@ class Pretence(TorchFunctionMode):
 def carried_out(function, args, kwargs):
     """One call of torch, if the devices of its tensors allow it."""
     with torch._C.DisableTorchFunction():
+        args, kwargs = lazy.plain(args), lazy.plain(kwargs)
         own = device_of(args[0]) if args else CPU
         if function == Tensor.device.__get__:
             return own

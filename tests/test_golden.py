@@ -13,8 +13,9 @@ from merger.methods.obm import obm
 from merger.methods.random import random
 from merger.methods.regmean import regmean
 from merger.methods.rescale import rescale
-from merger.ops import select, uniforms
+from merger.ops import uniforms
 from merger.pipeline import Inputs, merge_tensors
+from merger.selection import select
 
 EXPERTS = ("a", "b", "c")
 

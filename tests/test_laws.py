@@ -21,7 +21,7 @@ from tiny import bits
 from merger.methods._parameters import Place
 from merger.methods._registry import ENTRIES, SCORES, checked, parameters
 from merger.methods._spectral import whole as takes_whole
-from merger.ops import Before, Guess, Size, Sum, Tally
+from merger.ops import Before, Found, Guess, Size, Sum, Tally
 from merger.passes import Sizes
 from merger.pipeline import Inputs, Slice, Subject, bind, expand, flow, merge_tensors
 
@@ -147,7 +147,7 @@ def _sums_floats(case, name):
             answer = sizes.of(question.scope)
         elif isinstance(question, Before):
             answer = torch.zeros_like(question.value)
-        elif isinstance(question, Guess):
+        elif isinstance(question, Guess | Found):
             answer = None
         elif isinstance(question, Sum) and question.value.is_floating_point():
             return True

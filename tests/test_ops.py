@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 from tiny import bits, sliced, tensor
 
 from merger import kernels
-from merger.ops import (
-    Max,
-    count,
-    exclusive,
-    ordered,
-    ranks_of_rows,
-    select,
-    summed,
-    top_of_blocks,
-    top_of_rows,
-    uniforms,
-)
+from merger.ops import Max, count, summed, uniforms
+from merger.selection import exclusive, ordered, ranks_of_rows, select, top_of_blocks, top_of_rows
 
 DENSITIES = [Fraction(text) for text in ("0", "1/8", "0.29", "1/3", "1/2", "0.9", "1")]
 NEAR_ONE = 1 + 2**-23  # differs from 1 in the last bit alone
@@ -48,7 +38,7 @@ def test_a_share_is_rounded_up_exactly(share, of, expected):
 # --- selection ------------------------------------------------------------------------------------
 
 
-def brute(scores, density, scope="tensor", order=None, eligible=None, ratio_of="total", round_up=False):
+def brute(scores, density, scope="tensor", order=None, eligible=None, ratio_of="total"):
     """`select` by sorting: the positions of each unit by falling score, the earlier first among equals."""
     positions = [(i, r, c) for i, each in enumerate(scores) for r in range(each.shape[1]) for c in range(each.shape[2])]
     unit_of = {"global": lambda p: 0, "tensor": lambda p: p[0], "row": lambda p: p[:2]}[scope]
@@ -60,7 +50,7 @@ def brute(scores, density, scope="tensor", order=None, eligible=None, ratio_of="
             free = [p for p in unit if eligible is None or eligible[p[0]][k, p[1], p[2]]]
             free = [p for p in free if order is None or p not in taken]
             share = density[k] * len(free if ratio_of == "remaining" else unit)
-            wanted = math.ceil(share) if round_up else math.floor(share)
+            wanted = math.floor(share)
             for i, r, c in sorted(free, key=lambda p: -scores[p[0]][k, p[1], p[2]].item())[:wanted]:
                 kept[i][k, r, c] = True
                 taken.add((i, r, c))
@@ -82,7 +72,6 @@ def selections(draw):
         "scope": draw(st.sampled_from(["tensor", "row", "global"])),
         "order": draw(st.none() | st.permutations(range(k))),
         "ratio_of": draw(st.sampled_from(["total", "remaining"])),
-        "round_up": draw(st.booleans()),
     }
     density = draw(st.lists(st.sampled_from(DENSITIES), min_size=k, max_size=k))
     eligible = [each > 0 for each in drawn([0.0, 1.0, 1.0])] if draw(st.booleans()) else None

@@ -6,8 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from merger.ops import Before, Guess, Size, Sum, Tally, select
+from merger.ops import Before, Found, Guess, Size, Sum, Tally
 from merger.passes import Sizes, rehearsal, run, settle
+from merger.selection import select
 
 SLICES = 6
 
@@ -58,11 +59,12 @@ def test_a_size_is_told_at_once():
     assert told(lambda i: Size("global")) == ([600] * SLICES, SLICES)
 
 
-def test_a_guess_is_what_a_sample_was_told_behind_it(threads):
+def test_a_guess_is_what_a_sample_found_after_it(threads):
     def ask(number):
         yield Sum(torch.tensor([number]))
         guess = yield Guess()
         told = yield Sum(torch.tensor([number]), then=int)
+        yield Found([told])
         return guess, told
 
     found, rehearsals = {}, []
@@ -75,8 +77,8 @@ def test_a_guess_is_what_a_sample_was_told_behind_it(threads):
         return rehearsals[-1]
 
     assert run(SLICES, start, sizes=Sizes(60, 600), mapper=threads, rehearse=rehearse) is None
-    assert rehearsals == [[7]]
-    assert list(found.values()) == [(7, 15)] * SLICES
+    assert rehearsals == [[[7]]]
+    assert list(found.values()) == [([7], 15)] * SLICES
 
 
 def test_nobody_rehearses_what_asks_for_no_guess_at_a_tensor():
@@ -89,8 +91,8 @@ def test_nobody_rehearses_what_asks_for_no_guess_at_a_tensor():
 
 @pytest.mark.parametrize(
     ("sample", "passes"),
-    [(slice(None), 2), (slice(0, 1), 3)],
-    ids=["one that is like the whole saves a pass", "one that is not costs none"],
+    [(slice(None), 2), (slice(0, 1), 4)],
+    ids=["one that is like the whole saves a pass", "one that is not costs one"],
 )
 def test_a_sample_decides_how_often_slices_are_read_and_nothing_else(sample, passes):
     scores = torch.randn(SLICES, 2, 1, 500, generator=torch.Generator().manual_seed(0))

@@ -46,7 +46,7 @@ def levels(deltas: Tensor, elements: int) -> Flow[Tensor]:
         for buckets, tally in zip(high.tolist(), into, strict=True):
             loops.tally_low(keys, None, buckets, tally)
 
-    high_halves = partial(loops.tally_high, keys, None, [0] * k)
+    high_halves = partial(loops.tally_high, keys, None)
     high, left = yield Tally(high_halves, (k, kernels.HIGH), then=partial(_descend, wanted))
     low, left = yield Tally(low_halves, (d, k, kernels.LOW), then=partial(_descend, left))
     last = (high << 16 | low).tolist()  # [d k]: the smallest that are kept, ``left`` of each

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.kernels.native import _SUFFIX, _call, has, takes
+from merger.kernels.library import STORED, call, stored_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,7 @@ class NativeCounting(Counting):
         if k > MOST:
             return super().vectors(deltas, first, size, into)
         cut, products = torch.zeros(k, 2, dtype=torch.int64), torch.empty(k, k, dtype=torch.float64)
-        if not _call("count_vectors", deltas, k, r, c, first, size, *vars(into).values(), cut, products):
+        if not call("count_vectors", deltas, k, r, c, first, size, *vars(into).values(), cut, products):
             raise MemoryError
         return products, cut
 
@@ -122,7 +122,7 @@ class NativeCounting(Counting):
         """As `Counting.merged`."""
         products = torch.empty(1 + len(deltas), dtype=torch.float64)
         arrays = merged.contiguous(), deltas.contiguous()
-        kept = _call("count_merged", *arrays, len(deltas), merged.numel(), products)
+        kept = call("count_merged", *arrays, len(deltas), merged.numel(), products)
         if kept < 0:
             raise MemoryError
         return kept, products
@@ -133,7 +133,7 @@ class NativeCounting(Counting):
         k, n = len(deltas), deltas[0].numel()
         found, known = torch.empty(k, n, dtype=torch.int32), torch.empty(k, dtype=torch.int64)
         high, bits = torch.empty(1 << 16, dtype=torch.uint8), 14
-        while not _call("different", deltas, k, n, high, _table(bits), bits, found, known):
+        while not call("different", deltas, k, n, high, _table(bits), bits, found, known):
             bits += 2
         return [own[:count] for own, count in zip(found, known.tolist(), strict=True)]
 
@@ -141,7 +141,7 @@ class NativeCounting(Counting):
         """As `Counting.endings`."""
         ends = torch.zeros(len(experts) + 2, dtype=torch.int64)
         arrays = (None if each is None else each.contiguous() for each in (result, base, experts))
-        _call(f"endings_{_SUFFIX[str(result.dtype)]}", *arrays, len(experts), result.numel(), ends)
+        call(f"endings_{STORED[str(result.dtype)]}", *arrays, len(experts), result.numel(), ends)
         return ends
 
 
@@ -168,4 +168,4 @@ def of(*values: Tensor) -> Counting:
     """The loops for these tensors, compiled where all of them are of one dtype in memory that C can read."""
     first = values[0]
     plain = all(each.device.type == "cpu" and each.dtype == first.dtype for each in values)
-    return _NATIVE if plain and has("count_vectors") and takes(first.dtype) else _NUMPY
+    return _NATIVE if plain and stored_as(first.dtype) is not None else _NUMPY

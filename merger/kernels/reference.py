@@ -5,6 +5,8 @@ Shapes: k experts, r rows, c columns; [n] is any shape, in one piece or not.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
@@ -20,11 +22,16 @@ LOW = 1 << 16
 class Reference:
     """The loops over tensors of any device and dtype."""
 
-    def difference(self, stored: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Base [r c] and deltas [k r c] in float32 of what is ``stored`` [1+k r c]; whether all are finite."""
+    def difference(self, stored: Tensor, refuse: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Base [r c] and deltas [k r c] in float32 of what is ``stored`` [1+k r c].
+
+        ``refuse`` is called where they are not finite, and raises.
+        """
         values = stored.to(torch.float32, copy=True)
         base, deltas = values[0], values[1:].sub_(values[0])
-        return base, deltas, bool(torch.isfinite(base).all() and torch.isfinite(deltas).all())
+        if not (torch.isfinite(base).all() and torch.isfinite(deltas).all()):
+            refuse()
+        return base, deltas
 
     def restored(self, stored: Tensor, base: Tensor, deltas: Tensor, delta: Tensor) -> tuple[Tensor, bool]:
         """base + delta [r c] rounded to the dtype of ``stored``; its bits where delta is zero or exactly one expert's.
@@ -41,23 +48,26 @@ class Reference:
         """Scores as integers that sort as the scores do by size, once their sign bit is masked: int32 [k n]."""
         return scores.float().contiguous().view(torch.int32)
 
-    def tally_high(self, keys: Tensor, free: Tensor | None, first: list[int], into: Tensor) -> None:
-        """Counts how often each high half of a key occurs among the ``free`` ones of an expert: int64 [k 32768+..].
-
-        Behind these, in 65536 places for each, how often each low half occurs with the high half ``first[k]`` and with
-        those that follow it, as many as there is room for.
-        """
-        for own, start, tally in zip(_free_ones(keys, free), first, into, strict=True):
-            near = own - (start << 16)
-            width = len(tally) - HIGH
-            high = torch.bincount(own >> 16, minlength=HIGH)
-            low = torch.bincount(near[(near >= 0) & (near < width)], minlength=width)
-            tally += torch.cat([high, low]).to(tally.device)
+    def tally_high(self, keys: Tensor, free: Tensor | None, into: Tensor) -> None:
+        """Counts how often each high half of a key occurs among the ``free`` ones of an expert: int64 [k 32768]."""
+        for own, tally in zip(_free_ones(keys, free), into, strict=True):
+            tally += torch.bincount(own >> 16, minlength=HIGH).to(tally.device)
 
     def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int], into: Tensor) -> None:
         """Counts how often each low half occurs among the free keys with the expert's high half: int64 [k 65536]."""
         for own, bucket, tally in zip(_free_ones(keys, free), buckets, into, strict=True):
             tally += torch.bincount(own[own >> 16 == bucket] & 0xFFFF, minlength=LOW).to(tally.device)
+
+    def tally_near(self, keys: Tensor, free: Tensor | None, first: list[int], into: Tensor) -> None:
+        """Counts each free key from an expert's ``first`` on, as many as there is room for: int64 [k 1+..].
+
+        Before these, how many are above them.
+        """
+        for own, start, tally in zip(_free_ones(keys, free), first, into, strict=True):
+            width = len(tally) - 1
+            near = own[(own >= start) & (own < start + width)] - start
+            tally[0] += (own >= start + width).sum().to(tally.device)
+            tally[1:] += torch.bincount(near, minlength=width).to(tally.device)
 
     def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> Tensor:
         """How many free keys of each expert are exactly its ``last``: int64 [k]."""
@@ -87,11 +97,27 @@ class Reference:
         kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
         return kept & (wanted > 0)
 
+    def top_of_blocks(self, scores: Tensor, n: int, m: int, free: Tensor | None, tail: int) -> Tensor:
+        """The ``n`` highest free scores [k r c] of every ``m`` elements, ``tail`` of a shorter last block: bool."""
+        k, size = scores.shape[0], scores[0].numel()
+        padding = -size % m
+        free = torch.ones_like(scores, dtype=torch.bool) if free is None else free.expand_as(scores)
+        flat = torch.nn.functional.pad(scores.flatten(1), (0, padding)).view(k, -1, m)
+        open_ = torch.nn.functional.pad(free.flatten(1), (0, padding)).view(k, -1, m)
+        wanted = torch.full(flat.shape[:2], n, device=scores.device)
+        if padding:
+            wanted[:, -1] = tail
+        return self.top_of_rows(flat, wanted, open_).flatten(1)[:, :size].view(scores.shape)
+
     def ranks_of_rows(self, scores: Tensor) -> Tensor:
-        """Each element's place in its row [k r c], 0 for the highest score; equal scores rank by column."""
+        """Each element's place in its row [k r c] as float32, 0 for the highest score; equal scores rank by column."""
         places = (self.keys_of(scores) & SIZE).sort(dim=-1, descending=True, stable=True).indices
-        columns = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int32)
-        return torch.empty_like(places, dtype=torch.int32).scatter_(-1, places, columns.expand_as(places))
+        columns = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float32)
+        return torch.empty_like(places, dtype=torch.float32).scatter_(-1, places, columns.expand_as(places))
+
+    def at_least(self, values: Tensor, limits: Tensor) -> Tensor:
+        """Where a value is as large as its limit or larger; they may differ in form as in torch."""
+        return values >= limits
 
     def keep(self, deltas: Tensor, kept: Tensor) -> Tensor:
         """The deltas where ``kept`` is true, +0 elsewhere. [n]"""
@@ -123,8 +149,8 @@ class Reference:
         shares = shares / together.masked_fill(together == 0, 1)
         return self.weighted_sum(deltas * shares, torch.ones_like(weights))
 
-    def uniforms(self, key: bytes, start: int, size: int, *, double: bool) -> Tensor:
-        """``size`` uniforms in [0, 1) from number ``start`` on of the Philox4x64-10 stream of a key of 16 bytes.
+    def uniforms(self, key: bytes, start: int, shape: Sequence[int], *, double: bool) -> Tensor:
+        """Uniforms in [0, 1) from number ``start`` on of the Philox4x64-10 stream of a key of 16 bytes, in this form.
 
         float32 takes 24 bits of each 32-bit half, low half first; float64 takes 53 of each word.
         """
@@ -135,7 +161,8 @@ class Reference:
         bits.advance(start // lanes)
         skip = start % lanes
         dtype = numpy.float64 if double else numpy.float32
-        return torch.from_numpy(numpy.random.Generator(bits).random(skip + size, dtype=dtype)[skip:])
+        drawn = numpy.random.Generator(bits).random(skip + math.prod(shape), dtype=dtype)[skip:]
+        return torch.from_numpy(drawn).view(*shape)
 
 
 def _free_ones(keys: Tensor, free: Tensor | None) -> list[Tensor]:

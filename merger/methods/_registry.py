@@ -16,6 +16,9 @@ What stands before the ``*`` is supplied by the runner, by name:
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
 
+On the CPU deltas, base, scores and draws may be expressions that act as tensors do (kernels/lazy.py): none of them may
+be changed in place.
+
 What stands after it is the recipe's schema: annotation, default, bounds. A trailing underscore is
 dropped from a name (``lambda_`` is written ``lambda``).
 """

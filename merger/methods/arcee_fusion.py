@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger.methods._registry import merger
-from merger.ops import Flow, Size, keep, ordered
+from merger.ops import Flow, Size, keep
+from merger.selection import ordered
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from merger._lazy import torch
 from merger.methods._parameters import Order, Shares
 from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, Scope, keep, select
-from merger.ops import exclusive as disjoint
+from merger.ops import Flow, Scope, Size, count, keep
+from merger.selection import exclusive as disjoint
+from merger.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +39,9 @@ def band(
     With `exclusive` an expert keeps of its band what no earlier one holds.
     Of (4, -3, 1, 0, 2, -1, 5, -6) at 0.5 and 0.125 the elements 4, -3 and 5 stay.
     """
-    rest = [1 - low for low in drop_low]
-    kept = yield from select(scores, rest, scope=scope, round_up=True)  # d - floor(drop_low * d)
-    outliers = yield from select(scores, drop_high, scope=scope)
-    kept &= ~outliers
+    size = scores.shape[-1] if scope == "row" else (yield Size(scope))
+    rest = [1 - Fraction(count(low, size), size) for low in drop_low]  # drop floor(drop_low * size)
+    chosen = yield from select(torch.cat([scores, scores]), [*rest, *drop_high], scope=scope)
+    kept, outliers = chosen[: len(deltas)], chosen[len(deltas) :]
+    kept = kept & ~outliers
     return keep(deltas, kept if exclusive is None else disjoint(kept, exclusive))

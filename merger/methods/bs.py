@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from merger._lazy import torch
 from merger.methods._parameters import Order
 from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, Size, keep, top_of_blocks
+from merger.ops import Flow, Size, keep
+from merger.selection import in_turn, top_of_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,11 +40,11 @@ def bs(
     At 2:4, (5, 1, -4, 2, 3, -9, 8) keeps 5, -4 and -9.
     """
     short = of_short_block(n, m, (yield Size()) % m, tail)
-    free = torch.ones_like(deltas, dtype=torch.bool) if claim_zeros else deltas != 0
-    if exclusive is None:
-        return keep(deltas, top_of_blocks(scores, n, m, free, short))
-    kept, taken = torch.zeros_like(free), torch.zeros_like(free[0])
-    for k in exclusive:
-        kept[k] = top_of_blocks(scores[k : k + 1], n, m, free[k : k + 1] & ~taken, short)[0]
-        taken |= kept[k]
+    eligible = None if claim_zeros else deltas != 0
+
+    def take(who: slice, free: Tensor | None) -> Flow[Tensor]:
+        yield from ()  # a flow without questions
+        return top_of_blocks(scores[who], n, m, free, short)
+
+    kept = yield from (take(slice(None), eligible) if exclusive is None else in_turn(exclusive, eligible, take))
     return keep(deltas, kept)

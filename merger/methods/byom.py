@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Number, Share
 from merger.methods._registry import Form, pack
-from merger.ops import Flow, count, select, summed
+from merger.ops import Flow, count, summed
+from merger.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

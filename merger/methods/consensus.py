@@ -14,7 +14,7 @@ from pydantic import Field
 from merger._lazy import torch
 from merger.methods._parameters import Numbers
 from merger.methods._registry import filter_
-from merger.ops import column, fast, keep, summed
+from merger.ops import at_least, column, keep, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,4 +46,4 @@ def consensus(
 def held(own: Tensor, merged: Tensor, lambda_t: Sequence[Fraction]) -> Tensor:
     """Where each task vector ``own`` [k r c] is at least `lambda_t` times as large as the rest of ``merged`` [r c]."""
     apart = (merged - own).abs_().mul_(column(lambda_t, own))
-    return fast("ge", own.abs(), apart)
+    return at_least(own.abs(), apart)

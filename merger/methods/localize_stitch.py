@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.methods._parameters import Shares
 from merger.methods._registry import Score, merger
-from merger.ops import Flow, Scope, select
+from merger.ops import Flow, Scope
+from merger.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from merger._lazy import torch
 from merger.methods._parameters import Order
 from merger.methods._registry import Score, sparsifier
 from merger.methods.bs import of_short_block
-from merger.ops import Flow, Size, keep, top_of_blocks
+from merger.ops import Flow, Size, keep
+from merger.selection import top_of_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.methods._parameters import Order, Shares
 from merger.methods._registry import Score, Takes, sparsifier
-from merger.ops import column, fast, keep, ranks_of_rows
-from merger.ops import exclusive as disjoint
+from merger.ops import at_least, column, keep
+from merger.selection import exclusive as disjoint
+from merger.selection import ranks_of_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,10 +58,10 @@ def magprune(
     """
     ranked = scores.flatten(1).unsqueeze(1) if scope == "tensor" else scores
     length = ranked.shape[-1] - (rank_norm == "n-1")
-    spread = ranks_of_rows(ranked).view_as(scores).to(deltas) / length if length else 0.5
+    spread = ranks_of_rows(ranked).view(scores.shape) / length if length else 0.5
     width = column(epsilon, deltas)
-    drop = 1 - column(density, deltas) - width / 2 + width * spread
-    kept = fast("ge", uniform("della"), drop)
+    drop = width * spread + (1 - column(density, deltas) - width / 2)
+    kept = at_least(uniform("della"), drop)
     if exclusive is not None:
         kept = disjoint(kept, exclusive)
     thinned = keep(deltas, kept)

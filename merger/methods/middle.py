@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from merger.methods._parameters import Shares
 from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, Scope, Size, count, keep, select
+from merger.ops import Flow, Scope, Size, count, keep
+from merger.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

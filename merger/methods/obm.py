@@ -43,7 +43,7 @@ def obm(
         return deltas.square()
     if second_moment is not None and mean_input is not None:
         h = second_moment if hessian == "second_moment" else mean_input.square()
-        return h * deltas.square()
+        return deltas.square() * h
     rule = embedding if kind == "embedding" else nonlinear
     if rule == "token_freq" and token_share is not None:
         return token_share * deltas.square()

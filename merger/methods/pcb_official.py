@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.methods._parameters import Shares
 from merger.methods._registry import merger
-from merger.ops import Flow, Size, Whole, count, ordered, summed
+from merger.ops import Flow, Size, Whole, count, summed
+from merger.selection import ordered
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.methods._parameters import Shares
 from merger.methods._registry import merger
-from merger.ops import Flow, Max, Size, Sum, Whole, keep, select, weighted_mean
+from merger.ops import Flow, Max, Size, Sum, Whole, keep, weighted_mean
+from merger.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.methods._parameters import Number
 from merger.methods._registry import merger
-from merger.ops import Flow, Sum, Whole, fast, keep, summed
+from merger.ops import Flow, Sum, Whole, keep, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ def ram(
     An `r` above 0 (RAM+, where it is 0.1) scales what one expert alone changed by 1 + r * min(alpha, s),
     where s is how many positions it shares for each of its own. (4, -3, 0) and (2, 0, 0) make (3, -3, 0).
     """
-    changed = fast("gt", deltas.abs(), deltas.new_full((1,), float(epsilon)))
+    changed = deltas.abs() > float(epsilon)
     holders = summed(changed.view(torch.int8))
     kept = keep(deltas, changed)
     if r:

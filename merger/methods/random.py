@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.methods._parameters import Order, Shares
 from merger.methods._registry import sparsifier
-from merger.ops import column, fast, keep
-from merger.ops import exclusive as disjoint
+from merger.ops import at_least, column, keep
+from merger.selection import exclusive as disjoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ def random(
     The expectation is the task vector itself. At density 0.5 a kept 4 becomes 8.
     """
     share = column(density, deltas)
-    kept = fast("ge", uniform("dare"), column([1 - d for d in density], deltas))
+    kept = at_least(uniform("dare"), column([1 - d for d in density], deltas))
     if exclusive is not None:
         kept = disjoint(kept, exclusive)
     thinned = keep(deltas, kept)

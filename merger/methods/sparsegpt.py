@@ -14,7 +14,8 @@ from merger.methods._parameters import Order, Share, Shares
 from merger.methods._registry import Stage, sparsifier, stage
 from merger.methods._spectral import has_matrix, whole
 from merger.methods.top import top
-from merger.ops import Flow, count, keep, select, top_of_rows
+from merger.ops import Flow, count, keep
+from merger.selection import select, top_of_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from merger.methods._parameters import Order, Shares
 from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, RatioOf, Scope, Size, keep, select
+from merger.ops import Flow, RatioOf, Scope, Size, keep
+from merger.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor
