@@ -20,10 +20,10 @@ from merger.pipeline import step_rows
 from merger.planning import Part, Plan, TensorPlan
 
 SLICE = 1 << 19
-"""Elements of one model that are worked on at once: what fits the caches of one core.
+"""Elements of one model that are worked on at once: so many that Python's steps for a slice take little beside it.
 
-It decides no byte of the output, except in the last bit of float sums over a tensor (slerp's angle, l1
-and l2 norms), so it is a constant and not an option.
+Compiled code works on pieces of it that fit a core's first cache. It decides no byte of the output, except in the last
+bit of float sums over a tensor (slerp's angle, l1 and l2 norms), so it is a constant and not an option.
 """
 
 HOLD = 128 << 20
