@@ -124,9 +124,9 @@ Flow = Generator[Question, Any, T]
 """A computation over one slice that may ask about the whole; its return value is the result."""
 
 
-def count(share: Fraction, of: int, *, up: bool = False) -> int:
+def count(share: Fraction, of: int) -> int:
     """How many of ``of`` elements a ratio selects: floor(share * of), exact (methods.md 0.3)."""
-    return math.ceil(share * of) if up else math.floor(share * of)
+    return math.floor(share * of)
 
 
 def column(values: Sequence[Fraction], like: Tensor) -> Tensor:

@@ -4,11 +4,11 @@
                                  [--device cuda] [--mergekit PATH/TO/mergekit-yaml --peer-runs 1]
 
 WORK holds the checkpoints (made there by `synthesize.py` if they are not yet) and the outputs. In every round all
-scenarios run one after another as processes of their own, the floor before each, on inputs that are in the page cache as
-far as it holds them; the peer runs in the first `--peer-runs` rounds. Reported are medians, the ratio to the median floor of
-the same round, and CPU time and peak resident memory of the whole process, Python's start and imports included, with what torch
-took of the fullest GPU. Before the first round one merge hashes the inputs, as the first merge of any checkpoint does;
-its time is told too. On a GPU, with the shapes of a 7B model and files in memory (68 GB):
+scenarios run one after another as processes of their own, the floor before each, on inputs that are in the page cache
+as far as it holds them; the peer runs in the first `--peer-runs` rounds. Reported are medians, the ratio to the median
+floor of the same round, and CPU time and peak resident memory of the whole process, Python's start and imports
+included, with what torch took of the fullest GPU. Before the first round one merge hashes the inputs, as the first
+merge of any checkpoint does; its time is told too. On a GPU, with the shapes of a 7B model and files in memory (68 GB):
 
     python scripts/bench.py /dev/shm/bench --size 7B --device cuda --only linear,ties,obim --out benchmarks/merges-7B
 

@@ -30,11 +30,6 @@ def test_a_share_is_rounded_down_exactly(share, of, expected):
     assert count(Fraction(share), of) == expected
 
 
-@pytest.mark.parametrize(("share", "of", "expected"), [("0.29", 100, 29), ("1/3", 10, 4), ("0.1", 1, 1)])
-def test_a_share_is_rounded_up_exactly(share, of, expected):
-    assert count(Fraction(share), of, up=True) == expected
-
-
 # --- selection ------------------------------------------------------------------------------------
 
 

@@ -8,12 +8,12 @@ from merger._lazy import torch
 from merger.kernels.lazy import Lazy
 from merger.kernels.library import library, stored_as
 from merger.kernels.native import AtOnce, Native
-from merger.kernels.reference import HIGH, LOW, SIZE, Reference
+from merger.kernels.reference import HIGH, LOW, Reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HIGH", "LOW", "SIZE", "AtOnce", "Native", "Reference", "compiled", "for_draws", "for_stored", "of"]
+__all__ = ["HIGH", "LOW", "AtOnce", "Native", "Reference", "compiled", "for_draws", "for_stored", "of"]
 
 _NATIVE, _AT_ONCE, _REFERENCE = Native(), AtOnce(), Reference()
 
