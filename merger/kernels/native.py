@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.kernels.lazy import OVERFLOW, Lazy, Step, carry_out, constant, plain
+from merger.kernels.lazy import Lazy, plain
 from merger.kernels.library import call, number, stored_as
 from merger.kernels.reference import HIGH, LOW, Reference
+from merger.kernels.steps import OVERFLOW, Step, carry_out, constant
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,7 @@
 /* Expressions over a slice, a piece at a time: every step is taken on one piece, which stays in a core's first cache, before
  * the first is taken on the next. What lies between the stored values and the result goes through no memory.
  *
- * A register holds one piece: floats, or masks whose elements are all ones or 0. The steps come from lazy.py.
+ * A register holds one piece: floats, or masks whose elements are all ones or 0. The steps come from steps.py.
  */
 #include "numbers.h"
 
@@ -18,7 +18,7 @@
 #define NUMBER(NAME) NAME,
 #define WORD(NAME) #NAME " "
 enum { STEPS(NUMBER) };
-const char step_names[] = STEPS(WORD); /* for lazy.py */
+const char step_names[] = STEPS(WORD); /* for steps.py */
 const int64_t piece = PIECE;
 
 typedef struct {
