@@ -96,7 +96,7 @@ class Reader:
         )
 
     def _rehearsed(self, tensor: TensorPlan, part: Part, subject: Subject) -> list[Any]:
-        """What the stages are answered on a sample: `PLACES` groups of rows, a share of the whole between them."""
+        """What the stages find after each guess of a sample: `PLACES` groups of rows, a share of the whole together."""
         wanted = part.rows * part.columns // SHARE // PLACES
         rows = step_rows(part.columns, tensor.stages, wanted)
         starts = range(0, part.rows - rows + 1, rows * max(1, part.rows // rows // PLACES))

@@ -105,7 +105,7 @@ class Counting:
 
 
 class NativeCounting(Counting):
-    """The loops in native.c, for tensors in the memory of the CPU."""
+    """The loops in counting.c, for tensors in the memory of the CPU."""
 
     def vectors(self, deltas: Tensor, first: int, size: int, into: Counts) -> tuple[Tensor, Tensor]:
         """As `Counting.vectors`."""

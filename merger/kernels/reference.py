@@ -1,4 +1,4 @@
-"""The loops in torch: what native.c does, on any device, bit for bit.
+"""The loops in torch: what the compiled ones do, on any device, bit for bit.
 
 Shapes: k experts, r rows, c columns; [n] is any shape, in one piece or not.
 """
