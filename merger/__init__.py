@@ -19,51 +19,51 @@ from merger._version import VERSION
 if TYPE_CHECKING:
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.evaluation import evaluate
-    from merger.extraction import Extraction, extract
+    from merger.outputs.extract import Extraction, extract
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
-    from merger.locking import check_lock, is_done, lock
-    from merger.lora import LoraExtraction, extract_lora
-    from merger.pipeline import merge_tensors
-    from merger.planning import Plan, plan
-    from merger.pushing import Pushed, push
-    from merger.recipe import Recipe
-    from merger.run import Result, calibrate, merge
-    from merger.searching import search
-    from merger.verification import Deep, Verification, verify
+    from merger.outputs.lock import check_lock, is_done, lock
+    from merger.outputs.lora import LoraExtraction, extract_lora
+    from merger.pipeline.stages import merge_tensors
+    from merger.planning.planner import Plan, plan
+    from merger.outputs.push import Pushed, push
+    from merger.recipe.recipe import Recipe
+    from merger.engine.merge import Result, calibrate, merge
+    from merger.evaluation.search import search
+    from merger.outputs.verify import Deep, Verification, verify
 
 __version__ = VERSION
 
 _HOMES = {
     "CheckpointError": "errors",
-    "Extraction": "extraction",
+    "Extraction": "outputs.extract",
     "Inspection": "inspection",
-    "LoraExtraction": "lora",
-    "Deep": "verification",
+    "LoraExtraction": "outputs.lora",
+    "Deep": "outputs.verify",
     "MergerError": "errors",
-    "Plan": "planning",
-    "Recipe": "recipe",
-    "Pushed": "pushing",
+    "Plan": "planning.planner",
+    "Recipe": "recipe.recipe",
+    "Pushed": "outputs.push",
     "RecipeError": "errors",
     "ResourceError": "errors",
-    "Result": "run",
-    "Verification": "verification",
+    "Result": "engine.merge",
+    "Verification": "outputs.verify",
     "VerifyError": "errors",
-    "calibrate": "run",
+    "calibrate": "engine.merge",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "inspect_merge": "inspection",
     "inspect_model": "inspection",
-    "check_lock": "locking",
-    "extract": "extraction",
-    "extract_lora": "lora",
-    "is_done": "locking",
-    "lock": "locking",
-    "merge": "run",
-    "merge_tensors": "pipeline",
-    "plan": "planning",
-    "push": "pushing",
-    "search": "searching",
-    "verify": "verification",
+    "check_lock": "outputs.lock",
+    "extract": "outputs.extract",
+    "extract_lora": "outputs.lora",
+    "is_done": "outputs.lock",
+    "lock": "outputs.lock",
+    "merge": "engine.merge",
+    "merge_tensors": "pipeline.stages",
+    "plan": "planning.planner",
+    "push": "outputs.push",
+    "search": "evaluation.search",
+    "verify": "outputs.verify",
 }
 __all__ = [
     "CheckpointError",

@@ -33,8 +33,8 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from merger import Recipe, merge
-from merger.document import read
-from merger.importing import import_mergekit
+from merger.recipe.document import read
+from merger.recipe.mergekit import import_mergekit
 
 SHAPE = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,

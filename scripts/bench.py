@@ -37,7 +37,7 @@ import transformers
 import yaml
 
 import merger
-from merger import kernels
+from merger.ops import kernels
 
 HERE = Path(__file__).parent
 TIES = {"density": 0.2, "lambda": 1}
@@ -107,9 +107,10 @@ def floor(models: list[Path], output: Path) -> None:
 
 def statistics_of(recipe: dict[str, Any], folder: Path) -> dict[str, str]:
     """A statistics file for each expert, with second moments as spread as those of real activations."""
-    from merger.calibration import Settings, files
+    from merger.calibration import Settings
+    from merger.calibration import statistics_files as files
     from merger.calibration.moments import Moments
-    from merger.statistics import fingerprint, layers
+    from merger.calibration.statistics import fingerprint, layers
 
     plan = merger.plan(merger.Recipe.parse({**recipe, "method": "linear"}))
     wanted = merger.plan(merger.Recipe.parse({**recipe, "method": "obim", "calibration": {"data": str(HERE)}}))

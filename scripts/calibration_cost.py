@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from merger.calibration import Batch, Settings, batches, collect_all, texts
+from merger.calibration import Batch, Settings, batches, collect_all
+from merger.calibration import samples as texts
 from merger.checkpoint.opening import open_checkpoint
 
 KINDS = ("plain", "body", "calibration")

@@ -33,10 +33,10 @@ from typing import Any
 import yaml
 
 from merger.checkpoint.folder import MODEL, find_weights, local_folder, read_tensors
-from merger.checkpoint.header import parse_header
+from merger.checkpoint.safetensors_header import parse_header
 from merger.errors import MergerError, RecipeError
-from merger.planning import plan
-from merger.recipe import Recipe
+from merger.planning.planner import plan
+from merger.recipe.recipe import Recipe
 
 SECONDS = 5  # of the processor, after which a case hangs
 WAITING = 60  # seconds by the clock: a busy machine may let a process wait

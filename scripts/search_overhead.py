@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from statistics import median
 
-from merger.document import read
-from merger.evaluation import families, tasks
-from merger.evaluation.hosting import Bench, Way
-from merger.evaluation.judging import Panel
-from merger.recipe import overridden, search_of
-from merger.searching.space import Space, example, spaces
+from merger.recipe.document import read
+from merger.evaluation import tasks
+from merger.evaluation import references as families
+from merger.evaluation.model_host import Bench, Way
+from merger.evaluation.evaluator import Panel
+from merger.recipe.recipe import overridden, search_of
+from merger.evaluation.search.space import Space, example, spaces
 
 
 def main() -> None:

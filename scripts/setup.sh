@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
   exit 1
 }
 stamp=.venv/installed
-decisive=(constraints.txt pyproject.toml merger/kernels/*.[ch])  # the loops in C are compiled by the installation
+decisive=(constraints.txt pyproject.toml merger/ops/kernels/*.[ch])  # the loops in C are compiled by the installation
 if ! cmp -s <(cat "${decisive[@]}") "$stamp" 2>/dev/null; then
   if "$python" -c 'import torch' 2>/dev/null; then
     "$python" -m venv --system-site-packages .venv

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from merger.machine import tuned
+from merger.engine.machine import tuned
 from merger.methods.iso_c import iso_c
 from merger.methods.tsv_m import tsv_m
 

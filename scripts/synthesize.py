@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from merger.checkpoint.header import Info
+from merger.checkpoint.safetensors_header import Info
 from merger.checkpoint.layout import layout
 from merger.checkpoint.writer import Writer
-from merger.recipe import byte_size
+from merger.recipe.recipe import byte_size
 
 # hidden, intermediate, layers, attention heads, key-value heads, vocabulary
 SIZES = {

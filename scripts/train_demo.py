@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from merger.demo_tasks import LETTERS, TASKS, Example, accuracy, encode, examples, stream
+from merger.demo.tasks import LETTERS, TASKS, Example, accuracy, encode, examples, stream
 
 BATCH = 96
 BASE_STEPS, BASE_RATE = 115, 3e-3

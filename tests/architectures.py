@@ -3,7 +3,7 @@
 A ``*`` stands for the number of a block.
 """
 
-from merger.checkpoint.header import Info
+from merger.checkpoint.safetensors_header import Info
 
 BEFORE, AFTER = "before the blocks", "after the blocks"
 

@@ -50,9 +50,9 @@ def devices(monkeypatch):
             super().__init__(workers, name, initializer=lambda: Pretence().__enter__())
 
     def have(*names):
-        monkeypatch.setattr("merger.machine.chosen_devices", lambda wanted: names)
-        monkeypatch.setattr("merger.machine.SLICE", 24)
-        monkeypatch.setattr("merger.loop.ThreadPoolExecutor", Slices)
+        monkeypatch.setattr("merger.engine.machine.chosen_devices", lambda wanted: names)
+        monkeypatch.setattr("merger.engine.machine.SLICE", 24)
+        monkeypatch.setattr("merger.engine.loop.ThreadPoolExecutor", Slices)
         monkeypatch.setattr("merger.inspection.walk.ThreadPoolExecutor", Slices)
 
     return have

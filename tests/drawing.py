@@ -6,8 +6,8 @@ from typing import Annotated, Literal, get_args, get_origin
 from hypothesis import strategies as st
 
 import merger.methods  # noqa: F401 registers every method
-from merger.methods._parameters import Number, Numbers, Share, Shares, SharesOrAuto, is_order
-from merger.methods._registry import ENTRIES, SCORES, Inner, Score, parameters
+from merger.pipeline.parameters import Number, Numbers, Share, Shares, SharesOrAuto, is_order
+from merger.pipeline.registry import ENTRIES, SCORES, Inner, Score, parameters
 
 NUMBERS = st.sampled_from([0, 1, 2, -1, 0.3, "1/3", 1.2])
 SHARES = st.sampled_from([0, 1, 0.5, "1/3", 0.29, 0.2, "1/8"])

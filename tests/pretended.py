@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from merger.kernels import lazy
+from merger.ops.kernels import lazy
 
 Tensor = torch.Tensor
 CPU = torch.device("cpu")

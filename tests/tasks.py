@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 
-from merger import demo, demo_tasks
-from merger.recipe import Recipe
+from merger.demo import demo
+from merger.demo import tasks as demo_tasks
+from merger.recipe.recipe import Recipe
 
 TASKS = tuple(demo_tasks.TASKS)
 

@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 from architectures import ALL, BEFORE, described, expected
 
-from merger.anatomy import study
-from merger.checkpoint.header import Info
+from merger.checkpoint.anatomy import study
+from merger.checkpoint.safetensors_header import Info
 
 architectures = pytest.mark.parametrize("architecture", ALL.values(), ids=ALL)
 

@@ -11,12 +11,14 @@ import transformers
 from checkpoints import load
 
 import merger
-from merger import demo_tasks
-from merger.calibration import Settings, batches, collect_all, files, texts
+from merger.demo import tasks as demo_tasks
+from merger.calibration import Settings, batches, collect_all
+from merger.calibration import statistics_files as files
+from merger.calibration import samples as texts
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
 from merger.errors import CheckpointError, RecipeError
-from merger.verification import Deep
+from merger.outputs.verify import Deep
 
 MODELS = Path(merger.__file__).parent / "demo_models"
 EXPERTS = ("upper", "shift", "double")
@@ -54,7 +56,7 @@ def forbid_forward_passes(monkeypatch):
     def collect(*_, **__):
         raise AssertionError("a forward pass was made")
 
-    monkeypatch.setattr("merger.statistics.collect", collect)
+    monkeypatch.setattr("merger.calibration.statistics.collect", collect)
 
 
 # --- statistics -----------------------------------------------------------------------------------

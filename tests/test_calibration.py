@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from merger.calibration import Settings, collect, collect_all
-from merger.calibration.texts import padded
+from merger.calibration.samples import padded
 from merger.checkpoint.opening import open_checkpoint
 from merger.errors import CheckpointError
 
@@ -348,7 +348,7 @@ def test_names_without_the_base_models_prefix_are_kept(build, tmp_path):
 
 def test_importing_waits_for_neither_torch_nor_transformers():
     code = (
-        "import sys, merger.calibration, merger.calibration.files; print({'torch', 'transformers'} & set(sys.modules))"
+        "import sys, merger.calibration, merger.calibration.statistics_files; print({'torch', 'transformers'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 

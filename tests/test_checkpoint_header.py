@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from merger.checkpoint.header import MAX_HEADER, parse_header, read_header
+from merger.checkpoint.safetensors_header import MAX_HEADER, parse_header, read_header
 from merger.errors import CheckpointError
 
 GOOD = save({"a.weight": torch.ones(2, 3), "b": torch.zeros(4).half()})

@@ -16,9 +16,9 @@ from safetensors.torch import save
 
 from merger.checkpoint.opening import open_checkpoint
 from merger.errors import CheckpointError, RecipeError, ResourceError
-from merger.locking import check_lock, is_done, lock
-from merger.recipe import Recipe
-from merger.run import merge
+from merger.outputs.lock import check_lock, is_done, lock
+from merger.recipe.recipe import Recipe
+from merger.engine.merge import merge
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 WEIGHT = torch.arange(600_000.0).view(300, 2000)

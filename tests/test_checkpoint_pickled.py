@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.pickled import read_pickle
-from merger.checkpoint.stored import Checkpoint
+from merger.checkpoint.pickle_reader import read_pickle
+from merger.checkpoint.checkpoint import Checkpoint
 from merger.errors import CheckpointError
 
 SHARED = torch.arange(24.0)
@@ -92,8 +92,8 @@ def test_shards_are_read_by_their_index(tmp_path):
 def test_reading_needs_neither_torch_nor_memory_for_the_file(tmp_path):
     path = saved(tmp_path / "m.bin", {f"layer{i}": torch.zeros(1 << 20) for i in range(16)})  # 64 MB
     program = (
-        "import resource, sys; from pathlib import Path; from merger.checkpoint.pickled import read_pickle\n"
-        "from merger.checkpoint.stored import Checkpoint\n"
+        "import resource, sys; from pathlib import Path; from merger.checkpoint.pickle_reader import read_pickle\n"
+        "from merger.checkpoint.checkpoint import Checkpoint\n"
         f"model = Checkpoint('m', Path(), read_pickle(Path({str(path)!r})), {{}}); assert 'torch' not in sys.modules\n"
         "model.read_rows('layer0', 0, 1); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for name in model.tensors: model.read(name)\n"

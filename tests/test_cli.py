@@ -17,7 +17,7 @@ from checkpoints import save_headers, trio
 from typer.main import get_command
 
 from merger.cli import app
-from merger.methods._registry import ENTRIES, SCORES
+from merger.pipeline.registry import ENTRIES, SCORES
 
 COMMANDS = sorted(get_command(app).commands)
 RECIPE = """\
@@ -28,7 +28,7 @@ output: {path: out}
 """
 SLOW = """\
 import sys, time
-from merger.checkpoint.stored import Checkpoint
+from merger.checkpoint.checkpoint import Checkpoint
 read = Checkpoint.read_into
 def slow(*arguments):
     time.sleep(0.2)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merger.copies import restored
+from merger.ops.rounding import restored
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 

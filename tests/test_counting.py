@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from merger import kernels
-from merger.kernels import counting
-from merger.kernels.counting import Counting, Counts, NativeCounting
+from merger.ops import kernels
+from merger.ops.kernels import counting
+from merger.ops.kernels.counting import Counting, Counts, NativeCounting
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
 

@@ -4,11 +4,11 @@ import pytest
 from checkpoints import save_headers
 from test_plan import CAUSAL, blocks, vocabulary
 
-from merger import demand
+from merger.engine import memory as demand
 from merger.errors import ResourceError
-from merger.machine import INTERPRETER, Machine, memory_needed, preview
-from merger.planning import plan
-from merger.recipe import Recipe
+from merger.engine.machine import INTERPRETER, Machine, memory_needed, preview
+from merger.planning.planner import plan
+from merger.recipe.recipe import Recipe
 
 HIDDEN, INNER, ROWS = 4096, 11008, 32000
 BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN  # numbers of one block

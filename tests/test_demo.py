@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from merger import demo
-from merger.demo_tasks import TASKS, double, examples, shift, split_of, upper
+from merger.demo import demo
+from merger.demo.tasks import TASKS, double, examples, shift, split_of, upper
 from merger.errors import RecipeError
-from merger.recipe import Recipe
+from merger.recipe.recipe import Recipe
 
 
 def test_each_task_answers_as_its_docstring_says():

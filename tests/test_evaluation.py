@@ -14,10 +14,10 @@ from tasks import TASKS, demo_folder, file_of, recipe_of, text_of, write  # noqa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merger as library
-from merger import demo_tasks
+from merger.demo import tasks as demo_tasks
 from merger.errors import CheckpointError, RecipeError
 from merger.evaluation import Asked, evaluate, tasks
-from merger.evaluation.hosting import Bench, Way
+from merger.evaluation.model_host import Bench, Way
 from merger.evaluation.measures import Judge, Outcome, log_likelihoods, prepare
 from merger.evaluation.scores import Entry, compare, json_schema, objective
 from merger.evaluation.tasks import Example, Task, check_apart, load, split

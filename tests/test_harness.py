@@ -14,7 +14,7 @@ import yaml
 from tasks import TASKS, demo_folder, file_of, text_of, write  # noqa: F401 a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merger import demo_tasks
+from merger.demo import tasks as demo_tasks
 from merger.evaluation.harness import Metric, Score
 from merger.evaluation.measures import Outcome
 from merger.evaluation.scores import Entry, compare, json_schema

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from merger.cache import recall, remember
+from merger.checkpoint.cache import recall, remember
 from merger.checkpoint.hashes import sha256
 from merger.errors import CheckpointError
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merger import Recipe, RecipeError, merge, plan
-from merger.document import parse
-from merger.importing import METHODS, import_mergekit
+from merger.recipe.document import parse
+from merger.recipe.mergekit import METHODS, import_mergekit
 
 
 def imported(text, tmp_path="."):

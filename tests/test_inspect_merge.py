@@ -10,7 +10,7 @@ from checkpoints import llama, load, save, trio
 
 import merger as library
 from merger.errors import CheckpointError
-from merger.inspection import manifests
+from merger.engine import merge_inputs as manifests
 
 RECIPE = """\
 base: models/base

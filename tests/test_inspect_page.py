@@ -10,7 +10,7 @@ from checkpoints import CONFIG, llama, save, trio
 
 import merger as library
 from merger import Recipe
-from merger.inspection.page import page
+from merger.inspection.html import page
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

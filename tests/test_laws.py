@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from pretended import Pretence
 from tiny import bits
 
-from merger.methods._parameters import Place
-from merger.methods._registry import ENTRIES, SCORES, checked, parameters
+from merger.pipeline.parameters import Place
+from merger.pipeline.registry import ENTRIES, SCORES, checked, parameters
 from merger.methods._spectral import whole as takes_whole
-from merger.ops import Before, Found, Guess, Size, Sum, Tally
-from merger.passes import Sizes
-from merger.pipeline import Inputs, Slice, Subject, bind, expand, flow, merge_tensors
+from merger.ops.arithmetic import Before, Found, Guess, Size, Sum, Tally
+from merger.pipeline.passes import Sizes
+from merger.pipeline.stages import Inputs, Slice, Subject, bind, expand, flow, merge_tensors
 
 every = pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
 EXPERTS = "abcde"

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merger import kernels
-from merger.kernels.lazy import Lazy
+from merger.ops import kernels
+from merger.ops.kernels.lazy import Lazy
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merger.linalg import SKETCH, Factors, decorrelated, gram, isotropic, low_rank, strongest, svd, tolerance
+from merger.ops.linalg import SKETCH, Factors, decorrelated, gram, isotropic, low_rank, strongest, svd, tolerance
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (6, 9), (9, 6), (8, 8), (300, 40), (40, 300), (260, 260)]
 

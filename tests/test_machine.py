@@ -11,7 +11,7 @@ from checkpoints import save_headers
 from test_demand import planned  # noqa: F401 a fixture
 
 from merger.errors import ResourceError
-from merger.machine import Machine, chosen_devices, dealt
+from merger.engine.machine import Machine, chosen_devices, dealt
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_there_is_a_worker_for_every_device(gpus, planned, monkeypatch):  # noqa
 
 
 def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
-    program = "from merger.machine import peak_memory; print(peak_memory())"
+    program = "from merger.engine.machine import peak_memory; print(peak_memory())"
     held = bytearray(1 << 28)
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert int(told) < len(held)

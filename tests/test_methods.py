@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import NAME, bits, inputs_of, kept, merge, sparse, tensor
 
-from merger.methods._parameters import Place
-from merger.methods._registry import checked
+from merger.pipeline.parameters import Place
+from merger.pipeline.registry import checked
 from merger.methods.magprune import magprune
-from merger.ops import uniforms
-from merger.pipeline import Inputs, bind, expand, merge_tensors
+from merger.ops.arithmetic import uniforms
+from merger.pipeline.stages import Inputs, bind, expand, merge_tensors
 
 NAMES = "abcdefgh"
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import bits, sliced, tensor
 
-from merger import kernels
-from merger.ops import Max, count, summed, uniforms
-from merger.selection import exclusive, ordered, ranks_of_rows, select, top_of_blocks, top_of_rows
+from merger.ops import kernels
+from merger.ops.arithmetic import Max, count, summed, uniforms
+from merger.ops.selection import exclusive, ordered, ranks_of_rows, select, top_of_blocks, top_of_rows
 
 DENSITIES = [Fraction(text) for text in ("0", "1/8", "0.29", "1/3", "1/2", "0.9", "1")]
 NEAR_ONE = 1 + 2**-23  # differs from 1 in the last bit alone

@@ -11,22 +11,22 @@ from checkpoints import llama, load, save
 from tiny import bits, merge, tensor
 
 import merger as merger_package
-from merger.checkpoint.header import Info
+from merger.checkpoint.safetensors_header import Info
 from merger.errors import CheckpointError, RecipeError
-from merger.extraction import extract
+from merger.outputs.extract import extract
 from merger.inspection import inspect_merge
-from merger.methods._registry import Form, checked
+from merger.pipeline.registry import Form, checked
 from merger.methods.byom import byom
 from merger.methods.emr import emr
 from merger.methods.tall_masks import tall_masks
-from merger.packing import Packed, bits_of, mask_of
-from merger.passes import Sizes, settle
-from merger.passes import run as all_passes
-from merger.pipeline import merge_tensors
-from merger.planning import plan
-from merger.recipe import Recipe
-from merger.run import merge as run
-from merger.verification import Deep, verify
+from merger.planning.packed import Packed, bits_of, mask_of
+from merger.pipeline.passes import Sizes, settle
+from merger.pipeline.passes import run as all_passes
+from merger.pipeline.stages import merge_tensors
+from merger.planning.planner import plan
+from merger.recipe.recipe import Recipe
+from merger.engine.merge import merge as run
+from merger.outputs.verify import Deep, verify
 
 EXPERTS = ("code", "math", "chat")
 PACKS = ("emr", "tall_masks", "byom", "tsv_c", "separate")
@@ -307,7 +307,7 @@ def test_slices_and_shards_do_not_change_what_is_written(models, method, monkeyp
     folder = models()
     run(recipe(folder, method))
     one = load(folder / "out")
-    monkeypatch.setattr("merger.machine.SLICE", 16)
+    monkeypatch.setattr("merger.engine.machine.SLICE", 16)
     run(recipe(folder, method, "again", into={"shard_size": 700}))
     assert (folder / "again" / "experts.safetensors.index.json").is_file()
     again = load(folder / "again")
@@ -317,7 +317,7 @@ def test_slices_and_shards_do_not_change_what_is_written(models, method, monkeyp
             torch.testing.assert_close(again[name], value)  # a sum of floats ends where its slices do
         else:
             assert torch.equal(again[name], value), name
-    monkeypatch.setattr("merger.extraction.SLICE", 16)
+    monkeypatch.setattr("merger.outputs.extract.SLICE", 16)
     whole, sliced = extracted(folder, output="out"), extracted(folder, output="again")
     assert all(torch.equal(sliced[name], value) for name, value in whole.items())
 

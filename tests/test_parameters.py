@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from merger.methods._parameters import Pinned, Place, order_of, plain, turns
-from merger.methods._registry import ENTRIES, SCORES, checked, parameter_names, schema, written
-from merger.pipeline import bind
+from merger.pipeline.parameters import Pinned, Place, order_of, plain, turns
+from merger.pipeline.registry import ENTRIES, SCORES, checked, parameter_names, schema, written
+from merger.pipeline.stages import bind
 
 EXPERTS = ("a", "b", "c")
 HALF = Fraction(1, 2)

@@ -6,9 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from merger.ops import Before, Found, Guess, Size, Sum, Tally
-from merger.passes import Sizes, rehearsal, run, settle
-from merger.selection import select
+from merger.ops.arithmetic import Before, Found, Guess, Size, Sum, Tally
+from merger.pipeline.passes import Sizes, rehearsal, run, settle
+from merger.ops.selection import select
 
 SLICES = 6
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import NAME, bits, merge, tensor
 
-from merger.methods._parameters import Place
-from merger.methods._registry import checked, entry_of
-from merger.pipeline import bind, expand, merge_tensors, natural, step_rows
+from merger.pipeline.parameters import Place
+from merger.pipeline.registry import checked, entry_of
+from merger.pipeline.stages import bind, expand, merge_tensors, natural, step_rows
 
 
 def test_names_are_sorted_with_their_numbers_as_numbers():

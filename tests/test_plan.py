@@ -13,8 +13,8 @@ from architectures import ALL, config, expected, shapes
 from checkpoints import save_headers
 
 from merger.errors import CheckpointError, RecipeError
-from merger.planning import plan
-from merger.recipe import Recipe
+from merger.planning.planner import plan
+from merger.recipe.recipe import Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CAUSAL = {"architectures": ["LlamaForCausalLM"], "vocab_size": 16, "tie_word_embeddings": False}

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from merger.errors import RecipeError
-from merger.methods._parameters import Place
-from merger.pipeline import bind, expand
-from merger.recipe import Recipe, byte_size, json_schema
+from merger.pipeline.parameters import Place
+from merger.pipeline.stages import bind, expand
+from merger.recipe.recipe import Recipe, byte_size, json_schema
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MINIMAL = """\

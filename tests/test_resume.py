@@ -12,10 +12,10 @@ import torch
 from checkpoints import CONFIG, llama, save, trio
 
 import merger.checkpoint.hashes
-import merger.run
+import merger.engine.merge
 from merger.errors import CheckpointError, RecipeError, ResourceError
-from merger.recipe import Recipe
-from merger.run import merge
+from merger.recipe.recipe import Recipe
+from merger.engine.merge import merge
 
 METHODS = [
     pytest.param("linear", {}, id="element by element"),
@@ -129,7 +129,7 @@ def test_a_run_may_be_cut_short_again_and_again(folder):
 def test_a_run_that_had_only_to_be_renamed_is(folder, monkeypatch):
     expected = whole(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(merger.run.Writer, "finish", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        patch.setattr(merger.engine.merge.Writer, "finish", lambda *_, **__: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run(folder)
     assert run(folder).bytes_read == 0
@@ -181,7 +181,7 @@ def test_an_unfinished_run_holds_disk_that_the_next_one_need_not_find_free(folde
     held = sum(each.stat().st_blocks * 512 for each in (folder / "out.partial" / "model").iterdir())
     assert held > 1616
     usage = type("Usage", (), {"free": 0})
-    monkeypatch.setattr("merger.machine.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("merger.engine.machine.shutil.disk_usage", lambda path: usage)
     run(folder)
     with pytest.raises(ResourceError, match="has 0 free"):
         run(folder, path="other")
@@ -212,7 +212,7 @@ def test_what_another_plan_finished_is_refused_and_forgotten_by_force(folder, mo
     before = contents(folder / "out.partial" / "model")
     more = change(folder)
     if change is other_versions:
-        monkeypatch.setattr("merger.checkpoint.manifest.VERSION", "99")
+        monkeypatch.setattr("merger.checkpoint.side_files.VERSION", "99")
 
     with pytest.raises(
         RecipeError,
@@ -278,7 +278,7 @@ def test_what_is_made_of_wrong_inputs_is_not_kept(folder, kind):
 
 SLOW = """\
 import sys, time
-from merger.checkpoint.stored import Checkpoint
+from merger.checkpoint.checkpoint import Checkpoint
 read = Checkpoint.read_into
 def slow(*arguments):
     time.sleep(0.2)

@@ -11,11 +11,11 @@ from checkpoints import load
 from tiny import merge, tensor
 
 import merger
-from merger import demo_tasks
-from merger.methods._parameters import Place
-from merger.methods._registry import checked
+from merger.demo import tasks as demo_tasks
+from merger.pipeline.parameters import Place
+from merger.pipeline.registry import checked
 from merger.methods.sparsegpt import BLOCK
-from merger.pipeline import Inputs, bind
+from merger.pipeline.stages import Inputs, bind
 
 MODELS = Path(merger.__file__).parent / "demo_models"
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from merger.calibration import Moments, Settings
-from merger.calibration.files import Key, find, load, save
+from merger.calibration.statistics_files import Key, find, load, save
 from merger.errors import CheckpointError
 
 KEY = Key(checkpoint="c0ffee", data="da7a", tokenizer="70ken", settings=Settings(samples=10))

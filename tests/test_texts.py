@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from merger.calibration import Settings, batches
-from merger.calibration.texts import (
+from merger.calibration.samples import (
     Text,
     check_same_tokens,
     choose,

@@ -8,11 +8,11 @@ import torch
 from checkpoints import CONFIG, llama, save, trio
 from safetensors.torch import load_file, save_file
 
-import merger.agreement
+import merger.outputs.consistency
 from merger.errors import CheckpointError, RecipeError
-from merger.recipe import Recipe
-from merger.run import merge
-from merger.verification import Deep, verify
+from merger.recipe.recipe import Recipe
+from merger.engine.merge import merge
+from merger.outputs.verify import Deep, verify
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -191,7 +191,7 @@ def test_a_tensor_in_two_files_is_named(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_values_that_are_not_finite_are_counted_wherever_they_stand(tmp_path, monkeypatch, dtype, value):
-    monkeypatch.setattr(merger.agreement, "CHUNK", 64)
+    monkeypatch.setattr(merger.outputs.consistency, "CHUNK", 64)
     tensors = llama(0, dtype=dtype)
     tensors[EMBEDDING].view(-1)[[0, 9, 31]] = float(value)
     tensors["ids"] = torch.full((3,), -1)  # all bits of a NaN, but integers

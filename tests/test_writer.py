@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from merger.checkpoint import writer
-from merger.checkpoint.header import ITEM_SIZE, Info, read_header
+from merger.checkpoint.safetensors_header import ITEM_SIZE, Info, read_header
 from merger.checkpoint.layout import layout
 from merger.checkpoint.writer import Writer, check_output
 from merger.errors import RecipeError, ResourceError
@@ -303,7 +303,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "from pathlib import Path\n"
-        "from merger.checkpoint.header import Info\n"
+        "from merger.checkpoint.safetensors_header import Info\n"
         "from merger.checkpoint.layout import layout\n"
         "from merger.checkpoint.writer import Writer\n"
         "from merger.errors import ResourceError\n"

@@ -2,10 +2,10 @@
 
 import torch
 
-from merger.methods._parameters import Place
-from merger.methods._registry import checked
-from merger.passes import Sizes, run, settle
-from merger.pipeline import Inputs, merge_tensors
+from merger.pipeline.parameters import Place
+from merger.pipeline.registry import checked
+from merger.pipeline.passes import Sizes, run, settle
+from merger.pipeline.stages import Inputs, merge_tensors
 
 NAME = "layers.0.w"
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from merger.calibration.moments import Moments
 from merger.calibration.settings import Settings
-from merger.calibration.texts import Batch, Samples, batches
+from merger.calibration.samples import Batch, Samples, batches
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-    from merger.calibration.loader import Readable
-    from merger.checkpoint.stored import Checkpoint
+    from merger.calibration.weights import Readable
+    from merger.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["Batch", "Moments", "Samples", "Settings", "batches", "collect", "collect_all"]
 
@@ -49,8 +49,8 @@ def collect(
 
     Raises CheckpointError where the model cannot be run, or an activation is not finite.
     """
-    from merger.calibration.blocks import Unfit, by_block, whole
-    from merger.calibration.rig import Rig
+    from merger.calibration.block_runner import Unfit, by_block, whole
+    from merger.calibration.model_host import Rig
 
     say = functools.cache(notice)  # each thing once
 

@@ -14,7 +14,7 @@ from torch import nn
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from merger.checkpoint.stored import Checkpoint
+    from merger.checkpoint.checkpoint import Checkpoint
 
 
 def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:

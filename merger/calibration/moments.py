@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.linalg import gram
+from merger.ops.linalg import gram
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from merger.calibration.settings import Settings
-    from merger.calibration.texts import Batch
+    from merger.calibration.samples import Batch
 
 # Rows are squared in pieces, to bound the memory of the squares. Pieces that fit a cache are no faster, and far
 # slower where two threads wait for each other on busy cores. vector_norm, and products with ones, are less exact.

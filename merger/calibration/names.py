@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from merger.pipeline import natural
+from merger.pipeline.stages import natural
 
 Renamed = tuple[str, str | None]
 """A parameter's name, and the pattern by which a converter of transformers found the tensor, if one did."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from merger.cache import recall, remember
+from merger.checkpoint.cache import recall, remember
 from merger.errors import CheckpointError, UnreadableError
 
 SETTLED = 2.0

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merger.checkpoint.header import ITEM_SIZE, Info
-from merger.checkpoint.stored import SINGLE
+from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.checkpoint.checkpoint import SINGLE
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from merger.checkpoint.folder import (
     refuse_quantised_config,
     refuse_quantised_tensors,
 )
-from merger.checkpoint.stored import Checkpoint
+from merger.checkpoint.checkpoint import Checkpoint
 from merger.errors import CheckpointError
 
 

@@ -10,7 +10,7 @@ import typer
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
-    from merger.recipe import Recipe
+    from merger.recipe.recipe import Recipe
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -34,7 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 def load(path: Path, overrides: list[str]) -> Recipe:
     """The recipe of a file, with what ``--set`` changes."""
-    from merger.recipe import Recipe
+    from merger.recipe.recipe import Recipe
 
     return Recipe.load(path, overrides)
 
@@ -43,7 +43,7 @@ def memory_size(text: str | None) -> int | None:
     """What ``--max-memory`` says, in bytes."""
     if text is None:
         return None
-    from merger.recipe import byte_size
+    from merger.recipe.recipe import byte_size
 
     size = byte_size(text)
     if not isinstance(size, int) or size < 1:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from merger.loop import Progress
+    from merger.engine.loop import Progress
 
 
 def size_text(count: int) -> str:

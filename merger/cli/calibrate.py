@@ -40,7 +40,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Run the calibration of a recipe alone, and say where each expert's statistics are."""
-    from merger.run import calibrate as make_statistics
+    from merger.engine.merge import calibrate as make_statistics
 
     with progress_bar(quiet) as (progress, notice):
         paths = make_statistics(

@@ -20,7 +20,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Merge three tiny fine-tunes that come with merger, and show what each model can do."""
-    from merger import demo as demonstration
+    from merger.demo import demo as demonstration
 
     console = make_console(stderr=True)
     tell = (lambda line: None) if quiet else (lambda line: console.print(line, markup=False))

@@ -14,7 +14,7 @@ from merger.errors import RecipeError
 
 if TYPE_CHECKING:
     from merger.evaluation.harness import Wanted
-    from merger.recipe import Recipe
+    from merger.recipe.recipe import Recipe
 
 AllowCalibrationText = Annotated[
     bool, typer.Option("--allow-calibration-text", help="Judge by text that calibration has seen too.")

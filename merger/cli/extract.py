@@ -30,7 +30,7 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Write one expert of an output that holds several (emr, tall_masks, byom, tsv_c) as a checkpoint."""
-    from merger.extraction import extract as write
+    from merger.outputs.extract import extract as write
 
     with progress_bar(quiet) as (progress, _):
         found = write(folder, expert, output, base=base, offline=offline, force=force, progress=progress)

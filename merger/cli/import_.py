@@ -13,7 +13,7 @@ import typer
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
-    from merger.importing import Imported
+    from merger.recipe.mergekit import Imported
 
 
 def import_(
@@ -25,8 +25,8 @@ def import_(
 ) -> None:
     """Make a recipe of a mergekit configuration, or say which of its keys have no equivalent."""
     from merger.checkpoint.writer import write_text
-    from merger.document import read
-    from merger.importing import import_mergekit
+    from merger.recipe.document import read
+    from merger.recipe.mergekit import import_mergekit
 
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise RecipeError(f"--output {output}: expected a file in a folder that is there")
@@ -51,7 +51,7 @@ def _from(start: Path, path: str) -> str:
 
 def _check_layers(config: Path, imported: Imported, start: Path) -> None:
     """Refuses slices that leave out the last layers, where the base is at hand to tell."""
-    from merger.importing import layers_of
+    from merger.recipe.mergekit import layers_of
 
     base = imported.recipe["base"]
     model = base if isinstance(base, str) else base["model"]

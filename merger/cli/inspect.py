@@ -55,7 +55,8 @@ def inspect(
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
     from merger.checkpoint.writer import write_text
-    from merger.inspection import conditions, page, plots, tables
+    from merger.inspection import conditions, plots, tables
+    from merger.inspection import html as page
 
     wanted = [conditions.parse(text) for text in fail_if]
     if overrides and (base is not None or what.is_dir()):

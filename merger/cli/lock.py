@@ -9,8 +9,8 @@ from merger.cli._options import AsJson, Offline, Overrides, RecipePath, load
 
 def lock(recipe: RecipePath, overrides: Overrides = [], offline: Offline = False, as_json: AsJson = False) -> None:  # noqa: B006
     """Write down what a recipe comes to today, in recipe.lock beside it, for `merger run --locked`."""
-    from merger.locking import lock as write
-    from merger.locking import lock_of
+    from merger.outputs.lock import lock as write
+    from merger.outputs.lock import lock_of
 
     content = write(load(recipe, overrides), lock_of(recipe), offline=offline)
     if as_json:

@@ -16,7 +16,7 @@ from merger.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from merger.lora import LoraExtraction
+    from merger.outputs.lora import LoraExtraction
 
 
 def lora(
@@ -39,7 +39,7 @@ def lora(
     as_json: AsJson = False,
 ) -> None:
     """Turn a fine-tune into a PEFT LoRA adapter for its base, and say what that leaves out, layer by layer."""
-    from merger.lora import extract_lora
+    from merger.outputs.lora import extract_lora
 
     share = None if energy is None else _share(energy)
     with progress_bar(quiet) as (progress, _):

@@ -16,7 +16,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the methods, stages and scores, or show one: what it expands to, its parameters, its paper."""
-    from merger import report
+    from merger.cli import _report as report
 
     if as_json:
         print(json.dumps(report.methods_json(name)))

@@ -23,9 +23,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a merge would do, from headers alone: nothing is downloaded whole, nothing is written."""
-    from merger import report
-    from merger.machine import preview
-    from merger.planning import plan as make_plan
+    from merger.cli import _report as report
+    from merger.engine.machine import preview
+    from merger.planning.planner import plan as make_plan
 
     loaded = load(recipe, overrides)
     made = make_plan(loaded, offline=offline)

@@ -19,7 +19,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a finished merge to the Hub, with card and manifest; run again, it goes on where it broke off."""
-    from merger.pushing import push as upload
+    from merger.outputs.push import push as upload
 
     pushed = upload(folder, repository, public=public, quiet=quiet)
     if as_json:

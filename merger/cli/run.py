@@ -24,8 +24,8 @@ from merger.cli._terminal import progress_bar, size_text
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
-    from merger.loop import Progress
-    from merger.recipe import Recipe
+    from merger.engine.loop import Progress
+    from merger.recipe.recipe import Recipe
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge: read the inputs, write one checkpoint that transformers loads."""
-    from merger.run import merge
+    from merger.engine.merge import merge
 
     if trust_mtime and not locked:
         raise RecipeError("--trust-mtime: is about what --locked would do; say both")
@@ -80,7 +80,7 @@ _UNCHANGED = "is what the lock says, and whole; nothing to do"
 
 
 def _is_done(loaded: Recipe, path: Path, offline: bool, trust_mtime: bool, progress: Progress | None) -> bool:
-    from merger.locking import check_lock, is_done, lock_of
+    from merger.outputs.lock import check_lock, is_done, lock_of
 
     check_lock(loaded, lock_of(path), offline=offline)
     return is_done(loaded, lock_of(path), trust_mtime=trust_mtime, progress=progress)

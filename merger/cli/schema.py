@@ -19,11 +19,11 @@ def schema(
     from merger.errors import nearest
 
     if of == "inspection":
-        from merger.inspection.facts import json_schema
+        from merger.inspection.report import json_schema
     elif of == "evaluation":
         from merger.evaluation.scores import json_schema
     elif of == "recipe":
-        from merger.recipe import json_schema
+        from merger.recipe.recipe import json_schema
     else:
         raise RecipeError(f"there is no schema of {of!r}; {nearest(of, ('recipe', 'inspection', 'evaluation'))}")
     print(json.dumps(json_schema(), indent=2))

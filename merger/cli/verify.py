@@ -30,8 +30,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check that a model is what it says: hashes, headers, values, config, tokenizer; with --deep, the merge itself."""
-    from merger.verification import Deep
-    from merger.verification import verify as check
+    from merger.outputs.verify import Deep
+    from merger.outputs.verify import verify as check
 
     how = Deep(sample, seed, recipe, device, memory_size(max_memory), offline, trust_remote_code) if deep else None
     with progress_bar(quiet) as (progress, notice):

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import RecipeError
-from merger.recipe import Evaluation, Recipe
+from merger.recipe.recipe import Evaluation, Recipe
 
 if TYPE_CHECKING:
     from merger.evaluation.harness import Wanted
     from merger.evaluation.scores import Comparison
-    from merger.loop import Progress
+    from merger.engine.loop import Progress
 
 __all__ = ["Asked", "evaluate"]
 
@@ -46,9 +46,10 @@ def evaluate(
     Base and experts are those of the first recipe, or else of the first folder that merger made; all recipes must
     have the same. Raises a `MergerError` for whatever the user can mend.
     """
-    from merger.evaluation import families, harness, tasks
-    from merger.evaluation.hosting import Bench, Way
-    from merger.evaluation.judging import Panel
+    from merger.evaluation import harness, tasks
+    from merger.evaluation import references as families
+    from merger.evaluation.model_host import Bench, Way
+    from merger.evaluation.evaluator import Panel
     from merger.evaluation.scores import compare
 
     family = families.of(subjects, asked.inputs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from merger.calibration.texts import grouped, padded
+from merger.calibration.samples import grouped, padded
 from merger.evaluation.tasks import Example, Task
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from merger.calibration.records import Record, records
+from merger.calibration.datasets import Record, records
 from merger.errors import CheckpointError, RecipeError
-from merger.recipe import Recipe
+from merger.recipe.recipe import Recipe
 
 Kind = Literal["text", "answer", "choices"]
 

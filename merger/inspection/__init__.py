@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from merger.errors import CheckpointError, RecipeError, nearest
-from merger.inspection import manifests, masks
-from merger.inspection.facts import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
-from merger.inspection.tally import Wanted
+from merger.inspection import masks
+from merger.engine import merge_inputs as manifests
+from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
+from merger.inspection.counters import Wanted
 from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
-from merger.machine import Machine, peak_memory
-from merger.planning import Plan
-from merger.planning import plan as make_plan
-from merger.recipe import Recipe
-from merger.statistics import Options, grams, load
-from merger.statistics import calibrate as statistics_files
+from merger.engine.machine import Machine, peak_memory
+from merger.planning.planner import Plan
+from merger.planning.planner import plan as make_plan
+from merger.recipe.recipe import Recipe
+from merger.calibration.statistics import Options, grams, load
+from merger.calibration.statistics import calibrate as statistics_files
 
 __all__ = [
     "Curve",

@@ -12,7 +12,7 @@ from merger._lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.kernels.counting import Counts
+    from merger.ops.kernels.counting import Counts
 
 BLOCK = 256
 """Consecutive elements of a matrix, across the ends of its rows, that make a block: the m of the CABS paper."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from merger.errors import CheckpointError, ConditionError, RecipeError, nearest
-from merger.inspection.facts import Facts, Inspection, Merged, View
+from merger.inspection.report import Facts, Inspection, Merged, View
 
 SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 OF_EXPERTS = tuple(each.name for each in fields(Facts) if each.name not in ("elements", "holders"))

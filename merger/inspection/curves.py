@@ -14,11 +14,11 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from merger import kernels
+from merger.ops import kernels
 from merger._lazy import torch
 from merger.inspection.balance import unevenness
-from merger.inspection.measures import Floats, Ints, Sums, Vectors
-from merger.ops import Before, Flow, Tally, count
+from merger.inspection.sums import Floats, Ints, Sums, Vectors
+from merger.ops.arithmetic import Before, Flow, Tally, count
 
 if TYPE_CHECKING:
     from torch import Tensor

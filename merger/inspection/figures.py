@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from merger.inspection.facts import ByPair, Curve, Curves, Facts, Merged, View
+from merger.inspection.report import ByPair, Curve, Curves, Facts, Merged, View
 from merger.inspection.tables import most, shortened
 
 LINES = 6

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.checkpoint.stored import Checkpoint
-from merger.packing import Packed, as_columns, mask_of, open_packed
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.planning.packed import Packed, as_columns, mask_of, open_packed
 
 if TYPE_CHECKING:
     import numpy

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merger.errors import RecipeError
-from merger.inspection.facts import Inspection, Picture
+from merger.inspection.report import Inspection, Picture
 from merger.inspection.figures import Chart, Heatmap, by_layer, charts, matrices
 from merger.inspection.tables import number
 

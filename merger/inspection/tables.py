@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from merger.inspection.conditions import numbers
-from merger.inspection.facts import Curve, Facts, Inspection, Merged, View
+from merger.inspection.report import Curve, Facts, Inspection, Merged, View
 
 if TYPE_CHECKING:
     from rich.console import Console

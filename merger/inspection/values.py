@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.kernels import counting
+from merger.ops.kernels import counting
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from merger._lazy import torch
 from merger.inspection.curves import levels
-from merger.inspection.facts import Curve, Curves, Facts, Merged, Picture, View, curve, facts
-from merger.inspection.measures import Outcome, Sums, Vectors, endings
-from merger.inspection.tally import TASK_VECTORS, Key, Tally, Wanted
-from merger.machine import Machine, tuned
-from merger.ops import Flow, Max, Sum
-from merger.passes import Ahead, settle
-from merger.pipeline import Slice, Subject, flow
-from merger.planning import Part, Plan, TensorPlan
-from merger.reading import Reader, rounded
-from merger.statistics import Statistics
+from merger.inspection.report import Curve, Curves, Facts, Merged, Picture, View, curve, facts
+from merger.inspection.sums import Outcome, Sums, Vectors, endings
+from merger.inspection.counters import TASK_VECTORS, Key, Tally, Wanted
+from merger.engine.machine import Machine, tuned
+from merger.ops.arithmetic import Flow, Max, Sum
+from merger.pipeline.passes import Ahead, settle
+from merger.pipeline.stages import Slice, Subject, flow
+from merger.planning.planner import Part, Plan, TensorPlan
+from merger.engine.reader import Reader, rounded
+from merger.calibration.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.checkpoint.stored import Checkpoint
+    from merger.checkpoint.checkpoint import Checkpoint
 
 S = TypeVar("S", bound=Sums)
 RESULT = "result"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.methods._registry import merger
-from merger.ops import Flow, Size, keep
-from merger.selection import ordered
+from merger.pipeline.registry import merger
+from merger.ops.arithmetic import Flow, Size, keep
+from merger.ops.selection import ordered
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.methods._parameters import Order, Shares
-from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, Scope, Size, count, keep
-from merger.selection import exclusive as disjoint
-from merger.selection import select
+from merger.pipeline.parameters import Order, Shares
+from merger.pipeline.registry import Score, sparsifier
+from merger.ops.arithmetic import Flow, Scope, Size, count, keep
+from merger.ops.selection import exclusive as disjoint
+from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

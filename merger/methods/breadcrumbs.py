@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from merger.methods._parameters import Number, Numbers, Shares
-from merger.methods._registry import Score, Stage, method, stage
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.band import band
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
-from merger.ops import Scope
+from merger.ops.arithmetic import Scope
 
 
 @method()

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from merger.methods._parameters import Order
-from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, Size, keep
-from merger.selection import in_turn, top_of_blocks
+from merger.pipeline.parameters import Order
+from merger.pipeline.registry import Score, sparsifier
+from merger.ops.arithmetic import Flow, Size, keep
+from merger.ops.selection import in_turn, top_of_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,10 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from merger.methods._parameters import Number, Share
-from merger.methods._registry import Form, pack
-from merger.ops import Flow, count, summed
-from merger.selection import select
+from merger.pipeline.parameters import Number, Share
+from merger.pipeline.registry import Form, pack
+from merger.ops.arithmetic import Flow, count, summed
+from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

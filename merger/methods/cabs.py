@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from merger.methods._parameters import Numbers, Order
-from merger.methods._registry import Score, Stage, method, stage
+from merger.pipeline.parameters import Numbers, Order
+from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.bs import bs
 from merger.methods.sum import sum_
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from merger.methods._parameters import Number, Numbers
-from merger.methods._registry import Stage, method, stage
+from merger.pipeline.parameters import Number, Numbers
+from merger.pipeline.registry import Stage, method, stage
 from merger.methods.consensus import consensus
 from merger.methods.scale import scale
 from merger.methods.sum import sum_

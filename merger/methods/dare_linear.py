@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.methods._parameters import Number, Numbers, Shares
-from merger.methods._registry import Stage, method, stage
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Stage, method, stage
 from merger.methods.random import random
 from merger.methods.rescale import rescale as rescale_norm
 from merger.methods.scale import scale

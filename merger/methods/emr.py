@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
-from merger.methods._registry import Form, pack
-from merger.ops import Flow, Sum, Whole, keep, summed
+from merger.pipeline.registry import Form, pack
+from merger.ops.arithmetic import Flow, Sum, Whole, keep, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from merger.methods._parameters import Number, Numbers, Order, Shares, SharesOrAuto, at_depth
-from merger.methods._registry import Score, Stage, method, stage
+from merger.pipeline.parameters import Number, Numbers, Order, Shares, SharesOrAuto, at_depth
+from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
 from merger.methods.top import top
-from merger.ops import RatioOf, Scope
+from merger.ops.arithmetic import RatioOf, Scope
 
 
 def at_most_whole(density: Any, experts: tuple[str, ...], ratio_of: str) -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from merger._lazy import torch
-from merger.methods._parameters import Numbers, Share
-from merger.methods._registry import merger
+from merger.pipeline.parameters import Numbers, Share
+from merger.pipeline.registry import merger
 from merger.methods.mean import positive_sum
 from merger.methods.multislerp import normalised, on_vectors, sphere
-from merger.ops import Flow, Sum, Whole, combined
+from merger.ops.arithmetic import Flow, Sum, Whole, combined
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.linalg import svd
-from merger.methods._registry import Inner, Stage, merger
+from merger.ops.linalg import svd
+from merger.pipeline.registry import Inner, Stage, merger
 from merger.methods._spectral import has_matrix, whole
-from merger.ops import Flow
+from merger.ops.arithmetic import Flow
 
 if TYPE_CHECKING:
     from torch import Tensor

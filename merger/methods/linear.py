@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from merger.methods._parameters import Numbers
-from merger.methods._registry import merger
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import merger
 from merger.methods.mean import mean, positive_sum
 from merger.methods.sum import sum_
 

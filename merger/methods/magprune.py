@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
-from merger.methods._parameters import Order, Shares
-from merger.methods._registry import Score, Takes, sparsifier
-from merger.ops import at_least, column, keep
-from merger.selection import exclusive as disjoint
-from merger.selection import ranks_of_rows
+from merger.pipeline.parameters import Order, Shares
+from merger.pipeline.registry import Score, Takes, sparsifier
+from merger.ops.arithmetic import at_least, column, keep
+from merger.ops.selection import exclusive as disjoint
+from merger.ops.selection import ranks_of_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.methods._registry import Draw
+    from merger.pipeline.registry import Draw
 
 
 def _window(density: Sequence[Fraction], epsilon: Sequence[Fraction], **_: object) -> None:

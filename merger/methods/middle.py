@@ -8,10 +8,10 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from merger.methods._parameters import Shares
-from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, Scope, Size, count, keep
-from merger.selection import select
+from merger.pipeline.parameters import Shares
+from merger.pipeline.registry import Score, sparsifier
+from merger.ops.arithmetic import Flow, Scope, Size, count, keep
+from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from itertools import combinations, combinations_with_replacement
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
-from merger.methods._registry import Takes, merger
+from merger.pipeline.registry import Takes, merger
 from merger.methods.mean import mean
-from merger.ops import Flow, Size, Sum, summed
+from merger.ops.arithmetic import Flow, Size, Sum, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

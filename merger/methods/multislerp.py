@@ -11,10 +11,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
-from merger.methods._parameters import Numbers
-from merger.methods._registry import merger
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import merger
 from merger.methods.mean import positive_sum
-from merger.ops import Flow, Sum, Whole, combined
+from merger.ops.arithmetic import Flow, Sum, Whole, combined
 
 if TYPE_CHECKING:
     from torch import Tensor

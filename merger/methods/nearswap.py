@@ -8,8 +8,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from merger.methods._parameters import Number
-from merger.methods._registry import merger
+from merger.pipeline.parameters import Number
+from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:
     from torch import Tensor

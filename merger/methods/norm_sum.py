@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.methods._parameters import Numbers
-from merger.methods._registry import merger
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import merger
 from merger.methods._spectral import weighted
-from merger.ops import Flow, Sum, Whole, summed
+from merger.ops.arithmetic import Flow, Sum, Whole, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,9 +7,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.linalg import svd
-from merger.methods._parameters import Numbers
-from merger.methods._registry import sparsifier
+from merger.ops.linalg import svd
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import sparsifier
 from merger.methods._spectral import untouched, whole
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
-from merger.methods._parameters import Numbers
-from merger.methods._registry import Takes, merger
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import Takes, merger
 from merger.methods.mean import positive_sum
-from merger.ops import Flow, Size, Sum, combined
+from merger.ops.arithmetic import Flow, Size, Sum, combined
 
 if TYPE_CHECKING:
     from torch import Tensor

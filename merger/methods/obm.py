@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from merger.methods._registry import score
+from merger.pipeline.registry import score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.methods._registry import Draw
+    from merger.pipeline.registry import Draw
 
 
 def _looks_at_inputs(hessian: str, **_: object) -> bool:

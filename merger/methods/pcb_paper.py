@@ -6,10 +6,10 @@ from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.methods._parameters import Shares
-from merger.methods._registry import merger
-from merger.ops import Flow, Max, Size, Sum, Whole, keep, weighted_mean
-from merger.selection import select
+from merger.pipeline.parameters import Shares
+from merger.pipeline.registry import merger
+from merger.ops.arithmetic import Flow, Max, Size, Sum, Whole, keep, weighted_mean
+from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

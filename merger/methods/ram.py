@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.methods._parameters import Number
-from merger.methods._registry import merger
-from merger.ops import Flow, Sum, Whole, keep, summed
+from merger.pipeline.parameters import Number
+from merger.pipeline.registry import merger
+from merger.ops.arithmetic import Flow, Sum, Whole, keep, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from merger.methods._parameters import Order, Shares
-from merger.methods._registry import sparsifier
-from merger.ops import at_least, column, keep
-from merger.selection import exclusive as disjoint
+from merger.pipeline.parameters import Order, Shares
+from merger.pipeline.registry import sparsifier
+from merger.ops.arithmetic import at_least, column, keep
+from merger.ops.selection import exclusive as disjoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.methods._registry import Draw
+    from merger.pipeline.registry import Draw
 
 
 @sparsifier()

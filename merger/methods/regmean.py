@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from merger._lazy import torch
-from merger.methods._parameters import Number, Numbers, Share
-from merger.methods._registry import Fed, Stage, merger
+from merger.pipeline.parameters import Number, Numbers, Share
+from merger.pipeline.registry import Fed, Stage, merger
 from merger.methods._spectral import averaged, whole
 from merger.methods.mean import mean
 from merger.methods.regmean_diag import a_share_each

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from merger.methods._parameters import Number, Numbers
-from merger.methods._registry import merger
+from merger.pipeline.parameters import Number, Numbers
+from merger.pipeline.registry import merger
 from merger.methods.mean import mean, positive_sum
-from merger.ops import column, summed
+from merger.ops.arithmetic import column, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

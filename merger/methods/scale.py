@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.methods._parameters import Number
-from merger.methods._registry import scale as register
+from merger.pipeline.parameters import Number
+from merger.pipeline.registry import scale as register
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from merger.methods._parameters import Numbers
-from merger.methods._registry import merger
-from merger.ops import Flow, Sum, Whole, column, mean_of_agreeing, summed, weighted_sum
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import merger
+from merger.ops.arithmetic import Flow, Sum, Whole, column, mean_of_agreeing, summed, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

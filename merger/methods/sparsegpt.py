@@ -10,12 +10,12 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.methods._parameters import Order, Share, Shares
-from merger.methods._registry import Stage, sparsifier, stage
+from merger.pipeline.parameters import Order, Share, Shares
+from merger.pipeline.registry import Stage, sparsifier, stage
 from merger.methods._spectral import has_matrix, whole
 from merger.methods.top import top
-from merger.ops import Flow, count, keep
-from merger.selection import select, top_of_rows
+from merger.ops.arithmetic import Flow, count, keep
+from merger.ops.selection import select, top_of_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from merger.methods._parameters import Number, Numbers
-from merger.methods._registry import Stage, method, stage
+from merger.pipeline.parameters import Number, Numbers
+from merger.pipeline.registry import Stage, method, stage
 from merger.methods.mean import mean
 from merger.methods.nuclear import nuclear
 from merger.methods.scale import scale

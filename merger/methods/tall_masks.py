@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.methods._parameters import Numbers
-from merger.methods._registry import Form, pack
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import Form, pack
 from merger.methods.consensus import held
-from merger.ops import keep, summed
+from merger.ops.arithmetic import keep, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from merger.methods._parameters import Order, Shares
-from merger.methods._registry import Score, sparsifier
-from merger.ops import Flow, RatioOf, Scope, Size, keep
-from merger.selection import select
+from merger.pipeline.parameters import Order, Shares
+from merger.pipeline.registry import Score, sparsifier
+from merger.ops.arithmetic import Flow, RatioOf, Scope, Size, keep
+from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

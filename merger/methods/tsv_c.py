@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from merger.methods._registry import Stage, method, stage
+from merger.pipeline.registry import Stage, method, stage
 from merger.methods.factors import factors
 
 

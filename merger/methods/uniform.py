@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.methods._registry import score
+from merger.pipeline.registry import score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.methods._registry import Draw
+    from merger.pipeline.registry import Draw
 
 
 @score()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.methods._registry import score
+from merger.pipeline.registry import score
 
 if TYPE_CHECKING:
     from torch import Tensor

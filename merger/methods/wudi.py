@@ -13,9 +13,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.linalg import gram
-from merger.methods._parameters import Number, Numbers
-from merger.methods._registry import merger
+from merger.ops.linalg import gram
+from merger.pipeline.parameters import Number, Numbers
+from merger.pipeline.registry import merger
 from merger.methods._spectral import averaged, weighted, whole
 
 if TYPE_CHECKING:

@@ -1,0 +1,204 @@
+"""A model made ready to be watched: loaded but for its blocks, with a head that computes nothing."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from merger.calibration.weights import Loader
+from merger.calibration.model import block_list, build, default_dtype, outer_lists
+from merger.calibration.moments import Moments, Sums, token_share
+from merger.calibration.input_observer import Key, Watch
+from merger.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from merger.calibration.weights import Readable
+    from merger.calibration.settings import Settings
+    from merger.calibration.samples import Batch
+    from merger.checkpoint.checkpoint import Checkpoint
+
+
+class Stop(Exception):
+    """All that was wanted of a forward pass is done."""
+
+
+class Rig:
+    """A checkpoint's model, its weights and what watches it. Blocks are loaded by who runs them.
+
+    What is outside the blocks comes from ``onward``, the model that hidden states go through.
+    """
+
+    def __init__(
+        self,
+        weights: Checkpoint,
+        onward: Readable,
+        batches: Sequence[Batch],
+        settings: Settings,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        gram: bool,
+        trust_remote_code: bool,
+        notice: Callable[[str], None],
+    ) -> None:
+        self.label, self._settings = weights.label, settings
+        self.weights, self.onward = weights, onward
+        self.model = build(weights, trust_remote_code=trust_remote_code)
+        self.batches = self._that_fit(batches, notice)
+        where = torch.device(device)
+        self.loader = Loader(self.model, weights, where, dtype or default_dtype(weights, where))
+        self.watch = Watch(self.loader.find, settings, gram=gram, notice=lambda text: notice(f"{self.label}: {text}"))
+        self._list = block_list(self.model)
+        self._names = {module: name for name, module in self.model.named_modules()}
+        self._embedding = self._input_embedding()
+        self._embedding_stays = False
+        self._check_tokens()
+        self._skip_head()
+        self._load_outside()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks."""
+        return [] if self._list is None else list(self.model.get_submodule(self._list))
+
+    @property
+    def block_names(self) -> list[str]:
+        """Their names in the model."""
+        return [f"{self._list}.{index}" for index in range(len(self.blocks))]
+
+    def forward(self, batch: Batch) -> None:
+        """Runs the model on a batch, to its end or until something raises Stop."""
+        device = self.loader.device
+        self.watch.begin(batch, device)
+        try:
+            with torch.no_grad(), self.watch:
+                self.model(input_ids=batch.ids.to(device), attention_mask=batch.mask.long().to(device))
+        except Stop:
+            pass
+
+    def take(self, prefix: str) -> dict[str, Moments]:
+        """The moments that were summed of the parameters below ``prefix``, by the checkpoint's names."""
+        sums = self.watch.take(f"{prefix}." if prefix else "")
+        for key, each in sums.items():  # in the order of the forward pass, so the first is the cause
+            if not torch.isfinite(each.second).all():
+                name = next((source for source, _ in self.loader.stored(key.name)), key.name)
+                raise CheckpointError(f"{self.label}: what enters {name} is not finite: NaN or infinite activations")
+        return self.loader.named(self._unreached(prefix) | sums)
+
+    def rest(self) -> dict[str, Moments]:
+        """The moments of what is outside the blocks, and how often each token occurs."""
+        moments = self.take("")
+        if self._embedding is not None:
+            share = token_share(self.batches, self._vocabulary(), self._settings)
+            count = sum(int(batch.counted(self._settings.skip_first_tokens).sum()) for batch in self.batches)
+            for name, _ in self.loader.stored(self._embedding):
+                known = moments.get(name, Moments(torch.tensor(count)))
+                moments[name] = replace(known, token_share=share)
+        return moments
+
+    def _unreached(self, prefix: str) -> dict[Key, Sums]:
+        """Empty sums for the linear layers of a block that no token came to, such as an expert never routed to."""
+        if not prefix:
+            return {}
+        modules = self.model.get_submodule(prefix).named_modules(prefix=prefix)
+        return {
+            Key(self.loader.first_name(f"{name}.weight")): Sums.zero(
+                module.in_features, gram=self.watch.gram, device=self.loader.device
+            )
+            for name, module in modules
+            if isinstance(module, nn.Linear)
+        }
+
+    def unit(self, name: str) -> str:
+        """What the checkpoint calls a block: the part that its tensors' names begin with."""
+        parameters = self.model.get_submodule(name).named_parameters(prefix=name)
+        stored = [source.split(".") for parameter, _ in parameters for source, _ in self.loader.stored(parameter)]
+        shared = takewhile(lambda column: len(set(column)) == 1, zip(*stored, strict=False))
+        return ".".join(column[0] for column in shared)
+
+    # --- what is outside the blocks -----------------------------------------------------------------
+
+    def _load_outside(self) -> None:
+        """Loads all but blocks and head. Other lists of layers, such as an image tower's, wait for their first call."""
+        lists = outer_lists(self.model)
+        for name, module in self.model.named_modules():
+            around = next((each for each in lists if f"{name}.".startswith(f"{each}.")), None)
+            if around is None and module is not self.model.get_output_embeddings():
+                self.loader.load(name, self.onward, recurse=False)
+            elif around is not None and around != self._list:
+                module.register_forward_pre_hook(functools.partial(self._enter, set(), name))
+
+    def _enter(self, entered: set[str], name: str, *_: Any) -> None:
+        if name not in entered:
+            entered.add(name)
+            self.loader.load(name, self.onward, recurse=False)
+
+    def _skip_head(self) -> None:
+        """Shows the head its input and leaves it at that: a product with the vocabulary costs more than a block."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return
+        key = Key(self.loader.first_name(f"{self._names[head]}.weight"))
+        rows = head.weight.shape[0]
+
+        def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            if self.watch.on:
+                self.watch.record(key, hidden)
+            return torch.empty(*hidden.shape[:-1], rows, dtype=hidden.dtype, device="meta")
+
+        head.forward = forward
+
+    # --- the embedding, which would otherwise stay in memory all the while ----------------------------
+
+    def _input_embedding(self) -> str | None:
+        try:
+            module = self.model.get_input_embeddings()
+        except NotImplementedError:
+            return None
+        return f"{self._names[module]}.weight" if isinstance(module, nn.Embedding) else None
+
+    def _that_fit(self, batches: Sequence[Batch], notice: Callable[[str], None]) -> list[Batch]:
+        """The batches, with samples cut to the number of positions that the model has."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not positions or all(batch.ids.shape[1] <= positions for batch in batches):
+            return list(batches)
+        notice(f"{self.label}: samples are cut to {positions:,} tokens, the positions that the model has")
+        return [batch.cut(positions) for batch in batches]
+
+    def _check_tokens(self) -> None:
+        if self._embedding is None:
+            return
+        rows, top = self._vocabulary(), max(int(batch.ids.max()) for batch in self.batches)
+        if top >= rows:
+            raise CheckpointError(
+                f"{self.label}: its tokenizer gives token {top:,}, but {self._embedding} has {rows:,} rows"
+            )
+
+    def _vocabulary(self) -> int:
+        assert self._embedding is not None
+        return len(self.model.get_parameter(self._embedding))
+
+    def forget_embedding(self, *, seed: int) -> None:
+        """Gives every token the same random vector: a table of the same shape that takes a single row of memory."""
+        if self._embedding is None or self._embedding_stays:
+            return
+        rows, columns = self.model.get_parameter(self._embedding).shape
+        row = torch.randn(columns, generator=torch.Generator().manual_seed(seed))
+        table = row.to(self.loader.device, self.loader.dtype).expand(rows, columns)
+        self.loader.place(self._embedding, nn.Parameter(table, requires_grad=False))
+
+    def recall_embedding(self) -> bool:
+        """Puts the true embedding back for good; False if it was not forgotten."""
+        if self._embedding is None or self._embedding_stays:
+            return False
+        self._embedding_stays = True
+        self.loader.load(self._embedding.rpartition(".")[0], self.onward, recurse=False)
+        return True

@@ -1,0 +1,210 @@
+"""Calibration text: read from files or the Hub, chosen by content, tokenised, and put into batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merger._lazy import torch
+from merger.calibration.datasets import Record, records
+from merger.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merger.calibration.settings import Settings
+
+_TARGETS = ("completion", "response", "answer", "output", "target")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Text:
+    """One sample as text; where a chat template made it, its special tokens are in it already."""
+
+    content: str
+    templated: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of similar length, padded on the right: b samples of up to t tokens."""
+
+    ids: Tensor  # [b t]
+    mask: Tensor  # [b t], true where a token is
+
+    def counted(self, skip_first_tokens: int) -> Tensor:
+        """Which tokens are part of the statistics: [b t]."""
+        return self.mask & (torch.arange(self.mask.shape[1]) >= skip_first_tokens)
+
+    def cut(self, length: int) -> Batch:
+        """The same samples, of at most so many tokens."""
+        return Batch(self.ids[:, :length], self.mask[:, :length])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The tokenised samples of one expert, and the hash of the texts that they were made from."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    data: str
+
+
+def load(source: str, folder: Path, tokenizer: Any, settings: Settings) -> Samples:
+    """The samples that the settings choose from a file (relative to ``folder``) or a Hub dataset."""
+    texts = [text for record in records(source, folder) if (text := _text(record, tokenizer, settings.calib_text))]
+    if not texts:
+        raise CheckpointError(f"{source}: has no text; all its records are empty")
+    chosen = choose(texts, settings.samples, settings.seed)
+    tokens = tokenise(chosen, tokenizer, settings.max_tokens)
+    if not tokens:
+        raise CheckpointError(f"{source}: the {len(chosen)} texts that were chosen hold no token at all")
+    return Samples(tokens, _digest(chosen))
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def load_tokenizer(directory: Path, label: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint's folder."""
+    if not _tokenizer_files(directory):
+        raise CheckpointError(f"{label}: {directory} has no tokenizer (no tokenizer.json or the like)")
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{label}: its tokenizer cannot be loaded: {error}") from None
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """The SHA-256 of a tokenizer's files and their names."""
+    digest = hashlib.sha256()
+    for path in _tokenizer_files(directory):
+        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    return [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+
+
+def check_same_tokens(base: Any, expert: Any, label: str) -> None:
+    """Refuses an expert whose tokenizer means another token by a number than the base's; it may have more or fewer."""
+    known, own = ({number: token for token, number in each.get_vocab().items()} for each in (base, expert))
+    moved = sorted(number for number in known.keys() & own.keys() if known[number] != own[number])
+    if moved:
+        raise CheckpointError(
+            f"{label}: its tokenizer is not the base's: {len(moved):,} tokens differ, the first of them token "
+            f"{moved[0]:,}, which is {known[moved[0]]!r} in the base and {own[moved[0]]!r} in {label}"
+        )
+
+
+# --- from records to tokens -----------------------------------------------------------------------
+
+
+def _text(record: Record, tokenizer: Any, calib_text: str) -> Text | None:
+    """What of a record goes through the model: its input, and only if asked for its target; None if it is empty."""
+    whole = calib_text == "input+target"
+    fields = record.fields
+    target = next((fields[name] for name in _TARGETS if fields.get(name)), None) if whole else None
+    for name in ("messages", "prompt", "text"):
+        match fields.get(name):
+            case list() as turns:
+                return _conversation(record, turns + target if isinstance(target, list) else turns, tokenizer, whole)
+            case str() as text if name == "prompt" and isinstance(target, str):
+                return Text(text + target) if text + target else None
+            case str() as text:
+                return Text(text) if text else None
+    found = ", ".join(sorted(map(str, fields))) or "no field at all"
+    raise CheckpointError(f"{record.where}: needs a field messages, prompt or text; found {found}")
+
+
+def _conversation(record: Record, turns: Sequence[Any], tokenizer: Any, whole: bool) -> Text | None:
+    """A chat through the tokenizer's template: up to the answer it ends in, or with it."""
+    if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        raise CheckpointError(f"{record.where}: messages need to be objects with role and content")
+    end = len(turns)
+    while not whole and end and turns[end - 1]["role"] == "assistant":
+        end -= 1
+    if not end:
+        return None
+    if not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError(f"{record.where}: has messages, but the tokenizer has no chat template")
+    try:
+        content = tokenizer.apply_chat_template(list(turns[:end]), tokenize=False, add_generation_prompt=not whole)
+    except Exception as error:  # a template may raise anything
+        raise CheckpointError(f"{record.where}: the tokenizer's chat template refuses it: {error}") from None
+    return Text(content, templated=True) if content else None
+
+
+def choose(texts: Iterable[Text], samples: int, seed: int) -> list[Text]:
+    """A random choice that depends on the texts and the seed alone, and not on how a file orders or repeats them.
+
+    Each text is ranked by its own hash, so the choice of 50 is among the choice of 100.
+    """
+
+    def rank(text: Text) -> bytes:
+        return hashlib.sha256(f"{seed}\x1fcalibration\x1f{text.content}".encode(errors="surrogatepass")).digest()
+
+    return sorted(set(texts), key=lambda text: (rank(text), text.templated))[:samples]
+
+
+def tokenise(texts: Iterable[Text], tokenizer: Any, max_tokens: int) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each text, cut to ``max_tokens`` and to what the tokenizer says the model takes."""
+    limit = min(max_tokens, tokenizer.model_max_length)
+    found = []
+    for text in texts:
+        given = tokenizer(text.content, add_special_tokens=not text.templated, truncation=True, max_length=limit)
+        found.append(tuple(given["input_ids"]))
+    return tuple(ids for ids in found if ids)
+
+
+def _digest(texts: Sequence[Text]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        content = text.content.encode(errors="surrogatepass")
+        digest.update(f"{len(content)} {text.templated}\n".encode() + content)
+    return digest.hexdigest()
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def batches(tokens: Iterable[Sequence[int]], batch_tokens: int = 2048) -> list[Batch]:
+    """Samples of similar length together, the longest first, padding counted: at most ``batch_tokens`` in a batch.
+
+    Padding is at most a quarter of a batch, or 16 tokens a sample where samples are short.
+    """
+    ordered = sorted(tokens, key=lambda ids: (-len(ids), ids))
+    return [padded([ordered[i] for i in group]) for group in grouped(list(map(len, ordered)), batch_tokens)]
+
+
+def grouped(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """The numbers of samples that make a batch each, given their lengths; as `batches` describes, longest first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        similar = lengths[i] >= min(0.75 * longest, longest - 16)
+        if groups and similar and longest * (len(groups[-1]) + 1) <= batch_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def padded(samples: Sequence[Sequence[int]]) -> Batch:
+    """One batch of these samples, in this order."""
+    ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample)] = torch.tensor(sample)
+        mask[row, : len(sample)] = True
+    return Batch(ids, mask)

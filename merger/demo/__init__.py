@@ -1,0 +1,1 @@
+"""The demo that the package carries: tiny models, their tasks, and a comparison of merges."""

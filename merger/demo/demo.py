@@ -1,0 +1,133 @@
+"""The embedded demo: three tiny fine-tunes of one model, merged several ways and judged on every task."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from merger.demo import tasks as demo_tasks
+from merger.errors import RecipeError
+from merger.recipe.recipe import Recipe
+from merger.engine.merge import merge
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "task_arithmetic": {"lambda": 0.5},
+    "ties": {"density": 0.3},
+    "dare_linear": {"density": 0.7, "lambda": 0.5},
+    "cabs": {"n": 85, "m": 256},
+    "obim": {"density": "auto"},
+}
+"""The merges of the demo: method -> parameters."""
+
+HELD_OUT = 100
+"""Examples of each task that no model has seen."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How often one model answers exactly right, by task."""
+
+    model: str
+    kind: str  # base, expert or merge
+    accuracy: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Over all tasks."""
+        return sum(self.accuracy.values()) / len(self.accuracy)
+
+    @property
+    def worst(self) -> float:
+        """On the task it does worst."""
+        return min(self.accuracy.values())
+
+
+def prepare(folder: Path, *, force: bool = False) -> Path:
+    """Writes models, calibration text and a recipe into ``folder``; returns the recipe."""
+    if folder.exists() and any(folder.iterdir()):
+        if not force:
+            raise RecipeError(f"{folder}: is there already; choose another folder, or replace it with --force")
+        if not (folder / "recipe.yaml").is_file() or not (folder / "models" / "base").is_dir():
+            raise RecipeError(f"{folder}: holds something else than a demo; choose another folder")
+        shutil.rmtree(folder)
+    with as_file(files("merger") / "demo_models") as models:
+        shutil.copytree(models, folder / "models")
+    (folder / "data").mkdir()
+    for task in demo_tasks.TASKS:
+        lines = [json.dumps({"text": p + a}) for p, a in demo_tasks.examples(task, "calibration", 100)]
+        (folder / "data" / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("# Try `merger plan recipe.yaml`, then `merger run recipe.yaml`.\n" + _recipe("obim"))
+    return recipe
+
+
+def _recipe(method: str) -> str:
+    tasks = list(demo_tasks.TASKS)
+    written: dict[str, Any] = {
+        "base": "models/base",
+        "experts": {task: f"models/{task}" for task in tasks},
+        "method": method,
+        "parameters": METHODS[method],
+        "calibration": {"data": {task: f"data/{task}.jsonl" for task in tasks}, "samples": 100},
+        "output": {"path": f"merged/{method}"},
+    }
+    return yaml.safe_dump(written, sort_keys=False)
+
+
+def demo(
+    folder: Path, *, force: bool = False, device: str = "auto", tell: Callable[[str], None] = lambda line: None
+) -> list[Score]:
+    """Merges the demo's experts by every method of `METHODS` and scores all models on all tasks."""
+    prepare(folder, force=force)
+    held_out = {task: demo_tasks.examples(task, "heldout", HELD_OUT) for task in demo_tasks.TASKS}
+    scores = []
+    for name in ("base", *demo_tasks.TASKS):
+        tell(f"scoring {name}")
+        kind = "base" if name == "base" else "expert"
+        scores.append(Score(name, kind, score(folder / "models" / name, held_out)))
+    for method in METHODS:
+        tell(f"merging by {method}")
+        recipe = Recipe.parse(_recipe(method), folder)
+        merge(recipe, device=device)
+        scores.append(Score(method, "merge", score(folder / "merged" / method, held_out)))
+    return scores
+
+
+def score(model_path: Path, held_out: Mapping[str, Sequence[demo_tasks.Example]]) -> dict[str, float]:
+    """The share of right answers of one checkpoint, by task."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    return {task: demo_tasks.accuracy(model, tokenizer, sample) for task, sample in held_out.items()}
+
+
+def print_scores(scores: Sequence[Score], console: Console) -> None:
+    """One table: what each expert can do, and what each merge can."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="right answers on held-out examples", title_justify="left")
+    table.add_column("model")
+    for task in (*demo_tasks.TASKS, "mean", "worst"):
+        table.add_column(task, justify="right")
+    best = max((each for each in scores if each.kind == "merge"), key=lambda each: each.worst)
+    for i, each in enumerate(scores):
+        last_of_kind = i + 1 < len(scores) and scores[i + 1].kind != each.kind
+        cells = [f"{100 * value:.0f} %" for value in (*each.accuracy.values(), each.mean, each.worst)]
+        name = each.model if each.kind != "expert" else f"expert in {each.model}"
+        table.add_row(name, *cells, style="bold" if each is best else None, end_section=last_of_kind)
+    console.print(table)

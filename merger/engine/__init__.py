@@ -1,0 +1,1 @@
+"""Carries a plan out: reads slices, runs the stages and writes the merged checkpoint."""

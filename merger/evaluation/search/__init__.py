@@ -1,0 +1,206 @@
+"""Searching: the values that a recipe leaves open, found by merging in memory and judging on held-out examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merger.recipe.document import Document, read
+from merger.errors import RecipeError
+from merger.evaluation import tasks
+from merger.evaluation import references as families
+from merger.evaluation.scores import Comparison, Entry, check_objective, compare, objective, versions
+from merger.recipe.recipe import Evaluation, Recipe, Search, overridden, search_of
+from merger.evaluation.search import results
+from merger.evaluation.search.loop import Trial, best_of, explore
+from merger.evaluation.search.record import Record
+from merger.evaluation.search.space import Point, Space, example, spaces
+from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
+
+if TYPE_CHECKING:
+    from merger.evaluation.model_host import Bench
+    from merger.engine.loop import Progress
+
+__all__ = ["Found", "search"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    folder: str  # trials.jsonl, best.yaml and report.md
+    objective: str
+    trials: dict[str, tuple[Trial, ...]]  # by variant; under no name where there are none
+    best: dict[str, Trial]  # by variant
+    report: Comparison  # of examples that the search never saw
+
+    @property
+    def winner(self) -> Trial:
+        """The best trial of all by the search's own examples; the report chose nothing."""
+        winner = best_of(list(self.best.values()))
+        assert winner is not None
+        return winner
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain dictionary for machines."""
+        return {**asdict(self), "winner": asdict(self.winner), "report": self.report.as_json()}
+
+
+def search(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    to: Path | None = None,
+    force: bool = False,
+    allow_calibration_text: bool = False,
+    device: str = "auto",
+    max_memory: int | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Found:
+    """Finds the values that a recipe leaves open, and reports on the best ones with examples the search never saw.
+
+    All that is computed is on record in the folder ``to`` (RECIPE.search beside the recipe, if None), and the same
+    call goes on from there. Raises a `MergerError` for whatever the user can mend.
+    """
+    from merger.evaluation.model_host import Bench, Way
+
+    document = overridden(read(path), overrides)
+    settings = search_of(document)
+    variants = spaces(document, settings.variants, overrides)
+    section = _checked(path, settings, variants)
+    family = families.of({name or path.stem: example(each) for name, each in variants.items()})
+    split = tasks.split(section.data, family.folder, section.samples, settings.samples)
+    check_objective(settings.objective, split.search)
+    if not allow_calibration_text:
+        for space in variants.values():
+            tasks.check_apart(example(space), (*split.search, *split.report))
+    folder = to or path.with_name(f"{path.stem}.search")
+    how = Way.of(section.dtype, device, max_memory, offline, trust_remote_code, progress, notice)
+    with Bench(how) as bench:
+        one = _Search(settings, section, family, split, bench)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = Record(folder / "trials.jsonl", one.decisive(document), force=force)
+        references = one.references(record)
+        trials = {
+            name: tuple(one.trials(name, space, references["search"], record)) for name, space in variants.items()
+        }
+        best = {name: top for name, each in trials.items() if (top := best_of(each)) is not None}
+        if not best:
+            raise RecipeError(f"{record.path}: no trial made a merge that could be judged; the lines say why")
+        report = one.report(path.stem, variants, best, references["report"], record)
+    found = Found(str(folder), settings.objective, trials, best, report)
+    results.write(found, folder, variants[found.winner.variant], path)
+    return found
+
+
+def _checked(path: Path, settings: Search, variants: Mapping[str, Space]) -> Evaluation:
+    """The section ``evaluation``; RecipeError for what can be told to be wrong before anything is read."""
+    for name, space in variants.items():
+        if not space.dimensions and not settings.variants:
+            raise RecipeError(f"{path}: leaves nothing open; write {{search: [...]}} where a value stands")
+        if settings.strategy in ENDLESS and settings.trials is None:
+            raise RecipeError(f"{path}: search.trials: is missing; {settings.strategy} has no end of its own")
+        for dimension in space.dimensions:
+            if dimension.path[0] in ("base", "evaluation", "output") or dimension.path[-1] in ("model", "adapter"):
+                raise RecipeError(f"{path}: {dimension.name}: is no value that a search can move {name}".rstrip())
+        next(STRATEGIES[settings.strategy](space, settings.seed))  # which says what it needs
+    section = example(next(iter(variants.values()))).evaluation
+    if section is None:
+        raise RecipeError(f"{path}: has no evaluation: {{data: {{TASK: FILE}}}}, by which a search could judge")
+    return section
+
+
+class _Search:
+    """What all trials of a search share."""
+
+    def __init__(self, settings: Search, section: Evaluation, family: Recipe, split: tasks.Split, bench: Bench) -> None:
+        from merger.evaluation.evaluator import Panel
+
+        self.settings, self.split, self.bench, self.family = settings, split, bench, family
+        self.panel = Panel(bench, family, split.search, section.max_tokens)
+        self.report_panel = Panel(bench, family, split.report, section.max_tokens)
+
+    def decisive(self, document: Document) -> dict[str, Any]:
+        """What decides trials and report: all of the recipe but where its output goes and how many trials it has."""
+        from merger.planning.planner import open_models
+        from merger.calibration.statistics import fingerprint
+
+        said = {**document.value, "output": None, "search": {**document.value.get("search", {}), "trials": None}}
+        models = open_models(self.family, offline=self.bench.way.offline, headers_only=False)
+        try:
+            inputs = {label: fingerprint(model) for label, model in models.items()}
+        finally:
+            for model in models.values():
+                model.close()
+        return {
+            "recipe": hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest(),
+            "inputs": inputs,
+            "search data": {task.name: task.sha256 for task in self.split.search},
+            "report data": {task.name: task.sha256 for task in self.split.report},
+            "forward passes": f"{self.panel.dtype} on {self.bench.device.type}",
+            "versions": versions(),
+        }
+
+    def trials(self, variant: str, space: Space, references: Sequence[Entry], record: Record) -> Iterator[Trial]:
+        """All trials of a variant, given what base and experts do with the search data."""
+
+        def judged(space: Space, point: Point) -> tuple[float, dict[str, float], float, float]:
+            began = time.monotonic()
+            model, _ = self.bench.merged(space.recipe(point))
+            merged = time.monotonic()
+            found = Entry(variant, "merge", self.panel.judge.outcomes(model))
+            value = objective(self.settings.objective, self.split.search, [*references, found])
+            values = {task: outcome.value for task, outcome in found.outcomes.items()}
+            return value, values, merged - began, time.monotonic() - merged
+
+        strategy = STRATEGIES[self.settings.strategy](space, self.settings.seed)
+        say, limit = self.bench.way.notice, self.settings.trials
+        so_far: list[Trial] = []
+        for trial in explore(variant, space, strategy, limit, record, judged, say):
+            so_far.append(trial)
+            say(results.line(trial, best_of(so_far), limit, self.settings.objective))
+            self.bench.way.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
+            yield trial
+
+    def report(
+        self,
+        name: str,
+        variants: Mapping[str, Space],
+        best: Mapping[str, Trial],
+        references: Sequence[Entry],
+        record: Record,
+    ) -> Comparison:
+        """The best of every variant on examples that no trial has seen, beside base and experts."""
+        entries = [*references]
+        for variant, trial in best.items():
+            setting = results.setting(trial.point)
+            key = f"report {variant} {json.dumps(trial.point, sort_keys=True)}"
+            found = record.outcomes(key)
+            if found is None:
+                found = dict(self.report_panel.merge(variant or name, variants[variant].recipe(trial.point)).outcomes)
+                record.add_outcomes(key, found)
+            entries.append(Entry(variant or name, "merge", found, setting))
+        return compare(self.split.report, entries, self.panel.dtype)
+
+    def references(self, record: Record) -> dict[str, list[Entry]]:
+        """Base and experts by both kinds of data; each model is loaded once, and not at all if it is on record."""
+        from merger.evaluation.evaluator import kind_of
+
+        panels = {"search": self.panel, "report": self.report_panel}
+        names = ["base", *self.family.experts]
+        known = {(part, name): record.outcomes(f"{part} {name}") for part in panels for name in names}
+        if any(found is None for found in known.values()):
+            for name, model in self.panel.models():
+                for part, panel in panels.items():
+                    if known[part, name] is None:
+                        known[part, name] = panel.outcomes(model, name)
+                        record.add_outcomes(f"{part} {name}", known[part, name] or {})
+        return {part: [Entry(name, kind_of(name), known[part, name] or {}) for name in names] for part in panels}

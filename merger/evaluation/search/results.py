@@ -1,0 +1,91 @@
+"""What a search leaves behind: the best recipe, and a page that says how it was found and what it keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from merger.checkpoint.writer import write_text
+from merger.evaluation import tables
+from merger.evaluation.search.loop import Trial
+from merger.evaluation.search.space import Space
+
+if TYPE_CHECKING:
+    from merger.evaluation.search import Found
+
+
+def setting(point: Mapping[str, Any]) -> str:
+    """A point as people read it: without the words that all its keys begin with."""
+    return json.dumps({name.removeprefix("parameters."): value for name, value in point.items()})
+
+
+def line(trial: Trial, best: Trial | None, trials: int | None, objective: str) -> str:
+    """One trial in a line."""
+    of = f" of {trials}" if trials else ""
+    where = f"{trial.variant} " if trial.variant else ""
+    if trial.objective is None:
+        return f"{where}trial {trial.trial}{of}: {setting(trial.point)}: failed: {trial.failed}"
+    top = f", best so far {best.objective:.4f}" if best is not None else ""
+    return (
+        f"{where}trial {trial.trial}{of}: {setting(trial.point)}: {objective} {trial.objective:.4f}{top}; "
+        f"merged in {trial.merge_seconds:.1f} s, judged in {trial.judge_seconds:.1f} s"
+    )
+
+
+def write(found: Found, folder: Path, space: Space, recipe: Path) -> None:
+    """Writes best.yaml and report.md."""
+    winner = found.winner
+    said = f"# Found by `merger search {recipe.name}`: {found.objective} {winner.objective:.4f} on its search data.\n"
+    value = space.document_at(winner.point).value
+    text = yaml.safe_dump(_rebased(value, space.document.folder, folder.resolve()), sort_keys=False, allow_unicode=True)
+    write_text(folder / "best.yaml", said + text)
+    write_text(folder / "report.md", "\n".join(_page(found, recipe)) + "\n")
+
+
+def _page(found: Found, recipe: Path) -> Iterator[str]:
+    counted = sum(map(len, found.trials.values()))
+    yield f"# {recipe.name}: {counted} trials"
+    yield ""
+    yield (
+        f"Each variant's setting is the one with the best {found.objective} on the search data. This table is of other "
+        "examples, which no trial has seen and which chose nothing."
+    )
+    yield ""
+    yield from tables.markdown(found.report)
+    yield ""
+    yield "## The search"
+    yield ""
+    yield f"| variant | trials | failed | best {found.objective} (search data) | setting | merge, s | judging, s |"
+    yield "|---|---|---|---|---|---|---|"
+    for variant, trials in found.trials.items():
+        best = found.best.get(variant)
+        shown = ["", ""] if best is None else [f"{best.objective:.4f}", f"`{setting(best.point)}`"]
+        merging, judging = (_median([getattr(t, key) for t in trials]) for key in ("merge_seconds", "judge_seconds"))
+        failed = sum(trial.objective is None for trial in trials)
+        cells = [variant or recipe.stem, len(trials), failed, *shown, f"{merging:.1f}", f"{judging:.1f}"]
+        yield f"| {' | '.join(map(str, cells))} |"
+    yield ""
+    yield "Examples by SHA-256: " + ", ".join(f"{name} {each.sha256[:16]}" for name, each in found.report.tasks.items())
+    yield ""
+    yield ", ".join(f"{name} {version}" for name, version in found.report.versions.items()) + "."
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
+
+
+def _rebased(value: Any, start: Path, to: Path, key: str = "") -> Any:
+    """A recipe's text with every path that is there, and the output's, seen from another folder."""
+    if isinstance(value, dict):
+        return {name: _rebased(each, start, to, str(name)) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rebased(each, start, to) for each in value]
+    is_path = isinstance(value, str) and not os.path.isabs(os.path.expanduser(value))
+    if is_path and (key == "path" or (start / value).exists()):
+        return os.path.relpath(start.resolve() / value, to)
+    return value

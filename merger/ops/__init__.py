@@ -1,0 +1,1 @@
+"""Arithmetic on tensors: questions, selection, linear algebra, rounding and the compiled kernels."""

@@ -1,0 +1,71 @@
+"""The compiled loops: a shared library that is built when merger is installed where there is a C compiler.
+
+ctypes lets go of Python's lock in a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+STORED = {"torch.bfloat16": "bf16", "torch.float32": "f32", "torch.float16": "f16"}
+"""Dtypes of stored values in the order of pieces.c, and what counting.c calls them."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loops, or None where they were not built."""
+    found = find_spec("merger.ops.kernels._native")
+    if found is None or found.origin is None:
+        return None
+    try:
+        return ctypes.CDLL(found.origin)
+    except OSError:  # built for another machine
+        return None
+
+
+@cache
+def number(name: str) -> int:
+    """A constant of the library."""
+    loops = library()
+    assert loops is not None, "who asks has looked"
+    return ctypes.c_int64.in_dll(loops, name).value
+
+
+@cache
+def step_numbers() -> dict[str, int]:
+    """What the steps are called, and their numbers in pieces.c."""
+    loops = library()
+    assert loops is not None, "who asks has looked"
+    names = ctypes.c_char_p(ctypes.addressof(ctypes.c_char.in_dll(loops, "step_names"))).value or b""
+    return {name: number for number, name in enumerate(names.decode().split())}
+
+
+@cache
+def stored_as(dtype: torch.dtype) -> int | None:
+    """The number in pieces.c of a dtype of stored values; None where it was not built to know it."""
+    if library() is None or str(dtype) not in STORED:
+        return None
+    place = list(STORED).index(str(dtype))
+    return place if place < number("stored_types") else None
+
+
+@cache
+def _loop(name: str, count: int) -> Any:
+    loop = getattr(library(), name)
+    loop.restype = ctypes.c_int64
+    loop.argtypes = [ctypes.c_int64] * count  # an address is a whole number too
+    return loop
+
+
+def call(name: str, *arguments: Tensor | int | None) -> int:
+    """Calls a loop with tensors in one piece, whole numbers, and None for an array that is not there."""
+    told = [each if isinstance(each, int) else 0 if each is None else each.data_ptr() for each in arguments]
+    answer: int = _loop(name, len(told))(*told)
+    return answer

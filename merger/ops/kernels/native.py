@@ -1,0 +1,190 @@
+"""The loops in compiled code, with the results of `Reference`: those that go element by element as expressions.
+
+What is made of float32 in memory is a `Lazy`, and made when a tally, a row's order or the output asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from merger._lazy import torch
+from merger.ops.kernels.lazy import Lazy, plain
+from merger.ops.kernels.library import call, number, stored_as
+from merger.ops.kernels.reference import HIGH, LOW, Reference
+from merger.ops.kernels.steps import OVERFLOW, Step, carry_out, constant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Native(Reference):
+    """The loops over float32 in the memory of the CPU."""
+
+    def difference(self, stored: Tensor, refuse: Callable[[], None]) -> tuple[Any, Any]:
+        """As `Reference.difference`, but ``refuse`` is called when what is not finite is looked at."""
+        stored = stored.contiguous()
+        base, *others = (row.data_ptr() for row in stored)
+        which = stored_as(stored.dtype) or 0
+        deltas = [Step("DELTA", told=(own, base), which=which, memory=stored, refuse=refuse) for own in others]
+        widened = Step("WIDEN", told=(base,), which=which, memory=stored)
+        return Lazy([widened], stored.shape[1:]), Lazy(deltas, (len(deltas), *stored.shape[1:]))
+
+    def restored(self, stored: Tensor, base: Any, deltas: Any, delta: Any) -> tuple[Tensor, bool]:
+        """As `Reference.restored`."""
+        stored = stored.contiguous()
+        merged = torch.empty_like(stored[0])
+        which = stored_as(stored.dtype) or 0
+        (changed,) = Lazy.of(delta).steps
+        value = Step("ROUND", *Lazy.of(base).steps, changed, which=which)
+        for change, own in zip(Lazy.of(deltas).steps, stored[1:], strict=True):
+            value = Step("TAKE", changed, change, value, told=(own.data_ptr(),), which=which)
+        sink = Step("WRITE", value, changed, told=(merged.data_ptr(),), which=which)
+        return merged, not carry_out([sink], merged.numel()) & OVERFLOW
+
+    def keys_of(self, scores: Any) -> Any:
+        """As `Reference.keys_of`, with the bits as floats."""
+        return Lazy.of(scores.float())
+
+    def tally_high(self, keys: Any, free: Any, into: Tensor) -> None:
+        """As `Reference.tally_high`."""
+        assert into.shape == (len(keys), HIGH)
+        _count("TALLY_HIGH", keys, free, [()] * len(keys), into)
+
+    def tally_low(self, keys: Any, free: Any, buckets: list[int], into: Tensor) -> None:
+        """As `Reference.tally_low`."""
+        assert into.shape == (len(keys), LOW)
+        _count("TALLY_LOW", keys, free, [(bucket,) for bucket in buckets], into)
+
+    def tally_near(self, keys: Any, free: Any, first: list[int], into: Tensor) -> None:
+        """As `Reference.tally_near`."""
+        assert len(into) == len(keys)
+        _count("TALLY_NEAR", keys, free, [(key, into.shape[1] - 1) for key in first], into)
+
+    def count_equal(self, keys: Any, free: Any, last: list[int]) -> Tensor:
+        """As `Reference.count_equal`."""
+        equal = torch.zeros(len(keys), dtype=torch.int64)
+        _count("COUNT_EQUAL", keys, free, [(level,) for level in last], equal.view(-1, 1))
+        return equal
+
+    def mark_top(self, keys: Any, free: Any, last: list[int], room: list[int]) -> Any:
+        """As `Reference.mark_top`."""
+        several = zip(_rows(keys, free), last, room, strict=True)
+        steps = [Step("MARK", *each, told=(level, max(0, space))) for each, level, space in several]
+        return Lazy(steps, keys.shape, mask=True)
+
+    def top_of_rows(self, scores: Any, wanted: Tensor, free: Any) -> Tensor:
+        """As `Reference.top_of_rows`."""
+        kept = torch.empty(scores.shape, dtype=torch.bool)
+        rows = wanted.expand(scores.shape[:-1]).to(torch.int64).contiguous()
+        open_ = free.expand_as(scores).contiguous()
+        if not call("top_of_rows", scores.float().contiguous(), open_, rows, rows.numel(), scores.shape[-1], kept):
+            raise MemoryError
+        return kept
+
+    def top_of_blocks(self, scores: Any, n: int, m: int, free: Any, tail: int) -> Any:
+        """As `Reference.top_of_blocks`."""
+        if number("piece") % m:
+            return super().top_of_blocks(scores, n, m, free, tail)
+        steps = [Step("TOP_OF_BLOCKS", *each, told=(m, n, tail)) for each in _rows(scores.float(), free)]
+        return Lazy(steps, scores.shape, mask=True)
+
+    def ranks_of_rows(self, scores: Any) -> Any:
+        """As `Reference.ranks_of_rows`."""
+        ranks = torch.empty(scores.shape, dtype=torch.float32)
+        columns = ranks.shape[-1]
+        if not call("ranks_of_rows", scores.float().contiguous(), ranks.numel() // max(1, columns), columns, ranks):
+            raise MemoryError
+        return Lazy.of(ranks)
+
+    def at_least(self, values: Any, limits: Any) -> Any:
+        """As `Reference.at_least`."""
+        return Lazy.of(values).at_least(limits)
+
+    def keep(self, deltas: Any, kept: Any) -> Any:
+        """As `Reference.keep`."""
+        deltas, kept = Lazy.of(deltas), Lazy.of(kept.expand_as(deltas) if kept.shape != deltas.shape else kept)
+        pairs = zip(deltas.steps, kept.steps, strict=True)
+        return Lazy([Step("AND", own, mask) for own, mask in pairs], deltas.shape)
+
+    def weighted_sum(self, deltas: Any, weights: Tensor) -> Any:
+        """As `Reference.weighted_sum`."""
+        deltas = Lazy.of(deltas)
+        return Lazy([_sum_of(deltas.steps, [constant(weight) for weight in weights.tolist()])], deltas.shape[1:])
+
+    def anchored_sum(self, deltas: Any, weights: Tensor) -> Any:
+        """As `Reference.anchored_sum`."""
+        deltas = Lazy.of(deltas)
+        first, *others = deltas.steps
+        total = first
+        for delta, weight in zip(others, weights[1:].tolist(), strict=True):
+            total = Step("ADD_PRODUCT", total, Step("SUBTRACT", delta, first), constant(weight))
+        return Lazy([total], deltas.shape[1:])
+
+    def mean_of_agreeing(self, deltas: Any, elected: Any, weights: Tensor) -> Any:
+        """As `Reference.mean_of_agreeing`."""
+        deltas = Lazy.of(deltas)
+        (sign,) = Lazy.of(elected).steps
+        pairs = zip(deltas.steps, weights.tolist(), strict=True)
+        agreeing = [Step("AGREE", delta, sign, constant(weight)) for delta, weight in pairs]
+        together = agreeing[0]
+        for weight in agreeing[1:]:
+            together = Step("ADD", together, weight)
+        together = Step("ONE_FOR_ZERO", together)
+        # divisions are slow: one for each different weight
+        ratios = {weight: Step("DIVIDE", constant(weight), together) for weight in weights.tolist()}
+        pairs = zip(deltas.steps, weights.tolist(), strict=True)
+        shares = [Step("AGREE", delta, sign, ratios[weight]) for delta, weight in pairs]
+        return Lazy([_sum_of(deltas.steps, shares)], deltas.shape[1:])
+
+    def uniforms(self, key: bytes, start: int, shape: Sequence[int], *, double: bool) -> Any:
+        """As `Reference.uniforms`."""
+        halves = [int.from_bytes(key[i : i + 8], "little") for i in (0, 8)]
+        if not double:
+            return Lazy([Step("UNIFORM", told=(*halves, start))], shape)
+        drawn = torch.empty(*shape, dtype=torch.float64)
+        call("uniforms_f64", *halves, start, drawn.numel(), drawn)
+        return drawn
+
+
+class AtOnce(Native):
+    """The same for who brings tensors: nothing is left to be done later."""
+
+
+def _at_once(loop: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: plain(loop(*args, **kwargs))
+
+
+for _name in (
+    "mark_top",
+    "top_of_blocks",
+    "ranks_of_rows",
+    "at_least",
+    "keep",
+    "weighted_sum",
+    "anchored_sum",
+    "mean_of_agreeing",
+    "uniforms",
+):
+    setattr(AtOnce, _name, _at_once(getattr(Native, _name)))
+
+
+def _sum_of(values: Sequence[Step], factors: Sequence[Step]) -> Step:
+    total = Step("MULTIPLY", values[0], factors[0])
+    for value, factor in zip(values[1:], factors[1:], strict=True):
+        total = Step("ADD_PRODUCT", total, value, factor)
+    return total
+
+
+def _rows(keys: Any, free: Any) -> list[tuple[Step, ...]]:
+    """Each expert's keys, and where there is a mask its free positions."""
+    keys = Lazy.of(keys)
+    if free is None:
+        return [(each,) for each in keys.steps]
+    return list(zip(keys.steps, Lazy.of(free if free.shape == keys.shape else free.expand_as(keys)).steps, strict=True))
+
+
+def _count(name: str, keys: Any, free: Any, told: Sequence[tuple[int, ...]], into: Tensor) -> None:
+    """Adds one count, or several, of each expert to its row of ``into``."""
+    several = zip(_rows(keys, free), told, into, strict=True)
+    carry_out([Step(name, *each, told=(row.data_ptr(), *more)) for each, more, row in several], Lazy.of(keys).size)

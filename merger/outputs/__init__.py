@@ -1,0 +1,1 @@
+"""Operations on a finished merge: verify, lock, push, extract and low-rank adapters."""

@@ -1,0 +1,331 @@
+"""Whether the files of one checkpoint agree with each other: headers, index, values, config, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merger._lazy import torch
+from merger.checkpoint.anatomy import Anatomy, block_of, study, text_config
+from merger.checkpoint.folder import MODEL, Folder, local_folder, read_json
+from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, read_header
+from merger.checkpoint.pickle_reader import read_pickle
+from merger.checkpoint.checkpoint import PACKED, Checkpoint, torch_dtype
+from merger.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 8 << 20  # bytes that are looked at together, a multiple of every number's width
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as the files say it is."""
+
+    file: str
+    tensor: str | None
+    what: str
+
+    def __str__(self) -> str:
+        """``file: tensor: what``."""
+        return ": ".join(part for part in (self.file, self.tensor, self.what) if part)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint's folder, as far as it can be read, and what is wrong with the rest."""
+
+    folder: Folder
+    headers: Mapping[str, Mapping[str, Info]]  # of every weight file that can be read
+    config: Mapping[str, Any]
+    broken: tuple[Difference, ...]
+
+    @property
+    def directory(self) -> Path:
+        """Where the files are."""
+        return self.folder.directory
+
+    @cached_property
+    def tensors(self) -> dict[str, Info]:
+        """All tensors, by name."""
+        return {name: info for header in self.headers.values() for name, info in header.items()}
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """What each tensor is."""
+        return study(self.tensors, self.config)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the files hold several experts, and no model."""
+        return any(file.startswith(PACKED.removesuffix(".safetensors")) for file in self.headers)
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a tensor."""
+        file = self.tensors[name].file
+        assert file is not None, "it was read from a file"
+        return file.name
+
+
+def look(directory: Path) -> Contents:
+    """Reads config, index and headers; what cannot be read is a difference."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: there is no such folder")
+    folder = local_folder(directory, "model")
+    broken: list[Difference] = []
+    config = _object(folder, "config.json", broken)
+    headers: dict[str, Mapping[str, Info]] = {}
+    for file in _weight_files(folder, broken):
+        try:
+            read = read_header if file.endswith(".safetensors") else read_pickle
+            headers[file] = read(directory / file)
+        except CheckpointError as error:
+            broken.append(Difference(file, None, _said(error, directory / file)))
+    return Contents(folder, headers, config, tuple(broken))
+
+
+def _weight_files(folder: Folder, broken: list[Difference]) -> list[str]:
+    """The weight files that transformers would load, or `extract`: one whole, or those that an index names."""
+    for name in (*MODEL, PACKED):
+        if name in folder.names:
+            return [name]
+        if (index := f"{name}.index.json") in folder.names:
+            named = _weight_map(_object(folder, index, broken), index, broken)
+            missing = sorted({file for file in named.values() if file not in folder.names})
+            broken += [Difference(file, None, f"is missing, though {index} names it") for file in missing]
+            return sorted(set(named.values()) - set(missing))
+    broken.append(Difference(MODEL[0], None, f"is missing, and there is no {' or '.join(MODEL[1:])} nor an index"))
+    return []
+
+
+def _weight_map(index: Mapping[str, Any], name: str, broken: list[Difference]) -> dict[str, str]:
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        broken.append(Difference(name, None, "has no weight_map of names to files"))
+        return {}
+    return found
+
+
+def _object(folder: Folder, name: str, broken: list[Difference]) -> dict[str, Any]:
+    """A JSON object of the folder; an empty one, and a difference, where it cannot be read."""
+    try:
+        return read_json(folder, name)
+    except CheckpointError as error:
+        where = f"{folder.label}: {folder.source}"
+        broken.append(Difference(name, None, str(error).removeprefix(f"{where}/{name}: ").removeprefix(f"{where} ")))
+        return {}
+
+
+def _said(error: CheckpointError, path: Path) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+# --- index and headers ----------------------------------------------------------------------------
+
+
+def index_differences(contents: Contents) -> Iterator[Difference]:
+    """Where the index and the headers name different tensors, or two files hold the same one."""
+    holders: dict[str, list[str]] = {}
+    for file, header in contents.headers.items():
+        for name in header:
+            holders.setdefault(name, []).append(file)
+    for name, files in holders.items():
+        if len(files) > 1:
+            yield Difference(files[1], name, f"is in {files[0]} as well")
+    every = (*MODEL, PACKED)
+    index = next((f"{name}.index.json" for name in every if f"{name}.index.json" in contents.folder.names), None)
+    if index is None or set(contents.headers) & set(every):
+        return
+    named = _weight_map(_object(contents.folder, index, []), index, [])
+    for name, file in named.items():
+        if file in contents.headers and name not in contents.headers[file]:
+            yield Difference(file, name, f"is not there, though {index} says so")
+    for name, files in holders.items():
+        if name not in named:
+            yield Difference(index, name, f"is not named, though {files[0]} holds it")
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def scan(path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> tuple[str, list[Difference]]:
+    """The SHA-256 of a safetensors file, and its tensors with values that are not finite: one pass over its bytes."""
+    found = []
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    with path.open("rb") as file:
+        # The header was checked: tensors tile the file, so that reading them in order misses no byte of it.
+        digest.update(file.read(min((info.offset for info in header.values()), default=-1)))
+        for name, info in sorted(header.items(), key=lambda each: (each[1].offset, each[1].nbytes)):
+            bad = 0
+            for start in range(0, info.nbytes, CHUNK):
+                piece = buffer[: min(CHUNK, info.nbytes - start)]
+                if file.readinto(piece) < len(piece):
+                    raise CheckpointError(f"{path}: ended while it was being read")
+                digest.update(piece)
+                bad += _not_finite(torch.frombuffer(piece, dtype=torch_dtype(info))) if info.is_float else 0
+                tell(len(piece))
+            if bad:
+                found.append(_holds(path.name, name, bad))
+    return digest.hexdigest(), found
+
+
+def scan_pickle(path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> list[Difference]:
+    """The tensors of a pickle with values that are not finite."""
+    found = []
+    with Checkpoint("model", path.parent, header, {}) as opened:
+        for name, info in header.items():
+            rows, columns = info.matrix
+            step = max(1, CHUNK // max(1, 8 * columns))
+            bad = 0
+            for start in range(0, rows if info.elements and info.is_float else 0, step):
+                bad += _not_finite(opened.read_rows(name, start, min(start + step, rows)))
+            tell(info.nbytes)
+            if bad:
+                found.append(_holds(path.name, name, bad))
+    return found
+
+
+def _not_finite(values: Tensor) -> int:
+    return int((~torch.isfinite(values)).sum())
+
+
+def _holds(file: str, name: str, bad: int) -> Difference:
+    return Difference(file, name, f"holds {bad:,} {'value' if bad == 1 else 'values'} of NaN or infinity")
+
+
+# --- config ---------------------------------------------------------------------------------------
+
+
+def config_differences(contents: Contents) -> Iterator[Difference]:
+    """Where config.json and the tensors say different things of vocabulary, head, dtype and blocks."""
+    if not contents.config or not contents.tensors:
+        return
+    yield from _vocabulary(contents)
+    yield from _head(contents)
+    yield from _dtype(contents)
+    yield from _blocks(contents)
+
+
+def _vocabulary(contents: Contents) -> Iterator[Difference]:
+    size = text_config(contents.config).get("vocab_size")
+    anatomy = contents.anatomy
+    for name in (anatomy.embedding, anatomy.head):
+        if type(size) is int and name is not None and (rows := contents.tensors[name].shape[0]) != size:
+            yield Difference("config.json", name, f"has {rows:,} rows, but vocab_size is {size:,}")
+
+
+def _head(contents: Contents) -> Iterator[Difference]:
+    config, anatomy = contents.config, contents.anatomy
+    said = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    causal = "ForCausalLM" in str(config.get("architectures")) or "LMHead" in str(config.get("architectures"))
+    if said is False and anatomy.head is None and causal and anatomy.embedding is not None:
+        yield Difference("config.json", None, "says tie_word_embeddings: false, but there is no head")
+    elif said is True and anatomy.head is not None and anatomy.embedding is not None:
+        head, embedding = contents.tensors[anatomy.head], contents.tensors[anatomy.embedding]
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or not _same(contents, head, embedding):
+            what = f"is not {anatomy.embedding}, though config.json says tie_word_embeddings: true"
+            yield Difference(contents.file_of(anatomy.head), anatomy.head, what)
+
+
+def _same(contents: Contents, one: Info, other: Info) -> bool:
+    """Whether two tensors of one shape hold the same bits."""
+    rows, columns = one.matrix
+    step = max(1, CHUNK // max(1, 8 * columns))
+    with Checkpoint("model", contents.directory, {"one": one, "other": other}, {}) as opened:
+        for start in range(0, rows, step):
+            pieces = [opened.read_rows(name, start, min(start + step, rows)) for name in ("one", "other")]
+            if not torch.equal(*(piece.view(torch.uint8) for piece in pieces)):
+                return False
+    return True
+
+
+def _dtype(contents: Contents) -> Iterator[Difference]:
+    """A config names the dtype in which a model is loaded; most of its numbers should be of it."""
+    said = str(contents.config.get("dtype") or contents.config.get("torch_dtype")).removeprefix("torch.")
+    stored: Counter[str] = Counter()
+    for info in contents.tensors.values():
+        stored[info.dtype] += info.elements if info.is_float else 0
+    if said not in SAFETENSORS_NAMES or not stored.total() or contents.config.get("quantization_config"):
+        return
+    most = stored.most_common(1)[0][0]
+    if most != SAFETENSORS_NAMES[said]:
+        yield Difference("config.json", None, f"says dtype {said}, but most numbers are {most}")
+
+
+def _blocks(contents: Contents) -> Iterator[Difference]:
+    """The blocks beside the embedding, as in model.embed_tokens and model.layers, of which none may be missing."""
+    embedding = contents.anatomy.embedding or ""
+    blocks = f"{embedding.removesuffix('weight').rstrip('.').rpartition('.')[0]}.layers".lstrip(".")
+    wanted = text_config(contents.config).get("num_hidden_layers")
+    if type(wanted) is not int or blocks not in contents.anatomy.blocks:
+        return
+    there = {block_of(name) for name in contents.tensors if name.startswith(f"{blocks}.")}
+    for missing in sorted(set(range(wanted)) - there):
+        yield Difference("config.json", f"{blocks}.{missing}", f"is missing, but num_hidden_layers is {wanted}")
+
+
+# --- tokenizer ------------------------------------------------------------------------------------
+
+
+def tokenizer_differences(contents: Contents) -> Iterator[Difference]:
+    """Tokens whose number is beyond the embedding's rows."""
+    embedding = contents.anatomy.embedding
+    if embedding is None:
+        return
+    rows = contents.tensors[embedding].shape[0]
+    for file, numbers in _TOKENS.items():
+        broken: list[Difference] = []
+        said = _object(contents.folder, file, broken) if file in contents.folder.names else {}
+        yield from broken if file != "config.json" else ()  # which is told of already
+        beyond = {number: token for token, number in numbers(said) if type(number) is int and number >= rows}
+        if beyond:
+            what = f"{beyond[min(beyond)]!r} is number {min(beyond):,}, but {embedding} has {rows:,} rows"
+            more = f"; so are {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
+            yield Difference(file, None, what + more)
+
+
+def _of_tokenizer(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    model, added = said.get("model"), said.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
+    elif isinstance(vocabulary, list):  # Unigram: pairs of token and score
+        yield from ((str(each[:1]), i) for i, each in enumerate(vocabulary) if isinstance(each, list))
+    for each in added if isinstance(added, list) else ():
+        if isinstance(each, dict):
+            yield str(each.get("content")), each.get("id")
+
+
+def _of_tokenizer_config(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    added = said.get("added_tokens_decoder")
+    for number, each in added.items() if isinstance(added, dict) else ():
+        if number.isdecimal() and isinstance(each, dict):
+            yield str(each.get("content")), int(number)
+
+
+def _of_config(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = text_config(said).get(key)
+        for number in value if isinstance(value, list) else [value]:
+            yield key, number
+
+
+def _of_vocabulary(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from said.items()
+
+
+_TOKENS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, Any]]]] = {
+    "tokenizer.json": _of_tokenizer,
+    "tokenizer_config.json": _of_tokenizer_config,
+    "added_tokens.json": _of_vocabulary,
+    "vocab.json": _of_vocabulary,
+    "config.json": _of_config,
+    "generation_config.json": _of_config,
+}

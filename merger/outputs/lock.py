@@ -1,0 +1,190 @@
+"""recipe.lock: what a recipe comes to on the day it is locked, and whether it still does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from merger.checkpoint import hub
+from merger.checkpoint import side_files as manifest
+from merger.checkpoint.hashes import digest, note, noted, sha256
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.writer import json_bytes, write_json
+from merger.errors import MergerError, RecipeError
+from merger.engine.loop import Progress
+from merger.planning.planner import Plan, plan
+from merger.recipe.recipe import Recipe
+from merger.engine.manifest import RECORD, differing, fates, portable, sources_of
+from merger.calibration.statistics import sources
+from merger.outputs.verify import whole_merge
+
+FORMAT = 1
+_PARTS = ("versions", "recipe", "inputs", "calibration", "files", "tensors")
+
+
+def lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> dict[str, Any]:
+    """Writes to ``path`` what the recipe comes to: defaults spelled out, inputs by commit and SHA-256, versions.
+
+    Of a Hub repository only configs and headers are fetched.
+    """
+    content = _resolved(recipe, offline=offline)
+    write_json(Path(path), content)
+    return content
+
+
+def lock_of(recipe: str | Path) -> Path:
+    """The lock of a recipe's file: recipe.lock beside recipe.yaml."""
+    path = Path(recipe).with_suffix(".lock")
+    if path == Path(recipe):
+        raise RecipeError(f"{recipe}: is named as its own lock would be; name it {path.stem}.yaml")
+    return path
+
+
+def check_lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> None:
+    """RecipeError if the recipe comes to anything else than the lock at ``path`` says, naming all of it."""
+    locked, now = _read(Path(path)), _resolved(recipe, offline=offline)
+    faults = [
+        f"{path}: {key} was {_said(one)} when it was locked, and is {_said(other)}"
+        for key, (one, other) in _differing(locked, now).items()
+    ]
+    if faults:
+        raise RecipeError([*faults, f"{path}: lock the recipe again if that is meant"])
+
+
+def is_done(recipe: Recipe, path: str | Path, *, trust_mtime: bool = False, progress: Progress | None = None) -> bool:
+    """Whether the output is there, was made of what the lock at ``path`` says, and is whole: one pass of hashing.
+
+    ``trust_mtime`` takes a shard for what it was when it last had this size and time of change, and reads only headers.
+    """
+    output = recipe.folder / Path(recipe.output.path).expanduser()
+    try:
+        record = json.loads((output / RECORD).read_bytes())
+        made = {**{key: record[key] for key in _PARTS}, "tensors": _hash(record["tensors"])}
+        shards = {output / file: str(sha) for file, sha in record["shards"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    if _differing(_read(Path(path)), made):
+        return False
+    try:
+        whole_merge(output)
+    except MergerError:
+        return False
+    unread = {file: sha for file, sha in shards.items() if not (trust_mtime and noted(file) == sha)}
+    return _have(unread, progress or _silent)
+
+
+def _have(shards: Mapping[Path, str], tell: Progress) -> bool:
+    """Whether files have these SHA-256; those that have are noted."""
+    total, done, lock = sum(file.stat().st_size for file in shards), Counter[str](), Lock()
+
+    def count(size: int) -> None:
+        with lock:
+            done["bytes"] += size
+            tell("verifying", done["bytes"], total)
+
+    def has(file: Path) -> bool:
+        same = digest(file, count) == shards[file]
+        if same:
+            note(file, shards[file])
+        return same
+
+    try:
+        with ThreadPoolExecutor(4, "merger-verify") as pool:
+            return all(list(pool.map(has, shards)))
+    except OSError:
+        return False  # whoever replaces it need not read it
+
+
+# --- what a lock holds ----------------------------------------------------------------------------
+
+
+def _resolved(recipe: Recipe, *, offline: bool) -> dict[str, Any]:
+    """What merger.json will say of a merge, as far as it is known before it."""
+    with closing(plan(recipe, offline=offline)) as made:
+        content = {
+            "format": FORMAT,
+            "versions": manifest.versions(),
+            "recipe": portable(recipe.spelled_out()),
+            "inputs": {label: _input(made, label, offline=offline) for label in made.models},
+            "calibration": sources(made),
+            "files": _files(made),
+            "tensors": _hash(fates(made)),
+        }
+    unknown = [name for name, sha in sources(made).items() if sha is None]
+    if unknown:
+        raise RecipeError(f"calibration: {', '.join(unknown)} is no file here, and may change; save it to lock it")
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def _input(made: Plan, label: str, *, offline: bool) -> dict[str, Any]:
+    source = {"base": made.recipe.base, **made.recipe.experts}[label]
+    model = made.models[label]
+    adapter = model.adapter
+    on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
+    own = [file for file in model.files if file not in on_top]
+    said = {**sources_of(source), **_content(model, source.model, own, label, offline=offline)}
+    if adapter is None or source.adapter is None:
+        return said
+    return {**said, "adapter": _content(adapter, source.adapter, on_top, label, offline=offline)}
+
+
+def _content(model: Checkpoint, source: str, files: list[Path], label: str, *, offline: bool) -> dict[str, Any]:
+    if model.commit is None:
+        return {"files": {file.name: sha256(file) for file in files}}
+    known = {file.name: sha256(file) for file in files} if offline else hub.weight_hashes(source, model.commit, label)
+    return {"commit": model.commit, "files": known}
+
+
+def _files(made: Plan) -> dict[str, str]:
+    """The SHA-256 of each file that will stand beside the weights."""
+    copied = manifest.side_files(made.base.directory, made.models[made.tokenizer].directory)
+    found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in copied.items()}
+    return {**found, "config.json": hashlib.sha256(json_bytes(made.config)).hexdigest()}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- what differs from it -------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        locked = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}; make it with `merger lock`") from None
+    except (ValueError, RecursionError):
+        locked = None
+    if not isinstance(locked, dict) or locked.get("format") != FORMAT or not locked.keys() >= set(_PARTS):
+        raise RecipeError(f"{path}: is no lock that this merger understands; make it again with `merger lock`")
+    return locked
+
+
+def _differing(locked: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two locks differ."""
+    one, two = ({key: each[key] for key in _PARTS} for each in (locked, other))
+    return differing({**one, "inputs": _by_commit(one["inputs"])}, {**two, "inputs": _by_commit(two["inputs"])})
+
+
+def _by_commit(content: Any) -> Any:
+    """Inputs without the files that a commit decides: which of them were looked at depends on the cache."""
+    if not isinstance(content, Mapping):
+        return content
+    return {key: _by_commit(each) for key, each in content.items() if key != "files" or "commit" not in content}
+
+
+def _said(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _silent(*_: object) -> None:
+    """Tells nobody."""

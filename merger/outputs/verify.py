@@ -1,0 +1,334 @@
+"""Whether a checkpoint is what it says: its files agree with each other, with merger.json, and with its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from merger._lazy import torch
+from merger.outputs.consistency import (
+    Contents,
+    Difference,
+    config_differences,
+    index_differences,
+    look,
+    scan,
+    scan_pickle,
+    tokenizer_differences,
+)
+from merger.checkpoint import side_files as manifest
+from merger.checkpoint.hashes import digest, sha256
+from merger.checkpoint.safetensors_header import ITEM_SIZE
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.errors import CheckpointError, RecipeError, VerifyError
+from merger.engine.loop import Progress
+from merger.planning.planner import Plan
+from merger.planning.planner import plan as make_plan
+from merger.recipe.recipe import Recipe
+from merger.engine.manifest import RECORD, differing, inputs_of, portable, stored_as, stored_tensors
+from merger.engine.merge import recompute
+
+WEIGHTS = (".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at, and all that is not as it is said to be."""
+
+    directory: str
+    tensors: int
+    bytes: int
+    recorded: bool  # whether merger made it, and says so in merger.json
+    recomputed: tuple[str, ...]  # tensors that were made again from the inputs
+    differences: tuple[Difference, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain dictionary for machines."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Deep:
+    """How a sample of tensors is made again from the inputs."""
+
+    sample: int = 16  # tensors
+    seed: int = 0  # chooses them
+    recipe: Path | None = None  # None: the recorded one, seen from where its output path leads to the folder
+    device: str | None = None  # None: the recorded kind
+    max_memory: int | None = None
+    offline: bool = False
+    trust_remote_code: bool = False
+
+
+def verify(
+    directory: str | Path,
+    *,
+    deep: Deep | None = None,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Verification:
+    """Checks a checkpoint's folder, whoever made it, and returns every difference that it finds.
+
+    With ``deep`` some tensors of a merge are made again from its inputs, and compared bit for bit.
+    Raises a `MergerError` only where there is nothing to check, or not what is needed for it.
+    """
+    tell = progress or _silent
+    contents = look(Path(directory))
+    found = [*contents.broken, *index_differences(contents)]
+    hashes, values = _scan(contents, tell)
+    found += values
+    if not contents.packed:  # in which no tensor needs to be what config and tokenizer say of a model's
+        found += [*config_differences(contents), *tokenizer_differences(contents)]
+    record = _record(contents, found)
+    recomputed: tuple[str, ...] = ()
+    if record is not None:
+        found += _recorded(contents, record, hashes)
+    if deep is not None:
+        if record is None:
+            raise RecipeError(f"{directory}: has no {RECORD} that says from what it could be made again")
+        recomputed, differences = _recompute(contents, record, deep, tell, notice or _silent)
+        found += differences
+    return Verification(
+        directory=str(directory),
+        tensors=len(contents.tensors),
+        bytes=sum(info.nbytes for info in contents.tensors.values()),
+        recorded=record is not None,
+        recomputed=recomputed,
+        differences=tuple(dict.fromkeys(found)),
+    )
+
+
+def whole_merge(directory: str | Path) -> dict[str, Any]:
+    """merger.json of a folder that holds all it names, told by names and headers: no weight is read for it.
+
+    Raises CheckpointError for a folder without merger.json, and VerifyError where files are not as it says.
+    """
+    contents = look(Path(directory))
+    if RECORD not in contents.folder.names:
+        raise CheckpointError(f"{directory}: has no {RECORD}, so it is no finished merge")
+    found = [*contents.broken, *index_differences(contents)]
+    record = _record(contents, found)
+    if record is not None:
+        found += _recorded(contents, record, {})
+    if found or record is None:
+        raise VerifyError("\n".join(f"{directory}: {each}" for each in dict.fromkeys(found)))
+    return record
+
+
+def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Difference]]:
+    """The SHA-256 of each safetensors file, and what is wrong with the values; files side by side."""
+    total = sum(info.nbytes for header in contents.headers.values() for info in header.values())
+    done, lock = Counter[str](), Lock()
+
+    def count(size: int) -> None:
+        with lock:
+            done["bytes"] += size
+            tell("verifying", done["bytes"], total)
+
+    def one(file: str) -> tuple[str | None, list[Difference]]:
+        path, header = contents.directory / file, contents.headers[file]
+        try:
+            if file.endswith(".safetensors"):
+                return scan(path, header, count)
+            return None, scan_pickle(path, header, count)
+        except OSError as error:
+            return None, [Difference(file, None, f"cannot be read: {error.strerror}")]
+
+    with ThreadPoolExecutor(4, "merger-verify") as pool:
+        results = list(pool.map(one, contents.headers))
+    hashes = {file: sha for file, (sha, _) in zip(contents.headers, results, strict=True) if sha is not None}
+    return hashes, [difference for _, differences in results for difference in differences]
+
+
+# --- what merger.json says ------------------------------------------------------------------------
+
+
+def _record(contents: Contents, found: list[Difference]) -> dict[str, Any] | None:
+    """merger.json, if there is one and it can be understood."""
+    if RECORD not in contents.folder.names:
+        return None
+    try:
+        record = json.loads((contents.directory / RECORD).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        found.append(Difference(RECORD, None, f"cannot be read: {error}"))
+        return None
+    maps = ("recipe", "calibration", "inputs", "statistics", "shards", "files", "tensors", "versions")
+    if not isinstance(record, dict) or record.get("format") != manifest.FORMAT:
+        found.append(Difference(RECORD, None, f"is not of format {manifest.FORMAT}, which is all that is known here"))
+    elif lacking := [key for key in maps if not isinstance(record.get(key), dict)]:
+        found.append(Difference(RECORD, None, f"lacks {', '.join(lacking)}"))
+    else:
+        return record
+    return None
+
+
+def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str, str]) -> Iterator[Difference]:
+    """Where shards, side files and tensors are not those of merger.json."""
+    for file, sha in record["shards"].items():
+        if file not in contents.folder.names:
+            yield Difference(file, None, f"is missing, though {RECORD} names it")
+        elif file in hashes and hashes[file] != sha:
+            yield _other_hash(file, hashes[file], sha)
+    for file in sorted(contents.folder.names - record["shards"].keys()):
+        if file.endswith(WEIGHTS):
+            yield Difference(file, None, f"holds weights that {RECORD} does not name")
+    for file, sha in record["files"].items():
+        if file not in contents.folder.names:
+            yield Difference(file, None, f"is missing, though {RECORD} names it")
+        else:
+            yield from _side_file(contents.directory / file, sha)
+    recorded = stored_tensors(record["tensors"])
+    for name, wanted in recorded.items():
+        info = contents.tensors.get(name)
+        if info is None:
+            yield Difference(RECORD, name, "is in no file")
+        elif stored_as(info) != wanted:
+            yield Difference(contents.file_of(name), name, f"is {stored_as(info)}, but {wanted} in {RECORD}")
+    for name in contents.tensors:
+        if name not in recorded:
+            yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
+
+
+def _side_file(path: Path, sha: str) -> Iterator[Difference]:
+    try:
+        own = digest(path)
+    except OSError as error:
+        yield Difference(path.name, None, f"cannot be read: {error.strerror}")
+    else:
+        if own != sha:
+            yield _other_hash(path.name, own, sha)
+
+
+def _other_hash(file: str, own: str, said: str) -> Difference:
+    return Difference(file, None, f"its SHA-256 is {own}, but {said} in {RECORD}")
+
+
+# --- what the inputs say --------------------------------------------------------------------------
+
+
+def _recompute(
+    contents: Contents, record: Mapping[str, Any], deep: Deep, tell: Progress, notice: Callable[[str], None]
+) -> tuple[tuple[str, ...], list[Difference]]:
+    """Makes a sample of tensors again by the same merge; their names, and where they differ."""
+    versions = differing(record["versions"], manifest.versions())
+    if versions:
+        notice(f"merged with another {', '.join(versions)} than it is checked with; last bits may differ for that")
+    recipe = _recipe(contents, record, deep.recipe)
+    with closing(make_plan(recipe, offline=deep.offline, headers_only=False)) as plan:
+        changed = list(_changed_inputs(record, plan))
+        if changed:  # what is made of other inputs says nothing
+            return (), changed
+        names = _chosen(plan, deep)
+        comparison = _Comparison(contents, plan, names)
+        statistics = recompute(
+            plan,
+            frozenset(comparison.places),
+            comparison,
+            device=deep.device or str(record.get("device")),
+            max_memory=deep.max_memory,
+            trust_remote_code=deep.trust_remote_code,
+            progress=lambda what, done, total: tell("recomputing" if what == "merging" else what, done, total),
+            notice=notice,
+        )
+    other = differing(record["statistics"], statistics)
+    found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]
+    return tuple(names), [*found, *comparison.differences()]
+
+
+def _recipe(contents: Contents, record: Mapping[str, Any], given: Path | None) -> Recipe:
+    """The recorded recipe, with its folder; or the one that is given, if it is the same."""
+    recorded = record["recipe"]
+    if given is None:
+        return Recipe.parse(recorded, _folder(contents.directory, str(recorded["output"]["path"])))
+    recipe = Recipe.load(given, record.get("set", []))
+    own = json.loads(json.dumps(portable(recipe.spelled_out())))
+    others = [key for key in differing(recorded, own) if key != "output.path"]
+    if others:
+        raise RecipeError(f"{given}: is not the recipe of {contents.directory}: they differ in {', '.join(others)}")
+    return recipe
+
+
+def _folder(directory: Path, output: str) -> Path:
+    """The folder from which the relative path ``output`` leads to ``directory``."""
+    parts, real = Path(output).parts, directory.resolve()
+    if ".." in parts or real.parts[len(real.parts) - len(parts) :] != parts:
+        raise RecipeError(
+            f"{directory}: does not lie where its recipe wrote it ({output}); give the recipe, for its inputs"
+        )
+    return Path(*real.parts[: len(real.parts) - len(parts)])
+
+
+def _changed_inputs(record: Mapping[str, Any], plan: Plan) -> Iterator[Difference]:
+    hashes = {file: sha256(file) for model in plan.models.values() for file in model.files}
+    for key in differing(record["inputs"], json.loads(json.dumps(inputs_of(plan, hashes)))):
+        yield Difference(RECORD, None, f"inputs.{key}: is not what it was when it was merged")
+
+
+def _chosen(plan: Plan, deep: Deep) -> list[str]:
+    """Some tensors, as good as drawn: those whose hash with the seed is smallest."""
+    names = list(plan.stored)
+    drawn = sorted(names, key=lambda name: hashlib.sha256(f"{deep.seed} {name}".encode()).digest())
+    return sorted(drawn[: deep.sample], key=names.index)
+
+
+class _Comparison:
+    """Takes the bytes of a merge, and compares them with those of the output."""
+
+    def __init__(self, contents: Contents, plan: Plan, names: Sequence[str]) -> None:
+        self.contents = contents
+        planned = {name: stored_as(info) for name, info in plan.stored.items()}
+        self.misfits = [
+            Difference(RECORD, name, f"would be {planned[name]} if it were merged again")
+            for name in names
+            if name not in contents.tensors or stored_as(contents.tensors[name]) != planned[name]
+        ]
+        misfits = {each.tensor for each in self.misfits}
+        self.places = {name: contents.tensors[name] for name in names if name not in misfits}
+        self.differing = Counter[str]()
+        self.lock = Lock()
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Compares ``data`` with what stands from byte ``start`` of the tensor on."""
+        if name not in self.places:
+            return
+        info = self.places[name]
+        stored = bytearray(len(data))
+        with (self.contents.directory / self.contents.file_of(name)).open("rb") as file:
+            file.seek(info.offset + start)
+            file.readinto(stored)
+        if stored != data:
+            own, other = (
+                torch.frombuffer(each, dtype=torch.uint8).view(-1, ITEM_SIZE[info.dtype]) for each in (stored, data)
+            )
+            with self.lock:
+                self.differing[name] += int((own != other).any(1).sum())
+
+    def done(self, name: str, notes: Sequence[str]) -> None:
+        """A tensor that is whole was compared already."""
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """What the output has for it."""
+        if name not in self.contents.tensors:
+            return None
+        with Checkpoint("output", self.contents.directory, self.contents.tensors, {}) as output:
+            return output.read(name)
+
+    def differences(self) -> Iterator[Difference]:
+        """What was found, by tensor."""
+        yield from self.misfits
+        for name, info in self.places.items():
+            if count := self.differing[name]:
+                what = f"{count:,} of its {info.elements:,} values are not what its inputs make"
+                yield Difference(self.contents.file_of(name), name, what)
+
+
+def _silent(*_: object) -> None:
+    """Tells nobody."""

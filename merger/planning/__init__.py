@@ -1,0 +1,1 @@
+"""From recipe and headers to a plan: what happens to every tensor."""

@@ -1,0 +1,539 @@
+"""The plan: what will be done to every tensor, from headers and configs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from merger.checkpoint.anatomy import Anatomy, study, text_config
+from merger.checkpoint.safetensors_header import ITEM_SIZE, SAFETENSORS_NAMES, Info
+from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.errors import CheckpointError, RecipeError
+from merger.pipeline.parameters import Number, Place, resolve
+from merger.pipeline.registry import entry_of
+from merger.planning.packed import Packed
+from merger.pipeline.stages import Bound, bind, expand, natural
+from merger.recipe.recipe import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a stored tensor: all of it, or one slice of packed experts."""
+
+    name: str  # of the tensor, with [e] for slice e
+    row: int  # its first row in the stored tensor
+    rows: int
+    columns: int
+    transposed: bool = False  # stored [in, out]; its stages see [out, in]
+
+
+@dataclass(frozen=True)
+class ExtraRows:
+    """Rows of a vocabulary that not all models have: the mean of those that have them."""
+
+    start: int
+    stop: int
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one output tensor."""
+
+    name: str
+    info: Info  # dtype and shape as written
+    kind: str
+    unit: str  # its transformer block, or itself
+    place: Place
+    group: int  # 0: the recipe's own method; i + 1: rule i
+    stages: tuple[Bound, ...]  # empty where it is copied
+    source: str  # the model it is copied from, or base
+    reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
+    parts: tuple[Part, ...] = ()
+    extra: tuple[ExtraRows, ...] = ()
+    tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any of its stages looks at what enters the layer."""
+        return any(stage.calibrated for stage in self.stages)
+
+    @property
+    def gram(self) -> bool:
+        """Whether any of its stages takes Gram matrices, which are made while it is merged."""
+        return any(stage.gram for stage in self.stages)
+
+    @property
+    def fed_by_merged(self) -> bool:
+        """Whether its Gram matrices are made behind the merged blocks, not behind each expert's own."""
+        return any(stage.gram and stage.fed == "merged" for stage in self.stages)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether any of its stages looks at all tensors of its group together."""
+        return any(stage.values.get("scope") == "global" for stage in self.stages)
+
+    @cached_property
+    def packed(self) -> Packed | None:
+        """What its last stage makes of it, where that is more than one model's tensor."""
+        if not self.parts or not self._is_packed:
+            return None
+        first, last = self.parts[0], self.stages[-1]
+        forms = last.forms(first.rows, first.columns)
+        return Packed(
+            name=self.name,
+            by=last.entry.name,
+            experts=self.place.experts,
+            forms=forms,
+            info=self.info,
+            rows=first.rows,
+            columns=first.columns,
+            matrices=len(self.parts),
+            transposed=first.transposed,
+        )
+
+    @property
+    def _is_packed(self) -> bool:
+        return bool(self.stages) and self.stages[-1].entry.packing is not None
+
+    @property
+    def stored(self) -> Mapping[str, Info]:
+        """All that is written of it, by name."""
+        if self.packed is not None:
+            return self.packed.infos
+        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from the embedding's results
+        return {} if repeats else {self.name: self.info}
+
+    @property
+    def elements(self) -> int:
+        """How many elements are merged, without rows that only some models have."""
+        return sum(part.rows * part.columns for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be done, in canonical order: the natural order of names."""
+
+    recipe: Recipe
+    models: Mapping[str, Checkpoint]  # base first, then the experts in recipe order
+    tensors: tuple[TensorPlan, ...]
+    dropped: Mapping[str, Mapping[str, str]]  # per model: input tensors that are left out, and why
+    notes: tuple[str, ...]
+    config: Mapping[str, Any]  # config.json of the output
+    tokenizer: str  # the model whose tokenizer files are copied
+
+    @property
+    def base(self) -> Checkpoint:
+        """The base checkpoint."""
+        return self.models["base"]
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of tensors in the output."""
+        return sum(info.nbytes for info in self.stored.values())
+
+    @property
+    def stored(self) -> dict[str, Info]:
+        """All tensors of the output, by name."""
+        return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
+
+    @property
+    def packed(self) -> bool:
+        """Whether the output holds several experts, of which `extract` makes a model each."""
+        return any(tensor.packed is not None for tensor in self.tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the inputs that the output is made of, each read once."""
+        return sum(
+            self.bytes_of(tensor, tensor.elements) + sum(self.bytes_of_rows(tensor, rows) for rows in tensor.extra)
+            for tensor in self.tensors
+        )
+
+    def bytes_of(self, tensor: TensorPlan, elements: int) -> int:
+        """Bytes that so many elements of a tensor take in all models that are read for it."""
+        several = (self.models[label].tensors[name] for label, name in tensor.reads.items() if name is not None)
+        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
+
+    def bytes_of_rows(self, tensor: TensorPlan, rows: ExtraRows) -> int:
+        """Bytes of rows that only some models have."""
+        several = (self.models[label].tensors[tensor.reads[label] or tensor.name] for label in rows.models)
+        elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
+        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any stage looks at what enters the layers."""
+        return any(tensor.calibrated for tensor in self.tensors)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether any tensor needs what a statistics file holds."""
+        return any(tensor.calibrated and not tensor.gram for tensor in self.tensors)
+
+    def close(self) -> None:
+        """Closes the inputs."""
+        for model in self.models.values():
+            model.close()
+
+
+def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) -> Plan:
+    """Opens the inputs' headers and decides what happens to every tensor; nothing is written.
+
+    With ``headers_only`` a Hub repository's weights are not downloaded. Raises CheckpointError for
+    inputs that do not fit together, all misfits of a kind at once.
+    """
+    models = open_models(recipe, offline=offline, headers_only=headers_only)
+    try:
+        return _Planner(recipe, models).plan()
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+
+
+def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[str, Checkpoint]:
+    """Opens the base and the experts, in recipe order."""
+    models: dict[str, Checkpoint] = {}
+    for label, source in {"base": recipe.base, **recipe.experts}.items():
+        models[label] = open_checkpoint(
+            source.model,
+            source.adapter,
+            label=label,
+            folder=recipe.folder,
+            offline=offline,
+            headers_only=headers_only,
+            base=models.get("base"),
+        )
+    return models
+
+
+class _Planner:
+    """Gathers what is wrong over all tensors before it complains."""
+
+    def __init__(self, recipe: Recipe, models: dict[str, Checkpoint]) -> None:
+        self.recipe = recipe
+        self.models = models
+        self.anatomies = {label: study(model.tensors, model.config) for label, model in models.items()}
+        self.anatomy = self.anatomies["base"]
+        self.faults: list[str] = []
+        self.notes: list[str] = []
+        self.dropped: dict[str, dict[str, str]] = {label: {} for label in models}
+        self.head: str | None = None  # the output's own head, though the base ties its own
+
+    def plan(self) -> Plan:
+        names = sorted(self._output_names(), key=natural)
+        twin = self._twin()
+        heads = {anatomy.head for anatomy in self.anatomies.values()} - {twin}
+        self.head = next((name for name in names if name in heads), None) if self.anatomy.tied else None
+        planned: dict[str, TensorPlan] = {}
+        linear = 0
+        for name in names:
+            if name != twin and (tensor := self._tensor(name, linear)) is not None:
+                planned[name] = tensor
+            linear += self.anatomy_of(name).kind(name) in ("linear", "conv1d", "expert3d", "head")
+        if self.faults:
+            raise CheckpointError("\n".join(_shortened(self.faults)))
+        if twin is not None and self.anatomy.embedding is not None:
+            embedding = planned[self.anatomy.embedding]
+            planned[twin] = replace(embedding, name=twin, parts=(), extra=(), tied_to=embedding.name)
+        tensors = [planned[name] for name in names]
+        self._unmatched_rules(tensors)
+        tokenizer = self.recipe.output.tokenizer or self._longest_vocabulary(tensors)
+        return Plan(
+            recipe=self.recipe,
+            models=self.models,
+            tensors=tuple(tensors),
+            dropped=self.dropped,
+            notes=(*self.notes, *_remarks(tensors), *differences(self.models)),
+            config=self._config(tensors),
+            tokenizer=tokenizer,
+        )
+
+    # --- names ---
+
+    def _output_names(self) -> Iterator[str]:
+        """The base's tensors, the head of an expert that untied it, and what rules take from an expert."""
+        yield from self.anatomy.tensors
+        experts = list(self.models.items())[1:]
+        extra = dict.fromkeys(n for _, m in experts for n in m.tensors if n not in self.anatomy.tensors)
+        for name in extra:
+            holders = [label for label, model in experts if name in model.tensors]
+            rule = self._rule(name, self.anatomies[holders[0]])
+            untied = [label for label in holders if name == self.anatomies[label].head]
+            if rule is not None and rule.use in holders:
+                yield name
+            elif rule is not None and rule.use == "base":
+                self._drop(name, holders, f"rule {self.recipe.rules.index(rule) + 1} keeps the base, which has none")
+            elif untied and self.anatomy.tied and any(not self.anatomies[label].tied for label in untied):
+                yield name
+            elif untied and all(self.anatomies[label].tied for label in untied):
+                self._drop(name, holders, "its config says it is tied to the embedding")
+            else:
+                self.faults.append(
+                    f"{holders[0]}: has {name}, which the base lacks; leave it out with a rule "
+                    f"{{tensors: '^{name}$', use: base}}, or take it with use: {holders[0]}"
+                )
+
+    def _drop(self, name: str, holders: Iterable[str], why: str) -> None:
+        for label in holders:
+            self.dropped[label][name] = why
+
+    def anatomy_of(self, name: str) -> Anatomy:
+        """The anatomy of the first model that holds the tensor; tied only where the output is."""
+        anatomy = next(a for a in self.anatomies.values() if name in a.tensors)
+        return anatomy if self.head is None else replace(anatomy, tied=False)
+
+    def _twin(self) -> str | None:
+        """The head that the base stores though it is its embedding, unless an expert has a head of its own."""
+        head, embedding = self.anatomy.head, self.anatomy.embedding
+        if head is None or embedding is None or not self.anatomy.tied:
+            return None
+        same = all(self._stands_for(label, head) == self._stands_for(label, embedding) for label in self.models)
+        return head if same else None
+
+    def _stands_for(self, label: str, name: str) -> str | None:
+        """The tensor of a model that is to be read for the output tensor ``name``."""
+        anatomy = self.anatomies[label]
+        if name == anatomy.head and anatomy.tied:
+            return anatomy.embedding
+        if name in anatomy.tensors:
+            return name
+        head = next((a.head for a in self.anatomies.values() if a.head), None)
+        return anatomy.embedding if name == head and anatomy.tied else None
+
+    def _rule(self, name: str, anatomy: Anatomy) -> Rule | None:
+        return next((rule for rule in self.recipe.rules if rule.matches(name, anatomy.kind(name))), None)
+
+    # --- one tensor ---
+
+    def _tensor(self, name: str, linear: int) -> TensorPlan | None:
+        anatomy = self.anatomy_of(name)
+        kind = anatomy.kind(name)
+        rule = self._rule(name, anatomy)
+        source = rule.use if rule is not None and rule.use else "base"
+        copied = kind == "buffer" or (rule is not None and rule.use is not None)
+        reads = {label: self._stands_for(label, name) for label in self.models}
+        if copied:
+            return self._copy(name, kind, source, reads)
+        if not self._complete(name, reads):
+            return None
+        infos = {label: self.models[label].tensors[read] for label, read in reads.items() if read is not None}
+        fitted = self._fit(name, kind, infos)
+        if fitted is None:
+            return None
+        shape, common, extra = fitted
+        group = 0 if rule is None else self.recipe.rules.index(rule) + 1
+        place = self._place(name, linear)
+        stages = self._stages(rule, kind, place)
+        if extra and stages[-1].entry.packing is not None:
+            pack, whose = stages[-1].entry.name, " and ".join(extra[-1].models)
+            self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; set extra_rows: drop")
+            return None
+        dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
+        rows = any(stage.takes != "slice" for stage in stages)
+        return TensorPlan(
+            name=name,
+            info=Info(dtype, shape),
+            kind=kind,
+            unit=anatomy.unit(name),
+            place=place,
+            group=group,
+            stages=stages,
+            source="base",
+            reads=reads,
+            parts=_parts(name, kind, common, transposed=rows and kind == "conv1d"),
+            extra=extra,
+        )
+
+    def _stages(self, rule: Rule | None, kind: str, place: Place) -> tuple[Bound, ...]:
+        chosen = (self.recipe if rule is None else rule).stages
+        try:
+            return tuple(bind(each, place) for stage in chosen for each in expand(stage, kind, place.experts))
+        except ValueError as error:
+            raise RecipeError(f"{entry_of(chosen[0].func).name}: {error}") from None
+
+    def _place(self, name: str, linear: int) -> Place:
+        anatomy = self.anatomy_of(name)
+        depth = anatomy.depth(name)
+        experts = self.recipe.experts
+        weights = tuple(resolve(Number, expert.weight, Place((), depth=depth)) for expert in experts.values())
+        return Place(tuple(experts), weights, depth, anatomy.rotation(name), linear)
+
+    def _copy(self, name: str, kind: str, source: str, reads: Mapping[str, str | None]) -> TensorPlan | None:
+        read = reads[source]
+        if read is None:
+            self.faults.append(f"{source}: has no {name}, which a rule takes from it")
+            return None
+        info = self.models[source].tensors[read]
+        dtype = (
+            SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype and info.is_float else info.dtype
+        )
+        # an expert's buffer is read only to tell whether it differs
+        needed = {label: each for label, each in reads.items() if label == source or (kind == "buffer" and each)}
+        return TensorPlan(
+            name=name,
+            info=Info(dtype, info.shape),
+            kind=kind,
+            unit=self.anatomy_of(name).unit(name),
+            place=Place(()),
+            group=0,
+            stages=(),
+            source=source,
+            reads=needed,
+            parts=_parts(name, "copied", info.shape, transposed=False),
+        )
+
+    def _complete(self, name: str, reads: Mapping[str, str | None]) -> bool:
+        absent = [label for label, read in reads.items() if read is None]
+        if not absent or ("base" not in absent and self.recipe.missing == "zero"):
+            return True
+        for label in absent:
+            self.faults.append(
+                f"{label}: has no {name}; set `missing: zero` to leave such tensors at the base, "
+                f"or name them in a rule {{tensors: ..., use: base}}"
+            )
+        return False
+
+    def _fit(
+        self, name: str, kind: str, infos: Mapping[str, Info]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[ExtraRows, ...]] | None:
+        """The output's shape, the shape that all models share, and rows beyond that."""
+        shapes = {label: info.shape for label, info in infos.items()}
+        base = shapes["base"]
+        whole = [label for label, info in infos.items() if not info.is_float]
+        if whole:
+            self.faults.append(f"{whole[0]}: {name} holds {infos[whole[0]].dtype}, but {infos['base'].dtype} in base")
+            return None
+        if len(set(shapes.values())) == 1:
+            return base, base, ()
+        vocabulary = all(self.anatomies[label].has_vocabulary(self._stands_for(label, name) or "") for label in infos)
+        if not vocabulary or len({shape[1:] for shape in shapes.values()}) > 1:
+            self.faults += [
+                f"{label}: {name} is {list(shape)}, but {list(base)} in base"
+                for label, shape in shapes.items()
+                if shape != base
+            ]
+            return None
+        common = min(shape[0] for shape in shapes.values())
+        if self.recipe.extra_rows == "drop":
+            self.notes.append(f"{name}: rows from {common} on are dropped (extra_rows: drop)")
+            return (common, *base[1:]), (common, *base[1:]), ()
+        extra = tuple(_extra_rows(common, {label: shape[0] for label, shape in shapes.items()}))
+        self.notes += [
+            f"{name}: rows {each.start} to {each.stop - 1} are those of {' and '.join(each.models)}" for each in extra
+        ]
+        return (extra[-1].stop, *base[1:]), (common, *base[1:]), extra
+
+    # --- the whole ---
+
+    def _unmatched_rules(self, tensors: list[TensorPlan]) -> None:
+        names = {name for anatomy in self.anatomies.values() for name in anatomy.tensors}
+        for i, rule in enumerate(self.recipe.rules):
+            if not any(rule.matches(name, self.anatomy_of(name).kind(name)) for name in names):
+                self.notes.append(f"rule {i + 1} ({rule.tensors or rule.kinds}) matches no tensor")
+
+    def _longest_vocabulary(self, tensors: list[TensorPlan]) -> str:
+        """The base's tokenizer, unless an expert's rows were added to the vocabulary."""
+        for tensor in tensors:
+            if tensor.kind in ("embedding", "tied", "head") and tensor.extra:
+                return next(iter(tensor.extra[-1].models))
+        return "base"
+
+    def _config(self, tensors: list[TensorPlan]) -> dict[str, Any]:
+        """The base's config, agreeing with the tensors: dtype, tied head, rows of the vocabulary."""
+        config = dict(self.models["base"].config)
+        inner = dict(text_config(config)) if text_config(config) is not config else config
+        by_name = {tensor.name: tensor for tensor in tensors}
+        embedding = by_name.get(self.anatomy.embedding or "")
+        if embedding is not None and "vocab_size" in inner and embedding.info.shape[0] != self._rows("base"):
+            inner["vocab_size"] = embedding.info.shape[0]
+        if self.head is not None:
+            inner["tie_word_embeddings"] = False
+            config |= {key: False for key in config if key == "tie_word_embeddings"}
+        if self.recipe.output.dtype:
+            for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
+                config[key] = self.recipe.output.dtype
+        if inner is not config:
+            config["text_config"] = inner
+        return config
+
+    def _rows(self, label: str) -> int:
+        name = self.anatomies[label].embedding
+        return self.anatomies[label].tensors[name].shape[0] if name else 0
+
+
+def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
+    """What there is to say of the stages' parameters, each thing once."""
+    said: dict[str, None] = {}
+    for tensor in tensors:
+        remarks = {
+            stage.entry.name: stage.entry.remark(len(tensor.place.experts), **stage.values) for stage in tensor.stages
+        }
+        said |= dict.fromkeys(f"{name}: {remark}" for name, remark in remarks.items() if remark)
+        if (
+            remarks
+            and set(tensor.place.weights) != {1}
+            and not any("weight" in stage.values for stage in tensor.stages)
+        ):
+            said[f"{', '.join(remarks)}: takes no weight, so the experts' own have no effect"] = None
+    return said
+
+
+def _parts(name: str, kind: str, shape: tuple[int, ...], *, transposed: bool) -> tuple[Part, ...]:
+    info = Info("F32", shape)
+    rows, columns = info.matrix
+    if kind == "expert3d":
+        return tuple(Part(f"{name}[{e}]", e * shape[1], shape[1], columns) for e in range(shape[0]))
+    if transposed:
+        return (Part(name, 0, columns, rows, transposed=True),)
+    return (Part(name, 0, rows, columns),)
+
+
+def _extra_rows(common: int, rows: Mapping[str, int]) -> Iterator[ExtraRows]:
+    """Beyond the rows that all have: experts that have more, or the base where no expert does."""
+    start = common
+    for stop in sorted(set(rows.values()) - {common}):
+        experts = tuple(label for label, n in rows.items() if n >= stop and label != "base")
+        yield ExtraRows(start, stop, experts or ("base",))
+        start = stop
+
+
+def _shortened(faults: list[str], most: int = 20) -> list[str]:
+    return faults if len(faults) <= most else [*faults[:most], f"... and {len(faults) - most} more like these"]
+
+
+# --- what differs between the models --------------------------------------------------------------
+
+_NOISE = {
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+    "use_cache",
+    "vocab_size",
+}
+
+
+def differences(models: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Config keys and tokenizers in which an expert differs from the base."""
+    base = models["base"]
+    for label, model in list(models.items())[1:]:
+        changed = [
+            f"{key} {base.config.get(key)!r} -> {model.config.get(key)!r}"
+            for key in sorted((set(base.config) | set(model.config)) - _NOISE)
+            if base.config.get(key) != model.config.get(key)
+        ]
+        if changed:
+            yield f"{label}: config differs from the base: {'; '.join(changed)[:300]}"
+        if _differs(base.directory / "tokenizer.json", model.directory / "tokenizer.json"):
+            yield f"{label}: its tokenizer differs from the base's"
+
+
+def _differs(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes()

@@ -1,0 +1,1 @@
+"""From YAML to a checked recipe, with a place for every fault."""

@@ -1,0 +1,84 @@
+"""pydantic's errors in this tool's words: where in the file, what stands there, what was expected."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from typing import Any
+
+from pydantic import ValidationError
+
+from merger.recipe.document import KeyPath
+from merger.errors import nearest
+
+_TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed"}
+_MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
+_EXPECTED = {  # by pydantic's name of the error
+    "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,
+    "string_too_short": _TEXT, "int_type": _WHOLE, "int_from_float": _WHOLE, "int_parsing": _WHOLE,
+    "bool_type": _SWITCH, "bool_parsing": _SWITCH,
+}  # fmt: skip
+_FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert": "a map by expert", "auto": "auto"}
+_LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
+
+
+def said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]]) -> Iterator[tuple[KeyPath, str]]:
+    """Each error's key path in the file, and one sentence about it; ``keys`` gives the valid ones at a path."""
+    sentences: dict[KeyPath, str] = {}
+    for each in error.errors(include_url=False):
+        path = _path(each["loc"], last_is_a_key=each["type"] == "extra_forbidden")
+        sentence = _sentence(dict(each), path, keys)
+        known = sentences.get(path, "").partition(", expected ")[0]
+        if known and sentence.startswith(f"{known}, expected "):  # the branches of a union
+            sentence = sentence.replace(f"{known}, expected", f"{sentences[path]} or", 1)
+        sentences[path] = sentence
+    yield from sentences.items()
+
+
+def _path(parts: KeyPath, *, last_is_a_key: bool) -> KeyPath:
+    """The keys alone of a path of pydantic's; an unknown key may have the name of a tag."""
+    own = parts[-1:] if last_is_a_key else ()
+    return (*(part for part in parts[: len(parts) - len(own)] if not _is_tag(part)), *own)
+
+
+def _is_tag(part: Any) -> bool:
+    """Names that pydantic puts into a path for a branch of a union, such as dict[str,str]."""
+    types = ("str", "int", "constrained-int", "function-before")
+    return isinstance(part, str) and (part in _TAGS or "[" in part or part in types)
+
+
+def _sentence(each: dict[str, Any], path: KeyPath, keys: Callable[[KeyPath], Iterable[str]]) -> str:
+    kind, given, context = each["type"], each["input"], each.get("ctx", {})
+    found = "is empty" if given in (None, "") else f"is {_short(given)}"
+    if kind == "extra_forbidden":
+        return f"unknown key; {nearest(str(path[-1]), keys(path[:-1]))}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "literal_error":
+        expected = [word.strip("' ") for word in re.split(r", | or ", context["expected"])]
+        return f"{found}, expected {context['expected']}{_close(given, expected)}"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "too_short":
+        return f"{found}, expected at least {context['min_length']} of them"
+    if kind in _LIMITS:
+        limit, words = _LIMITS[kind]
+        return f"{found}, expected {words} {context[limit]}"
+    if kind == "union_tag_invalid":
+        forms = [_FORMS.get(tag.strip("'"), tag) for tag in context["expected_tags"].split(", ")]
+        return f"{found}, expected {', '.join(forms[:-1])} or {forms[-1]}"
+    if path[-1:] == ("shard_size",):
+        return f"{found}, expected a size such as 5GB, 500MiB or a number of bytes"
+    return f"{found}, expected {_EXPECTED[kind]}" if kind in _EXPECTED else f"{found}: {each['msg']}"
+
+
+def _short(given: Any) -> str:
+    """A value as a recipe has it, cut where it is long."""
+    text = repr(float(given) if isinstance(given, Fraction) else given)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _close(given: Any, expected: list[str]) -> str:
+    near = nearest(str(given), expected)
+    return f"; {near}" if near.startswith("did") else ""

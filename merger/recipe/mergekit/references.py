@@ -1,0 +1,66 @@
+"""Models as mergekit names them: ``model@revision+adapter@revision``, or the same as keys and values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merger.recipe.document import KeyPath
+
+Faults = list[tuple[KeyPath, str]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model, and an adapter on top of it; each a folder or a repository with an optional @revision."""
+
+    model: str
+    adapter: str | None = None
+
+    @property
+    def written(self) -> Any:
+        """As a recipe has it."""
+        return self.model if self.adapter is None else {"model": self.model, "adapter": self.adapter}
+
+
+def reference(value: Any, path: KeyPath, faults: Faults) -> Reference | None:
+    """The model that a value of the file names; None where it names none, which goes to ``faults``."""
+    if isinstance(value, str):
+        model, *adapters = value.split("+")
+        if model and len(adapters) <= 1 and all(adapters):
+            return Reference(model, adapters[0] if adapters else None)
+        faults.append((path, f"is {value!r}, expected a model or model+adapter"))
+        return None
+    if not isinstance(value, Mapping) or "model" not in value:
+        faults.append((path, "expected a model: a folder or org/name, with @revision or +adapter where there is one"))
+        return None
+    if value.get("override_architecture") is not None:
+        faults.append(((*path, "override_architecture"), "has no equivalent: what a tensor is, is told from the model"))
+    model_path = _location(value["model"], (*path, "model"), faults)
+    adapter = None if value.get("lora") is None else _location(value["lora"], (*path, "lora"), faults)
+    return None if model_path is None else Reference(model_path, adapter)
+
+
+def _location(value: Any, path: KeyPath, faults: Faults) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        revision = value.get("revision")
+        return value["path"] if revision is None else f"{value['path']}@{revision}"
+    faults.append((path, "expected a folder or org/name, or {path: ..., revision: ...}"))
+    return None
+
+
+def expert_names(references: Iterable[Reference]) -> dict[Reference, str]:
+    """A short name for each: its folder's or repository's own, told apart by numbers where two are the same."""
+    names: dict[Reference, str] = {}
+    for each in references:
+        last = (each.adapter or each.model).partition("@")[0].replace("\\", "/").rstrip("/").rpartition("/")[2]
+        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", last).lstrip(".-") or "model"
+        stem = "base_model" if stem == "base" else stem
+        taken = set(names.values())
+        numbered = (f"{stem}-{i}" for i in range(2, len(taken) + 3))
+        names[each] = stem if stem not in taken else next(name for name in numbered if name not in taken)
+    return names
