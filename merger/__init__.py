@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any
 from merger._version import VERSION
 
 if TYPE_CHECKING:
+    from merger.engine.merge import Result, calibrate, merge
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.evaluation import evaluate
-    from merger.outputs.extract import Extraction, extract
+    from merger.evaluation.search import search
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
+    from merger.outputs.extract import Extraction, extract
     from merger.outputs.lock import check_lock, is_done, lock
     from merger.outputs.lora import LoraExtraction, extract_lora
-    from merger.pipeline.stages import merge_tensors
-    from merger.planning.planner import Plan, plan
     from merger.outputs.push import Pushed, push
-    from merger.recipe.recipe import Recipe
-    from merger.engine.merge import Result, calibrate, merge
-    from merger.evaluation.search import search
     from merger.outputs.verify import Deep, Verification, verify
+    from merger.pipeline.in_memory import merge_tensors
+    from merger.planning.plan import Plan
+    from merger.planning.planner import plan
+    from merger.recipe.recipe import Recipe
 
 __version__ = VERSION
 
@@ -40,7 +41,7 @@ _HOMES = {
     "LoraExtraction": "outputs.lora",
     "Deep": "outputs.verify",
     "MergerError": "errors",
-    "Plan": "planning.planner",
+    "Plan": "planning.plan",
     "Recipe": "recipe.recipe",
     "Pushed": "outputs.push",
     "RecipeError": "errors",
@@ -59,7 +60,7 @@ _HOMES = {
     "is_done": "outputs.lock",
     "lock": "outputs.lock",
     "merge": "engine.merge",
-    "merge_tensors": "pipeline.stages",
+    "merge_tensors": "pipeline.in_memory",
     "plan": "planning.planner",
     "push": "outputs.push",
     "search": "evaluation.search",

@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from merger.recipe.recipe import Recipe
 from merger.engine.merge import merge
+from merger.recipe.recipe import Recipe
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 128}
 GOES_ON = "goes on where an earlier run stopped: "

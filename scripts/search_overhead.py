@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from statistics import median
 
-from merger.recipe.document import read
-from merger.evaluation import tasks
 from merger.evaluation import references as families
-from merger.evaluation.model_host import Bench, Way
+from merger.evaluation import tasks
 from merger.evaluation.evaluator import Panel
-from merger.recipe.recipe import overridden, search_of
+from merger.evaluation.model_host import Bench, Way
 from merger.evaluation.search.space import Space, example, spaces
+from merger.recipe.document import read
+from merger.recipe.recipe import overridden, search_of
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Train the demo's models again: a base that knows every task a little, and an expert for each.
 
-    python scripts/train_demo.py [OUT]          # default: merger/demo_models; a few minutes on one core
+    python scripts/train_demo.py [OUT]          # default: merger/demo/models; a few minutes on one core
 
 The base sees all tasks, until it gets about a third of the examples right. Each expert goes on from it with
 its own task alone, few steps at a low rate: the less an expert strays from the base, the better experts add up.
@@ -87,7 +87,7 @@ def save(network: LlamaForCausalLM, words: PreTrainedTokenizerFast, path: Path) 
 
 
 def main() -> None:
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("merger/demo_models")
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("merger/demo/models")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     words = tokenizer()

@@ -11,16 +11,16 @@ import transformers
 from checkpoints import load
 
 import merger
-from merger.demo import tasks as demo_tasks
 from merger.calibration import Settings, batches, collect_all
-from merger.calibration import statistics_files as files
 from merger.calibration import samples as texts
+from merger.calibration import statistics_files as files
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
+from merger.demo import tasks as demo_tasks
 from merger.errors import CheckpointError, RecipeError
 from merger.outputs.verify import Deep
 
-MODELS = Path(merger.__file__).parent / "demo_models"
+MODELS = Path(merger.__file__).parent / "demo" / "models"
 EXPERTS = ("upper", "shift", "double")
 
 

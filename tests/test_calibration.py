@@ -347,9 +347,8 @@ def test_names_without_the_base_models_prefix_are_kept(build, tmp_path):
 
 
 def test_importing_waits_for_neither_torch_nor_transformers():
-    code = (
-        "import sys, merger.calibration, merger.calibration.statistics_files; print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    modules = "merger.calibration, merger.calibration.statistics_files"
+    code = f"import sys, {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -15,10 +15,10 @@ from loopback import TOKEN, Handler, point_at, serving
 from safetensors.torch import save
 
 from merger.checkpoint.opening import open_checkpoint
+from merger.engine.merge import merge
 from merger.errors import CheckpointError, RecipeError, ResourceError
 from merger.outputs.lock import check_lock, is_done, lock
 from merger.recipe.recipe import Recipe
-from merger.engine.merge import merge
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 WEIGHT = torch.arange(600_000.0).view(300, 2000)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.pickle_reader import read_pickle
-from merger.checkpoint.checkpoint import Checkpoint
 from merger.errors import CheckpointError
 
 SHARED = torch.arange(24.0)

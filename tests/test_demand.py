@@ -5,8 +5,10 @@ from checkpoints import save_headers
 from test_plan import CAUSAL, blocks, vocabulary
 
 from merger.engine import memory as demand
+from merger.engine.machine import Machine
+from merger.engine.memory import INTERPRETER, memory_needed
+from merger.engine.preflight import preview
 from merger.errors import ResourceError
-from merger.engine.machine import INTERPRETER, Machine, memory_needed, preview
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
 

@@ -17,8 +17,8 @@ import merger as library
 from merger.demo import tasks as demo_tasks
 from merger.errors import CheckpointError, RecipeError
 from merger.evaluation import Asked, evaluate, tasks
-from merger.evaluation.model_host import Bench, Way
 from merger.evaluation.measures import Judge, Outcome, log_likelihoods, prepare
+from merger.evaluation.model_host import Bench, Way
 from merger.evaluation.scores import Entry, compare, json_schema, objective
 from merger.evaluation.tasks import Example, Task, check_apart, load, split
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 from tiny import inputs_of, kept, merge, sliced, sparse, tensor
 
-from merger.pipeline.parameters import Pinned, Place, order_of
-from merger.pipeline.registry import checked
 from merger.methods.magprune import magprune
 from merger.methods.obm import obm
 from merger.methods.random import random
 from merger.methods.regmean import regmean
 from merger.methods.rescale import rescale
 from merger.ops.arithmetic import uniforms
-from merger.pipeline.stages import Inputs, merge_tensors
 from merger.ops.selection import select
+from merger.pipeline.flow import Inputs
+from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.parameters import Pinned, Place, order_of
+from merger.pipeline.registry import checked
 
 EXPERTS = ("a", "b", "c")
 

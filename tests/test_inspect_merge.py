@@ -9,8 +9,8 @@ import torch
 from checkpoints import llama, load, save, trio
 
 import merger as library
-from merger.errors import CheckpointError
 from merger.engine import merge_inputs as manifests
+from merger.errors import CheckpointError
 
 RECIPE = """\
 base: models/base

@@ -12,14 +12,14 @@ from checkpoints import llama, load, save
 from hypothesis import given
 from hypothesis import strategies as st
 
-import merger.inspection
 import merger.engine.machine
+import merger.inspection
 from merger import Recipe, inspect, inspect_merge, inspect_model, merge
 from merger.errors import RecipeError
 from merger.inspection.balance import kept_by_cell
 from merger.inspection.report import facts
-from merger.inspection.vector_counter import Look
 from merger.inspection.sums import endings, outcome
+from merger.inspection.vector_counter import Look
 
 EXPERTS = ("code", "math", "wiki")
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -166,7 +166,7 @@ def test_values_of_several_slices_are_counted_once(tmp_path, monkeypatch):
     tuned = {name: values + torch.arange(values.numel()).view(values.shape) % 5 for name, values in base.items()}
     for name, tensors in (("base", base), ("tune", tuned)):
         save(tmp_path / name, {each: values.bfloat16().float().round() for each, values in tensors.items()})
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 64)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
     seen = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"))
     change = load(tmp_path / "tune")[UP] - load(tmp_path / "base")[UP]
     assert seen.view("task_vectors").tensors[UP].distinct == {"tune": len(change[change != 0].unique())}
@@ -174,7 +174,7 @@ def test_values_of_several_slices_are_counted_once(tmp_path, monkeypatch):
 
 def test_more_values_than_are_told_apart_are_one_more(recipe, monkeypatch):
     monkeypatch.setattr(merger.inspection.values, "MOST", 100)
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 64)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
     view = inspect(recipe("linear")).view("task_vectors")
     assert set(view.tensors[UP].distinct.values()) == {101}
     assert all(count < 17 for count in view.tensors["model.norm.weight"].distinct.values())
@@ -194,7 +194,7 @@ def test_values_that_every_slice_repeats_are_no_more_than_they_are(monkeypatch):
 
 @pytest.mark.parametrize("name", [UP, "model.layers.0.mlp.down_proj.weight"])  # tall and wide
 def test_the_effective_rank_is_the_exponent_of_the_entropy_of_singular_values(models, recipe, monkeypatch, name):
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 64)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
     found = inspect(recipe("linear"), rank=True).view("task_vectors").tensors[name].effective_rank
     shares = [
         s / s.sum() for s in (np.linalg.svd(each.astype("f8"), compute_uv=False) for each in deltas(models, name))
@@ -221,7 +221,7 @@ def test_nobody_waits_for_ranks_or_curves_that_were_not_asked_for(recipe):
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1])
 def test_a_curve_goes_through_what_the_stage_top_leaves(recipe, monkeypatch, density):
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 64)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
     seen = inspect(recipe(pipeline=[{"top": {"density": density}}, "sum"]), curves=True)
     at, left = seen.curves.whole.densities.index(density), seen.view("top").whole
     for one, other in itertools.permutations(EXPERTS, 2):
@@ -306,8 +306,8 @@ def test_facts_do_not_depend_on_how_a_tensor_is_cut(recipe, monkeypatch, method)
         return [*(facts for view in seen.views for facts in view.tensors.values()), seen.curves.whole]
 
     whole = counted()
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 64)
-    monkeypatch.setattr(merger.engine.machine, "HOLD", 0)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
+    monkeypatch.setattr(merger.engine.memory, "HOLD", 0)
     for one, other in zip(whole, counted(), strict=True):
         assert flattened(one) == pytest.approx(flattened(other), rel=1e-6)
 
@@ -541,7 +541,7 @@ def test_what_is_seen_is_plain_data(recipe):
 
 def test_what_several_devices_see_is_what_one_sees(recipe, devices, monkeypatch):
     devices("cpu")
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 192)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 192)
     here = inspect(recipe("ties"), rank=True, picture=UP)
     monkeypatch.setattr(merger.engine.machine, "chosen_devices", lambda wanted: ("cuda:0", "cuda:1"))
     there = inspect(recipe("ties"), rank=True, picture=UP)

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from merger.engine.merge import merge
 from merger.ops import kernels
 from merger.ops.kernels import Native, Reference
 from merger.ops.kernels.lazy import plain
 from merger.recipe.recipe import Recipe
-from merger.engine.merge import merge
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
 

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from pretended import Pretence
 from tiny import bits
 
-from merger.pipeline.parameters import Place
-from merger.pipeline.registry import ENTRIES, SCORES, checked, parameters
 from merger.methods._spectral import whole as takes_whole
-from merger.ops.arithmetic import Before, Found, Guess, Size, Sum, Tally
+from merger.ops.questions import Before, Found, Guess, Size, Sum, Tally
+from merger.pipeline.flow import Inputs, Slice, Subject, flow
+from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes
-from merger.pipeline.stages import Inputs, Slice, Subject, bind, expand, flow, merge_tensors
+from merger.pipeline.registry import ENTRIES, SCORES, checked, parameters
+from merger.pipeline.stages import bind, expand
 
 every = pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
 EXPERTS = "abcde"

@@ -152,7 +152,7 @@ def test_everything_that_differs_is_named_and_nothing_is_written(merger, folder,
     merger("lock", "recipe.yaml")
     old, new = (sha256(save(folder / "math", llama(seed)) / "model.safetensors") for seed in (2, 7))
     write(folder, {**RECIPE, "seed": 4})
-    monkeypatch.setattr("merger.checkpoint.side_files.VERSION", "99")
+    monkeypatch.setattr("merger.engine.manifest.VERSION", "99")
 
     ran = merger("run", "recipe.yaml", "--locked")
 

@@ -10,8 +10,8 @@ import torch
 from checkpoints import save_headers
 from test_demand import planned  # noqa: F401 a fixture
 
-from merger.errors import ResourceError
 from merger.engine.machine import Machine, chosen_devices, dealt
+from merger.errors import ResourceError
 
 
 @pytest.fixture

@@ -9,11 +9,13 @@ import pytest
 import torch
 from tiny import NAME, bits, inputs_of, kept, merge, sparse, tensor
 
-from merger.pipeline.parameters import Place
-from merger.pipeline.registry import checked
 from merger.methods.magprune import magprune
 from merger.ops.arithmetic import uniforms
-from merger.pipeline.stages import Inputs, bind, expand, merge_tensors
+from merger.pipeline.flow import Inputs
+from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.parameters import Place
+from merger.pipeline.registry import checked
+from merger.pipeline.stages import bind, expand
 
 NAMES = "abcdefgh"
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tiny import bits, sliced, tensor
 
 from merger.ops import kernels
-from merger.ops.arithmetic import Max, count, summed, uniforms
+from merger.ops.arithmetic import count, summed, uniforms
+from merger.ops.questions import Max
 from merger.ops.selection import exclusive, ordered, ranks_of_rows, select, top_of_blocks, top_of_rows
 
 DENSITIES = [Fraction(text) for text in ("0", "1/8", "0.29", "1/3", "1/2", "0.9", "1")]

@@ -12,21 +12,21 @@ from tiny import bits, merge, tensor
 
 import merger as merger_package
 from merger.checkpoint.safetensors_header import Info
+from merger.engine.merge import merge as run
 from merger.errors import CheckpointError, RecipeError
-from merger.outputs.extract import extract
 from merger.inspection import inspect_merge
-from merger.pipeline.registry import Form, checked
 from merger.methods.byom import byom
 from merger.methods.emr import emr
 from merger.methods.tall_masks import tall_masks
-from merger.planning.packed import Packed, bits_of, mask_of
+from merger.outputs.extract import extract
+from merger.outputs.verify import Deep, verify
+from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.passes import Sizes, settle
 from merger.pipeline.passes import run as all_passes
-from merger.pipeline.stages import merge_tensors
+from merger.pipeline.registry import Form, checked
+from merger.planning.packed import Packed, bits_of, mask_of
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
-from merger.engine.merge import merge as run
-from merger.outputs.verify import Deep, verify
 
 EXPERTS = ("code", "math", "chat")
 PACKS = ("emr", "tall_masks", "byom", "tsv_c", "separate")
@@ -307,7 +307,7 @@ def test_slices_and_shards_do_not_change_what_is_written(models, method, monkeyp
     folder = models()
     run(recipe(folder, method))
     one = load(folder / "out")
-    monkeypatch.setattr("merger.engine.machine.SLICE", 16)
+    monkeypatch.setattr("merger.engine.memory.SLICE", 16)
     run(recipe(folder, method, "again", into={"shard_size": 700}))
     assert (folder / "again" / "experts.safetensors.index.json").is_file()
     again = load(folder / "again")
@@ -413,7 +413,7 @@ def test_inspect_tells_what_the_masks_hold(models):
 
 def test_transformers_loads_an_extracted_expert_and_not_the_several(tmp_path):
     transformers = pytest.importorskip("transformers")
-    models = Path(merger_package.__file__).parent / "demo_models"
+    models = Path(merger_package.__file__).parent / "demo" / "models"
     experts = {task: str(models / task) for task in ("upper", "shift", "double")}
     run(
         Recipe.parse(

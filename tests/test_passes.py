@@ -6,9 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from merger.ops.arithmetic import Before, Found, Guess, Size, Sum, Tally
-from merger.pipeline.passes import Sizes, rehearsal, run, settle
+from merger.ops.questions import Before, Found, Guess, Size, Sum, Tally
 from merger.ops.selection import select
+from merger.pipeline.passes import Sizes, rehearsal, run, settle
 
 SLICES = 6
 

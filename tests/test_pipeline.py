@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny import NAME, bits, merge, tensor
 
+from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import checked, entry_of
-from merger.pipeline.stages import bind, expand, merge_tensors, natural, step_rows
+from merger.pipeline.stages import bind, expand, natural, step_rows
 
 
 def test_names_are_sorted_with_their_numbers_as_numbers():

@@ -15,8 +15,8 @@ from checkpoints import save, trio
 from huggingface_hub import constants
 from loopback import TOKEN, Handler, point_at, serving
 
-from merger.recipe.recipe import Recipe
 from merger.engine.merge import merge
+from merger.recipe.recipe import Recipe
 
 REPO = "org/merged"
 # how huggingface_hub sends a file over Git LFS, in the words of its HTTP library

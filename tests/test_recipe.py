@@ -11,7 +11,8 @@ import yaml
 from merger.errors import RecipeError
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import bind, expand
-from merger.recipe.recipe import Recipe, byte_size, json_schema
+from merger.recipe.json_schema import json_schema
+from merger.recipe.recipe import Recipe, byte_size
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MINIMAL = """\

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import merge
 
+from merger.pipeline.flow import Inputs
 from merger.pipeline.registry import checked
-from merger.pipeline.stages import Inputs
 
 
 def randn(*shape, seed=0):

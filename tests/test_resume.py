@@ -13,9 +13,9 @@ from checkpoints import CONFIG, llama, save, trio
 
 import merger.checkpoint.hashes
 import merger.engine.merge
+from merger.engine.merge import merge
 from merger.errors import CheckpointError, RecipeError, ResourceError
 from merger.recipe.recipe import Recipe
-from merger.engine.merge import merge
 
 METHODS = [
     pytest.param("linear", {}, id="element by element"),
@@ -212,7 +212,7 @@ def test_what_another_plan_finished_is_refused_and_forgotten_by_force(folder, mo
     before = contents(folder / "out.partial" / "model")
     more = change(folder)
     if change is other_versions:
-        monkeypatch.setattr("merger.checkpoint.side_files.VERSION", "99")
+        monkeypatch.setattr("merger.engine.manifest.VERSION", "99")
 
     with pytest.raises(
         RecipeError,

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 import merger.engine.machine
 from merger.checkpoint import side_files as manifest
+from merger.engine.merge import merge
 from merger.errors import CheckpointError, RecipeError, ResourceError
+from merger.outputs.verify import verify
+from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.registry import checked
-from merger.pipeline.stages import merge_tensors
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
-from merger.engine.merge import merge
-from merger.outputs.verify import verify
 
 UP, EMBEDDING, HEAD = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
 METHODS = [
@@ -147,7 +147,7 @@ def test_equal_scores_in_bfloat16_are_settled_as_in_memory(alike, method, parame
 
 
 def test_a_ranking_of_the_whole_model_is_one_sort_of_all_its_tensors(alike, monkeypatch):
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 12)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 12)
     base, code = alike.tensors["base"], alike.tensors["code"]
 
     merged = alike.merged(pipeline=[{"top": {"density": 0.3, "scope": "global"}}, "sum"], experts={"code": "code"})
@@ -449,21 +449,21 @@ def test_the_size_of_shards_decides_no_byte_of_a_tensor(alike, method, parameter
 @pytest.mark.parametrize("elements", [1, 12])
 def test_the_size_of_slices_decides_no_byte(alike, monkeypatch, method, parameters, elements):
     whole = alike.merged(method, parameters)
-    monkeypatch.setattr(merger.engine.machine, "SLICE", elements)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", elements)
     assert same_bits(whole, alike.merged(method, parameters, path="sliced"))
 
 
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 def test_what_is_read_again_is_what_would_have_been_held(alike, monkeypatch, method, parameters):
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 12)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 12)
     held = alike.merged(method, parameters)
-    monkeypatch.setattr(merger.engine.machine, "HOLD", 0)
+    monkeypatch.setattr(merger.engine.memory, "HOLD", 0)
     assert same_bits(held, alike.merged(method, parameters, path="again"))
 
 
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 def test_the_number_of_workers_decides_no_byte(alike, monkeypatch, method, parameters):
-    monkeypatch.setattr(merger.engine.machine, "SLICE", 12)
+    monkeypatch.setattr(merger.engine.memory, "SLICE", 12)
     several = []
     for cores in (1, 7):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
@@ -476,7 +476,7 @@ def test_a_method_of_whole_matrices_needs_room_for_its_factors(drawn):
         written = {"base": "base", "experts": {n: n for n in drawn.tensors if n != "base"}, "output": {"path": "x"}}
         made = plan(Recipe.parse({**written, "method": method}, drawn.folder))
         made.close()
-        return merger.engine.machine.memory_needed(made, 1)
+        return merger.engine.memory.memory_needed(made, 1)
 
     copies, grams = 4 * 8 * (2 + 8), 3 * 8 * 8  # of the largest matrix, 4 x 8, for two experts
     assert needed("wudi") - needed("linear") == 8 * (copies + grams)
@@ -485,7 +485,7 @@ def test_a_method_of_whole_matrices_needs_room_for_its_factors(drawn):
 def test_a_cap_on_memory_decides_no_byte(alike):
     free = alike.merged("ties", {"density": 0.3})
     capped = alike.merged(
-        "ties", {"density": 0.3}, path="capped", how={"max_memory": merger.engine.machine.INTERPRETER + 100_000}
+        "ties", {"density": 0.3}, path="capped", how={"max_memory": merger.engine.memory.INTERPRETER + 100_000}
     )
     assert same_bits(free, capped)
 
@@ -758,7 +758,7 @@ def test_an_input_is_never_overwritten_even_by_force(drawn):
 
 
 def test_a_disk_too_small_is_told_before_the_work(drawn, monkeypatch):
-    monkeypatch.setattr(merger.engine.machine, "_free", lambda path: 1000)
+    monkeypatch.setattr(merger.engine.preflight, "_free", lambda path: 1000)
     with pytest.raises(ResourceError, match="needs 1,616 bytes, but its disk has 1,000 free"):
         drawn.run()
     assert not (drawn.folder / "out.partial").exists()

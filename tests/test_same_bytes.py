@@ -13,16 +13,16 @@ from checkpoints import llama, load, same_bits, save
 
 import merger.engine.machine
 import merger.methods
-from merger.ops import kernels
 from merger.calibration import Moments, Settings
 from merger.calibration import statistics_files as files
+from merger.calibration.statistics import fingerprint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
+from merger.engine.merge import merge
 from merger.errors import CheckpointError
+from merger.ops import kernels
 from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.recipe import Recipe
-from merger.engine.merge import merge
-from merger.calibration.statistics import fingerprint
 
 EXPERTS = ("code", "math", "wiki")
 GRAM = ("regmean", "sparsegpt")  # whose Gram matrices are on no file here
@@ -146,10 +146,10 @@ def test_neither_threads_slices_memory_compiled_loops_breaks_nor_hash_seeds_deci
     written = merged(folder, name)
     with monkeypatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 7)
-        patch.setattr(merger.engine.machine, "SLICE", 24)
-        patch.setattr(merger.engine.machine, "HOLD", 0)
+        patch.setattr(merger.engine.memory, "SLICE", 24)
+        patch.setattr(merger.engine.memory, "HOLD", 0)
         patch.setattr(kernels, "compiled", lambda: False)
-        assert merged(folder, name, max_memory=merger.engine.machine.INTERPRETER + 1_000_000) == written
+        assert merged(folder, name, max_memory=merger.engine.memory.INTERPRETER + 1_000_000) == written
     assert merged_in_two_runs(folder, name, monkeypatch) == written
     assert elsewhere[name] == hashlib.sha256(b"".join(written[file] for file in sorted(written))).hexdigest()
 

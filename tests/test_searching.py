@@ -12,13 +12,14 @@ import pytest
 import yaml
 from tasks import TASKS, demo_folder, file_of, text_of  # noqa: F401 a fixture
 
-from merger.recipe.document import parse, read
 from merger.errors import RecipeError
 from merger.evaluation.model_host import Bench
-from merger.recipe.recipe import Recipe, json_schema, search_of
 from merger.evaluation.search import search, strategies
 from merger.evaluation.search.space import example, spaces
 from merger.evaluation.search.strategies import STRATEGIES
+from merger.recipe.document import parse, read
+from merger.recipe.json_schema import json_schema
+from merger.recipe.recipe import Recipe, search_of
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes" / "search").glob("*.yaml"))
 OPEN = {

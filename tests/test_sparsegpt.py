@@ -12,12 +12,13 @@ from tiny import merge, tensor
 
 import merger
 from merger.demo import tasks as demo_tasks
+from merger.methods.sparsegpt import BLOCK
+from merger.pipeline.flow import Inputs
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import checked
-from merger.methods.sparsegpt import BLOCK
-from merger.pipeline.stages import Inputs, bind
+from merger.pipeline.stages import bind
 
-MODELS = Path(merger.__file__).parent / "demo_models"
+MODELS = Path(merger.__file__).parent / "demo" / "models"
 
 
 def randn(*shape, seed=0):

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import merge, sparse, tensor
 
+from merger.pipeline.flow import Inputs
+from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.registry import checked
-from merger.pipeline.stages import Inputs, merge_tensors
 
 K = [1, 2, 3, 5]
 SHAPES = [(1, 6), (6, 1), (4, 4), (9, 6), (6, 9), (280, 5)]

@@ -9,10 +9,10 @@ from checkpoints import CONFIG, llama, save, trio
 from safetensors.torch import load_file, save_file
 
 import merger.outputs.consistency
-from merger.errors import CheckpointError, RecipeError
-from merger.recipe.recipe import Recipe
 from merger.engine.merge import merge
+from merger.errors import CheckpointError, RecipeError
 from merger.outputs.verify import Deep, verify
+from merger.recipe.recipe import Recipe
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from merger.checkpoint import writer
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info, read_header
 from merger.checkpoint.layout import layout
+from merger.checkpoint.safetensors_header import ITEM_SIZE, Info, read_header
 from merger.checkpoint.writer import Writer, check_output
 from merger.errors import RecipeError, ResourceError
 

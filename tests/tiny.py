@@ -2,10 +2,11 @@
 
 import torch
 
+from merger.pipeline.flow import Inputs
+from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
-from merger.pipeline.registry import checked
 from merger.pipeline.passes import Sizes, run, settle
-from merger.pipeline.stages import Inputs, merge_tensors
+from merger.pipeline.registry import checked
 
 NAME = "layers.0.w"
 

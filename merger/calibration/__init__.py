@@ -8,8 +8,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from merger.calibration.moments import Moments
-from merger.calibration.settings import Settings
 from merger.calibration.samples import Batch, Samples, batches
+from merger.calibration.settings import Settings
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:

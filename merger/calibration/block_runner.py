@@ -29,10 +29,10 @@ from merger.errors import MergerError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from merger.calibration.weights import Readable
+    from merger.calibration.input_observer import Watch
     from merger.calibration.moments import Moments
     from merger.calibration.samples import Batch
-    from merger.calibration.input_observer import Watch
+    from merger.calibration.weights import Readable
 
 Progress = Callable[[int, int], None]
 Results = Iterator[tuple[str, dict[str, "Moments"]]]

@@ -20,8 +20,8 @@ from merger.calibration.moments import Sums
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.calibration.settings import Settings
     from merger.calibration.samples import Batch
+    from merger.calibration.settings import Settings
 
 # where the activations stand among the arguments; the weight follows them
 _PRODUCTS: dict[Any, int] = {

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from merger.calibration.weights import Loader
+from merger.calibration.input_observer import Key, Watch
 from merger.calibration.model import block_list, build, default_dtype, outer_lists
 from merger.calibration.moments import Moments, Sums, token_share
-from merger.calibration.input_observer import Key, Watch
+from merger.calibration.weights import Loader
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from merger.calibration.weights import Readable
-    from merger.calibration.settings import Settings
     from merger.calibration.samples import Batch
+    from merger.calibration.settings import Settings
+    from merger.calibration.weights import Readable
     from merger.checkpoint.checkpoint import Checkpoint
 
 

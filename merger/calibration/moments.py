@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from merger.calibration.settings import Settings
     from merger.calibration.samples import Batch
+    from merger.calibration.settings import Settings
 
 # Rows are squared in pieces, to bound the memory of the squares. Pieces that fit a cache are no faster, and far
 # slower where two threads wait for each other on busy cores. vector_norm, and products with ones, are less exact.

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.checkpoint.cache import cache_folder
 from merger.calibration import Settings, batches, collect
-from merger.calibration import statistics_files as files
 from merger.calibration import samples as texts
+from merger.calibration import statistics_files as files
 from merger.calibration.moments import Moments
-from merger.checkpoint import side_files as manifest
+from merger.checkpoint.cache import cache_folder
 from merger.checkpoint.hashes import sha256
-from merger.pipeline.stages import Inputs
-from merger.planning.planner import Part, Plan, TensorPlan
+from merger.pipeline.flow import Inputs
+from merger.planning.plan import Part, Plan, TensorPlan
+from merger.recipe.recipe import portable_location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -307,5 +307,5 @@ def sources(plan: Plan) -> dict[str, str | None]:
         source = given.stats.get(name) or data[name]
         assert source is not None, "the recipe was checked for it"
         path = plan.recipe.folder / Path(source).expanduser()
-        found[manifest.portable(source)] = files.digest(path) if path.exists() else None
+        found[portable_location(source)] = files.digest(path) if path.exists() else None
     return found

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from merger.checkpoint.safetensors_header import Info, checked_name, parse_header, read_header
-from merger.checkpoint.pickle_reader import parse_pickle, read_pickle
 from merger.checkpoint.checkpoint import PACKED, SINGLE
+from merger.checkpoint.pickle_reader import parse_pickle, read_pickle
+from merger.checkpoint.safetensors_header import Info, checked_name, parse_header, read_header
 from merger.errors import CheckpointError
 
 # What is looked for, the preferred first, as transformers and peft do; shards stand in NAME.index.json.

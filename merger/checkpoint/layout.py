@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
 from merger.checkpoint.checkpoint import SINGLE
+from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from merger.checkpoint import hub
 from merger.checkpoint.adapter import CONFIG, Adapted
+from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.folder import (
     ADAPTER,
     MODEL,
@@ -18,7 +19,6 @@ from merger.checkpoint.folder import (
     refuse_quantised_config,
     refuse_quantised_tensors,
 )
-from merger.checkpoint.checkpoint import Checkpoint
 from merger.errors import CheckpointError
 
 

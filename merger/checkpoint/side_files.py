@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from merger._version import VERSION
 from merger.checkpoint.writer import write_bytes
 from merger.errors import UnreadableError
-
-FORMAT = 1
 
 # what transformers reads beside config and weights; licences and code are the user's to copy
 _TOKENIZER = (
@@ -44,21 +39,6 @@ def copy_side_files(files: Mapping[str, Path], to: Path) -> dict[str, str]:
         write_bytes(to / name, content)
         found[name] = hashlib.sha256(content).hexdigest()
     return found
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide the bytes."""
-    return {
-        "merger": VERSION,
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "numpy": version("numpy"),
-    }
-
-
-def portable(source: str) -> str:
-    """A model's name without the machine's folders: an absolute path keeps only its last part."""
-    return Path(source).name if Path(source).expanduser().is_absolute() else source
 
 
 def extracted_card(title: str, base: str, expert: str, packed: str) -> str:

@@ -16,11 +16,11 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, note
-from merger.checkpoint.safetensors_header import Info
 from merger.checkpoint.journal import Finished, Journal, remove
 from merger.checkpoint.layout import Shard, index, index_name
-from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.safetensors_header import Info
 from merger.errors import RecipeError, ResourceError
 
 if TYPE_CHECKING:

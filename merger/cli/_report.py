@@ -10,11 +10,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import merger.methods  # noqa: F401 registers every method
+from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
-from merger.engine.machine import Forecast
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
 from merger.pipeline.stages import expand
-from merger.planning.planner import Plan, TensorPlan
+from merger.planning.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
     from rich.console import Console

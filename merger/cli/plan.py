@@ -24,7 +24,7 @@ def plan(
 ) -> None:
     """Say what a merge would do, from headers alone: nothing is downloaded whole, nothing is written."""
     from merger.cli import _report as report
-    from merger.engine.machine import preview
+    from merger.engine.preflight import preview
     from merger.planning.planner import plan as make_plan
 
     loaded = load(recipe, overrides)

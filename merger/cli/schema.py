@@ -23,7 +23,7 @@ def schema(
     elif of == "evaluation":
         from merger.evaluation.scores import json_schema
     elif of == "recipe":
-        from merger.recipe.recipe import json_schema
+        from merger.recipe.json_schema import json_schema
     else:
         raise RecipeError(f"there is no schema of {of!r}; {nearest(of, ('recipe', 'inspection', 'evaluation'))}")
     print(json.dumps(json_schema(), indent=2))

@@ -43,8 +43,8 @@ def search(
 ) -> None:
     """Find the values that a recipe leaves open with {search: ...}, by merges in memory judged on held-out examples."""
     from merger.evaluation.plots import check_plot, plot_trials
-    from merger.evaluation.tables import print_comparison
     from merger.evaluation.search import search as find
+    from merger.evaluation.tables import print_comparison
 
     check_plot(plot)
     with progress_bar(quiet) as (progress, notice):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from merger.demo import tasks as demo_tasks
+from merger.engine.merge import merge
 from merger.errors import RecipeError
 from merger.recipe.recipe import Recipe
-from merger.engine.merge import merge
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +61,7 @@ def prepare(folder: Path, *, force: bool = False) -> Path:
         if not (folder / "recipe.yaml").is_file() or not (folder / "models" / "base").is_dir():
             raise RecipeError(f"{folder}: holds something else than a demo; choose another folder")
         shutil.rmtree(folder)
-    with as_file(files("merger") / "demo_models") as models:
+    with as_file(files("merger.demo") / "models") as models:
         shutil.copytree(models, folder / "models")
     (folder / "data").mkdir()
     for task in demo_tasks.TASKS:

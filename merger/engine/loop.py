@@ -11,17 +11,18 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
-from merger.checkpoint.safetensors_header import TORCH_NAMES
-from merger.errors import CheckpointError
-from merger.engine.machine import SLICE, Machine, dealt, slice_rows, tuned
-from merger.ops.arithmetic import Flow, Max, Sum
-from merger.planning.packed import Packed, pieces
-from merger.pipeline.passes import Ahead, settle
-from merger.pipeline.stages import Slice, Subject, flow
-from merger.planning.planner import ExtraRows, Part, Plan, TensorPlan
-from merger.engine.reader import Reader, rounded
 from merger.calibration.statistics import Merged, Statistics, load
+from merger.checkpoint.safetensors_header import TORCH_NAMES
+from merger.engine.machine import Machine, dealt, tuned
+from merger.engine.memory import SLICE, slice_rows
+from merger.engine.reader import Reader, rounded
 from merger.engine.transfer import fetched
+from merger.errors import CheckpointError
+from merger.ops.questions import Flow, Max, Sum
+from merger.pipeline.flow import Slice, Subject, flow
+from merger.pipeline.passes import Ahead, settle
+from merger.planning.packed import Packed, pieces
+from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merger.checkpoint import side_files as manifest
+from merger._version import VERSION
+from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import stamp
+from merger.recipe.recipe import portable_location
 
 if TYPE_CHECKING:
-    from merger.checkpoint.safetensors_header import Info
     from merger.checkpoint.checkpoint import Checkpoint
-    from merger.planning.planner import Plan, TensorPlan
+    from merger.checkpoint.safetensors_header import Info
+    from merger.planning.plan import Plan, TensorPlan
     from merger.recipe.recipe import Source
 
 RECORD = "merger.json"
@@ -33,8 +37,8 @@ def record_of(
 ) -> dict[str, Any]:
     """The manifest of a finished merge, given the SHA-256 of each input, output shard, side and statistics file."""
     return {
-        "format": manifest.FORMAT,
-        "versions": manifest.versions(),
+        "format": FORMAT,
+        "versions": versions(),
         "seed": plan.recipe.seed,
         "device": device.partition(":")[0],
         "device-dependent": inexact(plan),
@@ -59,7 +63,7 @@ def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> d
         "inputs": {label: {str(file): stamp(file) for file in model.files} for label, model in plan.models.items()},
         "tensors": fates(plan),
         "statistics": dict(statistics),
-        "versions": manifest.versions(),
+        "versions": versions(),
         "device": device.partition(":")[0],
     }
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
@@ -92,8 +96,8 @@ def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]
 
 def sources_of(source: Source) -> dict[str, str]:
     """What a recipe calls a model and the adapter on it."""
-    on_top = {"adapter source": manifest.portable(source.adapter)} if source.adapter else {}
-    return {"source": manifest.portable(source.model), **on_top}
+    on_top = {"adapter source": portable_location(source.adapter)} if source.adapter else {}
+    return {"source": portable_location(source.model), **on_top}
 
 
 def fates(plan: Plan) -> dict[str, Any]:
@@ -140,7 +144,7 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     def without(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: without(each) for key, each in value.items()}
-        return manifest.portable(value) if isinstance(value, str) else value
+        return portable_location(value) if isinstance(value, str) else value
 
     def source(each: Mapping[str, Any]) -> dict[str, Any]:
         return {key: without(value) if key in ("model", "adapter") else value for key, value in each.items()}
@@ -148,7 +152,7 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     experts = {name: source(each) for name, each in recipe["experts"].items()}
     given = recipe["calibration"]
     calibration = given and {**given, "data": without(given["data"]), "stats": without(given["stats"])}
-    output = {**recipe["output"], "path": manifest.portable(recipe["output"]["path"])}
+    output = {**recipe["output"], "path": portable_location(recipe["output"]["path"])}
     return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
 
 
@@ -159,3 +163,21 @@ def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     keys = dict.fromkeys((*one, *other))
     found = ((key, differing(one.get(key), other.get(key))) for key in keys)
     return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}
+
+
+def is_packed(record: Mapping[str, Any]) -> bool:
+    """Whether a manifest is that of several experts."""
+    return any("packed" in said for said in record["tensors"].values())
+
+
+FORMAT = 1
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide the bytes."""
+    return {
+        "merger": VERSION,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+    }

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import Counter
 
 from merger.checkpoint.anatomy import text_config
-from merger.planning.planner import Plan, TensorPlan
+from merger.engine import memory as demand
+from merger.pipeline.stages import step_rows
+from merger.planning.plan import Part, Plan, TensorPlan
 
 
 def while_watching(plan: Plan) -> int:
@@ -58,3 +60,65 @@ def _squares(tensor: TensorPlan) -> int:
 
 def _triangles(tensor: TensorPlan) -> int:
     return sum(part.columns * (part.columns + 1) // 2 for part in tensor.parts) if tensor.gram else 0
+
+
+SLICE = 1 << 19
+"""Elements of one model that are worked on at once: so many that Python's steps for a slice take little beside it.
+
+Compiled code works on pieces of it that fit a core's first cache. It decides no byte of the output, except in the last
+bit of float sums over a tensor (slerp's angle, l1 and l2 norms), so it is a constant and not an option.
+"""
+
+
+HOLD = 128 << 20
+"""Bytes of one tensor's slices that stay in memory between two questions, unless capped."""
+
+
+INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux with a CPU build
+
+
+def memory_needed(plan: Plan, workers: int) -> int:
+    """Bytes of host memory that the merge takes at least, with so many slices at once."""
+    return INTERPRETER + max(demand.while_watching(plan), demand.while_merging(plan) + _at_once(plan, workers))
+
+
+def _at_once(plan: Plan, workers: int) -> int:
+    """What so many slices take together: the largest of any block, or of one where blocks are merged one by one."""
+    experts = len(plan.models) - 1
+    alone: list[int] = [0]
+    by_block: dict[str, list[int]] = {}
+    for tensor in plan.tensors:
+        sizes = alone if not tensor.gram else by_block.setdefault(tensor.unit, [])
+        sizes += (_slice_bytes(tensor, part, experts) for part in tensor.parts)
+    return max(workers * max(alone), *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
+
+
+def bytes_per_element(experts: int) -> int:
+    """What one element takes while it is worked on: stored values, deltas, scores, keys and masks."""
+    return 12 + experts * 18
+
+
+def bytes_held(experts: int) -> int:
+    """What one element takes between two questions: stored values, base, deltas and scores."""
+    return 8 + experts * 12
+
+
+def _slice_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
+    """What the largest slice takes. A method of whole matrices has float64 copies, factors and Gram matrices beside.
+
+    Of 600 x 1600 and three experts that is 70 (star) to 190 bytes an element (knots, wudi), as measured.
+    """
+    elements = min(part.rows, slice_rows(tensor, part)) * part.columns
+    beside = 0
+    if any(stage.takes == "matrix" for stage in tensor.stages):
+        beside = 8 * (elements * (experts + 8) + 3 * part.columns**2)
+    if tensor.gram:
+        beside += (16 + 4 * experts) * part.columns**2
+    return elements * bytes_per_element(experts) + beside
+
+
+def slice_rows(tensor: TensorPlan, part: Part) -> int:
+    """Rows of one slice: all of them where a stage needs the whole matrix or another orientation."""
+    if part.transposed or not part.columns or any(stage.takes == "matrix" for stage in tensor.stages):
+        return max(1, part.rows)
+    return step_rows(part.columns, tensor.stages, SLICE)

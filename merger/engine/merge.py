@@ -13,21 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.ops import kernels
-from merger.checkpoint import side_files as manifest
-from merger.checkpoint.hashes import sha256
-from merger.checkpoint.layout import layout
-from merger.checkpoint.checkpoint import PACKED, SINGLE
-from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
-from merger.errors import CheckpointError, RecipeError, UnreadableError
-from merger.engine.loop import Blocks, Loop, Progress, Sink
-from merger.engine.machine import Machine, check_disk, check_place, peak_device_memory, peak_memory
-from merger.planning.planner import Plan
-from merger.planning.planner import plan as make_plan
-from merger.recipe.recipe import Recipe
-from merger.engine.manifest import RECORD, decisive, record_of
 from merger.calibration.statistics import Options, grams, keep_grams, origin, sources
 from merger.calibration.statistics import calibrate as statistics_files
+from merger.checkpoint import side_files as manifest
+from merger.checkpoint.checkpoint import PACKED, SINGLE
+from merger.checkpoint.hashes import sha256
+from merger.checkpoint.layout import layout
+from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
+from merger.engine.loop import Blocks, Loop, Progress, Sink
+from merger.engine.machine import Machine, peak_device_memory, peak_memory
+from merger.engine.manifest import RECORD, decisive, record_of
+from merger.engine.preflight import check_disk, check_place
+from merger.errors import CheckpointError, RecipeError, UnreadableError
+from merger.ops import kernels
+from merger.planning.plan import Plan
+from merger.planning.planner import plan as make_plan
+from merger.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

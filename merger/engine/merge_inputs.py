@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from merger.checkpoint import side_files as manifest
-from merger.checkpoint.hashes import sha256
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.hashes import sha256
+from merger.engine.manifest import FORMAT
 from merger.errors import CheckpointError
-from merger.planning.planner import Plan
+from merger.planning.plan import Plan
 from merger.recipe.recipe import Recipe
 
 
@@ -24,11 +24,11 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: holds no merger.json, so it is no merge; give --base for a fine-tune")
     try:
         record = json.loads(file.read_bytes())
-        known = record["format"] == manifest.FORMAT and {"recipe", "inputs", "tensors"} <= record.keys()
+        known = record["format"] == FORMAT and {"recipe", "inputs", "tensors"} <= record.keys()
     except (ValueError, TypeError, KeyError):
         known = False
     if not known:
-        raise CheckpointError(f"{file}: is no manifest of format {manifest.FORMAT}, which merger run writes")
+        raise CheckpointError(f"{file}: is no manifest of format {FORMAT}, which merger run writes")
     return dict(record)
 
 

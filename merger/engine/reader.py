@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING, Any
 
-from merger.ops import kernels
 from merger._lazy import torch
-from merger.checkpoint.safetensors_header import TORCH_NAMES
-from merger.ops.rounding import restored
-from merger.errors import CheckpointError
-from merger.engine.machine import Machine, bytes_held, slice_rows
-from merger.ops.arithmetic import Flow, Max, Sum
-from merger.pipeline.passes import Ahead, Mapper, Sizes, rehearsal, run
-from merger.pipeline.stages import Slice, Subject, flow, step_rows
-from merger.planning.planner import Part, Plan, TensorPlan
 from merger.calibration.statistics import Statistics, inputs_of
+from merger.checkpoint.safetensors_header import TORCH_NAMES
+from merger.engine.machine import Machine
+from merger.engine.memory import bytes_held, slice_rows
 from merger.engine.transfer import buffer, sent
+from merger.errors import CheckpointError
+from merger.ops import kernels
+from merger.ops.questions import Flow, Max, Sum
+from merger.ops.rounding import restored
+from merger.pipeline.flow import Slice, Subject, flow
+from merger.pipeline.passes import Ahead, Mapper, Sizes, rehearsal, run
+from merger.pipeline.stages import step_rows
+from merger.planning.plan import Part, Plan, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

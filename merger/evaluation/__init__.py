@@ -11,9 +11,9 @@ from merger.errors import RecipeError
 from merger.recipe.recipe import Evaluation, Recipe
 
 if TYPE_CHECKING:
+    from merger.engine.loop import Progress
     from merger.evaluation.harness import Wanted
     from merger.evaluation.scores import Comparison
-    from merger.engine.loop import Progress
 
 __all__ = ["Asked", "evaluate"]
 
@@ -48,8 +48,8 @@ def evaluate(
     """
     from merger.evaluation import harness, tasks
     from merger.evaluation import references as families
-    from merger.evaluation.model_host import Bench, Way
     from merger.evaluation.evaluator import Panel
+    from merger.evaluation.model_host import Bench, Way
     from merger.evaluation.scores import compare
 
     family = families.of(subjects, asked.inputs)

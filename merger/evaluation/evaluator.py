@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from merger.checkpoint.anatomy import text_config
 from merger.calibration.samples import load_tokenizer
-from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.anatomy import text_config
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.opening import open_checkpoint
 from merger.evaluation.harness import Harness
-from merger.evaluation.model_host import Bench
 from merger.evaluation.measures import Judge, Outcome, ends_of, prepare
+from merger.evaluation.model_host import Bench
 from merger.evaluation.scores import Entry
 from merger.evaluation.tasks import Task
 from merger.planning.planner import open_models

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merger.calibration.weights import Loader
 from merger.calibration.model import build
-from merger.checkpoint.safetensors_header import Info
-from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
-from merger.errors import RecipeError
-from merger.engine.loop import Block, Progress
-from merger.engine.machine import Machine, chosen_devices
-from merger.planning.planner import Plan, TensorPlan
-from merger.planning.planner import plan as make_plan
-from merger.recipe.recipe import Recipe
-from merger.engine.merge import carry_out
 from merger.calibration.statistics import Merged, Options, Statistics, grams
 from merger.calibration.statistics import calibrate as statistics_files
+from merger.calibration.weights import Loader
+from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
+from merger.checkpoint.safetensors_header import Info
+from merger.engine.loop import Block, Progress
+from merger.engine.machine import Machine, chosen_devices
+from merger.engine.merge import carry_out
+from merger.errors import RecipeError
+from merger.planning.plan import Plan, TensorPlan
+from merger.planning.planner import plan as make_plan
+from merger.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merger.errors import RecipeError
 from merger.engine import merge_inputs as manifests
-from merger.recipe.recipe import Recipe
 from merger.engine.manifest import RECORD
+from merger.errors import RecipeError
+from merger.recipe.recipe import Recipe
 
 
 def of(subjects: Mapping[str, Recipe | Path], inputs: Path | None = None) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from merger.checkpoint import side_files as manifest
+from merger.engine import manifest
 from merger.errors import RecipeError, nearest
 from merger.evaluation.harness import Metric, Score, Scores
 from merger.evaluation.measures import Outcome, Outcomes

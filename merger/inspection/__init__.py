@@ -9,18 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.errors import CheckpointError, RecipeError, nearest
-from merger.inspection import masks
-from merger.engine import merge_inputs as manifests
-from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
-from merger.inspection.counters import Wanted
-from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
-from merger.engine.machine import Machine, peak_memory
-from merger.planning.planner import Plan
-from merger.planning.planner import plan as make_plan
-from merger.recipe.recipe import Recipe
 from merger.calibration.statistics import Options, grams, load
 from merger.calibration.statistics import calibrate as statistics_files
+from merger.engine import merge_inputs as manifests
+from merger.engine.machine import Machine, peak_memory
+from merger.engine.manifest import is_packed
+from merger.errors import CheckpointError, RecipeError, nearest
+from merger.inspection import masks
+from merger.inspection.counters import Wanted
+from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
+from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
+from merger.planning.plan import Plan
+from merger.planning.planner import plan as make_plan
+from merger.recipe.recipe import Recipe
 
 __all__ = [
     "Curve",
@@ -125,7 +126,7 @@ def inspect_merge(
     say = notice or _silent
     label = manifests.unlike("merged", experts)
     known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=made)
-    if masks.is_packed(record):
+    if is_packed(record):
         return _told(known, masks.told(folder, record, experts), say)
     try:
         plan = make_plan(manifests.beside(record, folder, label, inputs), offline=True, headers_only=False)

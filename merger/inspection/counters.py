@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from merger._lazy import torch
 from merger.inspection.balance import CELLS, kept_by_cell
 from merger.inspection.curves import Curves, curves, swept
-from merger.inspection.vector_counter import Look
 from merger.inspection.sums import Ints, Outcome, Vectors, outcome
-from merger.planning.planner import Part, TensorPlan
+from merger.inspection.vector_counter import Look
+from merger.planning.plan import Part, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

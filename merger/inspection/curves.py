@@ -14,11 +14,12 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from merger.ops import kernels
 from merger._lazy import torch
 from merger.inspection.balance import unevenness
 from merger.inspection.sums import Floats, Ints, Sums, Vectors
-from merger.ops.arithmetic import Before, Flow, Tally, count
+from merger.ops import kernels
+from merger.ops.arithmetic import count
+from merger.ops.questions import Before, Flow, Tally
 
 if TYPE_CHECKING:
     from torch import Tensor

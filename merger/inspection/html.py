@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from merger.inspection.report import Facts, Inspection, Merged, Picture, View
 from merger.inspection.figures import Chart, Heatmap, Line, by_layer, charts, matrices
+from merger.inspection.report import Facts, Inspection, Merged, Picture, View
 from merger.inspection.tables import number
 
 DEEP = 0.6

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20  # bytes of each mask that are looked at together
 
 
-def is_packed(record: Mapping[str, Any]) -> bool:
-    """Whether a manifest is that of several experts."""
-    return any("packed" in said for said in record["tensors"].values())
-
-
 def told(folder: Path, record: Mapping[str, Any], experts: Sequence[str]) -> list[str]:
     """Sentences about the masks in ``folder``: TALL masks' counts of positions by how many experts hold them."""
     import numpy

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from merger.errors import RecipeError
-from merger.inspection.report import Inspection, Picture
 from merger.inspection.figures import Chart, Heatmap, by_layer, charts, matrices
+from merger.inspection.report import Inspection, Picture
 from merger.inspection.tables import number
 
 SCALE = "cividis"

@@ -57,7 +57,9 @@ class Spectra:
         wide = whole.double()
         squares: Tensor = torch.linalg.eigvalsh(wide if self._tall else wide @ wide.T)
         values = squares.clamp(min=0).sqrt()
-        least = max(self.rows, self.columns) * 2.0**-23 * float(values.max())  # as in merger.ops.linalg: less is rounding
+        least = (
+            max(self.rows, self.columns) * 2.0**-23 * float(values.max())
+        )  # as in merger.ops.linalg: less is rounding
         return values.where(values > least, 0)
 
 

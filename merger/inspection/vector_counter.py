@@ -6,8 +6,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from merger.inspection.balance import Balance
-from merger.inspection.sums import Vectors
 from merger.inspection.ranks import Spectra
+from merger.inspection.sums import Vectors
 from merger.inspection.values import Values
 from merger.ops.kernels import counting
 from merger.ops.kernels.counting import Counts

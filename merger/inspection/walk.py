@@ -12,17 +12,17 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from merger._lazy import torch
+from merger.calibration.statistics import Statistics
+from merger.engine.machine import Machine, tuned
+from merger.engine.reader import Reader, rounded
+from merger.inspection.counters import TASK_VECTORS, Key, Tally, Wanted
 from merger.inspection.curves import levels
 from merger.inspection.report import Curve, Curves, Facts, Merged, Picture, View, curve, facts
 from merger.inspection.sums import Outcome, Sums, Vectors, endings
-from merger.inspection.counters import TASK_VECTORS, Key, Tally, Wanted
-from merger.engine.machine import Machine, tuned
-from merger.ops.arithmetic import Flow, Max, Sum
+from merger.ops.questions import Flow, Max, Sum
+from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import Ahead, settle
-from merger.pipeline.stages import Slice, Subject, flow
-from merger.planning.planner import Part, Plan, TensorPlan
-from merger.engine.reader import Reader, rounded
-from merger.calibration.statistics import Statistics
+from merger.planning.plan import Part, Plan, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

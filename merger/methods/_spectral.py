@@ -7,10 +7,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.pipeline.registry import Stage, Takes, stage
 from merger.methods.plain_mean import plain_mean
 from merger.methods.scale import scale
 from merger.ops.arithmetic import column
+from merger.pipeline.registry import Stage, Takes, stage
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.pipeline.registry import merger
-from merger.ops.arithmetic import Flow, Size, keep
+from merger.ops.arithmetic import keep
+from merger.ops.questions import Flow, Size
 from merger.ops.selection import ordered
+from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:
     from torch import Tensor

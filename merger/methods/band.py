@@ -7,11 +7,12 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.pipeline.parameters import Order, Shares
-from merger.pipeline.registry import Score, sparsifier
-from merger.ops.arithmetic import Flow, Scope, Size, count, keep
+from merger.ops.arithmetic import count, keep
+from merger.ops.questions import Flow, Scope, Size
 from merger.ops.selection import exclusive as disjoint
 from merger.ops.selection import select
+from merger.pipeline.parameters import Order, Shares
+from merger.pipeline.registry import Score, sparsifier
 
 if TYPE_CHECKING:
     from torch import Tensor

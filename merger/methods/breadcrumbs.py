@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from merger.pipeline.parameters import Number, Numbers, Shares
-from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.band import band
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
-from merger.ops.arithmetic import Scope
+from merger.ops.questions import Scope
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Score, Stage, method, stage
 
 
 @method()

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from merger.ops.arithmetic import keep
+from merger.ops.questions import Flow, Size
+from merger.ops.selection import in_turn, top_of_blocks
 from merger.pipeline.parameters import Order
 from merger.pipeline.registry import Score, sparsifier
-from merger.ops.arithmetic import Flow, Size, keep
-from merger.ops.selection import in_turn, top_of_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,11 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from merger.ops.arithmetic import count, summed
+from merger.ops.questions import Flow
+from merger.ops.selection import select
 from merger.pipeline.parameters import Number, Share
 from merger.pipeline.registry import Form, pack
-from merger.ops.arithmetic import Flow, count, summed
-from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

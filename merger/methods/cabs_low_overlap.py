@@ -10,10 +10,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from merger.pipeline.parameters import Numbers, Order
-from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.low_overlap import low_overlap
 from merger.methods.sum import sum_
+from merger.pipeline.parameters import Numbers, Order
+from merger.pipeline.registry import Score, Stage, method, stage
 
 
 @method()

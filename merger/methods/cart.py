@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.ops.linalg import low_rank
-from merger.pipeline.parameters import Number, Numbers, Share
-from merger.pipeline.registry import Stage, merger, stage
 from merger.methods._spectral import has_matrix, whole
 from merger.methods.mean import mean, positive_sum
 from merger.ops.arithmetic import count
+from merger.ops.linalg import low_rank
+from merger.pipeline.parameters import Number, Numbers, Share
+from merger.pipeline.registry import Stage, merger, stage
 
 if TYPE_CHECKING:
     from torch import Tensor

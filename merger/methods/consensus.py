@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from merger._lazy import torch
+from merger.ops.arithmetic import at_least, column, keep, summed
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import filter_
-from merger.ops.arithmetic import at_least, column, keep, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from merger.pipeline.parameters import Number, Numbers
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.consensus import consensus
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
+from merger.pipeline.parameters import Number, Numbers
+from merger.pipeline.registry import Stage, method, stage
 
 
 @method()

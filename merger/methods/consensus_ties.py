@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from merger.pipeline.parameters import Number, Numbers, Shares
-from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.consensus import consensus
 from merger.methods.scale import scale
 from merger.methods.ties import ties
-from merger.ops.arithmetic import Scope
+from merger.ops.questions import Scope
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Score, Stage, method, stage
 
 
 @method()

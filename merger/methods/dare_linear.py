@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.pipeline.parameters import Number, Numbers, Shares
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.random import random
 from merger.methods.rescale import rescale as rescale_norm
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Stage, method, stage
 
 Rescale = Literal["inverse", "l1", "l2", "none"]
 

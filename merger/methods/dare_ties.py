@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.pipeline.parameters import Number, Numbers, Shares
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.dare_linear import Rescale, drop_and_rescale
 from merger.methods.scale import scale
 from merger.methods.sign_elect import sign_elect
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Stage, method, stage
 
 
 @method()

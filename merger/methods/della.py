@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.pipeline.parameters import Number, Numbers, Shares
-from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.magprune import magprune
 from merger.methods.rescale import rescale as rescale_norm
 from merger.methods.scale import scale
 from merger.methods.sign_elect import sign_elect
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Score, Stage, method, stage
 
 
 def prune_and_rescale(rescale: str, **magprune_parameters: object) -> list[Stage]:

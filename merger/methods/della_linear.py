@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.pipeline.parameters import Number, Numbers, Shares
-from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.della import prune_and_rescale
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Score, Stage, method, stage
 
 
 @method()

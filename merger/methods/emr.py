@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
+from merger.ops.arithmetic import keep, summed
+from merger.ops.questions import Flow, Sum, Whole
 from merger.pipeline.registry import Form, pack
-from merger.ops.arithmetic import Flow, Sum, Whole, keep, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from merger._lazy import torch
-from merger.ops.linalg import Factors, svd
-from merger.pipeline.parameters import Share
-from merger.pipeline.registry import Form, Stage, pack, stage
 from merger.methods._spectral import has_matrix, whole
 from merger.methods.separate import separate
 from merger.ops.arithmetic import count
+from merger.ops.linalg import Factors, svd
+from merger.pipeline.parameters import Share
+from merger.pipeline.registry import Form, Stage, pack, stage
 
 if TYPE_CHECKING:
     from torch import Tensor

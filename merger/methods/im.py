@@ -5,12 +5,13 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from merger.pipeline.parameters import Number, Numbers, Order, Shares, SharesOrAuto, at_depth
-from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
 from merger.methods.top import top
-from merger.ops.arithmetic import RatioOf, Scope
+from merger.ops.arithmetic import RatioOf
+from merger.ops.questions import Scope
+from merger.pipeline.parameters import Number, Numbers, Order, Shares, SharesOrAuto, at_depth
+from merger.pipeline.registry import Score, Stage, method, stage
 
 
 def at_most_whole(density: Any, experts: tuple[str, ...], ratio_of: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from merger.methods._spectral import averaged, weighted, whole
+from merger.ops.arithmetic import summed
 from merger.ops.linalg import isotropic
 from merger.pipeline.parameters import Number, Numbers
 from merger.pipeline.registry import merger
-from merger.methods._spectral import averaged, weighted, whole
-from merger.ops.arithmetic import summed
 
 if TYPE_CHECKING:
     from torch import Tensor

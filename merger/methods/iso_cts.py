@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.ops.linalg import decorrelated, side_by_side, svd, tolerance
-from merger.pipeline.parameters import Number, Numbers, Share
-from merger.pipeline.registry import merger
 from merger.methods._spectral import averaged, weighted, whole
 from merger.methods.iso_c import iso_c
 from merger.ops.arithmetic import count, summed
+from merger.ops.linalg import decorrelated, side_by_side, svd, tolerance
+from merger.pipeline.parameters import Number, Numbers, Share
+from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:
     from torch import Tensor

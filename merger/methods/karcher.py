@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from merger._lazy import torch
-from merger.pipeline.parameters import Numbers, Share
-from merger.pipeline.registry import merger
 from merger.methods.mean import positive_sum
 from merger.methods.multislerp import normalised, on_vectors, sphere
-from merger.ops.arithmetic import Flow, Sum, Whole, combined
+from merger.ops.arithmetic import combined
+from merger.ops.questions import Flow, Sum, Whole
+from merger.pipeline.parameters import Numbers, Share
+from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:
     from torch import Tensor

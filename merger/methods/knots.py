@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.ops.linalg import svd
-from merger.pipeline.registry import Inner, Stage, merger
 from merger.methods._spectral import has_matrix, whole
-from merger.ops.arithmetic import Flow
+from merger.ops.linalg import svd
+from merger.ops.questions import Flow
+from merger.pipeline.registry import Inner, Stage, merger
 
 if TYPE_CHECKING:
     from torch import Tensor

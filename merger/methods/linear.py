@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from merger.pipeline.parameters import Numbers
-from merger.pipeline.registry import merger
 from merger.methods.mean import mean, positive_sum
 from merger.methods.sum import sum_
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:
     from torch import Tensor

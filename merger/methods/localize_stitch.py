@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.ops.questions import Flow, Scope
+from merger.ops.selection import select
 from merger.pipeline.parameters import Shares
 from merger.pipeline.registry import Score, merger
-from merger.ops.arithmetic import Flow, Scope
-from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from merger._lazy import torch
+from merger.methods.bs import of_short_block
+from merger.ops.arithmetic import keep
+from merger.ops.questions import Flow, Size
+from merger.ops.selection import top_of_blocks
 from merger.pipeline.parameters import Order
 from merger.pipeline.registry import Score, sparsifier
-from merger.methods.bs import of_short_block
-from merger.ops.arithmetic import Flow, Size, keep
-from merger.ops.selection import top_of_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
-from merger.pipeline.parameters import Order, Shares
-from merger.pipeline.registry import Score, Takes, sparsifier
 from merger.ops.arithmetic import at_least, column, keep
 from merger.ops.selection import exclusive as disjoint
 from merger.ops.selection import ranks_of_rows
+from merger.pipeline.parameters import Order, Shares
+from merger.pipeline.registry import Score, Takes, sparsifier
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from merger.ops.arithmetic import anchored_mean
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import merger
-from merger.ops.arithmetic import anchored_mean
 
 if TYPE_CHECKING:
     from torch import Tensor

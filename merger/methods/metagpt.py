@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.pipeline.registry import merger
 from merger.methods.mean import mean
-from merger.ops.arithmetic import Flow, Sum, Whole
+from merger.ops.questions import Flow, Sum, Whole
+from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:
     from torch import Tensor

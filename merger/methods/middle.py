@@ -8,10 +8,11 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from merger.ops.arithmetic import count, keep
+from merger.ops.questions import Flow, Scope, Size
+from merger.ops.selection import select
 from merger.pipeline.parameters import Shares
 from merger.pipeline.registry import Score, sparsifier
-from merger.ops.arithmetic import Flow, Scope, Size, count, keep
-from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,10 @@ from itertools import combinations, combinations_with_replacement
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
-from merger.pipeline.registry import Takes, merger
 from merger.methods.mean import mean
-from merger.ops.arithmetic import Flow, Size, Sum, summed
+from merger.ops.arithmetic import summed
+from merger.ops.questions import Flow, Size, Sum
+from merger.pipeline.registry import Takes, merger
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,10 +11,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
+from merger.methods.mean import positive_sum
+from merger.ops.arithmetic import combined
+from merger.ops.questions import Flow, Sum, Whole
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import merger
-from merger.methods.mean import positive_sum
-from merger.ops.arithmetic import Flow, Sum, Whole, combined
 
 if TYPE_CHECKING:
     from torch import Tensor

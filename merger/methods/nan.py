@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
+from merger.ops.arithmetic import summed
+from merger.ops.questions import Flow, Sum, Whole
 from merger.pipeline.parameters import Number
 from merger.pipeline.registry import merger
-from merger.ops.arithmetic import Flow, Sum, Whole, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

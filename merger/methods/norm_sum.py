@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.methods._spectral import weighted
+from merger.ops.arithmetic import summed
+from merger.ops.questions import Flow, Sum, Whole
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import merger
-from merger.methods._spectral import weighted
-from merger.ops.arithmetic import Flow, Sum, Whole, summed
 
 if TYPE_CHECKING:
     from torch import Tensor

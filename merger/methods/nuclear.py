@@ -7,10 +7,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.methods._spectral import untouched, whole
 from merger.ops.linalg import svd
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import sparsifier
-from merger.methods._spectral import untouched, whole
 
 if TYPE_CHECKING:
     from torch import Tensor

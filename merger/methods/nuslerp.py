@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
+from merger.methods.mean import positive_sum
+from merger.ops.arithmetic import combined
+from merger.ops.questions import Flow, Size, Sum
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import Takes, merger
-from merger.methods.mean import positive_sum
-from merger.ops.arithmetic import Flow, Size, Sum, combined
 
 if TYPE_CHECKING:
     from torch import Tensor

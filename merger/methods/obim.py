@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.pipeline.parameters import Number, Numbers, Order, SharesOrAuto
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.im import im
 from merger.methods.mean import mean
 from merger.methods.obm import obm
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
 from merger.ops.arithmetic import RatioOf
+from merger.pipeline.parameters import Number, Numbers, Order, SharesOrAuto
+from merger.pipeline.registry import Stage, method, stage
 
 
 @method()

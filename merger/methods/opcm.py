@@ -5,12 +5,12 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from merger.ops.linalg import svd
-from merger.pipeline.parameters import Numbers, Order, Share
-from merger.pipeline.registry import Stage, merger, stage
 from merger.methods._spectral import has_matrix, weighted, whole
 from merger.methods.norm_sum import at_mean_norm, norm_sum
-from merger.ops.arithmetic import Flow, Whole
+from merger.ops.linalg import svd
+from merger.ops.questions import Flow, Whole
+from merger.pipeline.parameters import Numbers, Order, Share
+from merger.pipeline.registry import Stage, merger, stage
 
 if TYPE_CHECKING:
     from torch import Tensor

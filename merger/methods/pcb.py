@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.pipeline.parameters import Number, Shares
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.pcb_official import pcb_official
 from merger.methods.pcb_paper import pcb_paper
 from merger.methods.scale import scale
-from merger.ops.arithmetic import Whole
+from merger.ops.questions import Whole
+from merger.pipeline.parameters import Number, Shares
+from merger.pipeline.registry import Stage, method, stage
 
 
 @method()

@@ -10,10 +10,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.ops.arithmetic import count, summed
+from merger.ops.questions import Flow, Size, Whole
+from merger.ops.selection import ordered
 from merger.pipeline.parameters import Shares
 from merger.pipeline.registry import merger
-from merger.ops.arithmetic import Flow, Size, Whole, count, summed
-from merger.ops.selection import ordered
 
 if TYPE_CHECKING:
     from torch import Tensor

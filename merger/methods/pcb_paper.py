@@ -6,10 +6,11 @@ from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.ops.arithmetic import keep, weighted_mean
+from merger.ops.questions import Flow, Max, Size, Sum, Whole
+from merger.ops.selection import select
 from merger.pipeline.parameters import Shares
 from merger.pipeline.registry import merger
-from merger.ops.arithmetic import Flow, Max, Size, Sum, Whole, keep, weighted_mean
-from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

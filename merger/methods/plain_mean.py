@@ -5,10 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from merger.pipeline.parameters import Numbers
-from merger.pipeline.registry import merger
 from merger.methods.mean import mean
 from merger.ops.arithmetic import column
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from merger.pipeline.parameters import Order, Shares
-from merger.pipeline.registry import sparsifier
 from merger.ops.arithmetic import at_least, column, keep
 from merger.ops.selection import exclusive as disjoint
+from merger.pipeline.parameters import Order, Shares
+from merger.pipeline.registry import sparsifier
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from merger._lazy import torch
-from merger.pipeline.parameters import Number, Numbers, Share
-from merger.pipeline.registry import Fed, Stage, merger
 from merger.methods._spectral import averaged, whole
 from merger.methods.mean import mean
 from merger.methods.regmean_diag import a_share_each
+from merger.pipeline.parameters import Number, Numbers, Share
+from merger.pipeline.registry import Fed, Stage, merger
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from merger.pipeline.parameters import Number, Numbers
-from merger.pipeline.registry import merger
 from merger.methods.mean import mean, positive_sum
 from merger.ops.arithmetic import column, summed
+from merger.pipeline.parameters import Number, Numbers
+from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:
     from torch import Tensor

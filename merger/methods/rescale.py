@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from merger.ops.questions import Flow, Sum
 from merger.pipeline.registry import sparsifier
-from merger.ops.arithmetic import Flow, Sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,10 +10,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.ops.arithmetic import keep, mean_of_agreeing, summed
+from merger.ops.questions import Flow, Size, Sum
+from merger.ops.selection import select
 from merger.pipeline.parameters import Share
 from merger.pipeline.registry import merger
-from merger.ops.arithmetic import Flow, Size, Sum, keep, mean_of_agreeing, summed
-from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

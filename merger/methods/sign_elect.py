@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from merger.ops.arithmetic import column, mean_of_agreeing, summed, weighted_sum
+from merger.ops.questions import Flow, Sum, Whole
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import merger
-from merger.ops.arithmetic import Flow, Sum, Whole, column, mean_of_agreeing, summed, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
+from merger.ops.questions import Flow, Sum, Whole
 from merger.pipeline.parameters import Share
 from merger.pipeline.registry import merger
-from merger.ops.arithmetic import Flow, Sum, Whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,12 +10,13 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.pipeline.parameters import Order, Share, Shares
-from merger.pipeline.registry import Stage, sparsifier, stage
 from merger.methods._spectral import has_matrix, whole
 from merger.methods.top import top
-from merger.ops.arithmetic import Flow, count, keep
+from merger.ops.arithmetic import count, keep
+from merger.ops.questions import Flow
 from merger.ops.selection import select, top_of_rows
+from merger.pipeline.parameters import Order, Share, Shares
+from merger.pipeline.registry import Stage, sparsifier, stage
 
 if TYPE_CHECKING:
     from torch import Tensor

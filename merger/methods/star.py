@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from merger.pipeline.parameters import Number, Numbers
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.mean import mean
 from merger.methods.nuclear import nuclear
 from merger.methods.scale import scale
+from merger.pipeline.parameters import Number, Numbers
+from merger.pipeline.registry import Stage, method, stage
 
 
 @method()

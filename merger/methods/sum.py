@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from merger.ops.arithmetic import weighted_sum
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import merger
-from merger.ops.arithmetic import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.pipeline.parameters import Numbers
-from merger.pipeline.registry import Form, pack
 from merger.methods.consensus import held
 from merger.ops.arithmetic import keep, summed
+from merger.pipeline.parameters import Numbers
+from merger.pipeline.registry import Form, pack
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from merger.pipeline.parameters import Number, Numbers
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.scale import scale
 from merger.methods.sum import sum_
+from merger.pipeline.parameters import Number, Numbers
+from merger.pipeline.registry import Stage, method, stage
 
 
 @method()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.pipeline.parameters import Number, Numbers, Shares
-from merger.pipeline.registry import Score, Stage, method, stage
 from merger.methods.scale import scale
 from merger.methods.sign_elect import sign_elect
 from merger.methods.top import top
-from merger.ops.arithmetic import Scope
+from merger.ops.questions import Scope
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Score, Stage, method, stage
 
 
 @method()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from merger.methods.im import im
+from merger.ops.questions import Scope
 from merger.pipeline.parameters import Number, Numbers, Order, SharesOrAuto
 from merger.pipeline.registry import Stage, method
-from merger.methods.im import im
-from merger.ops.arithmetic import Scope
 
 
 @method()

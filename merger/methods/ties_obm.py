@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from merger.pipeline.parameters import Number, Numbers, Shares
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.obm import obm
 from merger.methods.ties import ties
+from merger.pipeline.parameters import Number, Numbers, Shares
+from merger.pipeline.registry import Stage, method, stage
 
 
 @method()

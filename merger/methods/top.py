@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from merger.ops.arithmetic import RatioOf, keep
+from merger.ops.questions import Flow, Scope, Size
+from merger.ops.selection import select
 from merger.pipeline.parameters import Order, Shares
 from merger.pipeline.registry import Score, sparsifier
-from merger.ops.arithmetic import Flow, RatioOf, Scope, Size, keep
-from merger.ops.selection import select
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.methods._spectral import untouched, whole
+from merger.ops.arithmetic import count
 from merger.ops.linalg import low_rank
 from merger.pipeline.parameters import Shares
 from merger.pipeline.registry import sparsifier
-from merger.methods._spectral import untouched, whole
-from merger.ops.arithmetic import count
 
 if TYPE_CHECKING:
     from torch import Tensor

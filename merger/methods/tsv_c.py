@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from merger.pipeline.registry import Stage, method, stage
 from merger.methods.factors import factors
+from merger.pipeline.registry import Stage, method, stage
 
 
 @method()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from merger.methods._spectral import averaged, whole
+from merger.ops.arithmetic import column
 from merger.ops.linalg import decorrelated, side_by_side, svd
 from merger.pipeline.parameters import Number, Numbers
 from merger.pipeline.registry import merger
-from merger.methods._spectral import averaged, whole
-from merger.ops.arithmetic import column
 
 if TYPE_CHECKING:
     from torch import Tensor

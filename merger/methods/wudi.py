@@ -13,10 +13,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.methods._spectral import averaged, weighted, whole
 from merger.ops.linalg import gram
 from merger.pipeline.parameters import Number, Numbers
 from merger.pipeline.registry import merger
-from merger.methods._spectral import averaged, weighted, whole
 
 if TYPE_CHECKING:
     from torch import Tensor

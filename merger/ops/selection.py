@@ -14,9 +14,10 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING
 
-from merger.ops import kernels
 from merger._lazy import torch
-from merger.ops.arithmetic import Before, Flow, Found, Guess, RatioOf, Scope, Size, Sum, Tally, Whole, count
+from merger.ops import kernels
+from merger.ops.arithmetic import RatioOf, count
+from merger.ops.questions import Before, Flow, Found, Guess, Scope, Size, Sum, Tally, Whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.checkpoint.anatomy import Anatomy, block_of, study, text_config
-from merger.checkpoint.folder import MODEL, Folder, local_folder, read_json
-from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, read_header
-from merger.checkpoint.pickle_reader import read_pickle
 from merger.checkpoint.checkpoint import PACKED, Checkpoint, torch_dtype
+from merger.checkpoint.folder import MODEL, Folder, local_folder, read_json
+from merger.checkpoint.pickle_reader import read_pickle
+from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, read_header
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:

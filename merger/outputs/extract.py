@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.checkpoint import side_files as manifest
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
 from merger.checkpoint.layout import layout
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
+from merger.checkpoint.safetensors_header import Info
 from merger.checkpoint.writer import Writer, check_output, write_text
-from merger.ops.rounding import restored
-from merger.errors import CheckpointError, RecipeError, nearest
 from merger.engine import merge_inputs as manifests
-from merger.inspection.masks import is_packed
-from merger.engine.machine import SLICE, tuned
+from merger.engine.machine import tuned
+from merger.engine.manifest import RECORD, is_packed
+from merger.engine.memory import SLICE
+from merger.errors import CheckpointError, RecipeError, nearest
+from merger.ops.rounding import restored
 from merger.pipeline.registry import ENTRIES
 from merger.planning.packed import Packed, as_columns, mask_of, open_packed
-from merger.engine.manifest import RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,18 +12,19 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from merger.calibration.statistics import sources
 from merger.checkpoint import hub
 from merger.checkpoint import side_files as manifest
-from merger.checkpoint.hashes import digest, note, noted, sha256
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.hashes import digest, note, noted, sha256
 from merger.checkpoint.writer import json_bytes, write_json
-from merger.errors import MergerError, RecipeError
 from merger.engine.loop import Progress
-from merger.planning.planner import Plan, plan
-from merger.recipe.recipe import Recipe
-from merger.engine.manifest import RECORD, differing, fates, portable, sources_of
-from merger.calibration.statistics import sources
+from merger.engine.manifest import RECORD, differing, fates, portable, sources_of, versions
+from merger.errors import MergerError, RecipeError
 from merger.outputs.verify import whole_merge
+from merger.planning.plan import Plan
+from merger.planning.planner import plan
+from merger.recipe.recipe import Recipe
 
 FORMAT = 1
 _PARTS = ("versions", "recipe", "inputs", "calibration", "files", "tensors")
@@ -110,7 +111,7 @@ def _resolved(recipe: Recipe, *, offline: bool) -> dict[str, Any]:
     with closing(plan(recipe, offline=offline)) as made:
         content = {
             "format": FORMAT,
-            "versions": manifest.versions(),
+            "versions": versions(),
             "recipe": portable(recipe.spelled_out()),
             "inputs": {label: _input(made, label, offline=offline) for label in made.models},
             "calibration": sources(made),

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merger._lazy import torch
-from merger.checkpoint.anatomy import Anatomy, study
 from merger.checkpoint.adapter import CONFIG
+from merger.checkpoint.anatomy import Anatomy, study
 from merger.checkpoint.folder import ADAPTER
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import check_output, partial_of, write_json
+from merger.engine.machine import tuned
 from merger.errors import CheckpointError, RecipeError, ResourceError
 from merger.ops.linalg import Factors, strongest, svd
-from merger.engine.machine import tuned
 
 if TYPE_CHECKING:
     from torch import Tensor

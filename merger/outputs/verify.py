@@ -14,6 +14,13 @@ from threading import Lock
 from typing import Any
 
 from merger._lazy import torch
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.hashes import digest, sha256
+from merger.checkpoint.safetensors_header import ITEM_SIZE
+from merger.engine.loop import Progress
+from merger.engine.manifest import FORMAT, RECORD, differing, inputs_of, portable, stored_as, stored_tensors, versions
+from merger.engine.merge import recompute
+from merger.errors import CheckpointError, RecipeError, VerifyError
 from merger.outputs.consistency import (
     Contents,
     Difference,
@@ -24,17 +31,9 @@ from merger.outputs.consistency import (
     scan_pickle,
     tokenizer_differences,
 )
-from merger.checkpoint import side_files as manifest
-from merger.checkpoint.hashes import digest, sha256
-from merger.checkpoint.safetensors_header import ITEM_SIZE
-from merger.checkpoint.checkpoint import Checkpoint
-from merger.errors import CheckpointError, RecipeError, VerifyError
-from merger.engine.loop import Progress
-from merger.planning.planner import Plan
+from merger.planning.plan import Plan
 from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
-from merger.engine.manifest import RECORD, differing, inputs_of, portable, stored_as, stored_tensors
-from merger.engine.merge import recompute
 
 WEIGHTS = (".safetensors", ".bin")
 
@@ -161,8 +160,8 @@ def _record(contents: Contents, found: list[Difference]) -> dict[str, Any] | Non
         found.append(Difference(RECORD, None, f"cannot be read: {error}"))
         return None
     maps = ("recipe", "calibration", "inputs", "statistics", "shards", "files", "tensors", "versions")
-    if not isinstance(record, dict) or record.get("format") != manifest.FORMAT:
-        found.append(Difference(RECORD, None, f"is not of format {manifest.FORMAT}, which is all that is known here"))
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found.append(Difference(RECORD, None, f"is not of format {FORMAT}, which is all that is known here"))
     elif lacking := [key for key in maps if not isinstance(record.get(key), dict)]:
         found.append(Difference(RECORD, None, f"lacks {', '.join(lacking)}"))
     else:
@@ -218,9 +217,11 @@ def _recompute(
     contents: Contents, record: Mapping[str, Any], deep: Deep, tell: Progress, notice: Callable[[str], None]
 ) -> tuple[tuple[str, ...], list[Difference]]:
     """Makes a sample of tensors again by the same merge; their names, and where they differ."""
-    versions = differing(record["versions"], manifest.versions())
-    if versions:
-        notice(f"merged with another {', '.join(versions)} than it is checked with; last bits may differ for that")
+    other_versions = differing(record["versions"], versions())
+    if other_versions:
+        notice(
+            f"merged with another {', '.join(other_versions)} than it is checked with; last bits may differ for that"
+        )
     recipe = _recipe(contents, record, deep.recipe)
     with closing(make_plan(recipe, offline=deep.offline, headers_only=False)) as plan:
         changed = list(_changed_inputs(record, plan))

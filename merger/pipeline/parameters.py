@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from merger.errors import nearest
-from merger.ops.arithmetic import Scope as Scope
+from merger.ops.questions import Scope as Scope
 
 LARGEST = 1e30  # what float32 still holds, times a few
 _WRITTEN = re.compile(r"[+-]?(\d{1,30}/\d{1,30}|(\d{1,30}\.?\d{0,30}|\.\d{1,30})([eE][+-]?\d{1,2})?)\Z")

@@ -11,7 +11,7 @@ from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.ops.arithmetic import Before, Flow, Found, Guess, Max, Question, Size, Sum, Tally
+from merger.ops.questions import Before, Flow, Found, Guess, Max, Question, Size, Sum, Tally
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     class Draw(Protocol):
         """Draws one uniform for every position of the slice, from a stream named for this purpose."""
 
-        def __call__(self, purpose: str, *, double: bool = False) -> Tensor: ...
+        def __call__(self, purpose: str, *, double: bool = False) -> Tensor:
+            """Returns the draws [k r c]."""
 
 
 def _by_scope(*, scope: str = "tensor", **_: object) -> Takes:

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from merger.recipe.document import KeyPath
 from merger.errors import nearest
+from merger.recipe.document import KeyPath
 
 _TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed"}
 _MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"

@@ -21,14 +21,14 @@ from pydantic import (
 )
 
 import merger.methods  # noqa: F401 registers every method
-from merger.recipe.stages import stage_table, stages_of
-from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.errors import RecipeError, nearest
-from merger.recipe.faults import said
-from merger.recipe.open_values import MARK, marks
 from merger.pipeline.parameters import Number, Place
-from merger.pipeline.registry import ENTRIES, SCORES, Stage, schema, written
+from merger.pipeline.registry import Stage, written
 from merger.pipeline.stages import Bound, bind, expand
+from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
+from merger.recipe.faults import said
+from merger.recipe.open_values import marks
+from merger.recipe.stages import stages_of
 
 Kind = Literal["linear", "conv1d", "head", "tied", "embedding", "vector", "expert3d", "other", "buffer"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -384,70 +384,6 @@ def _fields(path: KeyPath) -> set[str]:
 # --- for editors ----------------------------------------------------------------------------------
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe: each method's parameters are checked as the method's own."""
-    whole = Recipe.model_json_schema()
-    whole["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    whole["title"] = "merger recipe"
-    definitions = whole.setdefault("$defs", {})
-    for entry in (*ENTRIES.values(), *SCORES.values()):
-        one = schema(entry).model_json_schema(ref_template="#/$defs/{model}")
-        definitions |= one.pop("$defs", {})
-        one["properties"] = {name: _or_mark(each) for name, each in one.get("properties", {}).items()}
-        definitions[f"parameters.{entry.name}"] = one
-    of_top = definitions["parameters.top"]["properties"]
-    for name in SCORES:  # a score's name stands for `top` with that score
-        own = definitions[f"parameters.{name}"]
-        ranked = {**of_top, "scope": {**of_top["scope"], "default": SCORES[name].scope}}
-        own["properties"] = {**{key: each for key, each in ranked.items() if key != "score"}, **own["properties"]}
-    definitions["search mark"] = MARK
-    definitions["stage"] = {
-        "anyOf": [
-            {"enum": sorted(stage_table())},
-            {
-                "type": "object",
-                "minProperties": 1,
-                "maxProperties": 1,
-                "additionalProperties": False,
-                "properties": {
-                    name: {"anyOf": [{"$ref": f"#/$defs/parameters.{name}"}, {"type": "null"}]}
-                    for name in sorted(stage_table())
-                },
-            },
-        ],
-        "description": "A stage's name, or {stage: {parameter: value}}.",
-    }
-    methods = sorted({**ENTRIES, **SCORES})
-    for holder in (whole, definitions["Rule"]):
-        named = {"enum": methods, "description": "A method, or a single stage."}
-        holder["properties"]["method"] = _or_mark(named)
-        holder["properties"]["pipeline"] = {"type": "array", "items": {"$ref": "#/$defs/stage"}}
-        holder["allOf"] = [
-            {
-                "if": {"properties": {"method": {"const": name}}, "required": ["method"]},
-                "then": {"properties": {"parameters": {"$ref": f"#/$defs/parameters.{name}"}}},
-            }
-            for name in methods
-        ]
-    return whole
-
-
-_OPEN = {"$ref": "#/$defs/search mark"}
-
-
-def _or_mark(schema: dict[str, Any]) -> dict[str, Any]:
-    """A value, or the mark that leaves it, or one expert's, to a search."""
-    for several in ("anyOf", "oneOf"):
-        if several in schema:
-            return {**schema, several: [*map(_with_open_entries, schema[several]), _OPEN]}
-    return {"anyOf": [_with_open_entries(schema), _OPEN], **{k: schema[k] for k in _SHOWN if k in schema}}
-
-
-_SHOWN = ("default", "description", "title")
-"""What editors look for at the top of a value's schema."""
-
-
-def _with_open_entries(schema: dict[str, Any]) -> dict[str, Any]:
-    """The same, where each value of a map may be left open."""
-    entries = schema.get("additionalProperties")
-    return {**schema, "additionalProperties": _or_mark(entries)} if isinstance(entries, dict) else schema
+def portable_location(source: str) -> str:
+    """A model's name without the machine's folders: an absolute path keeps only its last part."""
+    return Path(source).name if Path(source).expanduser().is_absolute() else source

@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 import merger.methods  # noqa: F401 registers every method
-from merger.recipe.document import KeyPath
 from merger.errors import nearest
-from merger.recipe.faults import said
 from merger.pipeline.parameters import Number, Pinned, Place, resolve
 from merger.pipeline.registry import ENTRIES, SCORES, Stage, checked, parameter_names, parameters
 from merger.pipeline.stages import bind, expand
+from merger.recipe.document import KeyPath
+from merger.recipe.faults import said
 
 
 def stages_of(

@@ -10,21 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe.document import Document, read
 from merger.errors import RecipeError
-from merger.evaluation import tasks
 from merger.evaluation import references as families
+from merger.evaluation import tasks
 from merger.evaluation.scores import Comparison, Entry, check_objective, compare, objective, versions
-from merger.recipe.recipe import Evaluation, Recipe, Search, overridden, search_of
 from merger.evaluation.search import results
 from merger.evaluation.search.loop import Trial, best_of, explore
 from merger.evaluation.search.record import Record
 from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
+from merger.recipe.document import Document, read
+from merger.recipe.recipe import Evaluation, Recipe, Search, overridden, search_of
 
 if TYPE_CHECKING:
-    from merger.evaluation.model_host import Bench
     from merger.engine.loop import Progress
+    from merger.evaluation.model_host import Bench
 
 __all__ = ["Found", "search"]
 
@@ -130,8 +130,8 @@ class _Search:
 
     def decisive(self, document: Document) -> dict[str, Any]:
         """What decides trials and report: all of the recipe but where its output goes and how many trials it has."""
-        from merger.planning.planner import open_models
         from merger.calibration.statistics import fingerprint
+        from merger.planning.planner import open_models
 
         said = {**document.value, "output": None, "search": {**document.value.get("search", {}), "trials": None}}
         models = open_models(self.family, offline=self.bench.way.offline, headers_only=False)

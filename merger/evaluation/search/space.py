@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from merger.recipe.document import Document, KeyPath
 from merger.errors import RecipeError
-from merger.recipe.open_values import marks
 from merger.pipeline.parameters import plain
+from merger.recipe.document import Document, KeyPath
+from merger.recipe.open_values import marks
 from merger.recipe.recipe import Recipe
 
 EXAMPLES = 100

@@ -13,8 +13,8 @@ from typing import Any, get_args
 import yaml
 
 from merger.checkpoint.anatomy import text_config
-from merger.recipe.document import Document, KeyPath
 from merger.errors import RecipeError, nearest
+from merger.recipe.document import Document, KeyPath
 from merger.recipe.mergekit.references import Faults, Reference, expert_names, reference
 from merger.recipe.mergekit.settings import (
     CONV1D,

@@ -1,0 +1,57 @@
+"""Checks before a merge starts: the place of the output, its disk, and a forecast of memory and disk."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from merger.checkpoint.writer import check_output, left_over
+from merger.engine import memory as demand
+from merger.engine.machine import Machine
+from merger.engine.memory import memory_needed
+from merger.errors import ResourceError
+from merger.planning.plan import Plan
+
+
+def check_place(plan: Plan, output: Path, *, force: bool) -> None:
+    """RecipeError if the output would take the place of anything that the merge or a person needs."""
+    models = plan.models.values()
+    inputs = [each.directory for model in models for each in (model, model.adapter) if each is not None]
+    check_output(output, inputs, beside=plan.recipe.surroundings(), force=force)
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """ResourceError if the output cannot fit the disk it goes to."""
+    free = _free(output)
+    if plan.bytes_written > free:
+        raise ResourceError(f"{output}: needs {plan.bytes_written:,} bytes, but its disk has {free:,} free")
+
+
+def _free(output: Path) -> int:
+    """Bytes of disk that the output may take."""
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    return shutil.disk_usage(there).free + left_over(output)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a merge would take on this machine."""
+
+    memory: int  # bytes of host memory
+    disk_free: int
+    passes_over_model: bool  # whether some stage ranks all tensors together, and so reads them again
+    kept_grams: int  # bytes of disk that `merger calibrate --gram` would take at most
+    devices: tuple[str, ...] | None  # None: nobody asked, and torch need not be loaded
+
+
+def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None = None) -> Forecast:
+    """What a merge would take, with the same refusals as the merge itself; nothing is done."""
+    check_place(plan, output, force=True)  # an occupied output is a matter of a flag
+    check_disk(plan, output)
+    machine = Machine.of(device or "cpu", max_memory, plan)
+    ranked = any(tensor.ranked for tensor in plan.tensors)
+    hidden = demand.hidden_states(plan)
+    memory = memory_needed(plan, machine.workers) + machine.hold
+    memory += hidden if machine.hidden is None else min(machine.hidden, hidden)
+    return Forecast(memory, _free(output), ranked, demand.kept_grams(plan), machine.devices if device else None)

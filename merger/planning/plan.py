@@ -1,0 +1,176 @@
+"""The plan: what happens to every tensor, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.pipeline.parameters import Place
+from merger.pipeline.stages import Bound
+from merger.planning.packed import Packed
+from merger.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a stored tensor: all of it, or one slice of packed experts."""
+
+    name: str  # of the tensor, with [e] for slice e
+    row: int  # its first row in the stored tensor
+    rows: int
+    columns: int
+    transposed: bool = False  # stored [in, out]; its stages see [out, in]
+
+
+@dataclass(frozen=True)
+class ExtraRows:
+    """Rows of a vocabulary that not all models have: the mean of those that have them."""
+
+    start: int
+    stop: int
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one output tensor."""
+
+    name: str
+    info: Info  # dtype and shape as written
+    kind: str
+    unit: str  # its transformer block, or itself
+    place: Place
+    group: int  # 0: the recipe's own method; i + 1: rule i
+    stages: tuple[Bound, ...]  # empty where it is copied
+    source: str  # the model it is copied from, or base
+    reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
+    parts: tuple[Part, ...] = ()
+    extra: tuple[ExtraRows, ...] = ()
+    tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any of its stages looks at what enters the layer."""
+        return any(stage.calibrated for stage in self.stages)
+
+    @property
+    def gram(self) -> bool:
+        """Whether any of its stages takes Gram matrices, which are made while it is merged."""
+        return any(stage.gram for stage in self.stages)
+
+    @property
+    def fed_by_merged(self) -> bool:
+        """Whether its Gram matrices are made behind the merged blocks, not behind each expert's own."""
+        return any(stage.gram and stage.fed == "merged" for stage in self.stages)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether any of its stages looks at all tensors of its group together."""
+        return any(stage.values.get("scope") == "global" for stage in self.stages)
+
+    @cached_property
+    def packed(self) -> Packed | None:
+        """What its last stage makes of it, where that is more than one model's tensor."""
+        if not self.parts or not self._is_packed:
+            return None
+        first, last = self.parts[0], self.stages[-1]
+        forms = last.forms(first.rows, first.columns)
+        return Packed(
+            name=self.name,
+            by=last.entry.name,
+            experts=self.place.experts,
+            forms=forms,
+            info=self.info,
+            rows=first.rows,
+            columns=first.columns,
+            matrices=len(self.parts),
+            transposed=first.transposed,
+        )
+
+    @property
+    def _is_packed(self) -> bool:
+        return bool(self.stages) and self.stages[-1].entry.packing is not None
+
+    @property
+    def stored(self) -> Mapping[str, Info]:
+        """All that is written of it, by name."""
+        if self.packed is not None:
+            return self.packed.infos
+        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from the embedding's results
+        return {} if repeats else {self.name: self.info}
+
+    @property
+    def elements(self) -> int:
+        """How many elements are merged, without rows that only some models have."""
+        return sum(part.rows * part.columns for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be done, in canonical order: the natural order of names."""
+
+    recipe: Recipe
+    models: Mapping[str, Checkpoint]  # base first, then the experts in recipe order
+    tensors: tuple[TensorPlan, ...]
+    dropped: Mapping[str, Mapping[str, str]]  # per model: input tensors that are left out, and why
+    notes: tuple[str, ...]
+    config: Mapping[str, Any]  # config.json of the output
+    tokenizer: str  # the model whose tokenizer files are copied
+
+    @property
+    def base(self) -> Checkpoint:
+        """The base checkpoint."""
+        return self.models["base"]
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of tensors in the output."""
+        return sum(info.nbytes for info in self.stored.values())
+
+    @property
+    def stored(self) -> dict[str, Info]:
+        """All tensors of the output, by name."""
+        return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
+
+    @property
+    def packed(self) -> bool:
+        """Whether the output holds several experts, of which `extract` makes a model each."""
+        return any(tensor.packed is not None for tensor in self.tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the inputs that the output is made of, each read once."""
+        return sum(
+            self.bytes_of(tensor, tensor.elements) + sum(self.bytes_of_rows(tensor, rows) for rows in tensor.extra)
+            for tensor in self.tensors
+        )
+
+    def bytes_of(self, tensor: TensorPlan, elements: int) -> int:
+        """Bytes that so many elements of a tensor take in all models that are read for it."""
+        several = (self.models[label].tensors[name] for label, name in tensor.reads.items() if name is not None)
+        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
+
+    def bytes_of_rows(self, tensor: TensorPlan, rows: ExtraRows) -> int:
+        """Bytes of rows that only some models have."""
+        several = (self.models[label].tensors[tensor.reads[label] or tensor.name] for label in rows.models)
+        elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
+        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any stage looks at what enters the layers."""
+        return any(tensor.calibrated for tensor in self.tensors)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether any tensor needs what a statistics file holds."""
+        return any(tensor.calibrated and not tensor.gram for tensor in self.tensors)
+
+    def close(self) -> None:
+        """Closes the inputs."""
+        for model in self.models.values():
+            model.close()
