@@ -181,7 +181,7 @@ def test_an_unfinished_run_holds_disk_that_the_next_one_need_not_find_free(folde
     held = sum(each.stat().st_blocks * 512 for each in (folder / "out.partial" / "model").iterdir())
     assert held > 1616
     usage = type("Usage", (), {"free": 0})
-    monkeypatch.setattr("merger.engine.machine.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("merger.engine.preflight.shutil.disk_usage", lambda path: usage)
     run(folder)
     with pytest.raises(ResourceError, match="has 0 free"):
         run(folder, path="other")
