@@ -19,6 +19,7 @@ from merger.engine.reader import Reader, rounded
 from merger.engine.transfer import fetched
 from merger.errors import CheckpointError
 from merger.ops.questions import Flow, Max, Sum
+from merger.options import RunOptions
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import Ahead, settle
 from merger.planning.packed import Packed, pieces
@@ -26,12 +27,6 @@ from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is to do as far as is known.
-
-``merging`` counts bytes of input, ``calibrating NAME`` forward passes of a batch through a block.
-"""
 
 Block = tuple[list[TensorPlan], Mapping[str, Statistics]]
 Blocks = Callable[[Merged], Iterable[Block]]
@@ -60,13 +55,11 @@ class Loop:
         machine: Machine,
         statistics: Mapping[str, Path],
         blocks: Blocks,
-        progress: Progress,
-        notice: Callable[[str], None],
+        options: RunOptions,
     ) -> None:
         self.plan = plan
         self.machine = machine
-        self.tell = progress
-        self.notice = notice
+        self.options = options
         self.notes = list(plan.notes)
         self.remarks: dict[str, list[str]] = {tensor.name: [] for tensor in plan.tensors}
         self.statistics: Mapping[str, Statistics] = load(plan, statistics)
@@ -156,7 +149,7 @@ class Loop:
         with self.lock:
             self.done_bytes += size
             self.total_bytes += size if again else 0
-            self.tell("merging", self.done_bytes, self.total_bytes)
+            self.options.progress("merging", self.done_bytes, self.total_bytes)
 
     def _merge(
         self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead
@@ -262,7 +255,7 @@ class Loop:
             self.remarks[tensor.name] += [] if heard else [message]
             self.notes += [] if message in self.notes else [message]
         if not heard:
-            self.notice(message)
+            self.options.notice(message)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:

@@ -6,26 +6,27 @@ import hashlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import Options, grams, keep_grams, origin, sources
 from merger.calibration.statistics import calibrate as statistics_files
+from merger.calibration.statistics import grams, keep_grams, origin, sources
 from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
 from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
-from merger.engine.loop import Blocks, Loop, Progress, Sink
+from merger.engine.loop import Blocks, Loop, Sink
 from merger.engine.machine import Machine, peak_device_memory, peak_memory
 from merger.engine.manifest import RECORD, decisive, record_of
 from merger.engine.preflight import check_disk, check_place
 from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.ops import kernels
+from merger.options import RunOptions
 from merger.planning.plan import Plan
 from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
@@ -54,37 +55,25 @@ class Result:
 _SLOW = "merger was installed without its compiled loops, so this takes several times as long; a C compiler makes them"
 
 
-def merge(
-    recipe: Recipe,
-    *,
-    device: str = "auto",
-    max_memory: int | None = None,
-    offline: bool = False,
-    force: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
-) -> Result:
-    """Merges what ``recipe`` says into a checkpoint folder, which appears whole or not at all.
+def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = False) -> Result:
+    """Merges the experts of ``recipe`` into a checkpoint folder, which appears when it is complete, or not at all.
 
-    ``device`` is auto, cpu, cuda (all) or cuda:i; ``max_memory`` caps host memory in bytes; ``force`` replaces
-    an output that is there already. Raises a `MergerError` for whatever the user can mend.
+    ``force`` replaces an output that is there already. Raises a `MergerError` for whatever the user can mend.
     """
     began = time.monotonic()
     output = recipe.folder / Path(recipe.output.path).expanduser()
     check_output(output, recipe.folders(), beside=recipe.surroundings(), force=force)  # before any download
-    plan = make_plan(recipe, offline=offline, headers_only=False)
+    plan = make_plan(recipe, offline=options.offline, headers_only=False)
     try:
         check_place(plan, output, force=force)
         check_disk(plan, output)
-        machine = Machine.of(device, max_memory, plan)
-        tell, say = progress or _silent, notice or _silent
+        machine = Machine.of(options.device, options.max_memory, plan)
         if machine.device == "cpu" and not kernels.compiled():
-            say(_SLOW)
-        options = Options(machine.device, machine.hidden, trust_remote_code)
-        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-        blocks = partial(grams, plan, options, notice=say, progress=tell)
-        loop = Loop(plan, machine, paths, blocks, tell, say)
+            options.notice(_SLOW)
+        options = replace(options, device=machine.device)
+        paths = statistics_files(plan, options, machine.hidden) if plan.needs_statistics else {}
+        blocks = partial(grams, plan, options, machine.hidden)
+        loop = Loop(plan, machine, paths, blocks, options)
         return _Merge(loop, output, origin(paths)).run(began, force=force)
     finally:
         plan.close()
@@ -94,23 +83,17 @@ def recompute(
     plan: Plan,
     names: Set[str],
     sink: Sink,
-    *,
-    device: str = "auto",
-    max_memory: int | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
+    options: RunOptions = RunOptions(),
 ) -> dict[str, str]:
     """Merges the tensors ``names`` of a plan again and gives their bytes to ``sink``, maybe others' too.
 
     Returns the SHA-256 of the statistics that were used, by expert.
     """
-    machine = Machine.of(device, max_memory, plan)
-    tell, say = progress or _silent, notice or _silent
-    options = Options(machine.device, machine.hidden, trust_remote_code)
-    paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-    blocks = partial(grams, plan, options, notice=say, progress=tell)
-    carry_out(plan, machine, names, sink, paths, blocks, progress=tell, notice=say)
+    machine = Machine.of(options.device, options.max_memory, plan)
+    options = replace(options, device=machine.device)
+    paths = statistics_files(plan, options, machine.hidden) if plan.needs_statistics else {}
+    blocks = partial(grams, plan, options, machine.hidden)
+    carry_out(plan, machine, names, sink, paths, blocks, options)
     return origin(paths)
 
 
@@ -121,25 +104,14 @@ def carry_out(
     sink: Sink,
     statistics: Mapping[str, Path],
     blocks: Blocks,
-    *,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
+    options: RunOptions,
 ) -> None:
     """Merges the tensors ``names`` of a plan into ``sink``, given the statistics files and Gram matrices it needs."""
-    Loop(plan, machine, statistics, blocks, progress or _silent, notice or _silent).run(names, sink)
+    Loop(plan, machine, statistics, blocks, options).run(names, sink)
 
 
 def calibrate(
-    recipe: Recipe,
-    *,
-    to: Path | None = None,
-    gram: bool = False,
-    device: str = "auto",
-    max_memory: int | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
+    recipe: Recipe, options: RunOptions = RunOptions(), *, to: Path | None = None, gram: bool = False
 ) -> dict[str, Path]:
     """Makes the statistics of a recipe's experts, or finds them; with ``to`` copies them to a folder.
 
@@ -147,19 +119,19 @@ def calibrate(
     unfinished one is gone on with. Returns the file or folder of each expert, as ``calibration: {stats: ...}`` of
     a recipe takes them.
     """
-    plan = make_plan(recipe, offline=offline, headers_only=False)
+    plan = make_plan(recipe, offline=options.offline, headers_only=False)
     try:
-        machine = Machine.of(device, max_memory, plan)
-        options = Options(machine.device, machine.hidden, trust_remote_code)
+        machine = Machine.of(options.device, options.max_memory, plan)
+        options = replace(options, device=machine.device)
         if gram:
             _check_grams(plan)
-            return keep_grams(plan, options, to, notice=notice or _silent, progress=progress or _silent)
+            return keep_grams(plan, options, machine.hidden, to)
         if not plan.needs_statistics:
             raise RecipeError(
                 "no stage of this recipe needs statistics that are kept: there is nothing to calibrate"
                 + (" (--gram keeps Gram matrices)" if any(tensor.gram for tensor in plan.tensors) else "")
             )
-        paths = statistics_files(plan, options, notice=notice or _silent, progress=progress or _silent)
+        paths = statistics_files(plan, options, machine.hidden)
     finally:
         plan.close()
     if to is None:
@@ -187,7 +159,7 @@ class _Merge:
 
     def __init__(self, loop: Loop, output: Path, statistics_origin: dict[str, str]) -> None:
         self.loop, self.plan, self.machine = loop, loop.plan, loop.machine
-        self.tell, self.notice = loop.tell, loop.notice
+        self.options = loop.options
         self.output = output
         self.statistics_origin = statistics_origin
 
@@ -196,10 +168,10 @@ class _Merge:
         stem = PACKED if self.plan.packed else SINGLE
         shards = layout(list(infos.items()), self.plan.recipe.output.shard_size, stem)
         for note in self.loop.notes:
-            self.notice(note)
+            self.options.notice(note)
         writer = Writer(self.output, shards, infos, self._decisive())
         try:
-            writer.open(force=force, tell=partial(self.tell, "checking"))
+            writer.open(force=force, tell=partial(self.options.progress, "checking"))
             unfinished = writer.unfinished
             self._resume(writer, len(shards))
             with ThreadPoolExecutor(1, "merger-input") as hashing:
@@ -216,7 +188,9 @@ class _Merge:
             if isinstance(error, RecipeError | CheckpointError) and not isinstance(error, UnreadableError):
                 writer.abandon()  # what is made of wrong inputs is not kept
             elif writer.suspend():
-                self.notice(f"{writer.journal.folder} keeps the finished shards; the same run goes on from there")
+                self.options.notice(
+                    f"{writer.journal.folder} keeps the finished shards; the same run goes on from there"
+                )
             raise
         return self._result(began, written)
 
@@ -228,7 +202,9 @@ class _Merge:
         """Leaves out what an earlier run has finished, and remembers what was noted then."""
         finished = writer.journal.finished
         if finished:
-            self.notice(f"goes on where an earlier run stopped: {len(finished)} of {shards} shards are finished")
+            self.options.notice(
+                f"goes on where an earlier run stopped: {len(finished)} of {shards} shards are finished"
+            )
         self.loop.notes += dict.fromkeys(note for each in finished.values() for note in each.notes)
 
     # --- what stands beside the weights ---
@@ -277,7 +253,3 @@ class _Merge:
             seed=self.plan.recipe.seed,
             notes=self.loop.notes,
         )
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""

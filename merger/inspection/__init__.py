@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import Options, grams, load
 from merger.calibration.statistics import calibrate as statistics_files
+from merger.calibration.statistics import grams, load
 from merger.engine import merge_inputs as manifests
 from merger.engine.machine import Machine, peak_memory
 from merger.engine.manifest import is_packed
@@ -19,6 +19,7 @@ from merger.inspection import masks
 from merger.inspection.counters import Wanted
 from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
 from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
+from merger.options import RunOptions
 from merger.planning.plan import Plan
 from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
@@ -39,34 +40,26 @@ __all__ = [
 
 def inspect(
     recipe: Recipe,
+    options: RunOptions = RunOptions(),
     *,
     picture: str | None = None,
     rank: bool = False,
     curves: bool = False,
-    device: str = "auto",
-    max_memory: int | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Looks at the experts against the base, and at what every stage of the recipe leaves; writes nothing.
 
     ``picture`` names a tensor whose kept positions are mapped, ``rank`` asks for effective ranks and ``curves`` for
     overlap and balance against density. Raises a `MergerError` as `merge` does.
     """
-    tell, say = progress or _silent, notice or _silent
-    plan = make_plan(recipe, offline=offline, headers_only=False)
+    plan = make_plan(recipe, offline=options.offline, headers_only=False)
     try:
         if any(tensor.fed_by_merged for tensor in plan.tensors):
             raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
-        machine = Machine.of(device, max_memory, plan)
-        options = Options(machine.device, machine.hidden, trust_remote_code)
-        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-        blocks = grams(plan, options, _never_merged, notice=say, progress=tell)
-        walk = Walk(
-            plan, machine, load(plan, paths), notice=say, progress=tell, wanted=_wanted(plan, picture, rank, curves)
-        )
+        machine = Machine.of(options.device, options.max_memory, plan)
+        options = replace(options, device=machine.device)
+        paths = statistics_files(plan, options, machine.hidden) if plan.needs_statistics else {}
+        blocks = grams(plan, options, machine.hidden, _never_merged)
+        walk = Walk(plan, machine, load(plan, paths), options, _wanted(plan, picture, rank, curves))
         return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts), blocks)
     finally:
         plan.close()
@@ -75,28 +68,19 @@ def inspect(
 def inspect_model(
     model: str,
     base: str,
+    options: RunOptions = RunOptions(),
     *,
     picture: str | None = None,
     rank: bool = False,
     curves: bool = False,
-    max_memory: int | None = None,
-    offline: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Looks at where one fine-tune changed its base; both are folders or Hub repositories."""
     name = manifests.expert_name(model)
     written = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
-    plan = make_plan(Recipe.parse(written), offline=offline, headers_only=False)
+    plan = make_plan(Recipe.parse(written), offline=options.offline, headers_only=False)
     try:
-        walk = Walk(
-            plan,
-            Machine.of("cpu", max_memory, plan),
-            {},
-            notice=notice or _silent,
-            progress=progress or _silent,
-            wanted=_wanted(plan, picture, rank, curves),
-        )
+        machine = Machine.of("cpu", options.max_memory, plan)
+        walk = Walk(plan, machine, {}, options, _wanted(plan, picture, rank, curves))
         return _seen(walk, task_vectors, "model", base, [name])
     finally:
         plan.close()
@@ -104,14 +88,12 @@ def inspect_model(
 
 def inspect_merge(
     folder: Path,
+    options: RunOptions = RunOptions(),
     *,
     inputs: Path | None = None,
     picture: str | None = None,
     rank: bool = False,
     curves: bool = False,
-    max_memory: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Looks at a finished merge: what each input's share of every layer is, told from the weights.
 
@@ -123,38 +105,31 @@ def inspect_merge(
     made, experts = manifests.summary(record), list(record["recipe"]["experts"])
     copied = manifests.copied(record)
     base = made["inputs"]["base"]
-    say = notice or _silent
     label = manifests.unlike("merged", experts)
     known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=made)
     if is_packed(record):
-        return _told(known, masks.told(folder, record, experts), say)
+        return _told(known, masks.told(folder, record, experts), options)
     try:
         plan = make_plan(manifests.beside(record, folder, label, inputs), offline=True, headers_only=False)
     except (CheckpointError, RecipeError) as error:
         why = f"shares cannot be told from the weights: {error}; --inputs says where they are"
-        return _told(known, [why], say)
+        return _told(known, [why], options)
     try:
         changed = manifests.changed(record, plan)
         if changed is not None:
-            return _told(known, [f"{changed}, so shares cannot be told from the weights"], say)
-        walk = Walk(
-            plan,
-            Machine.of("cpu", max_memory, plan),
-            {},
-            notice=say,
-            progress=progress or _silent,
-            wanted=_wanted(plan, picture, rank, curves),
-        )
+            return _told(known, [f"{changed}, so shares cannot be told from the weights"], options)
+        machine = Machine.of("cpu", options.max_memory, plan)
+        walk = Walk(plan, machine, {}, options, _wanted(plan, picture, rank, curves))
         seen = _seen(walk, partial(finished, plan.models[label]), "merge", base, experts)
         return replace(seen, made=made, copied=copied)
     finally:
         plan.close()
 
 
-def _told(known: Inspection, notes: Sequence[str], notice: Callable[[str], None]) -> Inspection:
+def _told(known: Inspection, notes: Sequence[str], options: RunOptions) -> Inspection:
     """What is known without comparing weights, and what there is to say."""
     for note in notes:
-        notice(note)
+        options.notice(note)
     return replace(known, notes=list(notes))
 
 
@@ -162,7 +137,7 @@ def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[s
     began = time.monotonic()
     plan = walk.plan
     for note in plan.notes:
-        walk.notice(note)
+        walk.options.notice(note)
     walk.run(watch, blocks)
     return Inspection(
         format=FORMAT,
@@ -190,7 +165,3 @@ def _wanted(plan: Plan, picture: str | None, rank: bool, curves: bool) -> Wanted
 
 def _never_merged(name: str) -> None:
     """Nothing is merged by looking."""
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""

@@ -20,6 +20,7 @@ from merger.inspection.curves import levels
 from merger.inspection.report import Curve, Curves, Facts, Merged, Picture, View, curve, facts
 from merger.inspection.sums import Outcome, Sums, Vectors, endings
 from merger.ops.questions import Flow, Max, Sum
+from merger.options import RunOptions
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import Ahead, settle
 from merger.planning.plan import Part, Plan, TensorPlan
@@ -45,13 +46,11 @@ class Walk:
         plan: Plan,
         machine: Machine,
         statistics: Mapping[str, Statistics],
-        *,
-        notice: Callable[[str], None],
-        progress: Callable[[str, int, int], None],
+        options: RunOptions,
         wanted: Wanted,
     ) -> None:
         self.plan, self.machine, self.statistics = plan, machine, statistics
-        self.notice, self.tell = notice, progress
+        self.options = options
         self.wanted = wanted
         self.work = [
             (tensor, part, Tally(tensor, part, wanted))
@@ -67,7 +66,7 @@ class Walk:
         """Visits every tensor until nothing is left to see; what takes Gram matrices, as ``blocks`` brings them."""
         with ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices:
             reader = Reader(
-                self.plan, self.machine, self.statistics, lambda _, message: self.notice(message), slices.map
+                self.plan, self.machine, self.statistics, lambda _, message: self.options.notice(message), slices.map
             )
             try:
                 self._settle(reader, watch, [tensor for tensor in self.plan.tensors if not tensor.gram])
@@ -102,7 +101,7 @@ class Walk:
         with self.lock:
             self.done_bytes += size
             self.total_bytes += 0 if question is None else size
-            self.tell("inspecting", self.done_bytes, self.total_bytes)
+            self.options.progress("inspecting", self.done_bytes, self.total_bytes)
         return question
 
     def views(self, experts: Sequence[str]) -> list[View]:

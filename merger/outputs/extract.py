@@ -27,13 +27,12 @@ from merger.engine.manifest import RECORD, is_packed
 from merger.engine.memory import SLICE
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.ops.rounding import restored
+from merger.options import Progress, RunOptions
 from merger.pipeline.registry import ENTRIES
 from merger.planning.packed import Packed, as_columns, mask_of, open_packed
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,10 @@ def extract(
     folder: str | Path,
     expert: str,
     output: str | Path,
+    options: RunOptions = RunOptions(),
     *,
     base: str | None = None,
-    offline: bool = False,
     force: bool = False,
-    progress: Tell | None = None,
 ) -> Extraction:
     """Writes one expert of a packed output as a checkpoint, which appears whole or not at all.
 
@@ -71,7 +69,7 @@ def extract(
     with (
         closing(open_packed(source)) as packed,
         closing(as_columns(packed)) as flat,
-        closing(_base(source, record, base, offline)) as model,
+        closing(_base(source, record, base, options.offline)) as model,
     ):
         check_output(target, [packed.directory, model.directory], force=force)
         sources = _Sources(expert, packed, flat, model)
@@ -81,7 +79,7 @@ def extract(
         writer = Writer(target, shards, infos, {"expert": expert, "packed": _digest(source)})
         try:
             writer.open(force=force)
-            _write(sources, tensors, writer, progress or _silent)
+            _write(sources, tensors, writer, options.progress)
             _write_side_files(source, target.name, expert, record, writer.folder)
             writer.digests()
             writer.finish(force=force)
@@ -138,7 +136,7 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
 
 
-def _write(sources: _Sources, tensors: Sequence[_Tensor], writer: Writer, tell: Tell) -> None:
+def _write(sources: _Sources, tensors: Sequence[_Tensor], writer: Writer, tell: Progress) -> None:
     done, total = 0, sum(tensor.info.nbytes for tensor in tensors)
     with tuned():
         for tensor in tensors:
@@ -172,10 +170,6 @@ def _write_side_files(source: Path, title: str, expert: str, record: Mapping[str
     manifest.copy_side_files({name: source / name for name in named}, folder)
     base = record["inputs"]["base"]["source"]
     write_text(folder / "README.md", manifest.extracted_card(title, base, expert, source.name))
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""
 
 
 # --- one tensor -----------------------------------------------------------------------------------

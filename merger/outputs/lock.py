@@ -18,9 +18,9 @@ from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, note, noted, sha256
 from merger.checkpoint.writer import json_bytes, write_json
-from merger.engine.loop import Progress
 from merger.engine.manifest import RECORD, differing, fates, portable, sources_of, versions
 from merger.errors import MergerError, RecipeError
+from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
 from merger.planning.planner import plan
@@ -30,12 +30,12 @@ FORMAT = 1
 _PARTS = ("versions", "recipe", "inputs", "calibration", "files", "tensors")
 
 
-def lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> dict[str, Any]:
+def lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
     """Writes to ``path`` what the recipe comes to: defaults spelled out, inputs by commit and SHA-256, versions.
 
     Of a Hub repository only configs and headers are fetched.
     """
-    content = _resolved(recipe, offline=offline)
+    content = _resolved(recipe, offline=options.offline)
     write_json(Path(path), content)
     return content
 
@@ -48,9 +48,9 @@ def lock_of(recipe: str | Path) -> Path:
     return path
 
 
-def check_lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> None:
+def check_lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> None:
     """RecipeError if the recipe comes to anything else than the lock at ``path`` says, naming all of it."""
-    locked, now = _read(Path(path)), _resolved(recipe, offline=offline)
+    locked, now = _read(Path(path)), _resolved(recipe, offline=options.offline)
     faults = [
         f"{path}: {key} was {_said(one)} when it was locked, and is {_said(other)}"
         for key, (one, other) in _differing(locked, now).items()
@@ -59,7 +59,7 @@ def check_lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> No
         raise RecipeError([*faults, f"{path}: lock the recipe again if that is meant"])
 
 
-def is_done(recipe: Recipe, path: str | Path, *, trust_mtime: bool = False, progress: Progress | None = None) -> bool:
+def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions(), *, trust_mtime: bool = False) -> bool:
     """Whether the output is there, was made of what the lock at ``path`` says, and is whole: one pass of hashing.
 
     ``trust_mtime`` takes a shard for what it was when it last had this size and time of change, and reads only headers.
@@ -78,7 +78,7 @@ def is_done(recipe: Recipe, path: str | Path, *, trust_mtime: bool = False, prog
     except MergerError:
         return False
     unread = {file: sha for file, sha in shards.items() if not (trust_mtime and noted(file) == sha)}
-    return _have(unread, progress or _silent)
+    return _have(unread, options.progress)
 
 
 def _have(shards: Mapping[Path, str], tell: Progress) -> bool:
@@ -185,7 +185,3 @@ def _by_commit(content: Any) -> Any:
 
 def _said(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,10 +17,10 @@ from merger._lazy import torch
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.safetensors_header import ITEM_SIZE
-from merger.engine.loop import Progress
 from merger.engine.manifest import FORMAT, RECORD, differing, inputs_of, portable, stored_as, stored_tensors, versions
 from merger.engine.merge import recompute
 from merger.errors import CheckpointError, RecipeError, VerifyError
+from merger.options import Progress, RunOptions
 from merger.outputs.consistency import (
     Contents,
     Difference,
@@ -55,34 +55,24 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class Deep:
-    """How a sample of tensors is made again from the inputs."""
+class DeepCheck:
+    """The sample of tensors that is merged again from the inputs."""
 
-    sample: int = 16  # tensors
-    seed: int = 0  # chooses them
+    sample: int = 16  # number of tensors
+    seed: int = 0  # chooses the tensors
     recipe: Path | None = None  # None: the recorded one, seen from where its output path leads to the folder
-    device: str | None = None  # None: the recorded kind
-    max_memory: int | None = None
-    offline: bool = False
-    trust_remote_code: bool = False
 
 
-def verify(
-    directory: str | Path,
-    *,
-    deep: Deep | None = None,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
-) -> Verification:
-    """Checks a checkpoint's folder, whoever made it, and returns every difference that it finds.
+def verify(directory: str | Path, options: RunOptions = RunOptions(), *, deep: DeepCheck | None = None) -> Verification:
+    """Checks the folder of a checkpoint, whoever wrote it, and returns every difference.
 
-    With ``deep`` some tensors of a merge are made again from its inputs, and compared bit for bit.
-    Raises a `MergerError` only where there is nothing to check, or not what is needed for it.
+    With ``deep`` some tensors of a merge are merged again from its inputs, and compared bit for bit; the device auto is
+    then the kind that the merge was made on. Raises a `MergerError` only where there is nothing to check, or not what
+    is needed for it.
     """
-    tell = progress or _silent
     contents = look(Path(directory))
     found = [*contents.broken, *index_differences(contents)]
-    hashes, values = _scan(contents, tell)
+    hashes, values = _scan(contents, options.progress)
     found += values
     if not contents.packed:  # in which no tensor needs to be what config and tokenizer say of a model's
         found += [*config_differences(contents), *tokenizer_differences(contents)]
@@ -93,7 +83,7 @@ def verify(
     if deep is not None:
         if record is None:
             raise RecipeError(f"{directory}: has no {RECORD} that says from what it could be made again")
-        recomputed, differences = _recompute(contents, record, deep, tell, notice or _silent)
+        recomputed, differences = _recompute(contents, record, deep, options)
         found += differences
     return Verification(
         directory=str(directory),
@@ -214,16 +204,17 @@ def _other_hash(file: str, own: str, said: str) -> Difference:
 
 
 def _recompute(
-    contents: Contents, record: Mapping[str, Any], deep: Deep, tell: Progress, notice: Callable[[str], None]
+    contents: Contents, record: Mapping[str, Any], deep: DeepCheck, options: RunOptions
 ) -> tuple[tuple[str, ...], list[Difference]]:
     """Makes a sample of tensors again by the same merge; their names, and where they differ."""
     other_versions = differing(record["versions"], versions())
     if other_versions:
-        notice(
+        options.notice(
             f"merged with another {', '.join(other_versions)} than it is checked with; last bits may differ for that"
         )
+    device = str(record.get("device")) if options.device == "auto" else options.device
     recipe = _recipe(contents, record, deep.recipe)
-    with closing(make_plan(recipe, offline=deep.offline, headers_only=False)) as plan:
+    with closing(make_plan(recipe, offline=options.offline, headers_only=False)) as plan:
         changed = list(_changed_inputs(record, plan))
         if changed:  # what is made of other inputs says nothing
             return (), changed
@@ -233,11 +224,7 @@ def _recompute(
             plan,
             frozenset(comparison.places),
             comparison,
-            device=deep.device or str(record.get("device")),
-            max_memory=deep.max_memory,
-            trust_remote_code=deep.trust_remote_code,
-            progress=lambda what, done, total: tell("recomputing" if what == "merging" else what, done, total),
-            notice=notice,
+            replace(options, device=device, progress=_as_recomputing(options.progress)),
         )
     other = differing(record["statistics"], statistics)
     found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]
@@ -273,7 +260,12 @@ def _changed_inputs(record: Mapping[str, Any], plan: Plan) -> Iterator[Differenc
         yield Difference(RECORD, None, f"inputs.{key}: is not what it was when it was merged")
 
 
-def _chosen(plan: Plan, deep: Deep) -> list[str]:
+def _as_recomputing(progress: Progress) -> Progress:
+    """The same progress with the step ``merging`` called ``recomputing``."""
+    return lambda step, done, total: progress("recomputing" if step == "merging" else step, done, total)
+
+
+def _chosen(plan: Plan, deep: DeepCheck) -> list[str]:
     """Some tensors, as good as drawn: those whose hash with the seed is smallest."""
     names = list(plan.stored)
     drawn = sorted(names, key=lambda name: hashlib.sha256(f"{deep.seed} {name}".encode()).digest())
@@ -329,7 +321,3 @@ class _Comparison:
             if count := self.differing[name]:
                 what = f"{count:,} of its {info.elements:,} values are not what its inputs make"
                 yield Difference(self.contents.file_of(name), name, what)
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""
