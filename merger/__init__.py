@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from merger._version import VERSION
 
 if TYPE_CHECKING:
-    from merger.engine.merge import Result, calibrate, merge
+    from merger.engine.calibrate import calibrate
+    from merger.engine.merge import Result, merge
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.evaluation import evaluate
     from merger.evaluation.search import search
@@ -51,7 +52,7 @@ _HOMES = {
     "RunOptions": "options",
     "Verification": "outputs.verify",
     "VerifyError": "errors",
-    "calibrate": "engine.merge",
+    "calibrate": "engine.calibrate",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "inspect_merge": "inspection",

@@ -14,6 +14,7 @@ from tasks import TASKS, demo_folder, file_of, recipe_of, text_of, write  # noqa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merger as library
+from merger.calibration import collect
 from merger.demo import tasks as demo_tasks
 from merger.errors import CheckpointError, RecipeError
 from merger.evaluation import evaluate, tasks
@@ -125,6 +126,34 @@ def test_a_merge_in_memory_has_the_bits_of_one_on_disk(demo_folder, tmp_path, be
         assert torch.equal(held.read(tensor).view(torch.uint8), expected.view(torch.uint8)), tensor
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert all(torch.equal(parameters[tensor], each.float()) for tensor, each in written.items())
+
+
+@pytest.mark.parametrize("name", ["obim", "regmean"])  # statistics before the merge, and Gram matrices with it
+def test_a_merge_in_memory_gives_hidden_states_the_memory_that_one_on_disk_gives(
+    demo_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    name,
+):
+    budgets = []
+
+    def recorded(*arguments, host_memory, **options):
+        budgets.append(host_memory)
+        return collect(*arguments, host_memory=host_memory, **options)
+
+    monkeypatch.setattr("merger.calibration.statistics.collect", recorded)
+    chosen = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out")})
+    options = RunOptions(device="cpu", max_memory=2 << 30)
+    monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "one"))
+    library.merge(chosen, options)
+    on_disk, budgets = budgets, []
+
+    monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "other"))
+    with Bench(options) as bench:
+        bench.merged(chosen)
+
+    assert len(on_disk) == 3
+    assert budgets == on_disk
 
 
 def test_a_merge_in_memory_answers_as_transformers_does_with_the_one_on_disk(demo_folder, tmp_path, bench):  # noqa: F811

@@ -25,7 +25,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Run the calibration of a recipe alone, and say where each expert's statistics are."""
-    from merger.engine.merge import calibrate as make_statistics
+    from merger.engine.calibrate import calibrate as make_statistics
 
     with flags.options() as options:
         paths = make_statistics(

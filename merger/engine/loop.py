@@ -6,31 +6,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
-from merger.calibration.statistics import Merged, Statistics, load
+from merger.calibration.statistics import Statistics, load
 from merger.checkpoint.safetensors_header import TORCH_NAMES
-from merger.engine.machine import Machine, dealt, tuned
+from merger.engine.machine import dealt, tuned
 from merger.engine.memory import SLICE, slice_rows
+from merger.engine.prepare import Prepared
 from merger.engine.reader import Reader, rounded
 from merger.engine.transfer import fetched
 from merger.errors import CheckpointError
 from merger.ops.questions import Flow, Max, Sum
-from merger.options import RunOptions
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import Ahead, settle
 from merger.planning.packed import Packed, pieces
-from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
+from merger.planning.plan import ExtraRows, Part, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Block = tuple[list[TensorPlan], Mapping[str, Statistics]]
-Blocks = Callable[[Merged], Iterable[Block]]
-"""Tensors that take Gram matrices, and these, as `grams` gives them to who can tell what is merged already."""
 
 
 class Sink(Protocol):
@@ -49,21 +44,14 @@ class Sink(Protocol):
 class Loop:
     """Carries the tensors of a plan through their stages, several slices side by side."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        machine: Machine,
-        statistics: Mapping[str, Path],
-        blocks: Blocks,
-        options: RunOptions,
-    ) -> None:
-        self.plan = plan
-        self.machine = machine
-        self.options = options
+    def __init__(self, prepared: Prepared) -> None:
+        self.plan = plan = prepared.plan
+        self.machine = prepared.machine
+        self.options = prepared.options
         self.notes = list(plan.notes)
         self.remarks: dict[str, list[str]] = {tensor.name: [] for tensor in plan.tensors}
-        self.statistics: Mapping[str, Statistics] = load(plan, statistics)
-        self.blocks = blocks
+        self.statistics: Mapping[str, Statistics] = load(plan, prepared.inputs.statistics)
+        self.blocks = prepared.inputs.blocks
         self.tensors = plan.tensors
         self.twins = {tensor.tied_to: tensor.name for tensor in plan.tensors if tensor.tied_to is not None}
         self.left = {tensor.name: len(tensor.parts) for tensor in plan.tensors}

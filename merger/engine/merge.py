@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import calibrate as statistics_files
-from merger.calibration.statistics import grams, keep_grams, origin, sources
+from merger.calibration.statistics import origin, sources
 from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
-from merger.engine.loop import Blocks, Loop, Sink
-from merger.engine.machine import Machine, peak_device_memory, peak_memory
+from merger.checkpoint.writer import Writer, json_bytes, write_bytes, write_json, write_text
+from merger.engine.loop import Loop
+from merger.engine.machine import peak_device_memory, peak_memory
 from merger.engine.manifest import RECORD, decisive, record_of
-from merger.engine.preflight import check_disk, check_place
+from merger.engine.prepare import Prepared, prepare
 from merger.errors import CheckpointError, RecipeError, UnreadableError
-from merger.ops import kernels
 from merger.options import RunOptions
-from merger.planning.plan import Plan
-from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
 
 
@@ -52,9 +47,6 @@ class Result:
         return asdict(self)
 
 
-_SLOW = "merger was installed without its compiled loops, so this takes several times as long; a C compiler makes them"
-
-
 def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = False) -> Result:
     """Merges the experts of ``recipe`` into a checkpoint folder, which appears when it is complete, or not at all.
 
@@ -62,93 +54,8 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     """
     began = time.monotonic()
     output = recipe.folder / Path(recipe.output.path).expanduser()
-    check_output(output, recipe.folders(), beside=recipe.surroundings(), force=force)  # before any download
-    plan = make_plan(recipe, offline=options.offline, headers_only=False)
-    try:
-        check_place(plan, output, force=force)
-        check_disk(plan, output)
-        machine = Machine.of(options.device, options.max_memory, plan)
-        if machine.device == "cpu" and not kernels.compiled():
-            options.notice(_SLOW)
-        options = replace(options, device=machine.device)
-        paths = statistics_files(plan, options, machine.hidden) if plan.needs_statistics else {}
-        blocks = partial(grams, plan, options, machine.hidden)
-        loop = Loop(plan, machine, paths, blocks, options)
-        return _Merge(loop, output, origin(paths)).run(began, force=force)
-    finally:
-        plan.close()
-
-
-def recompute(
-    plan: Plan,
-    names: Set[str],
-    sink: Sink,
-    options: RunOptions = RunOptions(),
-) -> dict[str, str]:
-    """Merges the tensors ``names`` of a plan again and gives their bytes to ``sink``, maybe others' too.
-
-    Returns the SHA-256 of the statistics that were used, by expert.
-    """
-    machine = Machine.of(options.device, options.max_memory, plan)
-    options = replace(options, device=machine.device)
-    paths = statistics_files(plan, options, machine.hidden) if plan.needs_statistics else {}
-    blocks = partial(grams, plan, options, machine.hidden)
-    carry_out(plan, machine, names, sink, paths, blocks, options)
-    return origin(paths)
-
-
-def carry_out(
-    plan: Plan,
-    machine: Machine,
-    names: Set[str],
-    sink: Sink,
-    statistics: Mapping[str, Path],
-    blocks: Blocks,
-    options: RunOptions,
-) -> None:
-    """Merges the tensors ``names`` of a plan into ``sink``, given the statistics files and Gram matrices it needs."""
-    Loop(plan, machine, statistics, blocks, options).run(names, sink)
-
-
-def calibrate(
-    recipe: Recipe, options: RunOptions = RunOptions(), *, to: Path | None = None, gram: bool = False
-) -> dict[str, Path]:
-    """Makes the statistics of a recipe's experts, or finds them; with ``to`` copies them to a folder.
-
-    With ``gram`` they hold Gram matrices, as large as the models, and are made in ``to`` itself, where an
-    unfinished one is gone on with. Returns the file or folder of each expert, as ``calibration: {stats: ...}`` of
-    a recipe takes them.
-    """
-    plan = make_plan(recipe, offline=options.offline, headers_only=False)
-    try:
-        machine = Machine.of(options.device, options.max_memory, plan)
-        options = replace(options, device=machine.device)
-        if gram:
-            _check_grams(plan)
-            return keep_grams(plan, options, machine.hidden, to)
-        if not plan.needs_statistics:
-            raise RecipeError(
-                "no stage of this recipe needs statistics that are kept: there is nothing to calibrate"
-                + (" (--gram keeps Gram matrices)" if any(tensor.gram for tensor in plan.tensors) else "")
-            )
-        paths = statistics_files(plan, options, machine.hidden)
-    finally:
-        plan.close()
-    if to is None:
-        return paths
-    to.mkdir(parents=True, exist_ok=True)
-    copies = {name: to / f"{name}.stats.safetensors" for name in paths}
-    for name, path in paths.items():
-        shutil.copyfile(path, copies[name])
-    return copies
-
-
-def _check_grams(plan: Plan) -> None:
-    """RecipeError if the recipe needs no Gram matrices, or none that can be made beforehand."""
-    if not any(tensor.gram for tensor in plan.tensors):
-        raise RecipeError("no stage of this recipe takes Gram matrices: there is nothing to keep with --gram")
-    if any(tensor.fed_by_merged for tensor in plan.tensors):
-        raise RecipeError("inputs: merged makes Gram matrices while it merges: there is nothing to keep with --gram")
+    with prepare(recipe, options, output, force=force) as prepared:
+        return _Merge(prepared, output).run(began, force=force)
 
 
 # --- the merge ------------------------------------------------------------------------------------
@@ -157,11 +64,11 @@ def _check_grams(plan: Plan) -> None:
 class _Merge:
     """One run: its loop, its writer, and what stands beside the weights."""
 
-    def __init__(self, loop: Loop, output: Path, statistics_origin: dict[str, str]) -> None:
-        self.loop, self.plan, self.machine = loop, loop.plan, loop.machine
-        self.options = loop.options
+    def __init__(self, prepared: Prepared, output: Path) -> None:
+        self.plan, self.machine, self.options = prepared.plan, prepared.machine, prepared.options
         self.output = output
-        self.statistics_origin = statistics_origin
+        self.statistics_origin = origin(prepared.inputs.statistics)
+        self.loop = Loop(prepared)
 
     def run(self, began: float, *, force: bool) -> Result:
         infos = self.plan.stored

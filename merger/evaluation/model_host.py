@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -16,25 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from merger.calibration.model import build
-from merger.calibration.statistics import Merged, Statistics, grams
-from merger.calibration.statistics import calibrate as statistics_files
 from merger.calibration.weights import Loader
 from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
 from merger.checkpoint.safetensors_header import Info
-from merger.engine.loop import Block
-from merger.engine.machine import Machine, chosen_devices
-from merger.engine.merge import carry_out
+from merger.engine.loop import Loop
+from merger.engine.machine import chosen_devices
+from merger.engine.prepare import prepare
 from merger.errors import RecipeError
+from merger.evaluation.shared_inputs import InputCache, SharedInputs
 from merger.options import RunOptions
-from merger.planning.plan import Plan, TensorPlan
-from merger.planning.planner import plan as make_plan
+from merger.planning.plan import Plan
 from merger.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KEPT_GRAMS = 4 << 30
-"""Bytes of Gram matrices that are kept for the next merge; more are made anew for each."""
 
 
 class Held(Checkpoint):
@@ -93,8 +87,7 @@ class Bench:
         self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._folder = tempfile.TemporaryDirectory(prefix="merger-")
         self._held: tuple[Held, Loader] | None = None
-        self._statistics: dict[str, dict[str, Path]] = {}
-        self._grams: dict[str, list[tuple[list[str], Mapping[str, Statistics]]]] = {}
+        self._cache = InputCache()
         self._told: set[str] = set()
         self._lock = Lock()
 
@@ -127,16 +120,15 @@ class Bench:
 
         The bytes are those that `merger run` writes. Raises what `merge` raises.
         """
-        plan = make_plan(recipe, offline=self.options.offline, headers_only=False)
-        try:
+        with prepare(recipe, self.options) as prepared:
+            plan = prepared.plan
             if plan.packed:
                 raise RecipeError(
                     "a pack holds each expert apart and is no model; judge what `merger extract` rebuilds"
                 )
             held, loader = self._room(plan)
-            self._merge(plan, held)
-        finally:
-            plan.close()
+            inputs = SharedInputs(plan, prepared.options, prepared.machine.hidden, self._cache)
+            Loop(replace(prepared, inputs=inputs)).run({*plan.stored}, _Fresh(held))
         loader.load("", held)
         return loader.model, held
 
@@ -155,16 +147,6 @@ class Bench:
             self._held = held, self._loaded(held)
         return self._held
 
-    # --- merges -----------------------------------------------------------------------------------
-
-    def _merge(self, plan: Plan, held: Held) -> None:
-        machine = Machine.of(self.options.device, self.options.max_memory, plan)
-        options = replace(self.options, device=machine.device)
-        names = {tensor.name for tensor in plan.tensors}
-        known = self._statistics_of(plan, options)
-        blocks = partial(self._blocks, plan, options)
-        carry_out(plan, machine, names, _Fresh(held), known, blocks, options)
-
     def _notice_once(self, message: str) -> None:
         """Passes a remark on when the first merge makes it."""
         with self._lock:
@@ -172,57 +154,6 @@ class Bench:
             self._told.add(message)
         if not heard:
             self._notice(message)
-
-    def _statistics_of(self, plan: Plan, options: RunOptions) -> dict[str, Path]:
-        """The experts' statistics files, looked for once."""
-        if not plan.needs_statistics:
-            return {}
-        key = _sources(plan)
-        if key not in self._statistics:
-            found = statistics_files(plan, options, options.max_memory)
-            self._statistics[key] = found
-        return self._statistics[key]
-
-    def _blocks(self, plan: Plan, options: RunOptions, merged: Merged) -> Iterator[Block]:
-        """The Gram matrices block by block: those of an earlier merge, or new ones, kept while there is room."""
-        wanted = {tensor.name: tensor for tensor in plan.tensors if tensor.gram}
-        key = json.dumps([_sources(plan), sorted(wanted)])
-        if key in self._grams:
-            for names, known in self._grams[key]:
-                yield [wanted[name] for name in names], known
-            return
-        fed = any(tensor.fed_by_merged for tensor in plan.tensors)  # then they are this merge's own
-        kept: list[tuple[list[str], Mapping[str, Statistics]]] | None = None if fed else []
-        size = 0
-        for ready, known in grams(plan, options, options.max_memory, merged):
-            if kept is not None:
-                kept.append(([tensor.name for tensor in ready], _of(ready, known)))
-                size += _bytes(kept[-1][1])
-                kept = kept if size <= KEPT_GRAMS else None
-            yield ready, known
-        if kept is not None:
-            self._grams[key] = kept
-
-
-def _sources(plan: Plan) -> str:
-    """What calibration depends on, as far as a recipe says it."""
-    recipe = plan.recipe
-    given = recipe.model_dump(mode="json", include={"base", "experts", "calibration", "seed"})
-    return json.dumps([str(recipe.folder), given])
-
-
-def _of(tensors: Sequence[TensorPlan], known: Mapping[str, Statistics]) -> Mapping[str, Statistics]:
-    """What these tensors need of the statistics."""
-    return {
-        expert: {name: have[name] for tensor in tensors if (name := tensor.reads[expert]) in have and name is not None}
-        for expert, have in known.items()
-    }
-
-
-def _bytes(known: Mapping[str, Statistics]) -> int:
-    """What Gram matrices take; layers that share an input share one."""
-    several = (each.gram for have in known.values() for each in have.values() if each.gram is not None)
-    return sum({gram.untyped_storage().data_ptr(): gram.nbytes for gram in several}.values())
 
 
 def forward_dtype(weights: Checkpoint, device: torch.device) -> torch.dtype:

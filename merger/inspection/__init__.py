@@ -9,19 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import calibrate as statistics_files
-from merger.calibration.statistics import grams, load
 from merger.engine import merge_inputs as manifests
-from merger.engine.machine import Machine, peak_memory
+from merger.engine.machine import peak_memory
 from merger.engine.manifest import is_packed
+from merger.engine.prepare import prepare
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.inspection import masks
 from merger.inspection.counters import Wanted
 from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
-from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
+from merger.inspection.walk import Walk, Watch, between_stages, finished, task_vectors
 from merger.options import RunOptions
 from merger.planning.plan import Plan
-from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
 
 __all__ = [
@@ -51,18 +49,11 @@ def inspect(
     ``picture`` names a tensor whose kept positions are mapped, ``rank`` asks for effective ranks and ``curves`` for
     overlap and balance against density. Raises a `MergerError` as `merge` does.
     """
-    plan = make_plan(recipe, offline=options.offline, headers_only=False)
-    try:
-        if any(tensor.fed_by_merged for tensor in plan.tensors):
+    with prepare(recipe, options) as prepared:
+        if any(tensor.fed_by_merged for tensor in prepared.plan.tensors):
             raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
-        machine = Machine.of(options.device, options.max_memory, plan)
-        options = replace(options, device=machine.device)
-        paths = statistics_files(plan, options, machine.hidden) if plan.needs_statistics else {}
-        blocks = grams(plan, options, machine.hidden, _never_merged)
-        walk = Walk(plan, machine, load(plan, paths), options, _wanted(plan, picture, rank, curves))
-        return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts), blocks)
-    finally:
-        plan.close()
+        walk = Walk(prepared, _wanted(prepared.plan, picture, rank, curves))
+        return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts))
 
 
 def inspect_model(
@@ -77,13 +68,9 @@ def inspect_model(
     """Looks at where one fine-tune changed its base; both are folders or Hub repositories."""
     name = manifests.expert_name(model)
     written = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
-    plan = make_plan(Recipe.parse(written), offline=options.offline, headers_only=False)
-    try:
-        machine = Machine.of("cpu", options.max_memory, plan)
-        walk = Walk(plan, machine, {}, options, _wanted(plan, picture, rank, curves))
+    with prepare(Recipe.parse(written), replace(options, device="cpu")) as prepared:
+        walk = Walk(prepared, _wanted(prepared.plan, picture, rank, curves))
         return _seen(walk, task_vectors, "model", base, [name])
-    finally:
-        plan.close()
 
 
 def inspect_merge(
@@ -110,20 +97,19 @@ def inspect_merge(
     if is_packed(record):
         return _told(known, masks.told(folder, record, experts), options)
     try:
-        plan = make_plan(manifests.beside(record, folder, label, inputs), offline=True, headers_only=False)
+        recipe = manifests.beside(record, folder, label, inputs)
+        prepared = prepare(recipe, replace(options, device="cpu", offline=True))
     except (CheckpointError, RecipeError) as error:
         why = f"shares cannot be told from the weights: {error}; --inputs says where they are"
         return _told(known, [why], options)
-    try:
+    with prepared:
+        plan = prepared.plan
         changed = manifests.changed(record, plan)
         if changed is not None:
             return _told(known, [f"{changed}, so shares cannot be told from the weights"], options)
-        machine = Machine.of("cpu", options.max_memory, plan)
-        walk = Walk(plan, machine, {}, options, _wanted(plan, picture, rank, curves))
+        walk = Walk(prepared, _wanted(plan, picture, rank, curves))
         seen = _seen(walk, partial(finished, plan.models[label]), "merge", base, experts)
         return replace(seen, made=made, copied=copied)
-    finally:
-        plan.close()
 
 
 def _told(known: Inspection, notes: Sequence[str], options: RunOptions) -> Inspection:
@@ -133,12 +119,12 @@ def _told(known: Inspection, notes: Sequence[str], options: RunOptions) -> Inspe
     return replace(known, notes=list(notes))
 
 
-def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str], blocks: Blocks = ()) -> Inspection:
+def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str]) -> Inspection:
     began = time.monotonic()
     plan = walk.plan
     for note in plan.notes:
         walk.options.notice(note)
-    walk.run(watch, blocks)
+    walk.run(watch)
     return Inspection(
         format=FORMAT,
         subject=subject,
@@ -161,7 +147,3 @@ def _wanted(plan: Plan, picture: str | None, rank: bool, curves: bool) -> Wanted
     if picture is not None and picture not in names:
         raise RecipeError(f"--tensor {picture}: no such tensor is merged; {nearest(picture, names[:40])}")
     return Wanted(picture, rank, curves)
-
-
-def _never_merged(name: str) -> None:
-    """Nothing is merged by looking."""

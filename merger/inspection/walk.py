@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -12,18 +12,18 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from merger._lazy import torch
-from merger.calibration.statistics import Statistics
-from merger.engine.machine import Machine, tuned
+from merger.calibration.statistics import load
+from merger.engine.machine import tuned
+from merger.engine.prepare import Prepared
 from merger.engine.reader import Reader, rounded
 from merger.inspection.counters import TASK_VECTORS, Key, Tally, Wanted
 from merger.inspection.curves import levels
 from merger.inspection.report import Curve, Curves, Facts, Merged, Picture, View, curve, facts
 from merger.inspection.sums import Outcome, Sums, Vectors, endings
 from merger.ops.questions import Flow, Max, Sum
-from merger.options import RunOptions
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import Ahead, settle
-from merger.planning.plan import Part, Plan, TensorPlan
+from merger.planning.plan import Part, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Sums)
 RESULT = "result"
-Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
-"""Tensors that take Gram matrices, and these, as `statistics.grams` gives them."""
 Watch = Callable[["Tally", TensorPlan, "Tensor", Slice, Subject], Flow[None]]
 """Carries one slice of a part, whose tally it shows what there is to see."""
 
@@ -41,36 +39,33 @@ Watch = Callable[["Tally", TensorPlan, "Tensor", Slice, Subject], Flow[None]]
 class Walk:
     """One inspection on its way; afterwards it says what it saw."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        machine: Machine,
-        statistics: Mapping[str, Statistics],
-        options: RunOptions,
-        wanted: Wanted,
-    ) -> None:
-        self.plan, self.machine, self.statistics = plan, machine, statistics
-        self.options = options
+    def __init__(self, prepared: Prepared, wanted: Wanted) -> None:
+        self.plan, self.machine, self.options = prepared.plan, prepared.machine, prepared.options
+        self.inputs = prepared.inputs
         self.wanted = wanted
         self.work = [
             (tensor, part, Tally(tensor, part, wanted))
-            for tensor in plan.tensors
+            for tensor in self.plan.tensors
             if tensor.stages
             for part in tensor.parts
         ]
         self.lock = Lock()
         self.done_bytes = 0
-        self.total_bytes = sum(plan.bytes_of(t, part.rows * part.columns) for t, part, _ in self.work)
+        self.total_bytes = sum(self.plan.bytes_of(t, part.rows * part.columns) for t, part, _ in self.work)
 
-    def run(self, watch: Watch, blocks: Blocks = ()) -> None:
-        """Visits every tensor until nothing is left to see; what takes Gram matrices, as ``blocks`` brings them."""
+    def run(self, watch: Watch) -> None:
+        """Visits every tensor until nothing is left to see; what takes Gram matrices, block by block."""
         with ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices:
             reader = Reader(
-                self.plan, self.machine, self.statistics, lambda _, message: self.options.notice(message), slices.map
+                self.plan,
+                self.machine,
+                load(self.plan, self.inputs.statistics),
+                lambda _, message: self.options.notice(message),
+                slices.map,
             )
             try:
                 self._settle(reader, watch, [tensor for tensor in self.plan.tensors if not tensor.gram])
-                for ready, statistics in blocks:
+                for ready, statistics in self.inputs.blocks(_never_merged):
                     self._settle(replace(reader, statistics=statistics), watch, ready)
             except BaseException:
                 slices.shutdown(wait=False, cancel_futures=True)
@@ -131,6 +126,10 @@ class Walk:
             name: curve(sums, experts) for name, sums in _grouped(seen, lambda t: (None, t.kind)).items()
         }
         return Curves(whole=drawn.pop(None), kinds=drawn)
+
+
+def _never_merged(name: str) -> None:
+    """Nothing is merged by looking."""
 
 
 # --- what is watched ------------------------------------------------------------------------------

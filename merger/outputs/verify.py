@@ -7,18 +7,19 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from merger._lazy import torch
+from merger.calibration.statistics import origin
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.safetensors_header import ITEM_SIZE
+from merger.engine.loop import Loop
 from merger.engine.manifest import FORMAT, RECORD, differing, inputs_of, portable, stored_as, stored_tensors, versions
-from merger.engine.merge import recompute
+from merger.engine.prepare import prepare
 from merger.errors import CheckpointError, RecipeError, VerifyError
 from merger.options import Progress, RunOptions
 from merger.outputs.consistency import (
@@ -32,7 +33,6 @@ from merger.outputs.consistency import (
     tokenizer_differences,
 )
 from merger.planning.plan import Plan
-from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
 
 WEIGHTS = (".safetensors", ".bin")
@@ -214,18 +214,16 @@ def _recompute(
         )
     device = str(record.get("device")) if options.device == "auto" else options.device
     recipe = _recipe(contents, record, deep.recipe)
-    with closing(make_plan(recipe, offline=options.offline, headers_only=False)) as plan:
+    options = replace(options, device=device, progress=_as_recomputing(options.progress))
+    with prepare(recipe, options) as prepared:
+        plan = prepared.plan
         changed = list(_changed_inputs(record, plan))
         if changed:  # what is made of other inputs says nothing
             return (), changed
         names = _chosen(plan, deep)
         comparison = _Comparison(contents, plan, names)
-        statistics = recompute(
-            plan,
-            frozenset(comparison.places),
-            comparison,
-            replace(options, device=device, progress=_as_recomputing(options.progress)),
-        )
+        Loop(prepared).run(frozenset(comparison.places), comparison)
+        statistics = origin(prepared.inputs.statistics)
     other = differing(record["statistics"], statistics)
     found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]
     return tuple(names), [*found, *comparison.differences()]
