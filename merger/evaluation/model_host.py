@@ -18,8 +18,8 @@ from merger.calibration.model import build
 from merger.calibration.weights import Loader
 from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
 from merger.checkpoint.safetensors_header import Info
-from merger.engine.loop import Loop
 from merger.engine.machine import chosen_devices
+from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
 from merger.errors import RecipeError
 from merger.evaluation.shared_inputs import InputCache, SharedInputs
@@ -128,7 +128,8 @@ class Bench:
                 )
             held, loader = self._room(plan)
             inputs = SharedInputs(plan, prepared.options, prepared.machine.hidden, self._cache)
-            Loop(replace(prepared, inputs=inputs)).run({*plan.stored}, _Fresh(held))
+            schedule = merge_schedule(replace(prepared, inputs=inputs), plan.stored.keys())
+            schedule.run(MergeSink(schedule, _Fresh(held)))
         loader.load("", held)
         return loader.model, held
 

@@ -136,7 +136,7 @@ def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[s
         copied={tensor.name: tensor.source for tensor in plan.tensors if not tensor.stages},
         notes=list(plan.notes),
         seconds=round(time.monotonic() - began, 3),
-        bytes_read=walk.done_bytes,
+        bytes_read=walk.progress.done,
         peak_memory_bytes=peak_memory(),
     )
 

@@ -17,8 +17,8 @@ from merger.calibration.statistics import origin
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.safetensors_header import ITEM_SIZE
-from merger.engine.loop import Loop
 from merger.engine.manifest import FORMAT, RECORD, differing, inputs_of, portable, stored_as, stored_tensors, versions
+from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
 from merger.errors import CheckpointError, RecipeError, VerifyError
 from merger.options import Progress, RunOptions
@@ -222,7 +222,8 @@ def _recompute(
             return (), changed
         names = _chosen(plan, deep)
         comparison = _Comparison(contents, plan, names)
-        Loop(prepared).run(frozenset(comparison.places), comparison)
+        schedule = merge_schedule(prepared, comparison.places.keys())
+        schedule.run(MergeSink(schedule, comparison))
         statistics = origin(prepared.inputs.statistics)
     other = differing(record["statistics"], statistics)
     found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]

@@ -85,20 +85,24 @@ def flow(
 
     ``look`` is shown what stage i leaves, once more each time the flow is started again.
     """
-    return (yield from _through(stages, part.deltas, _supplies(part, subject), look))
+    return _run_stages(stages, part.deltas, _supplies(part, subject), look)
 
 
-def _through(
+def _run_stages(
     stages: Sequence[Bound],
     deltas: Tensor,
     known: Mapping[str, Any],
     look: Callable[[int, Tensor], None] = unseen,
 ) -> Flow[Tensor]:
+    """Runs stages on deltas [k r c], each on the result of the one before; ``known`` is what they may ask for."""
     for i, stage in enumerate(stages):
         given = {**known, "deltas": deltas, "inside": partial(_inside, stage.inner, known)}
-        if stage.score is not None:
-            given["scores"] = yield from _call(stage.score, given)
-        deltas = yield from _call(stage, given)
+        for name, step in (("scores", stage.score), ("deltas", stage)):
+            if step is not None:
+                supplies = [given[supply] for supply in supplied(step.entry.function)]
+                result = step.entry.function(*supplies, **step.values)
+                given[name] = (yield from result) if inspect.isgenerator(result) else result
+        deltas = given["deltas"]
         look(i, deltas)
     return deltas
 
@@ -111,7 +115,7 @@ def _inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -
         drawn: Tensor = known["uniform"](purpose, double=double)
         return drawn[:, :rows]
 
-    running = _through(stages, deltas, {**known, "originals": deltas, "uniform": uniform})
+    running = _run_stages(stages, deltas, {**known, "originals": deltas, "uniform": uniform})
     try:
         question = next(running)
         while True:
@@ -119,13 +123,6 @@ def _inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -
     except StopIteration as done:
         merged: Tensor = done.value
         return merged
-
-
-def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
-    needed = [known[name] for name in supplied(stage.entry.function)]
-    result = stage.entry.function(*needed, **stage.values)
-    merged: Tensor = (yield from result) if inspect.isgenerator(result) else result
-    return merged
 
 
 def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:

@@ -165,14 +165,8 @@ class _Visit:
         self.counters.append(mine)
         return replace(question, add=_counted)
 
-    def joined(self, parts: Iterable[Question | None]) -> Sum | Max | None:
+    def joined(self, asked: Question | None, total: Tensor | None) -> Sum | Max | None:
         """The open question, if there is one, with what all slices together have of the answer."""
-        asked: Question | None = None
-        total: Tensor | None = None
-        for part in parts:
-            asked = part
-            if isinstance(part, Sum | Max):
-                total = part.joined(total)
         if isinstance(asked, Tally):
             total = reduce(torch.add, self.counters)
             asked = asked.of_all(total)
@@ -205,6 +199,11 @@ class _Rehearsal(_Visit):
         return super()._answer(i, question, place)
 
 
+def _joined(part: Question | None, total: Tensor | None) -> Tensor | None:
+    """The answer to an open question so far, together with the part of one more slice."""
+    return part.joined(total) if isinstance(part, Sum | Max) else total
+
+
 def _counted(into: Tensor) -> None:
     """Is in the counters of its pass already."""
 
@@ -230,7 +229,10 @@ def run(
     """
     visit = _Visit(start, sizes, known, {} if ahead is None else ahead, hold, rehearse)
     while True:
-        question = visit.joined(mapper(visit.step, range(count)))
+        part, total = None, None
+        for part in mapper(visit.step, range(count)):
+            total = _joined(part, total)
+        question = visit.joined(part, total)
         if question is None or question.scope == "global":
             visit.pass_on()
             return question
@@ -243,31 +245,57 @@ def rehearsal(start: Callable[[], Flow[Any]], size: int) -> list[Any]:
     As if the sample were the whole tensor, up to a question about the whole model.
     """
     visit = _Rehearsal(lambda _: start(), Sizes(size, size), (), {}, hold=True)
-    while (question := visit.joined([visit.step(0)])) is not None and question.scope != "global":
+    while True:
+        part = visit.step(0)
+        question = visit.joined(part, _joined(part, None))
+        if question is None or question.scope == "global":
+            return visit.found
         visit.tell(question)
-    return visit.found
 
 
-def settle(
-    groups: Sequence[Hashable],
-    visit: Callable[[int, Sequence[Any], Ahead], Sum | Max | None],
-) -> None:
-    """Visits every tensor until none has an open question about all tensors of its group.
+class Ranking:
+    """The passes over tensors of which those of a group are ranked together, until no tensor has an open question.
 
-    ``visit(i, known, ahead)`` is `run` on tensor i. Tensors are visited in order, which for a shared
-    ranking is the canonical one: equal scores go to the earlier tensor (methods.md 0.4).
+    It iterates over the numbers of the tensors to visit, pass after pass, in order. For a shared ranking that is the
+    canonical order, so that equal scores go to the earlier tensor. A visit is `run` with the tensor's `answers` and
+    `ahead`; `record` takes the question that it ends with.
     """
-    known: dict[Hashable, list[Any]] = defaultdict(list)
-    waiting = list(range(len(groups)))
-    while waiting:
-        ahead: dict[Hashable, Ahead] = defaultdict(dict)
-        totals: dict[Hashable, Any] = {}
-        open_: list[int] = []
-        for i in waiting:
-            question = visit(i, known[groups[i]], ahead[groups[i]])
-            if question is not None:
-                totals[groups[i]] = question.joined(totals.get(groups[i]))
-                open_.append(i)
-        for group, total in totals.items():
-            known[group].append(total)
-        waiting = open_
+
+    def __init__(self, groups: Sequence[Hashable]) -> None:
+        self._groups = groups
+        self._answers: dict[Hashable, list[Any]] = defaultdict(list)
+        self._ahead: dict[Hashable, Ahead] = defaultdict(dict)
+        self._totals: dict[Hashable, Any] = {}
+        self._open: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        waiting = list(range(len(self._groups)))
+        while waiting:
+            yield from waiting
+            for group, total in self._totals.items():
+                self._answers[group].append(total)
+            waiting, self._open = self._open, []
+            self._totals.clear()
+            self._ahead.clear()
+
+    def answers(self, i: int) -> Sequence[Any]:
+        """What earlier passes have answered about all tensors of the group of tensor ``i``."""
+        return self._answers[self._groups[i]]
+
+    def ahead(self, i: int) -> Ahead:
+        """The sums over the tensors of its group that this pass has visited before tensor ``i``."""
+        return self._ahead[self._groups[i]]
+
+    def record(self, i: int, question: Sum | Max | None) -> None:
+        """Joins the open question of tensor ``i`` to those of its group; None where the tensor is finished."""
+        if question is not None:
+            group = self._groups[i]
+            self._totals[group] = question.joined(self._totals.get(group))
+            self._open.append(i)
+
+
+def settle(groups: Sequence[Hashable], visit: Callable[[int, Sequence[Any], Ahead], Sum | Max | None]) -> None:
+    """Visits tensors by ``visit(i, answers, ahead)`` until none has an open question, as `Ranking` says."""
+    ranking = Ranking(groups)
+    for i in ranking:
+        ranking.record(i, visit(i, ranking.answers(i), ranking.ahead(i)))
