@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from merger.calibration.statistics import origin, sources
-from merger.checkpoint import side_files as manifest
+from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, json_bytes, write_bytes, write_json, write_text
+from merger.checkpoint.writer import Writer, json_bytes, write_bytes, write_text
 from merger.engine.machine import peak_device_memory, peak_memory
-from merger.engine.manifest import RECORD, decisive, record_of
+from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import Prepared, prepare
 from merger.errors import CheckpointError, RecipeError, UnreadableError
@@ -136,23 +136,23 @@ def _write_side_files(
 ) -> None:
     """Writes config, tokenizer, manifest and card beside the weights."""
     plan, folder = prepared.plan, writer.folder
-    copied = manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
-    files = manifest.copy_side_files(copied, folder)
+    copied = side_files.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
+    files = side_files.copy_side_files(copied, folder)
     config = json_bytes(plan.config)
     write_bytes(folder / "config.json", config)
     files["config.json"] = hashlib.sha256(config).hexdigest()
-    record = record_of(
+    manifest = Manifest.of_merge(
         plan,
         prepared.machine.device,
-        hashes,
-        writer.digests(),
-        dict(sorted(files.items())),
-        sources(plan),
-        statistics,
-        notes,
+        inputs=hashes,
+        shards=writer.digests(),
+        files=files,
+        calibration=sources(plan),
+        statistics=statistics,
+        notes=notes,
     )
-    write_json(folder / RECORD, record)
-    card = manifest.card(writer.path.name, record["inputs"], record["recipe"], _counts(plan), plan.packed)
+    manifest.write(folder)
+    card = side_files.card(writer.path.name, manifest.inputs, manifest.recipe, _counts(plan), plan.packed)
     write_text(folder / "README.md", card)
 
 

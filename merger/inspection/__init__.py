@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.engine import merge_inputs as manifests
 from merger.engine.machine import peak_memory
-from merger.engine.manifest import is_packed
+from merger.engine.manifest import RECORD, Manifest
 from merger.engine.prepare import prepare
+from merger.engine.recorded_recipe import changed_input, expert_name, recipe_with_merge, unused_name
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.inspection import masks
 from merger.inspection.counters import Wanted
@@ -66,7 +66,7 @@ def inspect_model(
     curves: bool = False,
 ) -> Inspection:
     """Looks at where one fine-tune changed its base; both are folders or Hub repositories."""
-    name = manifests.expert_name(model)
+    name = expert_name(model)
     written = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
     with prepare(Recipe.parse(written), replace(options, device="cpu")) as prepared:
         walk = Walk(prepared, _wanted(prepared.plan, picture, rank, curves))
@@ -88,23 +88,24 @@ def inspect_merge(
     Where an input is gone or another one by now, only what the manifest says is told, and why. Nothing is
     downloaded: what came from the Hub is looked for in its cache.
     """
-    record = manifests.read(folder)
-    made, experts = manifests.summary(record), list(record["recipe"]["experts"])
-    copied = manifests.copied(record)
+    if not (folder / RECORD).is_file():
+        raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give --base for a fine-tune")
+    manifest = Manifest.read(folder)
+    made, experts, copied = manifest.summary(), manifest.experts, manifest.copied
     base = made["inputs"]["base"]
-    label = manifests.unlike("merged", experts)
+    label = unused_name("merged", experts)
     known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=made)
-    if is_packed(record):
-        return _told(known, masks.told(folder, record, experts), options)
+    if manifest.is_packed:
+        return _told(known, masks.told(folder, manifest.content, experts), options)
     try:
-        recipe = manifests.beside(record, folder, label, inputs)
+        recipe = recipe_with_merge(manifest, folder, label, inputs)
         prepared = prepare(recipe, replace(options, device="cpu", offline=True))
     except (CheckpointError, RecipeError) as error:
         why = f"shares cannot be told from the weights: {error}; --inputs says where they are"
         return _told(known, [why], options)
     with prepared:
         plan = prepared.plan
-        changed = manifests.changed(record, plan)
+        changed = changed_input(manifest, plan)
         if changed is not None:
             return _told(known, [f"{changed}, so shares cannot be told from the weights"], options)
         walk = Walk(prepared, _wanted(plan, picture, rank, curves))

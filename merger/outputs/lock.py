@@ -13,13 +13,12 @@ from threading import Lock
 from typing import Any
 
 from merger.calibration.statistics import sources
-from merger.checkpoint import hub
-from merger.checkpoint import side_files as manifest
+from merger.checkpoint import hub, side_files
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, note, noted, sha256
 from merger.checkpoint.writer import json_bytes, write_json
-from merger.engine.manifest import RECORD, differing, fates, portable, sources_of, versions
-from merger.errors import MergerError, RecipeError
+from merger.engine.manifest import Manifest, differing, portable, sources_of, tensor_records, versions
+from merger.errors import CheckpointError, MergerError, RecipeError
 from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
@@ -66,17 +65,17 @@ def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()
     """
     output = recipe.folder / Path(recipe.output.path).expanduser()
     try:
-        record = json.loads((output / RECORD).read_bytes())
-        made = {**{key: record[key] for key in _PARTS}, "tensors": _hash(record["tensors"])}
-        shards = {output / file: str(sha) for file, sha in record["shards"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        manifest = Manifest.read(output)
+    except CheckpointError:
         return False
+    made = {**{key: manifest.content[key] for key in _PARTS}, "tensors": _hash(manifest.tensors)}
     if _differing(_read(Path(path)), made):
         return False
     try:
         whole_merge(output)
     except MergerError:
         return False
+    shards = {output / file: str(sha) for file, sha in manifest.shards.items()}
     unread = {file: sha for file, sha in shards.items() if not (trust_mtime and noted(file) == sha)}
     return _have(unread, options.progress)
 
@@ -116,7 +115,7 @@ def _resolved(recipe: Recipe, *, offline: bool) -> dict[str, Any]:
             "inputs": {label: _input(made, label, offline=offline) for label in made.models},
             "calibration": sources(made),
             "files": _files(made),
-            "tensors": _hash(fates(made)),
+            "tensors": _hash(tensor_records(made)),
         }
     unknown = [name for name, sha in sources(made).items() if sha is None]
     if unknown:
@@ -146,7 +145,7 @@ def _content(model: Checkpoint, source: str, files: list[Path], label: str, *, o
 
 def _files(made: Plan) -> dict[str, str]:
     """The SHA-256 of each file that will stand beside the weights."""
-    copied = manifest.side_files(made.base.directory, made.models[made.tokenizer].directory)
+    copied = side_files.side_files(made.base.directory, made.models[made.tokenizer].directory)
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in copied.items()}
     return {**found, "config.json": hashlib.sha256(json_bytes(made.config)).hexdigest()}
 

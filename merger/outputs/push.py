@@ -55,7 +55,7 @@ def push(
     from huggingface_hub import HfApi, constants
 
     folder = Path(directory)
-    record = whole_merge(folder)
+    manifest = whole_merge(folder)
     if "/" not in repository or "@" in repository or not is_repository(repository):
         raise RecipeError(f"{repository}: is no name of a repository; give it as org/name")
     if constants.HF_HUB_OFFLINE:
@@ -68,8 +68,8 @@ def push(
         _refuse_strangers(before, folder)
         _upload(api, folder, repository)
         after = _looked_up(api, repository)
-    _compare(after, record["shards"])
-    return Pushed(repository, after.sha or "", bool(after.private), after.sha == before.sha, len(record["shards"]))
+    _compare(after, manifest.shards)
+    return Pushed(repository, after.sha or "", bool(after.private), after.sha == before.sha, len(manifest.shards))
 
 
 def _looked_up(api: HfApi, repository: str) -> ModelInfo:
