@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
 from merger.ops import kernels
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RatioOf = Literal["total", "remaining"]
-T = TypeVar("T")
 
 
 def count(share: Fraction, of: int) -> int:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.ops.arithmetic import uniforms
-from merger.ops.questions import Flow, Size
+from merger.ops.questions import Flow
 from merger.pipeline.parameters import Place
+from merger.pipeline.passes import Sizes, run_slices
 from merger.pipeline.registry import supplied
 from merger.pipeline.stages import Bound
 
@@ -95,7 +96,7 @@ def _through(
     look: Callable[[int, Tensor], None] = unseen,
 ) -> Flow[Tensor]:
     for i, stage in enumerate(stages):
-        given = {**known, "deltas": deltas, "inside": partial(_inside, stage.inner, known)}
+        given = {**known, "deltas": deltas, "inside": partial(_merge_inside, stage.inner, known)}
         if stage.score is not None:
             given["scores"] = yield from _call(stage.score, given)
         deltas = yield from _call(stage, given)
@@ -103,22 +104,24 @@ def _through(
     return deltas
 
 
-def _inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -> Flow[Tensor]:
-    """Runs an inner method on the whole of other task vectors [k r' c], r' <= r: a share is one of theirs."""
+def _merge_inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -> Tensor:
+    """Runs an inner method on other task vectors [k r' c], r' <= r: a density is a share of one of them. [r' c]
+
+    A stage with an inner method sees the whole matrix as one slice, so all questions are answered here.
+    """
     rows = deltas.shape[1]
+    merged: list[Tensor] = []
 
     def uniform(purpose: str, *, double: bool = False) -> Tensor:
-        drawn: Tensor = known["uniform"](purpose, double=double)
-        return drawn[:, :rows]
+        draws: Tensor = known["uniform"](purpose, double=double)
+        return draws[:, :rows]
 
-    running = _through(stages, deltas, {**known, "originals": deltas, "uniform": uniform})
-    try:
-        question = next(running)
-        while True:
-            question = running.send(deltas[0].numel() if isinstance(question, Size) else (yield question))
-    except StopIteration as done:
-        merged: Tensor = done.value
-        return merged
+    def carry(_: int) -> Flow[None]:
+        merged.append((yield from _through(stages, deltas, {**known, "originals": deltas, "uniform": uniform})))
+
+    size = deltas[0].numel()
+    run_slices(1, carry, sizes=Sizes(size, size), hold=True)
+    return merged[0]
 
 
 def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:

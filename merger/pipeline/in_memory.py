@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.ops import kernels
-from merger.ops.questions import Flow, Max, Sum
+from merger.ops.questions import Flow
 from merger.ops.rounding import restored
 from merger.pipeline.flow import Inputs, Slice, Subject, flow
 from merger.pipeline.parameters import Place
-from merger.pipeline.passes import Ahead, Sizes, run, settle
+from merger.pipeline.passes import EarlierSums, ModelTotals, OpenTotal, Sizes, run_slices, run_tensors
 from merger.pipeline.registry import Stage
 from merger.pipeline.stages import bind, expand, natural, rebuilt, step_rows
 
@@ -42,7 +42,7 @@ def merge_tensors(
     merged = {name: torch.empty(base[name].shape, device=base[name].device) for name in names}
     model = sum(base[name].numel() for name in names)
 
-    def visit(i: int, known: Sequence[Any], ahead: Ahead) -> Sum | Max | None:
+    def visit(i: int, model_totals: ModelTotals, earlier_sums: EarlierSums) -> OpenTotal | None:
         name = names[i]
         whole = _matrix(base[name])
         if not whole.numel():
@@ -71,9 +71,11 @@ def merge_tensors(
             delta = rebuilt(stages[-1], made, place.experts.index(expert or place.experts[0])) if packed else made
             _matrix(merged[name])[part] = restored(stored, piece.base, piece.deltas, delta, torch.float32)
 
-        return run(len(firsts), carry, sizes=Sizes(whole.numel(), model), known=known, ahead=ahead)
+        return run_slices(
+            len(firsts), carry, sizes=Sizes(whole.numel(), model), model_totals=model_totals, earlier_sums=earlier_sums
+        )
 
-    settle([0] * len(names), visit)
+    run_tensors([0] * len(names), visit)
     return merged
 
 
