@@ -106,8 +106,8 @@ def top(scores: Tensor, free: Tensor | None, counts: list[int], scope: Whole) ->
     cut = yield from _cut(loops, keys, free, counts, scope)
     if cut.room == cut.size:
         return loops.mark_top(keys, free, cut.last, cut.room)
-    before = yield PrefixSum(partial(loops.count_equal, keys, free, cut.last), scope)
-    room = [space - taken for space, taken in zip(cut.room, before.tolist(), strict=True)]
+    sums = yield PrefixSum(partial(loops.count_equal, keys, free, cut.last), scope)
+    room = [space - count for space, count in zip(cut.room, sums.tolist(), strict=True)]
     return loops.mark_top(keys, free, cut.last, room)
 
 
@@ -116,9 +116,9 @@ def _cut(loops: Any, keys: Any, free: Tensor | None, counts: list[int], scope: W
     experts = len(keys)
     ranges: list[range] | None = yield SampleHint(scope)
     if ranges is not None and None not in ranges:
-        near = partial(loops.tally_near, keys, free, [keys_near.start for keys_near in ranges])
+        tally_near = partial(loops.tally_near, keys, free, [keys_near.start for keys_near in ranges])
         shape = experts, 1 + max(map(len, ranges))
-        cut: Cut | None = yield Tally(near, shape, scope, partial(_cut_near, counts, ranges))
+        cut: Cut | None = yield Tally(tally_near, shape, scope, partial(_cut_near, counts, ranges))
         if cut is not None:
             return cut
     high = partial(loops.tally_high, keys, free)
@@ -174,12 +174,12 @@ def _cut_near(counts: Sequence[int], ranges: Sequence[range], tally: Tensor) -> 
 
     None where the last key of some expert is outside its range.
     """
-    inside = [n - above for n, above in zip(counts, tally[:, 0].tolist(), strict=True)]
+    remaining = [n - above for n, above in zip(counts, tally[:, 0].tolist(), strict=True)]
     low = tally[:, 1:].view(len(tally), -1, kernels.LOW)
     high = low.sum(2)
-    if any(not 0 <= n <= total for n, total in zip(inside, high.sum(1).tolist(), strict=True)):
+    if any(not 0 <= n <= total for n, total in zip(remaining, high.sum(1).tolist(), strict=True)):
         return None
-    buckets = cut_of(inside, high)
+    buckets = cut_of(remaining, high)
     cut = _cut_within(buckets, low[range(len(low)), buckets.last])
     return cut._replace(last=[keys.start + key for keys, key in zip(ranges, cut.last, strict=True)])
 

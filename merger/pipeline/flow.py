@@ -31,9 +31,9 @@ class Inputs:
 
     def on(self, device: torch.device) -> Inputs:
         """The same, where a slice is."""
-        several = self.second_moment, self.mean, self.gram, self.token_share
-        there = [None if each is None else each.to(device) for each in several]
-        return self if all(each is own for each, own in zip(there, several, strict=True)) else Inputs(*there)
+        values = self.second_moment, self.mean, self.gram, self.token_share
+        moved = [None if value is None else value.to(device) for value in values]
+        return self if all(value is original for value, original in zip(moved, values, strict=True)) else Inputs(*moved)
 
     @cached_property
     def reached(self) -> Tensor | None:
@@ -92,19 +92,19 @@ def flow(
 def _through(
     stages: Sequence[Bound],
     deltas: Tensor,
-    known: Mapping[str, Any],
+    supplies: Mapping[str, Any],
     look: Callable[[int, Tensor], None] = unseen,
 ) -> Flow[Tensor]:
     for i, stage in enumerate(stages):
-        given = {**known, "deltas": deltas, "inside": partial(_merge_inside, stage.inner, known)}
+        stage_supplies = {**supplies, "deltas": deltas, "inside": partial(_merge_inside, stage.inner, supplies)}
         if stage.score is not None:
-            given["scores"] = yield from _call(stage.score, given)
-        deltas = yield from _call(stage, given)
+            stage_supplies["scores"] = yield from _call(stage.score, stage_supplies)
+        deltas = yield from _call(stage, stage_supplies)
         look(i, deltas)
     return deltas
 
 
-def _merge_inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -> Tensor:
+def _merge_inside(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: Tensor) -> Tensor:
     """Runs an inner method on other task vectors [k r' c], r' <= r: a density is a share of one of them. [r' c]
 
     A stage with an inner method sees the whole matrix as one slice, so all questions are answered here.
@@ -113,20 +113,20 @@ def _merge_inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Ten
     merged: list[Tensor] = []
 
     def uniform(purpose: str, *, double: bool = False) -> Tensor:
-        draws: Tensor = known["uniform"](purpose, double=double)
+        draws: Tensor = supplies["uniform"](purpose, double=double)
         return draws[:, :rows]
 
     def carry(_: int) -> Flow[None]:
-        merged.append((yield from _through(stages, deltas, {**known, "originals": deltas, "uniform": uniform})))
+        merged.append((yield from _through(stages, deltas, {**supplies, "originals": deltas, "uniform": uniform})))
 
     size = deltas[0].numel()
     run_slices(1, carry, sizes=Sizes(size, size), hold=True)
     return merged[0]
 
 
-def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
-    needed = [known[name] for name in supplied(stage.entry.function)]
-    result = stage.entry.function(*needed, **stage.values)
+def _call(stage: Bound, supplies: dict[str, Any]) -> Flow[Tensor]:
+    arguments = [supplies[name] for name in supplied(stage.entry.function)]
+    result = stage.entry.function(*arguments, **stage.values)
     merged: Tensor = (yield from result) if inspect.isgenerator(result) else result
     return merged
 
@@ -166,7 +166,9 @@ def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) 
     shape = (columns, rows) if subject.transposed else (rows, columns)  # the stream runs over the stored order
     drawn = torch.stack(
         [
-            uniforms((subject.seed, purpose, subject.name, expert), start, *shape, double=double, beside=part.base)
+            uniforms(
+                (subject.seed, purpose, subject.name, expert), start, *shape, double=double, slice_values=part.base
+            )
             for expert in subject.place.experts
         ]
     ).to(part.base.device)

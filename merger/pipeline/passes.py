@@ -45,10 +45,10 @@ class OpenTotal:
     question: Total
     total: Tensor
 
-    def joined(self, later: OpenTotal) -> OpenTotal:
+    def joined(self, addition: OpenTotal) -> OpenTotal:
         """Returns the total together with a later part of it."""
-        assert self.key == later.key, f"flows of one pipeline ask {self.key} and {later.key}"
-        return OpenTotal(self.key, self.question, self.question.join(self.total, later.total))
+        assert self.key == addition.key, f"flows of one pipeline ask {self.key} and {addition.key}"
+        return OpenTotal(self.key, self.question, self.question.join(self.total, addition.total))
 
 
 class SliceFlow:
@@ -156,18 +156,18 @@ class TensorPasses:
     def _collect(self, parts: Iterable[tuple[Key, Total, Tensor | None] | None]) -> OpenTotal | None:
         """Joins the parts of all slices in their order; None when all flows have ended."""
         open_total: OpenTotal | None = None
-        counted: tuple[Key, Total] | None = None
+        tally: tuple[Key, Total] | None = None
         for contribution in parts:
             if contribution is None:
                 continue
             key, question, part = contribution
             if part is None:
-                counted = key, question
+                tally = key, question
             else:
                 share = OpenTotal(key, question, part)
                 open_total = share if open_total is None else open_total.joined(share)
-        if counted is not None:
-            open_total = OpenTotal(*counted, reduce(torch.add, self.counters))
+        if tally is not None:
+            open_total = OpenTotal(*tally, reduce(torch.add, self.counters))
             self.counters.clear()
         return open_total
 
