@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.calibration.statistics import Statistics, inputs_of
@@ -18,7 +18,7 @@ from merger.errors import CheckpointError
 from merger.ops import kernels
 from merger.ops.rounding import restored
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.passes import Sizes, rehearsal
+from merger.pipeline.passes import SampleNotes, Sizes, rehearse
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan
 
@@ -79,13 +79,13 @@ class PartSlices:
         """Lets slice ``i`` go when its flow is at its end."""
         self._kept.pop(i, None)
 
-    def rehearse(self) -> list[Any]:
-        """What the stages find after each guess of a sample: `PLACES` groups of rows, a share of the part together.
+    def rehearse(self) -> SampleNotes:
+        """The notes of the stages on a sample: `PLACES` groups of rows, together a share of the part.
 
-        Empty where the part has too few slices for a sample to save a pass.
+        There are none where the part has too few slices for a sample to save a pass.
         """
         if self.count < MANY:
-            return []
+            return {}
         part, stages = self.part, self.tensor.stages
         rows = step_rows(part.columns, stages, self.sizes.tensor // SHARE // PLACES)
         starts = range(0, part.rows - rows + 1, rows * max(1, part.rows // rows // PLACES))
@@ -94,7 +94,7 @@ class PartSlices:
         changes = {k: torch.cat([group.changes[k] for group in groups]) for k in groups[0].changes}
         read = _Stored(torch.cat([group.values for group in groups], 1), changes)
         sample = self._reader.slice_of(self.tensor, part, 0, read)
-        return rehearsal(partial(flow, stages, sample, self.subject), sample.base.numel())
+        return rehearse(partial(flow, stages, sample, self.subject), sample.base.numel())
 
 
 @dataclass(frozen=True)

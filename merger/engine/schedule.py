@@ -9,16 +9,16 @@ from dataclasses import replace
 from functools import partial
 from operator import call
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merger.calibration.statistics import Merged, Statistics, load
 from merger.engine.machine import dealt, tuned
 from merger.engine.memory import slice_rows
 from merger.engine.prepare import Prepared
 from merger.engine.reader import PartSlices, Reader
-from merger.ops.questions import Flow, Max, Sum
+from merger.ops.questions import Flow
 from merger.options import Notice, Progress
-from merger.pipeline.passes import Ahead, Mapper, Ranking, run
+from merger.pipeline.passes import EarlierSums, Mapper, ModelPasses, ModelTotals, OpenTotal, TensorPasses
 from merger.planning.plan import Part, TensorPlan
 
 if TYPE_CHECKING:
@@ -136,47 +136,46 @@ class Schedule:
             visits = self._visits_of_single_slices(single, reader, sink)
             for _ in threads.map(call, visits):
                 pass
-            ranking = Ranking([tensor.group for tensor, _ in sliced])
-            for i in ranking:
-                question = self._visit(sliced[i], reader, sink, ranking.answers(i), ranking.ahead(i), threads.map)
-                ranking.record(i, question)
+            passes = ModelPasses([tensor.group for tensor, _ in sliced])
+            for i in passes:
+                totals, sums = passes.model_totals(i), passes.earlier_sums(i)
+                passes.record(i, self._visit(sliced[i], reader, sink, totals, sums, threads.map))
             for tensor in tensors:
                 if not tensor.parts:  # a tensor of packed experts that holds none
                     sink.end_tensor(tensor)
 
     def _visits_of_single_slices(
         self, units: Sequence[Unit], reader: Reader, sink: Sink
-    ) -> list[Callable[[], Sum | Max | None]]:
+    ) -> list[Callable[[], OpenTotal | None]]:
         """Visits that each take one thread, dealt out to the devices by size."""
         readers = [replace(reader, machine=machine) for machine in self.machine.each()]
         hands = dealt([part.rows * part.columns for _, part in units], len(readers))
         return [
-            partial(self._visit, unit, readers[hand], sink, (), {}, map)
+            partial(self._visit, unit, readers[hand], sink, {}, {}, map)
             for unit, hand in zip(units, hands, strict=True)
         ]
 
     def _visit(
-        self, unit: Unit, reader: Reader, sink: Sink, answers: Sequence[Any], ahead: Ahead, mapper: Mapper
-    ) -> Sum | Max | None:
-        """One pass over the slices of a part, as far as the ``answers`` on all tensors of its group reach."""
+        self,
+        unit: Unit,
+        reader: Reader,
+        sink: Sink,
+        model_totals: ModelTotals,
+        earlier_sums: EarlierSums,
+        mapper: Mapper,
+    ) -> OpenTotal | None:
+        """Carries the slices of a part as far as the totals over the model allow."""
         tensor, part = unit
-        question = None
+        open_total = None
         if tensor.stages:
             slices = reader.slices(tensor, part)
-            question = run(
-                slices.count,
-                partial(sink.carry, slices),
-                sizes=slices.sizes,
-                known=answers,
-                ahead=ahead,
-                hold=slices.hold,
-                mapper=mapper,
-                rehearse=slices.rehearse,
-            )
+            flow = partial(sink.carry, slices)
+            passes = TensorPasses(flow, slices.sizes, model_totals, earlier_sums, slices.hold, slices.rehearse)
+            open_total = passes.run(slices.count, mapper)
         else:
             sink.copy(tensor, part)
-        self._end_pass(unit, sink, is_last=question is None)
-        return question
+        self._end_pass(unit, sink, is_last=open_total is None)
+        return open_total
 
     def _end_pass(self, unit: Unit, sink: Sink, *, is_last: bool) -> None:
         tensor, part = unit
