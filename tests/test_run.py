@@ -520,6 +520,19 @@ def test_one_tensors_draws_depend_on_no_other_tensor(alike):
 # --- what stands beside the weights ---------------------------------------------------------------
 
 
+def test_a_method_is_called_nine_frames_below_merge(drawn, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("merger.methods.sum.weighted_sum", fail)
+    with pytest.raises(ZeroDivisionError) as raised:
+        drawn.run("task_arithmetic")
+    modules = [entry.frame.f_globals["__name__"] for entry in raised.traceback]
+    frames = [module for module in modules if module.startswith("merger.")]
+    assert (frames[0], frames[-1]) == ("merger.engine.merge", "merger.methods.sum")
+    assert len(frames) <= 9
+
+
 def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
     (drawn.folder / "recipe.yaml").write_text(
         f"base: {drawn.folder}/base\nexperts: {{code: code, math: {{model: math, weight: 1/3}}}}\n"
