@@ -29,6 +29,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import (
@@ -196,14 +197,16 @@ def method(**traits: Any) -> Callable[[F], F]:
     return _register("method", ENTRIES, **traits)
 
 
-def parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+@cache
+def parameters(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
     """The recipe's side of a signature: name as written -> (annotation, default)."""
-    found = {}
-    for name, each in inspect.signature(function).parameters.items():
-        if each.kind is each.KEYWORD_ONLY:
-            default = ... if each.default is each.empty else each.default
-            found[name] = (eval(each.annotation, function.__globals__), default)
-    return found
+    keywords = {name: p for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return MappingProxyType(
+        {
+            name: (eval(p.annotation, function.__globals__), ... if p.default is p.empty else p.default)
+            for name, p in keywords.items()
+        }
+    )
 
 
 @cache
@@ -304,6 +307,7 @@ Inner = Annotated[
 """A parameter that names a method, which runs inside another."""
 
 
+@cache
 def entry_of(function: Callable[..., Any]) -> Entry:
     """The entry of a registered function."""
     return next(e for table in (ENTRIES, SCORES) for e in table.values() if e.function is function)
