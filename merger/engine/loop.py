@@ -16,9 +16,9 @@ from merger.checkpoint.safetensors_header import TORCH_NAMES
 from merger.engine.machine import Machine, dealt, tuned
 from merger.engine.memory import SLICE, slice_rows
 from merger.engine.reader import Reader, rounded
-from merger.engine.transfer import fetched
 from merger.errors import CheckpointError
 from merger.ops.questions import Flow, Max, Sum
+from merger.ops.transfer import fetched
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import Ahead, settle
 from merger.planning.packed import Packed, pieces

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merger._lazy import torch
 from merger.ops.arithmetic import uniforms
 from merger.ops.questions import Flow, Size
+from merger.ops.transfer import sent, sent_together
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import supplied
 from merger.pipeline.stages import Bound
@@ -31,7 +32,7 @@ class Inputs:
     def on(self, device: torch.device) -> Inputs:
         """The same, where a slice is."""
         several = self.second_moment, self.mean, self.gram, self.token_share
-        there = [None if each is None else each.to(device) for each in several]
+        there = [None if each is None else sent(each, device) for each in several]
         return self if all(each is own for each, own in zip(there, several, strict=True)) else Inputs(*there)
 
     @cached_property
@@ -161,10 +162,9 @@ def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) 
     rows, columns = part.base.shape
     start = subject.first + part.row * columns
     shape = (columns, rows) if subject.transposed else (rows, columns)  # the stream runs over the stored order
-    drawn = torch.stack(
-        [
-            uniforms((subject.seed, purpose, subject.name, expert), start, *shape, double=double, beside=part.base)
-            for expert in subject.place.experts
-        ]
-    ).to(part.base.device)
+    draws = [
+        uniforms((subject.seed, purpose, subject.name, expert), start, *shape, double=double, beside=part.base)
+        for expert in subject.place.experts
+    ]
+    drawn = sent_together(draws, part.base.device)
     return drawn.transpose(1, 2) if subject.transposed else drawn
