@@ -17,10 +17,10 @@ from merger.engine.machine import Machine, dealt, tuned
 from merger.engine.memory import SLICE, slice_rows
 from merger.engine.reader import Reader, rounded
 from merger.errors import CheckpointError
-from merger.ops.questions import Flow, Max, Sum
+from merger.ops.questions import Flow
 from merger.ops.transfer import fetched
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.passes import Ahead, settle
+from merger.pipeline.passes import EarlierSums, ModelTotals, OpenTotal, run_tensors
 from merger.planning.packed import Packed, pieces
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
 
@@ -119,21 +119,21 @@ class Loop:
         whose = dealt([part.rows * part.columns for _, part in whole], len(alone))
         with tuned():
             # a matrix that its method must see whole is one slice, so several of them go side by side
-            for _ in _map(self.slices, lambda i: self._visit(alone[whose[i]], *whole[i], [], {}), range(len(whole))):
+            for _ in _map(self.slices, lambda i: self._visit(alone[whose[i]], *whole[i], {}, {}), range(len(whole))):
                 pass
-            settle(
+            run_tensors(
                 [tensor.group for tensor, _ in work],
-                lambda i, known, ahead: self._visit(reader, *work[i], known, ahead),
+                lambda i, model_totals, earlier_sums: self._visit(reader, *work[i], model_totals, earlier_sums),
             )
             for tensor in tensors:
                 if not tensor.parts:  # packed experts, but none of them
                     self._finish(tensor)
 
     def _visit(
-        self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead
-    ) -> Sum | Max | None:
+        self, reader: Reader, tensor: TensorPlan, part: Part, model_totals: ModelTotals, earlier_sums: EarlierSums
+    ) -> OpenTotal | None:
         size = self.plan.bytes_of(tensor, part.rows * part.columns)
-        question = self._merge(reader, tensor, part, known, ahead) if tensor.stages else None
+        question = self._merge(reader, tensor, part, model_totals, earlier_sums) if tensor.stages else None
         if not tensor.stages:
             self._copy(tensor, part)
         self._count(size, again=question is not None)
@@ -159,8 +159,8 @@ class Loop:
             self.tell("merging", self.done_bytes, self.total_bytes)
 
     def _merge(
-        self, reader: Reader, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead
-    ) -> Sum | Max | None:
+        self, reader: Reader, tensor: TensorPlan, part: Part, model_totals: ModelTotals, earlier_sums: EarlierSums
+    ) -> OpenTotal | None:
         def carry(stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
             made: Any = yield from flow(tensor.stages, piece, subject)
             if tensor.packed is None:
@@ -168,7 +168,7 @@ class Loop:
             else:
                 yield from self._put_results(tensor, tensor.packed, part, stored, piece, made)
 
-        return reader.visit(tensor, part, known, ahead, carry)
+        return reader.visit(tensor, part, model_totals, earlier_sums, carry)
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
         """Rounds once to the output's dtype and writes."""

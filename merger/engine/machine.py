@@ -117,7 +117,7 @@ def peak_device_memory(devices: Iterable[str]) -> int:
 
 @contextmanager
 def tuned() -> Iterator[None]:
-    """Within it torch works on one thread and without TF32: slices run side by side, and no sum may depend on the cores."""
+    """Within it torch works on one thread, for slices run side by side and no sum may depend on the cores; no TF32."""
     _keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)

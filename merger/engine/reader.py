@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.calibration.statistics import Statistics, inputs_of
@@ -15,11 +15,11 @@ from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, slice_rows
 from merger.errors import CheckpointError
 from merger.ops import kernels
-from merger.ops.questions import Flow, Max, Sum
+from merger.ops.questions import Flow
 from merger.ops.rounding import restored
 from merger.ops.transfer import buffer, sent
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.passes import Ahead, Mapper, Sizes, rehearsal, run
+from merger.pipeline.passes import EarlierSums, Mapper, ModelTotals, OpenTotal, SampleNotes, Sizes, rehearse, run_slices
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan
 
@@ -62,9 +62,9 @@ class Reader:
         return sizes
 
     def visit(
-        self, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead, carry: Carry
-    ) -> Sum | Max | None:
-        """Carries all slices of a part as far as what is ``known`` of the model allows, as `passes.run` does."""
+        self, tensor: TensorPlan, part: Part, model_totals: ModelTotals, earlier_sums: EarlierSums, carry: Carry
+    ) -> OpenTotal | None:
+        """Carries all slices of a part as far as the totals over the model allow, as `run_slices` does."""
         subject = Subject(
             name=tensor.name,
             kind=tensor.kind,
@@ -92,13 +92,20 @@ class Reader:
             kept.pop(j, None)
 
         sizes = Sizes(elements, self.sizes[tensor.group])
-        rehearse = partial(self._rehearsed, tensor, part, subject) if count >= MANY else tuple
-        return run(
-            count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper, rehearse=rehearse
+        rehearse_sample = partial(self._sample_notes, tensor, part, subject) if count >= MANY else dict
+        return run_slices(
+            count,
+            start,
+            sizes=sizes,
+            model_totals=model_totals,
+            earlier_sums=earlier_sums,
+            hold=hold,
+            mapper=self.mapper,
+            rehearse=rehearse_sample,
         )
 
-    def _rehearsed(self, tensor: TensorPlan, part: Part, subject: Subject) -> list[Any]:
-        """What the stages find after each guess of a sample: `PLACES` groups of rows, a share of the whole together."""
+    def _sample_notes(self, tensor: TensorPlan, part: Part, subject: Subject) -> SampleNotes:
+        """The notes of the stages on a sample: `PLACES` groups of rows, together a share of the tensor."""
         wanted = part.rows * part.columns // SHARE // PLACES
         rows = step_rows(part.columns, tensor.stages, wanted)
         starts = range(0, part.rows - rows + 1, rows * max(1, part.rows // rows // PLACES))
@@ -106,7 +113,7 @@ class Reader:
         changes = {k: torch.cat([group.changes[k] for group in groups]) for k in groups[0].changes}
         read = _Stored(torch.cat([group.values for group in groups], 1), changes)
         sample = self._slice(tensor, part, 0, read)
-        return rehearsal(partial(flow, tensor.stages, sample, subject), sample.base.numel())
+        return rehearse(partial(flow, tensor.stages, sample, subject), sample.base.numel())
 
     def _read(self, tensor: TensorPlan, part: Part, rows: range, device: str) -> _Stored:
         """Some rows of a part as they are stored, on the device that is to work on them."""

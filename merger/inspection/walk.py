@@ -19,9 +19,9 @@ from merger.inspection.counters import TASK_VECTORS, Key, Tally, Wanted
 from merger.inspection.curves import levels
 from merger.inspection.report import Curve, Curves, Facts, Merged, Picture, View, curve, facts
 from merger.inspection.sums import Outcome, Sums, Vectors, endings
-from merger.ops.questions import Flow, Max, Sum
+from merger.ops.questions import Flow
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.passes import Ahead, settle
+from merger.pipeline.passes import EarlierSums, ModelTotals, OpenTotal, run_tensors
 from merger.planning.plan import Part, Plan, TensorPlan
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ class Walk:
         names = {tensor.name for tensor in tensors}
         work = [each for each in self.work if each[0].name in names]
         with tuned():
-            settle(
+            run_tensors(
                 [t.group for t, *_ in work],
-                lambda i, known, ahead: self._visit(reader, watch, *work[i], known, ahead),
+                lambda i, model_totals, earlier_sums: self._visit(reader, watch, *work[i], model_totals, earlier_sums),
             )
 
     def _visit(
@@ -93,10 +93,10 @@ class Walk:
         tensor: TensorPlan,
         part: Part,
         tally: Tally,
-        known: Sequence[Any],
-        ahead: Ahead,
-    ) -> Sum | Max | None:
-        question = reader.visit(tensor, part, known, ahead, partial(watch, tally, tensor))
+        model_totals: ModelTotals,
+        earlier_sums: EarlierSums,
+    ) -> OpenTotal | None:
+        question = reader.visit(tensor, part, model_totals, earlier_sums, partial(watch, tally, tensor))
         tally.fold()
         size = self.plan.bytes_of(tensor, part.rows * part.columns)
         with self.lock:

@@ -32,7 +32,8 @@ def _tf32_choices() -> list[tuple[Any, str, Any, Any]]:
     torch 2.9 and later has `fp32_precision` beside `allow_tf32`, and refuses to read the older name where the newer one
     was set last.
     """
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
     try:
         return [(place, "allow_tf32", place.allow_tf32, False) for place in (cuda.matmul, cudnn)]
     except RuntimeError:
