@@ -13,10 +13,10 @@ from merger.calibration.statistics import Statistics, inputs_of
 from merger.checkpoint.safetensors_header import TORCH_NAMES
 from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, slice_rows
-from merger.engine.transfer import buffer, sent
 from merger.errors import CheckpointError
 from merger.ops import kernels
 from merger.ops.rounding import restored
+from merger.ops.transfer import buffer, sent
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import SampleNotes, Sizes, rehearse
 from merger.pipeline.stages import step_rows
@@ -133,8 +133,8 @@ class Reader:
             if name is None:  # `missing: zero`
                 stored[k] = stored[0]
             elif change is not None:
-                changes[k - 1] = change
                 torch.add(stored[0], change, out=stored[k])
+                changes[k - 1] = sent(change, device)
             elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merger._lazy import torch
 from merger.ops.arithmetic import uniforms
 from merger.ops.questions import Flow
+from merger.ops.transfer import sent, sent_together
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices
 from merger.pipeline.registry import supplied
@@ -32,7 +33,7 @@ class Inputs:
     def on(self, device: torch.device) -> Inputs:
         """The same, where a slice is."""
         values = self.second_moment, self.mean, self.gram, self.token_share
-        moved = [None if value is None else value.to(device) for value in values]
+        moved = [None if value is None else sent(value, device) for value in values]
         return self if all(value is original for value, original in zip(moved, values, strict=True)) else Inputs(*moved)
 
     @cached_property
@@ -161,12 +162,9 @@ def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) 
     rows, columns = part.base.shape
     start = subject.first + part.row * columns
     shape = (columns, rows) if subject.transposed else (rows, columns)  # the stream runs over the stored order
-    drawn = torch.stack(
-        [
-            uniforms(
-                (subject.seed, purpose, subject.name, expert), start, *shape, double=double, slice_values=part.base
-            )
-            for expert in subject.place.experts
-        ]
-    ).to(part.base.device)
+    draws = [
+        uniforms((subject.seed, purpose, subject.name, expert), start, *shape, double=double, slice_values=part.base)
+        for expert in subject.place.experts
+    ]
+    drawn = sent_together(draws, part.base.device)
     return drawn.transpose(1, 2) if subject.transposed else drawn

@@ -52,12 +52,12 @@ class TensorPlan:
     extra: tuple[ExtraRows, ...] = ()
     tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
 
-    @property
+    @cached_property
     def calibrated(self) -> bool:
         """Whether any of its stages looks at what enters the layer."""
         return any(stage.calibrated for stage in self.stages)
 
-    @property
+    @cached_property
     def gram(self) -> bool:
         """Whether any of its stages takes Gram matrices, which are made while it is merged."""
         return any(stage.gram for stage in self.stages)
