@@ -6,6 +6,7 @@ exactly the mean squared change of its output when delta_ij alone is set to zero
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from merger.pipeline.registry import score
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from merger.pipeline.registry import Draw
 
 
-def _looks_at_inputs(hessian: str, **_: object) -> bool:
-    return hessian != "none"
+def _inputs(hessian: str, **_: object) -> Mapping[str, str]:
+    return {} if hessian == "none" else {name: name for name in ("second_moment", "mean_input", "token_share")}
 
 
-@score(calibrated=_looks_at_inputs)
+@score(inputs=_inputs)
 def obm(
     deltas: Tensor,
     second_moment: Tensor | None,

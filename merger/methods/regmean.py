@@ -5,6 +5,7 @@ With `inputs: merged` it is RegMean++, https://arxiv.org/abs/2508.03121.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from merger._lazy import torch
@@ -12,7 +13,7 @@ from merger.methods._spectral import averaged, whole
 from merger.methods.mean import mean
 from merger.methods.regmean_diag import a_share_each
 from merger.pipeline.parameters import Number, Numbers, Share
-from merger.pipeline.registry import Fed, Stage, merger
+from merger.pipeline.registry import Stage, merger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +26,11 @@ def _averaged(kind: str, *, weight: Any, lambda_: Any, **_: object) -> list[Stag
     return averaged(kind, head=True, weight=weight, lambda_=lambda_)
 
 
-def _fed(*, inputs: Fed, **_: object) -> Fed:
-    return inputs
+def _inputs(*, inputs: str, **_: object) -> Mapping[str, str]:
+    return {"gram": "merged_gram" if inputs == "merged" else "gram"}
 
 
-@merger(exact=False, takes=whole, calibrated=lambda **_: True, fed=_fed, check=a_share_each, elsewhere=_averaged)
+@merger(exact=False, takes=whole, inputs=_inputs, check=a_share_each, elsewhere=_averaged)
 def regmean(
     deltas: Tensor,
     gram: Tensor | None,

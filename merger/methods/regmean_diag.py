@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _looks_at_inputs(**_: object) -> bool:
-    return True
-
-
 def a_share_each(weight: Sequence[Fraction], **_: object) -> None:
     """Refuses weights that cannot be those of squares."""
     positive_sum(weight)
@@ -29,7 +25,7 @@ def a_share_each(weight: Sequence[Fraction], **_: object) -> None:
         raise ValueError(f"a weight is {float(min(weight)):g}, but is a factor of E[x^2] and cannot be negative")
 
 
-@merger(calibrated=_looks_at_inputs, check=a_share_each)
+@merger(check=a_share_each)
 def regmean_diag(
     deltas: Tensor,
     second_moment: Tensor | None,

@@ -36,7 +36,7 @@ def _enough(*, damping: Fraction, **_: object) -> None:
         raise ValueError(f"damping: is {float(damping):g}, expected at least {LEAST:g}, so that H has an inverse")
 
 
-@sparsifier(takes=whole, exact=False, calibrated=lambda **_: True, check=_enough, elsewhere=_by_magnitude)
+@sparsifier(takes=whole, exact=False, check=_enough, elsewhere=_by_magnitude)
 def sparsegpt(
     deltas: Tensor,
     gram: Tensor | None,
