@@ -1,4 +1,4 @@
-"""Optimal Brain Merging saliency. OBIM, section 3.1, equations 3 to 6; methods.md 2.1.
+"""Optimal Brain Merging saliency. OBIM, section 3.1, equations 3 to 6; docs/methods/obim.md.
 
 The layer's error is quadratic in the change of its weights, so s_ij = 1/2 * (2 h_j) * delta_ij^2 is
 exactly the mean squared change of its output when delta_ij alone is set to zero.

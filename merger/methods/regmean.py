@@ -1,4 +1,4 @@
-"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; methods.md 6.4.
+"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; docs/methods/weighting.md.
 
 With `inputs: merged` it is RegMean++, https://arxiv.org/abs/2508.03121.
 """
@@ -52,15 +52,15 @@ def regmean(
     if gram is None or not gram.any():
         return mean(deltas, weight=weight) * float(lambda_)
     first = deltas[0].double()
-    total, beside = torch.zeros_like(gram[0], dtype=torch.float64), torch.zeros_like(first)
-    for number, (delta, own, share) in enumerate(zip(deltas, gram, weight, strict=True)):
-        seen = own.to(torch.float64, copy=True).mul_(float(alpha))
-        seen.diagonal().copy_(own.diagonal())
-        total += seen.mul_(float(share))
+    total, products = torch.zeros_like(gram[0], dtype=torch.float64), torch.zeros_like(first)
+    for number, (delta, expert_gram, share) in enumerate(zip(deltas, gram, weight, strict=True)):
+        shrunk = expert_gram.to(torch.float64, copy=True).mul_(float(alpha))
+        shrunk.diagonal().copy_(expert_gram.diagonal())
+        total += shrunk.mul_(float(share))
         if number:  # the first differs from itself by nothing, and these products take most of the time
-            beside += (delta.double() - first) @ seen
+            products += (delta.double() - first) @ shrunk
     # from the first on, so that equal task vectors come back bit for bit
-    merged: Tensor = first + torch.cholesky_solve(beside.T, _factor(total)).T
+    merged: Tensor = first + torch.cholesky_solve(products.T, _factor(total)).T
     return (merged * float(lambda_)).to(deltas)
 
 
