@@ -16,11 +16,11 @@ from drawing import parameters_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pretended import CudaRounding, Pretence
-from tiny import bits
+from tiny import Inputs, bits
 
 from merger.methods._spectral import whole as takes_whole
 from merger.ops.questions import Sum
-from merger.pipeline.flow import Inputs, Slice, Subject, flow
+from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
