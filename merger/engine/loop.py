@@ -72,7 +72,10 @@ class Loop:
         self.statistics: Mapping[str, Statistics] = load(plan, statistics)
         self.blocks = blocks
         self.tensors = plan.tensors
-        self.twins = {tensor.tied_to: tensor.name for tensor in plan.tensors if tensor.tied_to is not None}
+        self.repeats: dict[str, list[str]] = {}  # names that store a tensor once more
+        for tensor in plan.tensors:
+            if tensor.tied_to is not None:
+                self.repeats.setdefault(tensor.tied_to, []).append(tensor.name)
         self.left = {tensor.name: len(tensor.parts) for tensor in plan.tensors}
         self.lock = Lock()
         self.done_bytes, self.total_bytes = 0, plan.bytes_read
@@ -209,9 +212,8 @@ class Loop:
             self.sink.write(name, row * width, data)
 
     def _names(self, tensor: TensorPlan) -> list[str]:
-        """The names under which a tensor is written: its results', or its own and that of a head that repeats it."""
-        twins = [] if tensor.packed else [twin for of, twin in self.twins.items() if of == tensor.name]
-        return [*tensor.stored, *twins]
+        """The names under which a tensor is written: its results', or its own and those that repeat it."""
+        return [*tensor.stored, *([] if tensor.packed else self.repeats.get(tensor.name, ()))]
 
     def _copy(self, tensor: TensorPlan, part: Part) -> None:
         """Copies a tensor slice by slice; a buffer that differs between models is told of."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from merger.checkpoint.anatomy import text_config
+from merger.checkpoint.tensor_kinds import text_config
 from merger.engine import memory as demand
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan

@@ -50,7 +50,7 @@ class TensorPlan:
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
     parts: tuple[Part, ...] = ()
     extra: tuple[ExtraRows, ...] = ()
-    tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
+    tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
 
     @property
     def calibrated(self) -> bool:
@@ -100,7 +100,7 @@ class TensorPlan:
         """All that is written of it, by name."""
         if self.packed is not None:
             return self.packed.infos
-        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from the embedding's results
+        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from that tensor's results
         return {} if repeats else {self.name: self.info}
 
     @property

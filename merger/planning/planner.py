@@ -6,16 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from merger.checkpoint.anatomy import Anatomy, study, text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info
+from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds, text_config
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
 from merger.pipeline.registry import entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
 from merger.planning.differences import differences
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
+from merger.planning.shared_tensors import SharedTensors
 from merger.recipe.recipe import Recipe, Rule
 
 
@@ -56,29 +57,28 @@ class _Planner:
     def __init__(self, recipe: Recipe, models: dict[str, Checkpoint]) -> None:
         self.recipe = recipe
         self.models = models
-        self.anatomies = {label: study(model.tensors, model.config) for label, model in models.items()}
-        self.anatomy = self.anatomies["base"]
+        self.kinds = {label: tensor_kinds(model.tensors, model.config, model.equal) for label, model in models.items()}
+        self.shared = SharedTensors(models, self.kinds)
         self.faults: list[str] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = [remark for model in models.values() for remark in model.remarks]
         self.dropped: dict[str, dict[str, str]] = {label: {} for label in models}
-        self.head: str | None = None  # the output's own head, though the base ties its own
 
     def plan(self) -> Plan:
         names = sorted(self._output_names(), key=natural)
-        twin = self._twin()
-        heads = {anatomy.head for anatomy in self.anatomies.values()} - {twin}
-        self.head = next((name for name in names if name in heads), None) if self.anatomy.tied else None
+        originals = self.shared.originals(names)
+        own_head = self.shared.own_head(names)
+        if own_head is not None:
+            self.kinds = {label: kinds.untied() for label, kinds in self.kinds.items()}
         planned: dict[str, TensorPlan] = {}
         linear = 0
         for name in names:
-            if name != twin and (tensor := self._tensor(name, linear)) is not None:
+            if name not in originals and (tensor := self._tensor(name, linear)) is not None:
                 planned[name] = tensor
-            linear += self.anatomy_of(name).kind(name) in ("linear", "conv1d", "expert3d", "head")
+            linear += self.kinds_of(name).kind(name) in ("linear", "conv1d", "expert3d", "head")
         if self.faults:
             raise CheckpointError("\n".join(_shortened(self.faults)))
-        if twin is not None and self.anatomy.embedding is not None:
-            embedding = planned[self.anatomy.embedding]
-            planned[twin] = replace(embedding, name=twin, parts=(), extra=(), tied_to=embedding.name)
+        for name, original in originals.items():
+            planned[name] = replace(planned[original], name=name, parts=(), extra=(), tied_to=original)
         tensors = [planned[name] for name in names]
         self._unmatched_rules(tensors)
         tokenizer = self.recipe.output.tokenizer or self._longest_vocabulary(tensors)
@@ -87,8 +87,8 @@ class _Planner:
             models=self.models,
             tensors=tuple(tensors),
             dropped=self.dropped,
-            notes=(*self.notes, *_remarks(tensors), *differences(self.models)),
-            config=self._config(tensors),
+            notes=(*self.notes, *self.shared.notes(), *_remarks(tensors), *differences(self.models)),
+            config=self._config(tensors, own_head),
             tokenizer=tokenizer,
         )
 
@@ -96,21 +96,21 @@ class _Planner:
 
     def _output_names(self) -> Iterator[str]:
         """The base's tensors, the head of an expert that untied it, and what rules take from an expert."""
-        yield from self.anatomy.tensors
+        base = self.kinds["base"].tensors
+        yield from base
         experts = list(self.models.items())[1:]
-        extra = dict.fromkeys(n for _, m in experts for n in m.tensors if n not in self.anatomy.tensors)
+        extra = dict.fromkeys(n for _, m in experts for n in m.tensors if n not in base)
         for name in extra:
             holders = [label for label, model in experts if name in model.tensors]
-            rule = self._rule(name, self.anatomies[holders[0]])
-            untied = [label for label in holders if name == self.anatomies[label].head]
+            rule = self._rule(name, self.kinds[holders[0]])
             if rule is not None and rule.use in holders:
                 yield name
             elif rule is not None and rule.use == "base":
                 self._drop(name, holders, f"rule {self.recipe.rules.index(rule) + 1} keeps the base, which has none")
-            elif untied and self.anatomy.tied and any(not self.anatomies[label].tied for label in untied):
+            elif original := self.shared.repeated(name, holders):
+                self._drop(name, holders, f"is {original}, stored once more")
+            elif self.shared.stored_name("base", name) is not None:
                 yield name
-            elif untied and all(self.anatomies[label].tied for label in untied):
-                self._drop(name, holders, "its config says it is tied to the embedding")
             else:
                 self.faults.append(
                     f"{holders[0]}: has {name}, which the base lacks; leave it out with a rule "
@@ -121,41 +121,22 @@ class _Planner:
         for label in holders:
             self.dropped[label][name] = why
 
-    def anatomy_of(self, name: str) -> Anatomy:
-        """The anatomy of the first model that holds the tensor; tied only where the output is."""
-        anatomy = next(a for a in self.anatomies.values() if name in a.tensors)
-        return anatomy if self.head is None else replace(anatomy, tied=False)
+    def kinds_of(self, name: str) -> TensorKinds:
+        """The kinds of the first model that holds the tensor."""
+        return next(kinds for kinds in self.kinds.values() if name in kinds.tensors)
 
-    def _twin(self) -> str | None:
-        """The head that the base stores though it is its embedding, unless an expert has a head of its own."""
-        head, embedding = self.anatomy.head, self.anatomy.embedding
-        if head is None or embedding is None or not self.anatomy.tied:
-            return None
-        same = all(self._stands_for(label, head) == self._stands_for(label, embedding) for label in self.models)
-        return head if same else None
-
-    def _stands_for(self, label: str, name: str) -> str | None:
-        """The tensor of a model that is to be read for the output tensor ``name``."""
-        anatomy = self.anatomies[label]
-        if name == anatomy.head and anatomy.tied:
-            return anatomy.embedding
-        if name in anatomy.tensors:
-            return name
-        head = next((a.head for a in self.anatomies.values() if a.head), None)
-        return anatomy.embedding if name == head and anatomy.tied else None
-
-    def _rule(self, name: str, anatomy: Anatomy) -> Rule | None:
-        return next((rule for rule in self.recipe.rules if rule.matches(name, anatomy.kind(name))), None)
+    def _rule(self, name: str, kinds: TensorKinds) -> Rule | None:
+        return next((rule for rule in self.recipe.rules if rule.matches(name, kinds.kind(name))), None)
 
     # --- one tensor ---
 
     def _tensor(self, name: str, linear: int) -> TensorPlan | None:
-        anatomy = self.anatomy_of(name)
-        kind = anatomy.kind(name)
-        rule = self._rule(name, anatomy)
+        kinds = self.kinds_of(name)
+        kind = kinds.kind(name)
+        rule = self._rule(name, kinds)
         source = rule.use if rule is not None and rule.use else "base"
         copied = kind == "buffer" or (rule is not None and rule.use is not None)
-        reads = {label: self._stands_for(label, name) for label in self.models}
+        reads = {label: self.shared.stored_name(label, name) for label in self.models}
         if copied:
             return self._copy(name, kind, source, reads)
         if not self._complete(name, reads):
@@ -178,7 +159,7 @@ class _Planner:
             name=name,
             info=Info(dtype, shape),
             kind=kind,
-            unit=anatomy.unit(name),
+            unit=kinds.unit(name),
             place=place,
             group=group,
             stages=stages,
@@ -196,11 +177,11 @@ class _Planner:
             raise RecipeError(f"{entry_of(chosen[0].func).name}: {error}") from None
 
     def _place(self, name: str, linear: int) -> Place:
-        anatomy = self.anatomy_of(name)
-        depth = anatomy.depth(name)
+        kinds = self.kinds_of(name)
+        depth = kinds.depth(name)
         experts = self.recipe.experts
         weights = tuple(resolve(Number, expert.weight, Place((), depth=depth)) for expert in experts.values())
-        return Place(tuple(experts), weights, depth, anatomy.rotation(name), linear)
+        return Place(tuple(experts), weights, depth, kinds.rotation(name), linear)
 
     def _copy(self, name: str, kind: str, source: str, reads: Mapping[str, str | None]) -> TensorPlan | None:
         read = reads[source]
@@ -217,7 +198,7 @@ class _Planner:
             name=name,
             info=Info(dtype, info.shape),
             kind=kind,
-            unit=self.anatomy_of(name).unit(name),
+            unit=self.kinds_of(name).unit(name),
             place=Place(()),
             group=0,
             stages=(),
@@ -249,7 +230,8 @@ class _Planner:
             return None
         if len(set(shapes.values())) == 1:
             return base, base, ()
-        vocabulary = all(self.anatomies[label].has_vocabulary(self._stands_for(label, name) or "") for label in infos)
+        stored = {label: self.shared.stored_name(label, name) or name for label in infos}
+        vocabulary = all(self.kinds[label].has_vocabulary(stored[label]) for label in infos)
         if not vocabulary or len({shape[1:] for shape in shapes.values()}) > 1:
             self.faults += [
                 f"{label}: {name} is {list(shape)}, but {list(base)} in base"
@@ -270,9 +252,9 @@ class _Planner:
     # --- the whole ---
 
     def _unmatched_rules(self, tensors: list[TensorPlan]) -> None:
-        names = {name for anatomy in self.anatomies.values() for name in anatomy.tensors}
+        names = {name for kinds in self.kinds.values() for name in kinds.tensors}
         for i, rule in enumerate(self.recipe.rules):
-            if not any(rule.matches(name, self.anatomy_of(name).kind(name)) for name in names):
+            if not any(rule.matches(name, self.kinds_of(name).kind(name)) for name in names):
                 self.notes.append(f"rule {i + 1} ({rule.tensors or rule.kinds}) matches no tensor")
 
     def _longest_vocabulary(self, tensors: list[TensorPlan]) -> str:
@@ -282,17 +264,14 @@ class _Planner:
                 return next(iter(tensor.extra[-1].models))
         return "base"
 
-    def _config(self, tensors: list[TensorPlan]) -> dict[str, Any]:
+    def _config(self, tensors: list[TensorPlan], own_head: str | None) -> dict[str, Any]:
         """The base's config, agreeing with the tensors: dtype, tied head, rows of the vocabulary."""
-        config = dict(self.models["base"].config)
+        config = self.shared.config(own_head)
         inner = dict(text_config(config)) if text_config(config) is not config else config
         by_name = {tensor.name: tensor for tensor in tensors}
-        embedding = by_name.get(self.anatomy.embedding or "")
+        embedding = by_name.get(self.kinds["base"].embedding or "")
         if embedding is not None and "vocab_size" in inner and embedding.info.shape[0] != self._rows("base"):
             inner["vocab_size"] = embedding.info.shape[0]
-        if self.head is not None:
-            inner["tie_word_embeddings"] = False
-            config |= {key: False for key in config if key == "tie_word_embeddings"}
         if self.recipe.output.dtype:
             for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
                 config[key] = self.recipe.output.dtype
@@ -301,8 +280,8 @@ class _Planner:
         return config
 
     def _rows(self, label: str) -> int:
-        name = self.anatomies[label].embedding
-        return self.anatomies[label].tensors[name].shape[0] if name else 0
+        name = self.kinds[label].embedding
+        return self.kinds[label].tensors[name].shape[0] if name else 0
 
 
 def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
