@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._version import VERSION
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import stamp
 from merger.recipe.recipe import portable_location
@@ -84,7 +85,7 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
 def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """From what commit and which bytes a model, and an adapter on it, came."""
     adapter = model.adapter
-    on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
+    on_top = [file for file in model.files if adapter is not None and (file in adapter.files or file.name == CONFIG)]
     own = _named(model.commit, [file for file in model.files if file not in on_top], hashes)
     return own if adapter is None else {**own, "adapter": _named(adapter.commit, on_top, hashes)}
 

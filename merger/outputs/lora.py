@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merger._lazy import torch
-from merger.checkpoint.adapter import CONFIG
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.folder import ADAPTER
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds
