@@ -78,5 +78,5 @@ def outer_lists(model: nn.Module) -> list[str]:
 def default_dtype(weights: Checkpoint, device: torch.device) -> torch.dtype:
     """float32 on a CPU, where it is fast and exact; elsewhere what most of the checkpoint is stored in."""
     stored = Counter(info.dtype for info in weights.tensors.values())
-    known = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return torch.float32 if device.type == "cpu" else known.get(stored.most_common(1)[0][0], torch.float32)
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return torch.float32 if device.type == "cpu" else dtypes.get(stored.most_common(1)[0][0], torch.float32)

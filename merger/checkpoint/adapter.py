@@ -68,22 +68,22 @@ class Adapted(Checkpoint):
         """Rows of scale·B·A where the model under the adapter is the base itself."""
         return self._change(name, start, stop) if name in self._on_base else None
 
-    def equal(self, one: str, other: str) -> bool | None:
+    def equal(self, tensor: str, twin: str) -> bool | None:
         """Whether two tensors hold the same bits, or get the same change to the same bits."""
-        stored = super().equal(one, other)
-        return stored and self._equal_rows(one, other) and self._equal_changes(one, other)
+        stored = super().equal(tensor, twin)
+        return stored and self._equal_rows(tensor, twin) and self._equal_changes(tensor, twin)
 
-    def _equal_rows(self, one: str, other: str) -> bool | None:
-        first, second = self.rows.get(one), self.rows.get(other)
-        if first is None or second is None or first.indices != second.indices:
-            return first is second
-        return self.adapter.equal(first.tensor, second.tensor)
+    def _equal_rows(self, tensor: str, twin: str) -> bool | None:
+        rows, twin_rows = self.rows.get(tensor), self.rows.get(twin)
+        if rows is None or twin_rows is None or rows.indices != twin_rows.indices:
+            return rows is twin_rows
+        return self.adapter.equal(rows.tensor, twin_rows.tensor)
 
-    def _equal_changes(self, one: str, other: str) -> bool:
-        first, second = self.changes.get(one), self.changes.get(other)
-        if first is None or second is None or first.scale != second.scale:
-            return first is second
-        return all(torch.equal(*pair) for pair in zip(self._factors(one), self._factors(other), strict=True))
+    def _equal_changes(self, tensor: str, twin: str) -> bool:
+        change, twin_change = self.changes.get(tensor), self.changes.get(twin)
+        if change is None or twin_change is None or change.scale != twin_change.scale:
+            return change is twin_change
+        return all(torch.equal(*pair) for pair in zip(self._factors(tensor), self._factors(twin), strict=True))
 
     def close(self) -> None:
         """Closes the files of both."""

@@ -48,10 +48,10 @@ class AdapterMatch:
     changes: dict[str, Change]
     rows: dict[str, TokenRows]
 
-    def tells_apart(self, one: str, other: str) -> bool:
+    def tells_apart(self, tensor: str, twin: str) -> bool:
         """Whether the adapter makes two tensors of one."""
         parts: tuple[Mapping[str, object], ...] = (self.tensors, self.changes, self.rows)
-        return any(part.get(one) != part.get(other) for part in parts)
+        return any(part.get(tensor) != part.get(twin) for part in parts)
 
     def drop(self, name: str) -> None:
         """Forgets a tensor."""
@@ -70,9 +70,10 @@ class _WholeTensors:
 
     def overlay(self, tensors: Mapping[str, Info], tied: Sequence[str]) -> dict[str, Info]:
         """The model's tensors with the adapter's in their places; what replaces one of the ``tied`` replaces all."""
-        shared = next((each[name] for each in (self.replaced, self.originals) for name in tied if name in each), None)
-        everywhere = {} if shared is None else dict.fromkeys(tied, shared)
-        return {**tensors, **everywhere, **self.originals, **self.replaced, **self.copies}
+        stored = {**self.originals, **self.replaced}
+        replacement = next((stored[name] for name in tied if name in stored), None)
+        table = {} if replacement is None else dict.fromkeys(tied, replacement)
+        return {**tensors, **table, **stored, **self.copies}
 
 
 def match_adapter(tensors: Mapping[str, Info], tied: Sequence[str], adapter: Checkpoint) -> AdapterMatch:
@@ -84,7 +85,7 @@ def match_adapter(tensors: Mapping[str, Info], tied: Sequence[str], adapter: Che
     ValueError for a tensor of the adapter that belongs to none of the model's, or does not fit.
     """
     find = name_finder(tensors)
-    whole = _WholeTensors()
+    stored = _WholeTensors()
     modules: dict[str, dict[str, str]] = {}  # lora_A and lora_B of each
     rows: dict[str, TokenRows] = {}
     for key, info in adapter.tensors.items():
@@ -95,8 +96,8 @@ def match_adapter(tensors: Mapping[str, Info], tied: Sequence[str], adapter: Che
         elif tokens := _TOKENS.fullmatch(key):
             _add(rows, find(f"{tokens[1]}.weight"), TokenRows(key, token_indices(adapter.config, tokens[1])), key)
         else:
-            _add_tensor(whole, find, key, info, adapter)
-    overlay = whole.overlay(tensors, tied)
+            _add_tensor(stored, find, key, info, adapter)
+    overlay = stored.overlay(tensors, tied)
     changes = _changes(modules, find, overlay, adapter)
     for name in tied[1:]:
         rows |= {name: rows[tied[0]]} if tied[0] in rows and name not in rows else {}
@@ -111,10 +112,10 @@ def name_finder(names: Iterable[str]) -> Callable[[str], str]:
     Either may lead with a module that the other lacks (`transformer.`), or nest the language and the vision model of a
     vision-language model otherwise: `model.language_model.layers.0...` is `language_model.model.layers.0...`.
     """
-    known = frozenset(names)
+    tensors = frozenset(names)
     shorter: dict[str, list[str]] = {}
     unnested: dict[str, list[str]] = {}
-    for name in known:
+    for name in tensors:
         shorter.setdefault(name.partition(".")[2], []).append(name)
         unnested.setdefault(_unnested(name), []).append(name)
 
@@ -122,7 +123,7 @@ def name_finder(names: Iterable[str]) -> Callable[[str], str]:
         name = key.removeprefix(PREFIX)
         spellings = [name], [name.partition(".")[2]], shorter.get(name, []), unnested.get(_unnested(name), [])
         for candidates in spellings:
-            if len(candidates) == 1 and candidates[0] in known:
+            if len(candidates) == 1 and candidates[0] in tensors:
                 return candidates[0]
         raise ValueError(f"{key} belongs to no tensor of the model; give the model that it was trained on")
 
@@ -133,18 +134,18 @@ def _unnested(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _NESTING)
 
 
-def _add_tensor(whole: _WholeTensors, find: Callable[[str], str], key: str, info: Info, adapter: Checkpoint) -> None:
+def _add_tensor(stored: _WholeTensors, find: Callable[[str], str], key: str, info: Info, adapter: Checkpoint) -> None:
     """Adds a tensor that is stored whole."""
     if original := _ORIGINAL.fullmatch(key):
-        _add(whole.originals, find(f"{original[1]}.{original[2]}"), info, key)
+        _add(stored.originals, find(f"{original[1]}.{original[2]}"), info, key)
     elif copy := _COPY.fullmatch(key):
-        plain = f"{copy[1]}.{copy[2]}"
-        if plain not in adapter.tensors:  # where it is, peft loads that
-            _add(whole.copies, find(plain), info, key)
+        name = f"{copy[1]}.{copy[2]}"
+        if name not in adapter.tensors:  # where it is, peft loads that
+            _add(stored.copies, find(name), info, key)
     elif has_copy(adapter.config, key.rpartition(".")[0]):
-        _add(whole.copies, find(key), info, key)
+        _add(stored.copies, find(key), info, key)
     else:
-        _add(whole.replaced, find(key), info, key)
+        _add(stored.replaced, find(key), info, key)
 
 
 def _add(matches: dict[str, Any], name: str, match: Any, key: str) -> None:
@@ -182,7 +183,7 @@ def _changes(
         name = find(f"{module}.weight")
         fits[module] = name, _orientations(module, keys, adapter, name, tensors[name])
     # GPT-2 stores its weights [in, out]. A square one does not show it, but another of its name may (c_proj).
-    shown = {
+    orientation = {
         _leaf(name): orientations[0]
         for module, (name, orientations) in fits.items()
         if len(orientations) == 1 and not _is_table(modules[module])
@@ -190,9 +191,9 @@ def _changes(
     flag = bool(adapter.config.get("fan_in_fan_out"))
     changes: dict[str, Change] = {}
     for module, (name, orientations) in fits.items():
-        if len(orientations) == 2 and _leaf(name) not in shown and not {flag}.issuperset(shown.values()):
+        if len(orientations) == 2 and _leaf(name) not in orientation and not {flag}.issuperset(orientation.values()):
             raise ValueError(f"{module} is square: {CONFIG} does not tell if it is stored transposed")
-        transposed = orientations[0] if len(orientations) == 1 else shown.get(_leaf(name), flag)
+        transposed = orientations[0] if len(orientations) == 1 else orientation.get(_leaf(name), flag)
         down, up = modules[module]["A"], modules[module]["B"]
         scale = scale_of(adapter.config, module.removeprefix(PREFIX), adapter.tensors[down].shape[0])
         _add(changes, name, Change(down, up, scale, transposed), module)

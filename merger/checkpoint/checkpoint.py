@@ -77,19 +77,18 @@ class Checkpoint:
         else:
             rows.copy_(self._read(info, start, stop))
 
-    def equal(self, one: str, other: str) -> bool | None:
+    def equal(self, tensor: str, twin: str) -> bool | None:
         """Whether two tensors hold the same bits; None where only their headers are at hand. torch is not needed."""
-        first, second = self.tensors[one], self.tensors[other]
-        if (first.dtype, first.shape) != (second.dtype, second.shape):
+        info, twin_info = self.tensors[tensor], self.tensors[twin]
+        if (info.dtype, info.shape) != (twin_info.dtype, twin_info.shape):
             return False
-        if first.file is None or second.file is None:
+        if info.file is None or twin_info.file is None:
             return None
-        rows, columns = first.matrix
-        step = max(1, COMPARED // max(1, columns * ITEM_SIZE[first.dtype]))
-        return first == second or all(
-            self._stored_bytes(first, start, min(start + step, rows))
-            == self._stored_bytes(second, start, min(start + step, rows))
-            for start in range(0, rows, step)
+        rows, columns = info.matrix
+        step = max(1, COMPARED // max(1, columns * ITEM_SIZE[info.dtype]))
+        spans = ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return info == twin_info or all(
+            self._stored_bytes(info, *span) == self._stored_bytes(twin_info, *span) for span in spans
         )
 
     def _stored_bytes(self, info: Info, start: int, stop: int) -> bytes | bytearray:

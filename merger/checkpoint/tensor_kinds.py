@@ -154,9 +154,9 @@ def _conv1d(tensors: Mapping[str, Info]) -> frozenset[str]:
 
     A square one shows nothing, but goes by the same name as another that does (c_proj).
     """
-    shown: dict[str, bool] = {}
+    transposed: dict[str, bool] = {}
     for name, info in tensors.items():
         bias = tensors.get(name.removesuffix("weight") + "bias")
         if name.endswith("weight") and bias is not None and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
-            shown[_leaf(name)] = shown.get(_leaf(name), True) and bias.shape == info.shape[1:]
-    return frozenset(leaf for leaf, transposed in shown.items() if transposed)
+            transposed[_leaf(name)] = transposed.get(_leaf(name), True) and bias.shape == info.shape[1:]
+    return frozenset(leaf for leaf, is_transposed in transposed.items() if is_transposed)

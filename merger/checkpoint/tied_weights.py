@@ -21,7 +21,7 @@ _CLASSES_WITH_LM_HEAD = re.compile(r"ForCausalLM|GPT2LMHead|ForConditionalGenera
 _CLASSES_WITH_ANOTHER = re.compile(r"BioGpt|Blt|Csm|Kosmos2|NeoX|Rwkv|TrOCR|Whisper")
 
 
-def unknown(one: str, other: str) -> bool | None:
+def unknown(tensor: str, twin: str) -> bool | None:
     """The `Equal` of headers alone."""
     return None
 
@@ -77,9 +77,9 @@ def is_tied(
     if tensors[head].shape != tensors[embedding].shape:
         return False
     if word is False:
-        return same_place(tensors[head], tensors[embedding]) and equal(embedding, head) is not False
-    same = equal(embedding, head)
-    return word is True if same is None else same
+        return _same_place(tensors[head], tensors[embedding]) and equal(embedding, head) is not False
+    equality = equal(embedding, head)
+    return word is True if equality is None else equality
 
 
 def head_name(embedding: str, config: Mapping[str, Any]) -> str | None:
@@ -107,16 +107,16 @@ def stored_copies(tensors: Mapping[str, Info], candidates: Sequence[str], equal:
             first = places.setdefault((info.offset, info.file, info.dtype, info.shape, info.strides), name)
             copies |= {} if first == name or equal(first, name) is False else {name: first}  # an adapter may differ
     for index, name in enumerate(candidates):
-        originals = (other for other in candidates[:index] if other not in copies and _alike(tensors, other, name))
-        original = None if name in copies else next((other for other in originals if equal(other, name)), None)
+        originals = (n for n in candidates[:index] if n not in copies and _alike(tensors[n], tensors[name]))
+        original = None if name in copies else next((n for n in originals if equal(n, name)), None)
         copies |= {} if original is None else {name: original}
     return copies
 
 
-def _alike(tensors: Mapping[str, Info], one: str, other: str) -> bool:
-    return (tensors[one].dtype, tensors[one].shape) == (tensors[other].dtype, tensors[other].shape)
+def _alike(info: Info, twin: Info) -> bool:
+    return (info.dtype, info.shape) == (twin.dtype, twin.shape)
 
 
-def same_place(one: Info, other: Info) -> bool:
+def _same_place(info: Info, twin: Info) -> bool:
     """Whether two tensors are the same bytes of the same file."""
-    return one.file is not None and one == other
+    return info.file is not None and info == twin

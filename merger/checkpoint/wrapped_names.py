@@ -15,13 +15,13 @@ _OUTER = ("", "base_model.model.")
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """For every name of a checkpoint the model's own name of the tensor. ValueError where two tensors have the same."""
-    plain = {name: _WRAPPERS.sub("", name) for name in names}
+    model_names = {name: _WRAPPERS.sub("", name) for name in names}
     for outer in _OUTER:
         prefix = f"{outer}module."
-        while plain and all(name.startswith(prefix) for name in plain.values()):
-            plain = {stored: outer + name.removeprefix(prefix) for stored, name in plain.items()}
+        while model_names and all(name.startswith(prefix) for name in model_names.values()):
+            model_names = {stored: outer + name.removeprefix(prefix) for stored, name in model_names.items()}
     stored_names: dict[str, str] = {}
-    for stored, name in plain.items():
+    for stored, name in model_names.items():
         if (first := stored_names.setdefault(name, stored)) != stored:
             raise ValueError(f"holds {name} twice, as {first} and as {stored}; remove one of them")
-    return plain
+    return model_names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,12 +52,12 @@ class TensorPlan:
     extra: tuple[ExtraRows, ...] = ()
     tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
 
-    @property
+    @cached_property
     def calibrated(self) -> bool:
         """Whether any of its stages looks at what enters the layer."""
         return any(stage.calibrated for stage in self.stages)
 
-    @property
+    @cached_property
     def gram(self) -> bool:
         """Whether any of its stages takes Gram matrices, which are made while it is merged."""
         return any(stage.gram for stage in self.stages)
@@ -135,6 +135,19 @@ class Plan:
     def stored(self) -> dict[str, Info]:
         """All tensors of the output, by name."""
         return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
+
+    def written_names(self, tensor: TensorPlan) -> list[str]:
+        """The names under which a tensor is written: those of its results, or its own and those that repeat it."""
+        return [*tensor.stored, *([] if tensor.packed else self._repeated_names.get(tensor.name, ()))]
+
+    @cached_property
+    def _repeated_names(self) -> Mapping[str, Sequence[str]]:
+        """The names that store a tensor once more, as a tied head its embedding, by the tensor's own name."""
+        names: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.tied_to is not None:
+                names.setdefault(tensor.tied_to, []).append(tensor.name)
+        return names
 
     @property
     def packed(self) -> bool:

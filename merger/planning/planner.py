@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info
+from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, rows_and_columns
 from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds, text_config
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
-from merger.pipeline.registry import entry_of
+from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
 from merger.planning.differences import differences
+from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
+from merger.planning.output_names import matching_rule, output_names
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
 from merger.planning.shared_tensors import SharedTensors
-from merger.recipe.recipe import Recipe, Rule
+from merger.recipe.recipe import Recipe
 
 
 def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) -> Plan:
@@ -26,13 +30,30 @@ def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) ->
     With ``headers_only`` a Hub repository's weights are not downloaded. Raises CheckpointError for
     inputs that do not fit together, all misfits of a kind at once.
     """
-    models = open_models(recipe, offline=offline, headers_only=headers_only)
+    with _collector_paused():
+        models = open_models(recipe, offline=offline, headers_only=headers_only)
+        try:
+            return _Planner(recipe, models).plan()
+        except BaseException:
+            for model in models.values():
+                model.close()
+            raise
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses Python's cyclic garbage collector.
+
+    A plan of 45,000 tensors is made of a million objects, all of which stay. The collector would go through them over
+    and over, which took a third of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return _Planner(recipe, models).plan()
-    except BaseException:
-        for model in models.values():
-            model.close()
-        raise
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[str, Checkpoint]:
@@ -59,81 +80,58 @@ class _Planner:
         self.models = models
         self.kinds = {label: tensor_kinds(model.tensors, model.config, model.equal) for label, model in models.items()}
         self.shared = SharedTensors(models, self.kinds)
-        self.faults: list[str] = []
-        self.notes: list[str] = [remark for model in models.values() for remark in model.remarks]
-        self.dropped: dict[str, dict[str, str]] = {label: {} for label in models}
+        self.output = output_names(recipe, self.kinds, self.shared)
+        self.faults = self.output.faults
+        self.notes = [remark for model in models.values() for remark in model.remarks]
+        # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
+        self.turns = [linear_turns(choice.stages, len(recipe.experts)) for choice in recipe.choices()]
+        self.places: dict[tuple[str, int], Place] = {}
+        self.bound: dict[tuple[int, str, str, int], tuple[Bound, ...]] = {}
 
     def plan(self) -> Plan:
-        names = sorted(self._output_names(), key=natural)
+        names = sorted(self.output.names, key=natural)
         originals = self.shared.originals(names)
         own_head = self.shared.own_head(names)
         if own_head is not None:
             self.kinds = {label: kinds.untied() for label, kinds in self.kinds.items()}
+        numbers = number_layers(names, self.kinds_of) if max(self.turns) > 1 else {}
         planned: dict[str, TensorPlan] = {}
-        linear = 0
         for name in names:
-            if name not in originals and (tensor := self._tensor(name, linear)) is not None:
+            if name not in originals and (tensor := self._tensor(name, numbers.get(name, 0))) is not None:
                 planned[name] = tensor
-            linear += self.kinds_of(name).kind(name) in ("linear", "conv1d", "expert3d", "head")
         if self.faults:
             raise CheckpointError("\n".join(_shortened(self.faults)))
         for name, original in originals.items():
             planned[name] = replace(planned[original], name=name, parts=(), extra=(), tied_to=original)
         tensors = [planned[name] for name in names]
-        self._unmatched_rules(tensors)
         tokenizer = self.recipe.output.tokenizer or self._longest_vocabulary(tensors)
         return Plan(
             recipe=self.recipe,
             models=self.models,
             tensors=tuple(tensors),
-            dropped=self.dropped,
-            notes=(*self.notes, *self.shared.notes(), *_remarks(tensors), *differences(self.models)),
+            dropped=self.output.dropped,
+            notes=(
+                *self.notes,
+                *self.shared.notes(),
+                *self._idle_rules(originals),
+                *_remarks(tensors),
+                *self._aliased_orders(names),
+                *differences(self.models),
+            ),
             config=self._config(tensors, own_head),
             tokenizer=tokenizer,
         )
-
-    # --- names ---
-
-    def _output_names(self) -> Iterator[str]:
-        """The base's tensors, the head of an expert that untied it, and what rules take from an expert."""
-        base = self.kinds["base"].tensors
-        yield from base
-        experts = list(self.models.items())[1:]
-        extra = dict.fromkeys(n for _, m in experts for n in m.tensors if n not in base)
-        for name in extra:
-            holders = [label for label, model in experts if name in model.tensors]
-            rule = self._rule(name, self.kinds[holders[0]])
-            if rule is not None and rule.use in holders:
-                yield name
-            elif rule is not None and rule.use == "base":
-                self._drop(name, holders, f"rule {self.recipe.rules.index(rule) + 1} keeps the base, which has none")
-            elif original := self.shared.repeated(name, holders):
-                self._drop(name, holders, f"is {original}, stored once more")
-            elif self.shared.stored_name("base", name) is not None:
-                yield name
-            else:
-                self.faults.append(
-                    f"{holders[0]}: has {name}, which the base lacks; leave it out with a rule "
-                    f"{{tensors: '^{name}$', use: base}}, or take it with use: {holders[0]}"
-                )
-
-    def _drop(self, name: str, holders: Iterable[str], why: str) -> None:
-        for label in holders:
-            self.dropped[label][name] = why
 
     def kinds_of(self, name: str) -> TensorKinds:
         """The kinds of the first model that holds the tensor."""
         return next(kinds for kinds in self.kinds.values() if name in kinds.tensors)
 
-    def _rule(self, name: str, kinds: TensorKinds) -> Rule | None:
-        return next((rule for rule in self.recipe.rules if rule.matches(name, kinds.kind(name))), None)
-
     # --- one tensor ---
 
-    def _tensor(self, name: str, linear: int) -> TensorPlan | None:
+    def _tensor(self, name: str, number: int) -> TensorPlan | None:
         kinds = self.kinds_of(name)
         kind = kinds.kind(name)
-        rule = self._rule(name, kinds)
+        rule = matching_rule(self.recipe, name, kinds)
         source = rule.use if rule is not None and rule.use else "base"
         copied = kind == "buffer" or (rule is not None and rule.use is not None)
         reads = {label: self.shared.stored_name(label, name) for label in self.models}
@@ -147,8 +145,9 @@ class _Planner:
             return None
         shape, common, extra = fitted
         group = 0 if rule is None else self.recipe.rules.index(rule) + 1
-        place = self._place(name, linear)
-        stages = self._stages(rule, kind, place)
+        unit = kinds.unit(name)
+        place = self._place(name, unit, kinds, number % self.turns[group])
+        stages = self._stages(group, kind, unit, place)
         if extra and stages[-1].entry.packing is not None:
             pack, whose = stages[-1].entry.name, " and ".join(extra[-1].models)
             self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; set extra_rows: drop")
@@ -159,7 +158,7 @@ class _Planner:
             name=name,
             info=Info(dtype, shape),
             kind=kind,
-            unit=kinds.unit(name),
+            unit=unit,
             place=place,
             group=group,
             stages=stages,
@@ -169,19 +168,21 @@ class _Planner:
             extra=extra,
         )
 
-    def _stages(self, rule: Rule | None, kind: str, place: Place) -> tuple[Bound, ...]:
-        chosen = (self.recipe if rule is None else rule).stages
-        try:
-            return tuple(bind(each, place) for stage in chosen for each in expand(stage, kind, place.experts))
-        except ValueError as error:
-            raise RecipeError(f"{entry_of(chosen[0].func).name}: {error}") from None
+    def _place(self, name: str, unit: str, kinds: TensorKinds, linear: int) -> Place:
+        """Where a tensor stands: the same object for all tensors of a block."""
+        if (unit, linear) not in self.places:
+            depth, experts = kinds.depth(name), self.recipe.experts
+            weights = tuple(resolve(Number, expert.weight, Place((), depth=depth)) for expert in experts.values())
+            self.places[unit, linear] = Place(tuple(experts), weights, depth, kinds.rotation(name), linear)
+        return self.places[unit, linear]
 
-    def _place(self, name: str, linear: int) -> Place:
-        kinds = self.kinds_of(name)
-        depth = kinds.depth(name)
-        experts = self.recipe.experts
-        weights = tuple(resolve(Number, expert.weight, Place((), depth=depth)) for expert in experts.values())
-        return Place(tuple(experts), weights, depth, kinds.rotation(name), linear)
+    def _stages(self, group: int, kind: str, unit: str, place: Place) -> tuple[Bound, ...]:
+        """The stages that the method of a group has for tensors of a kind in a block, bound once for all of them."""
+        key = group, kind, unit, place.linear
+        if key not in self.bound:
+            choice = self.recipe.rules[group - 1] if group else self.recipe
+            self.bound[key] = _bind(choice.stages, kind, place)
+        return self.bound[key]
 
     def _copy(self, name: str, kind: str, source: str, reads: Mapping[str, str | None]) -> TensorPlan | None:
         read = reads[source]
@@ -251,11 +252,20 @@ class _Planner:
 
     # --- the whole ---
 
-    def _unmatched_rules(self, tensors: list[TensorPlan]) -> None:
-        names = {name for kinds in self.kinds.values() for name in kinds.tensors}
-        for i, rule in enumerate(self.recipe.rules):
-            if not any(rule.matches(name, self.kinds_of(name).kind(name)) for name in names):
-                self.notes.append(f"rule {i + 1} ({rule.tensors or rule.kinds}) matches no tensor")
+    def _idle_rules(self, originals: Mapping[str, str]) -> Iterator[str]:
+        """Notes on rules that match no tensor, or only further names of one that is merged under its first name."""
+        names = dict.fromkeys(name for kinds in self.kinds.values() for name in kinds.tensors)
+        for number, rule in enumerate(self.recipe.rules, 1):
+            matches = (name for name in names if rule.matches(name, self.kinds_of(name).kind(name)))
+            if (name := next(matches, None)) is None:
+                yield f"rule {number} ({rule.tensors or rule.kinds}) matches no tensor"
+            elif name in originals and all(name in originals for name in matches):
+                of = originals[name]
+                yield f"rule {number} has no effect: {name} is {of}, stored once more, and follows its rule"
+
+    def _aliased_orders(self, names: Sequence[str]) -> list[str]:
+        turns = dict.fromkeys(turn for turn in self.turns if turn > 1)
+        return [note for turn in turns for note in describe_aliasing(names, self.kinds_of, turn)]
 
     def _longest_vocabulary(self, tensors: list[TensorPlan]) -> str:
         """The base's tokenizer, unless an expert's rows were added to the vocabulary."""
@@ -284,10 +294,18 @@ class _Planner:
         return self.kinds[label].tensors[name].shape[0] if name else 0
 
 
+def _bind(chosen: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:
+    """The stages of a method for tensors of a kind at a place; RecipeError names the method whose parameters clash."""
+    try:
+        return tuple(bind(each, place) for stage in chosen for each in expand(stage, kind, place.experts))
+    except ValueError as error:
+        raise RecipeError(f"{entry_of(chosen[0].func).name}: {error}") from None
+
+
 def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
     """What there is to say of the stages' parameters, each thing once."""
     said: dict[str, None] = {}
-    for tensor in tensors:
+    for tensor in {(id(tensor.stages), tensor.place.weights): tensor for tensor in tensors}.values():
         remarks = {
             stage.entry.name: stage.entry.remark(len(tensor.place.experts), **stage.values) for stage in tensor.stages
         }
@@ -302,8 +320,7 @@ def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
 
 
 def _parts(name: str, kind: str, shape: tuple[int, ...], *, transposed: bool) -> tuple[Part, ...]:
-    info = Info("F32", shape)
-    rows, columns = info.matrix
+    rows, columns = rows_and_columns(shape)
     if kind == "expert3d":
         return tuple(Part(f"{name}[{e}]", e * shape[1], shape[1], columns) for e in range(shape[0]))
     if transposed:

@@ -59,8 +59,8 @@ class SharedTensors:
             return None
         base, stored = self._kinds["base"].tensors, self._stored_names(name)
         copied = {self._kinds[label].copies.get(name) for label in holders}
-        same = (n for n in sorted(self._names) if n in base and (copied == {n} or self._stored_names(n) == stored))
-        return next(same, None)
+        originals = (n for n in sorted(self._names) if n in base and (copied == {n} or self._stored_names(n) == stored))
+        return next(originals, None)
 
     def own_head(self, names: Iterable[str]) -> str | None:
         """The head among the output's ``names`` that is no longer the embedding, though the base ties the two."""
