@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._version import VERSION
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import stamp
 from merger.checkpoint.writer import write_json
@@ -198,7 +199,9 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
 def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """From what commit and which bytes a model, and an adapter on it, came."""
     adapter = model.adapter
-    adapter_files = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
+    adapter_files = [
+        file for file in model.files if adapter is not None and (file in adapter.files or file.name == CONFIG)
+    ]
     origin = _file_hashes(model.commit, [file for file in model.files if file not in adapter_files], hashes)
     return origin if adapter is None else {**origin, "adapter": _file_hashes(adapter.commit, adapter_files, hashes)}
 
