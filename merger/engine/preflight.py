@@ -52,6 +52,6 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     machine = Machine.of(device or "cpu", max_memory, plan)
     ranked = any(tensor.ranked for tensor in plan.tensors)
     hidden = demand.hidden_states(plan)
-    memory = memory_needed(plan, machine.workers) + machine.hold
+    memory = memory_needed(plan, machine.workers, gpu=machine.device != "cpu") + machine.hold
     memory += hidden if machine.hidden is None else min(machine.hidden, hidden)
     return Forecast(memory, _free(output), ranked, demand.kept_grams(plan), machine.devices if device else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from merger._lazy import torch
 from merger.calibration.statistics import Statistics, inputs_of
 from merger.checkpoint.safetensors_header import TORCH_NAMES
 from merger.engine.machine import Machine
-from merger.engine.memory import bytes_held, slice_rows
+from merger.engine.memory import bytes_held, slice_bytes, slice_rows
 from merger.errors import CheckpointError
 from merger.ops import kernels
 from merger.ops.questions import Flow
@@ -65,17 +66,7 @@ class Reader:
         self, tensor: TensorPlan, part: Part, model_totals: ModelTotals, earlier_sums: EarlierSums, carry: Carry
     ) -> OpenTotal | None:
         """Carries all slices of a part as far as the totals over the model allow, as `run_slices` does."""
-        subject = Subject(
-            name=tensor.name,
-            kind=tensor.kind,
-            place=tensor.place,
-            rows=part.rows,
-            columns=part.columns,
-            seed=self.plan.recipe.seed,
-            first=part.row * part.columns,
-            transposed=part.transposed,
-            inputs=inputs_of(tensor, part, self.statistics, partial(self.notice, tensor)),
-        )
+        subject = self._subject(tensor, part)
         step = slice_rows(tensor, part)
         count = -(-part.rows // step) if part.columns else 0
         elements = part.rows * part.columns
@@ -93,16 +84,35 @@ class Reader:
 
         sizes = Sizes(elements, self.sizes[tensor.group])
         rehearse_sample = partial(self._sample_notes, tensor, part, subject) if count >= MANY else dict
-        return run_slices(
-            count,
-            start,
-            sizes=sizes,
-            model_totals=model_totals,
-            earlier_sums=earlier_sums,
-            hold=hold,
-            mapper=self.mapper,
-            rehearse=rehearse_sample,
+        with self._room(tensor, part, devices[0]) if count == 1 else nullcontext():
+            return run_slices(
+                count,
+                start,
+                sizes=sizes,
+                model_totals=model_totals,
+                earlier_sums=earlier_sums,
+                hold=hold,
+                mapper=self.mapper,
+                rehearse=rehearse_sample,
+            )
+
+    def _subject(self, tensor: TensorPlan, part: Part) -> Subject:
+        """A part as its stages see it, with its inputs."""
+        return Subject(
+            name=tensor.name,
+            kind=tensor.kind,
+            place=tensor.place,
+            rows=part.rows,
+            columns=part.columns,
+            seed=self.plan.recipe.seed,
+            first=part.row * part.columns,
+            transposed=part.transposed,
+            inputs=inputs_of(tensor, part, self.statistics, partial(self.notice, tensor)),
         )
+
+    def _room(self, tensor: TensorPlan, part: Part, device: str) -> AbstractContextManager[None]:
+        """Memory of a device for a part that is merged in one piece."""
+        return self.machine.rooms[device].taken(slice_bytes(tensor, part, len(self.plan.models) - 1))
 
     def _sample_notes(self, tensor: TensorPlan, part: Part, subject: Subject) -> SampleNotes:
         """The notes of the stages on a sample: `PLACES` groups of rows, together a share of the tensor."""
