@@ -19,7 +19,7 @@ from merger.methods.byom import byom
 from merger.methods.emr import emr
 from merger.methods.tall_masks import tall_masks
 from merger.outputs.extract import extract
-from merger.outputs.verify import Deep, verify
+from merger.outputs.verify import DeepCheck, verify
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import Form, checked
@@ -385,7 +385,7 @@ def test_the_plan_says_what_is_written(models):
 def test_an_output_of_several_experts_is_verified_like_any_other(models):
     folder = models()
     run(recipe(folder, "tsv_c"))
-    assert not verify(folder / "out", deep=Deep(sample=200)).differences
+    assert not verify(folder / "out", deep=DeepCheck(sample=200)).differences
     file = folder / "out" / "experts.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     assert verify(folder / "out").differences

@@ -87,20 +87,24 @@ def flow(
 
     ``look`` is shown what stage i leaves, once more each time the flow is started again.
     """
-    return (yield from _through(stages, part.deltas, _supplies(part, subject), look))
+    return _run_stages(stages, part.deltas, _supplies(part, subject), look)
 
 
-def _through(
+def _run_stages(
     stages: Sequence[Bound],
     deltas: Tensor,
     supplies: Mapping[str, Any],
     look: Callable[[int, Tensor], None] = unseen,
 ) -> Flow[Tensor]:
+    """Runs the stages on deltas [k r c], each on the result of the one before."""
     for i, stage in enumerate(stages):
         stage_supplies = {**supplies, "deltas": deltas, "inside": partial(_merge_inside, stage.inner, supplies)}
-        if stage.score is not None:
-            stage_supplies["scores"] = yield from _call(stage.score, stage_supplies)
-        deltas = yield from _call(stage, stage_supplies)
+        for name, step in (("scores", stage.score), ("deltas", stage)):
+            if step is not None:
+                arguments = [stage_supplies[supply] for supply in supplied(step.entry.function)]
+                result = step.entry.function(*arguments, **step.values)
+                stage_supplies[name] = (yield from result) if inspect.isgenerator(result) else result
+        deltas = stage_supplies["deltas"]
         look(i, deltas)
     return deltas
 
@@ -118,18 +122,11 @@ def _merge_inside(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: 
         return draws[:, :rows]
 
     def carry(_: int) -> Flow[None]:
-        merged.append((yield from _through(stages, deltas, {**supplies, "originals": deltas, "uniform": uniform})))
+        merged.append((yield from _run_stages(stages, deltas, {**supplies, "originals": deltas, "uniform": uniform})))
 
     size = deltas[0].numel()
     run_slices(1, carry, sizes=Sizes(size, size), hold=True)
     return merged[0]
-
-
-def _call(stage: Bound, supplies: dict[str, Any]) -> Flow[Tensor]:
-    arguments = [supplies[name] for name in supplied(stage.entry.function)]
-    result = stage.entry.function(*arguments, **stage.values)
-    merged: Tensor = (yield from result) if inspect.isgenerator(result) else result
-    return merged
 
 
 def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:

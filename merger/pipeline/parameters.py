@@ -143,7 +143,7 @@ class Place:
     weights: tuple[Fraction, ...] = ()  # each expert's own weight; none means 1
     depth: Fraction = Fraction(0)  # 0 at the first block and before it, 1 at the last and after it
     block: int = 0  # rotation index: 0 before the blocks, b + 1 for block b, L + 1 after them
-    linear: int = 0  # how many linear tensors come before this one, in forward order
+    linear: int = 0  # how many linear layers come before it in the forward pass; a plan counts them up to a full turn
 
 
 def resolve(annotation: Any, value: Any, place: Place) -> Any:

@@ -51,19 +51,15 @@ class OpenTotal:
         return OpenTotal(self.key, self.question, self.question.join(self.total, addition.total))
 
 
-class SliceFlow:
-    """The flow of one slice, stopped at a question."""
+class PausedFlow:
+    """The flow of one slice, and the question that it waits with."""
 
-    def __init__(self, flow: Flow[None]) -> None:
-        self._flow = flow
+    def __init__(self, steps: Flow[None]) -> None:
+        self.steps = steps
         self._asked = Counter[tuple[Whole, str]]()
-        self._stop_at(next(flow))
 
-    def resume(self, answer: Any) -> None:
-        """Gives the answer and runs to the next question; raises StopIteration at the end of the flow."""
-        self._stop_at(self._flow.send(answer))
-
-    def _stop_at(self, question: Question) -> None:
+    def wait_with(self, question: Question) -> None:
+        """Remembers the question that the flow asks now, and names it by how often it was asked before."""
         name = question.scope, question.name
         self.question = question
         self.key: Key = (*name, self._asked[name])
@@ -106,6 +102,19 @@ class RunningSum:
             self.changed.notify_all()
 
 
+Contribution = tuple[Key, Total, "Tensor | None"]
+"""An open question, and a slice's part of its total; None where the part is in the counters of its thread."""
+
+
+def _joined(total: Contribution | None, addition: Contribution | None) -> Contribution | None:
+    """The contributions of two runs of slices together; a flow that has ended contributes nothing."""
+    if total is None or addition is None:
+        return addition if total is None else total
+    (key, question, part), (added_key, _, added_part) = total, addition
+    assert key == added_key, f"flows of one pipeline ask {key} and {added_key}"
+    return key, question, None if part is None or added_part is None else question.join(part, added_part)
+
+
 @dataclass
 class TensorPasses:
     """The flows of one tensor's slices and the answers to their questions."""
@@ -117,7 +126,7 @@ class TensorPasses:
     hold: bool
     rehearse: Callable[[], SampleNotes] = dict
     notes: dict[int, Sequence[Any]] = field(default_factory=dict)
-    paused: dict[int, SliceFlow] = field(default_factory=dict)
+    paused: dict[int, PausedFlow] = field(default_factory=dict)
     answers: dict[Key, Any] = field(default_factory=dict)
     running_sums: dict[Key, RunningSum] = field(default_factory=dict)
     counters: list[Tensor] = field(default_factory=list)  # one for each thread that counts at the same time
@@ -128,8 +137,10 @@ class TensorPasses:
 
     def run(self, count: int, mapper: Mapper) -> OpenTotal | None:
         """Passes over the slices until their flows end, or wait with a question about the whole model."""
-        while (open_total := self._collect(mapper(self._carry, range(count)))) is not None:
-            if open_total.key[0] == "global":
+        while True:
+            contribution = reduce(_joined, mapper(self._carry, range(count)), None)
+            open_total = self._open_total(contribution)
+            if open_total is None or open_total.key[0] == "global":
                 break
             self.answers[open_total.key] = open_total.question.answer(open_total.total)
         for key, running in self.running_sums.items():
@@ -137,12 +148,15 @@ class TensorPasses:
                 self.earlier_sums[key] = torch.tensor(running.sums[-1]) + self.earlier_sums.get(key, 0)
         return open_total
 
-    def _carry(self, i: int) -> tuple[Key, Total, Tensor | None] | None:
+    def _carry(self, i: int) -> Contribution | None:
         """Carries slice ``i`` to its end, or to a question that needs a pass; returns its part of that question."""
         try:
-            flow = self.paused.pop(i, None) or SliceFlow(self.start(i))
+            flow = self.paused.pop(i, None)
+            if flow is None:
+                flow = PausedFlow(self.start(i))
+                flow.wait_with(next(flow.steps))
             while (answer := flow.question.reply(self, flow.key, i)) is not UNANSWERED:
-                flow.resume(answer)
+                flow.wait_with(flow.steps.send(answer))
         except StopIteration:
             return None
         except BaseException:
@@ -153,23 +167,15 @@ class TensorPasses:
         question = cast("Total", flow.question)  # no other is left unanswered
         return flow.key, question, question.part(self.counters)
 
-    def _collect(self, parts: Iterable[tuple[Key, Total, Tensor | None] | None]) -> OpenTotal | None:
-        """Joins the parts of all slices in their order; None when all flows have ended."""
-        open_total: OpenTotal | None = None
-        tally: tuple[Key, Total] | None = None
-        for contribution in parts:
-            if contribution is None:
-                continue
-            key, question, part = contribution
-            if part is None:
-                tally = key, question
-            else:
-                share = OpenTotal(key, question, part)
-                open_total = share if open_total is None else open_total.joined(share)
-        if tally is not None:
-            open_total = OpenTotal(*tally, reduce(torch.add, self.counters))
+    def _open_total(self, contribution: Contribution | None) -> OpenTotal | None:
+        """The open question with the contribution of all slices; None when all flows have ended."""
+        if contribution is None:
+            return None
+        key, question, part = contribution
+        if part is None:
+            part = reduce(torch.add, self.counters)
             self.counters.clear()
-        return open_total
+        return OpenTotal(key, question, part)
 
     def _fail(self, i: int) -> None:
         with self.lock:
@@ -248,24 +254,50 @@ def rehearse(start: Callable[[], Flow[Any]], size: int) -> SampleNotes:
     return passes.notes
 
 
-def run_tensors(groups: Sequence[Hashable], visit: Callable[[int, ModelTotals, EarlierSums], OpenTotal | None]) -> None:
-    """Visits every tensor until none waits with a question about all tensors of its group.
+class ModelPasses:
+    """The passes over tensors of which those of a group are ranked together, until no tensor has an open question.
 
-    ``visit(i, model_totals, earlier_sums)`` is `run_slices` on tensor i. Tensors are visited in order, so that equal
-    scores of a ranking over the whole model go to the earlier tensor.
+    It iterates over the numbers of the tensors to visit, pass after pass. Tensors are visited in order, so that equal
+    scores of a ranking over the whole model go to the earlier tensor. A visit is `run_slices` with the tensor's
+    `model_totals` and `earlier_sums`; `record` takes the question that it ends with.
     """
-    model_totals: dict[Hashable, dict[Key, Tensor]] = defaultdict(dict)
-    waiting: Sequence[int] = range(len(groups))
-    while waiting:
-        earlier_sums: dict[Hashable, EarlierSums] = defaultdict(dict)
-        open_totals: dict[Hashable, OpenTotal] = {}
-        unfinished = []
-        for i in waiting:
-            group = groups[i]
-            open_total = visit(i, model_totals[group], earlier_sums[group])
-            if open_total is not None:
-                unfinished.append(i)
-                open_totals[group] = open_totals[group].joined(open_total) if group in open_totals else open_total
-        for group, open_total in open_totals.items():
-            model_totals[group][open_total.key] = open_total.total
-        waiting = unfinished
+
+    def __init__(self, groups: Sequence[Hashable]) -> None:
+        self._groups = groups
+        self._model_totals: dict[Hashable, dict[Key, Tensor]] = defaultdict(dict)
+        self._earlier_sums: dict[Hashable, EarlierSums] = defaultdict(dict)
+        self._open_totals: dict[Hashable, OpenTotal] = {}
+        self._unfinished: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        waiting: Sequence[int] = range(len(self._groups))
+        while waiting:
+            yield from waiting
+            for group, open_total in self._open_totals.items():
+                self._model_totals[group][open_total.key] = open_total.total
+            waiting, self._unfinished = self._unfinished, []
+            self._open_totals.clear()
+            self._earlier_sums.clear()
+
+    def model_totals(self, i: int) -> ModelTotals:
+        """The totals that earlier passes have found over the group of tensor ``i``."""
+        return self._model_totals[self._groups[i]]
+
+    def earlier_sums(self, i: int) -> EarlierSums:
+        """The prefix sums of this pass over the tensors of its group before tensor ``i``."""
+        return self._earlier_sums[self._groups[i]]
+
+    def record(self, i: int, open_total: OpenTotal | None) -> None:
+        """Joins the open question of tensor ``i`` to that of its group; None where the tensor is finished."""
+        if open_total is not None:
+            group = self._groups[i]
+            earlier = self._open_totals.get(group)
+            self._open_totals[group] = open_total if earlier is None else earlier.joined(open_total)
+            self._unfinished.append(i)
+
+
+def run_tensors(groups: Sequence[Hashable], visit: Callable[[int, ModelTotals, EarlierSums], OpenTotal | None]) -> None:
+    """Visits tensors by ``visit(i, model_totals, earlier_sums)`` in the order of `ModelPasses`."""
+    passes = ModelPasses(groups)
+    for i in passes:
+        passes.record(i, visit(i, passes.model_totals(i), passes.earlier_sums(i)))

@@ -29,6 +29,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import (
@@ -196,14 +197,15 @@ def method(**traits: Any) -> Callable[[F], F]:
     return _register("method", ENTRIES, **traits)
 
 
-def parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+@cache
+def parameters(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
     """The recipe's side of a signature: name as written -> (annotation, default)."""
     annotations = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
             annotations[name] = (eval(parameter.annotation, function.__globals__), default)
-    return annotations
+    return MappingProxyType(annotations)
 
 
 @cache
@@ -306,6 +308,7 @@ Inner = Annotated[
 """A parameter that names a method, which runs inside another."""
 
 
+@cache
 def entry_of(function: Callable[..., Any]) -> Entry:
     """The entry of a registered function."""
     return next(e for table in (ENTRIES, SCORES) for e in table.values() if e.function is function)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from merger.pipeline.parameters import Place, resolve, turns
@@ -44,28 +45,28 @@ class Bound:
     score: Bound | None = None
     inner: tuple[Bound, ...] = ()
 
-    @property
+    @cached_property
     def takes(self) -> Takes:
         """The least this stage must see at once."""
         return self.entry.takes(**self.values)
 
-    @property
+    @cached_property
     def calibrated(self) -> bool:
         """Whether this stage looks at what enters the layer."""
         nested = [*self.inner, *([] if self.score is None else [self.score])]
         return any(stage.calibrated for stage in nested) or self.entry.calibrated(**self.values)
 
-    @property
+    @cached_property
     def gram(self) -> bool:
         """Whether this stage takes the Gram matrices of what enters the layer."""
         return "gram" in supplied(self.entry.function)
 
-    @property
+    @cached_property
     def fed(self) -> Fed:
         """What feeds the blocks in which this stage's Gram matrices are made."""
         return self.entry.fed(**self.values)
 
-    @property
+    @cached_property
     def align(self) -> int:
         """The number of elements that every slice must begin at a multiple of."""
         multiple = int(self.values[self.entry.align]) if self.entry.align else 1

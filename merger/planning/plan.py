@@ -52,12 +52,12 @@ class TensorPlan:
     extra: tuple[ExtraRows, ...] = ()
     tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
 
-    @property
+    @cached_property
     def calibrated(self) -> bool:
         """Whether any of its stages looks at what enters the layer."""
         return any(stage.calibrated for stage in self.stages)
 
-    @property
+    @cached_property
     def gram(self) -> bool:
         """Whether any of its stages takes Gram matrices, which are made while it is merged."""
         return any(stage.gram for stage in self.stages)
@@ -135,6 +135,16 @@ class Plan:
     def stored(self) -> dict[str, Info]:
         """All tensors of the output, by name."""
         return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
+
+    def written_names(self, tensor: TensorPlan) -> list[str]:
+        """The names under which a tensor is written: those of its results, or its own and that of a head tied to it."""
+        head = self._tied_heads.get(tensor.name)
+        return [*tensor.stored] if head is None or tensor.packed else [*tensor.stored, head]
+
+    @cached_property
+    def _tied_heads(self) -> Mapping[str, str]:
+        """The stored head that repeats an embedding, by the embedding's name."""
+        return {tensor.tied_to: tensor.name for tensor in self.tensors if tensor.tied_to is not None}
 
     @property
     def packed(self) -> bool:
