@@ -174,6 +174,15 @@ class Plan:
         """The inputs that stages take beside the weights."""
         return frozenset[StageInput]().union(*(tensor.inputs for tensor in self.tensors))
 
+    @property
+    def runs_models(self) -> bool:
+        """Whether text goes through an expert, because no file of the recipe has the inputs that stages take."""
+        calibration = self.recipe.calibration
+        if calibration is None or not any(stage_input.needs_text for stage_input in self.inputs):
+            return False
+        follows_merge = any(stage_input.follows_merge for stage_input in self.inputs)
+        return follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
+
     def close(self) -> None:
         """Closes the inputs."""
         for model in self.models.values():
