@@ -171,8 +171,11 @@ class Loop:
         return reader.visit(tensor, part, known, ahead, carry)
 
     def _put(self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> None:
-        """Rounds once to the output's dtype and writes."""
-        self._write(self._names(tensor), *self._rounded(tensor, part, stored, piece, delta))
+        """Rounds once to the output's dtype and writes, but for rows that are not merged."""
+        row, values = self._rounded(tensor, part, stored, piece, delta)
+        values = values.reshape(-1, 1) if len(tensor.info.shape) == 1 else values
+        for first, last in tensor.merged_rows(row, row + len(values)):
+            self._write(self._names(tensor), first, values[first - row : last - row])
 
     def _rounded(
         self, tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor
@@ -237,7 +240,7 @@ class Loop:
             )
 
     def _extra_rows(self, tensor: TensorPlan, rows: ExtraRows) -> None:
-        """Vocabulary rows that not all models have: the mean of those that have them."""
+        """Writes rows that are not merged: the mean of the models that have them."""
         dtype = getattr(torch, TORCH_NAMES[tensor.info.dtype])
         having = [(self.plan.models[label], tensor.reads[label]) for label in rows.models]
         vector = len(tensor.info.shape) == 1

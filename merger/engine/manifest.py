@@ -115,6 +115,8 @@ def _fate(tensor: TensorPlan) -> dict[str, Any]:
         said |= {"packed": tensor.packed.recorded(), "stored as": stored}
     if tensor.tied_to is not None:
         return said | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
+    if tensor.extra:
+        said["rows"] = {f"{rows.start} to {rows.stop - 1}": list(rows.models) for rows in tensor.extra}
     others = {label: name for label, name in tensor.reads.items() if name != tensor.name}
     return said | ({"reads": others} if others else {})
 

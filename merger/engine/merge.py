@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
+from merger.checkpoint.writer import Writer, check_output, write_json, write_text
 from merger.engine.loop import Blocks, Loop, Progress, Sink
 from merger.engine.machine import Machine, peak_device_memory, peak_memory
 from merger.engine.manifest import RECORD, decisive, record_of
@@ -240,11 +239,7 @@ class _Merge:
 
     def _write_side_files(self, writer: Writer, hashes: Mapping[Path, Future[str]]) -> None:
         plan, folder = self.plan, writer.folder
-        copied = manifest.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
-        files = manifest.copy_side_files(copied, folder)
-        config = json_bytes(plan.config)
-        write_bytes(folder / "config.json", config)
-        files["config.json"] = hashlib.sha256(config).hexdigest()
+        files = manifest.write_side_files(plan.side_files, folder)
         record = record_of(
             plan,
             self.machine.device,

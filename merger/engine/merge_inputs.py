@@ -65,7 +65,7 @@ def beside(record: Mapping[str, Any], folder: Path, label: str, inputs: Path | N
             "rules": [rule for rule in made["rules"] if "use" in rule],
             "missing": made["missing"],
             "extra_rows": made["extra_rows"],
-            "output": {"path": "nowhere"},
+            "output": {"path": "nowhere", "tokenizer": made["output"]["tokenizer"]},
         }
     )
 

@@ -168,8 +168,8 @@ def _copied(packed: Checkpoint, name: str) -> Iterator[Tensor]:
 
 def _write_side_files(source: Path, title: str, expert: str, record: Mapping[str, Any], folder: Path) -> None:
     """Config, tokenizer and the rest as they lie beside the packed files, and a card."""
-    named = (name for name in record["files"] if Path(name).name == name)  # never a way out of the folder
-    manifest.copy_side_files({name: source / name for name in named}, folder)
+    names = (name for name in record["files"] if manifest.is_inside(name))
+    manifest.write_side_files({name: source / name for name in names}, folder)
     base = record["inputs"]["base"]["source"]
     write_text(folder / "README.md", manifest.extracted_card(title, base, expert, source.name))
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from merger.calibration.statistics import sources
 from merger.checkpoint import hub
-from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, note, noted, sha256
-from merger.checkpoint.writer import json_bytes, write_json
+from merger.checkpoint.side_files import side_file_content
+from merger.checkpoint.writer import write_json
 from merger.engine.loop import Progress
 from merger.engine.manifest import RECORD, differing, fates, portable, sources_of, versions
 from merger.errors import MergerError, RecipeError
@@ -146,9 +146,7 @@ def _content(model: Checkpoint, source: str, files: list[Path], label: str, *, o
 
 def _files(made: Plan) -> dict[str, str]:
     """The SHA-256 of each file that will stand beside the weights."""
-    copied = manifest.side_files(made.base.directory, made.models[made.tokenizer].directory)
-    found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in copied.items()}
-    return {**found, "config.json": hashlib.sha256(json_bytes(made.config)).hexdigest()}
+    return {name: hashlib.sha256(side_file_content(source)).hexdigest() for name, source in made.side_files.items()}
 
 
 def _hash(value: Any) -> str:

@@ -17,6 +17,7 @@ from merger._lazy import torch
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.safetensors_header import ITEM_SIZE
+from merger.checkpoint.side_files import is_inside
 from merger.engine.loop import Progress
 from merger.engine.manifest import FORMAT, RECORD, differing, inputs_of, portable, stored_as, stored_tensors, versions
 from merger.engine.merge import recompute
@@ -180,10 +181,10 @@ def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str
         if file.endswith(WEIGHTS):
             yield Difference(file, None, f"holds weights that {RECORD} does not name")
     for file, sha in record["files"].items():
-        if file not in contents.folder.names:
+        if not is_inside(file) or not (contents.directory / file).is_file():
             yield Difference(file, None, f"is missing, though {RECORD} names it")
         else:
-            yield from _side_file(contents.directory / file, sha)
+            yield from _side_file(contents.directory, file, sha)
     recorded = stored_tensors(record["tensors"])
     for name, wanted in recorded.items():
         info = contents.tensors.get(name)
@@ -196,14 +197,14 @@ def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str
             yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
 
 
-def _side_file(path: Path, sha: str) -> Iterator[Difference]:
+def _side_file(folder: Path, name: str, sha: str) -> Iterator[Difference]:
     try:
-        own = digest(path)
+        own = digest(folder / name)
     except OSError as error:
-        yield Difference(path.name, None, f"cannot be read: {error.strerror}")
+        yield Difference(name, None, f"cannot be read: {error.strerror}")
     else:
         if own != sha:
-            yield _other_hash(path.name, own, sha)
+            yield _other_hash(name, own, sha)
 
 
 def _other_hash(file: str, own: str, said: str) -> Difference:

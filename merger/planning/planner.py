@@ -10,21 +10,36 @@ from merger.checkpoint.anatomy import Anatomy, study, text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info
+from merger.checkpoint.side_files import left_behind
+from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
 from merger.pipeline.registry import entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
-from merger.planning.differences import differences
+from merger.planning.differences import config_differences, tokenizer_differences
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
+from merger.planning.side_files import plan_side_files
+from merger.planning.special_ids import special_ids, with_special_ids
+from merger.planning.tokenizer_choice import Case, choose_tokenizer
+from merger.planning.vocabulary import Table, Vocabulary, describe_rows
 from merger.recipe.recipe import Recipe, Rule
 
 
 def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) -> Plan:
     """Opens the inputs' headers and decides what happens to every tensor; nothing is written.
 
-    With ``headers_only`` a Hub repository's weights are not downloaded. Raises CheckpointError for
-    inputs that do not fit together, all misfits of a kind at once.
+    With ``headers_only`` a Hub repository's weights are not downloaded; without, they are once the plan stands.
+    Raises CheckpointError for inputs that do not fit together, all misfits of a kind at once.
     """
+    made = _plan(recipe, offline=offline, headers_only=True)
+    opened = [part for model in made.models.values() for part in (model, model.adapter) if part is not None]
+    if headers_only or all(info.file is not None for part in opened for info in part.tensors.values()):
+        return made
+    made.close()
+    return _plan(recipe, offline=offline, headers_only=False)
+
+
+def _plan(recipe: Recipe, *, offline: bool, headers_only: bool) -> Plan:
     models = open_models(recipe, offline=offline, headers_only=headers_only)
     try:
         return _Planner(recipe, models).plan()
@@ -62,12 +77,16 @@ class _Planner:
         self.notes: list[str] = []
         self.dropped: dict[str, dict[str, str]] = {label: {} for label in models}
         self.head: str | None = None  # the output's own head, though the base ties its own
+        self.tokenizers = open_tokenizers({label: tokenizer_folder(model) for label, model in models.items()})
+        self.vocabulary = Vocabulary("base")
+        self.tables: dict[str, Table] = {}  # the tensors of the output with a row for each token
 
     def plan(self) -> Plan:
         names = sorted(self._output_names(), key=natural)
         twin = self._twin()
         heads = {anatomy.head for anatomy in self.anatomies.values()} - {twin}
         self.head = next((name for name in names if name in heads), None) if self.anatomy.tied else None
+        self._choose_tokenizer(names)
         planned: dict[str, TensorPlan] = {}
         linear = 0
         for name in names:
@@ -81,16 +100,41 @@ class _Planner:
             planned[twin] = replace(embedding, name=twin, parts=(), extra=(), tied_to=embedding.name)
         tensors = [planned[name] for name in names]
         self._unmatched_rules(tensors)
-        tokenizer = self.recipe.output.tokenizer or self._longest_vocabulary(tensors)
+        chosen, config = self.vocabulary.tokenizer, self._config(tensors)
+        base, model, tokenizer = self.models["base"], self.models[chosen], self.tokenizers[chosen]
+        notes = [*config_differences(self.models), *tokenizer_differences(self.tokenizers, chosen)]
         return Plan(
             recipe=self.recipe,
             models=self.models,
             tensors=tuple(tensors),
             dropped=self.dropped,
-            notes=(*self.notes, *_remarks(tensors), *differences(self.models)),
-            config=self._config(tensors),
-            tokenizer=tokenizer,
+            notes=(*self.notes, *_remarks(tensors), *notes, *left_behind(base.directory, tokenizer.folder)),
+            config=config,
+            tokenizer=chosen,
+            side_files=plan_side_files(base, model, tokenizer, config),
         )
+
+    def _choose_tokenizer(self, names: Iterable[str]) -> None:
+        """Settles what the rows of the output stand for, before any tensor is planned."""
+        self.tables = {name: table for name in names if (table := self._table(name)) is not None}
+        drop = self.recipe.extra_rows == "drop"
+        case = Case(self.tokenizers, list(self.tables.values()), self.recipe.output.tokenizer, drop)
+        self.vocabulary, faults = choose_tokenizer(case)
+        self.faults += faults
+
+    def _table(self, name: str) -> Table | None:
+        """A tensor of the output as a table of tokens, if it is one in all models."""
+        anatomy = self.anatomy_of(name)
+        if not anatomy.has_vocabulary(name):
+            return None
+        reads = {label: read for label in self.models if (read := self._stands_for(label, name)) is not None}
+        if not all(self.anatomies[label].has_vocabulary(read) for label, read in reads.items()):
+            return None
+        rows = {label: self.models[label].tensors[read].shape[0] for label, read in reads.items()}
+        kind, rule = anatomy.kind(name), self._rule(name, anatomy)
+        chosen = (self.recipe if rule is None else rule).stages
+        packed = bool(chosen) and self._stages(rule, kind, self._place(name, 0))[-1].entry.packing is not None
+        return Table(name, kind, rows, source=None if rule is None else rule.use, packed=packed)
 
     # --- names ---
 
@@ -170,7 +214,8 @@ class _Planner:
         stages = self._stages(rule, kind, place)
         if extra and stages[-1].entry.packing is not None:
             pack, whose = stages[-1].entry.name, " and ".join(extra[-1].models)
-            self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; set extra_rows: drop")
+            remedy = "set extra_rows: drop" if extra[0].start >= common[0] else f"add a rule that uses {whose} for it"
+            self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; {remedy}")
             return None
         dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
         rows = any(stage.takes != "slice" for stage in stages)
@@ -247,25 +292,23 @@ class _Planner:
         if whole:
             self.faults.append(f"{whole[0]}: {name} holds {infos[whole[0]].dtype}, but {infos['base'].dtype} in base")
             return None
-        if len(set(shapes.values())) == 1:
+        if len(set(shapes.values())) == 1 and name not in self.tables:
             return base, base, ()
-        vocabulary = all(self.anatomies[label].has_vocabulary(self._stands_for(label, name) or "") for label in infos)
-        if not vocabulary or len({shape[1:] for shape in shapes.values()}) > 1:
+        if name not in self.tables or len({shape[1:] for shape in shapes.values()}) > 1:
             self.faults += [
                 f"{label}: {name} is {list(shape)}, but {list(base)} in base"
                 for label, shape in shapes.items()
                 if shape != base
             ]
             return None
-        common = min(shape[0] for shape in shapes.values())
-        if self.recipe.extra_rows == "drop":
+        drop = self.recipe.extra_rows == "drop"
+        rows = {label: shape[0] for label, shape in shapes.items()}
+        common, end = min(rows.values()), min(rows.values()) if drop else max(rows.values())
+        extra = self.vocabulary.extra_rows(rows, drop=drop)
+        if drop and common < max(rows.values()):
             self.notes.append(f"{name}: rows from {common} on are dropped (extra_rows: drop)")
-            return (common, *base[1:]), (common, *base[1:]), ()
-        extra = tuple(_extra_rows(common, {label: shape[0] for label, shape in shapes.items()}))
-        self.notes += [
-            f"{name}: rows {each.start} to {each.stop - 1} are those of {' and '.join(each.models)}" for each in extra
-        ]
-        return (extra[-1].stop, *base[1:]), (common, *base[1:]), extra
+        self.notes += describe_rows(name, extra)
+        return (end, *base[1:]), (common, *base[1:]), extra
 
     # --- the whole ---
 
@@ -274,13 +317,6 @@ class _Planner:
         for i, rule in enumerate(self.recipe.rules):
             if not any(rule.matches(name, self.anatomy_of(name).kind(name)) for name in names):
                 self.notes.append(f"rule {i + 1} ({rule.tensors or rule.kinds}) matches no tensor")
-
-    def _longest_vocabulary(self, tensors: list[TensorPlan]) -> str:
-        """The base's tokenizer, unless an expert's rows were added to the vocabulary."""
-        for tensor in tensors:
-            if tensor.kind in ("embedding", "tied", "head") and tensor.extra:
-                return next(iter(tensor.extra[-1].models))
-        return "base"
 
     def _config(self, tensors: list[TensorPlan]) -> dict[str, Any]:
         """The base's config, agreeing with the tensors: dtype, tied head, rows of the vocabulary."""
@@ -298,6 +334,9 @@ class _Planner:
                 config[key] = self.recipe.output.dtype
         if inner is not config:
             config["text_config"] = inner
+        chosen = self.vocabulary.tokenizer
+        if chosen != "base":
+            config = with_special_ids(config, special_ids(self.tokenizers[chosen], self.models[chosen].config))
         return config
 
     def _rows(self, label: str) -> int:
@@ -332,17 +371,5 @@ def _parts(name: str, kind: str, shape: tuple[int, ...], *, transposed: bool) ->
     return (Part(name, 0, rows, columns),)
 
 
-def _extra_rows(common: int, rows: Mapping[str, int]) -> Iterator[ExtraRows]:
-    """Beyond the rows that all have: experts that have more, or the base where no expert does."""
-    start = common
-    for stop in sorted(set(rows.values()) - {common}):
-        experts = tuple(label for label, n in rows.items() if n >= stop and label != "base")
-        yield ExtraRows(start, stop, experts or ("base",))
-        start = stop
-
-
 def _shortened(faults: list[str], most: int = 20) -> list[str]:
     return faults if len(faults) <= most else [*faults[:most], f"... and {len(faults) - most} more like these"]
-
-
-# --- what differs between the models --------------------------------------------------------------
