@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from vocabularies import WORDS, bpe_json, save_tokenizer, sentencepiece, tokenizer_json, write
 
 from merger.calibration.statistics import Onward
-from merger.engine.manifest import decisive
+from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge import merge
-from merger.engine.merge_inputs import beside
+from merger.engine.recorded_recipe import recipe_with_merge
 from merger.errors import CheckpointError, RecipeError
 from merger.outputs.lock import check_lock, lock
-from merger.outputs.verify import Deep, verify
+from merger.outputs.verify import DeepCheck, verify
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
 
@@ -579,10 +579,10 @@ def test_adapters_that_add_different_tokens_are_refused(family):
 
 def test_a_merge_with_a_tokenizer_that_was_named_verifies_and_is_inspected(clash):
     clash.merge(output=named("a"))
-    found = verify(clash.folder / "out", deep=Deep(sample=100))
+    found = verify(clash.folder / "out", deep=DeepCheck(sample=100))
     assert (found.differences, len(found.recomputed)) == ((), 3)
-    record = json.loads((clash.folder / "out" / "merger.json").read_text())
-    with_merge = plan(beside(record, clash.folder / "out", "merge", clash.folder))
+    manifest = Manifest.read(clash.folder / "out")
+    with_merge = plan(recipe_with_merge(manifest, clash.folder / "out", "merge", clash.folder))
     with_merge.close()
     assert (with_merge.tokenizer, list(with_merge.models)) == ("a", ["base", "a", "b", "merge"])
 
