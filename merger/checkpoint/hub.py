@@ -49,7 +49,7 @@ def open_repository(source: str, *, label: str, offline: bool) -> Folder:
 
 def _is_small(name: str) -> bool:
     """Whether a plan may need the file's content."""
-    return ("/" not in name and name.endswith(_SMALL)) or any(fnmatch(name, each) for each in _SMALL_IN_FOLDERS)
+    return ("/" not in name and name.endswith(_SMALL)) or any(fnmatch(name, pattern) for pattern in _SMALL_IN_FOLDERS)
 
 
 def weight_hashes(source: str, commit: str, label: str) -> dict[str, str]:

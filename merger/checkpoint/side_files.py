@@ -30,8 +30,8 @@ def base_files(base: Path) -> dict[str, Path]:
     return matching_files(base, _BASE_FILES)
 
 
-def left_behind(base: Path, tokenizer: Path) -> list[str]:
-    """Notes on what the configs of the base and of the tokenizer need, and a merge does not copy: code and weights."""
+def uncopied_notes(base: Path, tokenizer: Path) -> list[str]:
+    """Notes on code and weights that the configs of the base and of the tokenizer name, and no merge copies."""
     notes = []
     for file in (base / "config.json", tokenizer / "tokenizer_config.json"):
         if names := _code_files(read_object(file).get("auto_map")):
@@ -57,7 +57,7 @@ def _modules(file: Path) -> dict[str, str]:
     except (ValueError, RecursionError):
         entries = []
     modules = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return {str(each["path"]): str(each.get("type")).rpartition(".")[2] for each in modules if each.get("path")}
+    return {str(entry["path"]): str(entry.get("type")).rpartition(".")[2] for entry in modules if entry.get("path")}
 
 
 def is_inside(name: str) -> bool:

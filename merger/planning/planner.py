@@ -10,7 +10,7 @@ from merger.checkpoint.anatomy import Anatomy, study, text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info
-from merger.checkpoint.side_files import left_behind
+from merger.checkpoint.side_files import uncopied_notes
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
@@ -20,7 +20,7 @@ from merger.planning.differences import config_differences, tokenizer_difference
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
 from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
-from merger.planning.tokenizer_choice import Case, choose_tokenizer
+from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import Table, Vocabulary, describe_rows
 from merger.recipe.recipe import Recipe, Rule
 
@@ -108,7 +108,7 @@ class _Planner:
             models=self.models,
             tensors=tuple(tensors),
             dropped=self.dropped,
-            notes=(*self.notes, *_remarks(tensors), *notes, *left_behind(base.directory, tokenizer.folder)),
+            notes=(*self.notes, *_remarks(tensors), *notes, *uncopied_notes(base.directory, tokenizer.folder)),
             config=config,
             tokenizer=chosen,
             side_files=plan_side_files(base, model, tokenizer, config),
@@ -118,8 +118,9 @@ class _Planner:
         """Settles what the rows of the output stand for, before any tensor is planned."""
         self.tables = {name: table for name in names if (table := self._table(name)) is not None}
         drop = self.recipe.extra_rows == "drop"
-        case = Case(self.tokenizers, list(self.tables.values()), self.recipe.output.tokenizer, drop)
-        self.vocabulary, faults = choose_tokenizer(case)
+        self.vocabulary, faults = choose_tokenizer(
+            self.tokenizers, list(self.tables.values()), requested=self.recipe.output.tokenizer, drop=drop
+        )
         self.faults += faults
 
     def _table(self, name: str) -> Table | None:

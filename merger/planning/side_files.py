@@ -23,12 +23,12 @@ def plan_side_files(
     That model's settings for generation come with its tokenizer; where it has none, those of the base name its tokens.
     """
     files: dict[str, SideFile] = {**base_files(base.directory), **tokenizer.files, "config.json": config}
-    own, base_file = chosen.directory / _GENERATION, base.directory / _GENERATION
-    if chosen is base or own.is_file():
-        settings = read_object(own)
+    file, base_file = chosen.directory / _GENERATION, base.directory / _GENERATION
+    if chosen is base or file.is_file():
+        settings = read_object(file)
         ids = {} if chosen is base else special_ids(tokenizer, settings, chosen.config)
         ids = {key: ids[key] for key in ids if key == "eos_token_id"}
-        return files | _with_ids(own, settings, ids)
+        return files | _with_ids(file, settings, ids)
     return files | _with_ids(base_file, read_object(base_file), special_ids(tokenizer, chosen.config))
 
 

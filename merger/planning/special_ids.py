@@ -18,11 +18,11 @@ def special_ids(tokenizer: Tokenizer, *configs: Mapping[str, Any]) -> dict[str, 
     """
     ids: dict[str, Any] = {}
     for role in _ROLES:
-        key, own = f"{role}_id", tokenizer.special_id(role)
+        key, tokenizer_id = f"{role}_id", tokenizer.special_id(role)
         values = [text_config(config).get(key, config.get(key)) for config in configs]
-        value = next((value for value in values if value is not None), own)
-        if role == "eos_token" and own is not None:
-            value = _with_end(value, own)
+        value = next((value for value in values if value is not None), tokenizer_id)
+        if role == "eos_token" and tokenizer_id is not None:
+            value = _with_end(value, tokenizer_id)
         ids |= {} if value is None else {key: value}
     return ids
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from merger.checkpoint.tokenizers import Tokenizer
+from merger.planning.row_tokens import RowTokens
 from merger.planning.vocabulary import Table, Tokens, Vocabulary
 
 
 @dataclass(frozen=True)
-class Case:
-    """What decides the choice: the models' tokenizers and tables, and what the recipe says of them."""
+class _Case:
+    """What decides the choice: the models' tokens, and what the recipe says of tables, tokenizer and rows."""
 
-    tokenizers: Mapping[str, Tokenizer]  # by model, base first
+    models: RowTokens
     tables: Sequence[Table]
     requested: str | None  # output.tokenizer
     drop: bool  # extra_rows: drop
@@ -24,12 +25,17 @@ class Case:
     def contributors(self) -> Sequence[str]:
         """The models whose rows come into the output."""
         sources = {table.source for table in self.tables}
-        return [label for label in self.tokenizers if not sources or None in sources or label in sources]
+        return [label for label in self.models.tokenizers if not sources or None in sources or label in sources]
 
     @cached_property
-    def row_counts(self) -> Mapping[str, int]:
-        """The rows of each model's longest table."""
-        return {label: max((table.rows.get(label, 0) for table in self.tables), default=0) for label in self.tokenizers}
+    def candidates(self) -> Sequence[str]:
+        """The models whose tokenizer the output may get."""
+        return [label for label in self.contributors if label in self.models.with_tokenizer]
+
+    @property
+    def lacks_requested(self) -> bool:
+        """Whether the recipe names a model without a tokenizer, though other models have one."""
+        return self.requested not in (None, *self.models.with_tokenizer) and bool(self.models.with_tokenizer)
 
     @cached_property
     def common_rows(self) -> int:
@@ -37,83 +43,53 @@ class Case:
         return min((min(table.used_rows) for table in self.tables), default=0)
 
     @cached_property
-    def are_alike(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether all tokenizers are the same and every token has its row, so that no token need be looked at."""
-        same = len({tokenizer.digest for tokenizer in self.tokenizers.values() if tokenizer.exists}) < 2
         counts = {count for table in self.tables for count in table.used_rows}
         whole = len(counts) < 2 or (not self.drop and all(table.source is None for table in self.tables))
-        return same and whole and not self.lacks_requested
-
-    @property
-    def lacks_requested(self) -> bool:
-        """Whether the recipe names a model without a tokenizer, though there are others."""
-        having = [label for label, tokenizer in self.tokenizers.items() if tokenizer.exists]
-        return bool(having) and self.requested is not None and self.requested not in having
-
-    @cached_property
-    def written(self) -> Mapping[str, Tokens]:
-        """The tokens that each tokenizer names, as far as any model has rows."""
-        end = max(self.row_counts.values())
-        return {label: _up_to(end, tokenizer.tokens) for label, tokenizer in self.tokenizers.items()}
-
-    @cached_property
-    def tokens(self) -> Mapping[str, Tokens]:
-        """What the rows of each model stand for.
-
-        An expert is a fine-tune of the base: where its tokenizer names no token, its row still is the base's token.
-        A base without a tokenizer has the tokens that all experts agree on.
-        """
-        stored = {label: _up_to(self.row_counts[label], tokens) for label, tokens in self.written.items()}
-        base, *experts = stored
-        if not self.tokenizers[base].is_readable:
-            known = [stored[label] for label in experts if self.tokenizers[label].is_readable] or [{}]
-            common = {i: token for i, token in known[0].items() if all(tokens.get(i) == token for tokens in known)}
-            stored[base] = _up_to(self.row_counts[base], common)
-        return {base: stored[base], **{label: self._inherited(label, stored) for label in experts}}
-
-    def _inherited(self, label: str, stored: Mapping[str, Tokens]) -> Tokens:
-        tokens = stored[label]
-        names = set(tokens.values())
-        base = _up_to(self.row_counts[label], next(iter(stored.values())))
-        return {**{i: token for i, token in base.items() if token not in names}, **tokens}
+        return self.models.are_alike and whole and not self.lacks_requested
 
 
-def choose_tokenizer(case: Case) -> tuple[Vocabulary, list[str]]:
+def choose_tokenizer(
+    tokenizers: Mapping[str, Tokenizer], tables: Sequence[Table], *, requested: str | None, drop: bool
+) -> tuple[Vocabulary, list[str]]:
     """The output's vocabulary, by the tokenizer that the recipe names or else the first that names every token.
 
-    There is a fault where no tokenizer fits the rows that the output would have. It names the tokens, and what to
-    write in the recipe instead.
+    ``tokenizers`` are those of base and experts, ``tables`` the output's tensors with a row for each token. There is a
+    fault where no tokenizer fits the rows that the output would have. It names the tokens, and what to write in the
+    recipe instead.
     """
-    if case.are_alike:
-        return Vocabulary(case.requested or _default(case)), []
+    row_counts = {label: max((table.rows.get(label, 0) for table in tables), default=0) for label in tokenizers}
+    case = _Case(RowTokens(tokenizers, row_counts), tables, requested, drop)
     label = _fitting(case)
     faults = [f"{_complaint(case)}; {_remedies(case)}"] if label is None else []
-    return Vocabulary(label or case.requested or "base", case.tokens), faults
+    return _vocabulary(case, label or requested or "base"), faults
 
 
-def _default(case: Case) -> str:
-    """The first model with a tokenizer; where there is none, the first one with the longest vocabulary."""
-    having = [label for label in case.contributors if case.tokenizers[label].exists]
-    longest = "base" if case.drop else max(case.contributors, key=case.row_counts.__getitem__)
-    return having[0] if having else longest
+def _vocabulary(case: _Case, label: str) -> Vocabulary:
+    return Vocabulary(label) if case.is_plain else Vocabulary(label, case.models.tokens)
 
 
-def _fitting(case: Case) -> str | None:
+def _fitting(case: _Case) -> str | None:
     """The model whose tokenizer fits the rows of the output."""
-    if case.requested is not None:
-        return None if any(_misfits(case, case.requested)) else case.requested
-    candidates = [label for label in case.contributors if case.tokenizers[label].exists]
-    if not candidates:
-        return _default(case)
-    if any(_unreadable(case)):
+    if case.is_plain or not (case.requested or case.candidates):
+        return case.requested or _default(case)
+    if case.requested is None and any(_unreadable(case)):
         return None
+    candidates = [case.requested] if case.requested else case.candidates
     return next((label for label in candidates if not any(_misfits(case, label))), None)
+
+
+def _default(case: _Case) -> str:
+    """The first model with a tokenizer; where there is none, the first one with the longest vocabulary."""
+    longest = "base" if case.drop else max(case.contributors, key=case.models.row_counts.__getitem__)
+    return next(iter(case.candidates), longest)
 
 
 # --- why no tokenizer fits ------------------------------------------------------------------------
 
 
-def _complaint(case: Case) -> str:
+def _complaint(case: _Case) -> str:
     if case.requested is not None:
         return "; ".join(_misfits(case, case.requested))
     clash = _clash(case)
@@ -122,19 +98,20 @@ def _complaint(case: Case) -> str:
     return "; ".join(reasons or dict.fromkeys(misfits))
 
 
-def _unreadable(case: Case) -> Iterator[str]:
+def _unreadable(case: _Case) -> Iterator[str]:
     """Tokenizers that cannot be compared with that of the first model, for one of both cannot be read."""
-    first, *others = [label for label in case.contributors if case.tokenizers[label].exists]
+    first, *others = case.candidates
     for label in others:
-        pair = [case.tokenizers[first], case.tokenizers[label]]
-        if not all(each.is_readable for each in pair) and len({each.vocabulary_digest for each in pair}) == 2:
-            files = " and ".join(dict.fromkeys(each.vocabulary_file.name for each in pair if each.vocabulary_file))
+        pair = [case.models.tokenizers[first], case.models.tokenizers[label]]
+        digests = {tokenizer.vocabulary_digest for tokenizer in pair}
+        if len(digests) == 2 and not all(tokenizer.is_readable for tokenizer in pair):
+            files = " and ".join({file.name: None for tokenizer in pair if (file := tokenizer.vocabulary_file)})
             yield f"{label}: its tokenizer is not that of {first}, and merger cannot compare their tokens in {files}"
 
 
-def _clash(case: Case) -> str | None:
+def _clash(case: _Case) -> str | None:
     """Ids that are different tokens in different models."""
-    tokens = {label: case.tokens[label] for label in case.contributors}
+    tokens = {label: case.models.tokens[label] for label in case.contributors}
     clashes: dict[int, dict[str, list[str]]] = {}
     for i in Vocabulary("base", tokens).differing_ids:
         named: dict[str, list[str]] = {}
@@ -152,57 +129,55 @@ def _clash(case: Case) -> str | None:
     return f"the models' tokenizers give one id to different tokens: {_listed(examples, len(clashes), 'and')}"
 
 
-def _misfits(case: Case, label: str) -> Iterator[str]:
+def _misfits(case: _Case, label: str) -> Iterator[str]:
     """Why the tokenizer of a model does not fit the rows that the output would have."""
-    written = case.written[label]
+    written = case.models.named[label]
     if case.lacks_requested:
         yield f"output.tokenizer: {label} has no tokenizer"
     for table in case.tables:
-        if table.source is not None:
-            rows = case.tokens[table.source]
-            if wrong := {i: token for i, token in written.items() if rows.get(i) != token}:
-                yield f"{table.name} is copied from {table.source}, which has no row for {_tokens(wrong)} of {label}"
+        if table.source is not None and (wrong := _missing(written, case.models.tokens[table.source])):
+            yield f"{table.name} is copied from {table.source}, which has no row for {_tokens(wrong)} of {label}"
     if case.drop and (beyond := {i: token for i, token in written.items() if i >= case.common_rows}):
         yield f"extra_rows: drop leaves out the rows of {_tokens(beyond)}, which the tokenizer of {label} names"
     others = [model for model in case.contributors if model != label]
     for model in others if case.requested is None else ():
-        lost = dict(case.tokens[model].items() - written.items())
+        lost = _missing(case.models.tokens[model], written)
         if lost := {i: token for i, token in lost.items() if not case.drop or i in written}:
             yield f"the tokenizer of {label} lacks {_tokens(lost)} of {model}"
+
+
+def _missing(tokens: Tokens, others: Tokens) -> Tokens:
+    """The tokens that have not the same id among others."""
+    return {} if tokens == others else {i: token for i, token in tokens.items() if others.get(i) != token}
 
 
 # --- what to write instead ------------------------------------------------------------------------
 
 
-def _remedies(case: Case) -> str:
+def _remedies(case: _Case) -> str:
     """Changes of the recipe, each of which was tried: with it there is a tokenizer that fits."""
-    labels = [label for label in case.tokenizers if label in case.contributors]
-    having = [label for label in labels if case.tokenizers[label].exists]
     remedies = []
-    if names := [label for label in having if label != case.requested and _works(replace(case, requested=label))]:
+    if names := [label for label in case.candidates if _works(replace(case, requested=label))]:
         remedies.append(f"`output: {{tokenizer: {names[0]}}}`{_others(names)} to keep the tokens of one model")
     if not case.drop and _works(replace(case, drop=True)):
         remedies.append("`extra_rows: drop` to leave out the tokens that not all models have")
-    if names := [label for label in case.tokenizers if _works(_copied(case, label))]:
+    if names := [label for label in case.models.tokenizers if _works(_copied(case, label))]:
         remedies.append(f"`{_rule(case.tables, names[0])}`{_others(names)} as the first rule")
     if not remedies:
         return "merge models with one vocabulary"
     return f"write {', or '.join(remedies)}"
 
 
-def _works(case: Case) -> bool:
+def _works(case: _Case) -> bool:
     """Whether a tokenizer fits, and no table would be stored for several experts with rows that they do not share."""
-    label = "base" if case.are_alike else _fitting(case)
-    if label is None:
+    label = _fitting(case)
+    if label is None or not all(table.source in (None, *table.rows) for table in case.tables):
         return False
-    vocabulary = Vocabulary(label, {} if case.are_alike else case.tokens)
-    return not any(
-        table.packed and table.source is None and vocabulary.extra_rows(table.rows, drop=case.drop)
-        for table in case.tables
-    )
+    packs = [table for table in case.tables if table.packed and table.source is None]
+    return not any(_vocabulary(case, label).extra_rows(table.rows, drop=case.drop) for table in packs)
 
 
-def _copied(case: Case, label: str) -> Case:
+def _copied(case: _Case, label: str) -> _Case:
     """The case in which all tables are copied from one model."""
     return replace(case, tables=[replace(table, source=label) for table in case.tables])
 
@@ -227,8 +202,3 @@ def _listed(items: Sequence[str], count: int | None = None, word: str = "and") -
     more = 0 if count is None else count - len(items)
     several = [*items, f"{more:,} more"] if more else items
     return f" {word} ".join([*([", ".join(several[:-1])] if len(several) > 1 else []), several[-1]])
-
-
-def _up_to(end: int, tokens: Tokens) -> Tokens:
-    """The tokens with ids below ``end``."""
-    return tokens if not tokens or max(tokens) < end else {i: token for i, token in tokens.items() if i < end}
