@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import origin, sources
+from merger.calibration.provider import origins
+from merger.calibration.statistics import origin
 from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
@@ -57,7 +58,7 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     output = recipe.folder / Path(recipe.output.path).expanduser()
     with prepare(recipe, options, output, force=force) as prepared:
         plan = prepared.plan
-        statistics = origin(prepared.inputs.statistics)
+        statistics = origin(prepared.inputs.files)
         for note in plan.notes:
             options.notice(note)
         infos = plan.stored
@@ -90,7 +91,7 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
 def _decisive(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
     """All that decides the bytes; Gram matrices are in no file, so what they are made from stands for them."""
     plan = prepared.plan
-    return decisive(plan, prepared.machine.device, {**sources(plan), **statistics})
+    return decisive(plan, prepared.machine.device, {**origins(plan), **statistics})
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def _write_side_files(
         inputs=hashes,
         shards=writer.digests(),
         files=files,
-        calibration=sources(plan),
+        calibration=origins(plan),
         statistics=statistics,
         notes=notes,
     )

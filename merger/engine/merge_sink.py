@@ -12,9 +12,9 @@ from merger.engine.memory import SLICE, slice_rows
 from merger.engine.prepare import Prepared
 from merger.engine.reader import PartSlices, rounded
 from merger.engine.schedule import ByteProgress, Schedule, Sink
-from merger.engine.transfer import fetched
 from merger.errors import CheckpointError
 from merger.ops.questions import Flow
+from merger.ops.transfer import fetched
 from merger.pipeline.flow import Slice, flow
 from merger.planning.packed import Packed, pieces
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan

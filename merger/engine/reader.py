@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.calibration.statistics import Statistics, inputs_of
+from merger.calibration.provider import Source
 from merger.checkpoint.safetensors_header import TORCH_NAMES
 from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, slice_rows
-from merger.engine.transfer import buffer, sent
 from merger.errors import CheckpointError
 from merger.ops import kernels
 from merger.ops.rounding import restored
+from merger.ops.transfer import buffer, sent
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import SampleNotes, Sizes, rehearse
 from merger.pipeline.stages import step_rows
@@ -56,7 +56,7 @@ class PartSlices:
             seed=reader.plan.recipe.seed,
             first=part.row * part.columns,
             transposed=part.transposed,
-            inputs=inputs_of(tensor, part, reader.statistics, partial(reader.note, tensor)),
+            inputs=reader.inputs(tensor, part),
         )
         elements = part.rows * part.columns
         self._step = slice_rows(tensor, part)
@@ -103,7 +103,7 @@ class Reader:
 
     plan: Plan
     machine: Machine
-    statistics: Mapping[str, Statistics]
+    sources: Sequence[Source]
     note: Callable[[TensorPlan, str], None]
 
     @cached_property
@@ -113,6 +113,13 @@ class Reader:
         for tensor in self.plan.tensors:
             sizes[tensor.group] += tensor.elements if tensor.stages else 0
         return sizes
+
+    def inputs(self, tensor: TensorPlan, part: Part) -> Mapping[str, Tensor]:
+        """The inputs of one matrix for its stages, by name."""
+        inputs: dict[str, Tensor] = {}
+        for source in self.sources if tensor.inputs else ():
+            inputs |= source.of_part(tensor, part, partial(self.note, tensor))
+        return inputs
 
     def slices(self, tensor: TensorPlan, part: Part) -> PartSlices:
         """The slices of one part of a tensor."""
@@ -133,8 +140,8 @@ class Reader:
             if name is None:  # `missing: zero`
                 stored[k] = stored[0]
             elif change is not None:
-                changes[k - 1] = change
                 torch.add(stored[0], change, out=stored[k])
+                changes[k - 1] = sent(change, device)
             elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:

@@ -143,7 +143,7 @@ class Place:
     weights: tuple[Fraction, ...] = ()  # each expert's own weight; none means 1
     depth: Fraction = Fraction(0)  # 0 at the first block and before it, 1 at the last and after it
     block: int = 0  # rotation index: 0 before the blocks, b + 1 for block b, L + 1 after them
-    linear: int = 0  # how many linear tensors come before this one, in forward order
+    linear: int = 0  # how many linear layers come before it in the forward pass; a plan counts them up to a full turn
 
 
 def resolve(annotation: Any, value: Any, place: Place) -> Any:
@@ -189,7 +189,7 @@ def at_depth(value: Any, depth: Fraction) -> Fraction:
 
 
 def order_of(value: Any, place: Place) -> tuple[int, ...]:
-    """The experts' indices in merging order for one tensor (methods.md 2.2, decision d)."""
+    """The experts' indices in merging order for one tensor (docs/methods/obim.md)."""
     names = list(place.experts)
     if isinstance(value, list):
         _same_names(value, names, complete=True)

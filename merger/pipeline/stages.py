@@ -11,10 +11,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from merger.pipeline.inputs import StageInput, stage_input
 from merger.pipeline.parameters import Place, resolve, turns
-from merger.pipeline.registry import Entry, Fed, Form, Stage, Takes, entry_of, parameters, supplied
+from merger.pipeline.registry import Entry, Form, Stage, Takes, entry_of, parameters, supplied
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,28 +46,23 @@ class Bound:
     score: Bound | None = None
     inner: tuple[Bound, ...] = ()
 
-    @property
+    @cached_property
     def takes(self) -> Takes:
         """The least this stage must see at once."""
         return self.entry.takes(**self.values)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether this stage looks at what enters the layer."""
+    @cached_property
+    def arguments(self) -> Mapping[str, StageInput]:
+        """The inputs of this stage alone, by the argument that takes each."""
+        return {name: stage_input(source) for name, source in self.entry.input_names(**self.values).items()}
+
+    @cached_property
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs of this stage, of its score and of its inner method."""
         nested = [*self.inner, *([] if self.score is None else [self.score])]
-        return any(stage.calibrated for stage in nested) or self.entry.calibrated(**self.values)
+        return frozenset(self.arguments.values()).union(*(stage.inputs for stage in nested))
 
-    @property
-    def gram(self) -> bool:
-        """Whether this stage takes the Gram matrices of what enters the layer."""
-        return "gram" in supplied(self.entry.function)
-
-    @property
-    def fed(self) -> Fed:
-        """What feeds the blocks in which this stage's Gram matrices are made."""
-        return self.entry.fed(**self.values)
-
-    @property
+    @cached_property
     def align(self) -> int:
         """The number of elements that every slice must begin at a multiple of."""
         multiple = int(self.values[self.entry.align]) if self.entry.align else 1
@@ -105,7 +102,7 @@ def bind(stage: Stage, place: Place) -> Bound:
         entry.check(**values)
     score, inner = values.pop("score", None), values.pop("inner", None)
     score = None if score is None else bind(score, place)
-    if score is not None and score.calibrated and values.get("scope") == "global":
+    if score is not None and score.inputs and values.get("scope") == "global":
         raise ValueError(
             f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
             "so its scores of different tensors share no scale; write scope: tensor"

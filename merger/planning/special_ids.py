@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from merger.checkpoint.anatomy import text_config
+from merger.checkpoint.tensor_kinds import text_config
 from merger.checkpoint.tokenizers import Tokenizer
 
 _ROLES = ("bos_token", "eos_token", "pad_token")
