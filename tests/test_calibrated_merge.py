@@ -111,6 +111,23 @@ def test_activations_that_are_not_numbers_are_an_error_before_anything_is_writte
     assert not list(place.glob("out*"))
 
 
+def test_text_is_split_by_the_experts_tokenizer_whatever_the_output_gets(place):
+    file = place / "models" / "shift" / "tokenizer.json"
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="the models' tokenizers give one id to different tokens"):
+        merger.merge(recipe(place))
+    written = {**recipe(place).spelled_out(), "output": {"path": "out", "tokenizer": "base"}}
+    merger.merge(merger.Recipe.parse(written, folder=place))
+    embedding, a, b = load(place / "out")["model.embed_tokens.weight"], vocabulary["a"], vocabulary["b"]
+    expected = [load(MODELS / task)["model.embed_tokens.weight"] for task in ("upper", "double")]
+    for i in (a, b):
+        mean = torch.stack([table[i].double() for table in expected]).mean(0)
+        assert torch.equal(embedding[i], mean.bfloat16())
+
+
 # --- Gram matrices --------------------------------------------------------------------------------
 
 

@@ -478,13 +478,6 @@ def test_differences_between_configs_are_noted(planned):
     assert made.notes == ("lm: config differs from the base: rope_theta None -> 1000000.0",)
 
 
-def test_differences_between_tokenizers_are_noted(planned, tmp_path):
-    for name, text in {"base": "{}", "lm": "{}", "math": '{"added_tokens": []}'}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text(text)
-    assert planned(LLAMA, LLAMA, LLAMA).notes == ("math: its tokenizer differs from the base's",)
-
-
 def test_the_recipe_may_choose_the_tokenizer(planned):
     assert planned(rows(16), rows(17), rows(16), output={"path": "out", "tokenizer": "math"}).tokenizer == "math"
 

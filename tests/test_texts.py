@@ -12,13 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from merger.calibration import Settings, batches
 from merger.calibration.samples import (
     Text,
-    check_same_tokens,
     choose,
     load,
     load_tokenizer,
     padded,
     tokenise,
-    tokenizer_hash,
 )
 from merger.errors import CheckpointError
 
@@ -253,12 +251,9 @@ def test_padding_is_on_the_right_and_masked():
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_is_loaded_from_its_folder_and_known_by_its_files(tmp_path, tokenizer):
-    for name, each in {"a": tokenizer, "b": tokenizer, "c": made(extra=["é"])}.items():
-        each.save_pretrained(tmp_path / name)
-    assert load_tokenizer(tmp_path / "a", "math").get_vocab() == tokenizer.get_vocab()
-    assert tokenizer_hash(tmp_path / "a") == tokenizer_hash(tmp_path / "b")
-    assert tokenizer_hash(tmp_path / "a") != tokenizer_hash(tmp_path / "c")
+def test_a_tokenizer_is_loaded_from_its_folder(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, "math").get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
@@ -268,13 +263,6 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
 
 def test_a_broken_tokenizer_is_refused(tmp_path):
     written(tmp_path, "tokenizer_config.json", "{")
+    written(tmp_path, "vocab.txt", "a")
     with pytest.raises(CheckpointError, match="math: its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path, "math")
-
-
-def test_an_expert_may_add_tokens_but_not_move_them(tokenizer):
-    check_same_tokens(tokenizer, made(extra=["é"]), "math")
-    with pytest.raises(CheckpointError, match="math: its tokenizer is not the base's: 1 tokens differ"):
-        check_same_tokens(made(extra=["é"]), made(extra=["è"]), "math")
-    with pytest.raises(CheckpointError, match="math: its tokenizer is not the base's: 2 tokens differ"):
-        check_same_tokens(made(extra=["é", "è"]), made(extra=["è", "é"]), "math")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.calibration.datasets import Record, records
+from merger.checkpoint.tokenizers import Tokenizer
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from merger.calibration.settings import Settings
 
 _TARGETS = ("completion", "response", "answer", "output", "target")
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,8 @@ def load(source: str, folder: Path, tokenizer: Any, settings: Settings) -> Sampl
 
 
 def load_tokenizer(directory: Path, label: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint's folder."""
-    if not _tokenizer_files(directory):
+    """The tokenizer of a folder, by transformers."""
+    if not Tokenizer(directory).exists:
         raise CheckpointError(f"{label}: {directory} has no tokenizer (no tokenizer.json or the like)")
     import transformers
 
@@ -82,29 +78,6 @@ def load_tokenizer(directory: Path, label: str, *, trust_remote_code: bool = Fal
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"{label}: its tokenizer cannot be loaded: {error}") from None
-
-
-def tokenizer_hash(directory: Path) -> str:
-    """The SHA-256 of a tokenizer's files and their names."""
-    digest = hashlib.sha256()
-    for path in _tokenizer_files(directory):
-        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def _tokenizer_files(directory: Path) -> list[Path]:
-    return [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
-
-
-def check_same_tokens(base: Any, expert: Any, label: str) -> None:
-    """Refuses an expert whose tokenizer means another token by a number than the base's; it may have more or fewer."""
-    known, own = ({number: token for token, number in each.get_vocab().items()} for each in (base, expert))
-    moved = sorted(number for number in known.keys() & own.keys() if known[number] != own[number])
-    if moved:
-        raise CheckpointError(
-            f"{label}: its tokenizer is not the base's: {len(moved):,} tokens differ, the first of them token "
-            f"{moved[0]:,}, which is {known[moved[0]]!r} in the base and {own[moved[0]]!r} in {label}"
-        )
 
 
 # --- from records to tokens -----------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, json_bytes, write_bytes, write_text
+from merger.checkpoint.writer import Writer, write_text
 from merger.engine.machine import peak_device_memory, peak_memory
 from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge_sink import MergeSink, merge_schedule
@@ -142,11 +141,7 @@ def _write_side_files(
 ) -> None:
     """Writes config, tokenizer, manifest and card beside the weights."""
     plan, folder = prepared.plan, writer.folder
-    copied = side_files.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
-    files = side_files.copy_side_files(copied, folder)
-    config = json_bytes(plan.config)
-    write_bytes(folder / "config.json", config)
-    files["config.json"] = hashlib.sha256(config).hexdigest()
+    files = side_files.write_side_files(plan.side_files, folder)
     manifest = Manifest.of_merge(
         plan,
         prepared.machine.device,
