@@ -66,6 +66,9 @@ class Expert(Source):
 
 
 def _source(value: Any) -> Any:
+    """A model's location alone as keys and values."""
+    if isinstance(value, bool | int | float):
+        raise ValueError(f"is {value}, expected a folder or repository, or {{model: ...}}; put a name in quotes")
     return {"model": value} if isinstance(value, str) else value
 
 
@@ -266,20 +269,24 @@ def search_of(document: Document) -> Search:
     try:
         return Search.model_validate(document.value.get("search") or {})
     except ValidationError as error:
-        told = said(error, lambda path: Search.model_fields)
+        told = said(error, lambda path: Search.model_fields, document.value["search"])
         raise RecipeError([document.fault(("search", *path), message) for path, message in told]) from None
 
 
 def overridden(document: Document, overrides: Iterable[str]) -> Document:
-    """The document with what `--set` changes; RecipeError for an argument that is none."""
+    """The document with the changes of `--set`; RecipeError for an argument that is no change."""
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {override}: expected key.path=value")
         try:
-            document = document.changed(key_path(key.strip()), value_of(value))
+            path = key_path(key.strip())
+        except ValueError:
+            path = ()
+        if not equals or not path:
+            raise RecipeError(f"--set {override}: expected key.path=value, with a key that holds a dot in quotes")
+        try:
+            document = document.changed(path, value_of(value, f"--set {key}"))
         except KeyError as missing:
-            raise RecipeError(f"--set {override}: there is no {missing} in the list") from None
+            raise RecipeError(f"--set {override}: there is no {missing.args[0]} in the list") from None
     return document
 
 
@@ -291,7 +298,7 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     try:
         recipe = Recipe(**document.value)
     except ValidationError as error:
-        faults += said(error, _fields)
+        faults += said(error, _fields, document.value)
     except TypeError:
         faults += [((str(key),), "is no text; quote it") for key in document.value if not isinstance(key, str)]
     raw = document.value
