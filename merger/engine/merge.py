@@ -28,6 +28,7 @@ from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.ops import kernels
 from merger.planning.plan import Plan
 from merger.planning.planner import plan as make_plan
+from merger.planning.sample import with_sample_notes
 from merger.recipe.recipe import Recipe
 
 
@@ -73,7 +74,7 @@ def merge(
     began = time.monotonic()
     output = recipe.folder / Path(recipe.output.path).expanduser()
     check_output(output, recipe.folders(), beside=recipe.surroundings(), force=force)  # before any download
-    plan = make_plan(recipe, offline=offline, headers_only=False)
+    plan = with_sample_notes(make_plan(recipe, offline=offline, headers_only=False))
     try:
         check_place(plan, output, force=force)
         check_disk(plan, output)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from merger.pipeline.parameters import Place, resolve, turns
@@ -64,6 +65,11 @@ class Bound:
     def fed(self) -> Fed:
         """What feeds the blocks in which this stage's Gram matrices are made."""
         return self.entry.fed(**self.values)
+
+    @property
+    def claims(self) -> Sequence[Fraction]:
+        """The share of a tensor that each expert claims whether or not it changed it; empty where none does."""
+        return self.entry.claims(**self.values)
 
     @property
     def align(self) -> int:
