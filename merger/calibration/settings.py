@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Settings:
-    """The part of a recipe's ``calibration`` section that changes the numbers (methods.md 2.1)."""
+    """The part of a recipe's ``calibration`` section that changes the numbers; docs/calibration.md."""
 
     samples: int = 100
     max_tokens: int = 2048

@@ -72,8 +72,6 @@ def _samples(plan: Plan, name: str, options: Options) -> tuple[files.Key, texts.
     """An expert's own text as its own tokens, and the key of what will be found from it."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
-    source = given.data[name] if isinstance(given.data, dict) else given.data
-    assert source is not None, "the recipe was checked for it"
     model = plan.models[name]
     own, base = (
         texts.load_tokenizer(each.directory, each.label, trust_remote_code=options.trust_remote_code)
@@ -81,14 +79,14 @@ def _samples(plan: Plan, name: str, options: Options) -> tuple[files.Key, texts.
     )
     texts.check_same_tokens(base, own, name)
     settings = Settings(
-        samples=given.samples.get(name, 100) if isinstance(given.samples, dict) else given.samples,
+        samples=given.samples_of(name),
         max_tokens=given.max_tokens,
         weighting=given.weighting,
         skip_first_tokens=given.skip_first_tokens,
         calib_text=given.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load(source, plan.recipe.folder, own, settings)
+    samples = texts.load(given.sources(name), plan.recipe.folder, own, settings)
     return files.Key(fingerprint(model), samples.data, texts.tokenizer_hash(model.directory), settings), samples
 
 
@@ -299,13 +297,14 @@ def sources(plan: Plan) -> dict[str, str | None]:
     given = plan.recipe.calibration
     if given is None or not plan.calibrated:
         return {}
-    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(plan.recipe.experts, given.data)
     found: dict[str, str | None] = {}
     for name in plan.recipe.experts:
         if name not in given.stats:
             found[f"tokenizer of {name}"] = texts.tokenizer_hash(plan.models[name].directory)
-        source = given.stats.get(name) or data[name]
-        assert source is not None, "the recipe was checked for it"
-        path = plan.recipe.folder / Path(source).expanduser()
-        found[portable_location(source)] = files.digest(path) if path.exists() else None
+        files_of_expert = [given.stats[name]] if name in given.stats else [text.file for text in given.sources(name)]
+        for source in files_of_expert:
+            path, label = plan.recipe.folder / Path(source).expanduser(), portable_location(source)
+            sha = files.digest(path) if path.exists() else None
+            is_another = found.get(label, sha) != sha  # a file of the same name in another folder
+            found[f"{label} of {name}" if is_another else label] = sha
     return found

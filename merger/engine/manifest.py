@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from merger.checkpoint.checkpoint import Checkpoint
     from merger.checkpoint.safetensors_header import Info
     from merger.planning.plan import Plan, TensorPlan
-    from merger.recipe.recipe import Source
+    from merger.recipe.sections import Source
 
 RECORD = "merger.json"
 
@@ -144,6 +144,8 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     def without(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: without(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [without(each) for each in value]
         return portable_location(value) if isinstance(value, str) else value
 
     def source(each: Mapping[str, Any]) -> dict[str, Any]:

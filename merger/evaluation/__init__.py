@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import RecipeError
-from merger.recipe.recipe import Evaluation, Recipe
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import Evaluation
 
 if TYPE_CHECKING:
     from merger.engine.loop import Progress

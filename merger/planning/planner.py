@@ -16,7 +16,8 @@ from merger.pipeline.registry import entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
 from merger.planning.differences import differences
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
-from merger.recipe.recipe import Recipe, Rule
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import Rule
 
 
 def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) -> Plan:

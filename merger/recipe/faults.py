@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from merger.errors import nearest
 from merger.recipe.document import KeyPath
 
-_TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed"}
+_TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed", "location", "source", "list"}
 _MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
 _EXPECTED = {  # by pydantic's name of the error
     "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,

@@ -20,7 +20,8 @@ from merger.evaluation.search.record import Record
 from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
 from merger.recipe.document import Document, read
-from merger.recipe.recipe import Evaluation, Recipe, Search, overridden, search_of
+from merger.recipe.recipe import Recipe, overridden, search_of
+from merger.recipe.sections import Evaluation, Search
 
 if TYPE_CHECKING:
     from merger.engine.loop import Progress
