@@ -182,6 +182,22 @@ def test_examples_that_cannot_be_used_are_told_with_their_place(tmp_path, record
         load({"t": "t.jsonl"}, tmp_path, 5)
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        (["x", "y"], 1, 1),
+        (["x", "y"], "1", 1),
+        (["x", "y"], "y", 1),
+        (["7", "1"], "1", 1),
+        ([5, 0], 0, 0),
+        ([5, 0], 5, 0),
+    ],
+)
+def test_the_right_choice_is_told_by_its_number_or_its_text(tmp_path, choices, answer, right):
+    write(tmp_path / "t.jsonl", [{"prompt": "p", "choices": choices, "answer": answer}])
+    assert load({"t": "t.jsonl"}, tmp_path, 5)[0].examples[0].right == right
+
+
 @pytest.fixture
 def sourced(tmp_path):
     """The only task of these sources of text, of two files of ten examples with columns of their own."""

@@ -449,11 +449,14 @@ def vocabulary(rows, hidden):
 
 
 LLAMA_13B, QWEN_7B = blocks(5120, 13824, 40), blocks(3584, 18944, 28, narrow=512, biases=True)
+MISTRAL_7B = blocks(4096, 14336, 32, narrow=1024) | vocabulary(32000, 4096)
 PAPERS = {
     "obim-llama2-13b": [LLAMA_13B | vocabulary(rows, 5120) for rows in (32000, 32000, 32001, 32000)],
     "ties_obm-llama2-13b": [LLAMA_13B | vocabulary(rows, 5120) for rows in (32000, 32000, 32001, 32000)],
     "ties_im-llama2-13b": [LLAMA_13B | vocabulary(rows, 5120) for rows in (32000, 32000, 32001, 32000)],
     "obim-qwen2-7b-checkpoints": [QWEN_7B | vocabulary(152064, 3584)] * 4,
+    "cabs-mistral-7b": [MISTRAL_7B] * 3,
+    "cabs_low_overlap-mistral-7b": [MISTRAL_7B] * 3,
 }
 
 

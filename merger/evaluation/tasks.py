@@ -138,12 +138,18 @@ def _example(record: Record) -> tuple[Kind, Example]:
 
 
 def _right(where: str, choices: Sequence[Any], answer: Any) -> int:
-    """Which choice is right: by its number from 0, or by its text."""
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
+    """The number of the right choice: a record has it as its number from 0, as its text, or as that number in text."""
+    if _is_index(answer, choices):
+        return int(answer)
     if answer in choices:
         return choices.index(answer)
+    if isinstance(answer, str) and answer.isdecimal() and _is_index(int(answer), choices):
+        return int(answer)
     raise CheckpointError(f"{where}: answer is {answer!r}, expected one of the choices, or its number from 0")
+
+
+def _is_index(answer: Any, choices: Sequence[Any]) -> bool:
+    return isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
 
 
 # --- apart from calibration -----------------------------------------------------------------------

@@ -211,10 +211,7 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     if not is_calibrated(recipe):
         return found
     if given is None:
-        return [
-            ((), "its saliency needs calibration: {data: ...}, or a score that looks at no inputs"),
-            *found,
-        ]
+        return [_without_text(recipe), *found]
     if len({bound.fed for bound in _bounds(recipe) if bound.gram}) > 1:
         found.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
     with_data = set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
@@ -226,20 +223,32 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     return found
 
 
+def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
+    """The fault of the first choice that needs text where the recipe has none."""
+    places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
+    choices = zip(places, recipe.choices(), strict=True)
+    place, choice = next((place, each) for place, each in choices if any(b.calibrated for b in _bounds(recipe, each)))
+    files = ", ".join(f"{expert}: {expert}.jsonl" for expert in list(recipe.experts)[:3])
+    return (
+        (*place, "pipeline" if choice.pipeline else "method"),
+        f"looks at layer inputs; add `calibration: {{data: {{{files}}}}}`, text of each expert (docs/calibration.md)",
+    )
+
+
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether any stage looks at what enters the layers."""
     return any(bound.calibrated for bound in _bounds(recipe))
 
 
-def _bounds(recipe: Recipe) -> list[Bound]:
-    """All stages of the recipe, as they are for a matrix."""
+def _bounds(recipe: Recipe, *choices: Choice) -> list[Bound]:
+    """The stages of some choices, or of all, as they are for a matrix."""
     place = Place(tuple(recipe.experts))
     try:
         return [
-            bind(each, place)
-            for choice in recipe.choices()
+            bind(expanded, place)
+            for choice in choices or recipe.choices()
             for stage in choice.stages
-            for each in expand(stage, "linear", place.experts)
+            for expanded in expand(stage, "linear", place.experts)
         ]
     except ValueError:  # already told as a fault of its own
         return []
