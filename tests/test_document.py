@@ -152,7 +152,7 @@ def test_a_list_of_names_that_are_numbers_says_to_quote_them():
         ("search: {objective: 1.5}", "recipe.yaml:7: search.objective: is 1.5, expected text; put it in quotes"),
         (
             "calibration: {data: true}",
-            "recipe.yaml:7: calibration.data: is True, expected text or keys and values; put it in quotes",
+            "recipe.yaml:7: calibration.data: is True, expected text; put it in quotes",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
 from merger.pipeline.stages import expand
-from merger.planning.plan import Plan, TensorPlan
+from merger.planning.plan import Plan
 from merger.planning.sample import SampledChange, sample_notes
 
 if TYPE_CHECKING:
@@ -23,17 +23,15 @@ if TYPE_CHECKING:
 # --- plans ----------------------------------------------------------------------------------------
 
 
-def action(plan: Plan, tensor: TensorPlan) -> str:
-    """What happens to a tensor, in a few words."""
-    if not tensor.stages:
-        return f"copy from {tensor.source}"
-    chosen = plan.recipe if tensor.group == 0 else plan.recipe.rules[tensor.group - 1]
-    names = "+".join(next(iter(written(stage))) for stage in chosen.stages)
-    return names if tensor.group == 0 else f"{names} (rule {tensor.group})"
+def method_names(plan: Plan) -> list[str]:
+    """The stages of the recipe's own method, then those of each rule, as the table of a plan names them."""
+    names = ["+".join(next(iter(written(stage))) for stage in choice.stages) for choice in plan.recipe.choices()]
+    return [f"{name} (rule {i})" if i else name for i, name in enumerate(names)]
 
 
 def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
     """How many tensors share a name (numbers aside), shape, dtype, kind and action; in canonical order."""
+    methods = method_names(plan)
     return dict(
         Counter(
             (
@@ -41,7 +39,7 @@ def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
                 "x".join(map(str, tensor.info.shape)) or "scalar",
                 tensor.info.dtype,
                 tensor.kind,
-                action(plan, tensor),
+                methods[tensor.group] if tensor.stages else f"copy from {tensor.source}",
             )
             for tensor in plan.tensors
         )
@@ -57,7 +55,7 @@ def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChang
         "experts": list(plan.recipe.experts),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "calibrated": plan.calibrated,
+        "calibrated": bool(plan.inputs),
         "dropped": {label: dict(names) for label, names in plan.dropped.items() if names},
         "changes": {expert: asdict(change) for expert, change in changes.items()},
         "notes": [*plan.notes, *sample_notes(changes)],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite, sqrt
 from operator import mul, sub
 
@@ -80,11 +80,6 @@ def sample_notes(changes: Mapping[str, SampledChange]) -> Iterator[str]:
                 f"{change.claimed_unchanged:.1%} of them without having changed them, which keeps these at the base; "
                 "claim_zeros: false leaves them to the next expert"
             )
-
-
-def with_sample_notes(plan: Plan) -> Plan:
-    """The plan with the notes of a sample of the weights."""
-    return replace(plan, notes=(*plan.notes, *sample_notes(sample_changes(plan))))
 
 
 def _is_local(model: Checkpoint) -> bool:

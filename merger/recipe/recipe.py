@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 import merger.methods  # noqa: F401 registers every method
 from merger.errors import RecipeError, nearest
+from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import written
 from merger.pipeline.stages import Bound, bind, expand
@@ -212,10 +213,10 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         return found
     if given is None:
         return [_without_text(recipe), *found]
-    if len({bound.fed for bound in _bounds(recipe) if bound.gram}) > 1:
+    if len({source.follows_merge for source in _inputs(recipe) if source.granularity == "block"}) > 1:
         found.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
     with_data = set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
-    from_text = any(bound.gram and bound.fed == "merged" for bound in _bounds(recipe))
+    from_text = any(source.follows_merge for source in _inputs(recipe))
     lacking = [name for name in experts if name not in (with_data if from_text else with_data | set(given.stats))]
     if lacking:
         what = "no data, as inputs behind merged blocks need it," if from_text else "no data and no stats"
@@ -227,7 +228,9 @@ def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
     """The fault of the first choice that needs text where the recipe has none."""
     places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
     choices = zip(places, recipe.choices(), strict=True)
-    place, choice = next((place, each) for place, each in choices if any(b.calibrated for b in _bounds(recipe, each)))
+    place, choice = next(
+        (place, choice) for place, choice in choices if any(source.needs_text for source in _inputs(recipe, choice))
+    )
     files = ", ".join(f"{expert}: {expert}.jsonl" for expert in list(recipe.experts)[:3])
     return (
         (*place, "pipeline" if choice.pipeline else "method"),
@@ -236,8 +239,13 @@ def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
 
 
 def is_calibrated(recipe: Recipe) -> bool:
-    """Whether any stage looks at what enters the layers."""
-    return any(bound.calibrated for bound in _bounds(recipe))
+    """Whether a stage takes an input that is made from calibration text."""
+    return any(source.needs_text for source in _inputs(recipe))
+
+
+def _inputs(recipe: Recipe, *choices: Choice) -> set[StageInput]:
+    """The inputs that the stages of some choices, or of all, take beside the weights."""
+    return {source for bound in _bounds(recipe, *choices) for source in bound.inputs}
 
 
 def _bounds(recipe: Recipe, *choices: Choice) -> list[Bound]:
