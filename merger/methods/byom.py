@@ -1,4 +1,6 @@
-"""A shared model and what each expert has beside it. BYOM, https://arxiv.org/abs/2310.01886; docs/methods/packs.md, `fft`.
+"""A shared model and what each expert has beside it. BYOM, https://arxiv.org/abs/2310.01886.
+
+See docs/methods/packs.md, `fft`.
 
 The survey ranks the residuals over the whole model; here each tensor keeps its share, so that the sizes of
 all that is written are known from headers. Its low-rank form is `factors` with a `rank`.

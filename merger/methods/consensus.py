@@ -1,6 +1,6 @@
 """Keep what several experts agree on: TALL masks as a filter. Consensus merging, https://arxiv.org/abs/2405.07813.
 
-The authors compare with >, here it is >=: an unchanged position then counts, which adds nothing (docs/methods/sparsification.md).
+The authors compare with >, here it is >=: an unchanged position then counts, which adds nothing.
 """
 
 from __future__ import annotations

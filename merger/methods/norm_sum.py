@@ -1,4 +1,7 @@
-"""Add task vectors at their mean norm. The scaling of OPCM, https://arxiv.org/abs/2501.09522; docs/methods/spectral.md."""
+"""Add task vectors at their mean norm. The scaling of OPCM, https://arxiv.org/abs/2501.09522.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Spectral truncation at equal nuclear norm. STAR, https://arxiv.org/abs/2502.10339, section 4; docs/methods/spectral.md."""
+"""Spectral truncation at equal nuclear norm. STAR, https://arxiv.org/abs/2502.10339, section 4.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One expert after another, each beside the others. OPCM, https://arxiv.org/abs/2501.09522; docs/methods/spectral.md."""
+"""One expert after another, each beside the others. OPCM, https://arxiv.org/abs/2501.09522.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 

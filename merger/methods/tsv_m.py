@@ -1,4 +1,7 @@
-"""Task singular vectors, decorrelated. TSV-Merge, https://arxiv.org/abs/2412.00081, section 3.3; docs/methods/spectral.md."""
+"""Task singular vectors, decorrelated. TSV-Merge, https://arxiv.org/abs/2412.00081, section 3.3.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 
