@@ -62,20 +62,18 @@ def _samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.Key, tex
     """An expert's own text as its own tokens, and the key of what will be found from it."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
-    source = given.data[name] if isinstance(given.data, dict) else given.data
-    assert source is not None, "the recipe was checked for it"
     model = plan.models[name]
     folder = tokenizer_folder(model)
     tokenizer = texts.load_tokenizer(folder, name, trust_remote_code=options.trust_remote_code)
     settings = Settings(
-        samples=given.samples.get(name, 100) if isinstance(given.samples, dict) else given.samples,
+        samples=given.samples_of(name),
         max_tokens=given.max_tokens,
         weighting=given.weighting,
         skip_first_tokens=given.skip_first_tokens,
         calib_text=given.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load(source, plan.recipe.folder, tokenizer, settings)
+    samples = texts.load(given.sources(name), plan.recipe.folder, tokenizer, settings)
     forward = ForwardPass.of(model, options.device)
     return files.Key(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
 
@@ -337,14 +335,16 @@ def tokenizer_digest(model: Checkpoint) -> str:
 
 def calibration_files(recipe: Recipe) -> dict[str, str | None]:
     """The SHA-256 of the files of text and statistics that a recipe names; None for a Hub dataset."""
-    given = recipe.calibration
-    if given is None:
+    calibration = recipe.calibration
+    if calibration is None:
         return {}
-    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(recipe.experts, given.data)
     digests: dict[str, str | None] = {}
     for name in recipe.experts:
-        source = given.stats.get(name) or data[name]
-        assert source is not None, "the recipe was checked for it"
-        path = recipe.folder / Path(source).expanduser()
-        digests[portable_location(source)] = files.digest(path) if path.exists() else None
+        stats = calibration.stats
+        sources = [stats[name]] if name in stats else [text.file for text in calibration.sources(name)]
+        for source in sources:
+            path, label = recipe.folder / Path(source).expanduser(), portable_location(source)
+            digest = files.digest(path) if path.exists() else None
+            is_another = digests.get(label, digest) != digest  # a file of the same name in another folder
+            digests[f"{label} of {name}" if is_another else label] = digest
     return digests

@@ -24,7 +24,7 @@ from merger.recipe.recipe import portable_location
 if TYPE_CHECKING:
     from merger.checkpoint.safetensors_header import Info
     from merger.planning.plan import Plan, TensorPlan
-    from merger.recipe.recipe import Source
+    from merger.recipe.sections import Source
 
 RECORD = "merger.json"
 FORMAT = 1
@@ -265,6 +265,8 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     def locations(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: locations(location) for key, location in value.items()}
+        if isinstance(value, list):
+            return [locations(location) for location in value]
         return portable_location(value) if isinstance(value, str) else value
 
     def source(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from merger.engine.prepare import Prepared, prepare
 from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.options import Notice, RunOptions
 from merger.planning.plan import Plan
+from merger.planning.sample import sample_changes, sample_notes
 from merger.recipe.recipe import Recipe
 
 
@@ -59,14 +60,15 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     with prepare(recipe, options, output, force=force) as prepared:
         plan = prepared.plan
         statistics = origin(prepared.inputs.files)
-        for note in plan.notes:
+        plan_notes = [*plan.notes, *sample_notes(sample_changes(plan))]
+        for note in plan_notes:
             options.notice(note)
         infos = plan.stored
         shards = layout(list(infos.items()), recipe.output.shard_size, PACKED if plan.packed else SINGLE)
         writer = Writer(output, shards, infos, decisive_inputs(prepared, statistics))
         with _kept_for_the_next_run(writer, options.notice):
             writer.open(force=force, tell=partial(options.progress, "checking"))
-            notes = [*plan.notes, *_earlier_notes(writer, len(shards), options.notice)]
+            notes = [*plan_notes, *_earlier_notes(writer, len(shards), options.notice)]
             unfinished = writer.unfinished
             schedule = merge_schedule(prepared, unfinished)
             with _hashed_inputs(plan) as hashes:
