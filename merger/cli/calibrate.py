@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import (
     AsJson,
     Device,
@@ -23,6 +24,7 @@ from merger.cli._options import (
 from merger.cli._terminal import progress_bar
 
 
+@command(MERGE)
 def calibrate(
     recipe: RecipePath,
     to: Annotated[

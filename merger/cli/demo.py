@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import LEARN, command
 from merger.cli._options import AsJson, Device, Quiet
 from merger.cli._terminal import make_console
 
 
+@command(LEARN)
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo is written.")] = Path("demo"),
     device: Device = "auto",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import JUDGE, command
 from merger.cli._options import AsJson, Device, MaxMemory, Offline, Overrides, Quiet, TrustRemoteCode, load, memory_size
 from merger.cli._terminal import make_console, progress_bar
 from merger.errors import RecipeError
@@ -21,6 +22,7 @@ AllowCalibrationText = Annotated[
 ]
 
 
+@command(JUDGE)
 def eval_(
     what: Annotated[
         list[Path],

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import USE, command
 from merger.cli._options import AsJson, Offline, Quiet
 from merger.cli._terminal import progress_bar, size_text
 
 
+@command(USE)
 def extract(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="What a run wrote that packs several experts.", show_default=False)

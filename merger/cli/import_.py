@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import LEARN, command
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
     from merger.recipe.mergekit import Imported
 
 
+@command(LEARN)
 def import_(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="What mergekit is given.", show_default=False)],
     output: Annotated[

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import AsJson, Offline, Overrides, RecipePath, load
 
 
+@command(MERGE)
 def lock(recipe: RecipePath, overrides: Overrides = [], offline: Offline = False, as_json: AsJson = False) -> None:  # noqa: B006
     """Write down what a recipe comes to today, in recipe.lock beside it, for `merger run --locked`."""
     from merger.outputs.lock import lock as write

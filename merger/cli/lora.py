@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import USE, command
 from merger.cli._options import AsJson, Offline, Quiet, TrustRemoteCode
 from merger.cli._terminal import make_console, progress_bar
 from merger.errors import RecipeError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from merger.outputs.lora import LoraExtraction
 
 
+@command(USE)
 def lora(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that was fine-tuned.", show_default=False)],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The fine-tune of it.", show_default=False)],

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import AsJson, MaxMemory, Offline, Overrides, RecipePath, load, memory_size
 from merger.cli._terminal import make_console
 
 
+@command(MERGE)
 def plan(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006

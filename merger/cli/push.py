@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import USE, command
 from merger.cli._options import AsJson, Quiet
 
 
+@command(USE)
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished merge.", show_default=False)],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub.", show_default=False)],

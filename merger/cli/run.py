@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import (
     AsJson,
     Device,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from merger.recipe.recipe import Recipe
 
 
+@command(MERGE)
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 typer reads the default, nothing changes it

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import (
     AsJson,
     Device,
@@ -23,6 +24,7 @@ from merger.cli._terminal import make_console, progress_bar
 from merger.cli.evaluate import AllowCalibrationText
 
 
+@command(MERGE)
 def search(
     recipe: RecipePath,
     to: Annotated[

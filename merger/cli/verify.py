@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import JUDGE, command
 from merger.cli._options import AsJson, MaxMemory, Offline, Quiet, TrustRemoteCode, memory_size
 from merger.cli._terminal import progress_bar, size_text
 from merger.errors import VerifyError
 
 
+@command(JUDGE)
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.", show_default=False)],
     deep: Annotated[bool, typer.Option("--deep", help="Merge a sample of tensors again, and compare bits.")] = False,
