@@ -2,101 +2,111 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
+from collections.abc import Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from merger._lazy import torch
-from merger.inspection.balance import CELLS, kept_by_cell
-from merger.inspection.curves import Curves, curves, swept
-from merger.inspection.sums import Ints, Outcome, Vectors, outcome
-from merger.inspection.vector_counter import Look
+from merger.inspection.counters import Counter, ExpertSlice, MatrixShape, MergedSlice, SumsByCounter
+from merger.inspection.counters.vectors import VectorCounter, VectorSums
+from merger.inspection.curves import CurveSums, LevelCounts, count_levels, sum_curves
+from merger.inspection.density_map import elements_by_cell, positions_by_cell
+from merger.inspection.request import TASK_VECTORS, InspectionRequest, ViewKey
+from merger.inspection.statistic import statistics
 from merger.planning.plan import Part, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Key = tuple[tuple[int, int], str, Literal["experts", "merged"]]
-"""A view: its place in order, (group, stage); its name; what it is about."""
 
-TASK_VECTORS: Key = ((-1, -1), "task_vectors", "experts")
+class ViewCounters:
+    """The counters of one part in one view."""
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is looked at only where somebody asks for it."""
-
-    picture: str | None = None  # of this tensor
-    rank: bool = False
-    curves: bool = False
-
-
-class Tally:
-    """What was counted of one part, by view; each slice once, however often it is shown."""
-
-    def __init__(self, tensor: TensorPlan, part: Part, wanted: Wanted) -> None:
-        self.part = part
-        self.sums: dict[Key, Vectors | Outcome] = {}
-        self.cells: dict[Key, Tensor] = {}
-        self.curves: Curves | None = None
-        self.awaits_curves = wanted.curves
-        self._lying = tensor.kind == "conv1d" and not part.transposed  # its rows are what others have as columns
-        self._wanted = wanted
-        self._pictured = tensor.name == wanted.picture
-        self._looks: dict[Key, Look] = {}
-        self._outcomes: dict[Key, dict[int, Outcome]] = defaultdict(dict)  # by the slice's first row
-        self._swept: dict[int, tuple[Any, Any]] = {}
+    def __init__(self, counters: Sequence[Counter]) -> None:
+        self._counters = counters
+        self._rows: set[int] = set()
         self._lock = Lock()
 
-    def experts(self, key: Key, row: int, deltas: Tensor) -> None:
-        """Counts the task vectors [k r c] of the slice that begins at ``row``."""
-        if key in self.sums:
+    def has(self, row: int) -> bool:
+        """Whether the slice that begins at ``row`` was counted."""
+        return row in self._rows
+
+    def count(self, piece: ExpertSlice | MergedSlice) -> None:
+        """Counts a slice; several threads may count different slices at the same time."""
+        measurements = [counter.measure(piece) for counter in self._counters]
+        with self._lock:
+            self._rows.add(piece.row)
+            for counter, measurement in zip(self._counters, measurements, strict=True):
+                counter.add(piece, measurement)
+
+    def sums(self) -> SumsByCounter:
+        """The sums of all slices."""
+        return {type(counter): counter.sums() for counter in self._counters}
+
+
+class PartCounts:
+    """The counts of one part in every view; each slice is counted once, however often a pass shows it."""
+
+    def __init__(self, tensor: TensorPlan, part: Part, request: InspectionRequest) -> None:
+        self.part = part
+        self.sums: dict[ViewKey, SumsByCounter] = {}
+        self.cells: dict[ViewKey, Tensor] = {}  # positions in each cell of a density map [k y x]
+        self.curves: CurveSums | None = None
+        self.needs_levels = request.curves
+        self._neurons_in_columns = tensor.kind == "conv1d" and not part.transposed
+        self._request = request
+        self._is_mapped = tensor.name == request.picture
+        self._open: dict[ViewKey, ViewCounters] = {}
+        self._levels: dict[int, LevelCounts] = {}  # by a slice's first row
+        self._lock = Lock()
+
+    def has(self, view: ViewKey, row: int) -> bool:
+        """Whether a view has counted the slice that begins at ``row``."""
+        return view in self.sums or (view in self._open and self._open[view].has(row))
+
+    def count(self, view: ViewKey, piece: ExpertSlice | MergedSlice) -> None:
+        """Counts a slice in a view, unless the view has counted it."""
+        if self.has(view, piece.row):
             return
         with self._lock:
-            if key not in self._looks:
-                ranked = self._wanted.rank and key == TASK_VECTORS
-                self._looks[key] = Look(len(deltas), self.part.rows, self.part.columns, ranked=ranked)
-            look = self._looks[key]
-        if look.has(row):
-            return
-        look.add(row, deltas)
-        if self._pictured:
-            cells = kept_by_cell(deltas, row, self.part.rows, CELLS)
+            if view not in self._open:
+                self._open[view] = ViewCounters(self._counters(view, len(piece.deltas)))
+            counters = self._open[view]
+        counters.count(piece)
+        if self._is_mapped and isinstance(piece, ExpertSlice):
+            cells = positions_by_cell(piece.deltas, piece.row, self.part.rows)
             with self._lock:
-                self.cells[key] = cells + self.cells[key] if key in self.cells else cells
+                self.cells[view] = cells + self.cells[view] if view in self.cells else cells
 
-    def sweep(self, row: int, kept: Any) -> None:
-        """Counts `levels` of the slice that begins at ``row``."""
-        self._swept[row] = swept(kept)
+    def count_levels(self, row: int, levels: Tensor) -> None:
+        """Counts the `selection_levels` of the slice that begins at ``row``."""
+        self._levels[row] = count_levels(levels)
 
-    def merged(self, key: Key, row: int, delta: Tensor, deltas: Tensor, ends: Ints) -> None:
-        """Counts a merged task vector [r c] beside those that it was made of."""
-        if key not in self.sums and row not in self._outcomes[key]:
-            self._outcomes[key][row] = outcome(delta, deltas, ends)
+    def close_views(self) -> None:
+        """Adds the slices of each view up; a pass shows all slices of a view, or none."""
+        for view in sorted(self._open):
+            sums = self._open.pop(view).sums()
+            self.sums[view] = {**self._task_vector_sums(view), **sums}
+        if self._levels:
+            vectors = self.sums[TASK_VECTORS][VectorCounter]
+            assert isinstance(vectors, VectorSums)
+            self.curves = sum_curves(self._levels.values(), vectors, self.part.rows, self.part.columns)
+            self._levels = {}
+            self.needs_levels = False
 
-    def fold(self) -> None:
-        """Adds the slices up; all those that a view has, for a pass shows all slices or none."""
-        for key in list(self._looks):
-            look = self._looks.pop(key)
-            self.sums[key] = total = look.vectors(lying=self._lying)
-            if key == TASK_VECTORS and self._swept:
-                held = look.counts().row_squares
-                self.curves = curves(self._swept.values(), total, held, self.part.rows, self.part.columns)
-                self._swept = {}
-                self.awaits_curves = False
-        for key in [key for key, slices in self._outcomes.items() if slices]:
-            slices = self._outcomes.pop(key)
-            own = self.sums[TASK_VECTORS]  # which every watch shows first
-            assert isinstance(own, Vectors)
-            squares = tuple(own.products[k][k] for k in range(len(own.products)))
-            self.sums[key] = replace(reduce(add, (slices[row] for row in sorted(slices))), squares=squares)
+    def density_by_cell(self, view: ViewKey) -> list[list[list[float]]]:
+        """The density of each cell [k y x] in a view."""
+        by_cell: list[list[list[float]]] = (
+            self.cells[view] / elements_by_cell(self.part.rows, self.part.columns)
+        ).tolist()
+        return by_cell
 
-    def cells_hold(self) -> Tensor:
-        """How many elements each piece of a picture has."""
-        whole = torch.ones(1, 1, self.part.columns)
-        across = kept_by_cell(whole, 0, 1, CELLS)[0]
-        down = kept_by_cell(torch.ones(1, 1, self.part.rows), 0, 1, CELLS)[0]
-        return down.T * across
+    def _counters(self, view: ViewKey, experts: int) -> list[Counter]:
+        shape = MatrixShape(experts, self.part.rows, self.part.columns, self._neurons_in_columns)
+        return [counter(shape) for counter in self._request.counters(view)]
+
+    def _task_vector_sums(self, view: ViewKey) -> SumsByCounter:
+        """The sums of the task vectors that the statistics of a merged vector need; every walk shows these first."""
+        if view.subject == "experts":
+            return {}
+        needed = {counter for entry in statistics("merged") for counter in entry.counters}
+        return {counter: sums for counter, sums in self.sums[TASK_VECTORS].items() if counter in needed}

@@ -1,85 +1,60 @@
-"""What is counted in one slice: sums that add up over slices, tensors and layers.
-
-Shapes: k experts, r rows, c columns. A position is kept where a vector is not zero.
-"""
+"""The counter of a merged vector: its positions, its inner products, and where each of its positions ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
+from merger.inspection.counters import Counter, Floats, Ints, MatrixShape, MergedSlice, Subject, Sums
 from merger.ops.kernels import counting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T", bound="Sums")
-Ints = tuple[int, ...]
-Floats = tuple[float, ...]
-
 
 @dataclass(frozen=True)
-class Sums:
-    """Numbers that are added up, or joined as their field says; plain ones, for small tensors that outlive
-    large ones leave the heap in pieces.
-    """
+class MergedSums(Sums):
+    """Counts of one merged vector beside the k task vectors that it was made of."""
 
     elements: int
-
-    def __add__(self: T, other: T) -> T:
-        def joined(name: str, join: Callable[[Any, Any], Any]) -> Any:
-            return _joined(getattr(self, name), getattr(other, name), join)
-
-        return type(self)(*(joined(each.name, each.metadata.get("join", add)) for each in fields(self)))
+    positions: int  # where it is not zero
+    endings: Ints  # [k+2] positions that end at the base, at each expert, elsewhere
+    square: float  # its squared norm
+    products: Floats  # [k] inner products with the task vectors
 
 
-def _joined(one: Any, other: Any, join: Callable[[Any, Any], Any]) -> Any:
-    if not isinstance(one, tuple):
-        return join(one, other)
-    if one and isinstance(one[0], tuple):
-        return tuple(_joined(a, b, join) for a, b in zip(one, other, strict=True))
-    return tuple(map(join, one, other))
+class MergedCounter(Counter):
+    """Counts a merged vector; sums of floats are added in the order of the slices."""
+
+    subject: ClassVar[Subject] = "merged"
+
+    def __init__(self, shape: MatrixShape) -> None:
+        super().__init__(shape)
+        self._sums: dict[int, MergedSums] = {}  # by a slice's first row
+
+    def measure(self, piece: MergedSlice) -> MergedSums:
+        """The sums of one slice."""
+        positions, products = counting.of(piece.delta, piece.deltas).merged(piece.delta, piece.deltas)
+        square, *with_experts = products.tolist()
+        endings = count_endings(piece.result, piece.base, piece.experts)
+        return MergedSums(piece.delta.numel(), positions, endings, square, tuple(with_experts))
+
+    def add(self, piece: MergedSlice, measurement: MergedSums) -> None:
+        """Keeps the sums of one slice."""
+        self._sums[piece.row] = measurement
+
+    def sums(self) -> MergedSums:
+        """The sums of all slices."""
+        return reduce(add, (self._sums[row] for row in sorted(self._sums)))
 
 
-@dataclass(frozen=True)
-class Vectors(Sums):
-    """Several task vectors over the same positions."""
+def count_endings(result: Tensor, base: Tensor | None, experts: Tensor) -> Ints:
+    """Positions of a result [r c] that end at the base [r c], at exactly one expert's value [k r c], elsewhere: [k+2].
 
-    both: tuple[Ints, ...]  # [k k] positions that both keep; on the diagonal, that one keeps
-    opposed: tuple[Ints, ...]  # [k k] positions that both keep with different signs
-    holders: Ints  # [k+1] positions kept by exactly 0, 1, .. k of them
-    products: tuple[Floats, ...]  # [k k] inner products
-    uneven: tuple[Floats, ...]  # [3 k] `unevenness` over rows, columns and blocks, times the elements of the matrix
-    in_matrices: Ints  # [3] elements of whole matrices, over which each is averaged
-    distinct: Ints = field(metadata={"join": max})  # [k] different values of the tensor that has most
-    ranks: Floats  # [k] effective ranks, times the elements of the matrix
-    ranked: int  # elements of matrices of which ranks were asked for, over which they are averaged
-
-
-@dataclass(frozen=True)
-class Outcome(Sums):
-    """One merged task vector, beside the task vectors that it was made of."""
-
-    kept: int
-    ends: Ints  # [k+2] positions that end at the base, at each expert, elsewhere
-    square: float  # of its norm
-    along: Floats  # [k] inner products with the task vectors
-    squares: Floats  # [k] the squared norms of those, known of whole tensors only
-
-
-def outcome(merged: Tensor, deltas: Tensor, ends: Ints) -> Outcome:
-    """Counts what a merged task vector [r c] has of those that it was made of [k r c], given its `endings`."""
-    kept, products = counting.of(merged, deltas).merged(merged, deltas)
-    square, *along = products.tolist()
-    return Outcome(merged.numel(), kept, ends, square, tuple(along), squares=(0.0,) * len(deltas))
-
-
-def endings(result: Tensor, base: Tensor | None, experts: Tensor) -> Ints:
-    """How many positions end at the base [r c], at each of the experts [k r c] exactly, and elsewhere: [k+2].
-
-    Weights, or deltas, whose base is 0; where several have the value of the result, the first of them counts.
+    All are weights, or all are deltas; then the base is None, for zeros. Where several inputs have the value of the
+    result, the first counts.
     """
     inputs = (experts,) if base is None else (base, experts)
     return tuple(counting.of(result, *inputs).endings(result, base, experts).tolist())

@@ -1,14 +1,12 @@
-"""A look at several task vectors of one part, whose slices come in any order and side by side."""
+"""The counter of task vectors: positions, pairs of experts, inner products and balance, in one pass of a kernel."""
 
 from __future__ import annotations
 
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from merger.inspection.balance import Balance
-from merger.inspection.ranks import Spectra
-from merger.inspection.sums import Vectors
-from merger.inspection.values import Values
+from merger.inspection.counters import Counter, ExpertSlice, Floats, Ints, MatrixShape, Sums, as_tuples
+from merger.inspection.counters.balance import Balance
 from merger.ops.kernels import counting
 from merger.ops.kernels.counting import Counts
 
@@ -16,79 +14,65 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Look:
-    """Counts task vectors slice by slice: whole numbers as they come, what is made of floats in the slices' order."""
+@dataclass(frozen=True)
+class VectorSums(Sums):
+    """Counts of k task vectors over the same positions."""
 
-    def __init__(self, experts: int, rows: int, columns: int, *, ranked: bool = False) -> None:
-        self.rows, self.columns = rows, columns
-        self._none = Counts.none(experts, columns)
-        self._idle: list[Counts] = []  # one for each thread that has counted, but those that do now
+    elements: int
+    joint: tuple[Ints, ...]  # [k k] positions of both experts; on the diagonal, of one
+    conflicts: tuple[Ints, ...]  # [k k] positions of both experts where their signs differ
+    holders: Ints  # [k+1] positions of exactly 0, 1, .. k experts
+    products: tuple[Floats, ...]  # [k k] inner products
+    unevenness: tuple[Floats, ...]  # [3 k] over rows, columns and blocks, times the elements of the matrix
+    matrix_elements: Ints  # [3] elements of the matrices that the unevenness is averaged over
+    row_squares: Ints  # [k] squared positions of each row, added up
+
+
+class VectorCounter(Counter):
+    """Counts task vectors: whole numbers as slices come, sums of floats in the order of the slices."""
+
+    def __init__(self, shape: MatrixShape) -> None:
+        super().__init__(shape)
+        self._zero = Counts.none(shape.experts, shape.columns)
+        self._free_counts: list[Counts] = []  # one for each thread that has counted, but for those in use
         self._products: dict[int, list[list[float]]] = {}  # by a slice's first row
-        self._balance = Balance(rows, columns)
-        self._values = Values(experts, rows * columns)
-        matrix = min(rows, columns) > 1
-        self._spectra = Spectra(experts, rows, columns) if ranked and matrix else None
-        self._lock = Lock()
+        self._balance = Balance(shape.rows, shape.columns)
 
-    def has(self, row: int) -> bool:
-        """Whether the slice that begins at ``row`` was counted."""
-        return row in self._products
-
-    def add(self, row: int, deltas: Tensor) -> None:
-        """Counts the slice [k r c] that begins at ``row``."""
-        first, stop = row * self.columns, (row + deltas.shape[1]) * self.columns
-        products, cut = self._counted(deltas, first)
-        values = self._values.different(deltas)
-        spectra = None if self._spectra is None else self._spectra.part(deltas)
-        with self._lock:
-            self._products[row] = products.tolist()
-            self._balance.add(first, stop, cut)
-            self._values.add(values)
-            if self._spectra is not None and spectra is not None:
-                self._spectra.add(row, deltas.shape[1], spectra)
-
-    def _counted(self, deltas: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    def measure(self, piece: ExpertSlice) -> tuple[Tensor, Tensor]:
+        """Inner products [k k], and the positions of the first and the last block [k 2]; counts all else."""
         try:
-            mine = self._idle.pop()
+            counts = self._free_counts.pop()
         except IndexError:
-            mine = self._none + self._none
-        size = self._balance.block
-        found = counting.of(deltas).vectors(deltas, first % size, size, mine)
-        self._idle.append(mine)
-        return found
+            counts = self._zero + self._zero
+        block = self._balance.block
+        offset = piece.row * self.shape.columns % block
+        measurement = counting.of(piece.deltas).vectors(piece.deltas, offset, block, counts)
+        self._free_counts.append(counts)
+        return measurement
 
-    def counts(self) -> Counts:
-        """What all slices together have."""
-        return sum(self._idle, self._none)
+    def add(self, piece: ExpertSlice, measurement: tuple[Tensor, Tensor]) -> None:
+        """Adds the inner products and the split blocks of one slice."""
+        products, block_ends = measurement
+        start = piece.row * self.shape.columns
+        self._products[piece.row] = products.tolist()
+        self._balance.add(start, start + piece.deltas[0].numel(), block_ends)
 
-    def vectors(self, *, lying: bool = False) -> Vectors:
-        """All that was seen; where the part lies, its rows are what other tensors have as columns."""
+    def sums(self) -> VectorSums:
+        """The sums of all slices; rows are the inputs of a neuron, however the matrix is stored."""
         import numpy
 
-        counts, elements = self.counts(), self.rows * self.columns
-        k = len(counts.both)
+        counts, elements = sum(self._free_counts, self._zero), self.shape.elements
         in_order = numpy.array([self._products[row] for row in sorted(self._products)])
-        rows, columns, blocks = self._balance.uneven(counts)
-        uneven = (columns, rows, blocks) if lying else (rows, columns, blocks)
-        ranks = None if self._spectra is None else self._spectra.effective()
-        return Vectors(
+        rows, columns, blocks = self._balance.unevenness(counts)
+        lines = (columns, rows, blocks) if self.shape.neurons_in_columns else (rows, columns, blocks)
+        no_lines = (0.0,) * self.shape.experts
+        return VectorSums(
             elements=elements,
-            both=_plain(counts.both),
-            opposed=_plain(counts.opposed),
-            holders=_plain(counts.holders),
-            products=_plain(in_order.cumsum(0)[-1]),
-            uneven=tuple(_times(each, elements, k) for each in uneven),
-            in_matrices=tuple(0 if each is None else elements for each in uneven),
-            distinct=self._values.count(),
-            ranks=_times(ranks, elements, k),
-            ranked=0 if ranks is None else elements,
+            joint=as_tuples(counts.both),
+            conflicts=as_tuples(counts.opposed),
+            holders=as_tuples(counts.holders),
+            products=as_tuples(in_order.cumsum(0)[-1]),
+            unevenness=tuple(no_lines if line is None else as_tuples(line * elements) for line in lines),
+            matrix_elements=tuple(0 if line is None else elements for line in lines),
+            row_squares=as_tuples(counts.row_squares),
         )
-
-
-def _times(values: Tensor | None, elements: int, k: int) -> tuple[float, ...]:
-    return (0.0,) * k if values is None else tuple((values * elements).tolist())
-
-
-def _plain(values: Any) -> Any:
-    """An array or a tensor as numbers in tuples."""
-    return tuple(tuple(each) if isinstance(each, list) else each for each in values.tolist())

@@ -1,72 +1,88 @@
-"""The effective rank of task vectors, from the Gram matrix of a matrix's smaller side, gathered slice by slice.
+"""Effective rank: how many directions a task vector's matrix uses.
 
-Effective rank: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007: e to
-the entropy of the singular values as shares of their sum.
+Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
 
 Shapes: k experts, r rows, c columns.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
+from merger.inspection.counters import ExpertSlice, Floats, MatrixShape, Sums, as_tuples
+from merger.inspection.counters.gram import ROUNDING, GramCounter
+from merger.inspection.statistic import BY_EXPERT, floats, share, statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Spectra:
-    """Task vectors of one matrix on their way to their singular values.
+@dataclass(frozen=True)
+class RankSums(Sums):
+    """Effective ranks of each expert."""
 
-    A tall matrix is added up as the Gram matrix [c c] of its columns; of a wide one all rows are needed at
-    once, so it is kept as it is. Either is the smaller of the two that would do.
-    """
+    elements: int  # of the matrices that have ranks
+    ranks: Floats  # [k] times the elements of the matrix
 
-    def __init__(self, experts: int, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-        self._tall = rows >= columns
-        shape = (experts, columns, columns) if self._tall else (experts, rows, columns)
-        self._whole = torch.zeros(shape, dtype=torch.float64 if self._tall else torch.float32)
-        self._next = 0
-        self._early: dict[int, tuple[int, Tensor]] = {}  # by first row: how many there are, and their Gram matrices
 
-    def part(self, deltas: Tensor) -> Tensor:
-        """What is added for some rows [k r c]."""
-        if not self._tall:
-            return deltas
-        wide = deltas.double()
+class RankCounter(GramCounter):
+    """Adds up the Gram matrix of each task vector's columns, which has the same singular values as the matrix."""
+
+    def __init__(self, shape: MatrixShape) -> None:
+        super().__init__(shape)
+        side = shape.columns if self.tall and not shape.is_vector else 0
+        self._grams = torch.zeros(self.count, side, side, dtype=torch.float64)
+
+    def matrices_of(self, piece: ExpertSlice) -> Tensor:
+        """Rows of the task vectors [k r c]."""
+        return piece.deltas
+
+    def terms_of(self, rows: Tensor) -> Tensor:
+        """The Gram matrices of some rows [k c c]."""
+        wide = rows.double()
         return (wide.transpose(1, 2) @ wide).cpu()
 
-    def add(self, row: int, rows: int, part: Tensor) -> None:
-        """Adds the `part` of ``rows`` rows from ``row`` on; in the order of rows, that no sum depends on threads."""
-        if not self._tall:
-            self._whole[:, row : row + rows] = part
-            return
-        self._early[row] = rows, part
-        while self._next in self._early:
-            more, gram = self._early.pop(self._next)
-            self._whole += gram
-            self._next += more
+    def add_terms(self, terms: Tensor) -> None:
+        """Adds Gram matrices [k c c]."""
+        self._grams += terms
 
-    def effective(self) -> Tensor:
-        """The effective rank of each expert's matrix [k], 0 of one that is zero."""
-        return torch.stack([effective_rank(self._values(each)) for each in self._whole])
+    def sums(self) -> RankSums:
+        """The effective rank of each expert's matrix, 0 of a zero matrix; vectors have none."""
+        if self.shape.is_vector:
+            return RankSums(0, (0.0,) * self.shape.experts)
+        matrices = self._grams if self.tall else self.wide_matrices()
+        ranks = torch.stack([entropy_rank(self._singular_values(matrix)) for matrix in matrices])
+        return RankSums(self.shape.elements, as_tuples(ranks * self.shape.elements))
 
-    def _values(self, whole: Tensor) -> Tensor:
-        wide = whole.double()
-        squares: Tensor = torch.linalg.eigvalsh(wide if self._tall else wide @ wide.T)
+    def _singular_values(self, matrix: Tensor) -> Tensor:
+        wide = matrix.double()
+        squares: Tensor = torch.linalg.eigvalsh(wide if self.tall else wide @ wide.T)
         values = squares.clamp(min=0).sqrt()
-        least = (
-            max(self.rows, self.columns) * 2.0**-23 * float(values.max())
-        )  # as in merger.ops.linalg: less is rounding
-        return values.where(values > least, 0)
+        tolerance = max(self.shape.rows, self.shape.columns) * ROUNDING
+        return values.where(values > tolerance * float(values.max()), 0)
 
 
-def effective_rank(values: Tensor) -> Tensor:
+def entropy_rank(values: Tensor) -> Tensor:
     """e to the entropy of singular values [n] as shares of their sum; 0 where all are 0."""
     total = values.sum()
     if total == 0:
         return total
     shares = values[values > 0] / total
     return (-(shares * shares.log()).sum()).exp()
+
+
+@statistic(
+    form=BY_EXPERT,
+    unit="number",
+    formula="exp(-Σ p_i ln p_i), p_i = σ_i / Σ σ",
+    counters=[RankCounter],
+    order=68,
+    view="task_vectors",
+    request="rank",
+    in_layers=True,
+)
+def effective_rank(ranks: RankSums) -> Tensor | None:
+    """e to the entropy of a matrix's singular values as shares of their sum; mean over matrices by their size."""
+    return share(floats(ranks.ranks), ranks.elements) if ranks.elements else None
