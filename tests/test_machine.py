@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from checkpoints import save_headers
-from test_demand import planned  # noqa: F401 a fixture
+from test_input_cost import planned  # noqa: F401 a fixture
 
 from merger.engine.machine import Machine, chosen_devices, dealt
 from merger.errors import ResourceError

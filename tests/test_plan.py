@@ -109,6 +109,64 @@ def test_an_order_rotates_from_block_to_block_as_in_the_golden_values(planned, g
     }
 
 
+PROJECTIONS = {
+    **{f"self_attn.{leaf}_proj.weight": (8, 8) for leaf in "kqvo"},
+    **{f"mlp.{leaf}_proj.weight": (8, 8) for leaf in ("up", "gate", "down")},
+}
+SEVEN = {EMBEDDING: (16, 8), HEAD: (16, 8), "model.norm.weight": (8,)} | {
+    f"model.layers.{i}.{leaf}": shape for i in (0, 1) for leaf, shape in PROJECTIONS.items()
+}
+LINEAR = {"method": "im", "parameters": {"order": {"unit": "linear"}}}
+
+
+def first_experts(made):
+    """The expert that comes first in each tensor, by its initial."""
+    return {
+        tensor.name: tensor.place.experts[tensor.stages[0].values["exclusive"][0]][0]
+        for tensor in made.tensors
+        if tensor.stages
+    }
+
+
+def test_an_order_by_linear_layers_follows_the_forward_pass(planned):
+    first = first_experts(planned(SEVEN, SEVEN, SEVEN, SEVEN, **LINEAR))
+
+    leaves = [f"self_attn.{leaf}_proj" for leaf in "qkvo"] + [f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")]
+    layers = [f"model.layers.{i}.{leaf}.weight" for i in (0, 1) for leaf in leaves]
+    assert "".join(first[layer] for layer in [*layers, HEAD]) == "lmc" * 5
+    assert (first[EMBEDDING], first["model.norm.weight"]) == ("l", "m")  # as the layer before: none, and down
+
+
+def test_an_order_by_linear_layers_is_told_to_repeat_where_a_block_has_a_multiple_of_them(planned):
+    eight = {**SEVEN, **{f"model.layers.{i}.mlp.extra.weight": (8, 8) for i in (0, 1)}}
+    notes = planned(eight, eight, eight, **LINEAR).notes
+    assert notes == (
+        "order: {unit: linear} turns 2 experts, and 2 of 2 blocks have 8 linear layers, a multiple of that: "
+        "the same layer of each begins with the same expert; unit: block has no such pattern",
+    )
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"order": {"unit": "linear"}}, {"order": {"unit": "linear", "rest": "listed"}}, {}]
+)
+def test_an_order_that_does_not_repeat_is_not_remarked_on(planned, parameters):
+    assert planned(SEVEN, SEVEN, SEVEN, method="im", parameters=parameters).notes == ()
+
+
+def test_an_order_with_a_pinned_expert_turns_the_others(planned):
+    order = {"unit": "linear", "first": "code"}
+    made = planned(SEVEN, SEVEN, SEVEN, SEVEN, method="im", parameters={"order": order})
+    second = {t.name: t.place.experts[t.stages[0].values["exclusive"][1]] for t in made.tensors}
+    block = "model.layers.0.self_attn"
+    assert [second[f"{block}.{leaf}_proj.weight"] for leaf in "qkvo"] == ["lm", "math", "lm", "math"]
+
+
+def test_tensors_of_a_block_share_their_bound_stages(planned):
+    tensors = by_name(planned(SEVEN, SEVEN, SEVEN, method="im"))
+    stages = {id(tensor.stages) for tensor in tensors.values() if tensor.unit == "model.layers.1"}
+    assert len(stages) == 1
+
+
 def test_a_list_of_numbers_is_interpolated_over_the_depth(planned):
     tensors = by_name(planned(LLAMA, LLAMA, method="task_arithmetic", parameters={"weight": [0, 1]}))
 
@@ -467,8 +525,8 @@ def test_the_papers_recipes_plan_on_models_of_the_papers_shapes(tmp_path, name):
     made = plan(Recipe.parse(written, tmp_path))
     made.close()
     assert {each.name for each in made.tensors} == set(PAPERS[name][0])
-    assert made.calibrated == ("obm" in name or "obim" in name)
-    assert {each.kind for each in made.tensors if each.calibrated} <= {"linear", "head", "embedding", "vector"}
+    assert bool(made.inputs) == ("obm" in name or "obim" in name)
+    assert {each.kind for each in made.tensors if each.inputs} <= {"linear", "head", "embedding", "vector"}
     rows = max(tensors[EMBEDDING][0] for tensors in PAPERS[name])
     assert by_name(made)[EMBEDDING].info.shape[0] == rows
     if name == "obim-llama2-13b":

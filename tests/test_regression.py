@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import merge
+from tiny import Inputs, merge
 
-from merger.pipeline.flow import Inputs
 from merger.pipeline.registry import checked
 
 

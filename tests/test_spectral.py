@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import merge, sparse, tensor
+from tiny import Inputs, merge, sparse, tensor
 
-from merger.pipeline.flow import Inputs
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.registry import checked
 

@@ -3,7 +3,7 @@
 import torch
 from pretended import Pretence
 
-from merger.engine.transfer import buffer, fetched, sent
+from merger.ops.transfer import buffer, fetched, sent
 
 
 def test_what_comes_back_from_a_device_is_what_was_sent():

@@ -15,6 +15,7 @@ from merger.calibration.model import block_list, build, default_dtype, outer_lis
 from merger.calibration.moments import Moments, Sums, token_share
 from merger.calibration.weights import Loader
 from merger.errors import CheckpointError
+from merger.ops.precision import full_float32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ class Rig:
         device = self.loader.device
         self.watch.begin(batch, device)
         try:
-            with torch.no_grad(), self.watch:
+            with torch.no_grad(), full_float32(), self.watch:
                 self.model(input_ids=batch.ids.to(device), attention_mask=batch.mask.long().to(device))
         except Stop:
             pass

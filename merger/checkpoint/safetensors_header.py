@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -40,7 +41,7 @@ class Info:
         """How many numbers it holds."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """How many bytes it takes."""
         return self.elements * ITEM_SIZE[self.dtype]
@@ -52,10 +53,13 @@ class Info:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Its rows and columns: all axes but the last are rows, and a vector is one row."""
-        if len(self.shape) < 2:
-            return 1, self.elements
-        return prod(self.shape[:-1]), self.shape[-1]
+        """Its rows and columns, as `rows_and_columns` counts them."""
+        return rows_and_columns(self.shape)
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """All axes but the last as rows, and the last as columns; a vector or a number is one row."""
+    return (prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, prod(shape))
 
 
 def read_header(path: Path) -> dict[str, Info]:
@@ -99,9 +103,10 @@ def checked_name(name: str) -> str:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError("a name stands in it twice")
-    return dict(pairs)
+    return entries
 
 
 def _info(entry: Any, path: Path, start: int) -> Info:

@@ -14,7 +14,7 @@ from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
 from merger.pipeline.stages import expand
-from merger.planning.plan import Plan, TensorPlan
+from merger.planning.plan import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,17 +22,15 @@ if TYPE_CHECKING:
 # --- plans ----------------------------------------------------------------------------------------
 
 
-def action(plan: Plan, tensor: TensorPlan) -> str:
-    """What happens to a tensor, in a few words."""
-    if not tensor.stages:
-        return f"copy from {tensor.source}"
-    chosen = plan.recipe if tensor.group == 0 else plan.recipe.rules[tensor.group - 1]
-    names = "+".join(next(iter(written(stage))) for stage in chosen.stages)
-    return names if tensor.group == 0 else f"{names} (rule {tensor.group})"
+def method_names(plan: Plan) -> list[str]:
+    """The stages of the recipe's own method, then those of each rule, as the table of a plan names them."""
+    names = ["+".join(next(iter(written(stage))) for stage in choice.stages) for choice in plan.recipe.choices()]
+    return [f"{name} (rule {i})" if i else name for i, name in enumerate(names)]
 
 
 def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
     """How many tensors share a name (numbers aside), shape, dtype, kind and action; in canonical order."""
+    methods = method_names(plan)
     return dict(
         Counter(
             (
@@ -40,7 +38,7 @@ def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
                 "x".join(map(str, tensor.info.shape)) or "scalar",
                 tensor.info.dtype,
                 tensor.kind,
-                action(plan, tensor),
+                methods[tensor.group] if tensor.stages else f"copy from {tensor.source}",
             )
             for tensor in plan.tensors
         )
@@ -56,7 +54,7 @@ def plan_json(plan: Plan, forecast: Forecast) -> dict[str, Any]:
         "experts": list(plan.recipe.experts),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "calibrated": plan.calibrated,
+        "calibrated": bool(plan.inputs),
         "dropped": {label: dict(names) for label, names in plan.dropped.items() if names},
         "notes": list(plan.notes),
         **asdict(forecast),
@@ -66,12 +64,12 @@ def plan_json(plan: Plan, forecast: Forecast) -> dict[str, Any]:
 def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
     """The plan as a table, then what it costs."""
     table = _table("tensors", "count", "shape", "dtype", "kind", "action")
-    for (name, shape, dtype, kind, what), count in groups(plan).items():
-        _row(table, name, count, shape, dtype, kind, what)
+    for (name, shape, dtype, kind, fate), count in groups(plan).items():
+        _row(table, name, count, shape, dtype, kind, fate)
     console.print(table)
     for label, names in plan.dropped.items():
-        for name, why in names.items():
-            console.print(f"dropped from {label}: {name}: {why}", markup=False, soft_wrap=True)
+        for name, reason in names.items():
+            console.print(f"dropped from {label}: {name}: {reason}", markup=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     gigabytes = 1e9
@@ -161,15 +159,15 @@ def _expansion(entry: Entry) -> list[Stage]:
 
 def _parameters(entry: Entry) -> dict[str, dict[str, str]]:
     defaults = schema(entry)().model_dump(mode="json", by_alias=True)
-    found = {}
+    described = {}
     for name, (annotation, _) in parameters(entry.function).items():
-        said = name.rstrip("_")
-        default = defaults[said]
-        found[said] = {
+        key = name.rstrip("_")
+        default = defaults[key]
+        described[key] = {
             "default": next(iter(default)) if isinstance(default, dict) else default,
             "takes": _takes(annotation),
         }
-    return found
+    return described
 
 
 def _takes(annotation: Any) -> str:
@@ -177,7 +175,7 @@ def _takes(annotation: Any) -> str:
     from merger.pipeline import parameters as kinds
     from merger.pipeline.registry import Inner, Score
 
-    known = {
+    descriptions = {
         kinds.Number: "a number, or a list over depth",
         kinds.Share: "a share in [0, 1], or a list over depth",
         kinds.Numbers: "a number, a list over depth, or a map by expert",
@@ -186,7 +184,7 @@ def _takes(annotation: Any) -> str:
         Score: f"a score: {', '.join(SCORES)}",
         Inner: "a method, or {method: {parameter: value}}",
     }
-    for kind, words in known.items():
+    for kind, words in descriptions.items():
         if annotation == kind:
             return words
     if kinds.is_order(annotation):
@@ -194,7 +192,7 @@ def _takes(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", ())
     if annotation is bool:
         return "true or false"
-    if choices and all(isinstance(each, str) for each in choices):
+    if choices and all(isinstance(choice, str) for choice in choices):
         return " | ".join(choices)
     return "a whole number"
 
@@ -203,9 +201,9 @@ def _one_line(stage: Stage) -> str:
     """A stage as a recipe's pipeline has it."""
     import yaml
 
-    ((name, given),) = written(stage).items()
-    parameters = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=10**6).strip()
-    return f"{name}: {parameters}" if given else name
+    ((name, settings),) = written(stage).items()
+    parameters = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    return f"{name}: {parameters}" if settings else name
 
 
 def _table(*headings: str) -> Any:

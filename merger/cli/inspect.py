@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from merger.cli._app import JUDGE, command
-from merger.cli._options import AsJson, Device, MaxMemory, Offline, Overrides, Quiet, TrustRemoteCode, load, memory_size
-from merger.cli._terminal import make_console, progress_bar, size_text
+from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RunFlags, load, run_flags
+from merger.cli._terminal import make_console, size_text
 from merger.errors import RecipeError
 
 
 @command(JUDGE)
+@run_flags(*RUN_FLAGS)
 def inspect(
     model: Annotated[
         Path,
@@ -46,7 +47,7 @@ def inspect(
         bool,
         typer.Option(
             "--subspaces",
-            help="How the experts' singular directions interfere; 2 K + 1 decompositions of every matrix of K experts.",
+            help="How the singular directions of experts and merge interfere; decomposes every matrix of each.",
         ),
     ] = False,
     all_rows: Annotated[bool, typer.Option("--all", help="Show every layer, not only the first dozen.")] = False,
@@ -54,11 +55,7 @@ def inspect(
         Path | None, typer.Option(metavar="DIR", help="Where the relative paths of a finished merge start.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006
-    device: Device = "auto",
-    max_memory: MaxMemory = None,
-    offline: Offline = False,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
@@ -75,23 +72,19 @@ def inspect(
     if plot is not None:
         plots.check(plot)
     requests = {request for condition in parsed for request in condition.requests}
-    extras = {
+    extras: dict[str, Any] = {
         "picture": tensor,
         "rank": rank or "rank" in requests,
         "subspaces": subspaces or "subspaces" in requests,
         "curves": curves or html is not None or plot is not None,
     }
-    size = memory_size(max_memory)
-    with progress_bar(quiet) as (progress, notice):
-        common: dict[str, Any] = {**extras, "max_memory": size, "progress": progress, "notice": notice}
+    with flags.options() as options:
         if base is not None:
-            result = inspection.inspect_model(str(model), base, offline=offline, **common)
+            result = inspection.inspect_model(str(model), base, options, **extras)
         elif model.is_dir():
-            result = inspection.inspect_merge(model, inputs=inputs, **common)
+            result = inspection.inspect_merge(model, options, inputs=inputs, **extras)
         else:
-            loaded = load(model, overrides)
-            common |= {"offline": offline, "device": device, "trust_remote_code": trust_remote_code}
-            result = inspection.inspect(loaded, **common)
+            result = inspection.inspect(load(model, overrides), options, **extras)
     if html is not None:
         write_text(html, page.page(result))
     if plot is not None:

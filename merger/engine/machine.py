@@ -14,6 +14,7 @@ from pathlib import Path
 from merger._lazy import torch
 from merger.engine.memory import HOLD, memory_needed
 from merger.errors import RecipeError, ResourceError
+from merger.ops.precision import full_float32
 from merger.planning.plan import Plan
 
 
@@ -41,7 +42,7 @@ class Machine:
             raise ResourceError(
                 f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
             )
-        hidden = (max_memory - need) // 2 if plan.calibrated else 0
+        hidden = (max_memory - need) // 2 if plan.inputs else 0
         return cls(chosen, workers, min(HOLD, max_memory - need - hidden), hidden)
 
     @property
@@ -116,11 +117,12 @@ def peak_device_memory(devices: Iterable[str]) -> int:
 
 @contextmanager
 def tuned() -> Iterator[None]:
-    """Within it torch works on one thread, for slices run side by side and no sum may depend on the cores."""
+    """Within it torch works on one thread, for slices run side by side and no sum may depend on the cores; no TF32."""
     _keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with full_float32():
+            yield
     finally:
         torch.set_num_threads(before)

@@ -1,66 +1,10 @@
-"""What calibration takes of a machine, from headers alone: memory while it runs, and disk for what it keeps.
-
-All of it is an upper bound: a header does not tell which matrices share their inputs, nor how long the text is.
-"""
+"""The memory that a merge takes: slices side by side, and the inputs of its stages."""
 
 from __future__ import annotations
 
-from collections import Counter
-
-from merger.checkpoint.anatomy import text_config
-from merger.engine import memory as demand
+from merger.calibration.provider import block_providers, cost
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan
-
-
-def while_watching(plan: Plan) -> int:
-    """Bytes that an expert's forward passes take: its embedding, or a block in float32 and the sums over its inputs.
-
-    Gram matrices are summed up in float64 for one expert at a time; those of the others wait in float32.
-    """
-    if not plan.calibrated:
-        return 0
-    weights, squares = Counter[str](), Counter[str]()
-    for tensor in plan.tensors:
-        weights[tensor.unit] += 4 * tensor.info.elements
-        squares[tensor.unit] += (8 + 4 * len(plan.recipe.experts)) * _squares(tensor)
-    return max(weights[unit] + squares[unit] for unit in weights)
-
-
-def while_merging(plan: Plan) -> int:
-    """Bytes of a block's Gram matrices of all experts, which wait until all of its matrices are merged."""
-    squares = Counter[str]()
-    for tensor in plan.tensors:
-        squares[tensor.unit] += 4 * len(plan.recipe.experts) * _squares(tensor)
-    return max(squares.values(), default=0)
-
-
-def hidden_states(plan: Plan) -> int:
-    """Bytes of all samples' hidden states, which wait between two blocks: of all experts at once for Gram matrices."""
-    given = plan.recipe.calibration
-    if given is None or not plan.calibrated:
-        return 0
-    said = given.samples
-    each = {name: said.get(name, 100) if isinstance(said, dict) else said for name in plan.recipe.experts}
-    samples = sum(each.values()) if any(tensor.gram for tensor in plan.tensors) else max(each.values())
-    width = text_config(plan.base.config).get("hidden_size", 0)
-    return 4 * samples * given.max_tokens * (width if isinstance(width, int) else 0)
-
-
-def kept_grams(plan: Plan) -> int:
-    """Bytes of the folders that `merger calibrate --gram` makes."""
-    triangles = sum(_triangles(tensor) for tensor in plan.tensors)
-    return 4 * len(plan.recipe.experts) * triangles
-
-
-def _squares(tensor: TensorPlan) -> int:
-    """The numbers of all Gram matrices that one expert's inputs to a tensor have."""
-    return sum(part.columns**2 for part in tensor.parts) if tensor.gram else 0
-
-
-def _triangles(tensor: TensorPlan) -> int:
-    return sum(part.columns * (part.columns + 1) // 2 for part in tensor.parts) if tensor.gram else 0
-
 
 SLICE = 1 << 19
 """Elements of one model that are worked on at once: so many that Python's steps for a slice take little beside it.
@@ -79,18 +23,19 @@ INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux
 
 def memory_needed(plan: Plan, workers: int) -> int:
     """Bytes of host memory that the merge takes at least, with so many slices at once."""
-    return INTERPRETER + max(demand.while_watching(plan), demand.while_merging(plan) + _at_once(plan, workers))
+    inputs = cost(plan)
+    return INTERPRETER + max(inputs.making, inputs.merging + _at_once(plan, workers))
 
 
 def _at_once(plan: Plan, workers: int) -> int:
-    """What so many slices take together: the largest of any block, or of one where blocks are merged one by one."""
+    """Bytes of so many slices together: the largest of the model, or those of one block that is merged by itself."""
     experts = len(plan.models) - 1
-    alone: list[int] = [0]
+    slices: list[int] = [0]
     by_block: dict[str, list[int]] = {}
     for tensor in plan.tensors:
-        sizes = alone if not tensor.gram else by_block.setdefault(tensor.unit, [])
-        sizes += (_slice_bytes(tensor, part, experts) for part in tensor.parts)
-    return max(workers * max(alone), *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
+        sizes = by_block.setdefault(tensor.unit, []) if tensor.lockstep else slices
+        sizes += (_slice_bytes(plan, tensor, part, experts) for part in tensor.parts)
+    return max(workers * max(slices), *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
 
 
 def bytes_per_element(experts: int) -> int:
@@ -103,18 +48,18 @@ def bytes_held(experts: int) -> int:
     return 8 + experts * 12
 
 
-def _slice_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
-    """What the largest slice takes. A method of whole matrices has float64 copies, factors and Gram matrices beside.
+def _slice_bytes(plan: Plan, tensor: TensorPlan, part: Part, experts: int) -> int:
+    """Bytes of the largest slice. A method of whole matrices has float64 copies, factors and its inputs as well.
 
     Of 600 x 1600 and three experts that is 70 (star) to 190 bytes an element (knots, wudi), as measured.
     """
     elements = min(part.rows, slice_rows(tensor, part)) * part.columns
-    beside = 0
+    extra = 0
     if any(stage.takes == "matrix" for stage in tensor.stages):
-        beside = 8 * (elements * (experts + 8) + 3 * part.columns**2)
-    if tensor.gram:
-        beside += (16 + 4 * experts) * part.columns**2
-    return elements * bytes_per_element(experts) + beside
+        extra = 8 * (elements * (experts + 8) + 3 * part.columns**2)
+    if tensor.lockstep:
+        extra += sum(provider.slice_bytes(part, experts) for provider in block_providers(plan))
+    return elements * bytes_per_element(experts) + extra
 
 
 def slice_rows(tensor: TensorPlan, part: Part) -> int:

@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.inspection.counters import Floats, Ints, Sums, as_tuples
 from merger.inspection.counters.balance import unevenness
 from merger.inspection.counters.vectors import VectorSums
-from merger.ops import kernels
 from merger.ops.arithmetic import count
-from merger.ops.questions import Before, Flow, Tally
+from merger.ops.questions import Flow
+from merger.ops.radix import nested_tops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,47 +31,15 @@ LevelCounts = tuple[Any, Any]
 """Positions of both experts [k k d], and squared positions of each row, added up [k d]."""
 
 
-# --- where magnitude keeps a position -------------------------------------------------------------
-
-
 def selection_levels(deltas: Tensor, elements: int) -> Flow[Tensor]:
     """At how many of `DENSITIES` magnitude keeps each position of a slice [k r c]: uint8, 0 to d.
 
-    They are the masks of the stage ``top`` with its defaults: a count of the whole tensor's ``elements``, equal
-    ones to the lower flat index, found as `ops.select` does but for all densities at once. Only what is not zero
-    is kept.
+    The masks are those of the stage ``top`` with its defaults: shares of the whole tensor's ``elements``, ties to the
+    lower flat index. A position whose delta is zero is at level 0.
     """
-    loops = kernels.of(deltas)
-    keys = loops.keys_of(deltas.abs())
-    d, k = len(DENSITIES), len(deltas)
-    wanted = torch.tensor([[count(share, elements)] * k for share in DENSITIES])
-
-    def low_halves(into: Tensor) -> None:
-        for buckets, tally in zip(high.tolist(), into, strict=True):
-            loops.tally_low(keys, None, buckets, tally)
-
-    high_halves = partial(loops.tally_high, keys, None)
-    high, left = yield Tally(high_halves, (k, kernels.HIGH), then=partial(_descend, wanted))
-    low, left = yield Tally(low_halves, (d, k, kernels.LOW), then=partial(_descend, left))
-    last = (high << 16 | low).tolist()  # [d k]: the smallest that are kept, ``left`` of each
-    before = yield Before(lambda: torch.stack([loops.count_equal(keys, None, own) for own in last]))
-    kept = torch.zeros(deltas.shape, dtype=torch.uint8, device=deltas.device)
-    for own, room in zip(last, (left - before).tolist(), strict=True):
-        kept += loops.mark_top(keys, None, own, room)
-    return kept * (deltas != 0)
-
-
-def _descend(wanted: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each tally [d k n], or [k n], the bin that holds the ``wanted``-th [d k] from the top, and how many of it.
-
-    Where nothing is wanted: the last bin, none of it.
-    """
-    tally = tally.cpu().expand(*wanted.shape, -1)
-    above = tally.flip(-1).cumsum(-1)
-    steps = torch.searchsorted(above, wanted.unsqueeze(-1))
-    bins = tally.shape[-1] - 1 - steps
-    left = wanted.unsqueeze(-1) - (above.gather(-1, steps) - tally.gather(-1, bins))
-    return bins.squeeze(-1), left.squeeze(-1)
+    counts = [[count(density, elements)] * len(deltas) for density in DENSITIES]
+    levels = yield from nested_tops(deltas, counts)
+    return levels * (deltas != 0)
 
 
 # --- sums -----------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def layer_table(view: View, title: str, groups: Mapping[str, Facts | Merged]) ->
     for entry in entries:
         for layer_column in columns_by_layer(entry, view):
             numbers = {short[name]: layer_column.number(values) for name, values in groups.items()}
-            heading = layer_column.name.removeprefix("at ") if entry.per_expert else entry.label
+            heading = layer_column.name.removeprefix("at ")
             present_numbers = {name: number for name, number in numbers.items() if number is not None}
             columns.append(
                 Column(heading, layer_column.unit, present_numbers, max(present_numbers.values(), default=1.0))

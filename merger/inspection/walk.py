@@ -2,104 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.calibration.statistics import Statistics
-from merger.engine.machine import Machine, tuned
-from merger.engine.reader import Reader, rounded
+from merger.engine.prepare import Prepared
+from merger.engine.reader import PartSlices, rounded
+from merger.engine.schedule import ByteProgress, Schedule, Sink
 from merger.inspection.counters import ExpertSlice, MergedSlice
 from merger.inspection.curves import selection_levels
 from merger.inspection.part_counts import PartCounts
 from merger.inspection.request import RESULT, TASK_VECTORS, InspectionRequest, ViewKey
-from merger.ops.questions import Flow, Max, Sum
+from merger.ops.questions import Flow
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.passes import Ahead, settle
-from merger.planning.plan import Part, Plan, TensorPlan
+from merger.planning.plan import Part, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from merger.checkpoint.checkpoint import Checkpoint
 
-Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
-"""The tensors of each block whose stages need Gram matrices, with those matrices."""
 CountSlice = Callable[[PartCounts, TensorPlan, "Tensor", Slice, Subject], Flow[None]]
 """Carries one slice of a part through the stages and counts what is compared there."""
 
 
-class Walk:
+class Walk(Sink):
     """One inspection of a plan: counts every slice of every merged tensor."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        machine: Machine,
-        statistics: Mapping[str, Statistics],
-        *,
-        notice: Callable[[str], None],
-        progress: Callable[[str, int, int], None],
-        request: InspectionRequest,
-    ) -> None:
-        self.plan, self.machine, self.statistics = plan, machine, statistics
-        self.notice, self.tell = notice, progress
+    def __init__(self, prepared: Prepared, request: InspectionRequest) -> None:
+        self.plan, self.options = prepared.plan, prepared.options
         self.request = request
-        self.work = [
-            (tensor, part, PartCounts(tensor, part, request))
-            for tensor in plan.tensors
-            if tensor.stages
-            for part in tensor.parts
-        ]
-        self.lock = Lock()
-        self.done_bytes = 0
-        self.total_bytes = sum(plan.bytes_of(t, part.rows * part.columns) for t, part, _ in self.work)
+        tensors = [tensor for tensor in self.plan.tensors if tensor.stages]
+        self.work = [(tensor, part, PartCounts(tensor, part, request)) for tensor in tensors for part in tensor.parts]
+        self._counts = {part.name: counts for _, part, counts in self.work}
+        total = sum(self.plan.bytes_of(tensor, tensor.elements) for tensor in tensors)
+        self.progress = ByteProgress("inspecting", total, self.options.progress)
+        self._schedule = Schedule(prepared, tensors, self.progress)
 
-    def run(self, count_slice: CountSlice, blocks: Blocks = ()) -> None:
-        """Visits every tensor until no stage has a question; ``blocks`` are the tensors that need Gram matrices."""
-        with ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices:
-            reader = Reader(
-                self.plan, self.machine, self.statistics, lambda _, message: self.notice(message), slices.map
-            )
-            try:
-                self._settle(reader, count_slice, [tensor for tensor in self.plan.tensors if not tensor.gram])
-                for ready, statistics in blocks:
-                    self._settle(replace(reader, statistics=statistics), count_slice, ready)
-            except BaseException:
-                slices.shutdown(wait=False, cancel_futures=True)
-                raise
+    def run(self, count_slice: CountSlice) -> None:
+        """Counts every slice with ``count_slice``."""
+        self._count_slice = count_slice
+        self._schedule.run(self)
 
-    def _settle(self, reader: Reader, count_slice: CountSlice, tensors: Iterable[TensorPlan]) -> None:
-        names = {tensor.name for tensor in tensors}
-        work = [each for each in self.work if each[0].name in names]
-        with tuned():
-            settle(
-                [t.group for t, *_ in work],
-                lambda i, known, ahead: self._visit(reader, count_slice, *work[i], known, ahead),
-            )
+    def carry(self, slices: PartSlices, i: int) -> Flow[None]:
+        """Reads a slice and counts it between its stages."""
+        stored, piece = slices.read(i)
+        counts = self._counts[slices.part.name]
+        yield from self._count_slice(counts, slices.tensor, stored, piece, slices.subject)
+        slices.release(i)
 
-    def _visit(
-        self,
-        reader: Reader,
-        count_slice: CountSlice,
-        tensor: TensorPlan,
-        part: Part,
-        counts: PartCounts,
-        known: Sequence[Any],
-        ahead: Ahead,
-    ) -> Sum | Max | None:
-        question = reader.visit(tensor, part, known, ahead, partial(count_slice, counts, tensor))
-        counts.close_views()
-        size = self.plan.bytes_of(tensor, part.rows * part.columns)
-        with self.lock:
-            self.done_bytes += size
-            self.total_bytes += 0 if question is None else size
-            self.tell("inspecting", self.done_bytes, self.total_bytes)
-        return question
+    def end_pass(self, tensor: TensorPlan, part: Part) -> None:
+        """Adds up the slices that were counted in a pass."""
+        self._counts[part.name].close_views()
 
 
 # --- what is counted of a slice -------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
 from merger.planning.packed import Packed
@@ -52,20 +53,15 @@ class TensorPlan:
     extra: tuple[ExtraRows, ...] = ()
     tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether any of its stages looks at what enters the layer."""
-        return any(stage.calibrated for stage in self.stages)
+    @cached_property
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs that its stages take beside the weights."""
+        return frozenset[StageInput]().union(*(stage.inputs for stage in self.stages))
 
-    @property
-    def gram(self) -> bool:
-        """Whether any of its stages takes Gram matrices, which are made while it is merged."""
-        return any(stage.gram for stage in self.stages)
-
-    @property
-    def fed_by_merged(self) -> bool:
-        """Whether its Gram matrices are made behind the merged blocks, not behind each expert's own."""
-        return any(stage.gram and stage.fed == "merged" for stage in self.stages)
+    @cached_property
+    def lockstep(self) -> bool:
+        """Whether an input of its stages is made block by block, while the model is merged."""
+        return any(stage_input.granularity == "block" for stage_input in self.inputs)
 
     @property
     def ranked(self) -> bool:
@@ -136,6 +132,16 @@ class Plan:
         """All tensors of the output, by name."""
         return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
 
+    def written_names(self, tensor: TensorPlan) -> list[str]:
+        """The names under which a tensor is written: those of its results, or its own and that of a head tied to it."""
+        head = self._tied_heads.get(tensor.name)
+        return [*tensor.stored] if head is None or tensor.packed else [*tensor.stored, head]
+
+    @cached_property
+    def _tied_heads(self) -> Mapping[str, str]:
+        """The stored head that repeats an embedding, by the embedding's name."""
+        return {tensor.tied_to: tensor.name for tensor in self.tensors if tensor.tied_to is not None}
+
     @property
     def packed(self) -> bool:
         """Whether the output holds several experts, of which `extract` makes a model each."""
@@ -160,15 +166,10 @@ class Plan:
         elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
         return sum(elements * ITEM_SIZE[info.dtype] for info in several)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether any stage looks at what enters the layers."""
-        return any(tensor.calibrated for tensor in self.tensors)
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether any tensor needs what a statistics file holds."""
-        return any(tensor.calibrated and not tensor.gram for tensor in self.tensors)
+    @cached_property
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs that stages take beside the weights."""
+        return frozenset[StageInput]().union(*(tensor.inputs for tensor in self.tensors))
 
     def close(self) -> None:
         """Closes the inputs."""

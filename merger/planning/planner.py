@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from merger.checkpoint.anatomy import Anatomy, study, text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info
+from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, rows_and_columns
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
-from merger.pipeline.registry import entry_of
+from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
 from merger.planning.differences import differences
+from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
 from merger.recipe.recipe import Recipe, Rule
 
@@ -25,13 +28,30 @@ def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) ->
     With ``headers_only`` a Hub repository's weights are not downloaded. Raises CheckpointError for
     inputs that do not fit together, all misfits of a kind at once.
     """
-    models = open_models(recipe, offline=offline, headers_only=headers_only)
+    with _collector_paused():
+        models = open_models(recipe, offline=offline, headers_only=headers_only)
+        try:
+            return _Planner(recipe, models).plan()
+        except BaseException:
+            for model in models.values():
+                model.close()
+            raise
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses Python's cyclic garbage collector.
+
+    A plan of 45,000 tensors is made of a million objects, all of which stay. The collector would go through them over
+    and over, which took a third of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return _Planner(recipe, models).plan()
-    except BaseException:
-        for model in models.values():
-            model.close()
-        raise
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[str, Checkpoint]:
@@ -62,18 +82,21 @@ class _Planner:
         self.notes: list[str] = []
         self.dropped: dict[str, dict[str, str]] = {label: {} for label in models}
         self.head: str | None = None  # the output's own head, though the base ties its own
+        # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
+        self.turns = [linear_turns(choice.stages, len(recipe.experts)) for choice in recipe.choices()]
+        self.places: dict[tuple[str, int], Place] = {}
+        self.bound: dict[tuple[int, str, str, int], tuple[Bound, ...]] = {}
 
     def plan(self) -> Plan:
         names = sorted(self._output_names(), key=natural)
         twin = self._twin()
         heads = {anatomy.head for anatomy in self.anatomies.values()} - {twin}
         self.head = next((name for name in names if name in heads), None) if self.anatomy.tied else None
+        numbers = number_layers(names, self.anatomy_of) if max(self.turns) > 1 else {}
         planned: dict[str, TensorPlan] = {}
-        linear = 0
         for name in names:
-            if name != twin and (tensor := self._tensor(name, linear)) is not None:
+            if name != twin and (tensor := self._tensor(name, numbers.get(name, 0))) is not None:
                 planned[name] = tensor
-            linear += self.anatomy_of(name).kind(name) in ("linear", "conv1d", "expert3d", "head")
         if self.faults:
             raise CheckpointError("\n".join(_shortened(self.faults)))
         if twin is not None and self.anatomy.embedding is not None:
@@ -87,7 +110,7 @@ class _Planner:
             models=self.models,
             tensors=tuple(tensors),
             dropped=self.dropped,
-            notes=(*self.notes, *_remarks(tensors), *differences(self.models)),
+            notes=(*self.notes, *_remarks(tensors), *self._aliased_orders(names), *differences(self.models)),
             config=self._config(tensors),
             tokenizer=tokenizer,
         )
@@ -149,7 +172,7 @@ class _Planner:
 
     # --- one tensor ---
 
-    def _tensor(self, name: str, linear: int) -> TensorPlan | None:
+    def _tensor(self, name: str, number: int) -> TensorPlan | None:
         anatomy = self.anatomy_of(name)
         kind = anatomy.kind(name)
         rule = self._rule(name, anatomy)
@@ -166,8 +189,9 @@ class _Planner:
             return None
         shape, common, extra = fitted
         group = 0 if rule is None else self.recipe.rules.index(rule) + 1
-        place = self._place(name, linear)
-        stages = self._stages(rule, kind, place)
+        unit = anatomy.unit(name)
+        place = self._place(name, unit, anatomy, number % self.turns[group])
+        stages = self._stages(group, kind, unit, place)
         if extra and stages[-1].entry.packing is not None:
             pack, whose = stages[-1].entry.name, " and ".join(extra[-1].models)
             self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; set extra_rows: drop")
@@ -178,7 +202,7 @@ class _Planner:
             name=name,
             info=Info(dtype, shape),
             kind=kind,
-            unit=anatomy.unit(name),
+            unit=unit,
             place=place,
             group=group,
             stages=stages,
@@ -188,19 +212,21 @@ class _Planner:
             extra=extra,
         )
 
-    def _stages(self, rule: Rule | None, kind: str, place: Place) -> tuple[Bound, ...]:
-        chosen = (self.recipe if rule is None else rule).stages
-        try:
-            return tuple(bind(each, place) for stage in chosen for each in expand(stage, kind, place.experts))
-        except ValueError as error:
-            raise RecipeError(f"{entry_of(chosen[0].func).name}: {error}") from None
+    def _place(self, name: str, unit: str, anatomy: Anatomy, linear: int) -> Place:
+        """Where a tensor stands: the same object for all tensors of a block."""
+        if (unit, linear) not in self.places:
+            depth, experts = anatomy.depth(name), self.recipe.experts
+            weights = tuple(resolve(Number, expert.weight, Place((), depth=depth)) for expert in experts.values())
+            self.places[unit, linear] = Place(tuple(experts), weights, depth, anatomy.rotation(name), linear)
+        return self.places[unit, linear]
 
-    def _place(self, name: str, linear: int) -> Place:
-        anatomy = self.anatomy_of(name)
-        depth = anatomy.depth(name)
-        experts = self.recipe.experts
-        weights = tuple(resolve(Number, expert.weight, Place((), depth=depth)) for expert in experts.values())
-        return Place(tuple(experts), weights, depth, anatomy.rotation(name), linear)
+    def _stages(self, group: int, kind: str, unit: str, place: Place) -> tuple[Bound, ...]:
+        """The stages that the method of a group has for tensors of a kind in a block, bound once for all of them."""
+        key = group, kind, unit, place.linear
+        if key not in self.bound:
+            choice = self.recipe.rules[group - 1] if group else self.recipe
+            self.bound[key] = _bind(choice.stages, kind, place)
+        return self.bound[key]
 
     def _copy(self, name: str, kind: str, source: str, reads: Mapping[str, str | None]) -> TensorPlan | None:
         read = reads[source]
@@ -275,6 +301,10 @@ class _Planner:
             if not any(rule.matches(name, self.anatomy_of(name).kind(name)) for name in names):
                 self.notes.append(f"rule {i + 1} ({rule.tensors or rule.kinds}) matches no tensor")
 
+    def _aliased_orders(self, names: Sequence[str]) -> list[str]:
+        turns = dict.fromkeys(turn for turn in self.turns if turn > 1)
+        return [note for turn in turns for note in describe_aliasing(names, self.anatomy_of, turn)]
+
     def _longest_vocabulary(self, tensors: list[TensorPlan]) -> str:
         """The base's tokenizer, unless an expert's rows were added to the vocabulary."""
         for tensor in tensors:
@@ -305,10 +335,18 @@ class _Planner:
         return self.anatomies[label].tensors[name].shape[0] if name else 0
 
 
+def _bind(chosen: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:
+    """The stages of a method for tensors of a kind at a place; RecipeError names the method whose parameters clash."""
+    try:
+        return tuple(bind(each, place) for stage in chosen for each in expand(stage, kind, place.experts))
+    except ValueError as error:
+        raise RecipeError(f"{entry_of(chosen[0].func).name}: {error}") from None
+
+
 def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
     """What there is to say of the stages' parameters, each thing once."""
     said: dict[str, None] = {}
-    for tensor in tensors:
+    for tensor in {(id(tensor.stages), tensor.place.weights): tensor for tensor in tensors}.values():
         remarks = {
             stage.entry.name: stage.entry.remark(len(tensor.place.experts), **stage.values) for stage in tensor.stages
         }
@@ -323,8 +361,7 @@ def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
 
 
 def _parts(name: str, kind: str, shape: tuple[int, ...], *, transposed: bool) -> tuple[Part, ...]:
-    info = Info("F32", shape)
-    rows, columns = info.matrix
+    rows, columns = rows_and_columns(shape)
     if kind == "expert3d":
         return tuple(Part(f"{name}[{e}]", e * shape[1], shape[1], columns) for e in range(shape[0]))
     if transposed:
