@@ -1,4 +1,4 @@
-"""What is particular to each method (methods.md, section 10), and each one's formula written slowly."""
+"""What is particular to each method, and each one's formula written slowly."""
 
 import math
 from fractions import Fraction

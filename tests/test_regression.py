@@ -1,4 +1,4 @@
-"""What is particular to the methods that solve a least-squares problem (methods.md, section 10)."""
+"""What is particular to the methods that solve a least-squares problem."""
 
 import pytest
 import torch

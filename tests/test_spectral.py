@@ -1,4 +1,4 @@
-"""What is particular to the methods of whole matrices (methods.md, section 10), and each formula written slowly."""
+"""What is particular to the methods of whole matrices, and each formula written slowly."""
 
 import numpy
 import pytest

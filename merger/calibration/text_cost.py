@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from merger.checkpoint.anatomy import text_config
+from merger.checkpoint.tensor_kinds import text_config
 from merger.planning.plan import Plan
 
 

@@ -1,4 +1,4 @@
-"""Interfere least with what each expert changed. WUDI, https://arxiv.org/abs/2503.08099; docs/methods/interference.md.
+"""Interfere least with what each expert changed. WUDI, https://arxiv.org/abs/2503.08099; docs/methods/wudi.md.
 
 The rows of a task vector span the inputs that it was trained on, so the task vectors' own Gram matrices
 stand in for those of the inputs. The paper takes a few hundred small steps of Adam from the sum towards

@@ -52,6 +52,12 @@ class Bound:
         return self.entry.takes(**self.values)
 
     @cached_property
+    def parts(self) -> tuple[Bound, ...]:
+        """This stage, its score, and the stages that run inside it."""
+        nested = (*self.inner, *(() if self.score is None else (self.score,)))
+        return (self, *(part for stage in nested for part in stage.parts))
+
+    @cached_property
     def arguments(self) -> Mapping[str, StageInput]:
         """The inputs of this stage alone, by the argument that takes each."""
         return {name: stage_input(source) for name, source in self.entry.input_names(**self.values).items()}
@@ -59,8 +65,7 @@ class Bound:
     @cached_property
     def inputs(self) -> frozenset[StageInput]:
         """The inputs of this stage, of its score and of its inner method."""
-        nested = [*self.inner, *([] if self.score is None else [self.score])]
-        return frozenset(self.arguments.values()).union(*(stage.inputs for stage in nested))
+        return frozenset(item for part in self.parts for item in part.arguments.values())
 
     @cached_property
     def align(self) -> int:

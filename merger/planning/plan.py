@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,7 +51,7 @@ class TensorPlan:
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
     parts: tuple[Part, ...] = ()
     extra: tuple[ExtraRows, ...] = ()
-    tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
+    tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
 
     @cached_property
     def inputs(self) -> frozenset[StageInput]:
@@ -96,7 +96,7 @@ class TensorPlan:
         """All that is written of it, by name."""
         if self.packed is not None:
             return self.packed.infos
-        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from the embedding's results
+        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from that tensor's results
         return {} if repeats else {self.name: self.info}
 
     @property
@@ -133,14 +133,17 @@ class Plan:
         return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
 
     def written_names(self, tensor: TensorPlan) -> list[str]:
-        """The names under which a tensor is written: those of its results, or its own and that of a head tied to it."""
-        head = self._tied_heads.get(tensor.name)
-        return [*tensor.stored] if head is None or tensor.packed else [*tensor.stored, head]
+        """The names under which a tensor is written: those of its results, or its own and those that repeat it."""
+        return [*tensor.stored, *([] if tensor.packed else self._repeated_names.get(tensor.name, ()))]
 
     @cached_property
-    def _tied_heads(self) -> Mapping[str, str]:
-        """The stored head that repeats an embedding, by the embedding's name."""
-        return {tensor.tied_to: tensor.name for tensor in self.tensors if tensor.tied_to is not None}
+    def _repeated_names(self) -> Mapping[str, Sequence[str]]:
+        """The names that store a tensor once more, as a tied head its embedding, by the tensor's own name."""
+        names: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.tied_to is not None:
+                names.setdefault(tensor.tied_to, []).append(tensor.name)
+        return names
 
     @property
     def packed(self) -> bool:
@@ -170,6 +173,15 @@ class Plan:
     def inputs(self) -> frozenset[StageInput]:
         """The inputs that stages take beside the weights."""
         return frozenset[StageInput]().union(*(tensor.inputs for tensor in self.tensors))
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether text goes through an expert, because no file of the recipe has the inputs that stages take."""
+        calibration = self.recipe.calibration
+        if calibration is None or not any(stage_input.needs_text for stage_input in self.inputs):
+            return False
+        follows_merge = any(stage_input.follows_merge for stage_input in self.inputs)
+        return follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
 
     def close(self) -> None:
         """Closes the inputs."""
