@@ -66,12 +66,12 @@ def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChang
 def print_plan(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange], console: Console) -> None:
     """Prints the plan as a table, the size of the experts' changes, and the cost of the merge."""
     table = _table("tensors", "count", "shape", "dtype", "kind", "action")
-    for (name, shape, dtype, kind, what), count in groups(plan).items():
-        _row(table, name, count, shape, dtype, kind, what)
+    for (name, shape, dtype, kind, fate), count in groups(plan).items():
+        _row(table, name, count, shape, dtype, kind, fate)
     console.print(table)
     for label, names in plan.dropped.items():
-        for name, why in names.items():
-            console.print(f"dropped from {label}: {name}: {why}", markup=False, soft_wrap=True)
+        for name, reason in names.items():
+            console.print(f"dropped from {label}: {name}: {reason}", markup=False, soft_wrap=True)
     _print_changes(changes, console)
     for note in (*plan.notes, *sample_notes(changes)):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
@@ -174,15 +174,15 @@ def _expansion(entry: Entry) -> list[Stage]:
 
 def _parameters(entry: Entry) -> dict[str, dict[str, str]]:
     defaults = schema(entry)().model_dump(mode="json", by_alias=True)
-    found = {}
+    described = {}
     for name, (annotation, _) in parameters(entry.function).items():
-        said = name.rstrip("_")
-        default = defaults[said]
-        found[said] = {
+        key = name.rstrip("_")
+        default = defaults[key]
+        described[key] = {
             "default": next(iter(default)) if isinstance(default, dict) else default,
             "takes": _takes(annotation),
         }
-    return found
+    return described
 
 
 def _takes(annotation: Any) -> str:
@@ -190,7 +190,7 @@ def _takes(annotation: Any) -> str:
     from merger.pipeline import parameters as kinds
     from merger.pipeline.registry import Inner, Score
 
-    known = {
+    descriptions = {
         kinds.Number: "a number, or a list over depth",
         kinds.Share: "a share in [0, 1], or a list over depth",
         kinds.Numbers: "a number, a list over depth, or a map by expert",
@@ -199,7 +199,7 @@ def _takes(annotation: Any) -> str:
         Score: f"a score: {', '.join(SCORES)}",
         Inner: "a method, or {method: {parameter: value}}",
     }
-    for kind, words in known.items():
+    for kind, words in descriptions.items():
         if annotation == kind:
             return words
     if kinds.is_order(annotation):
@@ -207,7 +207,7 @@ def _takes(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", ())
     if annotation is bool:
         return "true or false"
-    if choices and all(isinstance(each, str) for each in choices):
+    if choices and all(isinstance(choice, str) for choice in choices):
         return " | ".join(choices)
     return "a whole number"
 
@@ -216,9 +216,9 @@ def _one_line(stage: Stage) -> str:
     """A stage as a recipe's pipeline has it."""
     import yaml
 
-    ((name, given),) = written(stage).items()
-    parameters = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=10**6).strip()
-    return f"{name}: {parameters}" if given else name
+    ((name, settings),) = written(stage).items()
+    parameters = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    return f"{name}: {parameters}" if settings else name
 
 
 def _table(*headings: str) -> Any:

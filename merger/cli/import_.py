@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import LEARN, command
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
     from merger.recipe.mergekit import Imported
 
 
+@command(LEARN)
 def import_(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="What mergekit is given.", show_default=False)],
     output: Annotated[
@@ -48,7 +50,7 @@ def import_(
 
 
 def _from(start: Path, path: str) -> str:
-    """A folder as seen from the recipe's; mergekit sees it from where it is called. Anything else as it is."""
+    """A folder relative to the recipe's; mergekit starts it where it is called. Other sources are unchanged."""
     return path if os.path.isabs(path) or not Path(path).is_dir() else os.path.relpath(path, start)
 
 
@@ -60,11 +62,11 @@ def _check_layers(config: Path, imported: Imported, start: Path) -> None:
     model = base if isinstance(base, str) else base["model"]
     file = start / model / "config.json"
     try:
-        there = None if imported.layers is None else layers_of(json.loads(file.read_text()))
+        layers = None if imported.layers is None else layers_of(json.loads(file.read_text()))
     except (OSError, ValueError):  # a model of the Hub, or one that the plan will complain of
         return
-    if there not in (None, imported.layers):
+    if layers not in (None, imported.layers):
         raise RecipeError(
-            f"{config}: slices: have {imported.layers} layers, but {model} has {there}; "
+            f"{config}: slices: have {imported.layers} layers, but {model} has {layers}; "
             "leaving layers out has no equivalent"
         )

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 from merger.cli._terminal import make_console
 
 
+@command(MERGE)
 @run_flags("max_memory", "offline")
 def plan(
     recipe: RecipePath,
@@ -29,11 +31,11 @@ def plan(
     from merger.planning.sample import sample_changes
 
     loaded = load(recipe, overrides)
-    made = make_plan(loaded, offline=flags.offline)
+    merge_plan = make_plan(loaded, offline=flags.offline)
     output = loaded.folder / Path(loaded.output.path).expanduser()
-    forecast = preview(made, output, flags.memory, device)
-    changes = sample_changes(made)
+    forecast = preview(merge_plan, output, flags.memory, device)
+    changes = sample_changes(merge_plan)
     if as_json:
-        print(json.dumps(report.plan_json(made, forecast, changes)))
+        print(json.dumps(report.plan_json(merge_plan, forecast, changes)))
     else:
-        report.print_plan(made, forecast, changes, make_console())
+        report.print_plan(merge_plan, forecast, changes, make_console())
