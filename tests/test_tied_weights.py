@@ -22,7 +22,10 @@ from transformers import (
 
 from merger import merge
 from merger.calibration.model import build
+from merger.calibration.moments import Moments
+from merger.calibration.statistics import MomentSource
 from merger.checkpoint.opening import open_checkpoint
+from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about heads that its config calls tied
@@ -339,3 +342,31 @@ def test_a_model_is_built_with_the_head_that_transformers_loads(models, own_head
     with open_checkpoint("a", None, label="a", folder=made.folder) as checkpoint:
         model = build(checkpoint, trust_remote_code=False)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is not own_head
+
+
+def inputs(made, name):
+    """The names of the inputs that OBIM gets for a tensor, of experts that have moments of their embedding and head."""
+    document = {
+        "base": "base",
+        "experts": {"a": "a"},
+        "method": "obim",
+        "calibration": {"stats": {"a": "unread"}},
+        "output": {"path": "out"},
+    }
+    planned = plan(Recipe.parse(document, made.folder))
+    planned.close()
+    tensor = next(tensor for tensor in planned.tensors if tensor.name == name)
+    moments = Moments(torch.tensor(4), torch.ones(16), torch.ones(16), token_share=torch.ones(40) / 40)
+    source = MomentSource({"a": {EMBEDDING: moments, HEAD: moments}})
+    return set(source.of_part(tensor, tensor.parts[0], print))
+
+
+def test_a_tied_table_is_judged_by_what_enters_the_head(models):
+    assert inputs(models(llama), EMBEDDING) == {"second_moment", "mean_input", "reached"}
+
+
+def test_an_untied_table_is_judged_by_its_tokens_though_the_expert_ties_its_own(models):
+    made = models(llama)
+    made.store("base", lm_head__weight=other())
+    assert inputs(made, EMBEDDING) == {"token_share"}
+    assert inputs(made, HEAD) == {"second_moment", "mean_input", "reached"}

@@ -257,8 +257,9 @@ class MomentSource:
             return {}
         experts = [_of_part(moments, tensor, part) for moments in by_expert if moments is not None]
         shares = [moments.token_share for moments in experts if moments.token_share is not None]
-        if len(shares) == len(experts):
-            return {"token_share": torch.stack([share[: part.rows] for share in shares])}
+        if tensor.kind == "embedding":  # an expert that ties its own has the moments of its head as well
+            complete = len(shares) == len(experts)
+            return {"token_share": torch.stack([share[: part.rows] for share in shares])} if complete else {}
         second_moments = [moments.second_moment for moments in experts if moments.second_moment is not None]
         means = [moments.mean for moments in experts if moments.mean is not None]
         if not len(second_moments) == len(means) == len(experts):
