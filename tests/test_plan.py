@@ -293,9 +293,11 @@ def test_a_stored_tied_head_is_merged_once_with_its_embedding(planned):
     assert made.bytes_written == alone.bytes_written + head.info.nbytes
 
 
-def test_a_rule_for_a_stored_tied_head_alone_has_no_effect_and_is_noted(planned):
-    made = planned(DOUBLED, DOUBLED, rules=[{"tensors": "^lm_head", "use": "lm"}])
-    assert by_name(made)[HEAD].stages == by_name(made)[EMBEDDING].stages != ()
+@pytest.mark.parametrize("base", [TIED, DOUBLED], ids=["stored by the expert", "stored by both"])
+def test_a_rule_for_a_stored_tied_head_alone_has_no_effect_and_is_noted(planned, base):
+    made = planned(base, DOUBLED, rules=[{"tensors": "^lm_head", "use": "lm"}])
+    assert (HEAD in by_name(made)) is (base is DOUBLED)
+    assert by_name(made)[EMBEDDING].stages != ()
     assert made.notes == (f"rule 1 has no effect: {HEAD} is {EMBEDDING}, stored once more, and follows its rule",)
 
 

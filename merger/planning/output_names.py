@@ -17,6 +17,7 @@ class OutputNames:
 
     names: list[str]
     dropped: dict[str, dict[str, str]]  # per model: tensors that are left out, and why
+    repeated: dict[str, str] = field(default_factory=dict)  # those that repeat a tensor of the base, and its name
     faults: list[str] = field(default_factory=list)
 
     def drop(self, name: str, labels: Iterable[str], reason: str) -> None:
@@ -32,13 +33,14 @@ def output_names(recipe: Recipe, kinds: Mapping[str, TensorKinds], shared: Share
     for name in extra:
         holders = [label for label, kind in kinds.items() if name in kind.tensors]
         rule = matching_rule(recipe, name, kinds[holders[0]])
-        if rule is not None and rule.use in holders:
+        if original := shared.repeated(name, holders):
+            output.repeated[name] = original
+            output.drop(name, holders, f"is {original}, stored once more")
+        elif rule is not None and rule.use in holders:
             output.names.append(name)
         elif rule is not None and rule.use == "base":
             number = recipe.rules.index(rule) + 1
             output.drop(name, holders, f"rule {number} keeps the base, which has none")
-        elif original := shared.repeated(name, holders):
-            output.drop(name, holders, f"is {original}, stored once more")
         elif shared.stored_name("base", name) is not None:
             output.names.append(name)
         else:

@@ -134,7 +134,7 @@ class _Planner:
             notes=(
                 *self.notes,
                 *self.shared.notes(),
-                *self._idle_rules(originals),
+                *self._idle_rules({**self.output.repeated, **originals}),
                 *_remarks(tensors),
                 *self._aliased_orders(names),
                 *config_differences(self.models),
