@@ -14,12 +14,13 @@ from merger.calibration import Settings, batches, collect
 from merger.calibration import samples as texts
 from merger.calibration import statistics_files as files
 from merger.calibration.moments import Moments
+from merger.calibration.settings import ForwardPass
 from merger.checkpoint.cache import cache_folder
-from merger.checkpoint.hashes import sha256
+from merger.checkpoint.hashes import config_digest, sha256
 from merger.options import RunOptions
 from merger.pipeline.flow import Inputs
 from merger.planning.plan import Part, Plan, TensorPlan
-from merger.recipe.recipe import portable_location
+from merger.recipe.recipe import Recipe, portable_location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,8 @@ def _samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.Key, tex
         seed=plan.recipe.seed,
     )
     samples = texts.load(source, plan.recipe.folder, own, settings)
-    return files.Key(fingerprint(model), samples.data, texts.tokenizer_hash(model.directory), settings), samples
+    tokenizer, forward = tokenizer_digest(model), ForwardPass.of(model, options.device)
+    return files.Key(fingerprint(model), samples.data, tokenizer, settings, forward), samples
 
 
 def _run(plan: Plan, name: str, key: files.Key, samples: texts.Samples, *how: Any) -> dict[str, Moments]:
@@ -184,6 +186,15 @@ def _kept_grams(plan: Plan, options: RunOptions) -> dict[str, Path]:
     return found
 
 
+def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.Key]:
+    """The key of the statistics of every expert whose model is run for a plan."""
+    given = plan.recipe.calibration
+    if given is None or not plan.runs_models:
+        return {}
+    in_files = {} if any(tensor.fed_by_merged for tensor in plan.tensors) else given.stats
+    return {name: _samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
+
+
 def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: Path | None) -> dict[str, Path]:
     """Each expert's folder of statistics with Gram matrices, in ``to`` or in the cache; goes on with unfinished ones.
 
@@ -212,8 +223,8 @@ def layers(plan: Plan, expert: str) -> list[str]:
 
 
 def fingerprint(model: Checkpoint) -> str:
-    """The SHA-256 of the names and SHA-256s of a checkpoint's weight files."""
-    lines = sorted(f"{file.name} {sha256(file)}\n" for file in model.files)
+    """The SHA-256 of a checkpoint's weight files, by their names, and of what its config says of the forward pass."""
+    lines = [*sorted(f"{file.name} {sha256(file)}\n" for file in model.files), f"config {config_digest(model)}\n"]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -274,13 +285,26 @@ def sources(plan: Plan) -> dict[str, str | None]:
     given = plan.recipe.calibration
     if given is None or not plan.calibrated:
         return {}
-    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(plan.recipe.experts, given.data)
-    found: dict[str, str | None] = {}
-    for name in plan.recipe.experts:
-        if name not in given.stats:
-            found[f"tokenizer of {name}"] = texts.tokenizer_hash(plan.models[name].directory)
+    run = [name for name in plan.recipe.experts if name not in given.stats]
+    tokenizers = {f"tokenizer of {name}": tokenizer_digest(plan.models[name]) for name in run}
+    return {**tokenizers, **calibration_files(plan.recipe)}
+
+
+def tokenizer_digest(model: Checkpoint) -> str:
+    """The SHA-256 of a model's tokenizer."""
+    return texts.tokenizer_hash(model.directory)
+
+
+def calibration_files(recipe: Recipe) -> dict[str, str | None]:
+    """The SHA-256 of the files of text and statistics that a recipe names; None for a Hub dataset."""
+    given = recipe.calibration
+    if given is None:
+        return {}
+    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(recipe.experts, given.data)
+    digests: dict[str, str | None] = {}
+    for name in recipe.experts:
         source = given.stats.get(name) or data[name]
         assert source is not None, "the recipe was checked for it"
-        path = plan.recipe.folder / Path(source).expanduser()
-        found[portable_location(source)] = files.digest(path) if path.exists() else None
-    return found
+        path = recipe.folder / Path(source).expanduser()
+        digests[portable_location(source)] = files.digest(path) if path.exists() else None
+    return digests

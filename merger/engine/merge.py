@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import origin, sources
+from merger.calibration.statistics import origin, sources, statistics_keys
 from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
@@ -63,7 +63,7 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
             options.notice(note)
         infos = plan.stored
         shards = layout(list(infos.items()), recipe.output.shard_size, PACKED if plan.packed else SINGLE)
-        writer = Writer(output, shards, infos, _decisive(prepared, statistics))
+        writer = Writer(output, shards, infos, decisive_inputs(prepared, statistics))
         with _kept_for_the_next_run(writer, options.notice):
             writer.open(force=force, tell=partial(options.progress, "checking"))
             notes = [*plan.notes, *_earlier_notes(writer, len(shards), options.notice)]
@@ -88,10 +88,16 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     )
 
 
-def _decisive(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
-    """All that decides the bytes; Gram matrices are in no file, so what they are made from stands for them."""
+def decisive_inputs(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
+    """All that decides the bytes of the shards, as hashes: another run goes on with them where these are the same.
+
+    ``statistics`` are the SHA-256s of statistics files. Gram matrices are in no file, so their keys stand for them.
+    """
     plan = prepared.plan
-    return decisive(plan, prepared.machine.device, {**sources(plan), **statistics})
+    makes_grams = any(tensor.gram for tensor in plan.tensors)
+    keys = statistics_keys(plan, prepared.options) if makes_grams else {}
+    grams = {f"Gram matrices of {name}": key.folder_name() for name, key in keys.items()}
+    return decisive(plan, prepared.machine.device, {**sources(plan), **grams, **statistics})
 
 
 @contextmanager

@@ -51,10 +51,20 @@ class Bound:
         return self.entry.takes(**self.values)
 
     @cached_property
+    def parts(self) -> tuple[Bound, ...]:
+        """This stage, its score, and the stages that run inside it."""
+        nested = (*self.inner, *(() if self.score is None else (self.score,)))
+        return (self, *(part for stage in nested for part in stage.parts))
+
+    @property
+    def looks_at_inputs(self) -> bool:
+        """Whether the function of this stage looks at what enters the layer."""
+        return self.entry.calibrated(**self.values)
+
+    @cached_property
     def calibrated(self) -> bool:
-        """Whether this stage looks at what enters the layer."""
-        nested = [*self.inner, *([] if self.score is None else [self.score])]
-        return any(stage.calibrated for stage in nested) or self.entry.calibrated(**self.values)
+        """Whether this stage, its score or a stage inside it looks at what enters the layer."""
+        return any(part.looks_at_inputs for part in self.parts)
 
     @cached_property
     def gram(self) -> bool:

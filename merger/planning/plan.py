@@ -176,6 +176,15 @@ class Plan:
         return any(tensor.calibrated for tensor in self.tensors)
 
     @property
+    def runs_models(self) -> bool:
+        """Whether text goes through some expert: layers' inputs are looked at, and no file of the recipe has them."""
+        calibration = self.recipe.calibration
+        if calibration is None or not self.calibrated:
+            return False
+        fed = any(tensor.fed_by_merged for tensor in self.tensors)
+        return fed or any(name not in calibration.stats for name in self.recipe.experts)
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether any tensor needs what a statistics file holds."""
         return any(tensor.calibrated and not tensor.gram for tensor in self.tensors)
