@@ -373,7 +373,7 @@ def test_gram_matrices_that_no_merge_could_use_are_not_kept(place, method, param
 
 
 def test_a_ranking_of_the_whole_model_cannot_stand_before_a_regression(place):
-    with pytest.raises(RecipeError, match="Gram matrices come block by block"):
+    with pytest.raises(RecipeError, match="regmean takes gram, made block by block"):
         recipe(place, None, pipeline=[{"magnitude": {"density": 0.5, "scope": "global"}}, "regmean"])
 
 

@@ -16,11 +16,11 @@ from drawing import parameters_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pretended import CudaRounding, Pretence
-from tiny import bits
+from tiny import Inputs, bits
 
 from merger.methods._spectral import whole as takes_whole
 from merger.ops.questions import Sum
-from merger.pipeline.flow import Inputs, Slice, Subject, flow
+from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
@@ -313,9 +313,7 @@ def merged_elsewhere(case, pretence, **more):
 
 def is_exact(case):
     """Whether every stage, with its score and what runs inside it, is said to give the same bits on every device."""
-    stages = [stage for name in case.base for stage in case.bound(name)]
-    parts = [part for stage in stages for part in (stage, *stage.inner, stage.score) if part is not None]
-    return all(part.entry.exact for part in parts)
+    return all(part.entry.exact for name in case.base for stage in case.bound(name) for part in stage.parts)
 
 
 @pytest.mark.parametrize("name", [name for name in [*ENTRIES, *SCORES] if is_exact(long_rows(name, {}))])

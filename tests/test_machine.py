@@ -11,7 +11,7 @@ from threading import Barrier, Lock
 import pytest
 import torch
 from checkpoints import save_headers
-from test_demand import planned  # noqa: F401 a fixture
+from test_input_cost import planned  # noqa: F401 a fixture
 
 from merger.engine.machine import Machine, Room, chosen_devices, dealt, free_memory
 from merger.engine.memory import CUDA, memory_needed

@@ -36,7 +36,8 @@ def planned(tmp_path):
         names = ["base", "lm", "math", "code"][: len(models)]
         for name, model in zip(names, models, strict=True):
             tensors, its_config = model if isinstance(model, tuple) else (model, CAUSAL)
-            save_headers(tmp_path / name, tensors, its_config)
+            own_head = () if its_config.get("tie_word_embeddings") else [HEAD]
+            save_headers(tmp_path / name, tensors, its_config, distinct=own_head)
         choice = {} if recipe.keys() & {"method", "pipeline"} else {"method": "linear"}
         written = {"base": "base", "experts": {name: name for name in names[1:]}, "output": {"path": "out"}}
         made = plan(Recipe.parse({**written, **choice, **recipe}, tmp_path))
@@ -278,7 +279,7 @@ def test_tied_and_untied_heads_meet(planned, base, expert, head, embedding, read
 
 
 def test_an_experts_copy_of_a_tied_head_is_dropped_and_said(planned):
-    assert planned(TIED, DOUBLED).dropped["lm"] == {HEAD: "its config says it is tied to the embedding"}
+    assert planned(TIED, DOUBLED).dropped["lm"] == {HEAD: f"is {EMBEDDING}, stored once more"}
 
 
 def test_a_stored_tied_head_is_merged_once_with_its_embedding(planned):
@@ -289,6 +290,18 @@ def test_a_stored_tied_head_is_merged_once_with_its_embedding(planned):
     assert head.parts == ()
     assert made.bytes_read == alone.bytes_read
     assert made.bytes_written == alone.bytes_written + head.info.nbytes
+
+
+def test_a_rule_for_a_stored_tied_head_alone_has_no_effect_and_is_noted(planned):
+    made = planned(DOUBLED, DOUBLED, rules=[{"tensors": "^lm_head", "use": "lm"}])
+    assert by_name(made)[HEAD].stages == by_name(made)[EMBEDDING].stages != ()
+    assert made.notes == (f"rule 1 has no effect: {HEAD} is {EMBEDDING}, stored once more, and follows its rule",)
+
+
+def test_a_rule_that_names_a_tied_table_by_both_its_names_is_that_of_the_table(planned):
+    made = planned(DOUBLED, DOUBLED, rules=[{"tensors": "lm_head|embed", "use": "lm"}])
+    assert [by_name(made)[name].source for name in (EMBEDDING, HEAD)] == ["lm", "lm"]
+    assert made.notes == ()
 
 
 def test_a_nested_config_is_untied_where_it_says_tied(planned):
@@ -525,8 +538,8 @@ def test_the_papers_recipes_plan_on_models_of_the_papers_shapes(tmp_path, name):
     made = plan(Recipe.parse(written, tmp_path))
     made.close()
     assert {each.name for each in made.tensors} == set(PAPERS[name][0])
-    assert made.calibrated == ("obm" in name or "obim" in name)
-    assert {each.kind for each in made.tensors if each.calibrated} <= {"linear", "head", "embedding", "vector"}
+    assert bool(made.inputs) == ("obm" in name or "obim" in name)
+    assert {each.kind for each in made.tensors if each.inputs} <= {"linear", "head", "embedding", "vector"}
     rows = max(tensors[EMBEDDING][0] for tensors in PAPERS[name])
     assert by_name(made)[EMBEDDING].info.shape[0] == rows
     if name == "obim-llama2-13b":

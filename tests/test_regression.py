@@ -1,12 +1,11 @@
-"""What is particular to the methods that solve a least-squares problem (methods.md, section 10)."""
+"""What is particular to the methods that solve a least-squares problem."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import merge
+from tiny import Inputs, merge
 
-from merger.pipeline.flow import Inputs
 from merger.pipeline.registry import checked
 
 

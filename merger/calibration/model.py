@@ -9,6 +9,7 @@ import accelerate
 import transformers
 from torch import nn
 
+from merger.checkpoint.tensor_kinds import tensor_kinds
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,10 +29,17 @@ def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
     config._experts_implementation = "eager"  # one product per expert, as the watch needs it (transformers 5)
     for part in (config, config.get_text_config()):
         part.use_cache = False
+        part.tie_word_embeddings = _ties_head(weights, getattr(part, "tie_word_embeddings", False))
     with accelerate.init_empty_weights(include_buffers=False):
         model = _constructor(config, weights.label, trust_remote_code)()
     model.tie_weights()
     return model.eval()
+
+
+def _ties_head(weights: Checkpoint, word: bool) -> bool:
+    """Whether the checkpoint's head is its embedding, or the config's ``word`` where it stores neither or no head."""
+    kinds = tensor_kinds(weights.tensors, weights.config, weights.equal)
+    return kinds.tied or (word and (kinds.head is None or kinds.embedding is None))
 
 
 def _constructor(config: Any, label: str, trust_remote_code: bool) -> Callable[[], Any]:

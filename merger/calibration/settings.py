@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """The part of a recipe's ``calibration`` section that changes the numbers (methods.md 2.1)."""
+    """The part of a recipe's ``calibration`` section that changes the numbers (docs/methods/obim.md)."""
 
     samples: int = 100
     max_tokens: int = 2048

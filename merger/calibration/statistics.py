@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +19,6 @@ from merger.calibration.settings import ForwardPass
 from merger.checkpoint.cache import cache_folder
 from merger.checkpoint.hashes import config_digest, sha256
 from merger.options import RunOptions
-from merger.pipeline.flow import Inputs
 from merger.planning.plan import Part, Plan, TensorPlan
 from merger.recipe.recipe import Recipe, portable_location
 
@@ -144,9 +144,9 @@ def grams(
     merged blocks, ``merged`` gives their tensors by then. Tensors whose inputs were never seen come last, with
     nothing. Raises as `calibrate` does.
     """
-    waiting = [tensor for tensor in plan.tensors if tensor.gram]
+    waiting = [tensor for tensor in plan.tensors if tensor.lockstep]
     experts = tuple(plan.recipe.experts) if waiting else ()
-    fed = any(tensor.fed_by_merged for tensor in waiting)
+    fed = any(item.follows_merge for tensor in waiting for item in tensor.inputs)
     onward = {name: Onward(plan, name, merged) if fed else None for name in plan.recipe.experts}
     kept = _kept_grams(plan, options) if waiting and not fed else {}
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
@@ -191,7 +191,7 @@ def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.Key]:
     given = plan.recipe.calibration
     if given is None or not plan.runs_models:
         return {}
-    in_files = {} if any(tensor.fed_by_merged for tensor in plan.tensors) else given.stats
+    in_files = {} if plan.follows_merge else given.stats
     return {name: _samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
 
 
@@ -217,7 +217,7 @@ def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: P
 
 def layers(plan: Plan, expert: str) -> list[str]:
     """The expert's tensors whose inputs some stage looks at."""
-    wanted = (t for t in plan.tensors if t.calibrated and not t.gram)
+    wanted = (t for t in plan.tensors if t.inputs and not t.lockstep)
     read = (t.reads[expert] for t in wanted if t.kind not in ("vector", "other", "embedding"))
     return sorted({name for name in read if name is not None})
 
@@ -236,31 +236,54 @@ def load(plan: Plan, paths: Mapping[str, Path]) -> dict[str, Statistics]:
 # --- from statistics to a stage's inputs ----------------------------------------------------------
 
 
-def inputs_of(
-    tensor: TensorPlan, part: Part, statistics: Mapping[str, Statistics], notice: Callable[[str], None]
-) -> Inputs:
-    """What the stages of one part of a tensor may know of its inputs: [k c], or nothing where an expert has none."""
-    if not tensor.calibrated:
-        return Inputs()
-    each_expert = [statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
-    if any(each is None for each in each_expert):
-        return Inputs()
-    known = [_of_part(each, tensor, part) for each in each_expert if each is not None]
-    moments = [each.second_moment for each in known if each.second_moment is not None]
-    means = [each.mean for each in known if each.mean is not None]
-    shares = [each.token_share for each in known if each.token_share is not None]
-    if len(moments) == len(means) == len(known):
-        several = [each.gram for each in known if each.gram is not None]
-        gram = torch.stack(several) if len(several) == len(known) else None
-        _tell_unreached(moments, tensor, part, notice)
-        return Inputs(torch.stack(moments), torch.stack(means), gram)
-    if len(shares) == len(known):
-        return Inputs(token_share=torch.stack([share[: part.rows] for share in shares]))
-    return Inputs()
+@dataclass(frozen=True)
+class MomentSource:
+    """Statistics of all experts as inputs of stages; ``gram`` is the name under which stages take Gram matrices."""
+
+    statistics: Mapping[str, Statistics]
+    gram: str = "gram"
+
+    def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
+        """The inputs of one matrix, [k ...]; none where an expert has none."""
+        by_expert = [self.statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
+        if not tensor.inputs or any(moments is None for moments in by_expert):
+            return {}
+        experts = [_of_part(moments, tensor, part) for moments in by_expert if moments is not None]
+        shares = [moments.token_share for moments in experts if moments.token_share is not None]
+        if len(shares) == len(experts):
+            return {"token_share": torch.stack([share[: part.rows] for share in shares])}
+        second_moments = [moments.second_moment for moments in experts if moments.second_moment is not None]
+        means = [moments.mean for moments in experts if moments.mean is not None]
+        if not len(second_moments) == len(means) == len(experts):
+            return {}
+        _note_unreached(second_moments, tensor, part, note)
+        grams = [moments.gram for moments in experts if moments.gram is not None]
+        second_moment = torch.stack(second_moments)
+        return {
+            "second_moment": _ones_for_zeros(second_moment),
+            "mean_input": _ones_for_zeros(torch.stack(means)),
+            "reached": (second_moment != 0).any(1, keepdim=True),
+            **({self.gram: torch.stack(grams)} if len(grams) == len(experts) else {}),
+        }
+
+    def only(self, tensors: Sequence[TensorPlan]) -> MomentSource:
+        """The statistics of these tensors alone."""
+        statistics = {
+            expert: {name: moments[name] for tensor in tensors if (name := tensor.reads[expert] or "") in moments}
+            for expert, moments in self.statistics.items()
+        }
+        return MomentSource(statistics, self.gram)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the Gram matrices; layers that share an input share one matrix."""
+        moments = (layer for expert in self.statistics.values() for layer in expert.values())
+        grams = [layer.gram for layer in moments if layer.gram is not None]
+        return sum({gram.untyped_storage().data_ptr(): gram.nbytes for gram in grams}.values())
 
 
 def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
-    """One expert slice's row of a packed tensor's moments."""
+    """The row of a packed tensor's moments that belongs to one of its experts."""
     if tensor.kind != "expert3d" or moments.second_moment is None or moments.mean is None:
         return moments
     e = part.row // part.rows
@@ -268,11 +291,19 @@ def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
     return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
 
 
-def _tell_unreached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, notice: Callable[[str], None]) -> None:
-    """Tells of experts whose text sent no token here; a stage is told by `reached` (methods.md 2.1)."""
-    silent = [name for name, each in zip(tensor.place.experts, moments, strict=True) if not each.any()]
-    if silent:
-        notice(f"{part.name}: no input ever reached it in {', '.join(silent)}; its changes are judged without it")
+def _ones_for_zeros(values: Tensor) -> Tensor:
+    """The values [k c], with ones for an expert that has only zeros: its text never reached the matrix."""
+    return values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
+
+
+def _note_unreached(
+    second_moments: Sequence[Tensor], tensor: TensorPlan, part: Part, note: Callable[[str], None]
+) -> None:
+    """Notes the experts whose text sent no token to a matrix; a stage sees them by its input `reached`."""
+    experts = zip(tensor.place.experts, second_moments, strict=True)
+    unreached = [name for name, moments in experts if not moments.any()]
+    if unreached:
+        note(f"{part.name}: no input ever reached it in {', '.join(unreached)}; its changes are judged without it")
 
 
 def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -283,7 +314,7 @@ def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
 def sources(plan: Plan) -> dict[str, str | None]:
     """The SHA-256 of what calibration starts from: files of text and statistics, tokenizers; None for a Hub dataset."""
     given = plan.recipe.calibration
-    if given is None or not plan.calibrated:
+    if given is None or not plan.inputs:
         return {}
     run = [name for name in plan.recipe.experts if name not in given.stats]
     tokenizers = {f"tokenizer of {name}": tokenizer_digest(plan.models[name]) for name in run}

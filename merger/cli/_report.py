@@ -54,7 +54,7 @@ def plan_json(plan: Plan, forecast: Forecast) -> dict[str, Any]:
         "experts": list(plan.recipe.experts),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "calibrated": plan.calibrated,
+        "calibrated": bool(plan.inputs),
         "dropped": {label: dict(names) for label, names in plan.dropped.items() if names},
         "notes": list(plan.notes),
         **asdict(forecast),

@@ -47,7 +47,7 @@ class Machine:
             raise ResourceError(
                 f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
             )
-        hidden = (max_memory - need) // 2 if plan.calibrated else 0
+        hidden = (max_memory - need) // 2 if plan.inputs else 0
         return cls(chosen, workers, min(HOLD, max_memory - need - hidden), hidden, rooms)
 
     @property

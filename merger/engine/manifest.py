@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._version import VERSION
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import config_digest, stamp
 from merger.checkpoint.writer import write_json
@@ -204,20 +205,23 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
 def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """From what commit and which bytes a model, and an adapter on it, came."""
     adapter = model.adapter
-    on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
-    own = _named(model.commit, [file for file in model.files if file not in on_top], hashes)
-    return own if adapter is None else {**own, "adapter": _named(adapter.commit, on_top, hashes)}
+    adapter_files = [
+        file for file in model.files if adapter is not None and (file in adapter.files or file.name == CONFIG)
+    ]
+    origin = _file_hashes(model.commit, [file for file in model.files if file not in adapter_files], hashes)
+    return origin if adapter is None else {**origin, "adapter": _file_hashes(adapter.commit, adapter_files, hashes)}
 
 
-def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]) -> dict[str, Any]:
-    said = {"files": {file.name: hashes[file] for file in files}}
-    return {"commit": commit, **said} if commit else said
+def _file_hashes(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """The SHA-256 of each file, and the commit if the files come from the Hub."""
+    record = {"files": {file.name: hashes[file] for file in files}}
+    return {"commit": commit, **record} if commit else record
 
 
 def sources_of(source: Source) -> dict[str, str]:
-    """What a recipe calls a model and the adapter on it."""
-    on_top = {"adapter source": portable_location(source.adapter)} if source.adapter else {}
-    return {"source": portable_location(source.model), **on_top}
+    """The names of a model and of the adapter on it, as the recipe writes them."""
+    adapter = {"adapter source": portable_location(source.adapter)} if source.adapter else {}
+    return {"source": portable_location(source.model), **adapter}
 
 
 def tensor_records(plan: Plan) -> dict[str, Any]:
@@ -245,9 +249,7 @@ def inexact(plan: Plan) -> list[str]:
     They sum floats or decompose matrices, or look at inputs from forward passes of this merge.
     """
     stages = (part for tensor in plan.tensors for stage in tensor.stages for part in stage.parts)
-    return sorted(
-        {part.entry.name for part in stages if not part.entry.exact or (plan.runs_models and part.looks_at_inputs)}
-    )
+    return sorted({part.entry.name for part in stages if not part.entry.exact or (plan.runs_models and part.arguments)})
 
 
 def stored_as(info: Info) -> str:
@@ -258,17 +260,17 @@ def stored_as(info: Info) -> str:
 def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without the machine's folders."""
 
-    def without(value: Any) -> Any:
+    def locations(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: without(each) for key, each in value.items()}
+            return {key: locations(location) for key, location in value.items()}
         return portable_location(value) if isinstance(value, str) else value
 
-    def source(each: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: without(value) if key in ("model", "adapter") else value for key, value in each.items()}
+    def source(model: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: locations(value) if key in ("model", "adapter") else value for key, value in model.items()}
 
-    experts = {name: source(each) for name, each in recipe["experts"].items()}
-    given = recipe["calibration"]
-    calibration = given and {**given, "data": without(given["data"]), "stats": without(given["stats"])}
+    experts = {name: source(expert) for name, expert in recipe["experts"].items()}
+    section = recipe["calibration"]
+    calibration = section and {**section, "data": locations(section["data"]), "stats": locations(section["stats"])}
     output = {**recipe["output"], "path": portable_location(recipe["output"]["path"])}
     return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
 

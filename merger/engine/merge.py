@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import origin, sources, statistics_keys
+from merger.calibration.provider import block_providers, origins
+from merger.calibration.statistics import origin, statistics_keys
 from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
@@ -58,7 +59,7 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     output = recipe.folder / Path(recipe.output.path).expanduser()
     with prepare(recipe, options, output, force=force) as prepared:
         plan = prepared.plan
-        statistics = origin(prepared.inputs.statistics)
+        statistics = origin(prepared.inputs.files)
         for note in plan.notes:
             options.notice(note)
         infos = plan.stored
@@ -94,10 +95,9 @@ def decisive_inputs(prepared: Prepared, statistics: Mapping[str, str]) -> dict[s
     ``statistics`` are the SHA-256s of statistics files. Gram matrices are in no file, so their keys stand for them.
     """
     plan = prepared.plan
-    makes_grams = any(tensor.gram for tensor in plan.tensors)
-    keys = statistics_keys(plan, prepared.options) if makes_grams else {}
-    grams = {f"Gram matrices of {name}": key.folder_name() for name, key in keys.items()}
-    return decisive(plan, prepared.machine.device, {**sources(plan), **grams, **statistics})
+    keys = statistics_keys(plan, prepared.options) if block_providers(plan) else {}
+    blocks = {f"inputs of blocks of {name}": key.folder_name() for name, key in keys.items()}
+    return decisive(plan, prepared.machine.device, {**origins(plan), **blocks, **statistics})
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _write_side_files(
         inputs=hashes,
         shards=writer.digests(),
         files=files,
-        calibration=sources(plan),
+        calibration=origins(plan),
         statistics=statistics,
         notes=notes,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.calibration.statistics import Statistics, inputs_of
+from merger.calibration.provider import Source
 from merger.checkpoint.safetensors_header import TORCH_NAMES
 from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, slice_bytes, slice_rows
@@ -57,7 +57,7 @@ class PartSlices:
             seed=reader.plan.recipe.seed,
             first=part.row * part.columns,
             transposed=part.transposed,
-            inputs=inputs_of(tensor, part, reader.statistics, partial(reader.note, tensor)),
+            inputs=reader.inputs(tensor, part),
         )
         elements = part.rows * part.columns
         self._step = slice_rows(tensor, part)
@@ -70,7 +70,7 @@ class PartSlices:
     def room(self) -> AbstractContextManager[None]:
         """Memory of the device for a part that is merged in one piece; slices are small enough to need no leave."""
         machine = self._reader.machine
-        size = slice_bytes(self.tensor, self.part, len(self._reader.plan.models) - 1)
+        size = slice_bytes(self._reader.plan, self.tensor, self.part)
         return machine.rooms[machine.device].taken(size) if self.count == 1 else nullcontext()
 
     def read(self, i: int) -> tuple[Tensor, Slice]:
@@ -110,7 +110,7 @@ class Reader:
 
     plan: Plan
     machine: Machine
-    statistics: Mapping[str, Statistics]
+    sources: Sequence[Source]
     note: Callable[[TensorPlan, str], None]
 
     @cached_property
@@ -120,6 +120,13 @@ class Reader:
         for tensor in self.plan.tensors:
             sizes[tensor.group] += tensor.elements if tensor.stages else 0
         return sizes
+
+    def inputs(self, tensor: TensorPlan, part: Part) -> Mapping[str, Tensor]:
+        """The inputs of one matrix for its stages, by name."""
+        inputs: dict[str, Tensor] = {}
+        for source in self.sources if tensor.inputs else ():
+            inputs |= source.of_part(tensor, part, partial(self.note, tensor))
+        return inputs
 
     def slices(self, tensor: TensorPlan, part: Part) -> PartSlices:
         """The slices of one part of a tensor."""

@@ -98,7 +98,7 @@ def expert_name(source: str) -> str:
 
 def unused_name(name: str, taken: Iterable[str]) -> str:
     """The name, lengthened until it is not taken."""
-    others = set(taken)
-    while name in others:
+    taken_names = set(taken)
+    while name in taken_names:
         name += "_"
     return name

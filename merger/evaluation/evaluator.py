@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merger.calibration.samples import load_tokenizer
-from merger.checkpoint.anatomy import text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.tensor_kinds import text_config
 from merger.evaluation.harness import Harness
 from merger.evaluation.measures import Judge, Outcome, ends_of, prepare
 from merger.evaluation.model_host import Bench

@@ -50,7 +50,7 @@ def inspect(
     overlap and balance against density. Raises a `MergerError` as `merge` does.
     """
     with prepare(recipe, options) as prepared:
-        if any(tensor.fed_by_merged for tensor in prepared.plan.tensors):
+        if any(stage_input.follows_merge for stage_input in prepared.plan.inputs):
             raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
         walk = Walk(prepared, _wanted(prepared.plan, picture, rank, curves))
         return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def of_short_block(n: int, m: int, length: int, tail: str) -> int:
-    """How many a last block of ``length`` < m elements keeps (methods.md 3.1)."""
+    """How many a last block of ``length`` < m elements keeps (docs/methods/cabs.md)."""
     return n * length // m if tail == "proportional" else 0
 
 
@@ -43,9 +43,9 @@ def bs(
     short = of_short_block(n, m, (yield Size()) % m, tail)
     eligible = None if claim_zeros else deltas != 0
 
-    def take(who: slice, free: Tensor | None) -> Flow[Tensor]:
+    def take(experts: slice, free: Tensor | None) -> Flow[Tensor]:
         yield from ()  # a flow without questions
-        return top_of_blocks(scores[who], n, m, free, short)
+        return top_of_blocks(scores[experts], n, m, free, short)
 
-    kept = yield from (take(slice(None), eligible) if exclusive is None else in_turn(exclusive, eligible, take))
-    return keep(deltas, kept)
+    mask = yield from (take(slice(None), eligible) if exclusive is None else in_turn(exclusive, eligible, take))
+    return keep(deltas, mask)

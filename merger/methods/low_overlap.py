@@ -37,11 +37,11 @@ def low_overlap(
     """
     short = of_short_block(n, m, (yield Size()) % m, tail)
     eligible = torch.ones_like(deltas, dtype=torch.bool) if claim_zeros else deltas != 0
-    kept, used = torch.zeros_like(eligible), torch.zeros_like(eligible[0])
+    masks, used = torch.zeros_like(eligible), torch.zeros_like(eligible[0])
     for k in order:
-        mine, open_ = scores[k : k + 1], eligible[k : k + 1]
-        unshared = top_of_blocks(mine, n, m, open_ & ~used, short)
-        first = mine.float().masked_fill(unshared, torch.inf)  # these stay, whatever the others score
-        kept[k] = top_of_blocks(first, n, m, (open_ & used) | unshared, short)[0]
-        used |= kept[k]
-    return keep(deltas, kept)
+        expert_scores, open_ = scores[k : k + 1], eligible[k : k + 1]
+        unshared = top_of_blocks(expert_scores, n, m, open_ & ~used, short)
+        priority = expert_scores.float().masked_fill(unshared, torch.inf)  # these stay, whatever the others score
+        masks[k] = top_of_blocks(priority, n, m, (open_ & used) | unshared, short)[0]
+        used |= masks[k]
+    return keep(deltas, masks)

@@ -63,8 +63,8 @@ def magprune(
     spread = ranks_of_rows(ranked).view(scores.shape) / lengths if length else 0.5
     width = column(epsilon, deltas)
     drop = width * spread + (1 - column(density, deltas) - width / 2)
-    kept = at_least(uniform("della"), drop)
+    mask = at_least(uniform("della"), drop)
     if exclusive is not None:
-        kept = disjoint(kept, exclusive)
-    thinned = keep(deltas, kept)
+        mask = disjoint(mask, exclusive)
+    thinned = keep(deltas, mask)
     return thinned / (1 - drop) if rescale == "inverse" else thinned

@@ -41,5 +41,5 @@ def top(
         size = scores.shape[-1] if scope == "row" else (yield Size(scope))
         density = [max(share, Fraction(min(at_least, size), size)) if share else share for share in density]
     eligible = None if claim_zeros else deltas != 0
-    kept = yield from select(scores, density, scope=scope, order=exclusive, eligible=eligible, ratio_of=ratio_of)
-    return keep(deltas, kept)
+    mask = yield from select(scores, density, scope=scope, order=exclusive, eligible=eligible, ratio_of=ratio_of)
+    return keep(deltas, mask)

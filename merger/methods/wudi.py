@@ -1,4 +1,4 @@
-"""Interfere least with what each expert changed. WUDI, https://arxiv.org/abs/2503.08099; methods.md 8.1.
+"""Interfere least with what each expert changed. WUDI, https://arxiv.org/abs/2503.08099; docs/methods/wudi.md.
 
 The rows of a task vector span the inputs that it was trained on, so the task vectors' own Gram matrices
 stand in for those of the inputs. The paper takes a few hundred small steps of Adam from the sum towards
@@ -46,19 +46,19 @@ def wudi(
     mean. What is no matrix (and the head, unless `head`) gets the mean. (1, 0) and (0, 1) in the same
     row make (1, 1) without the ridge, (0.75, 0.75) at 1.
     """
-    terms: list[Tensor] = [each for each in weighted(deltas, weight) if each.any()]  # the others have no say
+    terms: list[Tensor] = [vector for vector in weighted(deltas, weight) if vector.any()]  # the others have no say
     if not terms:
         return torch.zeros_like(deltas[0])
     first = terms[0]
     columns = first.shape[1]
-    together, beside = first.new_zeros(columns, columns), torch.zeros_like(first)
+    total, products = first.new_zeros(columns, columns), torch.zeros_like(first)
     for term in terms:
         importance = gram(term.T).div_(term.square().sum())
         importance.diagonal().add_(float(omega) / columns)
-        together += importance
-        beside += (term - first) @ importance
+        total += importance
+        products += (term - first) @ importance
     # from the first on, so that equal task vectors come back bit for bit
-    return ((first + _divided(beside, together, regular=omega > 0)) * float(lambda_)).to(deltas)
+    return ((first + _divided(products, total, regular=omega > 0)) * float(lambda_)).to(deltas)
 
 
 def _divided(rows: Tensor, by: Tensor, *, regular: bool) -> Tensor:

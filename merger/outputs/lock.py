@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from merger.calibration.statistics import sources
+from merger.calibration.provider import origins
 from merger.checkpoint import hub, side_files
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import config_digest, digest, note, noted, sha256
@@ -117,11 +117,11 @@ def _resolved(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             "device": device,
             "recipe": portable(recipe.spelled_out()),
             "inputs": {label: _input(made, label, offline=options.offline) for label in made.models},
-            "calibration": sources(made),
+            "calibration": origins(made),
             "files": _files(made),
             "tensors": _hash(tensor_records(made)),
         }
-    unknown = [name for name, sha in sources(made).items() if sha is None]
+    unknown = [name for name, sha in origins(made).items() if sha is None]
     if unknown:
         raise RecipeError(f"calibration: {', '.join(unknown)} is no file here, and may change; save it to lock it")
     plain: dict[str, Any] = json.loads(json.dumps(content))

@@ -215,7 +215,7 @@ def _recompute(
         comparison = _Comparison(contents, plan, names)
         schedule = merge_schedule(prepared, comparison.places.keys())
         schedule.run(MergeSink(schedule, comparison))
-        statistics = origin(prepared.inputs.statistics)
+        statistics = origin(prepared.inputs.files)
     other = differing(manifest.content["statistics"], statistics)
     found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]
     return tuple(names), [*found, *comparison.differences()]

@@ -43,12 +43,11 @@ from pydantic import (
 )
 
 from merger.errors import nearest
+from merger.pipeline.inputs import SLICE_SUPPLIES
 
 Kind = Literal["score", "sparsifier", "merger", "pack", "filter", "scale", "method"]
 Takes = Literal["slice", "rows", "matrix"]
 """Any slice; rows, one for each output neuron; the whole oriented matrix."""
-Fed = Literal["own", "merged"]
-"""What feeds a block while its inputs are watched: the expert's own earlier blocks, or those merged so far."""
 F = TypeVar("F", bound=Callable[..., Any])
 Stage = partial[Any]
 """A registered function with the parameters of one recipe."""
@@ -64,14 +63,6 @@ if TYPE_CHECKING:
 
 def _by_scope(*, scope: str = "tensor", **_: object) -> Takes:
     return "rows" if scope == "row" else "slice"
-
-
-def _never(**_: object) -> bool:
-    return False
-
-
-def _own(**_: object) -> Fed:
-    return "own"
 
 
 def _unremarkable(experts: int, **_: object) -> str:
@@ -122,13 +113,18 @@ class Entry:
     experts: int | None = None  # how many experts it merges, where that is fixed
     fewest: int = 1  # how many it merges at least
     scope: str = "tensor"  # what a score is ranked within, unless the recipe says it
-    calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
-    fed: Callable[..., Fed] = _own  # what the Gram matrices it takes are made behind, given its parameters
+    inputs: Callable[..., Mapping[str, str]] | None = None  # by argument, given its parameters; see `input_names`
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
     packing: Packing | None = None  # of a pack
     exact: bool = True  # whether every device gives the same bits: it sums no floats, and decomposes no matrix
+
+    def input_names(self, **values: Any) -> Mapping[str, str]:
+        """The inputs that it takes for these parameters, by argument; by default an argument takes that of its name."""
+        if self.inputs is not None:
+            return self.inputs(**values)
+        return {name: name for name in supplied(self.function) if name not in SLICE_SUPPLIES}
 
     @property
     def summary(self) -> str:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from merger.pipeline.inputs import StageInput, stage_input
 from merger.pipeline.parameters import Place, resolve, turns
-from merger.pipeline.registry import Entry, Fed, Form, Stage, Takes, entry_of, parameters, supplied
+from merger.pipeline.registry import Entry, Form, Stage, Takes, entry_of, parameters, supplied
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,25 +57,15 @@ class Bound:
         nested = (*self.inner, *(() if self.score is None else (self.score,)))
         return (self, *(part for stage in nested for part in stage.parts))
 
-    @property
-    def looks_at_inputs(self) -> bool:
-        """Whether the function of this stage looks at what enters the layer."""
-        return self.entry.calibrated(**self.values)
+    @cached_property
+    def arguments(self) -> Mapping[str, StageInput]:
+        """The inputs of this stage alone, by the argument that takes each."""
+        return {name: stage_input(source) for name, source in self.entry.input_names(**self.values).items()}
 
     @cached_property
-    def calibrated(self) -> bool:
-        """Whether this stage, its score or a stage inside it looks at what enters the layer."""
-        return any(part.looks_at_inputs for part in self.parts)
-
-    @cached_property
-    def gram(self) -> bool:
-        """Whether this stage takes the Gram matrices of what enters the layer."""
-        return "gram" in supplied(self.entry.function)
-
-    @cached_property
-    def fed(self) -> Fed:
-        """What feeds the blocks in which this stage's Gram matrices are made."""
-        return self.entry.fed(**self.values)
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs of this stage, of its score and of its inner method."""
+        return frozenset(item for part in self.parts for item in part.arguments.values())
 
     @cached_property
     def align(self) -> int:
@@ -116,7 +107,7 @@ def bind(stage: Stage, place: Place) -> Bound:
         entry.check(**values)
     score, inner = values.pop("score", None), values.pop("inner", None)
     score = None if score is None else bind(score, place)
-    if score is not None and score.calibrated and values.get("scope") == "global":
+    if score is not None and score.inputs and values.get("scope") == "global":
         raise ValueError(
             f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
             "so its scores of different tensors share no scale; write scope: tensor"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
 from merger.planning.packed import Packed
@@ -50,22 +51,17 @@ class TensorPlan:
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
     parts: tuple[Part, ...] = ()
     extra: tuple[ExtraRows, ...] = ()
-    tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
+    tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
 
     @cached_property
-    def calibrated(self) -> bool:
-        """Whether any of its stages looks at what enters the layer."""
-        return any(stage.calibrated for stage in self.stages)
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs that its stages take beside the weights."""
+        return frozenset[StageInput]().union(*(stage.inputs for stage in self.stages))
 
     @cached_property
-    def gram(self) -> bool:
-        """Whether any of its stages takes Gram matrices, which are made while it is merged."""
-        return any(stage.gram for stage in self.stages)
-
-    @property
-    def fed_by_merged(self) -> bool:
-        """Whether its Gram matrices are made behind the merged blocks, not behind each expert's own."""
-        return any(stage.gram and stage.fed == "merged" for stage in self.stages)
+    def lockstep(self) -> bool:
+        """Whether an input of its stages is made block by block, while the model is merged."""
+        return any(stage_input.granularity == "block" for stage_input in self.inputs)
 
     @property
     def ranked(self) -> bool:
@@ -100,7 +96,7 @@ class TensorPlan:
         """All that is written of it, by name."""
         if self.packed is not None:
             return self.packed.infos
-        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from the embedding's results
+        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from that tensor's results
         return {} if repeats else {self.name: self.info}
 
     @property
@@ -137,14 +133,17 @@ class Plan:
         return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
 
     def written_names(self, tensor: TensorPlan) -> list[str]:
-        """The names under which a tensor is written: those of its results, or its own and that of a head tied to it."""
-        head = self._tied_heads.get(tensor.name)
-        return [*tensor.stored] if head is None or tensor.packed else [*tensor.stored, head]
+        """The names under which a tensor is written: those of its results, or its own and those that repeat it."""
+        return [*tensor.stored, *([] if tensor.packed else self._repeated_names.get(tensor.name, ()))]
 
     @cached_property
-    def _tied_heads(self) -> Mapping[str, str]:
-        """The stored head that repeats an embedding, by the embedding's name."""
-        return {tensor.tied_to: tensor.name for tensor in self.tensors if tensor.tied_to is not None}
+    def _repeated_names(self) -> Mapping[str, Sequence[str]]:
+        """The names that store a tensor once more, as a tied head its embedding, by the tensor's own name."""
+        names: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.tied_to is not None:
+                names.setdefault(tensor.tied_to, []).append(tensor.name)
+        return names
 
     @property
     def packed(self) -> bool:
@@ -170,24 +169,23 @@ class Plan:
         elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
         return sum(elements * ITEM_SIZE[info.dtype] for info in several)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether any stage looks at what enters the layers."""
-        return any(tensor.calibrated for tensor in self.tensors)
+    @cached_property
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs that stages take beside the weights."""
+        return frozenset[StageInput]().union(*(tensor.inputs for tensor in self.tensors))
 
     @property
     def runs_models(self) -> bool:
-        """Whether text goes through some expert: layers' inputs are looked at, and no file of the recipe has them."""
+        """Whether text goes through some expert, since stages take inputs that no file of the recipe holds."""
         calibration = self.recipe.calibration
-        if calibration is None or not self.calibrated:
+        if calibration is None or not self.inputs:
             return False
-        fed = any(tensor.fed_by_merged for tensor in self.tensors)
-        return fed or any(name not in calibration.stats for name in self.recipe.experts)
+        return self.follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
 
     @property
-    def needs_statistics(self) -> bool:
-        """Whether any tensor needs what a statistics file holds."""
-        return any(tensor.calibrated and not tensor.gram for tensor in self.tensors)
+    def follows_merge(self) -> bool:
+        """Whether some inputs are made behind the merged blocks, so that no file can hold them."""
+        return any(item.follows_merge for item in self.inputs)
 
     def close(self) -> None:
         """Closes the inputs."""

@@ -22,6 +22,7 @@ from pydantic import (
 
 import merger.methods  # noqa: F401 registers every method
 from merger.errors import RecipeError, nearest
+from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Number, Place
 from merger.pipeline.registry import Stage, written
 from merger.pipeline.stages import Bound, bind, expand
@@ -336,10 +337,10 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
             ((), "its saliency needs calibration: {data: ...}, or a score that looks at no inputs"),
             *found,
         ]
-    if len({bound.fed for bound in _bounds(recipe) if bound.gram}) > 1:
+    if len({source.follows_merge for source in _inputs(recipe) if source.granularity == "block"}) > 1:
         found.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
     with_data = set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
-    from_text = any(bound.gram and bound.fed == "merged" for bound in _bounds(recipe))
+    from_text = any(source.follows_merge for source in _inputs(recipe))
     lacking = [name for name in experts if name not in (with_data if from_text else with_data | set(given.stats))]
     if lacking:
         what = "no data, as inputs behind merged blocks need it," if from_text else "no data and no stats"
@@ -348,8 +349,13 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
 
 
 def is_calibrated(recipe: Recipe) -> bool:
-    """Whether any stage looks at what enters the layers."""
-    return any(bound.calibrated for bound in _bounds(recipe))
+    """Whether a stage takes an input that is made from calibration text."""
+    return any(source.needs_text for source in _inputs(recipe))
+
+
+def _inputs(recipe: Recipe) -> set[StageInput]:
+    """The inputs that the stages of the recipe take beside the weights."""
+    return {source for bound in _bounds(recipe) for source in bound.inputs}
 
 
 def _bounds(recipe: Recipe) -> list[Bound]:

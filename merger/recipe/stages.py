@@ -119,8 +119,9 @@ def _sequence_faults(
                 for b in bounds
                 if b.entry.experts not in (None, len(experts))
             ]
-            if any(bound.gram for bound in bounds) and any(s.keywords.get("scope") == "global" for s in expanded):
-                found.append("scope: global ranks the whole model at once, but Gram matrices come block by block")
+            by_block = [f"{b.entry.name} takes {s.name}" for b in bounds for s in b.inputs if s.granularity == "block"]
+            if by_block and any(s.keywords.get("scope") == "global" for s in expanded):
+                found.append(f"scope: global ranks the whole model at once, but {by_block[0]}, made block by block")
             found += [
                 f"{b.entry.name} merges at least {b.entry.fewest} experts, not {len(experts)}"
                 for b in bounds

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import yaml
 
-from merger.checkpoint.anatomy import text_config
+from merger.checkpoint.tensor_kinds import text_config
 from merger.errors import RecipeError, nearest
 from merger.recipe.document import Document, KeyPath
 from merger.recipe.mergekit.references import Faults, Reference, expert_names, reference

@@ -5,32 +5,32 @@ from fractions import Fraction
 import pytest
 from architectures import ALL, BEFORE, described, expected
 
-from merger.checkpoint.anatomy import study
 from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_kinds import tensor_kinds
 
 architectures = pytest.mark.parametrize("architecture", ALL.values(), ids=ALL)
 
 
 def anatomy(shapes, **config):
     infos = {name: Info(*(given if isinstance(given[0], str) else ("F32", given))) for name, given in shapes.items()}
-    return study(infos, config)
+    return tensor_kinds(infos, config)
 
 
 @architectures
 def test_every_tensor_has_its_kind(architecture):
-    found = study(*described(architecture))
+    found = tensor_kinds(*described(architecture))
     assert {name: found.kind(name) for name in found.tensors} == expected(architecture, "kind")
 
 
 @architectures
 def test_a_block_is_a_unit_and_what_lies_outside_is_its_own(architecture):
-    found = study(*described(architecture))
+    found = tensor_kinds(*described(architecture))
     assert {name: found.unit(name) for name in found.tensors} == expected(architecture, "unit")
 
 
 @architectures
 def test_depth_goes_from_the_first_block_to_the_last(architecture):
-    found = study(*described(architecture, blocks=3))
+    found = tensor_kinds(*described(architecture, blocks=3))
     for name, where in expected(architecture, "where", blocks=3).items():
         outside = Fraction(0) if where == BEFORE else Fraction(1)
         assert found.depth(name) == (Fraction(where, 2) if isinstance(where, int) else outside), name
@@ -38,7 +38,7 @@ def test_depth_goes_from_the_first_block_to_the_last(architecture):
 
 @architectures
 def test_the_rotation_index_counts_embeddings_blocks_and_what_follows(architecture):
-    found = study(*described(architecture, blocks=3))
+    found = tensor_kinds(*described(architecture, blocks=3))
     for name, where in expected(architecture, "where", blocks=3).items():
         assert found.rotation(name) == (where + 1 if isinstance(where, int) else 0 if where == BEFORE else 4), name
 

@@ -4,7 +4,7 @@ import pytest
 from checkpoints import save_headers
 from test_plan import CAUSAL, blocks, vocabulary
 
-from merger.engine import memory as demand
+from merger.calibration.provider import Cost, cost
 from merger.engine.machine import Machine
 from merger.engine.memory import INTERPRETER, memory_needed
 from merger.engine.preflight import preview
@@ -35,18 +35,18 @@ def planned(tmp_path):
 
 def test_without_calibration_nothing_is_taken(planned):
     made = planned("linear")
-    assert (demand.while_watching(made), demand.while_merging(made), demand.hidden_states(made)) == (0, 0, 0)
+    assert cost(made) == Cost()
 
 
 def test_a_saliency_takes_the_embedding_or_a_block_whichever_is_larger(planned):
-    assert demand.while_watching(planned("obim")) == 4 * max(BLOCK, ROWS * HIDDEN)
+    assert cost(planned("obim")).making == 4 * max(BLOCK, ROWS * HIDDEN)
 
 
 def test_gram_matrices_take_float64_for_the_expert_that_runs_and_float32_for_all(planned):
     made = planned("regmean")
-    assert demand.while_watching(made) == 4 * BLOCK + (8 + 4 * 2) * SQUARES
-    assert demand.while_merging(made) == 4 * 2 * SQUARES
-    assert demand.kept_grams(made) == 2 * 2 * 4 * (6 * HIDDEN * (HIDDEN + 1) // 2 + INNER * (INNER + 1) // 2 + 0) + (
+    assert cost(made).making == 4 * BLOCK + (8 + 4 * 2) * SQUARES
+    assert cost(made).merging == 4 * 2 * SQUARES
+    assert cost(made).files == 2 * 2 * 4 * (6 * HIDDEN * (HIDDEN + 1) // 2 + INNER * (INNER + 1) // 2 + 0) + (
         2 * 4 * HIDDEN * (HIDDEN + 1) // 2  # of the head
     )
 
@@ -58,7 +58,7 @@ def test_two_matrices_at_once_are_two_of_one_block_where_blocks_are_merged_one_b
 
 @pytest.mark.parametrize(("method", "at_once"), [("obim", 1), ("regmean", 2)])
 def test_hidden_states_of_all_experts_wait_only_for_gram_matrices(planned, method, at_once):
-    assert demand.hidden_states(planned(method)) == at_once * 10 * 512 * HIDDEN * 4
+    assert cost(planned(method)).hidden_states == at_once * 10 * 512 * HIDDEN * 4
 
 
 def test_a_preview_counts_hidden_states_unless_memory_is_capped(planned, tmp_path):
@@ -70,7 +70,7 @@ def test_a_preview_counts_hidden_states_unless_memory_is_capped(planned, tmp_pat
 
 def test_a_cap_below_a_block_is_refused_and_one_above_leaves_room_for_hidden_states(planned):
     made = planned("regmean")
-    least = INTERPRETER + demand.while_watching(made)
+    least = INTERPRETER + cost(made).making
     with pytest.raises(ResourceError, match="too little"):
         Machine.of("cpu", least - 1, made)
     assert Machine.of("cpu", 24 * GB, made).hidden > GB
