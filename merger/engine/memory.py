@@ -62,8 +62,8 @@ def bytes_held(experts: int) -> int:
 def slice_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
     """Bytes that the largest slice takes where it is merged, on the CPU or a device.
 
-    A method of whole matrices has float64 copies, factors and Gram matrices beside. Of 600 x 1600 and three experts
-    that is 70 (star) to 190 bytes an element (knots, wudi), as measured on the CPU.
+    A method of whole matrices has float64 copies, factors and its inputs as well. Of 600 x 1600 and three experts that
+    is 70 (star) to 190 bytes an element (knots, wudi), as measured on the CPU.
     """
     elements = _slice_elements(tensor, part)
     extra = 0
@@ -73,11 +73,12 @@ def slice_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
     return elements * bytes_per_element(experts) + extra
 
 
-def _staged_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
+def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
     """Bytes of host memory that a slice takes which is merged on a device: what is read, drawn, and written.
 
     Twice that, for torch rounds pinned allocations up to powers of two. Random draws are of slices alone.
     """
+    experts = len(plan.models) - 1
     staged = bytes_per_element(experts) if _is_sliced(tensor) else 8 + 8 * experts  # float32, and an adapter's changes
     return 2 * staged * _slice_elements(tensor, part)
 
