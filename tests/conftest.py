@@ -52,8 +52,7 @@ def devices(monkeypatch):
     def have(*names):
         monkeypatch.setattr("merger.engine.machine.chosen_devices", lambda wanted: names)
         monkeypatch.setattr("merger.engine.memory.SLICE", 24)
-        monkeypatch.setattr("merger.engine.loop.ThreadPoolExecutor", Slices)
-        monkeypatch.setattr("merger.inspection.walk.ThreadPoolExecutor", Slices)
+        monkeypatch.setattr("merger.engine.schedule.ThreadPoolExecutor", Slices)
 
     return have
 

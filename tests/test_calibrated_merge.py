@@ -18,7 +18,7 @@ from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
 from merger.demo import tasks as demo_tasks
 from merger.errors import CheckpointError, RecipeError
-from merger.outputs.verify import Deep
+from merger.outputs.verify import DeepCheck
 
 MODELS = Path(merger.__file__).parent / "demo" / "models"
 EXPERTS = ("upper", "shift", "double")
@@ -221,12 +221,12 @@ def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(p
         merger.merge(recipe(place, "regmean", shard_size=20_000, **behind))
     monkeypatch.setattr(Writer, "done", done)
     heard = []
-    merger.merge(recipe(place, "regmean", shard_size=20_000, **behind), notice=heard.append)
+    merger.merge(recipe(place, "regmean", shard_size=20_000, **behind), merger.RunOptions(notice=heard.append))
     assert any("goes on where an earlier run stopped" in line for line in heard)
     merger.merge(recipe(place, "regmean", output="whole", **behind))
     resumed, whole = load(place / "out"), load(place / "whole")
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-    assert merger.verify(place / "whole", deep=Deep(sample=6)).differences == ()
+    assert merger.verify(place / "whole", deep=DeepCheck(sample=6)).differences == ()
 
 
 def test_own_and_merged_inputs_do_not_go_together(place):

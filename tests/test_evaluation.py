@@ -14,13 +14,15 @@ from tasks import TASKS, demo_folder, file_of, recipe_of, text_of, write  # noqa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merger as library
+from merger.calibration import collect
 from merger.demo import tasks as demo_tasks
 from merger.errors import CheckpointError, RecipeError
-from merger.evaluation import Asked, evaluate, tasks
+from merger.evaluation import evaluate, tasks
 from merger.evaluation.measures import Judge, Outcome, log_likelihoods, prepare
-from merger.evaluation.model_host import Bench, Way
+from merger.evaluation.model_host import Bench
 from merger.evaluation.scores import Entry, compare, json_schema, objective
 from merger.evaluation.tasks import Example, Task, check_apart, load, split
+from merger.options import RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +109,14 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def bench():
-    with Bench(Way(device="cpu", dtype=torch.float32)) as opened:
+    with Bench(RunOptions(device="cpu"), "float32") as opened:
         yield opened
 
 
 @pytest.mark.parametrize("name", [*METHODS, "regmean"])  # and once more with Gram matrices that are there already
 def test_a_merge_in_memory_has_the_bits_of_one_on_disk(demo_folder, tmp_path, bench, name):  # noqa: F811
     chosen = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out"), "dtype": "bfloat16"})
-    library.merge(chosen, device="cpu")
+    library.merge(chosen, RunOptions(device="cpu"))
     written = load_file(tmp_path / "out" / "model.safetensors")
 
     model, held = bench.merged(chosen)
@@ -126,9 +128,37 @@ def test_a_merge_in_memory_has_the_bits_of_one_on_disk(demo_folder, tmp_path, be
     assert all(torch.equal(parameters[tensor], each.float()) for tensor, each in written.items())
 
 
+@pytest.mark.parametrize("name", ["obim", "regmean"])  # statistics before the merge, and Gram matrices with it
+def test_a_merge_in_memory_gives_hidden_states_the_memory_that_one_on_disk_gives(
+    demo_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    name,
+):
+    budgets = []
+
+    def recorded(*arguments, host_memory, **options):
+        budgets.append(host_memory)
+        return collect(*arguments, host_memory=host_memory, **options)
+
+    monkeypatch.setattr("merger.calibration.statistics.collect", recorded)
+    chosen = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out")})
+    options = RunOptions(device="cpu", max_memory=2 << 30)
+    monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "one"))
+    library.merge(chosen, options)
+    on_disk, budgets = budgets, []
+
+    monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "other"))
+    with Bench(options) as bench:
+        bench.merged(chosen)
+
+    assert len(on_disk) == 3
+    assert budgets == on_disk
+
+
 def test_a_merge_in_memory_answers_as_transformers_does_with_the_one_on_disk(demo_folder, tmp_path, bench):  # noqa: F811
     chosen = recipe_of(demo_folder, output={"path": str(tmp_path / "out")})
-    library.merge(chosen, device="cpu")
+    library.merge(chosen, RunOptions(device="cpu"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").eval()
     ids = torch.tensor([[1, 5, 9, 12, 4]])
 
@@ -308,7 +338,7 @@ def test_recipes_of_other_experts_are_judged_apart(demo_folder):  # noqa: F811
         demo_folder, experts={"upper": text_of(demo_folder)["experts"]["upper"]}, method="linear", calibration=None
     )
     with pytest.raises(RecipeError, match="other: has another base or other experts than one"):
-        evaluate({"one": one, "other": other}, Asked())
+        evaluate({"one": one, "other": other})
 
 
 def test_what_judges_a_merge_decides_no_byte_of_it(demo_folder):  # noqa: F811

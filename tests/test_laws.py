@@ -19,11 +19,11 @@ from pretended import Pretence
 from tiny import bits
 
 from merger.methods._spectral import whole as takes_whole
-from merger.ops.questions import Before, Found, Guess, Size, Sum, Tally
+from merger.ops.questions import Sum
 from merger.pipeline.flow import Inputs, Slice, Subject, flow
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
-from merger.pipeline.passes import Sizes
+from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import ENTRIES, SCORES, checked, parameters
 from merger.pipeline.stages import bind, expand
 
@@ -138,28 +138,26 @@ def _sums_floats(case, name):
         *base.shape,
         inputs=case.known["inputs"][name],
     )
-    running = flow(case.bound(name), Slice(0, base, own - base), subject)
-    question, sizes = next(running, None), Sizes(base.numel(), base.numel())
-    while question is not None:
-        if isinstance(question, Tally):
-            counts = torch.zeros(question.counters, dtype=torch.int64)
-            question.add(counts)
-            question = question.of_all(counts)
-        if isinstance(question, Size):
-            answer = sizes.of(question.scope)
-        elif isinstance(question, Before):
-            answer = torch.zeros_like(question.value)
-        elif isinstance(question, Guess | Found):
-            answer = None
-        elif isinstance(question, Sum) and question.value.is_floating_point():
-            return True
-        else:
-            answer = question.answer(question.value)
-        try:
-            question = running.send(answer)
-        except StopIteration:
-            return False
-    return False
+    float_sums = []
+
+    def record_float_sums():
+        running = flow(case.bound(name), Slice(0, base, own - base), subject)
+        question = next(running, None)
+        while question is not None:
+            float_sums.append(isinstance(question, Sum) and question.value.is_floating_point())
+            try:
+                question = running.send((yield question))
+            except StopIteration:
+                return
+
+    def visit(_, model_totals, earlier_sums):
+        sizes = Sizes(base.numel(), base.numel())
+        return run_slices(
+            1, lambda _: record_float_sums(), sizes=sizes, model_totals=model_totals, earlier_sums=earlier_sums
+        )
+
+    run_tensors([0], visit)
+    return any(float_sums)
 
 
 def assert_same(got, expected, *, exactly=True):

@@ -21,6 +21,7 @@ from merger.checkpoint.writer import Writer
 from merger.engine.merge import merge
 from merger.errors import CheckpointError
 from merger.ops import kernels
+from merger.options import RunOptions
 from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.recipe import Recipe
 
@@ -83,9 +84,9 @@ def folder(models, tmp_path, monkeypatch):
     return tmp_path
 
 
-def merged(folder, name, shard_size=SHARDS, **how):
+def merged(folder, name, shard_size=SHARDS, **options):
     """Every file of a merge; it is at the same place each time, for the manifest names that."""
-    merge(Recipe.parse(recipe(name, shard_size), folder), **how)
+    merge(Recipe.parse(recipe(name, shard_size), folder), RunOptions(**options))
     written = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     shutil.rmtree(folder / "out")
     return written

@@ -5,7 +5,7 @@ import torch
 from merger.pipeline.flow import Inputs
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
-from merger.pipeline.passes import Sizes, run, settle
+from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import checked
 
 NAME = "layers.0.w"
@@ -51,15 +51,21 @@ def sliced(begin, tensors, rows=1):
     model = sum(each[0].numel() for each in tensors)
     found = [{} for _ in tensors]
 
-    def visit(i, known, ahead):
+    def visit(i, model_totals, earlier_sums):
         starts = range(0, tensors[i].shape[-2], rows)
 
         def carry(j):
             found[i][j] = yield from begin(i, slice(starts[j], starts[j] + rows))
 
-        return run(len(starts), carry, sizes=Sizes(tensors[i][0].numel(), model), known=known, ahead=ahead)
+        return run_slices(
+            len(starts),
+            carry,
+            sizes=Sizes(tensors[i][0].numel(), model),
+            model_totals=model_totals,
+            earlier_sums=earlier_sums,
+        )
 
-    settle([0] * len(tensors), visit)
+    run_tensors([0] * len(tensors), visit)
     return [torch.cat([parts[j] for j in sorted(parts)], -2) for parts in found]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from merger.calibration import statistics_files as files
 from merger.calibration.moments import Moments
 from merger.checkpoint.cache import cache_folder
 from merger.checkpoint.hashes import sha256
+from merger.options import RunOptions
 from merger.pipeline.flow import Inputs
 from merger.planning.plan import Part, Plan, TensorPlan
 from merger.recipe.recipe import portable_location
@@ -31,26 +32,11 @@ Statistics = Mapping[str, Moments]
 """What enters each matrix of one expert, by the expert's own tensor names."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How calibration is run on this machine; none of it changes what is found beyond rounding."""
-
-    device: str = "cpu"
-    host_memory: int | None = None  # bytes of hidden states; more wait in files
-    trust_remote_code: bool = False
-    cache: Path | None = None  # None: the user's own cache folder
-
-
-def calibrate(
-    plan: Plan,
-    options: Options,
-    *,
-    notice: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
-) -> dict[str, Path]:
+def calibrate(plan: Plan, options: RunOptions, hidden_memory: int | None) -> dict[str, Path]:
     """Each expert's statistics file: the one the recipe names, one from an earlier run, or a new one.
 
-    All experts' data and tokenizers are looked at before the first forward pass. Raises
+    Forward passes run on ``options.device``, which is a definite device. Hidden states above ``hidden_memory`` bytes
+    wait in files. All experts' data and tokenizers are looked at before the first forward pass. Raises
     CheckpointError for data or statistics that cannot be used, or an activation that is not finite.
     """
     given = plan.recipe.calibration
@@ -59,16 +45,18 @@ def calibrate(
     for name, path in found.items():
         files.load(path, layers=layers(plan, name), checkpoint=fingerprint(plan.models[name]))
     wanted = {name: _samples(plan, name, options) for name in plan.recipe.experts if name not in found}
-    folder = options.cache or cache_folder()
+    folder = cache_folder()
     for name, (key, samples) in wanted.items():
         found[name] = folder / key.file_name()
         if files.find(folder, key) is None:
-            notice(f"calibrating {name}: {len(samples.tokens)} samples, {sum(map(len, samples.tokens)):,} tokens")
-            files.save(found[name], _run(plan, name, key, samples, options, notice, progress), key)
+            options.notice(
+                f"calibrating {name}: {len(samples.tokens)} samples, {sum(map(len, samples.tokens)):,} tokens"
+            )
+            files.save(found[name], _run(plan, name, key, samples, options, hidden_memory), key)
     return {name: found[name] for name in plan.recipe.experts}
 
 
-def _samples(plan: Plan, name: str, options: Options) -> tuple[files.Key, texts.Samples]:
+def _samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.Key, texts.Samples]:
     """An expert's own text as its own tokens, and the key of what will be found from it."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
@@ -104,9 +92,8 @@ def _blocks(
     name: str,
     key: files.Key,
     samples: texts.Samples,
-    options: Options,
-    notice: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    options: RunOptions,
+    hidden_memory: int | None,
     *,
     gram: bool = False,
     onward: Onward | None = None,
@@ -118,13 +105,13 @@ def _blocks(
         batches(samples.tokens),
         key.settings,
         device=options.device,
-        host_memory=options.host_memory,
+        host_memory=hidden_memory,
         trust_remote_code=options.trust_remote_code,
         gram=gram,
         onward=onward,
         known=known,
-        notice=notice,
-        progress=lambda done, total: progress(f"calibrating {name}", done, total),
+        notice=options.notice,
+        progress=partial(options.progress, f"calibrating {name}"),
     )
 
 
@@ -147,12 +134,7 @@ class Onward:
 
 
 def grams(
-    plan: Plan,
-    options: Options,
-    merged: Merged,
-    *,
-    notice: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    plan: Plan, options: RunOptions, hidden_memory: int | None, merged: Merged
 ) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
     """The tensors that take Gram matrices, as those become known: all experts advance together, block by block.
 
@@ -165,12 +147,12 @@ def grams(
     fed = any(tensor.fed_by_merged for tensor in waiting)
     onward = {name: Onward(plan, name, merged) if fed else None for name in plan.recipe.experts}
     kept = _kept_grams(plan, options) if waiting and not fed else {}
-    options = replace(options, host_memory=options.host_memory and options.host_memory // len(plan.recipe.experts))
+    memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
     wanted = {name: _samples(plan, name, options) for name in experts if name not in kept}
     streams = [
         files.blocks(kept[name], checkpoint=fingerprint(plan.models[name]))
         if name in kept
-        else _blocks(plan, name, *wanted[name], options, notice, progress, gram=True, onward=onward[name])
+        else _blocks(plan, name, *wanted[name], options, memory, gram=True, onward=onward[name])
         for name in experts
     ]
     known: dict[str, dict[str, Moments]] = {name: {} for name in experts}
@@ -186,7 +168,7 @@ def grams(
     yield waiting, {name: {} for name in known}
 
 
-def _kept_grams(plan: Plan, options: Options) -> dict[str, Path]:
+def _kept_grams(plan: Plan, options: RunOptions) -> dict[str, Path]:
     """The folders of Gram matrices that the recipe names, or that `keep_grams` has made of the same text."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
@@ -196,20 +178,13 @@ def _kept_grams(plan: Plan, options: Options) -> dict[str, Path]:
             found[name] = plan.recipe.folder / Path(given.stats[name]).expanduser()
         else:
             key, _ = _samples(plan, name, options)
-            folder = (options.cache or cache_folder()) / key.folder_name()
+            folder = cache_folder() / key.folder_name()
             if files.is_whole(folder):
                 found[name] = folder
     return found
 
 
-def keep_grams(
-    plan: Plan,
-    options: Options,
-    to: Path | None,
-    *,
-    notice: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
-) -> dict[str, Path]:
+def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: Path | None) -> dict[str, Path]:
     """Each expert's folder of statistics with Gram matrices, in ``to`` or in the cache; goes on with unfinished ones.
 
     They are as large as the models. Raises as `calibrate` does.
@@ -217,13 +192,13 @@ def keep_grams(
     folders = {}
     for name in plan.recipe.experts:
         key, samples = _samples(plan, name, options)
-        folder = to / f"{name}{files.GRAMS}" if to else (options.cache or cache_folder()) / key.folder_name()
+        folder = to / f"{name}{files.GRAMS}" if to else cache_folder() / key.folder_name()
         folders[name] = folder
         done = files.kept_units(folder, key)
         if files.is_whole(folder):
             continue
-        notice(f"calibrating {name}: {len(samples.tokens)} samples; {len(done)} blocks are there already")
-        found = _blocks(plan, name, key, samples, options, notice, progress, gram=True, known=done)
+        options.notice(f"calibrating {name}: {len(samples.tokens)} samples; {len(done)} blocks are there already")
+        found = _blocks(plan, name, key, samples, options, hidden_memory, gram=True, known=done)
         for number, (unit, moments) in enumerate(found, len(done)):
             files.save_block(folder, number, unit, moments, key)
     return folders

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merger.cli._options import AsJson, Device, MaxMemory, Offline, Overrides, Quiet, TrustRemoteCode, load, memory_size
-from merger.cli._terminal import make_console, progress_bar
+from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RunFlags, load, run_flags
+from merger.cli._terminal import make_console
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ AllowCalibrationText = Annotated[
 ]
 
 
+@run_flags(*RUN_FLAGS)
 def eval_(
     what: Annotated[
         list[Path],
@@ -57,32 +58,19 @@ def eval_(
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it (needs matplotlib).")] = None,
     overrides: Overrides = [],  # noqa: B006
-    device: Device = "auto",
-    max_memory: MaxMemory = None,
-    offline: Offline = False,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Say what merges kept: base, experts and merges on the same held-out examples."""
-    from merger.evaluation import Asked, evaluate
+    from merger.evaluation import EvaluationSettings, evaluate
     from merger.evaluation.plots import check_plot, plot_comparison
     from merger.evaluation.tables import print_comparison
 
     check_plot(plot)
     harness = _harness(lm_eval, include_path, limit, num_fewshot)
-    asked = Asked(_by_task(data), samples, max_tokens, inputs, allow_calibration_text, harness)
-    with progress_bar(quiet) as (progress, notice):
-        found = evaluate(
-            _subjects(what, overrides),
-            asked,
-            device=device,
-            max_memory=memory_size(max_memory),
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            notice=notice,
-        )
+    settings = EvaluationSettings(_by_task(data), samples, max_tokens, inputs, allow_calibration_text, harness)
+    with flags.options() as options:
+        found = evaluate(_subjects(what, overrides), options, settings=settings)
     if plot is not None:
         plot_comparison(found, plot)
     if as_json:

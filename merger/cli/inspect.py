@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from merger.cli._options import AsJson, Device, MaxMemory, Offline, Overrides, Quiet, TrustRemoteCode, load, memory_size
-from merger.cli._terminal import make_console, progress_bar, size_text
+from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RunFlags, load, run_flags
+from merger.cli._terminal import make_console, size_text
 from merger.errors import RecipeError
 
 
+@run_flags(*RUN_FLAGS)
 def inspect(
     what: Annotated[
         Path,
@@ -45,11 +46,7 @@ def inspect(
         Path | None, typer.Option(metavar="DIR", help="Where the relative paths of a finished merge start.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006
-    device: Device = "auto",
-    max_memory: MaxMemory = None,
-    offline: Offline = False,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
@@ -65,22 +62,18 @@ def inspect(
         raise RecipeError(f"--html {html}: expected a file in a folder that is there")
     if plot is not None:
         plots.check(plot)
-    looks = {
+    looks: dict[str, Any] = {
         "picture": tensor,
         "rank": rank or any(condition.metric == "effective_rank" for condition in wanted),
         "curves": curves or html is not None or plot is not None,
     }
-    size = memory_size(max_memory)
-    with progress_bar(quiet) as (progress, notice):
-        common: dict[str, Any] = {**looks, "max_memory": size, "progress": progress, "notice": notice}
+    with flags.options() as options:
         if base is not None:
-            seen = inspection.inspect_model(str(what), base, offline=offline, **common)
+            seen = inspection.inspect_model(str(what), base, options, **looks)
         elif what.is_dir():
-            seen = inspection.inspect_merge(what, inputs=inputs, **common)
+            seen = inspection.inspect_merge(what, options, inputs=inputs, **looks)
         else:
-            loaded = load(what, overrides)
-            common |= {"offline": offline, "device": device, "trust_remote_code": trust_remote_code}
-            seen = inspection.inspect(loaded, **common)
+            seen = inspection.inspect(load(what, overrides), options, **looks)
     if html is not None:
         write_text(html, page.page(seen))
     if plot is not None:

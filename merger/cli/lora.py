@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merger.cli._options import AsJson, Offline, Quiet, TrustRemoteCode
-from merger.cli._terminal import make_console, progress_bar
+from merger.cli._options import AsJson, RunFlags, run_flags
+from merger.cli._terminal import make_console
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from merger.outputs.lora import LoraExtraction
 
 
+@run_flags("offline", "trust_remote_code", "quiet")
 def lora(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that was fine-tuned.", show_default=False)],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The fine-tune of it.", show_default=False)],
@@ -33,27 +34,15 @@ def lora(
         typer.Option(metavar="SHARE", help="Or as many as hold this share of its squared norm.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there already.")] = False,
-    offline: Offline = False,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Turn a fine-tune into a PEFT LoRA adapter for its base, and say what that leaves out, layer by layer."""
     from merger.outputs.lora import extract_lora
 
     share = None if energy is None else _share(energy)
-    with progress_bar(quiet) as (progress, _):
-        found = extract_lora(
-            base,
-            model,
-            output,
-            rank=rank,
-            energy=share,
-            offline=offline,
-            force=force,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    with flags.options() as options:
+        found = extract_lora(base, model, output, options, rank=rank, energy=share, force=force)
     if as_json:
         print(json.dumps(found.as_json()))
     else:

@@ -8,18 +8,18 @@ from typing import Annotated
 
 import typer
 
-from merger.cli._options import AsJson, MaxMemory, Offline, Overrides, RecipePath, load, memory_size
+from merger.cli._options import AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 from merger.cli._terminal import make_console
 
 
+@run_flags("max_memory", "offline")
 def plan(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
     device: Annotated[
         str | None, typer.Option(help="Say which devices auto, cpu, cuda or cuda:N would be.", show_default=False)
     ] = None,
-    max_memory: MaxMemory = None,
-    offline: Offline = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Say what a merge would do, from headers alone: nothing is downloaded whole, nothing is written."""
@@ -28,9 +28,9 @@ def plan(
     from merger.planning.planner import plan as make_plan
 
     loaded = load(recipe, overrides)
-    made = make_plan(loaded, offline=offline)
+    made = make_plan(loaded, offline=flags.offline)
     output = loaded.folder / Path(loaded.output.path).expanduser()
-    forecast = preview(made, output, memory_size(max_memory), device)
+    forecast = preview(made, output, flags.memory, device)
     if as_json:
         print(json.dumps(report.plan_json(made, forecast)))
     else:

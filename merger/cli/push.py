@@ -8,20 +8,21 @@ from typing import Annotated
 
 import typer
 
-from merger.cli._options import AsJson, Quiet
+from merger.cli._options import AsJson, RunFlags, run_flags
 
 
+@run_flags("quiet")
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished merge.", show_default=False)],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub.", show_default=False)],
     public: Annotated[bool, typer.Option("--public", help="Let everyone see it; private if not given.")] = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Upload a finished merge to the Hub, with card and manifest; run again, it goes on where it broke off."""
     from merger.outputs.push import push as upload
 
-    pushed = upload(folder, repository, public=public, quiet=quiet)
+    pushed = upload(folder, repository, public=public, quiet=flags.quiet)
     if as_json:
         print(json.dumps(pushed.as_json()))
         return

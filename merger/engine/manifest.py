@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,45 +16,157 @@ from typing import TYPE_CHECKING, Any
 from merger._version import VERSION
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import stamp
+from merger.checkpoint.writer import write_json
+from merger.errors import CheckpointError
 from merger.recipe.recipe import portable_location
 
 if TYPE_CHECKING:
-    from merger.checkpoint.checkpoint import Checkpoint
     from merger.checkpoint.safetensors_header import Info
     from merger.planning.plan import Plan, TensorPlan
     from merger.recipe.recipe import Source
 
 RECORD = "merger.json"
+FORMAT = 1
+
+_SECTIONS = ("recipe", "calibration", "inputs", "statistics", "shards", "files", "tensors", "versions")
 
 
-def record_of(
-    plan: Plan,
-    device: str,
-    hashes: Mapping[Path, Future[str]],
-    shards: Mapping[str, str],
-    files: Mapping[str, str],
-    calibration: Mapping[str, str | None],
-    statistics: Mapping[str, str],
-    notes: Iterable[str],
-) -> dict[str, Any]:
-    """The manifest of a finished merge, given the SHA-256 of each input, output shard, side and statistics file."""
-    return {
-        "format": FORMAT,
-        "versions": versions(),
-        "seed": plan.recipe.seed,
-        "device": device.partition(":")[0],
-        "device-dependent": inexact(plan),
-        "recipe": portable(plan.recipe.spelled_out()),
-        "set": list(plan.recipe.overrides),
-        "inputs": inputs_of(plan, {file: hashed.result() for file, hashed in hashes.items()}),
-        "calibration": dict(calibration),
-        "statistics": dict(statistics),
-        "shards": dict(shards),
-        "files": dict(files),
-        "tensors": fates(plan),
-        "dropped": {label: names for label, names in plan.dropped.items() if names},
-        "notes": sorted(notes),
-    }
+@dataclass(frozen=True)
+class Manifest:
+    """The content of merger.json, which is written by a merge and read by all that is done with one."""
+
+    content: Mapping[str, Any]
+
+    @classmethod
+    def of_merge(
+        cls,
+        plan: Plan,
+        device: str,
+        *,
+        inputs: Mapping[Path, Future[str]],
+        shards: Mapping[str, str],
+        files: Mapping[str, str],
+        calibration: Mapping[str, str | None],
+        statistics: Mapping[str, str],
+        notes: Iterable[str],
+    ) -> Manifest:
+        """The manifest of a finished merge, given the SHA-256 of each input, output shard, side and statistics file."""
+        return cls(
+            {
+                "format": FORMAT,
+                "versions": versions(),
+                "seed": plan.recipe.seed,
+                "device": device.partition(":")[0],
+                "device-dependent": inexact(plan),
+                "recipe": portable(plan.recipe.spelled_out()),
+                "set": list(plan.recipe.overrides),
+                "inputs": inputs_of(plan, {file: hashed.result() for file, hashed in inputs.items()}),
+                "calibration": dict(calibration),
+                "statistics": dict(statistics),
+                "shards": dict(shards),
+                "files": dict(sorted(files.items())),
+                "tensors": tensor_records(plan),
+                "dropped": {label: names for label, names in plan.dropped.items() if names},
+                "notes": sorted(notes),
+            }
+        )
+
+    @classmethod
+    def parse(cls, text: bytes) -> Manifest:
+        """The manifest of a file's bytes; ValueError with the reason, to follow the file's name, if it is none."""
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"cannot be read: {error}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"is not of format {FORMAT}, the only one that this version reads; merge again")
+        lacking = [section for section in _SECTIONS if not isinstance(content.get(section), dict)]
+        if lacking:
+            raise ValueError(f"lacks {', '.join(lacking)}")
+        return cls(content)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a finished merge; CheckpointError where ``folder`` has none that can be understood."""
+        file = folder / RECORD
+        try:
+            return cls.parse(file.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: has no {RECORD}, so it is no finished merge") from None
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+
+    def write(self, folder: Path) -> None:
+        """Writes merger.json into a folder."""
+        write_json(folder / RECORD, self.content)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe with its defaults, without the machine's folders."""
+        return dict(self.content["recipe"])
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of the experts."""
+        return list(self.content["recipe"]["experts"])
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The source, the commit and the SHA-256s of the files of base and experts."""
+        return dict(self.content["inputs"])
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """What happened to every tensor."""
+        return dict(self.content["tensors"])
+
+    @property
+    def shards(self) -> dict[str, str]:
+        """The SHA-256 of each weight file."""
+        return dict(self.content["shards"])
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The SHA-256 of each file beside the weights."""
+        return dict(self.content["files"])
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the output holds several experts."""
+        return any("packed" in record for record in self.tensors.values())
+
+    @property
+    def copied(self) -> dict[str, str]:
+        """The model that each copied tensor comes from, by tensor."""
+        return {name: record["copied from"] for name, record in self.tensors.items() if "copied from" in record}
+
+    @property
+    def stored_tensors(self) -> dict[str, Any]:
+        """How each tensor in the weight files is stored, in the words of `stored_as`; a pack stores several of one."""
+        tensors: dict[str, Any] = {}
+        for name, record in self.tensors.items():
+            stored = record.get("stored as") if isinstance(record, dict) else None
+            tensors |= stored if isinstance(stored, dict) else {name: stored}
+        return tensors
+
+    def summary(self) -> dict[str, Any]:
+        """The method, the inputs, the seed, the versions, and how many tensors were merged and copied."""
+        method: dict[str, Any] = {
+            key: self.recipe[key] for key in ("method", "parameters", "pipeline") if key in self.recipe
+        }
+        tensors = Counter(
+            f"copied from {record['copied from']}" if "copied from" in record else f"merged by {record['merged by']}"
+            for record in self.tensors.values()
+        )
+        return {
+            **method,
+            "inputs": {label: record["source"] for label, record in self.inputs.items()},
+            "tensors": dict(tensors),
+            "seed": self.content["seed"],
+            "versions": self.content["versions"],
+        }
 
 
 def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> dict[str, str]:
@@ -61,7 +175,7 @@ def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> d
     parts = {
         "recipe": {**recipe, "output": {**recipe["output"], "path": None}},
         "inputs": {label: {str(file): stamp(file) for file in model.files} for label, model in plan.models.items()},
-        "tensors": fates(plan),
+        "tensors": tensor_records(plan),
         "statistics": dict(statistics),
         "versions": versions(),
         "device": device.partition(":")[0],
@@ -100,32 +214,23 @@ def sources_of(source: Source) -> dict[str, str]:
     return {"source": portable_location(source.model), **on_top}
 
 
-def fates(plan: Plan) -> dict[str, Any]:
-    """What happens to every tensor."""
-    return {tensor.name: _fate(tensor) for tensor in plan.tensors}
+def tensor_records(plan: Plan) -> dict[str, Any]:
+    """What happens to every tensor, as the manifest says it."""
+    return {tensor.name: _tensor_record(tensor) for tensor in plan.tensors}
 
 
-def _fate(tensor: TensorPlan) -> dict[str, Any]:
-    """What happened to one tensor, for the manifest."""
-    by = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
-    said: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
-    said |= {"merged by": by} if tensor.stages else {"copied from": tensor.source}
+def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
+    """What happens to one tensor, as the manifest says it."""
+    method = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
+    record: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
+    record |= {"merged by": method} if tensor.stages else {"copied from": tensor.source}
     if tensor.packed is not None:
         stored = {name: stored_as(info) for name, info in tensor.packed.infos.items()}
-        said |= {"packed": tensor.packed.recorded(), "stored as": stored}
+        record |= {"packed": tensor.packed.recorded(), "stored as": stored}
     if tensor.tied_to is not None:
-        return said | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
-    others = {label: name for label, name in tensor.reads.items() if name != tensor.name}
-    return said | ({"reads": others} if others else {})
-
-
-def stored_tensors(fates: Mapping[str, Any]) -> dict[str, Any]:
-    """How each tensor in the files is stored, by the manifest's ``fates``; a pack stores several of one."""
-    found: dict[str, Any] = {}
-    for name, said in fates.items():
-        stored = said.get("stored as") if isinstance(said, dict) else None
-        found |= stored if isinstance(stored, dict) else {name: stored}
-    return found
+        return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
+    renamed = {label: name for label, name in tensor.reads.items() if name != tensor.name}
+    return record | ({"reads": renamed} if renamed else {})
 
 
 def inexact(plan: Plan) -> list[str]:
@@ -163,14 +268,6 @@ def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     keys = dict.fromkeys((*one, *other))
     found = ((key, differing(one.get(key), other.get(key))) for key in keys)
     return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}
-
-
-def is_packed(record: Mapping[str, Any]) -> bool:
-    """Whether a manifest is that of several experts."""
-    return any("packed" in said for said in record["tensors"].values())
-
-
-FORMAT = 1
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ class Panel:
     ) -> None:
         self.bench, self.family, self.harness = bench, family, harness
         with _open(bench, family.base.model, family.base.adapter, "base", family.folder) as base:
-            tokenizer = load_tokenizer(base.directory, "base", trust_remote_code=bench.way.trust_remote_code)
+            tokenizer = load_tokenizer(base.directory, "base", trust_remote_code=bench.options.trust_remote_code)
             limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
             ends = ends_of(base.directory, tokenizer)
             self.dtype = str(bench.dtype_for(base)).removeprefix("torch.")
@@ -41,7 +41,7 @@ class Panel:
 
     def models(self) -> Iterator[tuple[str, Any]]:
         """The base and the experts as transformers models, one after the other."""
-        models = open_models(self.family, offline=self.bench.way.offline, headers_only=False)
+        models = open_models(self.family, offline=self.bench.options.offline, headers_only=False)
         try:
             for label, model in models.items():
                 yield label, self.bench.model_of(model)
@@ -58,13 +58,13 @@ class Panel:
 
     def outcomes(self, model: Any, label: str) -> dict[str, Outcome]:
         """What a model does, told of under its name."""
-        return self.judge.outcomes(model, partial(self.bench.way.progress, f"judging {label}"))
+        return self.judge.outcomes(model, partial(self.bench.options.progress, f"judging {label}"))
 
     def _entry(self, label: str, kind: Literal["base", "expert", "merge"], model: Any, setting: str = "") -> Entry:
         outcomes = self.outcomes(model, label)
         if self.harness is None:
             return Entry(label, kind, outcomes, setting)
-        tell = partial(self.bench.way.progress, f"judging {label} by lm-eval")
+        tell = partial(self.bench.options.progress, f"judging {label} by lm-eval")
         tell(0, 1)
         scores = self.harness.scores(model, self.judge.tokenizer, label)
         tell(1, 1)
@@ -77,7 +77,7 @@ def kind_of(label: str) -> Literal["base", "expert"]:
 
 
 def _open(bench: Bench, model: str, adapter: str | None, label: str, folder: Path) -> Checkpoint:
-    return open_checkpoint(model, adapter, label=label, folder=folder, offline=bench.way.offline)
+    return open_checkpoint(model, adapter, label=label, folder=folder, offline=bench.options.offline)
 
 
 def _positions(model: Checkpoint) -> int | None:

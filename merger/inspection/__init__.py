@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import Options, grams, load
-from merger.calibration.statistics import calibrate as statistics_files
-from merger.engine import merge_inputs as manifests
-from merger.engine.machine import Machine, peak_memory
-from merger.engine.manifest import is_packed
+from merger.engine.machine import peak_memory
+from merger.engine.manifest import RECORD, Manifest
+from merger.engine.prepare import prepare
+from merger.engine.recorded_recipe import changed_input, expert_name, recipe_with_merge, unused_name
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.inspection import masks
 from merger.inspection.counters import Wanted
 from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
-from merger.inspection.walk import Blocks, Walk, Watch, between_stages, finished, task_vectors
+from merger.inspection.walk import Walk, Watch, between_stages, finished, task_vectors
+from merger.options import RunOptions
 from merger.planning.plan import Plan
-from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
 
 __all__ = [
@@ -39,79 +38,49 @@ __all__ = [
 
 def inspect(
     recipe: Recipe,
+    options: RunOptions = RunOptions(),
     *,
     picture: str | None = None,
     rank: bool = False,
     curves: bool = False,
-    device: str = "auto",
-    max_memory: int | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Looks at the experts against the base, and at what every stage of the recipe leaves; writes nothing.
 
     ``picture`` names a tensor whose kept positions are mapped, ``rank`` asks for effective ranks and ``curves`` for
     overlap and balance against density. Raises a `MergerError` as `merge` does.
     """
-    tell, say = progress or _silent, notice or _silent
-    plan = make_plan(recipe, offline=offline, headers_only=False)
-    try:
-        if any(tensor.fed_by_merged for tensor in plan.tensors):
+    with prepare(recipe, options) as prepared:
+        if any(tensor.fed_by_merged for tensor in prepared.plan.tensors):
             raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
-        machine = Machine.of(device, max_memory, plan)
-        options = Options(machine.device, machine.hidden, trust_remote_code)
-        paths = statistics_files(plan, options, notice=say, progress=tell) if plan.needs_statistics else {}
-        blocks = grams(plan, options, _never_merged, notice=say, progress=tell)
-        walk = Walk(
-            plan, machine, load(plan, paths), notice=say, progress=tell, wanted=_wanted(plan, picture, rank, curves)
-        )
-        return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts), blocks)
-    finally:
-        plan.close()
+        walk = Walk(prepared, _wanted(prepared.plan, picture, rank, curves))
+        return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts))
 
 
 def inspect_model(
     model: str,
     base: str,
+    options: RunOptions = RunOptions(),
     *,
     picture: str | None = None,
     rank: bool = False,
     curves: bool = False,
-    max_memory: int | None = None,
-    offline: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Looks at where one fine-tune changed its base; both are folders or Hub repositories."""
-    name = manifests.expert_name(model)
+    name = expert_name(model)
     written = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
-    plan = make_plan(Recipe.parse(written), offline=offline, headers_only=False)
-    try:
-        walk = Walk(
-            plan,
-            Machine.of("cpu", max_memory, plan),
-            {},
-            notice=notice or _silent,
-            progress=progress or _silent,
-            wanted=_wanted(plan, picture, rank, curves),
-        )
+    with prepare(Recipe.parse(written), replace(options, device="cpu")) as prepared:
+        walk = Walk(prepared, _wanted(prepared.plan, picture, rank, curves))
         return _seen(walk, task_vectors, "model", base, [name])
-    finally:
-        plan.close()
 
 
 def inspect_merge(
     folder: Path,
+    options: RunOptions = RunOptions(),
     *,
     inputs: Path | None = None,
     picture: str | None = None,
     rank: bool = False,
     curves: bool = False,
-    max_memory: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Looks at a finished merge: what each input's share of every layer is, told from the weights.
 
@@ -119,51 +88,44 @@ def inspect_merge(
     Where an input is gone or another one by now, only what the manifest says is told, and why. Nothing is
     downloaded: what came from the Hub is looked for in its cache.
     """
-    record = manifests.read(folder)
-    made, experts = manifests.summary(record), list(record["recipe"]["experts"])
-    copied = manifests.copied(record)
+    if not (folder / RECORD).is_file():
+        raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give --base for a fine-tune")
+    manifest = Manifest.read(folder)
+    made, experts, copied = manifest.summary(), manifest.experts, manifest.copied
     base = made["inputs"]["base"]
-    say = notice or _silent
-    label = manifests.unlike("merged", experts)
+    label = unused_name("merged", experts)
     known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=made)
-    if is_packed(record):
-        return _told(known, masks.told(folder, record, experts), say)
+    if manifest.is_packed:
+        return _told(known, masks.told(folder, manifest.content, experts), options)
     try:
-        plan = make_plan(manifests.beside(record, folder, label, inputs), offline=True, headers_only=False)
+        recipe = recipe_with_merge(manifest, folder, label, inputs)
+        prepared = prepare(recipe, replace(options, device="cpu", offline=True))
     except (CheckpointError, RecipeError) as error:
         why = f"shares cannot be told from the weights: {error}; --inputs says where they are"
-        return _told(known, [why], say)
-    try:
-        changed = manifests.changed(record, plan)
+        return _told(known, [why], options)
+    with prepared:
+        plan = prepared.plan
+        changed = changed_input(manifest, plan)
         if changed is not None:
-            return _told(known, [f"{changed}, so shares cannot be told from the weights"], say)
-        walk = Walk(
-            plan,
-            Machine.of("cpu", max_memory, plan),
-            {},
-            notice=say,
-            progress=progress or _silent,
-            wanted=_wanted(plan, picture, rank, curves),
-        )
+            return _told(known, [f"{changed}, so shares cannot be told from the weights"], options)
+        walk = Walk(prepared, _wanted(plan, picture, rank, curves))
         seen = _seen(walk, partial(finished, plan.models[label]), "merge", base, experts)
         return replace(seen, made=made, copied=copied)
-    finally:
-        plan.close()
 
 
-def _told(known: Inspection, notes: Sequence[str], notice: Callable[[str], None]) -> Inspection:
+def _told(known: Inspection, notes: Sequence[str], options: RunOptions) -> Inspection:
     """What is known without comparing weights, and what there is to say."""
     for note in notes:
-        notice(note)
+        options.notice(note)
     return replace(known, notes=list(notes))
 
 
-def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str], blocks: Blocks = ()) -> Inspection:
+def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str]) -> Inspection:
     began = time.monotonic()
     plan = walk.plan
     for note in plan.notes:
-        walk.notice(note)
-    walk.run(watch, blocks)
+        walk.options.notice(note)
+    walk.run(watch)
     return Inspection(
         format=FORMAT,
         subject=subject,
@@ -175,7 +137,7 @@ def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[s
         copied={tensor.name: tensor.source for tensor in plan.tensors if not tensor.stages},
         notes=list(plan.notes),
         seconds=round(time.monotonic() - began, 3),
-        bytes_read=walk.done_bytes,
+        bytes_read=walk.progress.done,
         peak_memory_bytes=peak_memory(),
     )
 
@@ -186,11 +148,3 @@ def _wanted(plan: Plan, picture: str | None, rank: bool, curves: bool) -> Wanted
     if picture is not None and picture not in names:
         raise RecipeError(f"--tensor {picture}: no such tensor is merged; {nearest(picture, names[:40])}")
     return Wanted(picture, rank, curves)
-
-
-def _never_merged(name: str) -> None:
-    """Nothing is merged by looking."""
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""

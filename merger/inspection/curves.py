@@ -19,7 +19,8 @@ from merger.inspection.balance import unevenness
 from merger.inspection.sums import Floats, Ints, Sums, Vectors
 from merger.ops import kernels
 from merger.ops.arithmetic import count
-from merger.ops.questions import Before, Flow, Tally
+from merger.ops.questions import Flow, PrefixSum
+from merger.ops.radix import Tally
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +49,10 @@ def levels(deltas: Tensor, elements: int) -> Flow[Tensor]:
             loops.tally_low(keys, None, buckets, tally)
 
     high_halves = partial(loops.tally_high, keys, None)
-    high, left = yield Tally(high_halves, (k, kernels.HIGH), then=partial(_descend, wanted))
-    low, left = yield Tally(low_halves, (d, k, kernels.LOW), then=partial(_descend, left))
+    high, left = yield Tally(high_halves, (k, kernels.HIGH), "tensor", partial(_descend, wanted))
+    low, left = yield Tally(low_halves, (d, k, kernels.LOW), "tensor", partial(_descend, left))
     last = (high << 16 | low).tolist()  # [d k]: the smallest that are kept, ``left`` of each
-    before = yield Before(lambda: torch.stack([loops.count_equal(keys, None, own) for own in last]))
+    before = yield PrefixSum(lambda: torch.stack([loops.count_equal(keys, None, own) for own in last]))
     kept = torch.zeros(deltas.shape, dtype=torch.uint8, device=deltas.device)
     for own, room in zip(last, (left - before).tolist(), strict=True):
         kept += loops.mark_top(keys, None, own, room)

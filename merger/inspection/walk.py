@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
-from threading import Lock
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from merger._lazy import torch
-from merger.calibration.statistics import Statistics
-from merger.engine.machine import Machine, tuned
-from merger.engine.reader import Reader, rounded
+from merger.engine.prepare import Prepared
+from merger.engine.reader import PartSlices, rounded
+from merger.engine.schedule import ByteProgress, Schedule, Sink
 from merger.inspection.counters import TASK_VECTORS, Key, Tally, Wanted
 from merger.inspection.curves import levels
 from merger.inspection.report import Curve, Curves, Facts, Merged, Picture, View, curve, facts
 from merger.inspection.sums import Outcome, Sums, Vectors, endings
-from merger.ops.questions import Flow, Max, Sum
+from merger.ops.questions import Flow
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.passes import Ahead, settle
-from merger.planning.plan import Part, Plan, TensorPlan
+from merger.planning.plan import Part, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,79 +26,38 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Sums)
 RESULT = "result"
-Blocks = Iterable[tuple[list[TensorPlan], Mapping[str, Statistics]]]
-"""Tensors that take Gram matrices, and these, as `statistics.grams` gives them."""
 Watch = Callable[["Tally", TensorPlan, "Tensor", Slice, Subject], Flow[None]]
 """Carries one slice of a part, whose tally it shows what there is to see."""
 
 
-class Walk:
+class Walk(Sink):
     """One inspection on its way; afterwards it says what it saw."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        machine: Machine,
-        statistics: Mapping[str, Statistics],
-        *,
-        notice: Callable[[str], None],
-        progress: Callable[[str, int, int], None],
-        wanted: Wanted,
-    ) -> None:
-        self.plan, self.machine, self.statistics = plan, machine, statistics
-        self.notice, self.tell = notice, progress
+    def __init__(self, prepared: Prepared, wanted: Wanted) -> None:
+        self.plan, self.options = prepared.plan, prepared.options
         self.wanted = wanted
-        self.work = [
-            (tensor, part, Tally(tensor, part, wanted))
-            for tensor in plan.tensors
-            if tensor.stages
-            for part in tensor.parts
-        ]
-        self.lock = Lock()
-        self.done_bytes = 0
-        self.total_bytes = sum(plan.bytes_of(t, part.rows * part.columns) for t, part, _ in self.work)
+        tensors = [tensor for tensor in self.plan.tensors if tensor.stages]
+        self.work = [(tensor, part, Tally(tensor, part, wanted)) for tensor in tensors for part in tensor.parts]
+        self._tallies = {part.name: tally for _, part, tally in self.work}
+        total = sum(self.plan.bytes_of(tensor, tensor.elements) for tensor in tensors)
+        self.progress = ByteProgress("inspecting", total, self.options.progress)
+        self._schedule = Schedule(prepared, tensors, self.progress)
 
-    def run(self, watch: Watch, blocks: Blocks = ()) -> None:
-        """Visits every tensor until nothing is left to see; what takes Gram matrices, as ``blocks`` brings them."""
-        with ThreadPoolExecutor(self.machine.workers, "merger-slice") as slices:
-            reader = Reader(
-                self.plan, self.machine, self.statistics, lambda _, message: self.notice(message), slices.map
-            )
-            try:
-                self._settle(reader, watch, [tensor for tensor in self.plan.tensors if not tensor.gram])
-                for ready, statistics in blocks:
-                    self._settle(replace(reader, statistics=statistics), watch, ready)
-            except BaseException:
-                slices.shutdown(wait=False, cancel_futures=True)
-                raise
+    def run(self, watch: Watch) -> None:
+        """Shows every slice to ``watch``."""
+        self._watch = watch
+        self._schedule.run(self)
 
-    def _settle(self, reader: Reader, watch: Watch, tensors: Iterable[TensorPlan]) -> None:
-        names = {tensor.name for tensor in tensors}
-        work = [each for each in self.work if each[0].name in names]
-        with tuned():
-            settle(
-                [t.group for t, *_ in work],
-                lambda i, known, ahead: self._visit(reader, watch, *work[i], known, ahead),
-            )
+    def carry(self, slices: PartSlices, i: int) -> Flow[None]:
+        """Reads a slice, and shows it between its stages."""
+        stored, piece = slices.read(i)
+        tally = self._tallies[slices.part.name]
+        yield from self._watch(tally, slices.tensor, stored, piece, slices.subject)
+        slices.release(i)
 
-    def _visit(
-        self,
-        reader: Reader,
-        watch: Watch,
-        tensor: TensorPlan,
-        part: Part,
-        tally: Tally,
-        known: Sequence[Any],
-        ahead: Ahead,
-    ) -> Sum | Max | None:
-        question = reader.visit(tensor, part, known, ahead, partial(watch, tally, tensor))
-        tally.fold()
-        size = self.plan.bytes_of(tensor, part.rows * part.columns)
-        with self.lock:
-            self.done_bytes += size
-            self.total_bytes += 0 if question is None else size
-            self.tell("inspecting", self.done_bytes, self.total_bytes)
-        return question
+    def end_pass(self, tensor: TensorPlan, part: Part) -> None:
+        """Adds up what was counted in a pass."""
+        self._tallies[part.name].fold()
 
     def views(self, experts: Sequence[str]) -> list[View]:
         """What was seen, in the order of the pipeline, added up by tensor, layer, projection and kind."""

@@ -45,5 +45,5 @@ def consensus(
 
 def held(own: Tensor, merged: Tensor, lambda_t: Sequence[Fraction]) -> Tensor:
     """Where each task vector ``own`` [k r c] is at least `lambda_t` times as large as the rest of ``merged`` [r c]."""
-    apart = (merged - own).abs_().mul_(column(lambda_t, own))
+    apart = (merged - own).abs() * column(lambda_t, own)
     return at_least(own.abs(), apart)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.ops.arithmetic import count, summed
 from merger.ops.questions import Flow, Size, Whole
-from merger.ops.selection import ordered
+from merger.ops.radix import ordered
 from merger.pipeline.parameters import Shares
 from merger.pipeline.registry import merger
 

@@ -13,14 +13,13 @@ from threading import Lock
 from typing import Any
 
 from merger.calibration.statistics import sources
-from merger.checkpoint import hub
-from merger.checkpoint import side_files as manifest
+from merger.checkpoint import hub, side_files
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, note, noted, sha256
 from merger.checkpoint.writer import json_bytes, write_json
-from merger.engine.loop import Progress
-from merger.engine.manifest import RECORD, differing, fates, portable, sources_of, versions
-from merger.errors import MergerError, RecipeError
+from merger.engine.manifest import Manifest, differing, portable, sources_of, tensor_records, versions
+from merger.errors import CheckpointError, MergerError, RecipeError
+from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
 from merger.planning.planner import plan
@@ -30,12 +29,12 @@ FORMAT = 1
 _PARTS = ("versions", "recipe", "inputs", "calibration", "files", "tensors")
 
 
-def lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> dict[str, Any]:
+def lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
     """Writes to ``path`` what the recipe comes to: defaults spelled out, inputs by commit and SHA-256, versions.
 
     Of a Hub repository only configs and headers are fetched.
     """
-    content = _resolved(recipe, offline=offline)
+    content = _resolved(recipe, offline=options.offline)
     write_json(Path(path), content)
     return content
 
@@ -48,9 +47,9 @@ def lock_of(recipe: str | Path) -> Path:
     return path
 
 
-def check_lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> None:
+def check_lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> None:
     """RecipeError if the recipe comes to anything else than the lock at ``path`` says, naming all of it."""
-    locked, now = _read(Path(path)), _resolved(recipe, offline=offline)
+    locked, now = _read(Path(path)), _resolved(recipe, offline=options.offline)
     faults = [
         f"{path}: {key} was {_said(one)} when it was locked, and is {_said(other)}"
         for key, (one, other) in _differing(locked, now).items()
@@ -59,26 +58,26 @@ def check_lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> No
         raise RecipeError([*faults, f"{path}: lock the recipe again if that is meant"])
 
 
-def is_done(recipe: Recipe, path: str | Path, *, trust_mtime: bool = False, progress: Progress | None = None) -> bool:
+def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions(), *, trust_mtime: bool = False) -> bool:
     """Whether the output is there, was made of what the lock at ``path`` says, and is whole: one pass of hashing.
 
     ``trust_mtime`` takes a shard for what it was when it last had this size and time of change, and reads only headers.
     """
     output = recipe.folder / Path(recipe.output.path).expanduser()
     try:
-        record = json.loads((output / RECORD).read_bytes())
-        made = {**{key: record[key] for key in _PARTS}, "tensors": _hash(record["tensors"])}
-        shards = {output / file: str(sha) for file, sha in record["shards"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        manifest = Manifest.read(output)
+    except CheckpointError:
         return False
+    made = {**{key: manifest.content[key] for key in _PARTS}, "tensors": _hash(manifest.tensors)}
     if _differing(_read(Path(path)), made):
         return False
     try:
         whole_merge(output)
     except MergerError:
         return False
+    shards = {output / file: str(sha) for file, sha in manifest.shards.items()}
     unread = {file: sha for file, sha in shards.items() if not (trust_mtime and noted(file) == sha)}
-    return _have(unread, progress or _silent)
+    return _have(unread, options.progress)
 
 
 def _have(shards: Mapping[Path, str], tell: Progress) -> bool:
@@ -116,7 +115,7 @@ def _resolved(recipe: Recipe, *, offline: bool) -> dict[str, Any]:
             "inputs": {label: _input(made, label, offline=offline) for label in made.models},
             "calibration": sources(made),
             "files": _files(made),
-            "tensors": _hash(fates(made)),
+            "tensors": _hash(tensor_records(made)),
         }
     unknown = [name for name, sha in sources(made).items() if sha is None]
     if unknown:
@@ -146,7 +145,7 @@ def _content(model: Checkpoint, source: str, files: list[Path], label: str, *, o
 
 def _files(made: Plan) -> dict[str, str]:
     """The SHA-256 of each file that will stand beside the weights."""
-    copied = manifest.side_files(made.base.directory, made.models[made.tokenizer].directory)
+    copied = side_files.side_files(made.base.directory, made.models[made.tokenizer].directory)
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in copied.items()}
     return {**found, "config.json": hashlib.sha256(json_bytes(made.config)).hexdigest()}
 
@@ -185,7 +184,3 @@ def _by_commit(content: Any) -> Any:
 
 def _said(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""

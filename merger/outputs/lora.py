@@ -24,15 +24,12 @@ from merger.checkpoint.writer import check_output, partial_of, write_json
 from merger.engine.machine import tuned
 from merger.errors import CheckpointError, RecipeError, ResourceError
 from merger.ops.linalg import Factors, strongest, svd
+from merger.options import Progress, RunOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from merger.checkpoint.checkpoint import Checkpoint
-
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many matrices of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,11 @@ def extract_lora(
     base: str,
     model: str,
     output: Path,
+    options: RunOptions = RunOptions(),
     *,
     rank: int | None = None,
     energy: Fraction | None = None,
-    offline: bool = False,
     force: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> LoraExtraction:
     """Writes the change from ``base`` to ``model`` as a LoRA adapter into the folder ``output``, whole or not at all.
 
@@ -89,15 +84,15 @@ def extract_lora(
         raise RecipeError("give either a rank or an energy")
     with ExitStack() as opened:
         models = [
-            opened.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=offline))
+            opened.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=options.offline))
             for label, source in (("base", base), ("model", model))
         ]
         check_output(output, [each.directory for each in models], force=force)
-        modules = _modules(models[0], trust_remote_code)
+        modules = _modules(models[0], options.trust_remote_code)
         _check_alike(*models)
         factor = partial(strongest, rank=rank) if rank is not None else partial(_of_energy, share=float(energy or 0))
         with tuned(), _AdapterFile(output, modules.values()) as file:
-            found = _extract(models[0], models[1], modules, file, partial(_cut, factor, rank or 1), progress or _silent)
+            found = _extract(models[0], models[1], modules, file, partial(_cut, factor, rank or 1), options.progress)
             write_json(file.folder / CONFIG, _config(base, file.ranks, study(models[0].tensors, models[0].config)))
             file.finish(force=force)
     return LoraExtraction(str(output), file.parameters, **found)
@@ -201,10 +196,6 @@ def _of_energy(change: Tensor, share: float) -> Factors:
     factors = svd(change)
     kept = factors.values.square().cumsum(0)
     return factors.first(int((kept < share * kept[-1:] * (1 - 1e-12)).sum()) + 1)
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""
 
 
 # --- the adapter's files ----------------------------------------------------------------------------

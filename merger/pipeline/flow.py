@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.ops.arithmetic import uniforms
-from merger.ops.questions import Flow, Size
+from merger.ops.questions import Flow
 from merger.pipeline.parameters import Place
+from merger.pipeline.passes import Sizes, run_slices
 from merger.pipeline.registry import supplied
 from merger.pipeline.stages import Bound
 
@@ -30,9 +31,9 @@ class Inputs:
 
     def on(self, device: torch.device) -> Inputs:
         """The same, where a slice is."""
-        several = self.second_moment, self.mean, self.gram, self.token_share
-        there = [None if each is None else each.to(device) for each in several]
-        return self if all(each is own for each, own in zip(there, several, strict=True)) else Inputs(*there)
+        values = self.second_moment, self.mean, self.gram, self.token_share
+        moved = [None if value is None else value.to(device) for value in values]
+        return self if all(value is original for value, original in zip(moved, values, strict=True)) else Inputs(*moved)
 
     @cached_property
     def reached(self) -> Tensor | None:
@@ -85,47 +86,46 @@ def flow(
 
     ``look`` is shown what stage i leaves, once more each time the flow is started again.
     """
-    return (yield from _through(stages, part.deltas, _supplies(part, subject), look))
+    return _run_stages(stages, part.deltas, _supplies(part, subject), look)
 
 
-def _through(
+def _run_stages(
     stages: Sequence[Bound],
     deltas: Tensor,
-    known: Mapping[str, Any],
+    supplies: Mapping[str, Any],
     look: Callable[[int, Tensor], None] = unseen,
 ) -> Flow[Tensor]:
+    """Runs the stages on deltas [k r c], each on the result of the one before."""
     for i, stage in enumerate(stages):
-        given = {**known, "deltas": deltas, "inside": partial(_inside, stage.inner, known)}
-        if stage.score is not None:
-            given["scores"] = yield from _call(stage.score, given)
-        deltas = yield from _call(stage, given)
+        stage_supplies = {**supplies, "deltas": deltas, "inside": partial(_merge_inside, stage.inner, supplies)}
+        for name, step in (("scores", stage.score), ("deltas", stage)):
+            if step is not None:
+                arguments = [stage_supplies[supply] for supply in supplied(step.entry.function)]
+                result = step.entry.function(*arguments, **step.values)
+                stage_supplies[name] = (yield from result) if inspect.isgenerator(result) else result
+        deltas = stage_supplies["deltas"]
         look(i, deltas)
     return deltas
 
 
-def _inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -> Flow[Tensor]:
-    """Runs an inner method on the whole of other task vectors [k r' c], r' <= r: a share is one of theirs."""
+def _merge_inside(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: Tensor) -> Tensor:
+    """Runs an inner method on other task vectors [k r' c], r' <= r: a density is a share of one of them. [r' c]
+
+    A stage with an inner method sees the whole matrix as one slice, so all questions are answered here.
+    """
     rows = deltas.shape[1]
+    merged: list[Tensor] = []
 
     def uniform(purpose: str, *, double: bool = False) -> Tensor:
-        drawn: Tensor = known["uniform"](purpose, double=double)
-        return drawn[:, :rows]
+        draws: Tensor = supplies["uniform"](purpose, double=double)
+        return draws[:, :rows]
 
-    running = _through(stages, deltas, {**known, "originals": deltas, "uniform": uniform})
-    try:
-        question = next(running)
-        while True:
-            question = running.send(deltas[0].numel() if isinstance(question, Size) else (yield question))
-    except StopIteration as done:
-        merged: Tensor = done.value
-        return merged
+    def carry(_: int) -> Flow[None]:
+        merged.append((yield from _run_stages(stages, deltas, {**supplies, "originals": deltas, "uniform": uniform})))
 
-
-def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
-    needed = [known[name] for name in supplied(stage.entry.function)]
-    result = stage.entry.function(*needed, **stage.values)
-    merged: Tensor = (yield from result) if inspect.isgenerator(result) else result
-    return merged
+    size = deltas[0].numel()
+    run_slices(1, carry, sizes=Sizes(size, size), hold=True)
+    return merged[0]
 
 
 def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
@@ -163,7 +163,9 @@ def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) 
     shape = (columns, rows) if subject.transposed else (rows, columns)  # the stream runs over the stored order
     drawn = torch.stack(
         [
-            uniforms((subject.seed, purpose, subject.name, expert), start, *shape, double=double, beside=part.base)
+            uniforms(
+                (subject.seed, purpose, subject.name, expert), start, *shape, double=double, slice_values=part.base
+            )
             for expert in subject.place.experts
         ]
     ).to(part.base.device)

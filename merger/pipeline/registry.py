@@ -200,20 +200,19 @@ def method(**traits: Any) -> Callable[[F], F]:
 @cache
 def parameters(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
     """The recipe's side of a signature: name as written -> (annotation, default)."""
-    keywords = {name: p for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return MappingProxyType(
-        {
-            name: (eval(p.annotation, function.__globals__), ... if p.default is p.empty else p.default)
-            for name, p in keywords.items()
-        }
-    )
+    annotations = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            annotations[name] = (eval(parameter.annotation, function.__globals__), default)
+    return MappingProxyType(annotations)
 
 
 @cache
 def supplied(function: Callable[..., Any]) -> tuple[str, ...]:
     """The runner's side of a signature: the names before the ``*``."""
-    each = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in each if p.kind is not p.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
 
 
 @cache
@@ -227,16 +226,18 @@ def schema(entry: Entry) -> type[BaseModel]:
     return create_model(entry.name, __config__=config, __doc__=entry.summary, **fields)
 
 
-def checked(name: str, written: Mapping[str, Any]) -> Stage:
+def checked(name: str, parameters: Mapping[str, Any]) -> Stage:
     """The stage or method ``name`` with validated parameters; pydantic's errors pass through.
 
     A score's name stands for `top` with that score, and takes the parameters of both.
     """
     if name in ENTRIES:
-        return _bound(ENTRIES[name], written)
-    own = {key: value for key, value in written.items() if key in _names(SCORES[name])}
-    rest = {key: value for key, value in written.items() if key not in own}
-    return _bound(ENTRIES["top"], {"scope": SCORES[name].scope, **rest, "score": _bound(SCORES[name], own)})
+        return _bound(ENTRIES[name], parameters)
+    score_parameters = {key: value for key, value in parameters.items() if key in _names(SCORES[name])}
+    top_parameters = {key: value for key, value in parameters.items() if key not in score_parameters}
+    return _bound(
+        ENTRIES["top"], {"scope": SCORES[name].scope, **top_parameters, "score": _bound(SCORES[name], score_parameters)}
+    )
 
 
 def _names(entry: Entry) -> set[str]:
@@ -250,27 +251,27 @@ def parameter_names(name: str) -> set[str]:
     return _names(SCORES[name]) | _names(ENTRIES["top"]) - {"score"}
 
 
-def _bound(entry: Entry, written: Mapping[str, Any]) -> Stage:
-    model = schema(entry)(**written)
+def _bound(entry: Entry, parameters: Mapping[str, Any]) -> Stage:
+    model = schema(entry)(**parameters)
     return partial(entry.function, **{field: getattr(model, field) for field in type(model).model_fields})
 
 
-def stage(function: Callable[..., Any], **given: Any) -> Stage:
-    """A stage of a named method: ``function`` with ``given`` parameters and its defaults for the rest."""
-    return _bound(entry_of(function), {name.rstrip("_"): value for name, value in given.items()})
+def stage(function: Callable[..., Any], **arguments: Any) -> Stage:
+    """A stage of a named method: ``function`` with ``arguments`` parameters and its defaults for the rest."""
+    return _bound(entry_of(function), {name.rstrip("_"): value for name, value in arguments.items()})
 
 
 def _score(value: Any) -> Stage:
     """A score written as its name, or as {name: {parameter: value}}."""
     if isinstance(value, partial):
         return value
-    named = {value: {}} if isinstance(value, str) else value
-    if not isinstance(named, Mapping) or len(named) != 1:
+    by_name = {value: {}} if isinstance(value, str) else value
+    if not isinstance(by_name, Mapping) or len(by_name) != 1:
         raise ValueError("expected a score's name, or {name: {parameter: value}}")
-    ((name, written),) = named.items()
+    ((name, parameters),) = by_name.items()
     if name not in SCORES:
         raise ValueError(f"there is no score {name!r}; {nearest(str(name), SCORES)}")
-    return _bound(SCORES[name], written)
+    return _bound(SCORES[name], parameters)
 
 
 def written(stage: Stage) -> dict[str, Any]:
@@ -290,15 +291,15 @@ def _inner(value: Any) -> Stage:
     """A method written as its name, or as {name: {parameter: value}}; it ranks one tensor, unless told otherwise."""
     if isinstance(value, partial):
         return value
-    named = {value: {}} if isinstance(value, str) else value
-    if not isinstance(named, Mapping) or len(named) != 1:
+    by_name = {value: {}} if isinstance(value, str) else value
+    if not isinstance(by_name, Mapping) or len(by_name) != 1:
         raise ValueError("expected a method's name, or {name: {parameter: value}}")
-    ((name, written),) = named.items()
+    ((name, parameters),) = by_name.items()
     table = {key: entry for key, entry in ENTRIES.items() if entry.kind in ("method", "merger")}
     if name not in table:
         raise ValueError(f"there is no method {name!r}; {nearest(str(name), table)}")
-    whole = {"scope": "tensor"} if "scope" in _names(table[name]) else {}
-    return _bound(table[name], {**whole, **(written or {})})
+    defaults = {"scope": "tensor"} if "scope" in _names(table[name]) else {}
+    return _bound(table[name], {**defaults, **(parameters or {})})
 
 
 Inner = Annotated[

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def expand(chosen: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
+def expand(stage: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
     """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself or of what it names."""
-    entry = entry_of(chosen.func)
-    stages: list[Stage] | None = entry.elsewhere(kind, **chosen.keywords)
+    entry = entry_of(stage.func)
+    stages: list[Stage] | None = entry.elsewhere(kind, **stage.keywords)
     if stages is None and entry.kind != "method":
-        return [chosen]
+        return [stage]
     if stages is None:
-        known = {"kind": kind, "experts": tuple(experts)}
-        stages = chosen(**{name: known[name] for name in supplied(chosen.func)})
-    return [each for stage in stages for each in expand(stage, kind, experts)]
+        supplies = {"kind": kind, "experts": tuple(experts)}
+        stages = stage(**{name: supplies[name] for name in supplied(stage.func)})
+    return [inner_stage for stage in stages for inner_stage in expand(stage, kind, experts)]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Bound:
     @cached_property
     def calibrated(self) -> bool:
         """Whether this stage looks at what enters the layer."""
-        within = [*self.inner, *([] if self.score is None else [self.score])]
-        return any(each.calibrated for each in within) or self.entry.calibrated(**self.values)
+        nested = [*self.inner, *([] if self.score is None else [self.score])]
+        return any(stage.calibrated for stage in nested) or self.entry.calibrated(**self.values)
 
     @cached_property
     def gram(self) -> bool:
@@ -69,8 +69,8 @@ class Bound:
     @cached_property
     def align(self) -> int:
         """The number of elements that every slice must begin at a multiple of."""
-        own = int(self.values[self.entry.align]) if self.entry.align else 1
-        return math.lcm(own, 8) if self.entry.packing else own  # bits are stored by the byte
+        multiple = int(self.values[self.entry.align]) if self.entry.align else 1
+        return math.lcm(multiple, 8) if self.entry.packing else multiple  # bits are stored by the byte
 
     def forms(self, rows: int, columns: int) -> dict[str, Form]:
         """How the results of this stage, a pack, are stored for a matrix of this size."""
@@ -82,8 +82,8 @@ def rebuilt(packed: Bound, results: Mapping[str, Tensor], expert: int) -> Tensor
     """The task vector [r c] that a pack's results hold of one expert."""
     assert packed.entry.packing is not None, "it is a pack"
     forms = packed.forms(0, 0)
-    own = {name: value if forms[name].shared else value[expert] for name, value in results.items()}
-    return packed.entry.packing.unpack(**own)
+    expert_results = {name: value if forms[name].shared else value[expert] for name, value in results.items()}
+    return packed.entry.packing.unpack(**expert_results)
 
 
 def bind(stage: Stage, place: Place) -> Bound:
@@ -101,11 +101,11 @@ def bind(stage: Stage, place: Place) -> Bound:
     if values.get("scope") == "global" and any(turns(value) for value in stage.keywords.values()):
         raise ValueError("scope: global ranks the whole model at once, so no order can rotate; list it")
     if "weight" in values and place.weights:
-        values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
+        values["weight"] = [w * expert_weight for w, expert_weight in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
         entry.check(**values)
-    named, inner = values.pop("score", None), values.pop("inner", None)
-    score = None if named is None else bind(named, place)
+    score, inner = values.pop("score", None), values.pop("inner", None)
+    score = None if score is None else bind(score, place)
     if score is not None and score.calibrated and values.get("scope") == "global":
         raise ValueError(
             f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
@@ -116,7 +116,7 @@ def bind(stage: Stage, place: Place) -> Bound:
 
 def _bind_inner(inner: Stage, place: Place) -> tuple[Bound, ...]:
     """The stages of a method that merges a matrix in directions of its own; ValueError if one cannot."""
-    stages = tuple(bind(each, place) for each in expand(inner, "linear", place.experts))
+    stages = tuple(bind(stage, place) for stage in expand(inner, "linear", place.experts))
     for stage in stages:
         if stage.entry.packing is not None:
             raise ValueError(f"inner: {stage.entry.name} makes more than one model; knots merges to one")

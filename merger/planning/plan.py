@@ -136,6 +136,16 @@ class Plan:
         """All tensors of the output, by name."""
         return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
 
+    def written_names(self, tensor: TensorPlan) -> list[str]:
+        """The names under which a tensor is written: those of its results, or its own and that of a head tied to it."""
+        head = self._tied_heads.get(tensor.name)
+        return [*tensor.stored] if head is None or tensor.packed else [*tensor.stored, head]
+
+    @cached_property
+    def _tied_heads(self) -> Mapping[str, str]:
+        """The stored head that repeats an embedding, by the embedding's name."""
+        return {tensor.tied_to: tensor.name for tensor in self.tensors if tensor.tied_to is not None}
+
     @property
     def packed(self) -> bool:
         """Whether the output holds several experts, of which `extract` makes a model each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ from merger.evaluation.search.loop import Trial, best_of, explore
 from merger.evaluation.search.record import Record
 from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
+from merger.options import RunOptions
 from merger.recipe.document import Document, read
 from merger.recipe.recipe import Evaluation, Recipe, Search, overridden, search_of
 
 if TYPE_CHECKING:
-    from merger.engine.loop import Progress
     from merger.evaluation.model_host import Bench
 
 __all__ = ["Found", "search"]
@@ -54,23 +54,18 @@ class Found:
 def search(
     path: Path,
     overrides: Sequence[str] = (),
+    options: RunOptions = RunOptions(),
     *,
     to: Path | None = None,
     force: bool = False,
     allow_calibration_text: bool = False,
-    device: str = "auto",
-    max_memory: int | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Found:
     """Finds the values that a recipe leaves open, and reports on the best ones with examples the search never saw.
 
     All that is computed is on record in the folder ``to`` (RECIPE.search beside the recipe, if None), and the same
     call goes on from there. Raises a `MergerError` for whatever the user can mend.
     """
-    from merger.evaluation.model_host import Bench, Way
+    from merger.evaluation.model_host import Bench
 
     document = overridden(read(path), overrides)
     settings = search_of(document)
@@ -83,8 +78,7 @@ def search(
         for space in variants.values():
             tasks.check_apart(example(space), (*split.search, *split.report))
     folder = to or path.with_name(f"{path.stem}.search")
-    how = Way.of(section.dtype, device, max_memory, offline, trust_remote_code, progress, notice)
-    with Bench(how) as bench:
+    with Bench(options, section.dtype) as bench:
         one = _Search(settings, section, family, split, bench)
         folder.mkdir(parents=True, exist_ok=True)
         record = Record(folder / "trials.jsonl", one.decisive(document), force=force)
@@ -134,7 +128,7 @@ class _Search:
         from merger.planning.planner import open_models
 
         said = {**document.value, "output": None, "search": {**document.value.get("search", {}), "trials": None}}
-        models = open_models(self.family, offline=self.bench.way.offline, headers_only=False)
+        models = open_models(self.family, offline=self.bench.options.offline, headers_only=False)
         try:
             inputs = {label: fingerprint(model) for label, model in models.items()}
         finally:
@@ -162,12 +156,12 @@ class _Search:
             return value, values, merged - began, time.monotonic() - merged
 
         strategy = STRATEGIES[self.settings.strategy](space, self.settings.seed)
-        say, limit = self.bench.way.notice, self.settings.trials
+        say, limit = self.bench.options.notice, self.settings.trials
         so_far: list[Trial] = []
         for trial in explore(variant, space, strategy, limit, record, judged, say):
             so_far.append(trial)
             say(results.line(trial, best_of(so_far), limit, self.settings.objective))
-            self.bench.way.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
+            self.bench.options.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
             yield trial
 
     def report(
