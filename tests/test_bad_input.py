@@ -373,7 +373,7 @@ CHECKPOINTS = [  # all end in exit code 3
         both(tensors("code", Q=None), added("rules: [{tensors: q_proj, use: code}]")),
         f"code: has no {Q}, which a rule takes from it"),
     ("whole numbers for floats", tensors("code", Q=torch.ones(4, 4, dtype=torch.int32)),
-        f"code: {Q} holds I32, but F32 in base"),
+        f"code: is quantised ({Q} is I32); merge the 16- or 32-bit"),
     ("fp8", tensors("math", Q=torch.ones(4, 4).to(torch.float8_e4m3fn)),
         f"math: is quantised ({Q} is F8_E4M3); merge the 16- or 32-bit"),
     ("GPTQ by its config", tensors("code", {**CONFIG, "quantization_config": {"quant_method": "gptq"}}),

@@ -101,6 +101,43 @@ def test_the_manifest_names_every_source_by_its_hash(place):
     assert record["recipe"]["calibration"]["data"]["upper"][1] == {"file": "shift.jsonl", "samples": 3, "fields": {}}
 
 
+def test_statistics_are_made_again_for_weights_with_another_activation(place):
+    merger.merge(recipe(place))
+    before = {path.name for path in (place / "cache").glob("*.stats.safetensors")}
+    config = place / "models" / "upper" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_bytes()), "hidden_act": "gelu"}))
+    merger.merge(recipe(place, output="again"))
+    made = {path.name for path in (place / "cache").glob("*.stats.safetensors")} - before
+    assert len(made) == 1
+    assert weights(place, "again") != weights(place)
+
+
+def test_a_statistics_file_is_refused_for_weights_with_another_activation(place):
+    files = merger.calibrate(recipe(place), to=place / "stats")
+    config = place / "models" / "upper" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_bytes()), "hidden_act": "gelu"}))
+    stats = {name: f"stats/{path.name}" for name, path in files.items()}
+    with pytest.raises(CheckpointError, match=r"was made for another model \(weights or config.json\)"):
+        merger.merge(recipe(place, calibration={"stats": stats}))
+
+
+def test_the_manifest_names_the_scores_that_depend_on_where_text_went_through(place):
+    merger.merge(recipe(place))
+    assert manifest(place)["device-dependent"] == ["obm"]
+    assert manifest(place)["versions"]["transformers"] == transformers.__version__
+
+
+def test_the_manifest_names_no_score_where_files_hold_the_statistics(place):
+    files = merger.calibrate(recipe(place), to=place / "stats")
+    merger.merge(recipe(place, calibration={"stats": {name: f"stats/{path.name}" for name, path in files.items()}}))
+    assert manifest(place)["device-dependent"] == []
+    assert "transformers" not in manifest(place)["versions"]
+
+
+def manifest(place):
+    return json.loads((place / "out" / "merger.json").read_bytes())
+
+
 def test_with_statistics_files_a_merge_needs_no_text_and_no_forward_pass(place, monkeypatch):
     merger.merge(recipe(place))
     files = merger.calibrate(recipe(place), to=place / "stats")

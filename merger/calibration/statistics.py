@@ -198,7 +198,7 @@ def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.Key]:
     given = plan.recipe.calibration
     if given is None or not plan.runs_models:
         return {}
-    in_files = {} if any(item.follows_merge for item in plan.inputs) else given.stats
+    in_files = {} if plan.follows_merge else given.stats
     return {name: _samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
 
 

@@ -97,8 +97,8 @@ def decisive_inputs(prepared: Prepared, statistics: Mapping[str, str]) -> dict[s
     """
     plan = prepared.plan
     keys = statistics_keys(plan, prepared.options) if block_providers(plan) else {}
-    grams = {f"Gram matrices of {name}": key.folder_name() for name, key in keys.items()}
-    return decisive(plan, prepared.machine.device, {**origins(plan), **grams, **statistics})
+    blocks = {f"inputs of blocks of {name}": key.folder_name() for name, key in keys.items()}
+    return decisive(plan, prepared.machine.device, {**origins(plan), **blocks, **statistics})
 
 
 @contextmanager

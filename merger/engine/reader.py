@@ -70,7 +70,7 @@ class PartSlices:
     def room(self) -> AbstractContextManager[None]:
         """Memory of the device for a part that is merged in one piece; slices are small enough to need no leave."""
         machine = self._reader.machine
-        size = slice_bytes(self.tensor, self.part, len(self._reader.plan.models) - 1)
+        size = slice_bytes(self._reader.plan, self.tensor, self.part)
         return machine.rooms[machine.device].taken(size) if self.count == 1 else nullcontext()
 
     def read(self, i: int) -> tuple[Tensor, Slice]:

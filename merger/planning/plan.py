@@ -187,12 +187,16 @@ class Plan:
 
     @property
     def runs_models(self) -> bool:
-        """Whether text goes through an expert, because no file of the recipe has the inputs that stages take."""
+        """Whether text goes through some expert, since stages take inputs that no file of the recipe holds."""
         calibration = self.recipe.calibration
-        if calibration is None or not any(stage_input.needs_text for stage_input in self.inputs):
+        if calibration is None or not any(item.needs_text for item in self.inputs):
             return False
-        follows_merge = any(stage_input.follows_merge for stage_input in self.inputs)
-        return follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
+        return self.follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
+
+    @property
+    def follows_merge(self) -> bool:
+        """Whether some inputs are made behind the merged blocks, so that no file can hold them."""
+        return any(item.follows_merge for item in self.inputs)
 
     def close(self) -> None:
         """Closes the inputs."""
