@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from merger.checkpoint.safetensors_header import Info
@@ -100,12 +101,12 @@ def stored_copies(tensors: Mapping[str, Info], candidates: Sequence[str], equal:
     same bits, as T5's table under the names shared, encoder.embed_tokens and decoder.embed_tokens.
     """
     copies: dict[str, str] = {}
-    places: dict[tuple[Any, ...], str] = {}
+    places: dict[tuple[int, Path | None], str] = {}
     for name in dict.fromkeys((*candidates, *tensors)):
         info = tensors[name]
-        if info.file is not None and info.elements:
-            first = places.setdefault((info.offset, info.file, info.dtype, info.shape, info.strides), name)
-            copies |= {} if first == name or equal(first, name) is False else {name: first}  # an adapter may differ
+        first = places.setdefault((info.offset, info.file), name)
+        if first != name and _same_place(info, tensors[first]) and equal(first, name) is not False:
+            copies[name] = first  # if an adapter does not change one of the two
     for index, name in enumerate(candidates):
         originals = (n for n in candidates[:index] if n not in copies and _alike(tensors[n], tensors[name]))
         original = None if name in copies else next((n for n in originals if equal(n, name)), None)
@@ -119,4 +120,4 @@ def _alike(info: Info, twin: Info) -> bool:
 
 def _same_place(info: Info, twin: Info) -> bool:
     """Whether two tensors are the same bytes of the same file."""
-    return info.file is not None and info == twin
+    return info.file is not None and info == twin and info.elements > 0
