@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapters import PREFIX, Adapters
 from checkpoints import load, same_bits
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny_models import gpt2, llama, t5
 
@@ -84,6 +85,21 @@ def test_a_head_that_the_adapter_leaves_behind_is_said(adapters):
     _, tensors, notes = made.merged()
     assert same_bits(tensors["lm_head.weight"], load(made.folder / "base")["model.embed_tokens.weight"])
     assert [note for note in notes if note.startswith("a: lm_head.weight differs from model.embed_tokens.weight")]
+
+
+def test_lora_in_the_blocks_of_an_encoder_decoder_leaves_its_table_alone(tmp_path):
+    torch.manual_seed(0)
+    t5().save_pretrained(tmp_path / "base")
+    model = get_peft_model(t5().from_pretrained(tmp_path / "base"), LoraConfig(r=4, target_modules=["q", "wo"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "lora")
+    merged = model.merge_and_unload().state_dict()
+    with open_checkpoint("base", "lora", label="a", folder=tmp_path) as adapted:
+        assert adapted.tensors.keys() == load(tmp_path / "base").keys()
+        for name in adapted.tensors:
+            torch.testing.assert_close(adapted.read(name), merged[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_a_tied_table_that_has_further_names_is_not_changed_alone(tmp_path):
