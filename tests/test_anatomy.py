@@ -6,7 +6,7 @@ import pytest
 from architectures import ALL, BEFORE, described, expected
 
 from merger.checkpoint.anatomy import study
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 
 architectures = pytest.mark.parametrize("architecture", ALL.values(), ids=ALL)
 

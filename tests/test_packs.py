@@ -11,7 +11,7 @@ from checkpoints import llama, load, save
 from tiny import bits, merge, tensor
 
 import merger as merger_package
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.engine.merge import merge as run
 from merger.errors import CheckpointError, RecipeError
 from merger.inspection import inspect_merge

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 
 _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed|embed_tokens|embed_positions|embed_in|wte|wpe|shared|(?:\w+_)?embeddings?|"

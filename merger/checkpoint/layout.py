@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merger.checkpoint.checkpoint import SINGLE
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.checkpoint.formats.safetensors import encode_header
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,10 @@ def layout(tensors: Sequence[tuple[str, Info]], shard_size: int, whole: str = SI
 
 
 def _shard(file: str, tensors: list[tuple[str, Info]]) -> Shard:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # widest numbers first, so that every tensor lies at a multiple of its own width
-    ordered = sorted(tensors, key=lambda each: -ITEM_SIZE[each[1].dtype])
-    offsets, position = {}, 0
-    for name, info in ordered:
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [position, position + info.nbytes],
-        }
-        offsets[name] = position
-        position += info.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    placed = {name: start + offset for name, offset in offsets.items()}
-    return Shard(file, len(text).to_bytes(8, "little") + text, placed, start + position)
+    ordered = dict(sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor[1].dtype]))
+    header, offsets = encode_header(ordered)
+    return Shard(file, header, offsets, len(header) + sum(info.nbytes for info in ordered.values()))
 
 
 def index_name(shards: Sequence[Shard]) -> str:

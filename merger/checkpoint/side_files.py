@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from merger.checkpoint.writer import write_bytes
+from merger.checkpoint.files import write_bytes
 from merger.errors import UnreadableError
 
 # what transformers reads beside config and weights; licences and code are the user's to copy

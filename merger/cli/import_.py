@@ -24,7 +24,7 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Make a recipe of a mergekit configuration, or say which of its keys have no equivalent."""
-    from merger.checkpoint.writer import write_text
+    from merger.checkpoint.files import write_text
     from merger.recipe.document import read
     from merger.recipe.mergekit import import_mergekit
 

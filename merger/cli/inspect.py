@@ -54,7 +54,7 @@ def inspect(
 ) -> None:
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
-    from merger.checkpoint.writer import write_text
+    from merger.checkpoint.files import write_text
     from merger.inspection import conditions, plots, tables
     from merger.inspection import html as page
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
 from merger.calibration.statistics import Merged, Statistics, load
-from merger.checkpoint.safetensors_header import TORCH_NAMES
+from merger.checkpoint.tensor_info import TORCH_NAMES
 from merger.engine.machine import Machine, dealt, tuned
 from merger.engine.memory import SLICE, slice_rows
 from merger.engine.reader import Reader, rounded

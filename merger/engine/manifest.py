@@ -18,7 +18,7 @@ from merger.recipe.recipe import portable_location
 
 if TYPE_CHECKING:
     from merger.checkpoint.checkpoint import Checkpoint
-    from merger.checkpoint.safetensors_header import Info
+    from merger.checkpoint.tensor_info import Info
     from merger.planning.plan import Plan, TensorPlan
     from merger.recipe.recipe import Source
 

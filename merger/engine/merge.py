@@ -17,9 +17,11 @@ from merger.calibration.statistics import Options, grams, keep_grams, origin, so
 from merger.calibration.statistics import calibrate as statistics_files
 from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import PACKED, SINGLE
+from merger.checkpoint.files import json_bytes, write_bytes, write_json, write_text
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, check_output, json_bytes, write_bytes, write_json, write_text
+from merger.checkpoint.placement import check_output
+from merger.checkpoint.writer import Writer
 from merger.engine.loop import Blocks, Loop, Progress, Sink
 from merger.engine.machine import Machine, peak_device_memory, peak_memory
 from merger.engine.manifest import RECORD, decisive, record_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.calibration.statistics import Statistics, inputs_of
-from merger.checkpoint.safetensors_header import TORCH_NAMES
+from merger.checkpoint.tensor_info import TORCH_NAMES
 from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, slice_rows
 from merger.engine.transfer import buffer, sent

@@ -19,8 +19,8 @@ from merger.calibration.model import build
 from merger.calibration.statistics import Merged, Options, Statistics, grams
 from merger.calibration.statistics import calibrate as statistics_files
 from merger.calibration.weights import Loader
-from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.tensor_info import Info, torch_dtype
 from merger.engine.loop import Block, Progress
 from merger.engine.machine import Machine, chosen_devices
 from merger.engine.merge import carry_out

@@ -16,8 +16,8 @@ from merger.calibration.statistics import sources
 from merger.checkpoint import hub
 from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.files import json_bytes, write_json
 from merger.checkpoint.hashes import digest, note, noted, sha256
-from merger.checkpoint.writer import json_bytes, write_json
 from merger.engine.loop import Progress
 from merger.engine.manifest import RECORD, differing, fates, portable, sources_of, versions
 from merger.errors import MergerError, RecipeError

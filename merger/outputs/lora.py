@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -18,11 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from merger._lazy import torch
 from merger.checkpoint.adapter import CONFIG
 from merger.checkpoint.anatomy import Anatomy, study
+from merger.checkpoint.files import write_json
 from merger.checkpoint.folder import ADAPTER
+from merger.checkpoint.growing_file import GrowingFile
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.writer import check_output, partial_of, write_json
+from merger.checkpoint.output import Output
+from merger.checkpoint.placement import check_output
 from merger.engine.machine import tuned
-from merger.errors import CheckpointError, RecipeError, ResourceError
+from merger.errors import CheckpointError, RecipeError
 from merger.ops.linalg import Factors, strongest, svd
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many matrices of how many are done."""
+"""Hears the name of the work, and how many matrices of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,15 @@ class LoraExtraction:
 
 
 class _Kept(NamedTuple):
-    """What one matrix's factors keep: their rank, and squared norms of its change and of what is left of it."""
+    """What one matrix's factors keep: their rank, and squared norms of its change and of what they leave out."""
 
     rank: int
     change: float
-    left: float
+    left_out: float
+
+
+Cut = Callable[["Tensor"], tuple["Tensor", "Tensor", _Kept]]
+"""Cuts a change [out, in] to lora_A [r in] and lora_B [out r]."""
 
 
 def extract_lora(
@@ -80,10 +86,10 @@ def extract_lora(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> LoraExtraction:
-    """Writes the change from ``base`` to ``model`` as a LoRA adapter into the folder ``output``, whole or not at all.
+    """Writes the change from ``base`` to ``model`` as a LoRA adapter into ``output``, which appears complete.
 
     Each linear layer gets the factors of rank ``rank`` nearest to its change, or of the least rank that keeps the
-    share ``energy`` of its squared norm. Other tensors that changed are left out and told. Raises a `MergerError`.
+    share ``energy`` of its squared norm. Other tensors that changed are left out and reported. Raises a `MergerError`.
     """
     if (rank is None) == (energy is None):
         raise RecipeError("give either a rank or an energy")
@@ -92,15 +98,33 @@ def extract_lora(
             opened.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=offline))
             for label, source in (("base", base), ("model", model))
         ]
-        check_output(output, [each.directory for each in models], force=force)
+        check_output(output, [checkpoint.directory for checkpoint in models], force=force)
         modules = _modules(models[0], trust_remote_code)
         _check_alike(*models)
         factor = partial(strongest, rank=rank) if rank is not None else partial(_of_energy, share=float(energy or 0))
-        with tuned(), _AdapterFile(output, modules.values()) as file:
-            found = _extract(models[0], models[1], modules, file, partial(_cut, factor, rank or 1), progress or _silent)
-            write_json(file.folder / CONFIG, _config(base, file.ranks, study(models[0].tensors, models[0].config)))
-            file.finish(force=force)
-    return LoraExtraction(str(output), file.parameters, **found)
+        cut = partial(_cut, factor, rank or 1)
+        folder = Output(output, {"base": base, "model": model, "adapter": f"rank {rank}, energy {energy}"})
+        try:
+            folder.open(force=force)
+            report = _write(folder.folder, base, models, modules, cut, progress or _silent)
+            folder.finish(force=force)
+        except BaseException:
+            folder.abandon()
+            raise
+    return LoraExtraction(str(output), **report)
+
+
+def _write(
+    folder: Path, source: str, models: Sequence[Checkpoint], modules: Mapping[str, str], cut: Cut, progress: Progress
+) -> dict[str, Any]:
+    """Writes the two files of an adapter for the base ``source``; the fields of a `LoraExtraction` about them."""
+    base, model = models
+    with tuned(), closing(GrowingFile(folder / ADAPTER[0], _room(modules.values()))) as file:
+        report = _extract(base, model, modules, file, cut, progress)
+        file.finish()
+    ranks = {module: file.tensors[_factor_name(module, "A")].shape[0] for module in modules.values()}
+    write_json(folder / CONFIG, _config(source, ranks, study(base.tensors, base.config)))
+    return {"parameters": sum(info.elements for info in file.tensors.values()), **report}
 
 
 def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
@@ -138,35 +162,37 @@ def _extract(
     base: Checkpoint,
     model: Checkpoint,
     modules: Mapping[str, str],
-    file: _AdapterFile,
-    cut: Callable[[Tensor], tuple[Tensor, Tensor, _Kept]],
+    file: GrowingFile,
+    cut: Cut,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Sends every matrix's factors to the file, several side by side; what an `LoraExtraction` says of them."""
+    """Sends every matrix's factors to the file, several side by side; the fields of a `LoraExtraction` about them."""
     anatomy = study(base.tensors, base.config)
     rest = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
-    others = {name: _square(_change(base, model, name, anatomy)) for name in rest}
+    beside = {name: _square(_change(base, model, name, anatomy)) for name in rest}
     layers: dict[str, list[_Kept]] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1, "merger-lora") as pool:
         cuts = pool.map(lambda name: cut(_change(base, model, name, anatomy)), modules)
         for done, (name, (down, up, kept)) in enumerate(zip(modules, cuts, strict=True), 1):
-            file.add(modules[name], down, up)
+            file.append(_factor_name(modules[name], "A"), down)
+            file.append(_factor_name(modules[name], "B"), up)
             layers.setdefault(anatomy.unit(name), []).append(kept)
             progress("factoring", done, len(modules))
-    every = [kept for several in layers.values() for kept in several]
-    changed, left, beside = sum(k.change for k in every), sum(k.left for k in every), sum(others.values())
+    matrices = [kept for layer in layers.values() for kept in layer]
+    changed, left_out = sum(kept.change for kept in matrices), sum(kept.left_out for kept in matrices)
+    total = changed + sum(beside.values())
     return {
-        "layers": {unit: _layer(several) for unit, several in layers.items()},
-        "error": _share(left, changed),
-        "whole_error": _share(left + beside, changed + beside),
-        "left_out": {name: square / (changed + beside) for name, square in others.items() if square},
+        "layers": {unit: _layer(layer) for unit, layer in layers.items()},
+        "error": _share(left_out, changed),
+        "whole_error": _share(left_out + sum(beside.values()), total),
+        "left_out": {name: square / total for name, square in beside.items() if square},
     }
 
 
-def _layer(several: Sequence[_Kept]) -> Layer:
-    ranks = [kept.rank for kept in several]
-    error = _share(sum(kept.left for kept in several), sum(kept.change for kept in several))
-    return Layer(len(several), (min(ranks), max(ranks)), error)
+def _layer(matrices: Sequence[_Kept]) -> Layer:
+    ranks = [kept.rank for kept in matrices]
+    error = _share(sum(kept.left_out for kept in matrices), sum(kept.change for kept in matrices))
+    return Layer(len(matrices), (min(ranks), max(ranks)), error)
 
 
 def _share(part: float, of: float) -> float:
@@ -210,84 +236,31 @@ def _silent(*_: object) -> None:
 # --- the adapter's files ----------------------------------------------------------------------------
 
 
+def _factor_name(module: str, factor: str) -> str:
+    """What peft calls lora_A or lora_B of a module."""
+    return f"base_model.model.{module}.lora_{factor}.weight"
+
+
+def _room(modules: Collection[str]) -> int:
+    """Bytes that the header of the factors' file takes at most."""
+    return 64 + sum(2 * (len(json.dumps(module)) + 140) for module in modules)
+
+
 def _config(base: str, ranks: Mapping[str, int], anatomy: Anatomy) -> dict[str, Any]:
     """adapter_config.json as peft reads it: a scale of 1 for every layer, whatever its rank."""
     rank = max(ranks.values())
-    others = {module: own for module, own in ranks.items() if own != rank}
+    exceptions = {module: lower for module, lower in ranks.items() if lower != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": exceptions,
+        "alpha_pattern": exceptions,
         "target_modules": sorted(ranks),
         "fan_in_fan_out": bool(anatomy.conv1d),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-
-
-class _AdapterFile:
-    """A folder in the making whose weight file takes factors as they come; gone on leaving unless it was finished.
-
-    A safetensors header stands before the data and is known last, so room is left for it.
-    """
-
-    def __init__(self, output: Path, modules: Collection[str]) -> None:
-        self.output, self.folder = output, partial_of(output)
-        self.ranks: dict[str, int] = {}
-        self.parameters = 0
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._room = 64 + sum(2 * (len(json.dumps(module)) + 140) for module in modules)
-        try:
-            if self.folder.is_dir():  # of a run that was killed
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
-            self._file = (self.folder / ADAPTER[0]).open("wb")
-        except OSError as error:
-            raise ResourceError(f"{self.folder}: cannot be made: {error.strerror}") from None
-
-    def __enter__(self) -> _AdapterFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def add(self, module: str, down: Tensor, up: Tensor) -> None:
-        """Writes the two factors of a module."""
-        self.ranks[module] = len(down)
-        for factor, values in (("lora_A", down), ("lora_B", up)):
-            start, end = 4 * self.parameters, 4 * (self.parameters + values.numel())
-            self._header[f"base_model.model.{module}.{factor}.weight"] = {
-                "dtype": "F32",
-                "shape": list(values.shape),
-                "data_offsets": [start, end],
-            }
-            self._write(8 + self._room + start, values.numpy().tobytes())
-            self.parameters += values.numel()
-
-    def _write(self, position: int, content: bytes) -> None:
-        try:
-            self._file.seek(position)
-            self._file.write(content)
-        except OSError as error:
-            raise ResourceError(f"{self.folder}: cannot be written: {error.strerror}") from None
-
-    def finish(self, *, force: bool) -> None:
-        """Writes the header and gives the folder its name; what ``force`` replaces is gone only after that."""
-        text = json.dumps(self._header, separators=(",", ":")).encode()
-        self._write(0, self._room.to_bytes(8, "little") + text.ljust(self._room))
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            old = self.output.with_name(f"{self.output.name}.old")
-            if force and self.output.is_dir():
-                self.output.rename(old)
-            self.folder.rename(self.output)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise ResourceError(f"{self.output}: cannot be written: {error.strerror}") from None

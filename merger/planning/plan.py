@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
 from merger.planning.packed import Packed

@@ -9,7 +9,7 @@ from typing import Any
 from merger.checkpoint.anatomy import Anatomy, study, text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info
+from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
 from merger.pipeline.registry import entry_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merger.checkpoint.writer import write_text
+from merger.checkpoint.files import write_text
 from merger.evaluation import tables
 from merger.evaluation.search.loop import Trial
 from merger.evaluation.search.space import Space

@@ -1,0 +1,92 @@
+"""Single files: written beside a checkpoint in the making, or replaced in one step where merger wrote the old one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from merger.checkpoint.disk import disk_error, sync
+from merger.errors import RecipeError
+
+MARK = "written by merger"
+"""What a file says of itself whose name alone does not tell who wrote it: a page, a picture, a report."""
+
+_SEARCHED = 64 << 10  # bytes at the beginning and at the end of a file in which its mark stands
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON that people can read, the same bytes for the same value."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file of a folder in the making."""
+    write_bytes(path, json_bytes(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8 of a folder in the making."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file of a folder in the making; ResourceError if the disk fails."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise disk_error(path, error, len(content)) from None
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file says that merger wrote it."""
+    with path.open("rb") as file:
+        beginning = file.read(_SEARCHED)
+        file.seek(max(0, path.stat().st_size - _SEARCHED))
+        return MARK.encode() in beginning or MARK.encode() in file.read()
+
+
+def check_replaceable(path: Path, name: str, is_ours: Callable[[Path], bool] = is_marked) -> None:
+    """RecipeError unless a file can be written at ``path``, replacing at most one that merger wrote.
+
+    ``name`` is what messages call it; ``is_ours`` tells whether merger wrote a file.
+    """
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            raise RecipeError(f"{name}: expected a file in a folder that is there")
+        if path.is_file() and not is_ours(path):
+            raise RecipeError(f"{name}: is there already, and merger did not write it; give another name, or move it")
+    except OSError as error:
+        raise RecipeError(f"{name}: cannot be used: {error.strerror}") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a new file's name beside ``path``, which takes its place when the block ends, complete and on disk.
+
+    Symbolic links are followed; a pipe or a device is given as it is. If anything fails, ``path`` is as it was.
+    Raises ResourceError if the disk fails.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    new = target.with_name(f".{secrets.token_hex(4)}.partial{target.suffix}")
+    try:
+        yield new
+        sync(new)
+        os.replace(new, target)
+    except OSError as error:
+        raise disk_error(path, error) from None
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file in one step, over one that may be replaced."""
+    with replacing(path) as new:
+        write_text(new, text)
