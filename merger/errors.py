@@ -8,16 +8,22 @@
     ├── ResourceError    4   not enough disk or memory
     └── VerifyError      5   an output is not what its manifest says
 
-Anything else that escapes is a defect of merger and keeps its traceback.
+What torch or the system raises under a command has a line and one of these codes too (merger/cli/_failures.py).
+Anything else that escapes is a defect of merger: it keeps its traceback, and the command ends in `DEFECT`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+DEFECT = 70
+"""Exit code of a command that ends in a traceback."""
 INTERRUPTED = 130
 """Exit code of a run that was stopped by SIGINT or SIGTERM."""
+CLOSED_PIPE = 141
+"""Exit code of a command whose output nobody reads any more, as the shell gives it for SIGPIPE."""
 
 
 class MergerError(Exception):
@@ -60,6 +66,22 @@ class VerifyError(MergerError):
     """A written model differs from its manifest."""
 
     exit_code = 5
+
+
+class BrokenMethodWarning(UserWarning):
+    """A file among the methods cannot be used; all others can."""
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Adds a place, such as a tensor's name, to an exception of torch or the system that escapes the block."""
+    try:
+        yield
+    except MergerError:
+        raise
+    except Exception as error:
+        error.add_note(place)
+        raise
 
 
 def printable(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,16 +51,17 @@ def is_marked(path: Path) -> bool:
         return MARK.encode() in beginning or MARK.encode() in file.read()
 
 
-def check_replaceable(path: Path, name: str, is_ours: Callable[[Path], bool] = is_marked) -> None:
-    """RecipeError unless a file can be written at ``path``, replacing at most one that merger wrote.
+def check_replaceable(path: Path, name: str = "", is_ours: Callable[[Path], bool] = is_marked) -> None:
+    """RecipeError unless a file can be written at ``path``, replacing at most an empty file or one that merger wrote.
 
-    ``name`` is what messages call it; ``is_ours`` tells whether merger wrote a file.
+    ``name`` is what messages call the file, if not by its path; ``is_ours`` tells whether merger wrote it.
     """
+    name = name or str(path)
     try:
         if path.is_dir() or not path.parent.is_dir():
             raise RecipeError(f"{name}: expected a file in a folder that is there")
-        if path.is_file() and not is_ours(path):
-            raise RecipeError(f"{name}: is there already, and merger did not write it; give another name, or move it")
+        if path.is_file() and path.stat().st_size and not is_ours(path):
+            raise RecipeError(f"{name}: is there already, and merger did not write it; move it, or choose another name")
     except OSError as error:
         raise RecipeError(f"{name}: cannot be used: {error.strerror}") from None
 
@@ -71,19 +73,22 @@ def replacing(path: Path) -> Iterator[Path]:
     Symbolic links are followed; a pipe or a device is given as it is. If anything fails, ``path`` is as it was.
     Raises ResourceError if the disk fails.
     """
-    target = path.resolve()
-    if target.exists() and not target.is_file():
-        yield target
+    if path.exists() and not path.is_file():
+        yield path
         return
-    new = target.with_name(f".{secrets.token_hex(4)}.partial{target.suffix}")
     try:
-        yield new
-        sync(new)
-        os.replace(new, target)
+        target = path.resolve()
+        new = target.with_name(f".{secrets.token_hex(4)}.partial{target.suffix}")
+        try:
+            yield new
+            if target.exists():
+                shutil.copymode(target, new)
+            sync(new)
+            os.replace(new, target)
+        finally:
+            new.unlink(missing_ok=True)
     except OSError as error:
         raise disk_error(path, error) from None
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

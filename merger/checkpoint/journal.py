@@ -85,8 +85,8 @@ class Journal:
             raise ResourceError(f"{self.folder}: cannot be read: {error.strerror}") from None
         strangers = sorted(names - {NAME, OWNER, MODEL, REPLACED})
         if not begun or strangers:
-            holding = f" with {strangers[0]} in it" if strangers else ""
-            raise RecipeError(f"{self.folder}: is there already{holding}, and no run of merger left it; move it away")
+            holding = f" (it holds {strangers[0]})" if strangers else ""
+            raise RecipeError(f"{self.folder}: is there already, and no run of merger left it; move it away{holding}")
 
     def _claim(self, file: int) -> None:
         """Locks the journal, if the file is still in its place: a run at its end removes it."""

@@ -15,7 +15,7 @@ from merger.cli._terminal import make_console
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo is written.")] = Path("demo"),
     device: Device = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make an earlier demo again.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

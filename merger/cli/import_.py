@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._terminal import print_document
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Make a recipe of a mergekit configuration, or say which of its keys have no equivalent."""
-    from merger.checkpoint.files import write_text
+    from merger.checkpoint.files import replace_text
     from merger.recipe.document import read
     from merger.recipe.mergekit import import_mergekit
 
@@ -39,9 +40,9 @@ def import_(
         print(f"note: {note}", file=sys.stderr)
     text = imported.written(config.name)
     if output is None:
-        print(text, end="")
+        print_document(text)
     else:
-        write_text(output, text)
+        replace_text(output, text)
 
 
 def _from(start: Path, path: str) -> str:

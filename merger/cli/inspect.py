@@ -54,15 +54,15 @@ def inspect(
 ) -> None:
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
-    from merger.checkpoint.files import write_text
+    from merger.checkpoint.files import check_replaceable, replace_text
     from merger.inspection import conditions, plots, tables
     from merger.inspection import html as page
 
     wanted = [conditions.parse(text) for text in fail_if]
     if overrides and (base is not None or what.is_dir()):
         raise RecipeError(f"--set changes a recipe, and {what} is none")
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
-        raise RecipeError(f"--html {html}: expected a file in a folder that is there")
+    if html is not None:
+        check_replaceable(html, f"--html {html}")
     if plot is not None:
         plots.check(plot)
     looks = {
@@ -82,7 +82,7 @@ def inspect(
             common |= {"offline": offline, "device": device, "trust_remote_code": trust_remote_code}
             seen = inspection.inspect(loaded, **common)
     if html is not None:
-        write_text(html, page.page(seen))
+        replace_text(html, page.page(seen))
     if plot is not None:
         plots.write(seen, plot)
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
@@ -15,6 +14,7 @@ from typing import Any
 
 from merger.calibration.statistics import Options, grams, keep_grams, origin, sources
 from merger.calibration.statistics import calibrate as statistics_files
+from merger.calibration.statistics_files import copy
 from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.files import json_bytes, write_bytes, write_json, write_text
@@ -166,11 +166,7 @@ def calibrate(
         plan.close()
     if to is None:
         return paths
-    to.mkdir(parents=True, exist_ok=True)
-    copies = {name: to / f"{name}.stats.safetensors" for name in paths}
-    for name, path in paths.items():
-        shutil.copyfile(path, copies[name])
-    return copies
+    return copy(paths, to)
 
 
 def _check_grams(plan: Plan) -> None:

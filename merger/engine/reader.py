@@ -14,7 +14,7 @@ from merger.checkpoint.tensor_info import TORCH_NAMES
 from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, slice_rows
 from merger.engine.transfer import buffer, sent
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, naming
 from merger.ops import kernels
 from merger.ops.questions import Flow, Max, Sum
 from merger.ops.rounding import restored
@@ -93,9 +93,10 @@ class Reader:
 
         sizes = Sizes(elements, self.sizes[tensor.group])
         rehearse = partial(self._rehearsed, tensor, part, subject) if count >= MANY else tuple
-        return run(
-            count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper, rehearse=rehearse
-        )
+        with naming(tensor.name):
+            return run(
+                count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper, rehearse=rehearse
+            )
 
     def _rehearsed(self, tensor: TensorPlan, part: Part, subject: Subject) -> list[Any]:
         """What the stages find after each guess of a sample: `PLACES` groups of rows, a share of the whole together."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merger.checkpoint.files import MARK, check_replaceable, replacing
 from merger.errors import RecipeError
 from merger.evaluation.scores import Comparison
 
@@ -14,8 +15,7 @@ def check_plot(path: Path | None) -> None:
     """RecipeError if a picture was asked for that cannot be drawn there."""
     if path is None:
         return
-    if path.is_dir() or not path.parent.is_dir():
-        raise RecipeError(f"--plot {path}: expected a file in a folder that is there")
+    check_replaceable(path, f"--plot {path}")
     figure = _figure(1, 1)
     formats = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in formats:
@@ -41,7 +41,7 @@ def plot_comparison(found: Comparison, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("share of the experts' gains that is kept, with 95 % intervals")
     axes.legend()
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_trials(values: Mapping[str, Sequence[float | None]], objective: str, path: Path) -> None:
@@ -58,7 +58,14 @@ def plot_trials(values: Mapping[str, Sequence[float | None]], objective: str, pa
     axes.set_xlabel("trial")
     axes.set_ylabel(objective)
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes the picture; one in a format that can hold no mark is never replaced later."""
+    markable = path.suffix.lower() in (".eps", ".pdf", ".png", ".ps", ".svg")
+    with replacing(path) as new:
+        figure.savefig(new, metadata={"Creator": MARK} if markable else None)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from merger.checkpoint.files import MARK
 from merger.inspection.figures import Chart, Heatmap, Line, by_layer, charts, matrices
 from merger.inspection.report import Facts, Inspection, Merged, Picture, View
 from merger.inspection.tables import number
@@ -75,7 +76,10 @@ def page(seen: Inspection) -> str:
         *(_view(view, [each for each in seen.pictures if each.view == view.name]) for view in seen.views),
     ]
     head = f"<title>{title[seen.subject]}</title><style>{STYLE}</style>"
-    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    meta = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta name="generator" content="{MARK}">'
+    )
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{meta}{head}</head>\n<body>\n{body}\n</body></html>\n'
 

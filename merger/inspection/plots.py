@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from merger.checkpoint.files import MARK, check_replaceable, replacing
 from merger.errors import RecipeError
 from merger.inspection.figures import Chart, Heatmap, by_layer, charts, matrices
 from merger.inspection.report import Inspection, Picture
@@ -20,13 +21,21 @@ LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b08d00", "#333333")
 MARKS = ("o", "s", "^", "D", "x", "+")
 """Beside their colours, so that no line is known by that alone."""
 
+KINDS: dict[str, dict[str, str | None]] = {"png": {"Creator": MARK}, "svg": {"Creator": MARK, "Date": None}}
+"""The files of a figure, and what they say of themselves: no date, so that the same figure has the same bytes."""
+
 
 def check(folder: Path) -> None:
-    """RecipeError if nothing can be plotted, or not to there; asked before anything is read."""
+    """RecipeError if nothing can be plotted, or not to there; asked before anything is read.
+
+    A folder with a picture that merger did not draw is refused, for a figure might have its name.
+    """
     if find_spec("matplotlib") is None:
         raise RecipeError("--plot needs matplotlib, which is not installed: pip install 'merger[plot]', or matplotlib")
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"--plot {folder}: expected a folder, or a name for one")
+    for picture in (path for kind in KINDS for path in sorted(folder.glob(f"*.{kind}"))):
+        check_replaceable(picture, f"--plot {folder}: {picture.name}")
 
 
 def write(seen: Inspection, folder: Path) -> list[Path]:
@@ -37,9 +46,10 @@ def write(seen: Inspection, folder: Path) -> list[Path]:
     files = []
     with matplotlib.rc_context({"svg.hashsalt": "merger", "svg.fonttype": "none", "font.size": 9}):
         for name, figure in _figures(seen):
-            for kind, metadata in (("png", {}), ("svg", {"Date": None})):  # no date: the same bytes each time
+            for kind, metadata in KINDS.items():
                 file = folder / f"{file_name(name)}.{kind}"
-                figure.savefig(file, dpi=150, metadata=metadata, facecolor="white")
+                with replacing(file) as new:
+                    figure.savefig(new, dpi=150, metadata=metadata, facecolor="white")
                 figure.set_layout_engine("none")  # found for the first, it serves the second
                 files.append(file)
     return files

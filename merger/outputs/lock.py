@@ -16,7 +16,7 @@ from merger.calibration.statistics import sources
 from merger.checkpoint import hub
 from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.files import json_bytes, write_json
+from merger.checkpoint.files import check_replaceable, json_bytes, replacing, write_json
 from merger.checkpoint.hashes import digest, note, noted, sha256
 from merger.engine.loop import Progress
 from merger.engine.manifest import RECORD, differing, fates, portable, sources_of, versions
@@ -33,10 +33,13 @@ _PARTS = ("versions", "recipe", "inputs", "calibration", "files", "tensors")
 def lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> dict[str, Any]:
     """Writes to ``path`` what the recipe comes to: defaults spelled out, inputs by commit and SHA-256, versions.
 
-    Of a Hub repository only configs and headers are fetched.
+    Of a Hub repository only configs and headers are fetched. A file that is there is replaced if it is a lock.
     """
+    target = Path(path)
+    check_replaceable(target, is_ours=_is_lock)
     content = _resolved(recipe, offline=offline)
-    write_json(Path(path), content)
+    with replacing(target) as new:
+        write_json(new, content)
     return content
 
 
@@ -156,6 +159,15 @@ def _hash(value: Any) -> str:
 
 
 # --- what differs from it -------------------------------------------------------------------------
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a file is a lock, also of another version of merger."""
+    try:
+        locked = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(locked, dict) and locked.keys() >= {"format", "versions", "recipe", "inputs"}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
+from merger.errors import naming
 from merger.ops.arithmetic import uniforms
 from merger.ops.questions import Flow, Size
 from merger.pipeline.parameters import Place
@@ -122,9 +123,10 @@ def _inside(stages: Sequence[Bound], known: Mapping[str, Any], deltas: Tensor) -
 
 
 def _call(stage: Bound, known: dict[str, Any]) -> Flow[Tensor]:
-    needed = [known[name] for name in supplied(stage.entry.function)]
-    result = stage.entry.function(*needed, **stage.values)
-    merged: Tensor = (yield from result) if inspect.isgenerator(result) else result
+    with naming(f"stage {stage.entry.name}"):
+        needed = [known[name] for name in supplied(stage.entry.function)]
+        result = stage.entry.function(*needed, **stage.values)
+        merged: Tensor = (yield from result) if inspect.isgenerator(result) else result
     return merged
 
 
