@@ -25,6 +25,11 @@ INTERRUPTED = 130
 CLOSED_PIPE = 141
 """Exit code of a command whose output nobody reads any more, as the shell gives it for SIGPIPE."""
 
+_ALLOCATION = (
+    "out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't start new thread",
+)  # fmt: skip
+
 
 class MergerError(Exception):
     """Base of all errors that are said in a line or more, without a traceback."""
@@ -82,6 +87,29 @@ def naming(place: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(place)
         raise
+
+
+@contextmanager
+def checkpoint_faults(what: str) -> Iterator[None]:
+    """Turns whatever the code of a model or a tokenizer raises into a CheckpointError that begins with ``what``.
+
+    Such code raises anything where files do not fit it. Lack of memory stays what it is.
+    """
+    try:
+        yield
+    except MergerError:
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        message = " ".join(str(error).split())
+        raise CheckpointError(f"{what}: {type(error).__name__}: {message}") from error
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether host or device memory ran out, or the threads of the process."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(words in str(error) for words in _ALLOCATION)
 
 
 def printable(text: str) -> str:

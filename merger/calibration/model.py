@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, checkpoint_faults
 
 if TYPE_CHECKING:
     from merger.checkpoint.checkpoint import Checkpoint
@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
     """The model that config.json describes, in evaluation mode: parameters on the meta device, buffers real."""
-    try:
+    with checkpoint_faults(f"{weights.label}: transformers cannot read its config.json"):
         config = transformers.AutoConfig.from_pretrained(weights.directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{weights.label}: transformers cannot read its config.json: {error}") from None
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
             f"{weights.label}: {config.model_type} has an encoder and a decoder, and is not supported"
@@ -30,9 +28,10 @@ def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
     config._experts_implementation = "eager"  # one product per expert, as the watch needs it (transformers 5)
     for part in (config, config.get_text_config()):
         part.use_cache = False
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = _constructor(config, weights.label, trust_remote_code)()
-    model.tie_weights()
+    with checkpoint_faults(f"{weights.label}: transformers cannot build the model of its config.json"):
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = _constructor(config, weights.label, trust_remote_code)()
+        model.tie_weights()
     return model.eval()
 
 

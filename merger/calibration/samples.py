@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.calibration.datasets import Record, records
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, checkpoint_faults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,8 @@ def load(source: str, folder: Path, tokenizer: Any, settings: Settings) -> Sampl
     if not texts:
         raise CheckpointError(f"{source}: has no text; all its records are empty")
     chosen = choose(texts, settings.samples, settings.seed)
-    tokens = tokenise(chosen, tokenizer, settings.max_tokens)
+    with checkpoint_faults(f"{source}: its text cannot be tokenised"):
+        tokens = tokenise(chosen, tokenizer, settings.max_tokens)
     if not tokens:
         raise CheckpointError(f"{source}: the {len(chosen)} texts that were chosen hold no token at all")
     return Samples(tokens, _digest(chosen))
@@ -78,10 +79,8 @@ def load_tokenizer(directory: Path, label: str, *, trust_remote_code: bool = Fal
         raise CheckpointError(f"{label}: {directory} has no tokenizer (no tokenizer.json or the like)")
     import transformers
 
-    try:
+    with checkpoint_faults(f"{label}: its tokenizer cannot be loaded"):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"{label}: its tokenizer cannot be loaded: {error}") from None
 
 
 def tokenizer_hash(directory: Path) -> str:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.calibration.moments import Moments
-from merger.checkpoint.disk import disk_error
-from merger.checkpoint.files import check_replaceable, replacing
+from merger.checkpoint.files import check_replaceable, make_folder, replacing
 from merger.checkpoint.hashes import sha256
 from merger.errors import CheckpointError, ResourceError
 
@@ -85,12 +84,10 @@ def _write(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
             save_file(dict(tensors), new, metadata={_METADATA: json.dumps(said, sort_keys=True)})
-    except OSError as error:
-        raise disk_error(path, error) from None
     except SafetensorError as error:  # which does not say whether the disk is full
         raise ResourceError(f"{path}: cannot be written: {error}") from None
 
@@ -98,10 +95,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -
 def copy(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     """Copies each expert's statistics file to NAME.stats.safetensors; RecipeError where other files are."""
     copies = {name: folder / f"{name}.stats.safetensors" for name in paths}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(folder, error) from None
+    make_folder(folder)
     for target in copies.values():
         check_replaceable(target, is_ours=_is_statistics)
     for name, path in paths.items():

@@ -43,6 +43,14 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise disk_error(path, error, len(content)) from None
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, with those that it lies in, if it is not there; ResourceError if the disk fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
 def is_marked(path: Path) -> bool:
     """Whether a file says that merger wrote it."""
     with path.open("rb") as file:
@@ -91,7 +99,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise disk_error(path, error) from None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file in one step, over one that may be replaced."""
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Writes a file in one step, over one that may be replaced; ResourceError if the disk fails."""
     with replacing(path) as new:
-        write_text(new, text)
+        new.write_bytes(content)

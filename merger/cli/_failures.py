@@ -6,14 +6,17 @@ import contextlib
 import errno
 import sys
 import traceback
-from pathlib import Path
 
-from merger.errors import DEFECT, CheckpointError, MergerError, RecipeError, ResourceError, printable
+from merger.errors import (
+    DEFECT,
+    CheckpointError,
+    MergerError,
+    RecipeError,
+    ResourceError,
+    lacks_memory,
+    printable,
+)
 
-_ALLOCATION = (
-    "out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
-    "can't start new thread",
-)  # fmt: skip
 _MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS, errno.EIO, errno.EAGAIN,
 }  # fmt: skip
@@ -42,11 +45,11 @@ def _explained(error: Exception) -> MergerError | None:
     """The same as an error that a user can mend; None for a defect."""
     message = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds or any(part in message for part in _ALLOCATION):
+    if lacks_memory(error):
         return _out_of_memory(error, message)
     if isinstance(error, ImportError):
         return _missing_module(error)
-    if "LinAlgError" in kinds:
+    if kinds & {"LinAlgError", "_LinAlgError"}:  # of NumPy, of torch
         return CheckpointError(f"a matrix cannot be decomposed ({message}); leave the tensor to the base with a rule")
     if isinstance(error, OSError):
         return _of_the_system(error)
@@ -78,7 +81,9 @@ def _of_the_system(error: OSError) -> MergerError:
 
 
 def _origin(error: Exception) -> str:
-    """The file and line of a method in which an exception was raised."""
+    """The file of a stage and the line in it from which the exception comes."""
     frames = traceback.extract_tb(error.__traceback__)
-    within = [frame for frame in frames if Path(frame.filename).parent.name == "methods"]
-    return f"{(within or frames)[-1].filename}:{(within or frames)[-1].lineno}"
+    called = [i for i, frame in enumerate(frames) if frame.name == "_call"]  # of merger/pipeline/flow.py
+    stage = frames[min(called[-1] + 1, len(frames) - 1)] if called else frames[-1]
+    line = [frame.lineno for frame in frames if frame.filename == stage.filename][-1]
+    return f"{stage.filename}:{line}"

@@ -48,12 +48,6 @@ def silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_document(text: str) -> None:
-    """Prints the content of a file, which is UTF-8 whatever the terminal's encoding."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(text.encode())
-
-
 def size_text(count: int) -> str:
     """1.23 GB: three digits, as disks are sold."""
     size, unit = float(count), "B"

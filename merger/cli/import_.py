@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merger.cli._terminal import print_document
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Make a recipe of a mergekit configuration, or say which of its keys have no equivalent."""
-    from merger.checkpoint.files import replace_text
+    from merger.checkpoint.files import replace_bytes
     from merger.recipe.document import read
     from merger.recipe.mergekit import import_mergekit
 
@@ -40,9 +39,9 @@ def import_(
         print(f"note: {note}", file=sys.stderr)
     text = imported.written(config.name)
     if output is None:
-        print_document(text)
+        print(text, end="")
     else:
-        replace_text(output, text)
+        replace_bytes(output, text.encode())
 
 
 def _from(start: Path, path: str) -> str:

@@ -54,7 +54,7 @@ def inspect(
 ) -> None:
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
-    from merger.checkpoint.files import check_replaceable, replace_text
+    from merger.checkpoint.files import check_replaceable, replace_bytes
     from merger.inspection import conditions, plots, tables
     from merger.inspection import html as page
 
@@ -82,7 +82,7 @@ def inspect(
             common |= {"offline": offline, "device": device, "trust_remote_code": trust_remote_code}
             seen = inspection.inspect(loaded, **common)
     if html is not None:
-        replace_text(html, page.page(seen))
+        replace_bytes(html, page.page(seen).encode())
     if plot is not None:
         plots.write(seen, plot)
     if as_json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merger.checkpoint.files import replacing, write_bytes
+from merger.checkpoint.files import make_folder, replace_bytes
 from merger.demo import tasks as demo_tasks
 from merger.engine.merge import merge
 from merger.errors import RecipeError
@@ -72,9 +72,8 @@ def prepare(folder: Path, *, force: bool = False) -> Path:
     for name, content in contents.items():
         path = folder / name
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as new:
-                write_bytes(new, content)
+            make_folder(path.parent)
+            replace_bytes(path, content)
     return folder / "recipe.yaml"
 
 

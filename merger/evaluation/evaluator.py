@@ -11,6 +11,7 @@ from merger.calibration.samples import load_tokenizer
 from merger.checkpoint.anatomy import text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
+from merger.errors import checkpoint_faults
 from merger.evaluation.harness import Harness
 from merger.evaluation.measures import Judge, Outcome, ends_of, prepare
 from merger.evaluation.model_host import Bench
@@ -29,10 +30,13 @@ class Panel:
         self.bench, self.family, self.harness = bench, family, harness
         with _open(bench, family.base.model, family.base.adapter, "base", family.folder) as base:
             tokenizer = load_tokenizer(base.directory, "base", trust_remote_code=bench.way.trust_remote_code)
-            limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
-            ends = ends_of(base.directory, tokenizer)
+            with checkpoint_faults("base: its tokenizer and its generation config do not fit"):
+                limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
+                ends = ends_of(base.directory, tokenizer)
             self.dtype = str(bench.dtype_for(base)).removeprefix("torch.")
-        self.judge = Judge(tuple(prepare(task, tokenizer, limit) for task in tasks), tokenizer, ends)
+            with checkpoint_faults("base: its tokenizer cannot read the tasks"):
+                prepared = tuple(prepare(task, tokenizer, limit) for task in tasks)
+        self.judge = Judge(prepared, tokenizer, ends)
 
     def references(self) -> Iterator[Entry]:
         """What the base does, then what the experts do, in the recipe's order."""
@@ -58,7 +62,8 @@ class Panel:
 
     def outcomes(self, model: Any, label: str) -> dict[str, Outcome]:
         """What a model does, told of under its name."""
-        return self.judge.outcomes(model, partial(self.bench.way.progress, f"judging {label}"))
+        with checkpoint_faults(f"{label}: the model cannot be judged by text"):
+            return self.judge.outcomes(model, partial(self.bench.way.progress, f"judging {label}"))
 
     def _entry(self, label: str, kind: Literal["base", "expert", "merge"], model: Any, setting: str = "") -> Entry:
         outcomes = self.outcomes(model, label)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from merger.checkpoint.files import MARK, check_replaceable, replacing
+from merger.checkpoint.files import MARK, check_replaceable, make_folder, replacing
 from merger.errors import RecipeError
 from merger.inspection.figures import Chart, Heatmap, by_layer, charts, matrices
 from merger.inspection.report import Inspection, Picture
@@ -42,7 +42,7 @@ def write(seen: Inspection, folder: Path) -> list[Path]:
     """Draws every figure there is into ``folder``, a PNG and an SVG of each; gives the files."""
     import matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     files = []
     with matplotlib.rc_context({"svg.hashsalt": "merger", "svg.fonttype": "none", "font.size": 9}):
         for name, figure in _figures(seen):

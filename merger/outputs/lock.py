@@ -16,7 +16,7 @@ from merger.calibration.statistics import sources
 from merger.checkpoint import hub
 from merger.checkpoint import side_files as manifest
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.files import check_replaceable, json_bytes, replacing, write_json
+from merger.checkpoint.files import check_replaceable, json_bytes, replace_bytes
 from merger.checkpoint.hashes import digest, note, noted, sha256
 from merger.engine.loop import Progress
 from merger.engine.manifest import RECORD, differing, fates, portable, sources_of, versions
@@ -38,8 +38,7 @@ def lock(recipe: Recipe, path: str | Path, *, offline: bool = False) -> dict[str
     target = Path(path)
     check_replaceable(target, is_ours=_is_lock)
     content = _resolved(recipe, offline=offline)
-    with replacing(target) as new:
-        write_json(new, content)
+    replace_bytes(target, json_bytes(content))
     return content
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merger.checkpoint.files import make_folder
 from merger.errors import RecipeError
 from merger.evaluation import references as families
 from merger.evaluation import tasks
@@ -88,7 +89,7 @@ def search(
     how = Way.of(section.dtype, device, max_memory, offline, trust_remote_code, progress, notice)
     with Bench(how) as bench:
         one = _Search(settings, section, family, split, bench)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with closing(Record(folder / "trials.jsonl", one.decisive(document), force=force)) as record:
             references = one.references(record)
             trials = {

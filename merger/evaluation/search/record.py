@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from merger.checkpoint.disk import sync_open
+from merger.checkpoint.disk import disk_error, sync_open
 from merger.checkpoint.locks import Lock
 from merger.errors import RecipeError
 from merger.evaluation.measures import Outcome, Outcomes
@@ -29,7 +29,10 @@ class Record:
         """
         self.path = path
         self.lines: list[dict[str, Any]] = []
-        self._file = path.open("ab")
+        try:
+            self._file = path.open("ab")
+        except OSError as error:
+            raise disk_error(path, error) from None
         try:
             self._lock = Lock(self._file.fileno(), path, path.with_name(f"{path.name}.owner"))
         except BaseException:
@@ -70,9 +73,12 @@ class Record:
     def add(self, line: Mapping[str, Any]) -> None:
         """Puts a line on the disk."""
         self.lines.append(dict(line))
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        sync_open(self._file.fileno())
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+            sync_open(self._file.fileno())
+        except OSError as error:
+            raise disk_error(self.path, error) from None
 
     def trials(self, variant: str) -> list[dict[str, Any]]:
         """The trials of one variant, in order."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merger.checkpoint.files import MARK, check_replaceable, replace_text
+from merger.checkpoint.files import MARK, check_replaceable, replace_bytes
 from merger.evaluation import tables
 from merger.evaluation.search.loop import Trial
 from merger.evaluation.search.space import Space
@@ -53,8 +53,8 @@ def write(found: Found, folder: Path, space: Space, recipe: Path) -> None:
     said = f"# Found by `merger search {recipe.name}`, {MARK}: {value_on_data}.\n"
     value = space.document_at(winner.point).value
     text = yaml.safe_dump(_rebased(value, space.document.folder, folder.resolve()), sort_keys=False, allow_unicode=True)
-    replace_text(folder / BEST, said + text)
-    replace_text(folder / REPORT, "\n".join(_page(found, recipe)) + "\n")
+    replace_bytes(folder / BEST, (said + text).encode())
+    replace_bytes(folder / REPORT, ("\n".join(_page(found, recipe)) + "\n").encode())
 
 
 def _page(found: Found, recipe: Path) -> Iterator[str]:
