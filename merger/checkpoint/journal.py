@@ -85,18 +85,18 @@ class Journal:
             raise ResourceError(f"{self.folder}: cannot be read: {error.strerror}") from None
         strangers = sorted(names - {NAME, OWNER, MODEL, REPLACED})
         if not begun or strangers:
-            holding = f" (it holds {strangers[0]})" if strangers else ""
-            raise RecipeError(f"{self.folder}: is there already, and no run of merger left it; move it away{holding}")
+            stranger = f" (it holds {strangers[0]})" if strangers else ""
+            raise RecipeError(f"{self.folder}: is there already, and no run of merger left it; move it away{stranger}")
 
     def _claim(self, file: int) -> None:
         """Locks the journal, if the file is still in its place: a run at its end removes it."""
         path = self.folder / NAME
         self._lock = Lock(file, self.folder, self.folder / OWNER)
         try:
-            same = os.path.samestat(os.fstat(file), os.stat(path))
+            in_place = os.path.samestat(os.fstat(file), os.stat(path))
         except FileNotFoundError:
-            same = False
-        if not same:
+            in_place = False
+        if not in_place:
             raise RecipeError(f"{self.folder}: another run came to its end in this moment; start again")
 
     def _give_up(self, file: int) -> None:
@@ -182,9 +182,9 @@ def _parsed(text: bytes) -> tuple[Mapping[str, str], dict[str, Finished]]:
 
 
 def _of_another_plan(
-    folder: Path, finished: Mapping[str, Finished], one: Mapping[str, str], other: Mapping[str, str]
+    folder: Path, finished: Mapping[str, Finished], old_plan: Mapping[str, str], plan: Mapping[str, str]
 ) -> str:
-    parts = " and other ".join(key for key in {**one, **other} if one.get(key) != other.get(key))
+    parts = " and other ".join(key for key in {**old_plan, **plan} if old_plan.get(key) != plan.get(key))
     shards = f"{len(finished)} finished {'shard' if len(finished) == 1 else 'shards'}"
     return (
         f"{folder}: holds {shards} of another merge (with other {parts}); run that one to its end, "

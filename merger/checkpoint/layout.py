@@ -21,22 +21,22 @@ class Shard:
     size: int
 
 
-def layout(tensors: Sequence[tuple[str, Info]], shard_size: int, whole: str = SINGLE) -> list[Shard]:
+def layout(tensors: Sequence[tuple[str, Info]], shard_size: int, file: str = SINGLE) -> list[Shard]:
     """Deals the tensors out to shards of at most ``shard_size`` bytes (or one larger tensor), in order.
 
-    A single one is named ``whole``, several as in model-00001-of-00003.safetensors.
+    A single one is named ``file``, several as in model-00001-of-00003.safetensors.
     """
     groups: list[list[tuple[str, Info]]] = [[]]
-    filled = 0
+    size = 0
     for name, info in tensors:
-        if groups[-1] and filled + info.nbytes > shard_size:
+        if groups[-1] and size + info.nbytes > shard_size:
             groups.append([])
-            filled = 0
+            size = 0
         groups[-1].append((name, info))
-        filled += info.nbytes
+        size += info.nbytes
     count = len(groups)
-    stem = whole.removesuffix(".safetensors")
-    names = [whole] if count == 1 else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    stem = file.removesuffix(".safetensors")
+    names = [file] if count == 1 else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
 
 

@@ -81,12 +81,12 @@ class Output:
     def _check_finished(self, tell: Callable[[int, int], None]) -> None:
         """Forgets the files of the journal whose content has another hash by now."""
         finished = self.journal.finished
-        total, done = sum(_size(self.folder / file) for file in finished), 0
+        total, hashed = sum(_size(self.folder / file) for file in finished), 0
 
         def count(size: int) -> None:
-            nonlocal done
-            done += size
-            tell(done, total)
+            nonlocal hashed
+            hashed += size
+            tell(hashed, total)
 
         for file in list(finished.values()):
             if not _has_hash(self.folder / file.shard, file.sha256, count):

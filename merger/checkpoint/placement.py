@@ -106,23 +106,23 @@ def take_place(folder: Path, path: Path, spare: Path, *, force: bool) -> None:
         raise
 
 
-def _rename_both(first: tuple[Path, Path], second: tuple[Path, Path]) -> None:
+def _rename_both(first_move: tuple[Path, Path], second_move: tuple[Path, Path]) -> None:
     """Renames twice, or not at all."""
-    os.rename(*first)
+    os.rename(*first_move)
     try:
-        os.rename(*second)
+        os.rename(*second_move)
     except BaseException:
-        os.rename(*reversed(first))
+        os.rename(*reversed(first_move))
         raise
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(folder: Path, path: Path) -> bool:
     """Swaps what two names stand for in one step, which only Linux can (renameat2); False where it cannot."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None or rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+    if rename is None or rename(working_folder, os.fsencode(folder), working_folder, os.fsencode(path), exchange) == 0:
         return rename is not None
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):  # EPERM: a sandbox that forbids the call
         return False
-    raise OSError(code, os.strerror(code), str(other))
+    raise OSError(code, os.strerror(code), str(path))

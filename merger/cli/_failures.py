@@ -65,8 +65,8 @@ def _explained(error: Exception) -> MergerError | None:
 def _out_of_memory(error: Exception, message: str) -> ResourceError:
     if "CUDA" in message or "CUBLAS" in message:
         return ResourceError(f"the GPU is out of memory ({message}); use --device cpu, or a GPU with more memory")
-    told = f" ({message})" if message else ""
-    return ResourceError(f"out of memory{told}; cap it with --max-memory, or use a machine with more")
+    detail = f" ({message})" if message else ""
+    return ResourceError(f"out of memory{detail}; cap it with --max-memory, or use a machine with more")
 
 
 def _missing_module(error: ImportError) -> ResourceError:

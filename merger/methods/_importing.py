@@ -37,9 +37,9 @@ def _place(error: BaseException, module: str) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    within = [frame for frame in frames if "/methods/" in frame.filename and frame.name == "<module>"]
-    if within:
-        return f"{within[-1].filename}:{within[-1].lineno}"
+    own_frames = [frame for frame in frames if "/methods/" in frame.filename and frame.name == "<module>"]
+    if own_frames:
+        return f"{own_frames[-1].filename}:{own_frames[-1].lineno}"
     spec = find_spec(module)
     return str(module if spec is None else spec.origin)
 

@@ -62,7 +62,7 @@ class LoraExtraction:
         return asdict(self)
 
 
-class _Kept(NamedTuple):
+class _Cut(NamedTuple):
     """What one matrix's factors keep: their rank, and squared norms of its change and of what they leave out."""
 
     rank: int
@@ -70,7 +70,7 @@ class _Kept(NamedTuple):
     left_out: float
 
 
-Cut = Callable[["Tensor"], tuple["Tensor", "Tensor", _Kept]]
+Cutter = Callable[["Tensor"], tuple["Tensor", "Tensor", _Cut]]
 """Cuts a change [out, in] to lora_A [r in] and lora_B [out r]."""
 
 
@@ -93,9 +93,9 @@ def extract_lora(
     """
     if (rank is None) == (energy is None):
         raise RecipeError("give either a rank or an energy")
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         models = [
-            opened.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=offline))
+            stack.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=offline))
             for label, source in (("base", base), ("model", model))
         ]
         check_output(output, [checkpoint.directory for checkpoint in models], force=force)
@@ -115,7 +115,7 @@ def extract_lora(
 
 
 def _write(
-    folder: Path, source: str, models: Sequence[Checkpoint], modules: Mapping[str, str], cut: Cut, progress: Progress
+    folder: Path, source: str, models: Sequence[Checkpoint], modules: Mapping[str, str], cut: Cutter, progress: Progress
 ) -> dict[str, Any]:
     """Writes the two files of an adapter for the base ``source``; the fields of a `LoraExtraction` about them."""
     base, model = models
@@ -135,16 +135,16 @@ def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
     model = build(base, trust_remote_code=trust_remote_code)
     tied = model.get_output_embeddings() if study(base.tensors, base.config).tied else None
     groups = locate(model, base.tensors)
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         group = groups.get(f"{name}.weight")
         if type(module).__name__ in ("Linear", "Conv1D") and module is not tied and group is not None:
             sources = [source for _, source in group.names]
             if len(sources) == 1 and group.converter is None:
-                found[sources[0]] = name
-    if not found:
+                modules[sources[0]] = name
+    if not modules:
         raise CheckpointError("base: has no linear layer that an adapter could change")
-    return found
+    return modules
 
 
 def _check_alike(base: Checkpoint, model: Checkpoint) -> None:
@@ -163,35 +163,35 @@ def _extract(
     model: Checkpoint,
     modules: Mapping[str, str],
     file: GrowingFile,
-    cut: Cut,
+    cut: Cutter,
     progress: Progress,
 ) -> dict[str, Any]:
     """Sends every matrix's factors to the file, several side by side; the fields of a `LoraExtraction` about them."""
     anatomy = study(base.tensors, base.config)
-    rest = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
-    beside = {name: _square(_change(base, model, name, anatomy)) for name in rest}
-    layers: dict[str, list[_Kept]] = {}
+    other_tensors = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
+    other_changes = {name: _square(_change(base, model, name, anatomy)) for name in other_tensors}
+    layers: dict[str, list[_Cut]] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1, "merger-lora") as pool:
         cuts = pool.map(lambda name: cut(_change(base, model, name, anatomy)), modules)
-        for done, (name, (down, up, kept)) in enumerate(zip(modules, cuts, strict=True), 1):
+        for count, (name, (down, up, norms)) in enumerate(zip(modules, cuts, strict=True), 1):
             file.append(_factor_name(modules[name], "A"), down)
             file.append(_factor_name(modules[name], "B"), up)
-            layers.setdefault(anatomy.unit(name), []).append(kept)
-            progress("factoring", done, len(modules))
-    matrices = [kept for layer in layers.values() for kept in layer]
-    changed, left_out = sum(kept.change for kept in matrices), sum(kept.left_out for kept in matrices)
-    total = changed + sum(beside.values())
+            layers.setdefault(anatomy.unit(name), []).append(norms)
+            progress("factoring", count, len(modules))
+    matrices = [matrix for layer in layers.values() for matrix in layer]
+    changed, left_out = sum(matrix.change for matrix in matrices), sum(matrix.left_out for matrix in matrices)
+    total = changed + sum(other_changes.values())
     return {
         "layers": {unit: _layer(layer) for unit, layer in layers.items()},
         "error": _share(left_out, changed),
-        "whole_error": _share(left_out + sum(beside.values()), total),
-        "left_out": {name: square / total for name, square in beside.items() if square},
+        "whole_error": _share(left_out + sum(other_changes.values()), total),
+        "left_out": {name: square / total for name, square in other_changes.items() if square},
     }
 
 
-def _layer(matrices: Sequence[_Kept]) -> Layer:
-    ranks = [kept.rank for kept in matrices]
-    error = _share(sum(kept.left_out for kept in matrices), sum(kept.change for kept in matrices))
+def _layer(matrices: Sequence[_Cut]) -> Layer:
+    ranks = [matrix.rank for matrix in matrices]
+    error = _share(sum(matrix.left_out for matrix in matrices), sum(matrix.change for matrix in matrices))
     return Layer(len(matrices), (min(ranks), max(ranks)), error)
 
 
@@ -207,15 +207,15 @@ def _change(base: Checkpoint, model: Checkpoint, name: str, anatomy: Anatomy) ->
     return change.T if anatomy.kind(name) == "conv1d" else change
 
 
-def _cut(factor: Callable[[Tensor], Factors], least: int, change: Tensor) -> tuple[Tensor, Tensor, _Kept]:
-    """lora_A [r in] and lora_B [out r] as they are stored, of a rank of ``least`` at least, and what they keep."""
+def _cut(factor: Callable[[Tensor], Factors], min_rank: int, change: Tensor) -> tuple[Tensor, Tensor, _Cut]:
+    """lora_A [r in] and lora_B [out r] as they are stored, of rank ``min_rank`` at least, with their norms."""
     factors = factor(change)
     root = factors.values.sqrt()
     down, up = (factors.right * root).T.float().contiguous(), (factors.left * root).float().contiguous()
-    missing = min(least, *change.shape) - len(root)
+    missing = min(min_rank, *change.shape) - len(root)
     if missing > 0:  # it changed in fewer directions, or not at all
         down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
-    return down, up, _Kept(len(down), _square(change), _square(change - up @ down))
+    return down, up, _Cut(len(down), _square(change), _square(change - up @ down))
 
 
 def _square(change: Tensor) -> float:
@@ -225,8 +225,8 @@ def _square(change: Tensor) -> float:
 
 def _of_energy(change: Tensor, share: float) -> Factors:
     factors = svd(change)
-    kept = factors.values.square().cumsum(0)
-    return factors.first(int((kept < share * kept[-1:] * (1 - 1e-12)).sum()) + 1)
+    energy = factors.values.square().cumsum(0)
+    return factors.first(int((energy < share * energy[-1:] * (1 - 1e-12)).sum()) + 1)
 
 
 def _silent(*_: object) -> None:

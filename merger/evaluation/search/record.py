@@ -63,10 +63,10 @@ class Record:
     def _check(self, first: Mapping[str, Any]) -> None:
         if not self.lines:
             return
-        known = self.lines[0]
-        if other := [key for key in {**known, **first} if known.get(key) != first.get(key)]:
+        recorded = self.lines[0]
+        if keys := [key for key in {**recorded, **first} if recorded.get(key) != first.get(key)]:
             raise RecipeError(
-                f"{self.path}: is the record of another search: {', '.join(other)} differ; "
+                f"{self.path}: is the record of another search: {', '.join(keys)} differ; "
                 "give another folder with --to, or start over with --force"
             )
 
@@ -89,15 +89,18 @@ class Record:
         for line in self.lines:
             if line.get("judged") == key:
                 return {
-                    task: Outcome(np.array(each["total"]), np.array(each["weight"]))
-                    for task, each in line["outcomes"].items()
+                    task: Outcome(np.array(outcome["total"]), np.array(outcome["weight"]))
+                    for task, outcome in line["outcomes"].items()
                 }
         return None
 
-    def add_outcomes(self, key: str, found: Outcomes) -> None:
-        """Keeps what the model ``key`` did with every example."""
-        told = {task: {"total": each.total.tolist(), "weight": each.weight.tolist()} for task, each in found.items()}
-        self.add({"judged": key, "outcomes": told})
+    def add_outcomes(self, key: str, outcomes: Outcomes) -> None:
+        """Records the outcomes of the model ``key``."""
+        lists = {
+            task: {"total": outcome.total.tolist(), "weight": outcome.weight.tolist()}
+            for task, outcome in outcomes.items()
+        }
+        self.add({"judged": key, "outcomes": lists})
 
 
 def _parsed(content: bytes, path: Path) -> list[dict[str, Any]]:
