@@ -4,7 +4,7 @@
 
     recipe = merger.Recipe.load("recipe.yaml")
     print(merger.plan(recipe).bytes_written)
-    result = merger.merge(recipe, progress=lambda what, done, total: print(what, done / total))
+    result = merger.merge(recipe, merger.RunOptions(progress=lambda step, done, total: print(step, done / total)))
 
 Everything the commands do is one of these calls; they raise `MergerError` for what a user can mend.
 """
@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 from merger._version import VERSION
 
 if TYPE_CHECKING:
-    from merger.engine.merge import Result, calibrate, merge
+    from merger.engine.calibrate import calibrate
+    from merger.engine.merge import Result, merge
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.evaluation import evaluate
     from merger.evaluation.search import search
     from merger.inspection import Inspection, inspect, inspect_merge, inspect_model
+    from merger.options import RunOptions
     from merger.outputs.extract import Extraction, extract
     from merger.outputs.lock import check_lock, is_done, lock
     from merger.outputs.lora import LoraExtraction, extract_lora
     from merger.outputs.push import Pushed, push
-    from merger.outputs.verify import Deep, Verification, verify
+    from merger.outputs.verify import DeepCheck, Verification, verify
     from merger.pipeline.in_memory import merge_tensors
     from merger.planning.plan import Plan
     from merger.planning.planner import plan
@@ -39,7 +41,7 @@ _HOMES = {
     "Extraction": "outputs.extract",
     "Inspection": "inspection",
     "LoraExtraction": "outputs.lora",
-    "Deep": "outputs.verify",
+    "DeepCheck": "outputs.verify",
     "MergerError": "errors",
     "Plan": "planning.plan",
     "Recipe": "recipe.recipe",
@@ -47,9 +49,10 @@ _HOMES = {
     "RecipeError": "errors",
     "ResourceError": "errors",
     "Result": "engine.merge",
+    "RunOptions": "options",
     "Verification": "outputs.verify",
     "VerifyError": "errors",
-    "calibrate": "engine.merge",
+    "calibrate": "engine.calibrate",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "inspect_merge": "inspection",
@@ -68,7 +71,7 @@ _HOMES = {
 }
 __all__ = [
     "CheckpointError",
-    "Deep",
+    "DeepCheck",
     "Extraction",
     "Inspection",
     "LoraExtraction",
@@ -79,6 +82,7 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "Result",
+    "RunOptions",
     "Verification",
     "VerifyError",
     "calibrate",

@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from merger.engine.merge import merge
+from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 128}
@@ -86,9 +87,8 @@ def start(folder: Path, recipe: str, *, force: bool) -> int:
         with (folder / "said").open("w") as said:
             merge(
                 Recipe.load(folder / recipe),
-                device="cpu",
+                RunOptions(device="cpu", notice=lambda line: print(line, file=said, flush=True)),
                 force=force,
-                notice=lambda line: print(line, file=said, flush=True),
             )
 
     (folder / "said").write_text("")

@@ -17,8 +17,9 @@ from statistics import median
 from merger.evaluation import references as families
 from merger.evaluation import tasks
 from merger.evaluation.evaluator import Panel
-from merger.evaluation.model_host import Bench, Way
+from merger.evaluation.model_host import Bench
 from merger.evaluation.search.space import Space, example, spaces
+from merger.options import RunOptions
 from merger.recipe.document import read
 from merger.recipe.recipe import overridden, search_of
 
@@ -40,7 +41,7 @@ def main() -> None:
     held_out = tasks.load(section.data, family.folder, asked.samples)
     judged: list[float] = []
     print("| variant | merges, s | median | judging, s | merge / judging |\n|---|---|---|---|---|")
-    with Bench(Way()) as bench:
+    with Bench(RunOptions()) as bench:
         panel = Panel(bench, family, held_out, section.max_tokens)
         for name in asked.variants:
             merged = []

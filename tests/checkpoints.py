@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "tie_word_embeddings": False}
-ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ITEM = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 
 
 def llama(seed=0, *, rows=8, hidden=4, layers=2, dtype=torch.float32):
@@ -60,10 +62,10 @@ def load(folder):
     return tensors
 
 
-def save_headers(folder, shapes, config=CONFIG, *, dtype="BF16"):
+def save_headers(folder, shapes, config=CONFIG, *, dtype="BF16", distinct=()):
     """A checkpoint whose files have their full size and no data: enough for a plan, and no disk.
 
-    ``shapes`` maps a name to its shape, or to (dtype, shape).
+    ``shapes`` maps a name to its shape, or to (dtype, shape). All values are zero but the first ones of ``distinct``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,12 @@ def save_headers(folder, shapes, config=CONFIG, *, dtype="BF16"):
         start, end = end, end + ITEM[kind] * torch.Size(shape).numel()
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     write_raw(folder / "model.safetensors", header, size=end)
+    with open(folder / "model.safetensors", "r+b") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+        for number, name in enumerate(distinct, 1):
+            if name in header:
+                file.seek(data + header[name]["data_offsets"][0])
+                file.write(bytes([number]))
     return folder
 
 

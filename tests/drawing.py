@@ -48,7 +48,7 @@ def values_of(annotation, default, experts):
 
 def parameters_of(name, experts):
     """Valid values for some of a function's parameters; the others are left out."""
-    own = {} if name in ENTRIES else parameters(SCORES[name].function)
+    own = {} if name in ENTRIES else dict(parameters(SCORES[name].function))
     own |= parameters(ENTRIES[name if name in ENTRIES else "top"].function)
     if name in SCORES:
         del own["score"]

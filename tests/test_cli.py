@@ -1,5 +1,6 @@
 """The command line: what goes to stdout and what to stderr, exit codes, and what a signal does."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -16,7 +17,11 @@ import yaml
 from checkpoints import save_headers, trio
 from typer.main import get_command
 
+from merger import cli
+from merger._version import VERSION
 from merger.cli import app
+from merger.cli._options import RUN_FLAGS
+from merger.options import RunOptions
 from merger.pipeline.registry import ENTRIES, SCORES
 
 COMMANDS = sorted(get_command(app).commands)
@@ -52,6 +57,11 @@ def folder(tmp_path, monkeypatch):
 # --- help -----------------------------------------------------------------------------------------
 
 
+def test_every_run_option_is_a_flag_or_a_callback():
+    options = {option.name for option in dataclasses.fields(RunOptions)}
+    assert options == RUN_FLAGS.keys() - {"quiet"} | {"progress", "notice"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_command_explains_itself(merger, command, flag):
@@ -73,6 +83,16 @@ def test_what_is_not_understood_is_exit_code_2(merger, arguments):
     ran = merger(*arguments)
     assert ran.code == 2
     assert "Usage: merger" in ran.out + ran.err
+
+
+def test_every_file_of_the_command_line_adds_its_command_by_itself():
+    files = {path.stem for path in Path(cli.__file__).parent.glob("[!_]*.py")}
+    assert {command.callback.__module__.rpartition(".")[2] for command in app.registered_commands} == files
+
+
+def test_the_version_is_told(merger):
+    ran = merger("--version")
+    assert (ran.code, ran.out, ran.err) == (0, f"merger {VERSION}\n", "")
 
 
 def test_help_imports_nothing_heavy():
@@ -119,12 +139,11 @@ def test_remarks_go_to_stderr_whole_unless_quiet(merger, folder):
     assert (quiet.code, quiet.err) == (0, "")
 
 
-def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
+def on_a_terminal(*command):
+    """What a command shows on a terminal by stderr, and what it writes to stdout, which is a pipe."""
     leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW.replace("0.2", "0.02")], stdout=subprocess.PIPE, stderr=follower,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-    )  # fmt: skip
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=follower, env=environment)
     os.close(follower)
     shown = b""
     while True:
@@ -134,8 +153,19 @@ def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
             break
     out, _ = process.communicate()
     os.close(leader)
-
     assert process.returncode == 0
+    return shown, out
+
+
+def test_the_json_of_an_unchanged_output_goes_to_stdout_beside_a_terminal(merger, folder):
+    merger("lock", "recipe.yaml")
+    merger("run", "recipe.yaml", "--quiet")
+    _, out = on_a_terminal("-m", "merger", "run", "recipe.yaml", "--locked", "--json")
+    assert json.loads(out)["unchanged"] is True
+
+
+def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
+    shown, out = on_a_terminal("-c", SLOW.replace("0.2", "0.02"))
     assert len(out.splitlines()) == 1
     for sign in (rb"merging", rb"[\d.]+ kB of [\d.]+ kB, [\d.]+ k?B/s", rb"\d+%", rb"ETA", rb"\d:\d\d:\d\d"):
         assert re.search(sign, shown)

@@ -14,13 +14,17 @@ from tasks import TASKS, demo_folder, file_of, recipe_of, text_of, write  # noqa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merger as library
+from merger.calibration import collect
 from merger.demo import tasks as demo_tasks
 from merger.errors import CheckpointError, RecipeError
-from merger.evaluation import Asked, evaluate, tasks
+from merger.evaluation import evaluate, tasks
 from merger.evaluation.measures import Judge, Outcome, log_likelihoods, prepare
-from merger.evaluation.model_host import Bench, Way
+from merger.evaluation.model_host import Bench
 from merger.evaluation.scores import Entry, compare, json_schema, objective
 from merger.evaluation.tasks import Example, Task, check_apart, load, split
+from merger.options import RunOptions
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import TextSource
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +111,14 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def bench():
-    with Bench(Way(device="cpu", dtype=torch.float32)) as opened:
+    with Bench(RunOptions(device="cpu"), "float32") as opened:
         yield opened
 
 
 @pytest.mark.parametrize("name", [*METHODS, "regmean"])  # and once more with Gram matrices that are there already
 def test_a_merge_in_memory_has_the_bits_of_one_on_disk(demo_folder, tmp_path, bench, name):  # noqa: F811
     chosen = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out"), "dtype": "bfloat16"})
-    library.merge(chosen, device="cpu")
+    library.merge(chosen, RunOptions(device="cpu"))
     written = load_file(tmp_path / "out" / "model.safetensors")
 
     model, held = bench.merged(chosen)
@@ -126,9 +130,37 @@ def test_a_merge_in_memory_has_the_bits_of_one_on_disk(demo_folder, tmp_path, be
     assert all(torch.equal(parameters[tensor], each.float()) for tensor, each in written.items())
 
 
+@pytest.mark.parametrize("name", ["obim", "regmean"])  # statistics before the merge, and Gram matrices with it
+def test_a_merge_in_memory_gives_hidden_states_the_memory_that_one_on_disk_gives(
+    demo_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    name,
+):
+    budgets = []
+
+    def recorded(*arguments, host_memory, **options):
+        budgets.append(host_memory)
+        return collect(*arguments, host_memory=host_memory, **options)
+
+    monkeypatch.setattr("merger.calibration.statistics.collect", recorded)
+    chosen = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out")})
+    options = RunOptions(device="cpu", max_memory=2 << 30)
+    monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "one"))
+    library.merge(chosen, options)
+    on_disk, budgets = budgets, []
+
+    monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "other"))
+    with Bench(options) as bench:
+        bench.merged(chosen)
+
+    assert len(on_disk) == 3
+    assert budgets == on_disk
+
+
 def test_a_merge_in_memory_answers_as_transformers_does_with_the_one_on_disk(demo_folder, tmp_path, bench):  # noqa: F811
     chosen = recipe_of(demo_folder, output={"path": str(tmp_path / "out")})
-    library.merge(chosen, device="cpu")
+    library.merge(chosen, RunOptions(device="cpu"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").eval()
     ids = torch.tensor([[1, 5, 9, 12, 4]])
 
@@ -178,6 +210,58 @@ def test_examples_that_cannot_be_used_are_told_with_their_place(tmp_path, record
     write(tmp_path / "t.jsonl", records)
     with pytest.raises(CheckpointError, match=fault):
         load({"t": "t.jsonl"}, tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        (["x", "y"], 1, 1),
+        (["x", "y"], "1", 1),
+        (["x", "y"], "y", 1),
+        (["7", "1"], "1", 1),
+        ([5, 0], 0, 0),
+        ([5, 0], 5, 0),
+    ],
+)
+def test_the_right_choice_is_told_by_its_number_or_its_text(tmp_path, choices, answer, right):
+    write(tmp_path / "t.jsonl", [{"prompt": "p", "choices": choices, "answer": answer}])
+    assert load({"t": "t.jsonl"}, tmp_path, 5)[0].examples[0].right == right
+
+
+@pytest.fixture
+def sourced(tmp_path):
+    """The only task of these sources of text, of two files of ten examples with columns of their own."""
+    write(tmp_path / "a.jsonl", [{"ctx": f"a{i}", "endings": ["x", "y"], "label": i % 2} for i in range(10)])
+    write(tmp_path / "b.jsonl", [{"ctx": f"b{i}", "endings": ["x", "y"], "label": i % 2} for i in range(10)])
+    columns = {"prompt": "ctx", "choices": "endings", "answer": "label"}
+
+    def sourced(samples, /, **counts):
+        data = [TextSource(file=f"{name}.jsonl", samples=count, fields=columns) for name, count in counts.items()]
+        return load({"t": data}, tmp_path, samples)[0]
+
+    return sourced
+
+
+def test_a_task_has_examples_of_every_source_as_many_as_its_count(sourced):
+    task = sourced(100, a=3, b=4)
+    assert task.kind == "choices"
+    assert [sum(e.prompt.startswith(name) for e in task.examples) for name in "ab"] == [3, 4]
+    assert all(e.right == int(e.prompt[1:]) % 2 and e.replies == ("x", "y") for e in task.examples)
+
+
+def test_a_task_has_at_most_the_samples_of_the_section(sourced):
+    assert len(sourced(5, a=3, b=4).examples) == 5
+    assert sourced(100, a=None, b=None).sha256 != sourced(100, a=None).sha256
+
+
+def test_calibration_text_of_any_source_is_no_held_out_text(tmp_path):
+    write(tmp_path / "a.jsonl", [{"question": f"a{i}", "answer": "1"} for i in range(4)])
+    write(tmp_path / "b.jsonl", [{"text": "b"}])
+    source = {"file": "a.jsonl", "fields": {"prompt": "question"}}
+    written = {"base": "b", "experts": {"e": "e"}, "method": "linear", "output": {"path": "out"}}
+    recipe = Recipe.parse({**written, "calibration": {"data": {"e": ["b.jsonl", source]}}}, tmp_path)
+    with pytest.raises(RecipeError, match=r"t: 4 of 4 examples are calibration text too \(a.jsonl\)"):
+        check_apart(recipe, load({"t": TextSource(**source)}, tmp_path, 5))
 
 
 def test_calibration_text_is_no_held_out_text(demo_folder):  # noqa: F811
@@ -308,7 +392,7 @@ def test_recipes_of_other_experts_are_judged_apart(demo_folder):  # noqa: F811
         demo_folder, experts={"upper": text_of(demo_folder)["experts"]["upper"]}, method="linear", calibration=None
     )
     with pytest.raises(RecipeError, match="other: has another base or other experts than one"):
-        evaluate({"one": one, "other": other}, Asked())
+        evaluate({"one": one, "other": other})
 
 
 def test_what_judges_a_merge_decides_no_byte_of_it(demo_folder):  # noqa: F811

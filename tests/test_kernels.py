@@ -14,6 +14,7 @@ from merger.engine.merge import merge
 from merger.ops import kernels
 from merger.ops.kernels import Native, Reference
 from merger.ops.kernels.lazy import plain
+from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
@@ -161,5 +162,5 @@ def test_a_merge_without_the_compiled_loops_says_that_it_is_slow(tmp_path, monke
     )
     monkeypatch.setattr(kernels, "compiled", lambda: False)
     said: list[str] = []
-    merge(recipe, device="cpu", notice=said.append)
+    merge(recipe, RunOptions(device="cpu", notice=said.append))
     assert [note for note in said if "compiled loops" in note]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from merger.ops import kernels
 from merger.ops.kernels.lazy import Lazy
+from merger.ops.kernels.steps import InPlaceError
 
 pytestmark = pytest.mark.skipif(not kernels.compiled(), reason="the compiled loops were not built here")
 
@@ -121,3 +123,58 @@ def test_thousands_of_experts_are_added_as_torch_adds_them() -> None:
     weights = torch.linspace(-1, 1, 3000)
     lazy = kernels.Native().weighted_sum(Lazy.of(many), weights)
     assert same_bits(lazy, kernels.Reference().weighted_sum(many, weights))
+
+
+IN_PLACE = sorted(
+    name
+    for name in dir(torch.Tensor)
+    if name.endswith("_") and not name.endswith("__") and callable(getattr(torch.Tensor, name))
+)
+OPERATORS = sorted(name for name in dir(operator) if name.startswith("__i") and hasattr(torch.Tensor, name))
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, *(set(OPERATORS) - {"__index__", "__invert__"})])
+def test_no_method_changes_an_expression_in_place(name: str) -> None:
+    with pytest.raises(InPlaceError, match=f"{name} would change an array that other expressions may read"):
+        getattr(deltas_of(stored()), name)
+
+
+def test_no_function_of_torch_changes_an_expression_in_place() -> None:
+    deltas = deltas_of(stored())
+    with pytest.raises(InPlaceError, match="assign the result to a new name"):
+        torch.add(DELTAS, DELTAS, out=deltas)
+    with pytest.raises(InPlaceError, match="assign the result to a new name"):
+        torch.relu_(deltas)
+    with pytest.raises(InPlaceError, match="assign the result to a new name"):
+        deltas[0] = 1
+
+
+@pytest.mark.parametrize("view", [lambda x: x.flatten(), lambda x: x.transpose(1, 2), lambda x: x[:, 0]])
+def test_a_change_through_a_view_is_refused_where_an_expression_reads_it(view: Callable[[Any], Any]) -> None:
+    deltas = deltas_of(stored())
+    scores = deltas.abs()
+    view(deltas).mul_(10)
+    with pytest.raises(InPlaceError, match="an array that an expression reads was changed in place"):
+        scores.tensor()
+
+
+def test_a_change_of_what_was_read_from_the_file_is_refused() -> None:
+    values = stored()
+    deltas = deltas_of(values)
+    values[1].mul_(10)
+    with pytest.raises(InPlaceError, match="an array that an expression reads was changed in place"):
+        deltas.tensor()
+
+
+def test_augmented_assignment_makes_a_new_array() -> None:
+    deltas = deltas_of(stored())
+    scores = deltas.abs()
+    deltas *= 10
+    assert same_bits(scores, DELTAS.abs())
+    assert same_bits(deltas, DELTAS * 10)
+
+
+def test_an_expression_may_be_added_to_a_tensor_in_place() -> None:
+    total = torch.zeros(K, R, C)
+    total += deltas_of(stored())
+    assert torch.equal(total, DELTAS)

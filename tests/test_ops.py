@@ -13,7 +13,8 @@ from tiny import bits, sliced, tensor
 from merger.ops import kernels
 from merger.ops.arithmetic import count, summed, uniforms
 from merger.ops.questions import Max
-from merger.ops.selection import exclusive, ordered, ranks_of_rows, select, top_of_blocks, top_of_rows
+from merger.ops.radix import ordered
+from merger.ops.selection import exclusive, ranks_of_rows, select, top_of_blocks, top_of_rows
 
 DENSITIES = [Fraction(text) for text in ("0", "1/8", "0.29", "1/3", "1/2", "0.9", "1")]
 NEAR_ONE = 1 + 2**-23  # differs from 1 in the last bit alone

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import llama, load, save
 from tiny import bits, merge, tensor
+from vocabularies import write
 
 import merger as merger_package
 from merger.checkpoint.tensor_info import Info
@@ -19,10 +20,9 @@ from merger.methods.byom import byom
 from merger.methods.emr import emr
 from merger.methods.tall_masks import tall_masks
 from merger.outputs.extract import extract
-from merger.outputs.verify import Deep, verify
+from merger.outputs.verify import DeepCheck, verify
 from merger.pipeline.in_memory import merge_tensors
-from merger.pipeline.passes import Sizes, settle
-from merger.pipeline.passes import run as all_passes
+from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import Form, checked
 from merger.planning.packed import Packed, bits_of, mask_of
 from merger.planning.planner import plan
@@ -39,10 +39,12 @@ def whole(method, deltas, **parameters):
     def carry(_):
         found.append((yield from method(deltas, **parameters)))
 
-    def visit(_, known, ahead):
-        return all_passes(1, carry, sizes=Sizes(elements, elements), known=known, ahead=ahead)
+    def visit(_, model_totals, earlier_sums):
+        return run_slices(
+            1, carry, sizes=Sizes(elements, elements), model_totals=model_totals, earlier_sums=earlier_sums
+        )
 
-    settle([0], visit)
+    run_tensors([0], visit)
     return found[-1]
 
 
@@ -384,7 +386,7 @@ def test_the_plan_says_what_is_written(models):
 def test_an_output_of_several_experts_is_verified_like_any_other(models):
     folder = models()
     run(recipe(folder, "tsv_c"))
-    assert not verify(folder / "out", deep=Deep(sample=200)).differences
+    assert not verify(folder / "out", deep=DeepCheck(sample=200)).differences
     file = folder / "out" / "experts.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     assert verify(folder / "out").differences
@@ -483,10 +485,19 @@ def test_a_manifest_that_says_something_else_is_told_of(packed):
         assert not (packed / "x").exists()
 
 
+def test_side_files_in_folders_come_along(models):
+    folder = models()
+    write(folder / "base" / "1_Pooling" / "config.json", "{}")
+    run(recipe(folder, "tall_masks"))
+    extracted(folder)
+    assert (folder / "out-code" / "1_Pooling" / "config.json").read_text() == "{}"
+
+
 def test_a_side_file_out_of_the_folder_is_not_followed(packed):
     file = packed / "out" / "merger.json"
     record = json.loads(file.read_text())
-    file.write_text(json.dumps({**record, "files": {**record["files"], "../stolen": "0" * 64}}))
+    outside = dict.fromkeys(("../stolen", "a/../../stolen", str(packed / "stolen")), "0" * 64)
+    file.write_text(json.dumps({**record, "files": {**record["files"], **outside}}))
     (packed / "stolen").write_text("secret")
     extracted(packed)
     assert not list(packed.glob("out-code*/../stolen*/*"))

@@ -6,9 +6,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from merger.ops.questions import Before, Found, Guess, Size, Sum, Tally
+from merger.ops.questions import PrefixSum, Size, Sum
+from merger.ops.radix import SampleHint, SampleNote, Tally
 from merger.ops.selection import select
-from merger.pipeline.passes import Sizes, rehearsal, run, settle
+from merger.pipeline.passes import Sizes, rehearse, run_slices, run_tensors
 
 SLICES = 6
 
@@ -27,7 +28,7 @@ def told(ask, *, count=SLICES, mapper=map, **more):
         started.append(i)
         answers[i] = yield ask(i)
 
-    assert run(count, start, sizes=Sizes(60, 600), mapper=mapper, **more) is None
+    assert run_slices(count, start, sizes=Sizes(60, 600), mapper=mapper, **more) is None
     return [answers[i] for i in range(count)], len(started)
 
 
@@ -42,7 +43,7 @@ def test_held_flows_are_not_started_again():
 
 
 def test_what_comes_before_takes_no_pass(threads):
-    answers, started = told(lambda i: Before(torch.tensor([i])), mapper=threads)
+    answers, started = told(lambda i: PrefixSum(lambda: torch.tensor([i])), mapper=threads)
     assert [int(each) for each in answers] == [0, 0, 1, 3, 6, 10]
     assert started == SLICES
 
@@ -51,7 +52,9 @@ def test_counts_of_all_slices_come_together(threads):
     def count(i, into):
         into[0, i] += 1
 
-    answers, _ = told(lambda i: Tally(lambda into: count(i, into), (1, SLICES)), mapper=threads)
+    answers, _ = told(
+        lambda i: Tally(lambda into: count(i, into), (1, SLICES), "tensor", torch.Tensor.clone), mapper=threads
+    )
     assert all(each.tolist() == [[1] * SLICES] for each in answers)
 
 
@@ -62,9 +65,9 @@ def test_a_size_is_told_at_once():
 def test_a_guess_is_what_a_sample_found_after_it(threads):
     def ask(number):
         yield Sum(torch.tensor([number]))
-        guess = yield Guess()
+        guess = yield SampleHint("tensor")
         told = yield Sum(torch.tensor([number]), then=int)
-        yield Found([told])
+        yield SampleNote([told], "tensor")
         return guess, told
 
     found, rehearsals = {}, []
@@ -72,21 +75,21 @@ def test_a_guess_is_what_a_sample_found_after_it(threads):
     def start(i):
         found[i] = yield from ask(i)
 
-    def rehearse():
-        rehearsals.append(rehearsal(lambda: ask(7), 1))
+    def rehearse_sample():
+        rehearsals.append(rehearse(lambda: ask(7), 1))
         return rehearsals[-1]
 
-    assert run(SLICES, start, sizes=Sizes(60, 600), mapper=threads, rehearse=rehearse) is None
-    assert rehearsals == [[[7]]]
+    assert run_slices(SLICES, start, sizes=Sizes(60, 600), mapper=threads, rehearse=rehearse_sample) is None
+    assert rehearsals == [{0: [7]}]
     assert list(found.values()) == [([7], 15)] * SLICES
 
 
 def test_nobody_rehearses_what_asks_for_no_guess_at_a_tensor():
-    def rehearse():
+    def rehearse_sample():
         raise AssertionError("it was asked")
 
-    assert told(lambda i: Sum(torch.tensor([i])), rehearse=rehearse)[1] == 2 * SLICES
-    assert told(lambda i: Guess("global"), rehearse=rehearse) == ([None] * SLICES, SLICES)
+    assert told(lambda i: Sum(torch.tensor([i])), rehearse=rehearse_sample)[1] == 2 * SLICES
+    assert told(lambda i: SampleHint("global"), rehearse=rehearse_sample) == ([None] * SLICES, SLICES)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +106,12 @@ def test_a_sample_decides_how_often_slices_are_read_and_nothing_else(sample, pas
         visits.append(i)
         kept[i] = yield from select(scores[i], [Fraction(1, 2), Fraction(1, 10)])
 
-    def rehearse():
+    def rehearse_sample():
         taken = scores[sample].transpose(0, 1).reshape(2, 1, -1)
-        return rehearsal(lambda: select(taken, [Fraction(1, 2), Fraction(1, 10)]), taken[0].numel())
+        return rehearse(lambda: select(taken, [Fraction(1, 2), Fraction(1, 10)]), taken[0].numel())
 
     sizes = Sizes(SLICES * 500, SLICES * 500)
-    assert run(SLICES, start, sizes=sizes, rehearse=rehearse) is None
+    assert run_slices(SLICES, start, sizes=sizes, rehearse=rehearse_sample) is None
     assert len(visits) == passes * SLICES
     for expert, count in enumerate((1500, 300)):
         highest = scores[:, expert].flatten().abs().sort(stable=True, descending=True).indices[:count]
@@ -119,24 +122,24 @@ def test_who_waits_for_a_slice_that_failed_is_let_go(threads):
     def start(i):
         if i == 2:
             raise ValueError("slice 2 cannot be read")
-        yield Before(torch.tensor([1]))
+        yield PrefixSum(lambda: torch.tensor([1]))
 
     with pytest.raises(ValueError, match="slice 2 cannot be read"):
-        run(SLICES, start, sizes=Sizes(6, 6), mapper=threads)
+        run_slices(SLICES, start, sizes=Sizes(6, 6), mapper=threads)
 
 
 def test_a_ranking_over_the_model_reads_every_slice_three_times():
     scores = torch.arange(24.0).view(2, 4, 1, 1, 3) % 5  # two tensors of four slices; with ties
     visits, kept = [0, 0], torch.zeros(2, 4, 1, 1, 3, dtype=torch.bool)
 
-    def visit(i, known, ahead):
+    def visit(i, model_totals, earlier_sums):
         def start(j):
             visits[i] += 1
             kept[i, j] = yield from select(scores[i, j], [Fraction(1, 4)], scope="global")
 
-        return run(4, start, sizes=Sizes(12, 24), known=known, ahead=ahead)
+        return run_slices(4, start, sizes=Sizes(12, 24), model_totals=model_totals, earlier_sums=earlier_sums)
 
-    settle([0, 0], visit)
+    run_tensors([0, 0], visit)
     highest = scores.flatten().sort(stable=True, descending=True).indices[:6]
     assert kept.flatten().nonzero().flatten().tolist() == highest.sort().values.tolist()
     assert visits == [12, 12]

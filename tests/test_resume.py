@@ -15,6 +15,7 @@ import merger.checkpoint.hashes
 import merger.engine.merge
 from merger.engine.merge import merge
 from merger.errors import CheckpointError, RecipeError, ResourceError
+from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
 
 METHODS = [
@@ -39,11 +40,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(folder, method="linear", parameters=None, *, path="out", how=None, **more):
+def run(folder, method="linear", parameters=None, *, path="out", force=False, options=RunOptions(), **more):
     output = {"path": path, "shard_size": 300}
     given = {"method": method, "parameters": parameters or {}, "output": output, **more}
     return merge(
-        Recipe.parse({"base": "base", "experts": {"code": "code", "math": "math"}, **given}, folder), **(how or {})
+        Recipe.parse({"base": "base", "experts": {"code": "code", "math": "math"}, **given}, folder),
+        options,
+        force=force,
     )
 
 
@@ -60,7 +63,7 @@ def cut_short(folder, method="linear", parameters=None, *, shards=2, error=Kille
             raise error
 
     with pytest.raises(error):
-        run(folder, method, parameters, how={"progress": stop}, **more)
+        run(folder, method, parameters, options=RunOptions(progress=stop), **more)
 
 
 def finished(journal):
@@ -90,7 +93,7 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bytes(folder, method, paramet
     cut_short(folder, method, parameters)
     said = []
 
-    run(folder, method, parameters, how={"notice": said.append})
+    run(folder, method, parameters, options=RunOptions(notice=said.append))
 
     assert contents(folder / "out") == expected
     assert said[0].startswith("goes on where an earlier run stopped: ")
@@ -110,7 +113,7 @@ def test_what_is_finished_is_neither_read_nor_written_again(folder):
 def test_progress_of_the_rest_ends_with_all_done(folder):
     cut_short(folder)
     told = []
-    result = run(folder, how={"progress": lambda *each: told.append(each)})
+    result = run(folder, options=RunOptions(progress=lambda *each: told.append(each)))
     assert list(dict.fromkeys(what for what, _, _ in told)) == ["checking", "merging"]
     for what in ("checking", "merging"):
         (done, total) = [each[1:] for each in told if each[0] == what][-1]
@@ -222,9 +225,9 @@ def test_what_another_plan_finished_is_refused_and_forgotten_by_force(folder, mo
         run(folder, **more)
 
     assert contents(folder / "out.partial" / "model") == before
-    run(folder, **more, how={"force": True})
+    run(folder, **more, force=True)
     resumed = contents(folder / "out")
-    run(folder, **more, how={"force": True})
+    run(folder, **more, force=True)
     assert contents(folder / "out") == resumed
 
 
@@ -234,7 +237,7 @@ def test_force_goes_on_with_the_same_plan(folder):
     run(folder, path="old")
     (folder / "old").rename(folder / "out")
     said = []
-    run(folder, how={"force": True, "notice": said.append})
+    run(folder, force=True, options=RunOptions(notice=said.append))
     assert said[0].startswith("goes on where an earlier run stopped: ")
     assert contents(folder / "out") == expected
 

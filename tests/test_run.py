@@ -15,11 +15,13 @@ import yaml
 from checkpoints import CONFIG, llama, load, same_bits, save, trio
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import WORDS, save_tokenizer, write
 
 import merger.engine.machine
 from merger.checkpoint import side_files as manifest
 from merger.engine.merge import merge
 from merger.errors import CheckpointError, RecipeError, ResourceError
+from merger.options import RunOptions
 from merger.outputs.verify import verify
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.registry import checked
@@ -78,11 +80,11 @@ class Models:
         self.run(method, parameters, output={"path": path, **(output or {})}, **more)
         return load(self.folder / path)
 
-    def run(self, method="linear", parameters=None, *, output=None, how=None, **recipe):
+    def run(self, method="linear", parameters=None, *, output=None, force=False, options=RunOptions(), **recipe):
         choice = {} if "pipeline" in recipe else {"method": method, "parameters": parameters or {}}
         experts = {name: name for name in self.tensors if name != "base"}
         written = {"base": "base", "experts": experts, "output": output or {"path": "out"}, **choice, **recipe}
-        return merge(Recipe.parse(written, self.folder), **(how or {}))
+        return merge(Recipe.parse(written, self.folder), options, force=force)
 
     def record(self, path="out"):
         return json.loads((self.folder / path / "merger.json").read_text())
@@ -413,7 +415,7 @@ def test_integers_are_the_bases_and_a_difference_is_noted(tmp_path):
     made = models(tmp_path, {"base": with_ids([0, 1]), "code": with_ids([0, 2]), "math": with_ids([0, 1, 2])})
     said = []
 
-    result = made.run(output={"path": "out", "dtype": "float16"}, how={"notice": said.append})
+    result = made.run(output={"path": "out", "dtype": "float16"}, options=RunOptions(notice=said.append))
 
     merged = load(tmp_path / "out")
     assert same_bits(merged["position_ids"], torch.tensor([0, 1]))
@@ -485,7 +487,10 @@ def test_a_method_of_whole_matrices_needs_room_for_its_factors(drawn):
 def test_a_cap_on_memory_decides_no_byte(alike):
     free = alike.merged("ties", {"density": 0.3})
     capped = alike.merged(
-        "ties", {"density": 0.3}, path="capped", how={"max_memory": merger.engine.memory.INTERPRETER + 100_000}
+        "ties",
+        {"density": 0.3},
+        path="capped",
+        options=RunOptions(max_memory=merger.engine.memory.INTERPRETER + 100_000),
     )
     assert same_bits(free, capped)
 
@@ -516,6 +521,19 @@ def test_one_tensors_draws_depend_on_no_other_tensor(alike):
 # --- what stands beside the weights ---------------------------------------------------------------
 
 
+def test_a_method_is_called_nine_frames_below_merge(drawn, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("merger.methods.sum.weighted_sum", fail)
+    with pytest.raises(ZeroDivisionError) as raised:
+        drawn.run("task_arithmetic")
+    modules = [entry.frame.f_globals["__name__"] for entry in raised.traceback]
+    frames = [module for module in modules if module.startswith("merger.")]
+    assert (frames[0], frames[-1]) == ("merger.engine.merge", "merger.methods.sum")
+    assert len(frames) <= 9
+
+
 def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
     (drawn.folder / "recipe.yaml").write_text(
         f"base: {drawn.folder}/base\nexperts: {{code: code, math: {{model: math, weight: 1/3}}}}\n"
@@ -531,7 +549,11 @@ def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
     assert record["shards"] == {"model.safetensors": sha256("out/model.safetensors")}
     assert record["files"] == {"config.json": sha256("out/config.json")}
     assert record["inputs"] == {
-        name: {"source": name, "files": {"model.safetensors": sha256(f"{name}/model.safetensors")}}
+        name: {
+            "source": name,
+            "files": {"model.safetensors": sha256(f"{name}/model.safetensors")},
+            "config": hashlib.sha256(json.dumps(CONFIG, sort_keys=True).encode()).hexdigest(),
+        }
         for name in ("base", "code", "math")
     }
     assert (record["seed"], record["set"]) == (7, ["seed=7", "parameters.density=0.5"])
@@ -573,21 +595,51 @@ def test_the_card_links_to_what_came_from_the_hub():
 
 def test_tokenizer_and_generation_files_come_along(tmp_path):
     made = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9)})
-    for name in ("base", "code"):
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-            (tmp_path / name / file).write_text(f'"{name}"')
+    for name, words in (("base", WORDS[:8]), ("code", WORDS[:9])):
+        save_tokenizer(tmp_path / name, words, chat_template=name)
+        for file in ("chat_template.jinja", "generation_config.json", "processor_config.json"):
+            write(tmp_path / name / file, {"of": name})
         (tmp_path / name / "optimizer.pt").touch()
         (tmp_path / name / "modeling_custom.py").touch()
 
     made.run()
 
     texts = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
-    assert texts["generation_config.json"] == '"base"'
-    assert {texts[name] for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")} == {'"code"'}
+    assert texts["processor_config.json"] == '{"of": "base"}'
+    assert {texts[name] for name in ("chat_template.jinja", "generation_config.json")} == {'{"of": "code"}'}
+    assert texts["tokenizer.json"] == (tmp_path / "code" / "tokenizer.json").read_text()
     assert set(texts) == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merger.json", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merger.json",
+        "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+
+
+def test_files_in_folders_come_along_and_are_verified(tmp_path):
+    made = models(tmp_path, {"base": llama(0), "code": llama(1)})
+    names = ["1_Pooling/config.json", "additional_chat_templates/tool_use.jinja", "modules.json", "tokenizer.json"]
+    for name in names:
+        write(tmp_path / "base" / name, {"model": {"vocab": {"a": 0}}} if name == "tokenizer.json" else "[]")
+    made.run()
+    assert made.record()["files"].keys() == {"config.json", *names}
+    assert (tmp_path / "out" / names[0]).read_text() == "[]"
+    (tmp_path / "out" / names[1]).write_text("{}")
+    (tmp_path / "out" / names[0]).unlink()
+    assert [each.file for each in verify(tmp_path / "out").differences] == names[:2]
+
+
+def test_code_and_weights_that_are_not_copied_are_named(tmp_path):
+    code = {"AutoModel": "modeling_own.Own", "AutoConfig": ["other/repository--config.C", None]}
+    made = models(tmp_path, {"base": llama(0), "code": llama(1)}, {"base": {**CONFIG, "auto_map": code}})
+    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    pooling = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+    write(tmp_path / "base" / "modules.json", [{"path": ""}, pooling, dense])
+    made.run()
+    assert made.record()["notes"] == [
+        "code: config differs from the base: auto_map "
+        "{'AutoModel': 'modeling_own.Own', 'AutoConfig': ['other/repository--config.C', None]} -> None",
+        "config.json names code, modeling_own.py, which is not copied; copy it if you trust it",
+        "modules.json names 2_Dense, whose weights are neither merged nor copied",
+    ]
 
 
 names = st.text(st.characters(categories=("L", "Nd", "Pd")), min_size=1, max_size=5)
@@ -679,7 +731,7 @@ def test_progress_never_goes_back_and_ends_with_all_done(tmp_path, method):
     made = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9), "math": llama(2, rows=9)})
     told = []
 
-    result = made.run(method, how={"progress": lambda *each: told.append(each)})
+    result = made.run(method, options=RunOptions(progress=lambda *each: told.append(each)))
 
     assert {what for what, _, _ in told} == {"merging"}
     done = [each for _, each, _ in told]
@@ -699,7 +751,7 @@ def test_a_run_that_is_stopped_leaves_nothing(drawn, error):
 
     before = sorted(drawn.folder.rglob("*"))
     with pytest.raises(error):
-        drawn.run(how={"progress": stop}, output={"path": "new/folders/out"})
+        drawn.run(options=RunOptions(progress=stop), output={"path": "new/folders/out"})
     assert sorted(drawn.folder.rglob("*")) == before
 
 
@@ -710,7 +762,7 @@ def test_a_fault_found_late_leaves_the_old_output_untouched(drawn):
     save(drawn.folder / "math", drawn.tensors["math"])
 
     with pytest.raises(CheckpointError, match=r"math: .* holds NaN"):
-        drawn.run(how={"force": True})
+        drawn.run(force=True)
 
     assert (drawn.folder / "out" / "model.safetensors").read_text() == "old"
     assert not (drawn.folder / "out.partial").exists()
@@ -722,7 +774,7 @@ def test_an_occupied_output_is_replaced_only_by_force(drawn):
         drawn.run("ties")
     assert drawn.record()["recipe"]["method"] == "linear"
 
-    drawn.run("ties", how={"force": True})
+    drawn.run("ties", force=True)
 
     assert drawn.record()["recipe"]["method"] == "ties"
     assert sorted(os.listdir(drawn.folder)) == ["base", "code", "math", "out"]
@@ -734,7 +786,7 @@ def test_a_file_that_appears_at_the_output_meanwhile_stays(drawn):
         (drawn.folder / "out" / "precious").touch()
 
     with pytest.raises(RecipeError, match="is there already"):
-        drawn.run(how={"progress": appear})
+        drawn.run(options=RunOptions(progress=appear))
 
     assert os.listdir(drawn.folder / "out") == ["precious"]
     assert not (drawn.folder / "out.partial").exists()
@@ -753,7 +805,7 @@ def test_an_input_is_never_overwritten_even_by_force(drawn):
     (drawn.folder / "link").symlink_to("math")
     for path in ("code", "link", "code/out", "."):
         with pytest.raises(RecipeError, match="input"):
-            drawn.run(how={"force": True}, output={"path": path})
+            drawn.run(force=True, output={"path": path})
     assert same_bits(load(drawn.folder / "math"), drawn.tensors["math"])
 
 
@@ -772,7 +824,7 @@ def test_an_input_that_shrinks_meanwhile_is_told(drawn, monkeypatch):
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     with pytest.raises(CheckpointError, match=r"ended at byte .* while it was being read"):
-        drawn.run(how={"progress": shrink})
+        drawn.run(options=RunOptions(progress=shrink))
 
 
 # --- and transformers loads it --------------------------------------------------------------------

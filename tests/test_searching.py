@@ -17,6 +17,7 @@ from merger.evaluation.model_host import Bench
 from merger.evaluation.search import search, strategies
 from merger.evaluation.search.space import example, spaces
 from merger.evaluation.search.strategies import STRATEGIES
+from merger.options import RunOptions
 from merger.recipe.document import parse, read
 from merger.recipe.json_schema import json_schema
 from merger.recipe.recipe import Recipe, search_of
@@ -181,6 +182,7 @@ NARROW = {"density": 0.4, "lambda": {"search": {"low": 0.8, "high": 1.2, "step":
 """Three coarse values, and then finer ones beside the best."""
 
 
+CPU = RunOptions(device="cpu")
 CHANGES = {"tpe": OPEN["parameters"], "two-step": NARROW}
 
 
@@ -207,15 +209,15 @@ def test_a_search_that_is_killed_and_goes_on_ends_with_the_same_trials(demo_fold
     monkeypatch.setattr(strategies, "STARTUP", 2)
     asked = {"strategy": strategy, "trials": 5, "objective": "loss"}
     path = searched(demo_folder, tmp_path, kind="texts", parameters=CHANGES[strategy], search=asked)
-    whole = search(path, to=tmp_path / "whole", device="cpu")
+    whole = search(path, options=CPU, to=tmp_path / "whole")
 
     with monkeypatch.context() as patch:
         die_at(patch, merges=3)
         with pytest.raises(Killed):
-            search(path, to=tmp_path / "killed", device="cpu")
+            search(path, options=CPU, to=tmp_path / "killed")
     with (tmp_path / "killed" / "trials.jsonl").open("a") as record:
         record.write('{"trial": 9, "vari')  # and it was writing
-    resumed = search(path, to=tmp_path / "killed", device="cpu")
+    resumed = search(path, options=CPU, to=tmp_path / "killed")
 
     assert plain(resumed) == plain(whole)
     assert resumed.report == whole.report
@@ -224,28 +226,28 @@ def test_a_search_that_is_killed_and_goes_on_ends_with_the_same_trials(demo_fold
 
 def test_a_finished_search_computes_nothing_again_and_more_trials_go_on_from_there(demo_folder, tmp_path, monkeypatch):  # noqa: F811
     path = searched(demo_folder, tmp_path)
-    first_found = search(path, device="cpu")
+    first_found = search(path, options=CPU)
     with monkeypatch.context() as patch:
         die_at(patch, 1)
-        assert search(path, device="cpu") == first_found
-    more = search(path, ["search.trials=6"], device="cpu")
+        assert search(path, options=CPU) == first_found
+    more = search(path, ["search.trials=6"], CPU)
     assert plain(more)[""][:4] == plain(first_found)[""]
     assert len(more.trials[""]) == 6
 
 
 def test_the_record_of_another_search_is_not_gone_on_with(demo_folder, tmp_path):  # noqa: F811
     path = searched(demo_folder, tmp_path, search={"trials": 1})
-    search(path, device="cpu")
+    search(path, options=CPU)
     with pytest.raises(RecipeError, match="is the record of another search: recipe differ"):
-        search(path, ["search.seed=1"], device="cpu")
+        search(path, ["search.seed=1"], CPU)
     with pytest.raises(RecipeError, match="recipe, report data differ"):
-        search(path, ["evaluation.samples=11"], device="cpu")
-    assert len(search(path, ["search.seed=1"], force=True, device="cpu").trials[""]) == 1
+        search(path, ["evaluation.samples=11"], CPU)
+    assert len(search(path, ["search.seed=1"], CPU, force=True).trials[""]) == 1
 
 
 def test_the_report_is_of_examples_that_the_search_never_saw(demo_folder, tmp_path):  # noqa: F811
     path = searched(demo_folder, tmp_path, search={"trials": 1})
-    found = search(path, device="cpu")
+    found = search(path, options=CPU)
     header = json.loads((tmp_path / "recipe.search" / "trials.jsonl").read_text().splitlines()[0])
     assert {task: each.sha256 for task, each in found.report.tasks.items()} == header["report data"]
     assert header["search data"].keys() == header["report data"].keys() == set(TASKS[:2])

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import merger.outputs.consistency
 from merger.engine.merge import merge
 from merger.errors import CheckpointError, RecipeError
-from merger.outputs.verify import Deep, verify
+from merger.options import RunOptions
+from merger.outputs.verify import DeepCheck, verify
 from merger.recipe.recipe import Recipe
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -88,7 +89,7 @@ def test_a_pickled_model_is_looked_at_too(tmp_path):
 
 def test_a_model_is_read_once_and_told_to_its_end(merged):
     told = []
-    verify(merged, progress=lambda *each: told.append(each))
+    verify(merged, RunOptions(progress=lambda *each: told.append(each)))
     assert {what for what, _, _ in told} == {"verifying"}
     assert max(done for _, done, _ in told) == told[0][2] == 1616
 
@@ -267,14 +268,14 @@ def test_a_tokenizer_that_is_no_json_is_told(plain):
 
 # --- merged again ---------------------------------------------------------------------------------
 
-ALL = Deep(sample=99)
+ALL = DeepCheck(sample=99)
 
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [("linear", {}), ("ties", {"density": 0.3}), ("dare_ties", {"density": 0.5}), ("slerp", {"scope": "global"})],
 )
-@pytest.mark.parametrize("deep", [ALL, Deep(sample=1, seed=3)])
+@pytest.mark.parametrize("deep", [ALL, DeepCheck(sample=1, seed=3)])
 def test_a_sample_comes_out_the_same_again(tmp_path, method, parameters, deep):
     trio(tmp_path)
     found = verify(run(tmp_path, method, parameters), deep=deep)
@@ -295,7 +296,7 @@ def test_a_value_that_the_inputs_do_not_make_is_found_though_merger_json_agrees(
 
 
 def test_the_seed_chooses_the_sample(merged):
-    chosen = [verify(merged, deep=Deep(sample=4, seed=seed)).recomputed for seed in (0, 0, 1)]
+    chosen = [verify(merged, deep=DeepCheck(sample=4, seed=seed)).recomputed for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
 
 
@@ -313,10 +314,10 @@ def test_a_folder_that_was_moved_is_checked_with_its_recipe(merged, tmp_path):
     moved = merged.rename(tmp_path / "moved")
     with pytest.raises(RecipeError, match=r"does not lie where its recipe wrote it \(out\); give the recipe"):
         verify(moved, deep=ALL)
-    assert said(moved, deep=Deep(recipe=recipe)) == []
+    assert said(moved, deep=DeepCheck(recipe=recipe)) == []
     recipe.write_text(text + "seed: 4\n")
     with pytest.raises(RecipeError, match=r"recipe\.yaml: is not the recipe of .*moved: they differ in seed"):
-        verify(moved, deep=Deep(recipe=recipe))
+        verify(moved, deep=DeepCheck(recipe=recipe))
 
 
 def test_what_merger_did_not_make_cannot_be_made_again(plain):

@@ -2,10 +2,9 @@
 
 import torch
 
-from merger.pipeline.flow import Inputs
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
-from merger.pipeline.passes import Sizes, run, settle
+from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import checked
 
 NAME = "layers.0.w"
@@ -13,6 +12,27 @@ NAME = "layers.0.w"
 
 def tensor(values):
     return torch.as_tensor(values, dtype=torch.float32)
+
+
+class Inputs(dict):
+    """Inputs of stages for one matrix, as calibration makes them of its statistics."""
+
+    def __init__(self, second_moment=None, mean=None, gram=None, token_share=None):
+        self.second_moment, self.mean, self.gram = second_moment, mean, gram
+        reached = None if second_moment is None else (second_moment != 0).any(1, keepdim=True)
+        inputs = {
+            "second_moment": _ones_for_zeros(second_moment),
+            "mean_input": _ones_for_zeros(mean),
+            "reached": reached,
+            "gram": gram,
+            "merged_gram": gram,
+            "token_share": token_share,
+        }
+        super().__init__({name: values for name, values in inputs.items() if values is not None})
+
+
+def _ones_for_zeros(values):
+    return None if values is None else values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
 
 
 def bits(values):
@@ -51,15 +71,21 @@ def sliced(begin, tensors, rows=1):
     model = sum(each[0].numel() for each in tensors)
     found = [{} for _ in tensors]
 
-    def visit(i, known, ahead):
+    def visit(i, model_totals, earlier_sums):
         starts = range(0, tensors[i].shape[-2], rows)
 
         def carry(j):
             found[i][j] = yield from begin(i, slice(starts[j], starts[j] + rows))
 
-        return run(len(starts), carry, sizes=Sizes(tensors[i][0].numel(), model), known=known, ahead=ahead)
+        return run_slices(
+            len(starts),
+            carry,
+            sizes=Sizes(tensors[i][0].numel(), model),
+            model_totals=model_totals,
+            earlier_sums=earlier_sums,
+        )
 
-    settle([0] * len(tensors), visit)
+    run_tensors([0] * len(tensors), visit)
     return [torch.cat([parts[j] for j in sorted(parts)], -2) for parts in found]
 
 

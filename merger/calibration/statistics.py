@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ from merger.calibration import Settings, batches, collect
 from merger.calibration import samples as texts
 from merger.calibration import statistics_files as files
 from merger.calibration.moments import Moments
+from merger.calibration.settings import ForwardPass
 from merger.checkpoint.cache import cache_folder
-from merger.checkpoint.hashes import sha256
-from merger.pipeline.flow import Inputs
+from merger.checkpoint.hashes import config_digest, sha256
+from merger.checkpoint.tokenizers import Tokenizer, tokenizer_folder
+from merger.options import RunOptions
 from merger.planning.plan import Part, Plan, TensorPlan
-from merger.recipe.recipe import portable_location
+from merger.recipe.recipe import Recipe, portable_location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,26 +34,11 @@ Statistics = Mapping[str, Moments]
 """What enters each matrix of one expert, by the expert's own tensor names."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How calibration is run on this machine; none of it changes what is found beyond rounding."""
-
-    device: str = "cpu"
-    host_memory: int | None = None  # bytes of hidden states; more wait in files
-    trust_remote_code: bool = False
-    cache: Path | None = None  # None: the user's own cache folder
-
-
-def calibrate(
-    plan: Plan,
-    options: Options,
-    *,
-    notice: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
-) -> dict[str, Path]:
+def calibrate(plan: Plan, options: RunOptions, hidden_memory: int | None) -> dict[str, Path]:
     """Each expert's statistics file: the one the recipe names, one from an earlier run, or a new one.
 
-    All experts' data and tokenizers are looked at before the first forward pass. Raises
+    Forward passes run on ``options.device``, which is a definite device. Hidden states above ``hidden_memory`` bytes
+    wait in files. All experts' data and tokenizers are looked at before the first forward pass. Raises
     CheckpointError for data or statistics that cannot be used, or an activation that is not finite.
     """
     given = plan.recipe.calibration
@@ -59,37 +47,35 @@ def calibrate(
     for name, path in found.items():
         files.load(path, layers=layers(plan, name), checkpoint=fingerprint(plan.models[name]))
     wanted = {name: _samples(plan, name, options) for name in plan.recipe.experts if name not in found}
-    folder = options.cache or cache_folder()
+    folder = cache_folder()
     for name, (key, samples) in wanted.items():
         found[name] = folder / key.file_name()
         if files.find(folder, key) is None:
-            notice(f"calibrating {name}: {len(samples.tokens)} samples, {sum(map(len, samples.tokens)):,} tokens")
-            files.save(found[name], _run(plan, name, key, samples, options, notice, progress), key)
+            options.notice(
+                f"calibrating {name}: {len(samples.tokens)} samples, {sum(map(len, samples.tokens)):,} tokens"
+            )
+            files.save(found[name], _run(plan, name, key, samples, options, hidden_memory), key)
     return {name: found[name] for name in plan.recipe.experts}
 
 
-def _samples(plan: Plan, name: str, options: Options) -> tuple[files.Key, texts.Samples]:
+def _samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.Key, texts.Samples]:
     """An expert's own text as its own tokens, and the key of what will be found from it."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
-    source = given.data[name] if isinstance(given.data, dict) else given.data
-    assert source is not None, "the recipe was checked for it"
     model = plan.models[name]
-    own, base = (
-        texts.load_tokenizer(each.directory, each.label, trust_remote_code=options.trust_remote_code)
-        for each in (model, plan.base)
-    )
-    texts.check_same_tokens(base, own, name)
+    folder = tokenizer_folder(model)
+    tokenizer = texts.load_tokenizer(folder, name, trust_remote_code=options.trust_remote_code)
     settings = Settings(
-        samples=given.samples.get(name, 100) if isinstance(given.samples, dict) else given.samples,
+        samples=given.samples_of(name),
         max_tokens=given.max_tokens,
         weighting=given.weighting,
         skip_first_tokens=given.skip_first_tokens,
         calib_text=given.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load(source, plan.recipe.folder, own, settings)
-    return files.Key(fingerprint(model), samples.data, texts.tokenizer_hash(model.directory), settings), samples
+    samples = texts.load(given.sources(name), plan.recipe.folder, tokenizer, settings)
+    forward = ForwardPass.of(model, options.device)
+    return files.Key(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
 
 
 def _run(plan: Plan, name: str, key: files.Key, samples: texts.Samples, *how: Any) -> dict[str, Moments]:
@@ -104,9 +90,8 @@ def _blocks(
     name: str,
     key: files.Key,
     samples: texts.Samples,
-    options: Options,
-    notice: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    options: RunOptions,
+    hidden_memory: int | None,
     *,
     gram: bool = False,
     onward: Onward | None = None,
@@ -118,13 +103,13 @@ def _blocks(
         batches(samples.tokens),
         key.settings,
         device=options.device,
-        host_memory=options.host_memory,
+        host_memory=hidden_memory,
         trust_remote_code=options.trust_remote_code,
         gram=gram,
         onward=onward,
         known=known,
-        notice=notice,
-        progress=lambda done, total: progress(f"calibrating {name}", done, total),
+        notice=options.notice,
+        progress=partial(options.progress, f"calibrating {name}"),
     )
 
 
@@ -133,26 +118,32 @@ class Onward:
 
     def __init__(self, plan: Plan, expert: str, merged: Merged) -> None:
         self._own, self._merged = plan.models[expert], merged
-        self._names = {own: tensor.name for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+        self._tensors = {own: tensor for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+        self._expert = expert
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor in the expert's own shape: rows of its vocabulary that were dropped stay its own."""
-        merged = self._merged(self._names.get(name, name))
-        if merged is None or merged.shape == self._own.tensors[name].shape:
-            return self._own.read(name) if merged is None else merged
+        """A whole tensor in the expert's own shape.
+
+        Rows of its vocabulary that were dropped, or that are another token in the output, stay its own.
+        """
+        tensor = self._tensors.get(name)
+        merged = self._merged(name if tensor is None else tensor.name)
+        if merged is None:
+            return self._own.read(name)
+        foreign = [rows for rows in (tensor.extra if tensor else ()) if self._expert not in rows.models]
+        if merged.shape == self._own.tensors[name].shape and not foreign:
+            return merged
         own = self._own.read(name).to(merged.dtype)
+        values = own.clone()
         common = min(len(own), len(merged))
-        own[:common] = merged[:common]
-        return own
+        values[:common] = merged[:common]
+        for rows in foreign:
+            values[rows.start : rows.stop] = own[rows.start : rows.stop]
+        return values
 
 
 def grams(
-    plan: Plan,
-    options: Options,
-    merged: Merged,
-    *,
-    notice: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    plan: Plan, options: RunOptions, hidden_memory: int | None, merged: Merged
 ) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
     """The tensors that take Gram matrices, as those become known: all experts advance together, block by block.
 
@@ -160,17 +151,17 @@ def grams(
     merged blocks, ``merged`` gives their tensors by then. Tensors whose inputs were never seen come last, with
     nothing. Raises as `calibrate` does.
     """
-    waiting = [tensor for tensor in plan.tensors if tensor.gram]
+    waiting = [tensor for tensor in plan.tensors if tensor.lockstep]
     experts = tuple(plan.recipe.experts) if waiting else ()
-    fed = any(tensor.fed_by_merged for tensor in waiting)
+    fed = any(item.follows_merge for tensor in waiting for item in tensor.inputs)
     onward = {name: Onward(plan, name, merged) if fed else None for name in plan.recipe.experts}
     kept = _kept_grams(plan, options) if waiting and not fed else {}
-    options = replace(options, host_memory=options.host_memory and options.host_memory // len(plan.recipe.experts))
+    memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
     wanted = {name: _samples(plan, name, options) for name in experts if name not in kept}
     streams = [
         files.blocks(kept[name], checkpoint=fingerprint(plan.models[name]))
         if name in kept
-        else _blocks(plan, name, *wanted[name], options, notice, progress, gram=True, onward=onward[name])
+        else _blocks(plan, name, *wanted[name], options, memory, gram=True, onward=onward[name])
         for name in experts
     ]
     known: dict[str, dict[str, Moments]] = {name: {} for name in experts}
@@ -186,7 +177,7 @@ def grams(
     yield waiting, {name: {} for name in known}
 
 
-def _kept_grams(plan: Plan, options: Options) -> dict[str, Path]:
+def _kept_grams(plan: Plan, options: RunOptions) -> dict[str, Path]:
     """The folders of Gram matrices that the recipe names, or that `keep_grams` has made of the same text."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
@@ -196,20 +187,22 @@ def _kept_grams(plan: Plan, options: Options) -> dict[str, Path]:
             found[name] = plan.recipe.folder / Path(given.stats[name]).expanduser()
         else:
             key, _ = _samples(plan, name, options)
-            folder = (options.cache or cache_folder()) / key.folder_name()
+            folder = cache_folder() / key.folder_name()
             if files.is_whole(folder):
                 found[name] = folder
     return found
 
 
-def keep_grams(
-    plan: Plan,
-    options: Options,
-    to: Path | None,
-    *,
-    notice: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
-) -> dict[str, Path]:
+def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.Key]:
+    """The key of the statistics of every expert whose model is run for a plan."""
+    given = plan.recipe.calibration
+    if given is None or not plan.runs_models:
+        return {}
+    in_files = {} if plan.follows_merge else given.stats
+    return {name: _samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
+
+
+def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: Path | None) -> dict[str, Path]:
     """Each expert's folder of statistics with Gram matrices, in ``to`` or in the cache; goes on with unfinished ones.
 
     They are as large as the models. Raises as `calibrate` does.
@@ -217,13 +210,13 @@ def keep_grams(
     folders = {}
     for name in plan.recipe.experts:
         key, samples = _samples(plan, name, options)
-        folder = to / f"{name}{files.GRAMS}" if to else (options.cache or cache_folder()) / key.folder_name()
+        folder = to / f"{name}{files.GRAMS}" if to else cache_folder() / key.folder_name()
         folders[name] = folder
         done = files.kept_units(folder, key)
         if files.is_whole(folder):
             continue
-        notice(f"calibrating {name}: {len(samples.tokens)} samples; {len(done)} blocks are there already")
-        found = _blocks(plan, name, key, samples, options, notice, progress, gram=True, known=done)
+        options.notice(f"calibrating {name}: {len(samples.tokens)} samples; {len(done)} blocks are there already")
+        found = _blocks(plan, name, key, samples, options, hidden_memory, gram=True, known=done)
         for number, (unit, moments) in enumerate(found, len(done)):
             files.save_block(folder, number, unit, moments, key)
     return folders
@@ -231,14 +224,14 @@ def keep_grams(
 
 def layers(plan: Plan, expert: str) -> list[str]:
     """The expert's tensors whose inputs some stage looks at."""
-    wanted = (t for t in plan.tensors if t.calibrated and not t.gram)
+    wanted = (t for t in plan.tensors if t.inputs and not t.lockstep)
     read = (t.reads[expert] for t in wanted if t.kind not in ("vector", "other", "embedding"))
     return sorted({name for name in read if name is not None})
 
 
 def fingerprint(model: Checkpoint) -> str:
-    """The SHA-256 of the names and SHA-256s of a checkpoint's weight files."""
-    lines = sorted(f"{file.name} {sha256(file)}\n" for file in model.files)
+    """The SHA-256 of a checkpoint's weight files, by their names, and of what its config says of the forward pass."""
+    lines = [*sorted(f"{file.name} {sha256(file)}\n" for file in model.files), f"config {config_digest(model)}\n"]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -250,31 +243,54 @@ def load(plan: Plan, paths: Mapping[str, Path]) -> dict[str, Statistics]:
 # --- from statistics to a stage's inputs ----------------------------------------------------------
 
 
-def inputs_of(
-    tensor: TensorPlan, part: Part, statistics: Mapping[str, Statistics], notice: Callable[[str], None]
-) -> Inputs:
-    """What the stages of one part of a tensor may know of its inputs: [k c], or nothing where an expert has none."""
-    if not tensor.calibrated:
-        return Inputs()
-    each_expert = [statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
-    if any(each is None for each in each_expert):
-        return Inputs()
-    known = [_of_part(each, tensor, part) for each in each_expert if each is not None]
-    moments = [each.second_moment for each in known if each.second_moment is not None]
-    means = [each.mean for each in known if each.mean is not None]
-    shares = [each.token_share for each in known if each.token_share is not None]
-    if len(moments) == len(means) == len(known):
-        several = [each.gram for each in known if each.gram is not None]
-        gram = torch.stack(several) if len(several) == len(known) else None
-        _tell_unreached(moments, tensor, part, notice)
-        return Inputs(torch.stack(moments), torch.stack(means), gram)
-    if len(shares) == len(known):
-        return Inputs(token_share=torch.stack([share[: part.rows] for share in shares]))
-    return Inputs()
+@dataclass(frozen=True)
+class MomentSource:
+    """Statistics of all experts as inputs of stages; ``gram`` is the name under which stages take Gram matrices."""
+
+    statistics: Mapping[str, Statistics]
+    gram: str = "gram"
+
+    def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
+        """The inputs of one matrix, [k ...]; none where an expert has none."""
+        by_expert = [self.statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
+        if not tensor.inputs or any(moments is None for moments in by_expert):
+            return {}
+        experts = [_of_part(moments, tensor, part) for moments in by_expert if moments is not None]
+        shares = [moments.token_share for moments in experts if moments.token_share is not None]
+        if len(shares) == len(experts):
+            return {"token_share": torch.stack([share[: part.rows] for share in shares])}
+        second_moments = [moments.second_moment for moments in experts if moments.second_moment is not None]
+        means = [moments.mean for moments in experts if moments.mean is not None]
+        if not len(second_moments) == len(means) == len(experts):
+            return {}
+        _note_unreached(second_moments, tensor, part, note)
+        grams = [moments.gram for moments in experts if moments.gram is not None]
+        second_moment = torch.stack(second_moments)
+        return {
+            "second_moment": _ones_for_zeros(second_moment),
+            "mean_input": _ones_for_zeros(torch.stack(means)),
+            "reached": (second_moment != 0).any(1, keepdim=True),
+            **({self.gram: torch.stack(grams)} if len(grams) == len(experts) else {}),
+        }
+
+    def only(self, tensors: Sequence[TensorPlan]) -> MomentSource:
+        """The statistics of these tensors alone."""
+        statistics = {
+            expert: {name: moments[name] for tensor in tensors if (name := tensor.reads[expert] or "") in moments}
+            for expert, moments in self.statistics.items()
+        }
+        return MomentSource(statistics, self.gram)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the Gram matrices; layers that share an input share one matrix."""
+        moments = (layer for expert in self.statistics.values() for layer in expert.values())
+        grams = [layer.gram for layer in moments if layer.gram is not None]
+        return sum({gram.untyped_storage().data_ptr(): gram.nbytes for gram in grams}.values())
 
 
 def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
-    """One expert slice's row of a packed tensor's moments."""
+    """The row of a packed tensor's moments that belongs to one of its experts."""
     if tensor.kind != "expert3d" or moments.second_moment is None or moments.mean is None:
         return moments
     e = part.row // part.rows
@@ -282,11 +298,19 @@ def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
     return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
 
 
-def _tell_unreached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, notice: Callable[[str], None]) -> None:
-    """Tells of experts whose text sent no token here; a stage is told by `reached` (methods.md 2.1)."""
-    silent = [name for name, each in zip(tensor.place.experts, moments, strict=True) if not each.any()]
-    if silent:
-        notice(f"{part.name}: no input ever reached it in {', '.join(silent)}; its changes are judged without it")
+def _ones_for_zeros(values: Tensor) -> Tensor:
+    """The values [k c], with ones for an expert that has only zeros: its text never reached the matrix."""
+    return values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
+
+
+def _note_unreached(
+    second_moments: Sequence[Tensor], tensor: TensorPlan, part: Part, note: Callable[[str], None]
+) -> None:
+    """Notes the experts whose text sent no token to a matrix; a stage sees them by its input `reached`."""
+    experts = zip(tensor.place.experts, second_moments, strict=True)
+    unreached = [name for name, moments in experts if not moments.any()]
+    if unreached:
+        note(f"{part.name}: no input ever reached it in {', '.join(unreached)}; its changes are judged without it")
 
 
 def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -297,15 +321,30 @@ def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
 def sources(plan: Plan) -> dict[str, str | None]:
     """The SHA-256 of what calibration starts from: files of text and statistics, tokenizers; None for a Hub dataset."""
     given = plan.recipe.calibration
-    if given is None or not plan.calibrated:
+    if given is None or not plan.inputs:
         return {}
-    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(plan.recipe.experts, given.data)
-    found: dict[str, str | None] = {}
-    for name in plan.recipe.experts:
-        if name not in given.stats:
-            found[f"tokenizer of {name}"] = texts.tokenizer_hash(plan.models[name].directory)
-        source = given.stats.get(name) or data[name]
-        assert source is not None, "the recipe was checked for it"
-        path = plan.recipe.folder / Path(source).expanduser()
-        found[portable_location(source)] = files.digest(path) if path.exists() else None
-    return found
+    run = [name for name in plan.recipe.experts if name not in given.stats]
+    tokenizers = {f"tokenizer of {name}": tokenizer_digest(plan.models[name]) for name in run}
+    return {**tokenizers, **calibration_files(plan.recipe)}
+
+
+def tokenizer_digest(model: Checkpoint) -> str:
+    """The SHA-256 of the part of a model's tokenizer that decides ids."""
+    return Tokenizer(tokenizer_folder(model)).digest
+
+
+def calibration_files(recipe: Recipe) -> dict[str, str | None]:
+    """The SHA-256 of the files of text and statistics that a recipe names; None for a Hub dataset."""
+    calibration = recipe.calibration
+    if calibration is None:
+        return {}
+    digests: dict[str, str | None] = {}
+    for name in recipe.experts:
+        stats = calibration.stats
+        sources = [stats[name]] if name in stats else [text.file for text in calibration.sources(name)]
+        for source in sources:
+            path, label = recipe.folder / Path(source).expanduser(), portable_location(source)
+            digest = files.digest(path) if path.exists() else None
+            is_another = digests.get(label, digest) != digest  # a file of the same name in another folder
+            digests[f"{label} of {name}" if is_another else label] = digest
+    return digests

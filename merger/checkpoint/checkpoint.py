@@ -13,7 +13,7 @@ from merger._lazy import torch
 from merger.checkpoint.formats import format_of
 from merger.checkpoint.formats.interface import fill_from
 from merger.checkpoint.open_files import OpenFiles
-from merger.checkpoint.tensor_info import Info, torch_dtype
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info, torch_dtype
 from merger.errors import UnreadableError
 
 if TYPE_CHECKING:
@@ -24,11 +24,15 @@ SINGLE = "model.safetensors"
 PACKED = "experts.safetensors"
 """Several experts, of which none can be loaded as it is."""
 
+COMPARED = 8 << 20
+"""Bytes of two tensors that are compared at a time."""
+
 
 class Checkpoint:
     """An open checkpoint. Threads may read from it side by side; nothing is mapped."""
 
     adapter: Checkpoint | None = None  # what sits on top of it, as far as it has files and a commit
+    remarks: tuple[str, ...] = ()  # what a user should know of how it was opened
 
     def __init__(
         self,
@@ -68,11 +72,40 @@ class Checkpoint:
 
     def read_into(self, rows: Tensor, name: str, start: int, stop: int) -> None:
         """Reads rows into memory that is there already, [rows, columns] in one piece and in any wider dtype."""
-        info = self.tensors[name]
+        self._read_stored(rows, self.tensors[name], start, stop)
+
+    def _read_stored(self, rows: Tensor, info: Info, start: int, stop: int) -> None:
+        """Reads rows of a tensor as the file's format stores them."""
         assert info.file is not None, "only a plan is made from headers alone"
         format_ = format_of(info.file.name)
         assert format_ is not None, "no other file is a weight file"
         format_.read_into(rows, info, start, stop, partial(self._fill, info.file))
+
+    def equal(self, tensor: str, twin: str) -> bool | None:
+        """Whether two tensors hold the same bits; None where only their headers are at hand. torch is not needed."""
+        info, twin_info = self.tensors[tensor], self.tensors[twin]
+        if (info.dtype, info.shape) != (twin_info.dtype, twin_info.shape):
+            return False
+        if info.file is None or twin_info.file is None:
+            return None
+        rows, columns = info.matrix
+        step = max(1, COMPARED // max(1, columns * ITEM_SIZE[info.dtype]))
+        spans = ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return info == twin_info or all(
+            self._stored_bytes(info, *span) == self._stored_bytes(twin_info, *span) for span in spans
+        )
+
+    def _stored_bytes(self, info: Info, start: int, stop: int) -> bytes | bytearray:
+        """Rows of a tensor as they are stored, in row order."""
+        if info.strides is not None:
+            rows = torch.empty(stop - start, info.matrix[1], dtype=torch_dtype(info))
+            self._read_stored(rows, info, start, stop)
+            return rows.view(torch.uint8).numpy().tobytes()
+        assert info.file is not None, "only a plan is made from headers alone"
+        width = info.matrix[1] * ITEM_SIZE[info.dtype]
+        content = bytearray((stop - start) * width)
+        self._fill(info.file, info.offset + start * width, memoryview(content))
+        return content
 
     def change_rows(self, name: str, start: int, stop: int) -> Tensor | None:
         """What is added to rows of the base, in float32, where that is how the model is made; else None."""

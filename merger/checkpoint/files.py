@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from merger._version import MARK
 from merger.checkpoint.disk import disk_error, sync
 from merger.errors import RecipeError
-
-MARK = "written by merger"
-"""What a file says of itself whose name alone does not tell who wrote it: a page, a picture, a report."""
 
 _SEARCHED = 64 << 10  # bytes at the beginning and at the end of a file in which its mark stands
 

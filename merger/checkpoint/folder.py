@@ -14,16 +14,13 @@ from typing import IO, Any
 from merger.checkpoint.checkpoint import PACKED
 from merger.checkpoint.formats import FORMATS, SUFFIXES, format_of
 from merger.checkpoint.tensor_info import Info, checked_name
+from merger.checkpoint.wrapped_names import plain_names
 from merger.errors import CheckpointError
 
 MODEL = tuple(format_.model for format_ in FORMATS)
 ADAPTER = tuple(format_.adapter for format_ in FORMATS)
 
 _OTHER_WEIGHTS = (*SUFFIXES, ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".npz")
-_QUANTISED_PARTS = (
-    ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".weight_scale", ".weight_scale_inv",
-    ".weight_packed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def _read_index(folder: Folder, index_name: str) -> dict[str, str]:
 
 
 def read_tensors(folder: Folder, weights: Weights) -> dict[str, Info]:
-    """All tensors, from the headers of the files that hold them."""
+    """All tensors by the model's names of them, from the headers of the files that hold them."""
     with ThreadPoolExecutor(8) as pool:  # on the Hub a header takes a round trip or two
         headers = list(pool.map(partial(_header, folder), weights.files))
     tensors: dict[str, Info] = {}
@@ -134,7 +131,11 @@ def read_tensors(folder: Folder, weights: Weights) -> dict[str, Info]:
             )
     if not tensors:
         raise CheckpointError(f"{folder.label}: {folder.source}: its weights hold no tensor; download them again")
-    return tensors
+    try:
+        names = plain_names(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{folder.label}: {folder.source}: {error}") from None
+    return {names[stored]: info for stored, info in tensors.items()}
 
 
 def _header(folder: Folder, file: str) -> dict[str, Info]:
@@ -148,30 +149,3 @@ def _header(folder: Folder, file: str) -> dict[str, Info]:
         stream.seek(0)
         tensors = format_.parse(stream, size, Path(folder.source) / file, placed=False)
     return {name: replace(info, file=None, offset=0) for name, info in tensors.items()}
-
-
-# --- quantised checkpoints: their numbers are codes, and merging codes means nothing ---
-
-
-def refuse_quantised_config(folder: Folder, config: Mapping[str, Any]) -> None:
-    """CheckpointError if the config tells of quantisation."""
-    said = config.get("quantization_config") or config.get("compression_config")
-    if said:
-        kind = said.get("quant_method", "") if isinstance(said, dict) else ""
-        _refuse(folder, f"config.json names quantization_config {kind}".strip())
-
-
-def refuse_quantised_tensors(folder: Folder, tensors: Mapping[str, Info]) -> None:
-    """The same, told from the tensors themselves."""
-    for name, info in tensors.items():
-        if info.dtype.startswith("F8"):
-            _refuse(folder, f"{name} is {info.dtype}")
-        if name.endswith(_QUANTISED_PARTS):
-            _refuse(folder, f"it has {name}")
-
-
-def _refuse(folder: Folder, evidence: str) -> None:
-    raise CheckpointError(
-        f"{folder.label}: is quantised ({evidence}); merge the 16- or 32-bit checkpoint it was made from, "
-        "and quantise the result"
-    )

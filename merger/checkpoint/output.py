@@ -47,7 +47,7 @@ class Output:
 
     def finish(self, *, force: bool) -> None:
         """Renames the folder into place; what was there is replaced only now."""
-        for path in sorted(self.folder.iterdir()):
+        for path in sorted(self.folder.rglob("*")):
             sync(path)
         sync(self.folder)
         take_place(self.folder, self.path, self.journal.folder / REPLACED, force=force)

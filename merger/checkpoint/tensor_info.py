@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Info:
         """How many numbers it holds."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """How many bytes it takes."""
         return self.elements * ITEM_SIZE[self.dtype]
@@ -48,10 +49,13 @@ class Info:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Its rows and columns: all axes but the last are rows, and a vector is one row."""
-        if len(self.shape) < 2:
-            return 1, self.elements
-        return prod(self.shape[:-1]), self.shape[-1]
+        """Its rows and columns, as `rows_and_columns` counts them."""
+        return rows_and_columns(self.shape)
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """All axes but the last as rows, and the last as columns; a vector or a number is one row."""
+    return (prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, prod(shape))
 
 
 def torch_dtype(info: Info) -> torch.dtype:

@@ -83,7 +83,7 @@ def _of_the_system(error: OSError) -> MergerError:
 def _origin(error: Exception) -> str:
     """The file of a stage and the line in it from which the exception comes."""
     frames = traceback.extract_tb(error.__traceback__)
-    called = [i for i, frame in enumerate(frames) if frame.name == "_call"]  # of merger/pipeline/flow.py
+    called = [i for i, frame in enumerate(frames) if frame.name == "_run_stages"]  # of merger/pipeline/flow.py
     stage = frames[min(called[-1] + 1, len(frames) - 1)] if called else frames[-1]
     line = [frame.lineno for frame in frames if frame.filename == stage.filename][-1]
     return f"{stage.filename}:{line}"

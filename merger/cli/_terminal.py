@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import BrokenMethodWarning
+from merger.options import Notice, Progress, ignore
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from merger.engine.loop import Progress
 
 
 def prepare_streams() -> None:
@@ -69,27 +68,27 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
-    """A progress callback that draws a bar on a terminal and nothing elsewhere, and one for remarks."""
+def progress_bar(quiet: bool) -> Iterator[tuple[Progress, Notice]]:
+    """The callback for progress, which draws a bar on a terminal and nothing elsewhere, and the one for remarks."""
     console = make_console(stderr=True)
     if quiet:
-        yield None, None
+        yield ignore, ignore
         return
 
     def notice(message: str) -> None:
         console.print(f"note: {message}", markup=False, soft_wrap=True)
 
     if not console.is_terminal:
-        yield None, notice
+        yield ignore, notice
         return
     from rich.progress import (
         BarColumn,
-        Progress,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}"),
@@ -101,7 +100,7 @@ def progress_bar(quiet: bool) -> Iterator[tuple[Progress | None, Any]]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Bar(*columns, console=console, transient=True) as bar:
 
         def tell(what: str, done: int, total: int) -> None:
             if what not in tasks:

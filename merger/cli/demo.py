@@ -8,23 +8,24 @@ from typing import Annotated
 
 import typer
 
-from merger.cli._options import AsJson, Device, Quiet
+from merger.cli._app import LEARN, command
+from merger.cli._options import AsJson, RunFlags, run_flags
 from merger.cli._terminal import make_console
 
 
+@command(LEARN)
+@run_flags("device", "quiet")
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo is written.")] = Path("demo"),
-    device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Make an earlier demo again.")] = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Merge three tiny fine-tunes that come with merger, and show what each model can do."""
     from merger.demo import demo as demonstration
 
-    console = make_console(stderr=True)
-    tell = (lambda line: None) if quiet else (lambda line: console.print(line, markup=False))
-    scores = demonstration.demo(folder, force=force, device=device, tell=tell)
+    with flags.options() as options:
+        scores = demonstration.demo(folder, options, force=force)
     if as_json:
         print(json.dumps([{"model": s.model, "kind": s.kind, "accuracy": dict(s.accuracy)} for s in scores]))
         return

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
-from merger.cli._options import AsJson, Offline, Quiet
-from merger.cli._terminal import progress_bar, size_text
+from merger.cli._app import USE, command
+from merger.cli._options import AsJson, RunFlags, run_flags
+from merger.cli._terminal import size_text
 
 
+@command(USE)
+@run_flags("offline", "quiet")
 def extract(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="What a run wrote that packs several experts.", show_default=False)
@@ -24,17 +27,16 @@ def extract(
         str | None,
         typer.Option(metavar="MODEL", help="The base, where it is not where it was.", show_default=False),
     ] = None,
-    offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Write one expert of an output that holds several (emr, tall_masks, byom, tsv_c) as a checkpoint."""
     from merger.outputs.extract import extract as write
 
-    with progress_bar(quiet) as (progress, _):
-        found = write(folder, expert, output, base=base, offline=offline, force=force, progress=progress)
+    with flags.options() as options:
+        result = write(folder, expert, output, options, base=base, force=force)
     if as_json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(result.as_json()))
     else:
-        print(f"{found.output}: {found.expert}, {size_text(found.bytes_written)}, {found.seconds:.1f} s")
+        print(f"{result.output}: {result.expert}, {size_text(result.bytes_written)}, {result.seconds:.1f} s")

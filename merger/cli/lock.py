@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 
-from merger.cli._options import AsJson, Offline, Overrides, RecipePath, load
+from merger.cli._app import MERGE, command
+from merger.cli._options import AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 
 
-def lock(recipe: RecipePath, overrides: Overrides = [], offline: Offline = False, as_json: AsJson = False) -> None:  # noqa: B006
+@command(MERGE)
+@run_flags("device", "offline")
+def lock(recipe: RecipePath, flags: RunFlags = RunFlags(), overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Write down what a recipe comes to today, in recipe.lock beside it, for `merger run --locked`."""
     from merger.outputs.lock import lock as write
     from merger.outputs.lock import lock_of
 
-    content = write(load(recipe, overrides), lock_of(recipe), offline=offline)
+    with flags.options() as options:
+        content = write(load(recipe, overrides), lock_of(recipe), options)
     if as_json:
         print(json.dumps(content))
     else:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merger.cli._options import AsJson, Offline, Quiet, TrustRemoteCode
-from merger.cli._terminal import make_console, progress_bar
+from merger.cli._app import USE, command
+from merger.cli._options import AsJson, RunFlags, run_flags
+from merger.cli._terminal import make_console
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from merger.outputs.lora import LoraExtraction
 
 
+@command(USE)
+@run_flags("offline", "trust_remote_code", "quiet")
 def lora(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that was fine-tuned.", show_default=False)],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The fine-tune of it.", show_default=False)],
@@ -33,51 +36,39 @@ def lora(
         typer.Option(metavar="SHARE", help="Or as many as hold this share of its squared norm.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there already.")] = False,
-    offline: Offline = False,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Turn a fine-tune into a PEFT LoRA adapter for its base, and say what that leaves out, layer by layer."""
     from merger.outputs.lora import extract_lora
 
     share = None if energy is None else _share(energy)
-    with progress_bar(quiet) as (progress, _):
-        found = extract_lora(
-            base,
-            model,
-            output,
-            rank=rank,
-            energy=share,
-            offline=offline,
-            force=force,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    with flags.options() as options:
+        adapter = extract_lora(base, model, output, options, rank=rank, energy=share, force=force)
     if as_json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(adapter.as_json()))
     else:
-        _print(found, make_console())
+        _print(adapter, make_console())
 
 
-def _print(found: LoraExtraction, console: Console) -> None:
+def _print(adapter: LoraExtraction, console: Console) -> None:
     """The error of each layer, then of the whole."""
     from rich import box
     from rich.table import Table
 
     table = Table("layer", "matrices", "rank", "error", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, layer in found.layers.items():
+    for name, layer in adapter.layers.items():
         ranks = "-".join(map(str, dict.fromkeys(layer.ranks)))
         table.add_row(name, str(layer.matrices), ranks, f"{layer.error:.4f}")
     console.print(table)
-    for name, share in sorted(found.left_out.items(), key=lambda item: -item[1])[:10]:
+    for name, share in sorted(adapter.left_out.items(), key=lambda item: -item[1])[:10]:
         console.print(f"left out: {name}, {share:.2%} of the model's change", markup=False, soft_wrap=True)
-    more = len(found.left_out) - 10
-    if more > 0:
-        console.print(f"left out: {more} other tensors that changed less")
+    remaining = len(adapter.left_out) - 10
+    if remaining > 0:
+        console.print(f"left out: {remaining} other tensors that changed less")
     print(
-        f"{found.output}: {found.parameters:,} parameters; error {found.error:.4f} of the matrices' change, "
-        f"{found.whole_error:.4f} of the model's"
+        f"{adapter.output}: {adapter.parameters:,} parameters; error {adapter.error:.4f} of the matrices' change, "
+        f"{adapter.whole_error:.4f} of the model's"
     )
 
 

@@ -8,23 +8,27 @@ from typing import Annotated
 
 import typer
 
-from merger.cli._options import AsJson, Quiet
+from merger.cli._app import USE, command
+from merger.cli._options import AsJson, RunFlags, run_flags
 
 
+@command(USE)
+@run_flags("quiet")
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished merge.", show_default=False)],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub.", show_default=False)],
     public: Annotated[bool, typer.Option("--public", help="Let everyone see it; private if not given.")] = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Upload a finished merge to the Hub, with card and manifest; run again, it goes on where it broke off."""
     from merger.outputs.push import push as upload
 
-    pushed = upload(folder, repository, public=public, quiet=quiet)
+    pushed = upload(folder, repository, public=public, quiet=flags.quiet)
     if as_json:
         print(json.dumps(pushed.as_json()))
         return
-    seen = "private" if pushed.private else "public"
-    did = "was there already" if pushed.unchanged else "uploaded"
-    print(f"{folder}: {did}: {pushed.repository} ({seen}) at {pushed.commit}, {pushed.shards} shards as in merger.json")
+    visibility = "private" if pushed.private else "public"
+    action = "was there already" if pushed.unchanged else "uploaded"
+    place = f"{pushed.repository} ({visibility}) at {pushed.commit}"
+    print(f"{folder}: {action}: {place}, {pushed.shards} shards as in merger.json")

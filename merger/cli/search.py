@@ -8,21 +8,14 @@ from typing import Annotated
 
 import typer
 
-from merger.cli._options import (
-    AsJson,
-    Device,
-    MaxMemory,
-    Offline,
-    Overrides,
-    Quiet,
-    RecipePath,
-    TrustRemoteCode,
-    memory_size,
-)
-from merger.cli._terminal import make_console, progress_bar
+from merger.cli._app import MERGE, command
+from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, run_flags
+from merger.cli._terminal import make_console
 from merger.cli.evaluate import AllowCalibrationText
 
 
+@command(MERGE)
+@run_flags(*RUN_FLAGS)
 def search(
     recipe: RecipePath,
     to: Annotated[
@@ -34,11 +27,7 @@ def search(
         Path | None, typer.Option(metavar="FILE", help="Draw the objective over the trials (needs matplotlib).")
     ] = None,
     overrides: Overrides = [],  # noqa: B006
-    device: Device = "auto",
-    max_memory: MaxMemory = None,
-    offline: Offline = False,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Find the values that a recipe leaves open with {search: ...}, by merges in memory judged on held-out examples."""
@@ -47,29 +36,24 @@ def search(
     from merger.evaluation.tables import print_comparison
 
     check_plot(plot)
-    with progress_bar(quiet) as (progress, notice):
-        found = find(
+    with flags.options() as options:
+        result = find(
             recipe,
             overrides,
+            options,
             to=to,
             force=force,
             allow_calibration_text=allow_calibration_text,
-            device=device,
-            max_memory=memory_size(max_memory),
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            notice=notice,
         )
     if plot is not None:
-        series = {name or recipe.stem: [each.objective for each in trials] for name, trials in found.trials.items()}
-        plot_trials(series, found.objective, plot)
+        series = {name or recipe.stem: [trial.objective for trial in trials] for name, trials in result.trials.items()}
+        plot_trials(series, result.objective, plot)
     if as_json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(result.as_json()))
         return
-    print_comparison(found.report, make_console(), settings=True)
-    counted = sum(map(len, found.trials.values()))
+    print_comparison(result.report, make_console(), settings=True)
+    count = sum(map(len, result.trials.values()))
     print(
-        f"on examples that none of the {counted} trials has seen; the best by search data, "
-        f"{found.objective} {found.winner.objective:.4f}, is {Path(found.folder) / 'best.yaml'}"
+        f"on examples that none of the {count} trials has seen; the best by search data, "
+        f"{result.objective} {result.winner.objective:.4f}, is {Path(result.folder) / 'best.yaml'}"
     )

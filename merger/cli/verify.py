@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
-from merger.cli._options import AsJson, MaxMemory, Offline, Quiet, TrustRemoteCode, memory_size
-from merger.cli._terminal import progress_bar, size_text
+from merger.cli._app import JUDGE, command
+from merger.cli._options import RUN_FLAGS, AsJson, RunFlags, run_flags
+from merger.cli._terminal import size_text
 from merger.errors import VerifyError
 
 
+@command(JUDGE)
+@run_flags(*RUN_FLAGS)
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.", show_default=False)],
     deep: Annotated[bool, typer.Option("--deep", help="Merge a sample of tensors again, and compare bits.")] = False,
@@ -22,25 +25,21 @@ def verify(
         Path | None,
         typer.Option(metavar="RECIPE", help="For --deep, where the folder was moved: its recipe.", show_default=False),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="For --deep; the recorded kind if not given.")] = None,
-    max_memory: MaxMemory = None,
-    offline: Offline = False,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
+    flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Check that a model is what it says: hashes, headers, values, config, tokenizer; with --deep, the merge itself."""
-    from merger.outputs.verify import Deep
+    from merger.outputs.verify import DeepCheck
     from merger.outputs.verify import verify as check
 
-    how = Deep(sample, seed, recipe, device, memory_size(max_memory), offline, trust_remote_code) if deep else None
-    with progress_bar(quiet) as (progress, notice):
-        found = check(folder, deep=how, progress=progress, notice=notice)
+    sampled = DeepCheck(sample, seed, recipe) if deep else None
+    with flags.options() as options:
+        verification = check(folder, options, deep=sampled)
     if as_json:
-        print(json.dumps(found.as_json()))
-    if found.differences:
-        raise VerifyError("\n".join(f"{folder}: {each}" for each in found.differences))
+        print(json.dumps(verification.as_json()))
+    if verification.differences:
+        raise VerifyError("\n".join(f"{folder}: {difference}" for difference in verification.differences))
     if not as_json:
-        whole = "is what merger.json says" if found.recorded else "agrees with itself; it has no merger.json"
-        again = f"; {len(found.recomputed)} tensors merged again are the same bits" if deep else ""
-        print(f"{folder}: {whole}: {found.tensors} tensors, {size_text(found.bytes)}{again}")
+        state = "is what merger.json says" if verification.recorded else "agrees with itself; it has no merger.json"
+        recomputed = f"; {len(verification.recomputed)} tensors merged again are the same bits" if deep else ""
+        print(f"{folder}: {state}: {verification.tensors} tensors, {size_text(verification.bytes)}{recomputed}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,6 +15,7 @@ from merger.checkpoint.files import make_folder, replace_bytes
 from merger.demo import tasks as demo_tasks
 from merger.engine.merge import merge
 from merger.errors import RecipeError
+from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -102,21 +103,19 @@ def _recipe(method: str) -> str:
     return yaml.safe_dump(written, sort_keys=False)
 
 
-def demo(
-    folder: Path, *, force: bool = False, device: str = "auto", tell: Callable[[str], None] = lambda line: None
-) -> list[Score]:
+def demo(folder: Path, options: RunOptions = RunOptions(), *, force: bool = False) -> list[Score]:
     """Merges the demo's experts by every method of `METHODS` and scores all models on all tasks."""
     prepare(folder, force=force)
     held_out = {task: demo_tasks.examples(task, "heldout", HELD_OUT) for task in demo_tasks.TASKS}
     scores = []
     for name in ("base", *demo_tasks.TASKS):
-        tell(f"scoring {name}")
+        options.notice(f"scoring {name}")
         kind = "base" if name == "base" else "expert"
         scores.append(Score(name, kind, score(folder / "models" / name, held_out)))
     for method in METHODS:
-        tell(f"merging by {method}")
+        options.notice(f"merging by {method}")
         recipe = Recipe.parse(_recipe(method), folder)
-        merge(recipe, device=device, force=force)
+        merge(recipe, options, force=force)
         scores.append(Score(method, "merge", score(folder / "merged" / method, held_out)))
     return scores
 

@@ -5,54 +5,169 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._version import VERSION
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.hashes import stamp
+from merger.checkpoint.files import write_json
+from merger.checkpoint.hashes import config_digest, stamp
+from merger.errors import CheckpointError
 from merger.recipe.recipe import portable_location
 
 if TYPE_CHECKING:
-    from merger.checkpoint.checkpoint import Checkpoint
     from merger.checkpoint.tensor_info import Info
     from merger.planning.plan import Plan, TensorPlan
-    from merger.recipe.recipe import Source
+    from merger.recipe.sections import Source
 
 RECORD = "merger.json"
+FORMAT = 1
+
+_SECTIONS = ("recipe", "calibration", "inputs", "statistics", "shards", "files", "tensors", "versions")
 
 
-def record_of(
-    plan: Plan,
-    device: str,
-    hashes: Mapping[Path, Future[str]],
-    shards: Mapping[str, str],
-    files: Mapping[str, str],
-    calibration: Mapping[str, str | None],
-    statistics: Mapping[str, str],
-    notes: Iterable[str],
-) -> dict[str, Any]:
-    """The manifest of a finished merge, given the SHA-256 of each input, output shard, side and statistics file."""
-    return {
-        "format": FORMAT,
-        "versions": versions(),
-        "seed": plan.recipe.seed,
-        "device": device.partition(":")[0],
-        "device-dependent": inexact(plan),
-        "recipe": portable(plan.recipe.spelled_out()),
-        "set": list(plan.recipe.overrides),
-        "inputs": inputs_of(plan, {file: hashed.result() for file, hashed in hashes.items()}),
-        "calibration": dict(calibration),
-        "statistics": dict(statistics),
-        "shards": dict(shards),
-        "files": dict(files),
-        "tensors": fates(plan),
-        "dropped": {label: names for label, names in plan.dropped.items() if names},
-        "notes": sorted(notes),
-    }
+@dataclass(frozen=True)
+class Manifest:
+    """The content of merger.json, which is written by a merge and read by all that is done with one."""
+
+    content: Mapping[str, Any]
+
+    @classmethod
+    def of_merge(
+        cls,
+        plan: Plan,
+        device: str,
+        *,
+        inputs: Mapping[Path, Future[str]],
+        shards: Mapping[str, str],
+        files: Mapping[str, str],
+        calibration: Mapping[str, str | None],
+        statistics: Mapping[str, str],
+        notes: Iterable[str],
+    ) -> Manifest:
+        """The manifest of a finished merge, given the SHA-256 of each input, output shard, side and statistics file."""
+        return cls(
+            {
+                "format": FORMAT,
+                "versions": versions(plan),
+                "seed": plan.recipe.seed,
+                "device": device.partition(":")[0],
+                "device-dependent": inexact(plan),
+                "recipe": portable(plan.recipe.spelled_out()),
+                "set": list(plan.recipe.overrides),
+                "inputs": inputs_of(plan, {file: hashed.result() for file, hashed in inputs.items()}),
+                "calibration": dict(calibration),
+                "statistics": dict(statistics),
+                "shards": dict(shards),
+                "files": dict(sorted(files.items())),
+                "tensors": tensor_records(plan),
+                "dropped": {label: names for label, names in plan.dropped.items() if names},
+                "notes": sorted(notes),
+            }
+        )
+
+    @classmethod
+    def parse(cls, text: bytes) -> Manifest:
+        """The manifest of a file's bytes; ValueError with the reason, to follow the file's name, if it is none."""
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"cannot be read: {error}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"is not of format {FORMAT}, the only one that this version reads; merge again")
+        lacking = [section for section in _SECTIONS if not isinstance(content.get(section), dict)]
+        if lacking:
+            raise ValueError(f"lacks {', '.join(lacking)}")
+        return cls(content)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a finished merge; CheckpointError where ``folder`` has none that can be understood."""
+        file = folder / RECORD
+        try:
+            return cls.parse(file.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: has no {RECORD}, so it is no finished merge") from None
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+
+    def write(self, folder: Path) -> None:
+        """Writes merger.json into a folder."""
+        write_json(folder / RECORD, self.content)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe with its defaults, without the machine's folders."""
+        return dict(self.content["recipe"])
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of the experts."""
+        return list(self.content["recipe"]["experts"])
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The source, the commit and the SHA-256s of the files of base and experts."""
+        return dict(self.content["inputs"])
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """What happened to every tensor."""
+        return dict(self.content["tensors"])
+
+    @property
+    def shards(self) -> dict[str, str]:
+        """The SHA-256 of each weight file."""
+        return dict(self.content["shards"])
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The SHA-256 of each file beside the weights."""
+        return dict(self.content["files"])
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the output holds several experts."""
+        return any("packed" in record for record in self.tensors.values())
+
+    @property
+    def copied(self) -> dict[str, str]:
+        """The model that each copied tensor comes from, by tensor."""
+        return {name: record["copied from"] for name, record in self.tensors.items() if "copied from" in record}
+
+    @property
+    def stored_tensors(self) -> dict[str, Any]:
+        """How each tensor in the weight files is stored, in the words of `stored_as`; a pack stores several of one."""
+        tensors: dict[str, Any] = {}
+        for name, record in self.tensors.items():
+            stored = record.get("stored as") if isinstance(record, dict) else None
+            tensors |= stored if isinstance(stored, dict) else {name: stored}
+        return tensors
+
+    def summary(self) -> dict[str, Any]:
+        """The method, the inputs, the seed, the versions, and how many tensors were merged and copied."""
+        method: dict[str, Any] = {
+            key: self.recipe[key] for key in ("method", "parameters", "pipeline") if key in self.recipe
+        }
+        tensors = Counter(
+            f"copied from {record['copied from']}" if "copied from" in record else f"merged by {record['merged by']}"
+            for record in self.tensors.values()
+        )
+        return {
+            **method,
+            "inputs": {label: record["source"] for label, record in self.inputs.items()},
+            "tensors": dict(tensors),
+            "seed": self.content["seed"],
+            "versions": self.content["versions"],
+        }
 
 
 def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> dict[str, str]:
@@ -60,13 +175,18 @@ def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> d
     recipe = portable(plan.recipe.spelled_out())
     parts = {
         "recipe": {**recipe, "output": {**recipe["output"], "path": None}},
-        "inputs": {label: {str(file): stamp(file) for file in model.files} for label, model in plan.models.items()},
-        "tensors": fates(plan),
+        "inputs": {label: _stamps(model) for label, model in plan.models.items()},
+        "tensors": tensor_records(plan),
         "statistics": dict(statistics),
-        "versions": versions(),
+        "versions": versions(plan),
         "device": device.partition(":")[0],
     }
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+
+
+def _stamps(model: Checkpoint) -> dict[str, str]:
+    """What shows without reading the weights whether a model is another: stamps of its files, and its config."""
+    return {**{str(file): stamp(file) for file in model.files}, "config": config_digest(model)}
 
 
 def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
@@ -76,6 +196,7 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
         label: {
             **sources_of(source),
             **_origin(plan.models[label], hashes),
+            "config": config_digest(plan.models[label]),
         }
         for label, source in sources.items()
     }
@@ -84,53 +205,53 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
 def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """From what commit and which bytes a model, and an adapter on it, came."""
     adapter = model.adapter
-    on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
-    own = _named(model.commit, [file for file in model.files if file not in on_top], hashes)
-    return own if adapter is None else {**own, "adapter": _named(adapter.commit, on_top, hashes)}
+    adapter_files = [
+        file for file in model.files if adapter is not None and (file in adapter.files or file.name == CONFIG)
+    ]
+    origin = _file_hashes(model.commit, [file for file in model.files if file not in adapter_files], hashes)
+    return origin if adapter is None else {**origin, "adapter": _file_hashes(adapter.commit, adapter_files, hashes)}
 
 
-def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]) -> dict[str, Any]:
-    said = {"files": {file.name: hashes[file] for file in files}}
-    return {"commit": commit, **said} if commit else said
+def _file_hashes(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """The SHA-256 of each file, and the commit if the files come from the Hub."""
+    record = {"files": {file.name: hashes[file] for file in files}}
+    return {"commit": commit, **record} if commit else record
 
 
 def sources_of(source: Source) -> dict[str, str]:
-    """What a recipe calls a model and the adapter on it."""
-    on_top = {"adapter source": portable_location(source.adapter)} if source.adapter else {}
-    return {"source": portable_location(source.model), **on_top}
+    """The names of a model and of the adapter on it, as the recipe writes them."""
+    adapter = {"adapter source": portable_location(source.adapter)} if source.adapter else {}
+    return {"source": portable_location(source.model), **adapter}
 
 
-def fates(plan: Plan) -> dict[str, Any]:
-    """What happens to every tensor."""
-    return {tensor.name: _fate(tensor) for tensor in plan.tensors}
+def tensor_records(plan: Plan) -> dict[str, Any]:
+    """What happens to every tensor, as the manifest says it."""
+    return {tensor.name: _tensor_record(tensor) for tensor in plan.tensors}
 
 
-def _fate(tensor: TensorPlan) -> dict[str, Any]:
-    """What happened to one tensor, for the manifest."""
-    by = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
-    said: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
-    said |= {"merged by": by} if tensor.stages else {"copied from": tensor.source}
+def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
+    """What happens to one tensor, as the manifest says it."""
+    method = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
+    record: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
+    record |= {"merged by": method} if tensor.stages else {"copied from": tensor.source}
     if tensor.packed is not None:
         stored = {name: stored_as(info) for name, info in tensor.packed.infos.items()}
-        said |= {"packed": tensor.packed.recorded(), "stored as": stored}
+        record |= {"packed": tensor.packed.recorded(), "stored as": stored}
     if tensor.tied_to is not None:
-        return said | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
-    others = {label: name for label, name in tensor.reads.items() if name != tensor.name}
-    return said | ({"reads": others} if others else {})
-
-
-def stored_tensors(fates: Mapping[str, Any]) -> dict[str, Any]:
-    """How each tensor in the files is stored, by the manifest's ``fates``; a pack stores several of one."""
-    found: dict[str, Any] = {}
-    for name, said in fates.items():
-        stored = said.get("stored as") if isinstance(said, dict) else None
-        found |= stored if isinstance(stored, dict) else {name: stored}
-    return found
+        return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
+    if tensor.extra:
+        record["rows"] = {f"{rows.start} to {rows.stop - 1}": list(rows.models) for rows in tensor.extra}
+    renamed = {label: name for label, name in tensor.reads.items() if name != tensor.name}
+    return record | ({"reads": renamed} if renamed else {})
 
 
 def inexact(plan: Plan) -> list[str]:
-    """The stages whose last bits another device may give otherwise, for they sum floats or decompose matrices."""
-    return sorted({stage.entry.name for tensor in plan.tensors for stage in tensor.stages if not stage.entry.exact})
+    """The stages and scores whose result another device may give otherwise.
+
+    They sum floats or decompose matrices, or look at inputs from forward passes of this merge.
+    """
+    stages = (part for tensor in plan.tensors for stage in tensor.stages for part in stage.parts)
+    return sorted({part.entry.name for part in stages if not part.entry.exact or (plan.runs_models and part.arguments)})
 
 
 def stored_as(info: Info) -> str:
@@ -141,17 +262,19 @@ def stored_as(info: Info) -> str:
 def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without the machine's folders."""
 
-    def without(value: Any) -> Any:
+    def locations(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: without(each) for key, each in value.items()}
+            return {key: locations(location) for key, location in value.items()}
+        if isinstance(value, list):
+            return [locations(location) for location in value]
         return portable_location(value) if isinstance(value, str) else value
 
-    def source(each: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: without(value) if key in ("model", "adapter") else value for key, value in each.items()}
+    def source(model: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: locations(value) if key in ("model", "adapter") else value for key, value in model.items()}
 
-    experts = {name: source(each) for name, each in recipe["experts"].items()}
-    given = recipe["calibration"]
-    calibration = given and {**given, "data": without(given["data"]), "stats": without(given["stats"])}
+    experts = {name: source(expert) for name, expert in recipe["experts"].items()}
+    section = recipe["calibration"]
+    calibration = section and {**section, "data": locations(section["data"]), "stats": locations(section["stats"])}
     output = {**recipe["output"], "path": portable_location(recipe["output"]["path"])}
     return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
 
@@ -165,16 +288,14 @@ def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}
 
 
-def is_packed(record: Mapping[str, Any]) -> bool:
-    """Whether a manifest is that of several experts."""
-    return any("packed" in said for said in record["tensors"].values())
+def versions(plan: Plan) -> dict[str, str]:
+    """The versions that decide the bytes of a merge; that of transformers where models are run for it."""
+    run = {"transformers": version("transformers")} if plan.runs_models else {}
+    return {**merge_versions(), **run}
 
 
-FORMAT = 1
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide the bytes."""
+def merge_versions() -> dict[str, str]:
+    """The versions that decide the bytes of every merge."""
     return {
         "merger": VERSION,
         "python": platform.python_version(),

@@ -1,25 +1,25 @@
-"""Reading a plan's tensors slice by slice, and carrying each slice through a flow."""
+"""Reading the tensors of a plan slice by slice."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.calibration.statistics import Statistics, inputs_of
+from merger.calibration.provider import Source
 from merger.checkpoint.tensor_info import TORCH_NAMES
 from merger.engine.machine import Machine
-from merger.engine.memory import bytes_held, slice_rows
-from merger.engine.transfer import buffer, sent
-from merger.errors import CheckpointError, naming
+from merger.engine.memory import bytes_held, slice_bytes, slice_rows
+from merger.errors import CheckpointError
 from merger.ops import kernels
-from merger.ops.questions import Flow, Max, Sum
 from merger.ops.rounding import restored
+from merger.ops.transfer import buffer, sent
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.passes import Ahead, Mapper, Sizes, rehearsal, run
+from merger.pipeline.passes import SampleNotes, Sizes, rehearse
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan
 
@@ -31,9 +31,6 @@ MANY = 8
 SHARE, PLACES = 64, 8
 """What part of a tensor the sample is, and from how many places of it."""
 
-Carry = Callable[["Tensor", Slice, Subject], Flow[None]]
-"""What is done with one slice: given base and experts as stored [1+k r c], and the same as base and deltas."""
-
 
 @dataclass(frozen=True)
 class _Stored:
@@ -43,73 +40,99 @@ class _Stored:
     changes: Mapping[int, Tensor]  # by expert, float32, where a change to the base is what is stored [r c]
 
 
+class PartSlices:
+    """The slices of one part of a tensor, and what passes over them need to know.
+
+    A slice that was read stays in memory until it is released, if all slices of the part fit there together.
+    """
+
+    def __init__(self, reader: Reader, tensor: TensorPlan, part: Part) -> None:
+        self.tensor, self.part, self._reader = tensor, part, reader
+        self.subject = Subject(
+            name=tensor.name,
+            kind=tensor.kind,
+            place=tensor.place,
+            rows=part.rows,
+            columns=part.columns,
+            seed=reader.plan.recipe.seed,
+            first=part.row * part.columns,
+            transposed=part.transposed,
+            inputs=reader.inputs(tensor, part),
+        )
+        elements = part.rows * part.columns
+        self._step = slice_rows(tensor, part)
+        self.count = -(-part.rows // self._step) if part.columns else 0
+        self.sizes = Sizes(elements, reader.ranked_elements[tensor.group])
+        held_bytes = elements * bytes_held(len(reader.plan.models) - 1)
+        self.hold = self.count == 1 or held_bytes <= reader.machine.hold
+        self._kept: dict[int, _Stored] = {}
+
+    def room(self) -> AbstractContextManager[None]:
+        """Memory of the device for a part that is merged in one piece; slices are small enough to need no leave."""
+        machine = self._reader.machine
+        size = slice_bytes(self._reader.plan, self.tensor, self.part)
+        return machine.rooms[machine.device].taken(size) if self.count == 1 else nullcontext()
+
+    def read(self, i: int) -> tuple[Tensor, Slice]:
+        """Slice ``i``: base and experts as stored [1+k r c], and the slice that the stages see."""
+        devices = self._reader.machine.devices
+        rows = range(i * self._step, min((i + 1) * self._step, self.part.rows))
+        read = self._kept.get(i) or self._reader.read_rows(self.tensor, self.part, rows, devices[i % len(devices)])
+        if self.sizes.tensor * read.values.itemsize * len(read.values) <= self._reader.machine.hold:
+            self._kept[i] = read  # a question may start the flow of this slice again
+        return read.values, self._reader.slice_of(self.tensor, self.part, rows.start, read)
+
+    def release(self, i: int) -> None:
+        """Lets slice ``i`` go when its flow is at its end."""
+        self._kept.pop(i, None)
+
+    def rehearse(self) -> SampleNotes:
+        """The notes of the stages on a sample: `PLACES` groups of rows, together a share of the part.
+
+        There are none where the part has too few slices for a sample to save a pass.
+        """
+        if self.count < MANY:
+            return {}
+        part, stages = self.part, self.tensor.stages
+        rows = step_rows(part.columns, stages, self.sizes.tensor // SHARE // PLACES)
+        starts = range(0, part.rows - rows + 1, rows * max(1, part.rows // rows // PLACES))
+        device = self._reader.machine.device
+        groups = [self._reader.read_rows(self.tensor, part, range(row, row + rows), device) for row in starts]
+        changes = {k: torch.cat([group.changes[k] for group in groups]) for k in groups[0].changes}
+        read = _Stored(torch.cat([group.values for group in groups], 1), changes)
+        sample = self._reader.slice_of(self.tensor, part, 0, read)
+        return rehearse(partial(flow, stages, sample, self.subject), sample.base.numel())
+
+
 @dataclass(frozen=True)
 class Reader:
-    """Reads the merged tensors of a plan; ``mapper`` puts slices to work side by side."""
+    """Reads the merged tensors of a plan; ``note`` takes remarks on a tensor."""
 
     plan: Plan
     machine: Machine
-    statistics: Mapping[str, Statistics]
-    notice: Callable[[TensorPlan, str], None]
-    mapper: Mapper = map
+    sources: Sequence[Source]
+    note: Callable[[TensorPlan, str], None]
 
     @cached_property
-    def sizes(self) -> Mapping[int, int]:
+    def ranked_elements(self) -> Mapping[int, int]:
         """How many elements are ranked together, by group of tensors."""
         sizes: Counter[int] = Counter()
         for tensor in self.plan.tensors:
             sizes[tensor.group] += tensor.elements if tensor.stages else 0
         return sizes
 
-    def visit(
-        self, tensor: TensorPlan, part: Part, known: Sequence[Any], ahead: Ahead, carry: Carry
-    ) -> Sum | Max | None:
-        """Carries all slices of a part as far as what is ``known`` of the model allows, as `passes.run` does."""
-        subject = Subject(
-            name=tensor.name,
-            kind=tensor.kind,
-            place=tensor.place,
-            rows=part.rows,
-            columns=part.columns,
-            seed=self.plan.recipe.seed,
-            first=part.row * part.columns,
-            transposed=part.transposed,
-            inputs=inputs_of(tensor, part, self.statistics, partial(self.notice, tensor)),
-        )
-        step = slice_rows(tensor, part)
-        count = -(-part.rows // step) if part.columns else 0
-        elements = part.rows * part.columns
-        hold = count == 1 or elements * bytes_held(len(self.plan.models) - 1) <= self.machine.hold
-        kept: dict[int, _Stored] = {}
-        devices = self.machine.devices
+    def inputs(self, tensor: TensorPlan, part: Part) -> Mapping[str, Tensor]:
+        """The inputs of one matrix for its stages, by name."""
+        inputs: dict[str, Tensor] = {}
+        for source in self.sources if tensor.inputs else ():
+            inputs |= source.of_part(tensor, part, partial(self.note, tensor))
+        return inputs
 
-        def start(j: int) -> Flow[None]:
-            rows = range(j * step, min((j + 1) * step, part.rows))
-            read = kept.get(j) or self._read(tensor, part, rows, devices[j % len(devices)])
-            if elements * read.values.itemsize * len(read.values) <= self.machine.hold:
-                kept[j] = read  # should the flow ask, it will be started again
-            yield from carry(read.values, self._slice(tensor, part, j * step, read), subject)
-            kept.pop(j, None)
+    def slices(self, tensor: TensorPlan, part: Part) -> PartSlices:
+        """The slices of one part of a tensor."""
+        return PartSlices(self, tensor, part)
 
-        sizes = Sizes(elements, self.sizes[tensor.group])
-        rehearse = partial(self._rehearsed, tensor, part, subject) if count >= MANY else tuple
-        with naming(tensor.name):
-            return run(
-                count, start, sizes=sizes, known=known, ahead=ahead, hold=hold, mapper=self.mapper, rehearse=rehearse
-            )
-
-    def _rehearsed(self, tensor: TensorPlan, part: Part, subject: Subject) -> list[Any]:
-        """What the stages find after each guess of a sample: `PLACES` groups of rows, a share of the whole together."""
-        wanted = part.rows * part.columns // SHARE // PLACES
-        rows = step_rows(part.columns, tensor.stages, wanted)
-        starts = range(0, part.rows - rows + 1, rows * max(1, part.rows // rows // PLACES))
-        groups = [self._read(tensor, part, range(row, row + rows), self.machine.device) for row in starts]
-        changes = {k: torch.cat([group.changes[k] for group in groups]) for k in groups[0].changes}
-        read = _Stored(torch.cat([group.values for group in groups], 1), changes)
-        sample = self._slice(tensor, part, 0, read)
-        return rehearsal(partial(flow, tensor.stages, sample, subject), sample.base.numel())
-
-    def _read(self, tensor: TensorPlan, part: Part, rows: range, device: str) -> _Stored:
+    def read_rows(self, tensor: TensorPlan, part: Part, rows: range, device: str) -> _Stored:
         """Some rows of a part as they are stored, on the device that is to work on them."""
         first, last = part.row + rows.start, part.row + rows.stop
         if part.transposed:
@@ -124,15 +147,16 @@ class Reader:
             if name is None:  # `missing: zero`
                 stored[k] = stored[0]
             elif change is not None:
-                changes[k - 1] = change
                 torch.add(stored[0], change, out=stored[k])
+                changes[k - 1] = sent(change, device)
             elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
+        _equalise(tensor, range(first, last), stored, changes)
         return _Stored(sent(stored, device), changes)
 
-    def _slice(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
+    def slice_of(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
         """The slice that the stages see."""
         refuse = partial(_refuse, tensor, read.values)
         base, deltas = kernels.for_stored(read.values).difference(read.values, refuse)
@@ -142,6 +166,18 @@ class Reader:
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
         return Slice(row, base, deltas)
+
+
+def _equalise(tensor: TensorPlan, rows: range, stored: Tensor, changes: Mapping[int, Tensor]) -> None:
+    """Sets rows that are not merged to the base's in all experts, so that no stage counts them as changed."""
+    is_vector = len(tensor.info.shape) == 1  # one row of the file, with an element for each token
+    values = stored.transpose(1, 2) if is_vector else stored
+    start = 0 if is_vector else rows.start
+    for extra in tensor.extra:
+        places = slice(max(extra.start - start, 0), max(extra.stop - start, 0))
+        values[1:, places] = values[:1, places]
+        for change in changes.values():
+            (change.T if is_vector else change)[places] = 0
 
 
 def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import RecipeError
-from merger.recipe.recipe import Evaluation, Recipe
+from merger.options import RunOptions
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import Evaluation
 
 if TYPE_CHECKING:
-    from merger.engine.loop import Progress
     from merger.evaluation.harness import Wanted
     from merger.evaluation.scores import Comparison
 
-__all__ = ["Asked", "evaluate"]
+__all__ = ["EvaluationSettings", "evaluate"]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked beside the recipe; what is None is the recipe's own, or the default."""
+class EvaluationSettings:
+    """Settings that replace those of the recipe's section ``evaluation``; None leaves a setting as it is there."""
 
     data: Mapping[str, str] | None = None  # by task, relative to the working folder
     samples: int | None = None
@@ -32,14 +33,9 @@ class Asked:
 
 def evaluate(
     subjects: Mapping[str, Recipe | Path],
-    asked: Asked = Asked(),
+    options: RunOptions = RunOptions(),
     *,
-    device: str = "auto",
-    max_memory: int | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
+    settings: EvaluationSettings = EvaluationSettings(),
 ) -> Comparison:
     """Judges base, experts and the ``subjects`` by name: each recipe is merged in memory, each folder read.
 
@@ -49,30 +45,29 @@ def evaluate(
     from merger.evaluation import harness, tasks
     from merger.evaluation import references as families
     from merger.evaluation.evaluator import Panel
-    from merger.evaluation.model_host import Bench, Way
+    from merger.evaluation.model_host import Bench
     from merger.evaluation.scores import compare
 
-    family = families.of(subjects, asked.inputs)
-    section = _section(family, asked)
-    held_out = tasks.load(section.data, family.folder if asked.data is None else Path(), section.samples)
-    if not asked.allow_calibration_text:
+    family = families.of(subjects, settings.inputs)
+    section = _section(family, settings)
+    held_out = tasks.load(section.data, family.folder if settings.data is None else Path(), section.samples)
+    if not settings.allow_calibration_text:
         for recipe in (family, *(each for each in subjects.values() if isinstance(each, Recipe))):
             tasks.check_apart(recipe, held_out)
-    tasks_of_harness = None if asked.lm_eval is None else harness.load(asked.lm_eval, offline=offline)
-    how = Way.of(section.dtype, device, max_memory, offline, trust_remote_code, progress, notice)
-    with Bench(how) as bench:
+    tasks_of_harness = None if settings.lm_eval is None else harness.load(settings.lm_eval, offline=options.offline)
+    with Bench(options, section.dtype) as bench:
         panel = Panel(bench, family, held_out, section.max_tokens, tasks_of_harness)
         entries = [*panel.references(), *(panel.merge(label, subject) for label, subject in subjects.items())]
         return compare(held_out, entries, panel.dtype)
 
 
-def _section(family: Recipe, asked: Asked) -> Evaluation:
-    """The recipe's ``evaluation``, with what is asked otherwise."""
-    given: dict[str, Any] = {"data": asked.data, "samples": asked.samples, "max_tokens": asked.max_tokens}
+def _section(family: Recipe, settings: EvaluationSettings) -> Evaluation:
+    """The recipe's section ``evaluation`` with the settings that replace its own."""
+    given: dict[str, Any] = {"data": settings.data, "samples": settings.samples, "max_tokens": settings.max_tokens}
     changed = {key: value for key, value in given.items() if value is not None}
     if family.evaluation is not None:
         return family.evaluation.model_copy(update=changed)
-    if asked.data is None and asked.lm_eval is None:
+    if settings.data is None and settings.lm_eval is None:
         raise RecipeError(
             "there is nothing to judge by: write evaluation: {data: {TASK: FILE}} into the recipe, or give --data or "
             "--lm-eval"

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merger.calibration.samples import load_tokenizer
-from merger.checkpoint.anatomy import text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.tensor_kinds import text_config
+from merger.checkpoint.tokenizers import tokenizer_folder
 from merger.errors import checkpoint_faults
 from merger.evaluation.harness import Harness
 from merger.evaluation.measures import Judge, Outcome, ends_of, prepare
@@ -29,13 +30,14 @@ class Panel:
     ) -> None:
         self.bench, self.family, self.harness = bench, family, harness
         with _open(bench, family.base.model, family.base.adapter, "base", family.folder) as base:
-            tokenizer = load_tokenizer(base.directory, "base", trust_remote_code=bench.way.trust_remote_code)
-            with checkpoint_faults("base: its tokenizer and its generation config do not fit"):
+            tokenizer = load_tokenizer(
+                tokenizer_folder(base), "base", trust_remote_code=bench.options.trust_remote_code
+            )
+            with checkpoint_faults("base: its tokenizer cannot read the tasks"):
                 limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
                 ends = ends_of(base.directory, tokenizer)
-            self.dtype = str(bench.dtype_for(base)).removeprefix("torch.")
-            with checkpoint_faults("base: its tokenizer cannot read the tasks"):
                 prepared = tuple(prepare(task, tokenizer, limit) for task in tasks)
+            self.dtype = str(bench.dtype_for(base)).removeprefix("torch.")
         self.judge = Judge(prepared, tokenizer, ends)
 
     def references(self) -> Iterator[Entry]:
@@ -45,7 +47,7 @@ class Panel:
 
     def models(self) -> Iterator[tuple[str, Any]]:
         """The base and the experts as transformers models, one after the other."""
-        models = open_models(self.family, offline=self.bench.way.offline, headers_only=False)
+        models = open_models(self.family, offline=self.bench.options.offline, headers_only=False)
         try:
             for label, model in models.items():
                 yield label, self.bench.model_of(model)
@@ -63,13 +65,13 @@ class Panel:
     def outcomes(self, model: Any, label: str) -> dict[str, Outcome]:
         """What a model does, told of under its name."""
         with checkpoint_faults(f"{label}: the model cannot be judged by text"):
-            return self.judge.outcomes(model, partial(self.bench.way.progress, f"judging {label}"))
+            return self.judge.outcomes(model, partial(self.bench.options.progress, f"judging {label}"))
 
     def _entry(self, label: str, kind: Literal["base", "expert", "merge"], model: Any, setting: str = "") -> Entry:
         outcomes = self.outcomes(model, label)
         if self.harness is None:
             return Entry(label, kind, outcomes, setting)
-        tell = partial(self.bench.way.progress, f"judging {label} by lm-eval")
+        tell = partial(self.bench.options.progress, f"judging {label} by lm-eval")
         tell(0, 1)
         scores = self.harness.scores(model, self.judge.tokenizer, label)
         tell(1, 1)
@@ -82,7 +84,7 @@ def kind_of(label: str) -> Literal["base", "expert"]:
 
 
 def _open(bench: Bench, model: str, adapter: str | None, label: str, folder: Path) -> Checkpoint:
-    return open_checkpoint(model, adapter, label=label, folder=folder, offline=bench.way.offline)
+    return open_checkpoint(model, adapter, label=label, folder=folder, offline=bench.options.offline)
 
 
 def _positions(model: Checkpoint) -> int | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -16,54 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from merger.calibration.model import build
-from merger.calibration.statistics import Merged, Options, Statistics, grams
-from merger.calibration.statistics import calibrate as statistics_files
 from merger.calibration.weights import Loader
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.tensor_info import Info, torch_dtype
-from merger.engine.loop import Block, Progress
-from merger.engine.machine import Machine, chosen_devices
-from merger.engine.merge import carry_out
+from merger.engine.machine import chosen_devices
+from merger.engine.merge_sink import MergeSink, merge_schedule
+from merger.engine.prepare import prepare
 from merger.errors import RecipeError
-from merger.planning.plan import Plan, TensorPlan
-from merger.planning.planner import plan as make_plan
+from merger.evaluation.shared_inputs import InputCache, SharedInputs
+from merger.options import RunOptions
+from merger.planning.plan import Plan
 from merger.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KEPT_GRAMS = 4 << 30
-"""Bytes of Gram matrices that are kept for the next merge; more are made anew for each."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How models are held and merged on this machine."""
-
-    device: str = "auto"
-    dtype: torch.dtype | None = None  # of forward passes; None: as `forward_dtype` says
-    max_memory: int | None = None
-    offline: bool = False
-    trust_remote_code: bool = False
-    progress: Progress = field(default=lambda what, done, total: None)
-    notice: Callable[[str], None] = field(default=lambda message: None)
-
-    @classmethod
-    def of(
-        cls,
-        dtype: str | None,
-        device: str,
-        max_memory: int | None,
-        offline: bool,
-        trust_remote_code: bool,
-        progress: Progress | None,
-        notice: Callable[[str], None] | None,
-    ) -> Way:
-        """The same, as recipes and commands say it."""
-        told = {"progress": progress, "notice": notice}
-        heard: dict[str, Any] = {name: each for name, each in told.items() if each is not None}
-        named = None if dtype is None else getattr(torch, dtype)
-        return cls(device, named, max_memory, offline, trust_remote_code, **heard)
 
 
 class Held(Checkpoint):
@@ -111,14 +76,18 @@ def _alike(one: Info, other: Info) -> bool:
 
 
 class Bench:
-    """Puts one model after the other into memory; what merges share is made once and kept until it is closed."""
+    """Loads one model after the other into memory; merges share statistics, which are kept until it is closed.
 
-    def __init__(self, way: Way) -> None:
-        self.way = way
+    ``dtype`` names the dtype of forward passes; None chooses it as `forward_dtype` does.
+    """
+
+    def __init__(self, options: RunOptions, dtype: str | None = None) -> None:
+        self.options = replace(options, notice=self._notice_once)
+        self._notice = options.notice
+        self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._folder = tempfile.TemporaryDirectory(prefix="merger-")
         self._held: tuple[Held, Loader] | None = None
-        self._statistics: dict[str, dict[str, Path]] = {}
-        self._grams: dict[str, list[tuple[list[str], Mapping[str, Statistics]]]] = {}
+        self._cache = InputCache()
         self._told: set[str] = set()
         self._lock = Lock()
 
@@ -134,11 +103,11 @@ class Bench:
     @property
     def device(self) -> torch.device:
         """Where models are."""
-        return torch.device(chosen_devices(self.way.device)[0])
+        return torch.device(chosen_devices(self.options.device)[0])
 
     def dtype_for(self, weights: Checkpoint) -> torch.dtype:
         """What the forward passes of a model are computed in."""
-        return self.way.dtype or forward_dtype(weights, self.device)
+        return self._dtype or forward_dtype(weights, self.device)
 
     # --- models -----------------------------------------------------------------------------------
 
@@ -151,21 +120,21 @@ class Bench:
 
         The bytes are those that `merger run` writes. Raises what `merge` raises.
         """
-        plan = make_plan(recipe, offline=self.way.offline, headers_only=False)
-        try:
+        with prepare(recipe, self.options) as prepared:
+            plan = prepared.plan
             if plan.packed:
                 raise RecipeError(
                     "a pack holds each expert apart and is no model; judge what `merger extract` rebuilds"
                 )
             held, loader = self._room(plan)
-            self._merge(plan, held)
-        finally:
-            plan.close()
+            inputs = SharedInputs(plan, prepared.options, prepared.machine.hidden, self._cache)
+            schedule = merge_schedule(replace(prepared, inputs=inputs), plan.stored.keys())
+            schedule.run(MergeSink(schedule, _Fresh(held)))
         loader.load("", held)
         return loader.model, held
 
     def _loaded(self, weights: Checkpoint) -> Loader:
-        model = build(weights, trust_remote_code=self.way.trust_remote_code)
+        model = build(weights, trust_remote_code=self.options.trust_remote_code)
         loader = Loader(model, weights, self.device, self.dtype_for(weights))
         loader.load("", weights)
         return loader
@@ -179,75 +148,13 @@ class Bench:
             self._held = held, self._loaded(held)
         return self._held
 
-    # --- merges -----------------------------------------------------------------------------------
-
-    def _merge(self, plan: Plan, held: Held) -> None:
-        way = self.way
-        machine = Machine.of(way.device, way.max_memory, plan)
-        options = Options(machine.device, way.max_memory, way.trust_remote_code)
-        names = {tensor.name for tensor in plan.tensors}
-        known = self._statistics_of(plan, options)
-        blocks = partial(self._blocks, plan, options)
-        carry_out(plan, machine, names, _Fresh(held), known, blocks, progress=way.progress, notice=self._say)
-
-    def _say(self, message: str) -> None:
-        """Each remark once, however many merges make it."""
+    def _notice_once(self, message: str) -> None:
+        """Passes a remark on when the first merge makes it."""
         with self._lock:
             heard = message in self._told
             self._told.add(message)
         if not heard:
-            self.way.notice(message)
-
-    def _statistics_of(self, plan: Plan, options: Options) -> dict[str, Path]:
-        """The experts' statistics files, looked for once."""
-        if not plan.needs_statistics:
-            return {}
-        key = _sources(plan)
-        if key not in self._statistics:
-            found = statistics_files(plan, options, notice=self._say, progress=self.way.progress)
-            self._statistics[key] = found
-        return self._statistics[key]
-
-    def _blocks(self, plan: Plan, options: Options, merged: Merged) -> Iterator[Block]:
-        """The Gram matrices block by block: those of an earlier merge, or new ones, kept while there is room."""
-        wanted = {tensor.name: tensor for tensor in plan.tensors if tensor.gram}
-        key = json.dumps([_sources(plan), sorted(wanted)])
-        if key in self._grams:
-            for names, known in self._grams[key]:
-                yield [wanted[name] for name in names], known
-            return
-        fed = any(tensor.fed_by_merged for tensor in plan.tensors)  # then they are this merge's own
-        kept: list[tuple[list[str], Mapping[str, Statistics]]] | None = None if fed else []
-        size = 0
-        for ready, known in grams(plan, options, merged, notice=self._say, progress=self.way.progress):
-            if kept is not None:
-                kept.append(([tensor.name for tensor in ready], _of(ready, known)))
-                size += _bytes(kept[-1][1])
-                kept = kept if size <= KEPT_GRAMS else None
-            yield ready, known
-        if kept is not None:
-            self._grams[key] = kept
-
-
-def _sources(plan: Plan) -> str:
-    """What calibration depends on, as far as a recipe says it."""
-    recipe = plan.recipe
-    given = recipe.model_dump(mode="json", include={"base", "experts", "calibration", "seed"})
-    return json.dumps([str(recipe.folder), given])
-
-
-def _of(tensors: Sequence[TensorPlan], known: Mapping[str, Statistics]) -> Mapping[str, Statistics]:
-    """What these tensors need of the statistics."""
-    return {
-        expert: {name: have[name] for tensor in tensors if (name := tensor.reads[expert]) in have and name is not None}
-        for expert, have in known.items()
-    }
-
-
-def _bytes(known: Mapping[str, Statistics]) -> int:
-    """What Gram matrices take; layers that share an input share one."""
-    several = (each.gram for have in known.values() for each in have.values() if each.gram is not None)
-    return sum({gram.untyped_storage().data_ptr(): gram.nbytes for gram in several}.values())
+            self._notice(message)
 
 
 def forward_dtype(weights: Checkpoint, device: torch.device) -> torch.dtype:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merger.engine import merge_inputs as manifests
-from merger.engine.manifest import RECORD
+from merger.engine.manifest import RECORD, Manifest
+from merger.engine.recorded_recipe import recipe_with_merge, unused_name
 from merger.errors import RecipeError
 from merger.recipe.recipe import Recipe
 
@@ -30,9 +30,9 @@ def of(subjects: Mapping[str, Recipe | Path], inputs: Path | None = None) -> Rec
         raise RecipeError(
             f"{names}: no {RECORD} says what was merged; give the recipe too, which names base and experts"
         )
-    record = manifests.read(made[0])
-    label = manifests.unlike("merge", record["inputs"])
-    recipe = manifests.beside(record, made[0], label, inputs)
+    manifest = Manifest.read(made[0])
+    label = unused_name("merge", manifest.inputs)
+    recipe = recipe_with_merge(manifest, made[0], label, inputs)
     return recipe.model_copy(update={"experts": {k: each for k, each in recipe.experts.items() if k != label}})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from merger.ops.arithmetic import keep
 from merger.ops.questions import Flow, Size
-from merger.ops.selection import ordered
+from merger.ops.radix import ordered
 from merger.pipeline.registry import merger
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Merge in the directions that the experts share. KnOTS, https://arxiv.org/abs/2410.19735; methods.md 7.8."""
+"""Merge in the directions that the experts share. KnOTS, https://arxiv.org/abs/2410.19735; docs/methods/spectral.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.methods._spectral import has_matrix, whole
 from merger.ops.linalg import svd
-from merger.ops.questions import Flow
 from merger.pipeline.registry import Inner, Stage, merger
 
 if TYPE_CHECKING:
@@ -24,11 +23,11 @@ def _inner_alone(kind: str, *, head: bool, inner: Stage) -> list[Stage] | None:
 @merger(exact=False, takes=whole, elsewhere=_inner_alone)
 def knots(
     deltas: Tensor,
-    inside: Callable[[Tensor], Flow[Tensor]],
+    inside: Callable[[Tensor], Tensor],
     *,
     inner: Inner = TIES,
     head: bool = False,
-) -> Flow[Tensor]:
+) -> Tensor:
     """Turns all task vectors to the singular directions of their outputs together, and merges them there.
 
     `inner` is any method that looks at task vectors alone; one that only adds them gives what it gives
@@ -42,5 +41,5 @@ def knots(
     turned = left.T @ exact
     # an expert has nothing in another's directions, but rounding would give it a vote there
     nothing = turned.abs() <= 2.0**-24 * exact.norm(dim=1, keepdim=True)
-    merged = yield from inside(turned.masked_fill_(nothing, 0).to(deltas))
+    merged = inside(turned.masked_fill_(nothing, 0).to(deltas))
     return (left @ merged.double()).to(deltas)

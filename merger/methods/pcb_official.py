@@ -1,7 +1,7 @@
 """Parameter competition balancing as the authors' code does it. PCB-Merging, https://arxiv.org/abs/2410.02396.
 
 The code differs from the paper's text: scores have a sign, so positions in conflict drop out, and the
-weights start at 0 at the threshold (methods.md 5.7).
+weights start at 0 at the threshold (docs/methods/sparsification.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.ops.arithmetic import count, summed
 from merger.ops.questions import Flow, Size, Whole
-from merger.ops.selection import ordered
+from merger.ops.radix import ordered
 from merger.pipeline.parameters import Shares
 from merger.pipeline.registry import merger
 

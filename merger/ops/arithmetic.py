@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
 from merger.ops import kernels
@@ -23,17 +23,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RatioOf = Literal["total", "remaining"]
-T = TypeVar("T")
 
 
 def count(share: Fraction, of: int) -> int:
-    """How many of ``of`` elements a ratio selects: floor(share * of), exact (methods.md 0.3)."""
+    """How many of ``of`` elements a ratio selects: floor(share * of), exact (docs/methods/README.md)."""
     return math.floor(share * of)
 
 
-def column(values: Sequence[Fraction], like: Tensor) -> Tensor:
-    """One number per expert as a [k 1 1] tensor of ``like``'s dtype and device."""
-    return torch.tensor([float(v) for v in values], dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def column(values: Sequence[Fraction], template: Tensor) -> Tensor:
+    """One number per expert as a [k 1 1] tensor of ``template``'s dtype and device."""
+    return torch.tensor([float(v) for v in values], dtype=template.dtype, device=template.device).view(-1, 1, 1)
 
 
 def summed(terms: Tensor) -> Tensor:
@@ -69,17 +68,17 @@ def combined(vectors: Tensor, coefficients: Tensor) -> Tensor:
 
     It starts from the first, so that equal vectors come back bit for bit where the coefficients add up to 1.
     """
-    several = coefficients if coefficients.dim() == 3 else coefficients.view(-1, 1, 1)
-    merged = vectors[0] * summed(several).to(vectors)
-    for vector, coefficient in zip(vectors[1:], several[1:].to(vectors), strict=True):
+    factors = coefficients if coefficients.dim() == 3 else coefficients.view(-1, 1, 1)
+    merged = vectors[0] * summed(factors).to(vectors)
+    for vector, coefficient in zip(vectors[1:], factors[1:].to(vectors), strict=True):
         merged += (vector - vectors[0]) * coefficient
     return merged
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """The mean over the experts at each position by ``weights`` [k r c]; 0 where these add up to 0. [r c]"""
-    together = summed(weights)
-    return summed(values * (weights / together.masked_fill(together == 0, 1)))  # one alone has a share of exactly 1
+    total = summed(weights)
+    return summed(values * (weights / total.masked_fill(total == 0, 1)))  # one alone has a share of exactly 1
 
 
 def at_least(values: Tensor, limits: Tensor) -> Tensor:
@@ -87,23 +86,23 @@ def at_least(values: Tensor, limits: Tensor) -> Tensor:
     return kernels.of(values).at_least(values, limits)
 
 
-def keep(deltas: Tensor, kept: Tensor) -> Tensor:
-    """The deltas where ``kept`` is true, zero elsewhere."""
-    return kernels.of(deltas).keep(deltas, kept)
+def keep(deltas: Tensor, mask: Tensor) -> Tensor:
+    """The deltas where ``mask`` is true, zero elsewhere."""
+    return kernels.of(deltas).keep(deltas, mask)
 
 
 # --- draws: counter-based, so that no mask depends on what was visited before ---------------------
 
 
 def uniforms(
-    key: tuple[object, ...], start: int, *shape: int, double: bool = False, beside: Tensor | None = None
+    key: tuple[object, ...], start: int, *shape: int, double: bool = False, slice_values: Tensor | None = None
 ) -> Tensor:
     """Uniforms in [0, 1) of this form from position ``start`` of the stream named by ``key``, on the CPU.
 
-    Where the slice that they go ``beside`` is not computed before someone looks, neither are they.
+    Where the slice that they go ``slice_values`` is not computed before someone looks, neither are they.
 
     Philox4x64-10, keyed by the first 16 bytes of the SHA-256 of the names joined by 0x1f
-    (methods.md 0.7): float32 takes 24 bits of each 32-bit half, low half first, float64 takes 53.
+    (docs/methods/README.md): float32 takes 24 bits of each 32-bit half, low half first, float64 takes 53.
     """
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
-    return kernels.for_draws(beside).uniforms(digest[:16], start, shape, double=double)
+    return kernels.for_draws(slice_values).uniforms(digest[:16], start, shape, double=double)

@@ -2,7 +2,7 @@
 
 All of it is float64: a matrix of deltas is float32, and what is merged of it is rounded once more to
 that. Directions whose singular value is at most ``tolerance`` of the largest do not exist here, so no
-arbitrary vector of a null space enters a result (methods.md 7).
+arbitrary vector of a null space enters a result (docs/methods/spectral.md).
 
 The factors come from the eigenvectors of the smaller side's Gram matrix. Squaring costs half of the
 digits: against LAPACK's SVD the relative error of a singular value is about eps / tolerance^2 at worst,
@@ -89,11 +89,11 @@ def svd(matrix: Tensor, *, rank: int | None = None, rounding: float = 0.0) -> Fa
     wide, tall = _laid_wide(matrix)
     span = _span(wide)
     rows = wide if span is None else span.T @ wide
-    near, values = _near_side(rows, rounding)
-    near, values = near[:, :rank], values[:rank]
-    far = rows.T @ near / values
-    near = near if span is None else span @ near
-    left, right = (far, near) if tall else (near, far)
+    short, values = _short_side(rows, rounding)
+    short, values = short[:, :rank], values[:rank]
+    long = rows.T @ short / values
+    short = short if span is None else span @ short
+    left, right = (long, short) if tall else (short, long)
     signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     return Factors(left * signs, values, right * signs)
 
@@ -104,7 +104,7 @@ def _laid_wide(matrix: Tensor) -> tuple[Tensor, bool]:
     return (matrix.double().T if tall else matrix.double()), tall
 
 
-def _near_side(wide: Tensor, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
+def _short_side(wide: Tensor, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
     """The existing singular vectors [m r] of the shorter side, and their values [r]; the strongest first."""
     if max(wide.shape) < SMALL:
         vectors, values, _ = torch.linalg.svd(wide, full_matrices=False)
@@ -128,17 +128,17 @@ def _span(wide: Tensor) -> Tensor | None:
     if max(wide.shape) < SMALL or height < 2 * SKETCH:
         return None
     random = torch.Generator().manual_seed(0)
-    drawn = torch.randn(width, SKETCH, generator=random).to(wide)  # float64 ones take five times as long to draw
-    if _independent(wide[: 2 * SKETCH] @ drawn, wide):  # some rows tell it of most matrices
+    draws = torch.randn(width, SKETCH, generator=random).to(wide)  # float64 ones take five times as long to draw
+    if _independent(wide[: 2 * SKETCH] @ draws, wide):  # some rows tell it of most matrices
         return None
-    sketch = wide @ drawn
+    sketch = wide @ draws
     if _independent(sketch, wide):
         return None
     span, _ = torch.linalg.qr(sketch)
-    inside = (span.T @ wide).square().sum()
-    outside = (wide.square().sum() - inside).clamp(min=0)
-    largest = inside / SKETCH  # at most the square of the largest singular value
-    return span if outside <= (tolerance(wide) / 10) ** 2 * largest else None
+    in_span = (span.T @ wide).square().sum()
+    out_of_span = (wide.square().sum() - in_span).clamp(min=0)
+    largest = in_span / SKETCH  # at most the square of the largest singular value
+    return span if out_of_span <= (tolerance(wide) / 10) ** 2 * largest else None
 
 
 def _independent(sketch: Tensor, matrix: Tensor) -> bool:
@@ -154,15 +154,15 @@ def decorrelated(directions: Factors) -> Tensor:
     (the polar factors, over existing directions). Only what is no larger than [r r] is ever inverted.
     """
     left, values, right = directions
-    between = _inverse_root(left) * values @ _inverse_root(right)
-    product: Tensor = torch.linalg.multi_dot([left, between, right.T])
+    middle = _inverse_root(left) * values @ _inverse_root(right)
+    product: Tensor = torch.linalg.multi_dot([left, middle, right.T])
     return product
 
 
 def _inverse_root(columns: Tensor) -> Tensor:
     """(columns.T @ columns)^(-1/2), over existing directions: ``columns`` times it is their polar factor."""
-    near, values = _near_side(columns.T)
-    return gram(near / values.sqrt())
+    short, values = _short_side(columns.T)
+    return gram(short / values.sqrt())
 
 
 def isotropic(matrix: Tensor) -> Tensor:
@@ -170,10 +170,10 @@ def isotropic(matrix: Tensor) -> Tensor:
     wide, tall = _laid_wide(matrix)
     span = _span(wide)
     rows = wide if span is None else span.T @ wide
-    near, values = _near_side(rows)
-    turned = gram(near / values.sqrt()) @ rows
-    turned = turned if span is None else span @ turned
-    flat = turned * values.mean() if len(values) else turned
+    short, values = _short_side(rows)
+    rotated = gram(short / values.sqrt()) @ rows
+    rotated = rotated if span is None else span @ rotated
+    flat = rotated * values.mean() if len(values) else rotated
     return flat.T if tall else flat
 
 
@@ -188,19 +188,19 @@ def strongest(matrix: Tensor, rank: int) -> Factors:
     if max(wide.shape) < SMALL or 5 * columns > len(wide):
         return svd(matrix, rank=rank)
     random = torch.Generator().manual_seed(0)
-    drawn = torch.randn(columns, wide.shape[1], generator=random, dtype=torch.float64).to(wide.device)
-    total, before, rows = wide.square().sum(), wide.new_zeros(()), drawn
+    draws = torch.randn(columns, wide.shape[1], generator=random, dtype=torch.float64).to(wide.device)
+    total, previous, rows = wide.square().sum(), wide.new_zeros(()), draws
     while True:
         span, _ = torch.linalg.qr(wide @ rows.T)
         rows = span.T @ wide
-        near, values = _near_side(rows)
-        kept = values[:rank].square().sum()
-        if kept - before <= CLOSE * (total - kept):
+        short, values = _short_side(rows)
+        energy = values[:rank].square().sum()
+        if energy - previous <= CLOSE * (total - energy):
             break
-        before = kept
-    near, values = near[:, :rank], values[:rank]
-    near, far = span @ near, rows.T @ near / values
-    return Factors(far, values, near) if tall else Factors(near, values, far)
+        previous = energy
+    short, values = short[:, :rank], values[:rank]
+    short, long = span @ short, rows.T @ short / values
+    return Factors(long, values, short) if tall else Factors(short, values, long)
 
 
 def low_rank(matrix: Tensor, rank: int) -> Tensor:

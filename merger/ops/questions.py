@@ -1,116 +1,152 @@
-"""Questions a stage may ask about the whole tensor or the whole model while it sees one slice."""
+"""Questions that a stage asks about the whole tensor, or the whole model, while it sees one slice.
+
+A flow yields a question and is resumed with the answer. `Size` and `PrefixSum` are answered at once. A `Total` is
+answered when every slice has contributed its part, so it costs a pass over the slices.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from merger._lazy import torch
-from merger.ops.arithmetic import T
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
+T = TypeVar("T")
 Scope = Literal["tensor", "row", "global"]
-
-
+"""What a selection ranks together: a tensor, a row, or all tensors of the same pipeline."""
 Whole = Literal["tensor", "global"]
+"""What a question is about: all slices of the tensor, or of all tensors of the same pipeline."""
+Key = tuple[Whole, str, int]
+"""Identifies a question of a flow: its scope, its name, and its number among the flow's questions of both."""
+
+UNANSWERED: Any = object()
+"""The reply to a question that needs a pass over all slices first."""
+
+
+class Answers(Protocol):
+    """The source of answers for the flows of one tensor."""
+
+    def size(self, scope: Whole) -> int:
+        """Returns the number of elements of the tensor, or of all tensors that are ranked together."""
+
+    def total(self, key: Key, question: Total) -> Any:
+        """Returns the answer to a question that all slices contributed to, or `UNANSWERED`."""
+
+    def prefix_sum(self, key: Key, i: int, question: PrefixSum) -> Tensor:
+        """Returns the sum over the slices before slice ``i``, and adds that of slice ``i`` for the next."""
+
+    def sample_note(self, number: int) -> Sequence[Any] | None:
+        """Returns the ``number``-th note that a flow over a sample of the tensor made; None without a sample."""
+
+    def note(self, number: int, values: Sequence[Any]) -> None:
+        """Keeps the flow's ``number``-th note."""
+
+
+class Question(ABC):
+    """A question of a flow. It knows how it is answered."""
+
+    scope: Whole
+
+    @property
+    def name(self) -> str:
+        """The name under which it is counted among the questions of a flow."""
+        return type(self).__name__
+
+    @abstractmethod
+    def reply(self, answers: Answers, key: Key, i: int) -> Any:
+        """Returns the answer for slice ``i``, or `UNANSWERED`."""
+
+
+Flow = Generator[Question, Any, T]
+"""A computation over one slice that may ask questions; its return value is the result."""
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What takes a pass to compute is given as a function: a flow that was started again need not call it."""
+class Size(Question):
+    """Asks for the number of elements of the tensor, or of all tensors that are ranked together."""
 
-    of: Tensor | Callable[[], Tensor]
     scope: Whole = "tensor"
 
-    @cached_property
-    def value(self) -> Tensor:
-        """This slice's part."""
-        return self.of() if callable(self.of) else self.of
+    def reply(self, answers: Answers, key: Key, i: int) -> int:
+        """Returns the number of elements."""
+        return answers.size(self.scope)
 
-    def joined(self, total: Tensor | None) -> Tensor:
-        """The value together with that of the slices before."""
-        return self.value if total is None else total + self.value
+
+@dataclass(frozen=True)
+class PrefixSum(Question):
+    """Asks for the sum of counts over the slices before this one."""
+
+    counts: Callable[[], Tensor]
+    scope: Whole = "tensor"
+
+    def reply(self, answers: Answers, key: Key, i: int) -> Tensor:
+        """Returns the sum, int64, in the shape of the counts."""
+        return answers.prefix_sum(key, i, self)
+
+
+class Total(Question):
+    """A question that every slice contributes a part to."""
+
+    def reply(self, answers: Answers, key: Key, i: int) -> Any:
+        """Returns the answer, or `UNANSWERED` before the pass that collects the parts."""
+        return answers.total(key, self)
+
+    @abstractmethod
+    def part(self, counters: list[Tensor]) -> Tensor | None:
+        """Returns this slice's part on the CPU; None if it was added to one of the ``counters`` instead."""
+
+    def join(self, total: Tensor, part: Tensor) -> Tensor:
+        """Returns the total of the slices before together with the next part."""
+        return total + part
 
     def answer(self, total: Tensor) -> Any:
-        """What the flow is told when all is joined."""
+        """Returns the answer for all slices, given the total of their parts."""
         return total
 
 
 @dataclass(frozen=True)
-class Sum(_Asked):
-    """Asks for the sum of a value over all slices of the tensor, or of all merged tensors.
+class Sum(Total):
+    """Asks for the sum of a value over all slices, in their order.
 
-    With ``then`` the answer is what that makes of the sum, worked out once for all slices.
+    A value that takes a pass over the slice to compute is given as a function. With ``then`` the answer is the result
+    of that function on the sum; it is computed once for all slices of a tensor.
     """
 
+    of: Tensor | Callable[[], Tensor]
+    scope: Whole = "tensor"
     then: Callable[[Tensor], Any] | None = None
 
+    @cached_property
+    def value(self) -> Tensor:
+        """This slice's value."""
+        return self.of() if callable(self.of) else self.of
+
+    def part(self, counters: list[Tensor]) -> Tensor:
+        """Returns the value."""
+        return self.value.cpu()
+
     def answer(self, total: Tensor) -> Any:
-        """The sum, or what ``then`` makes of it."""
+        """Returns the sum, or the result of ``then``."""
         return total if self.then is None else self.then(total)
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Asks for counts over all slices, which ``add`` adds to int64 ``counters`` of this shape; else as `Sum`."""
+class Max(Total):
+    """Asks for the largest value over all slices, element by element."""
 
-    add: Callable[[Tensor], None]
-    counters: tuple[int, ...]
-    scope: Whole = "tensor"
-    then: Callable[[Tensor], Any] | None = None
-
-    def of_all(self, counts: Tensor) -> Sum:
-        """The question when all slices have been counted."""
-        return Sum(counts, self.scope, self.then)
-
-    def answer(self, counts: Tensor) -> Any:
-        """As of `Sum`."""
-        return self.of_all(counts).answer(counts)
-
-
-class Max(_Asked):
-    """Asks for the largest value of all slices of the tensor, or of all merged tensors, each element by itself."""
-
-    def joined(self, total: Tensor | None) -> Tensor:
-        """The larger."""
-        return self.value if total is None else torch.maximum(total, self.value)
-
-
-class Before(_Asked):
-    """Asks for the sum of counts over the slices that come before this one. Costs no pass."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Asks how many elements the tensor, or all merged tensors together, have. Costs no pass."""
-
+    value: Tensor
     scope: Whole = "tensor"
 
+    def part(self, counters: list[Tensor]) -> Tensor:
+        """Returns the value."""
+        return self.value.cpu()
 
-@dataclass(frozen=True)
-class Guess:
-    """Asks what was `Found` of a sample of the tensor; None if there was no such sample.
-
-    It may only decide what is asked then, never what comes of it. Costs no pass. Nobody samples the whole model.
-    """
-
-    scope: Whole = "tensor"
-
-
-@dataclass(frozen=True)
-class Found:
-    """Tells what the last `Guess` would have liked to know, in case that this is a sample. Costs no pass."""
-
-    values: Sequence[Any]
-
-
-Question = Sum | Tally | Max | Before | Size | Guess | Found
-
-
-Flow = Generator[Question, Any, T]
-"""A computation over one slice that may ask about the whole; its return value is the result."""
+    def join(self, total: Tensor, part: Tensor) -> Tensor:
+        """Returns the larger of both."""
+        return torch.maximum(total, part)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.checkpoint import side_files as manifest
+from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import write_text
 from merger.checkpoint.layout import layout
@@ -23,19 +23,18 @@ from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.placement import check_output
 from merger.checkpoint.tensor_info import Info, torch_dtype
 from merger.checkpoint.writer import Writer
-from merger.engine import merge_inputs as manifests
 from merger.engine.machine import tuned
-from merger.engine.manifest import RECORD, is_packed
+from merger.engine.manifest import RECORD, Manifest
 from merger.engine.memory import SLICE
+from merger.engine.recorded_recipe import base_source, changed_file
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.ops.rounding import restored
+from merger.options import Progress, RunOptions
 from merger.pipeline.registry import ENTRIES
 from merger.planning.packed import Packed, as_columns, mask_of, open_packed
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,10 @@ def extract(
     folder: str | Path,
     expert: str,
     output: str | Path,
+    options: RunOptions = RunOptions(),
     *,
     base: str | None = None,
-    offline: bool = False,
     force: bool = False,
-    progress: Tell | None = None,
 ) -> Extraction:
     """Writes one expert of a packed output as a checkpoint, which appears whole or not at all.
 
@@ -69,22 +67,22 @@ def extract(
     """
     began = time.monotonic()
     source, target = Path(folder), Path(output)
-    record = _record(source, expert)
+    manifest = _manifest(source, expert)
     with (
         closing(open_packed(source)) as packed,
         closing(as_columns(packed)) as flat,
-        closing(_base(source, record, base, offline)) as model,
+        closing(_base(source, manifest, base, options.offline)) as model,
     ):
         check_output(target, [packed.directory, model.directory], force=force)
         sources = _Sources(expert, packed, flat, model)
-        tensors = list(_tensors(record, packed))
+        tensors = list(_tensors(manifest, packed))
         infos = {tensor.name: tensor.info for tensor in tensors}
-        shards = layout(list(infos.items()), record["recipe"]["output"]["shard_size"])
+        shards = layout(list(infos.items()), manifest.recipe["output"]["shard_size"])
         writer = Writer(target, shards, infos, {"expert": expert, "packed": _digest(source)})
         try:
             writer.open(force=force)
-            _write(sources, tensors, writer, progress or _silent)
-            _write_side_files(source, target.name, expert, record, writer.folder)
+            _write(sources, tensors, writer, options.progress)
+            _write_side_files(source, target.name, expert, manifest, writer.folder)
             writer.digests()
             writer.finish(force=force)
         except BaseException:
@@ -97,34 +95,33 @@ def extract(
 # --- what it is made of ---------------------------------------------------------------------------
 
 
-def _record(folder: Path, expert: str) -> dict[str, Any]:
+def _manifest(folder: Path, expert: str) -> Manifest:
     """The manifest of an output that holds this expert."""
-    record = manifests.read(folder)
-    if not is_packed(record):
+    manifest = Manifest.read(folder)
+    if not manifest.is_packed:
         raise CheckpointError(f"{folder}: is one model, not several experts; there is nothing to extract")
-    experts = list(record["recipe"]["experts"])
-    if expert not in experts:
-        raise RecipeError(f"{folder}: holds no expert {expert!r}; {nearest(expert, experts)}")
-    return record
+    if expert not in manifest.experts:
+        raise RecipeError(f"{folder}: holds no expert {expert!r}; {nearest(expert, manifest.experts)}")
+    return manifest
 
 
-def _base(folder: Path, record: Mapping[str, Any], given: str | None, offline: bool) -> Checkpoint:
+def _base(folder: Path, manifest: Manifest, given: str | None, offline: bool) -> Checkpoint:
     """The base that the experts were packed against; CheckpointError if it is gone, or another one by now."""
-    said = manifests.base(record, folder, given)
+    said = base_source(manifest, folder, given)
     model = open_checkpoint(said["model"], said.get("adapter"), label="base", folder=Path.cwd(), offline=offline)
-    if (wrong := manifests.other_files(record, "base", model)) is not None:
+    if (wrong := changed_file(manifest, "base", model)) is not None:
         model.close()
         raise CheckpointError(f"{wrong}, and no expert can be rebuilt on another; --base says where it is")
     return model
 
 
-def _tensors(record: Mapping[str, Any], packed: Checkpoint) -> Iterator[_Tensor]:
+def _tensors(manifest: Manifest, packed: Checkpoint) -> Iterator[_Tensor]:
     """All tensors of the expert, and what they are made of."""
-    fates = record["tensors"]
+    fates = manifest.tensors
     for name, said in fates.items():
         of = said.get("tied to", name)
         how = fates[of].get("packed")
-        made = None if how is None else Packed.of(of, list(record["recipe"]["experts"]), how)
+        made = None if how is None else Packed.of(of, manifest.experts, how)
         stored = {name: packed.tensors.get(name)} if made is None else made.infos
         if made is not None:
             _unpack(made)  # is there, which is to be known before anything is written
@@ -140,7 +137,7 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
 
 
-def _write(sources: _Sources, tensors: Sequence[_Tensor], writer: Writer, tell: Tell) -> None:
+def _write(sources: _Sources, tensors: Sequence[_Tensor], writer: Writer, tell: Progress) -> None:
     done, total = 0, sum(tensor.info.nbytes for tensor in tensors)
     with tuned():
         for tensor in tensors:
@@ -168,16 +165,12 @@ def _copied(packed: Checkpoint, name: str) -> Iterator[Tensor]:
         yield packed.read_rows(name, start, min(start + step, rows))
 
 
-def _write_side_files(source: Path, title: str, expert: str, record: Mapping[str, Any], folder: Path) -> None:
+def _write_side_files(source: Path, title: str, expert: str, manifest: Manifest, folder: Path) -> None:
     """Config, tokenizer and the rest as they lie beside the packed files, and a card."""
-    named = (name for name in record["files"] if Path(name).name == name)  # never a way out of the folder
-    manifest.copy_side_files({name: source / name for name in named}, folder)
-    base = record["inputs"]["base"]["source"]
-    write_text(folder / "README.md", manifest.extracted_card(title, base, expert, source.name))
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""
+    names = (name for name in manifest.files if side_files.is_inside(name))
+    side_files.write_side_files({name: source / name for name in names}, folder)
+    base = manifest.inputs["base"]["source"]
+    write_text(folder / "README.md", side_files.extracted_card(title, base, expert, source.name))
 
 
 # --- one tensor -----------------------------------------------------------------------------------

@@ -15,26 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merger._lazy import torch
-from merger.checkpoint.adapter import CONFIG
-from merger.checkpoint.anatomy import Anatomy, study
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.files import write_json
 from merger.checkpoint.folder import ADAPTER
 from merger.checkpoint.growing_file import GrowingFile
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.output import Output
 from merger.checkpoint.placement import check_output
+from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds
 from merger.engine.machine import tuned
 from merger.errors import CheckpointError, RecipeError
 from merger.ops.linalg import Factors, strongest, svd
+from merger.options import Progress, RunOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from merger.checkpoint.checkpoint import Checkpoint
-
-
-Progress = Callable[[str, int, int], None]
-"""Hears the name of the work, and how many matrices of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,11 @@ def extract_lora(
     base: str,
     model: str,
     output: Path,
+    options: RunOptions = RunOptions(),
     *,
     rank: int | None = None,
     energy: Fraction | None = None,
-    offline: bool = False,
     force: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> LoraExtraction:
     """Writes the change from ``base`` to ``model`` as a LoRA adapter into ``output``, which appears complete.
 
@@ -95,18 +90,18 @@ def extract_lora(
         raise RecipeError("give either a rank or an energy")
     with ExitStack() as stack:
         models = [
-            stack.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=offline))
+            stack.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=options.offline))
             for label, source in (("base", base), ("model", model))
         ]
         check_output(output, [checkpoint.directory for checkpoint in models], force=force)
-        modules = _modules(models[0], trust_remote_code)
+        modules = _modules(models[0], options.trust_remote_code)
         _check_alike(*models)
         factor = partial(strongest, rank=rank) if rank is not None else partial(_of_energy, share=float(energy or 0))
         cut = partial(_cut, factor, rank or 1)
         folder = Output(output, {"base": base, "model": model, "adapter": f"rank {rank}, energy {energy}"})
         try:
             folder.open(force=force)
-            report = _write(folder.folder, base, models, modules, cut, progress or _silent)
+            report = _write(folder.folder, base, models, modules, cut, options.progress)
             folder.finish(force=force)
         except BaseException:
             folder.abandon()
@@ -123,7 +118,7 @@ def _write(
         report = _extract(base, model, modules, file, cut, progress)
         file.finish()
     ranks = {module: file.tensors[_factor_name(module, "A")].shape[0] for module in modules.values()}
-    write_json(folder / CONFIG, _config(source, ranks, study(base.tensors, base.config)))
+    write_json(folder / CONFIG, _config(source, ranks, _kinds(base)))
     return {"parameters": sum(info.elements for info in file.tensors.values()), **report}
 
 
@@ -133,7 +128,7 @@ def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
     from merger.calibration.names import locate
 
     model = build(base, trust_remote_code=trust_remote_code)
-    tied = model.get_output_embeddings() if study(base.tensors, base.config).tied else None
+    tied = model.get_output_embeddings() if _kinds(base).tied else None
     groups = locate(model, base.tensors)
     modules = {}
     for name, module in model.named_modules():
@@ -145,6 +140,10 @@ def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
     if not modules:
         raise CheckpointError("base: has no linear layer that an adapter could change")
     return modules
+
+
+def _kinds(base: Checkpoint) -> TensorKinds:
+    return tensor_kinds(base.tensors, base.config, base.equal)
 
 
 def _check_alike(base: Checkpoint, model: Checkpoint) -> None:
@@ -167,16 +166,16 @@ def _extract(
     progress: Progress,
 ) -> dict[str, Any]:
     """Sends every matrix's factors to the file, several side by side; the fields of a `LoraExtraction` about them."""
-    anatomy = study(base.tensors, base.config)
+    kinds = _kinds(base)
     other_tensors = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
-    other_changes = {name: _square(_change(base, model, name, anatomy)) for name in other_tensors}
+    other_changes = {name: _square(_change(base, model, name, kinds)) for name in other_tensors}
     layers: dict[str, list[_Cut]] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1, "merger-lora") as pool:
-        cuts = pool.map(lambda name: cut(_change(base, model, name, anatomy)), modules)
+        cuts = pool.map(lambda name: cut(_change(base, model, name, kinds)), modules)
         for count, (name, (down, up, norms)) in enumerate(zip(modules, cuts, strict=True), 1):
             file.append(_factor_name(modules[name], "A"), down)
             file.append(_factor_name(modules[name], "B"), up)
-            layers.setdefault(anatomy.unit(name), []).append(norms)
+            layers.setdefault(kinds.unit(name), []).append(norms)
             progress("factoring", count, len(modules))
     matrices = [matrix for layer in layers.values() for matrix in layer]
     changed, left_out = sum(matrix.change for matrix in matrices), sum(matrix.left_out for matrix in matrices)
@@ -199,12 +198,12 @@ def _share(part: float, of: float) -> float:
     return math.sqrt(part / of) if of else 0.0
 
 
-def _change(base: Checkpoint, model: Checkpoint, name: str, anatomy: Anatomy) -> Tensor:
+def _change(base: Checkpoint, model: Checkpoint, name: str, kinds: TensorKinds) -> Tensor:
     """model - base in float32, a matrix as [out, in]."""
     change = model.read(name).float() - base.read(name).float()
     if not torch.isfinite(change).all():
         raise CheckpointError(f"model: {name} holds NaN or infinity, or the base does")
-    return change.T if anatomy.kind(name) == "conv1d" else change
+    return change.T if kinds.kind(name) == "conv1d" else change
 
 
 def _cut(factor: Callable[[Tensor], Factors], min_rank: int, change: Tensor) -> tuple[Tensor, Tensor, _Cut]:
@@ -229,10 +228,6 @@ def _of_energy(change: Tensor, share: float) -> Factors:
     return factors.first(int((energy < share * energy[-1:] * (1 - 1e-12)).sum()) + 1)
 
 
-def _silent(*_: object) -> None:
-    """Tells nobody."""
-
-
 # --- the adapter's files ----------------------------------------------------------------------------
 
 
@@ -246,7 +241,7 @@ def _room(modules: Collection[str]) -> int:
     return 64 + sum(2 * (len(json.dumps(module)) + 140) for module in modules)
 
 
-def _config(base: str, ranks: Mapping[str, int], anatomy: Anatomy) -> dict[str, Any]:
+def _config(base: str, ranks: Mapping[str, int], kinds: TensorKinds) -> dict[str, Any]:
     """adapter_config.json as peft reads it: a scale of 1 for every layer, whatever its rank."""
     rank = max(ranks.values())
     exceptions = {module: lower for module, lower in ranks.items() if lower != rank}
@@ -259,7 +254,7 @@ def _config(base: str, ranks: Mapping[str, int], anatomy: Anatomy) -> dict[str, 
         "rank_pattern": exceptions,
         "alpha_pattern": exceptions,
         "target_modules": sorted(ranks),
-        "fan_in_fan_out": bool(anatomy.conv1d),
+        "fan_in_fan_out": bool(kinds.conv1d),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from merger.checkpoint.formats import SUFFIXES
 from merger.checkpoint.hub import connection_errors, is_repository, quiet_when_piped
 from merger.errors import RecipeError, ResourceError, VerifyError
+from merger.options import RunOptions
 from merger.outputs.verify import whole_merge
 
 if TYPE_CHECKING:
@@ -38,29 +39,38 @@ class Pushed:
         return asdict(self)
 
 
-def push(directory: str | Path, repository: str, *, public: bool = False, quiet: bool = False) -> Pushed:
+def push(
+    directory: str | Path,
+    repository: str,
+    options: RunOptions = RunOptions(),
+    *,
+    public: bool = False,
+    quiet: bool = False,
+) -> Pushed:
     """Uploads a finished merge with its card and manifest; a push that broke off goes on when it is run again.
 
     The repository is made if it is not there, private unless ``public``. What the Hub holds in the end is
-    compared with the manifest. ``quiet`` draws no progress bar. Raises CheckpointError or VerifyError for a
+    compared with the manifest. ``quiet`` draws no progress bar of the Hub. Raises CheckpointError or VerifyError for a
     folder that is no whole merge, RecipeError for what the Hub refuses, and ResourceError where it cannot be reached.
     """
     from huggingface_hub import HfApi, constants
 
     folder = Path(directory)
-    record = whole_merge(folder)
+    manifest = whole_merge(folder)
     if "/" not in repository or "@" in repository or not is_repository(repository):
         raise RecipeError(f"{repository}: is no name of a repository; give it as org/name")
     if constants.HF_HUB_OFFLINE:
         raise RecipeError(f"{repository}: HF_HUB_OFFLINE is set, so nothing is uploaded; unset it")
+    if options.offline:
+        raise RecipeError(f"{repository}: nothing is uploaded offline; push without the option offline")
     api = HfApi()
     with _explained(repository), _without_log(), quiet_when_piped(always=quiet):
         before = _made(api, repository, public=public)
         _refuse_strangers(before, folder)
         _upload(api, folder, repository)
         after = _looked_up(api, repository)
-    _compare(after, record["shards"])
-    return Pushed(repository, after.sha or "", bool(after.private), after.sha == before.sha, len(record["shards"]))
+    _compare(after, manifest.shards)
+    return Pushed(repository, after.sha or "", bool(after.private), after.sha == before.sha, len(manifest.shards))
 
 
 def _looked_up(api: HfApi, repository: str) -> ModelInfo:

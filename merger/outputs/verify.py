@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from merger._lazy import torch
+from merger.calibration.statistics import origin
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.formats import SUFFIXES
 from merger.checkpoint.hashes import digest, sha256
+from merger.checkpoint.side_files import is_inside
 from merger.checkpoint.tensor_info import ITEM_SIZE
-from merger.engine.loop import Progress
-from merger.engine.manifest import FORMAT, RECORD, differing, inputs_of, portable, stored_as, stored_tensors, versions
-from merger.engine.merge import recompute
+from merger.engine.manifest import RECORD, Manifest, differing, inputs_of, portable, stored_as, versions
+from merger.engine.merge_sink import MergeSink, merge_schedule
+from merger.engine.prepare import prepare
+from merger.engine.recorded_recipe import recipe_folder
 from merger.errors import CheckpointError, RecipeError, VerifyError
+from merger.options import Notice, Progress, RunOptions
 from merger.outputs.consistency import (
     Contents,
     Difference,
@@ -32,7 +35,6 @@ from merger.outputs.consistency import (
     tokenizer_differences,
 )
 from merger.planning.plan import Plan
-from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
 
 
@@ -53,58 +55,48 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class Deep:
-    """How a sample of tensors is made again from the inputs."""
+class DeepCheck:
+    """The sample of tensors that is merged again from the inputs."""
 
-    sample: int = 16  # tensors
-    seed: int = 0  # chooses them
+    sample: int = 16  # number of tensors
+    seed: int = 0  # chooses the tensors
     recipe: Path | None = None  # None: the recorded one, seen from where its output path leads to the folder
-    device: str | None = None  # None: the recorded kind
-    max_memory: int | None = None
-    offline: bool = False
-    trust_remote_code: bool = False
 
 
-def verify(
-    directory: str | Path,
-    *,
-    deep: Deep | None = None,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
-) -> Verification:
-    """Checks a checkpoint's folder, whoever made it, and returns every difference that it finds.
+def verify(directory: str | Path, options: RunOptions = RunOptions(), *, deep: DeepCheck | None = None) -> Verification:
+    """Checks the folder of a checkpoint, whoever wrote it, and returns every difference.
 
-    With ``deep`` some tensors of a merge are made again from its inputs, and compared bit for bit.
-    Raises a `MergerError` only where there is nothing to check, or not what is needed for it.
+    With ``deep`` some tensors of a merge are merged again from its inputs, and compared bit for bit; the device auto is
+    then the kind that the merge was made on. Raises a `MergerError` only where there is nothing to check, or not what
+    is needed for it.
     """
-    tell = progress or _silent
     contents = look(Path(directory))
     found = [*contents.broken, *index_differences(contents)]
-    hashes, values = _scan(contents, tell)
+    hashes, values = _scan(contents, options.progress)
     found += values
     if not contents.packed:  # in which no tensor needs to be what config and tokenizer say of a model's
         found += [*config_differences(contents), *tokenizer_differences(contents)]
-    record = _record(contents, found)
+    manifest = _manifest(contents, found)
     recomputed: tuple[str, ...] = ()
-    if record is not None:
-        found += _recorded(contents, record, hashes)
+    if manifest is not None:
+        found += _recorded(contents, manifest, hashes)
     if deep is not None:
-        if record is None:
+        if manifest is None:
             raise RecipeError(f"{directory}: has no {RECORD} that says from what it could be made again")
-        recomputed, differences = _recompute(contents, record, deep, tell, notice or _silent)
+        recomputed, differences = _recompute(contents, manifest, deep, options)
         found += differences
     return Verification(
         directory=str(directory),
         tensors=len(contents.tensors),
         bytes=sum(info.nbytes for info in contents.tensors.values()),
-        recorded=record is not None,
+        recorded=manifest is not None,
         recomputed=recomputed,
         differences=tuple(dict.fromkeys(found)),
     )
 
 
-def whole_merge(directory: str | Path) -> dict[str, Any]:
-    """merger.json of a folder that holds all it names, told by names and headers: no weight is read for it.
+def whole_merge(directory: str | Path) -> Manifest:
+    """The manifest of a folder that holds all it names, told by names and headers: no weight is read for it.
 
     Raises CheckpointError for a folder without merger.json, and VerifyError where files are not as it says.
     """
@@ -112,12 +104,12 @@ def whole_merge(directory: str | Path) -> dict[str, Any]:
     if RECORD not in contents.folder.names:
         raise CheckpointError(f"{directory}: has no {RECORD}, so it is no finished merge")
     found = [*contents.broken, *index_differences(contents)]
-    record = _record(contents, found)
-    if record is not None:
-        found += _recorded(contents, record, {})
-    if found or record is None:
+    manifest = _manifest(contents, found)
+    if manifest is not None:
+        found += _recorded(contents, manifest, {})
+    if found or manifest is None:
         raise VerifyError("\n".join(f"{directory}: {each}" for each in dict.fromkeys(found)))
-    return record
+    return manifest
 
 
 def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Difference]]:
@@ -146,41 +138,35 @@ def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Diff
 # --- what merger.json says ------------------------------------------------------------------------
 
 
-def _record(contents: Contents, found: list[Difference]) -> dict[str, Any] | None:
-    """merger.json, if there is one and it can be understood."""
+def _manifest(contents: Contents, found: list[Difference]) -> Manifest | None:
+    """The manifest, if there is one and it can be understood; if it cannot, ``found`` gets the reason."""
     if RECORD not in contents.folder.names:
         return None
     try:
-        record = json.loads((contents.directory / RECORD).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        found.append(Difference(RECORD, None, f"cannot be read: {error}"))
-        return None
-    maps = ("recipe", "calibration", "inputs", "statistics", "shards", "files", "tensors", "versions")
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found.append(Difference(RECORD, None, f"is not of format {FORMAT}, which is all that is known here"))
-    elif lacking := [key for key in maps if not isinstance(record.get(key), dict)]:
-        found.append(Difference(RECORD, None, f"lacks {', '.join(lacking)}"))
-    else:
-        return record
+        return Manifest.parse((contents.directory / RECORD).read_bytes())
+    except OSError as error:
+        found.append(Difference(RECORD, None, f"cannot be read: {error.strerror}"))
+    except ValueError as error:
+        found.append(Difference(RECORD, None, str(error)))
     return None
 
 
-def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str, str]) -> Iterator[Difference]:
+def _recorded(contents: Contents, manifest: Manifest, hashes: Mapping[str, str]) -> Iterator[Difference]:
     """Where shards, side files and tensors are not those of merger.json."""
-    for file, sha in record["shards"].items():
+    for file, sha in manifest.shards.items():
         if file not in contents.folder.names:
             yield Difference(file, None, f"is missing, though {RECORD} names it")
         elif file in hashes and hashes[file] != sha:
             yield _other_hash(file, hashes[file], sha)
-    for file in sorted(contents.folder.names - record["shards"].keys()):
+    for file in sorted(contents.folder.names - manifest.shards.keys()):
         if file.endswith(SUFFIXES):
             yield Difference(file, None, f"holds weights that {RECORD} does not name")
-    for file, sha in record["files"].items():
-        if file not in contents.folder.names:
+    for file, sha in manifest.files.items():
+        if not is_inside(file) or not (contents.directory / file).is_file():
             yield Difference(file, None, f"is missing, though {RECORD} names it")
         else:
-            yield from _side_file(contents.directory / file, sha)
-    recorded = stored_tensors(record["tensors"])
+            yield from _side_file(contents.directory, file, sha)
+    recorded = manifest.stored_tensors
     for name, wanted in recorded.items():
         info = contents.tensors.get(name)
         if info is None:
@@ -192,14 +178,14 @@ def _recorded(contents: Contents, record: Mapping[str, Any], hashes: Mapping[str
             yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
 
 
-def _side_file(path: Path, sha: str) -> Iterator[Difference]:
+def _side_file(folder: Path, name: str, sha: str) -> Iterator[Difference]:
     try:
-        own = digest(path)
+        own = digest(folder / name)
     except OSError as error:
-        yield Difference(path.name, None, f"cannot be read: {error.strerror}")
+        yield Difference(name, None, f"cannot be read: {error.strerror}")
     else:
         if own != sha:
-            yield _other_hash(path.name, own, sha)
+            yield _other_hash(name, own, sha)
 
 
 def _other_hash(file: str, own: str, said: str) -> Difference:
@@ -210,42 +196,48 @@ def _other_hash(file: str, own: str, said: str) -> Difference:
 
 
 def _recompute(
-    contents: Contents, record: Mapping[str, Any], deep: Deep, tell: Progress, notice: Callable[[str], None]
+    contents: Contents, manifest: Manifest, deep: DeepCheck, options: RunOptions
 ) -> tuple[tuple[str, ...], list[Difference]]:
     """Makes a sample of tensors again by the same merge; their names, and where they differ."""
-    other_versions = differing(record["versions"], versions())
-    if other_versions:
-        notice(
-            f"merged with another {', '.join(other_versions)} than it is checked with; last bits may differ for that"
-        )
-    recipe = _recipe(contents, record, deep.recipe)
-    with closing(make_plan(recipe, offline=deep.offline, headers_only=False)) as plan:
-        changed = list(_changed_inputs(record, plan))
+    device = str(manifest.content.get("device")) if options.device == "auto" else options.device
+    recipe = _recipe(contents, manifest, deep.recipe)
+    options = replace(options, device=device, progress=_as_recomputing(options.progress))
+    with prepare(recipe, options) as prepared:
+        plan = prepared.plan
+        _note_other_versions(manifest, plan, options.notice)
+        changed = list(_changed_inputs(manifest, plan))
         if changed:  # what is made of other inputs says nothing
             return (), changed
         names = _chosen(plan, deep)
         comparison = _Comparison(contents, plan, names)
-        statistics = recompute(
-            plan,
-            frozenset(comparison.places),
-            comparison,
-            device=deep.device or str(record.get("device")),
-            max_memory=deep.max_memory,
-            trust_remote_code=deep.trust_remote_code,
-            progress=lambda what, done, total: tell("recomputing" if what == "merging" else what, done, total),
-            notice=notice,
-        )
-    other = differing(record["statistics"], statistics)
+        schedule = merge_schedule(prepared, comparison.places.keys())
+        schedule.run(MergeSink(schedule, comparison))
+        statistics = origin(prepared.inputs.files)
+    other = differing(manifest.content["statistics"], statistics)
     found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]
     return tuple(names), [*found, *comparison.differences()]
 
 
-def _recipe(contents: Contents, record: Mapping[str, Any], given: Path | None) -> Recipe:
+def _note_other_versions(manifest: Manifest, plan: Plan, notice: Notice) -> None:
+    """Tells of versions that decide the bytes and are not those of the merge."""
+    here = versions(plan)
+    others = [name for name, version in manifest.content["versions"].items() if here.get(name) != version]
+    if others:
+        notice(f"merged with another {', '.join(others)} than it is checked with; last bits may differ for that")
+
+
+def _recipe(contents: Contents, manifest: Manifest, given: Path | None) -> Recipe:
     """The recorded recipe, with its folder; or the one that is given, if it is the same."""
-    recorded = record["recipe"]
+    recorded, directory = manifest.recipe, contents.directory
     if given is None:
-        return Recipe.parse(recorded, _folder(contents.directory, str(recorded["output"]["path"])))
-    recipe = Recipe.load(given, record.get("set", []))
+        output = str(recorded["output"]["path"])
+        folder = recipe_folder(directory, output)
+        if folder is None:
+            raise RecipeError(
+                f"{directory}: does not lie where its recipe wrote it ({output}); give the recipe, for its inputs"
+            )
+        return Recipe.parse(recorded, folder)
+    recipe = Recipe.load(given, manifest.content.get("set", []))
     own = json.loads(json.dumps(portable(recipe.spelled_out())))
     others = [key for key in differing(recorded, own) if key != "output.path"]
     if others:
@@ -253,23 +245,20 @@ def _recipe(contents: Contents, record: Mapping[str, Any], given: Path | None) -
     return recipe
 
 
-def _folder(directory: Path, output: str) -> Path:
-    """The folder from which the relative path ``output`` leads to ``directory``."""
-    parts, real = Path(output).parts, directory.resolve()
-    if ".." in parts or real.parts[len(real.parts) - len(parts) :] != parts:
-        raise RecipeError(
-            f"{directory}: does not lie where its recipe wrote it ({output}); give the recipe, for its inputs"
-        )
-    return Path(*real.parts[: len(real.parts) - len(parts)])
-
-
-def _changed_inputs(record: Mapping[str, Any], plan: Plan) -> Iterator[Difference]:
+def _changed_inputs(manifest: Manifest, plan: Plan) -> Iterator[Difference]:
     hashes = {file: sha256(file) for model in plan.models.values() for file in model.files}
-    for key in differing(record["inputs"], json.loads(json.dumps(inputs_of(plan, hashes)))):
+    for key, (recorded, _) in differing(manifest.inputs, json.loads(json.dumps(inputs_of(plan, hashes)))).items():
+        if recorded is None and key.endswith(".config"):  # an earlier version did not record it
+            continue
         yield Difference(RECORD, None, f"inputs.{key}: is not what it was when it was merged")
 
 
-def _chosen(plan: Plan, deep: Deep) -> list[str]:
+def _as_recomputing(progress: Progress) -> Progress:
+    """The same progress with the step ``merging`` called ``recomputing``."""
+    return lambda step, done, total: progress("recomputing" if step == "merging" else step, done, total)
+
+
+def _chosen(plan: Plan, deep: DeepCheck) -> list[str]:
     """Some tensors, as good as drawn: those whose hash with the seed is smallest."""
     names = list(plan.stored)
     drawn = sorted(names, key=lambda name: hashlib.sha256(f"{deep.seed} {name}".encode()).digest())
@@ -325,7 +314,3 @@ class _Comparison:
             if count := self.differing[name]:
                 what = f"{count:,} of its {info.elements:,} values are not what its inputs make"
                 yield Difference(self.contents.file_of(name), name, what)
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""

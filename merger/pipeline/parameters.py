@@ -80,18 +80,18 @@ class Varying:
     """Marks a parameter that is resolved to one number for the tensor at hand."""
 
 
-def _over_depth(number: Any, *more: Any) -> Any:
+def _over_depth(number: Any, *extra: Any) -> Any:
     """One number, or at least two of them interpolated from the first block to the last."""
-    several = Annotated[list[number], Field(min_length=2)]
-    kinds: Any = Annotated[number, Tag("one")] | Annotated[several, Tag("by_depth")]
-    for extra in more:
-        kinds = kinds | extra
+    numbers = Annotated[list[number], Field(min_length=2)]
+    kinds: Any = Annotated[number, Tag("one")] | Annotated[numbers, Tag("by_depth")]
+    for kind in extra:
+        kinds = kinds | kind
     return Annotated[kinds, Discriminator(_shape)]
 
 
-def _by_expert(number: Any, *more: Any) -> Any:
-    named: Any = dict.__class_getitem__((str, _over_depth(number)))
-    return _over_depth(number, Annotated[named, Tag("by_expert")], *more)
+def _by_expert(number: Any, *extra: Any) -> Any:
+    by_expert: Any = dict.__class_getitem__((str, _over_depth(number)))
+    return _over_depth(number, Annotated[by_expert, Tag("by_expert")], *extra)
 
 
 if TYPE_CHECKING:  # a recipe may write more than a function receives, so checkers see neither
@@ -143,7 +143,7 @@ class Place:
     weights: tuple[Fraction, ...] = ()  # each expert's own weight; none means 1
     depth: Fraction = Fraction(0)  # 0 at the first block and before it, 1 at the last and after it
     block: int = 0  # rotation index: 0 before the blocks, b + 1 for block b, L + 1 after them
-    linear: int = 0  # how many linear tensors come before this one, in forward order
+    linear: int = 0  # how many linear layers come before it in the forward pass; a plan counts them up to a full turn
 
 
 def resolve(annotation: Any, value: Any, place: Place) -> Any:
@@ -160,13 +160,13 @@ def resolve(annotation: Any, value: Any, place: Place) -> Any:
     return value
 
 
-def _same_names(given: Iterable[str], experts: Sequence[str], *, complete: bool) -> None:
-    for name in given:
+def _same_names(names: Iterable[str], experts: Sequence[str], *, complete: bool) -> None:
+    for name in names:
         if name not in experts:
             raise ValueError(f"there is no expert {name!r}; {nearest(name, experts)}")
-    absent = [name for name in experts if name not in given]
-    if complete and absent:
-        raise ValueError(f"has no value for {', '.join(absent)}")
+    missing_names = [name for name in experts if name not in names]
+    if complete and missing_names:
+        raise ValueError(f"has no value for {', '.join(missing_names)}")
 
 
 def is_order(annotation: Any) -> bool:
@@ -189,7 +189,7 @@ def at_depth(value: Any, depth: Fraction) -> Fraction:
 
 
 def order_of(value: Any, place: Place) -> tuple[int, ...]:
-    """The experts' indices in merging order for one tensor (methods.md 2.2, decision d)."""
+    """The experts' indices in merging order for one tensor (docs/methods/obim.md)."""
     names = list(place.experts)
     if isinstance(value, list):
         _same_names(value, names, complete=True)
@@ -203,10 +203,10 @@ def order_of(value: Any, place: Place) -> tuple[int, ...]:
     _same_names(pinned, names, complete=False)
     if len(set(pinned)) < len(pinned):
         raise ValueError(f"{pin.first} cannot be both first and last")
-    rest = [name for name in names if name not in pinned]
-    if pin.rest == "rotate" and rest:
-        turn = (place.block if pin.unit == "block" else place.linear) % len(rest)
-        rest = rest[turn:] + rest[:turn]
+    others = [name for name in names if name not in pinned]
+    if pin.rest == "rotate" and others:
+        turn = (place.block if pin.unit == "block" else place.linear) % len(others)
+        others = others[turn:] + others[:turn]
     first = [pin.first] if pin.first is not None else []
     last = [pin.last] if pin.last is not None else []
-    return tuple(names.index(name) for name in first + rest + last)
+    return tuple(names.index(name) for name in first + others + last)

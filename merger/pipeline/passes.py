@@ -1,273 +1,303 @@
-"""Passes over a tensor's slices: a flow's questions are put to all of them, and every flow goes on with the answer."""
+"""Passes over the slices of a tensor: each slice's flow runs until it asks a question that all slices must answer.
+
+One pass collects every slice's part of the open question; the next pass goes on with the answer.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from threading import Condition, Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from merger._lazy import torch
-from merger.ops.questions import Before, Flow, Found, Guess, Max, Question, Size, Sum, Tally
+from merger.ops.questions import UNANSWERED, Flow, Key, PrefixSum, Question, Total, Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Mapper = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
-"""Like ``map``: calls a function on every slice's number, which it takes in order, and gives the results in order."""
-
-Ahead = dict[int, "Tensor"]
-"""What the tensors before this one have of each sum over what comes before, by the question's place in the flow."""
-
-_OPEN = object()
+"""Like ``map``: calls a function for every slice number, in order, and yields the results in order."""
+ModelTotals = Mapping[Key, "Tensor"]
+"""The totals over all tensors that are ranked together, of the questions that are answered so far."""
+EarlierSums = dict[Key, "Tensor"]
+"""The prefix sums over all tensors before this one, by question."""
+SampleNotes = Mapping[int, Sequence[Any]]
+"""The notes that a flow over a sample of the tensor made, by number."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many elements a share is a share of."""
+    """The numbers of elements that a density is a share of."""
 
     tensor: int
     model: int
 
-    def of(self, scope: str) -> int:
-        """The elements of the tensor, or of all tensors that are ranked together with it."""
-        return self.model if scope == "global" else self.tensor
+
+@dataclass(frozen=True)
+class OpenTotal:
+    """A question that flows wait with, and the total of the parts that were collected so far."""
+
+    key: Key
+    question: Total
+    total: Tensor
+
+    def joined(self, addition: OpenTotal) -> OpenTotal:
+        """Returns the total together with a later part of it."""
+        assert self.key == addition.key, f"flows of one pipeline ask {self.key} and {addition.key}"
+        return OpenTotal(self.key, self.question, self.question.join(self.total, addition.total))
+
+
+class PausedFlow:
+    """The flow of one slice, and the question that it waits with."""
+
+    def __init__(self, steps: Flow[None]) -> None:
+        self.steps = steps
+        self._asked = Counter[tuple[Whole, str]]()
+
+    def wait_with(self, question: Question) -> None:
+        """Remembers the question that the flow asks now, and names it by how often it was asked before."""
+        name = question.scope, question.name
+        self.question = question
+        self.key: Key = (*name, self._asked[name])
+        self._asked[name] += 1
 
 
 @dataclass
-class _Line:
-    """A sum that grows from slice to slice: each waits for those before it, which were taken before it."""
+class RunningSum:
+    """A sum over the slices in their order: slice i waits for those before it, which threads took before it."""
 
-    scope: str
-    totals: list[Any] = field(default_factory=list)  # before slice i, and at last of all; see `before`
-    failed: float = math.inf  # the first slice that failed: later ones wait in vain, earlier ones do not
-    moved: Condition = field(default_factory=Condition)
+    sums: list[Any] = field(default_factory=list)  # entry i is the sum over the slices before i
+    failed: float = math.inf  # the first slice that failed; later ones must not wait for it
+    changed: Condition = field(default_factory=Condition)
 
-    def before(self, i: int, question: Before) -> Tensor:
-        """The sum of the counts of the slices before ``i``; its own joins it.
+    def before(self, i: int, counts: Callable[[], Tensor]) -> Tensor:
+        """Returns the sum over the slices before ``i``, after adding the counts of slice ``i``.
 
-        They are kept as Python's numbers: a small tensor that stays between large ones that go keeps the allocator
-        from joining what they leave (measured: a megabyte for every slice).
+        Sums are kept as Python numbers: a small tensor that stays between large ones that are freed keeps the
+        allocator from joining their memory (measured: a megabyte for every slice).
         """
-        with self.moved:
-            if len(self.totals) > i + 1:
-                return torch.tensor(self.totals[i])  # the flow was started again
-        value = question.value
-        with self.moved:
-            if not self.totals:
-                self.totals.append(torch.zeros_like(value).tolist())
-            self.moved.wait_for(lambda: len(self.totals) > i or i > self.failed)
-            if len(self.totals) <= i:
-                raise RuntimeError("an earlier slice failed")  # whose error comes first, and is told
-            before = torch.tensor(self.totals[i])
-            self.totals.append((before + value.cpu()).tolist())
-            self.moved.notify_all()
+        with self.changed:
+            if len(self.sums) > i + 1:
+                return torch.tensor(self.sums[i])  # the flow was started again
+        value = counts()
+        with self.changed:
+            if not self.sums:
+                self.sums.append(torch.zeros_like(value).tolist())
+            self.changed.wait_for(lambda: len(self.sums) > i or i > self.failed)
+            if len(self.sums) <= i:
+                raise RuntimeError("an earlier slice failed")  # whose own error is raised first
+            before = torch.tensor(self.sums[i])
+            self.sums.append((before + value.cpu()).tolist())
+            self.changed.notify_all()
             return before
 
-    def break_at(self, i: int) -> None:
-        """Lets go whoever waits for slice ``i``, which will not come."""
-        with self.moved:
+    def fail(self, i: int) -> None:
+        """Releases the slices that wait for slice ``i``."""
+        with self.changed:
             self.failed = min(self.failed, i)
-            self.moved.notify_all()
+            self.changed.notify_all()
+
+
+Contribution = tuple[Key, Total, "Tensor | None"]
+"""An open question, and a slice's part of its total; None where the part is in the counters of its thread."""
+
+
+def _joined(total: Contribution | None, addition: Contribution | None) -> Contribution | None:
+    """The contributions of two runs of slices together; a flow that has ended contributes nothing."""
+    if total is None or addition is None:
+        return addition if total is None else total
+    (key, question, part), (added_key, _, added_part) = total, addition
+    assert key == added_key, f"flows of one pipeline ask {key} and {added_key}"
+    return key, question, None if part is None or added_part is None else question.join(part, added_part)
 
 
 @dataclass
-class _Visit:
-    """One tensor's flows, and all that was answered to them; a question is known by its place in the flow."""
+class TensorPasses:
+    """The flows of one tensor's slices and the answers to their questions."""
 
     start: Callable[[int], Flow[None]]
     sizes: Sizes
-    known: Sequence[Any]
-    ahead: Ahead
+    model_totals: ModelTotals
+    earlier_sums: EarlierSums
     hold: bool
-    rehearse: Callable[[], Sequence[Any]] = tuple  # what was found of a sample after each guess, in their order
-    held: dict[int, tuple[Flow[None], Question, int]] = field(default_factory=dict)
-    answers: dict[int, Any] = field(default_factory=dict)
-    of_the_model: list[int] = field(default_factory=list)  # places of the questions that `known` answers
-    lines: dict[int, _Line] = field(default_factory=dict)
-    guesses: list[int] = field(default_factory=list)  # places of the questions that guesses are about
+    rehearse: Callable[[], SampleNotes] = dict
+    notes: dict[int, Sequence[Any]] = field(default_factory=dict)
+    paused: dict[int, PausedFlow] = field(default_factory=dict)
+    answers: dict[Key, Any] = field(default_factory=dict)
+    running_sums: dict[Key, RunningSum] = field(default_factory=dict)
     counters: list[Tensor] = field(default_factory=list)  # one for each thread that counts at the same time
     failed: float = math.inf
     lock: Lock = field(default_factory=Lock)
-    guessing: Lock = field(default_factory=Lock)
+    sample_lock: Lock = field(default_factory=Lock)
+    _sample_notes: SampleNotes | None = None
 
-    def step(self, i: int) -> Question | None:
-        """Carries slice ``i`` to its end, or to a question that no pass has answered yet: with its part of it."""
+    def run(self, count: int, mapper: Mapper) -> OpenTotal | None:
+        """Passes over the slices until their flows end, or wait with a question about the whole model."""
+        while True:
+            contribution = reduce(_joined, mapper(self._carry, range(count)), None)
+            open_total = self._open_total(contribution)
+            if open_total is None or open_total.key[0] == "global":
+                break
+            self.answers[open_total.key] = open_total.question.answer(open_total.total)
+        for key, running in self.running_sums.items():
+            if key[0] == "global":
+                self.earlier_sums[key] = torch.tensor(running.sums[-1]) + self.earlier_sums.get(key, 0)
+        return open_total
+
+    def _carry(self, i: int) -> Contribution | None:
+        """Carries slice ``i`` to its end, or to a question that needs a pass; returns its part of that question."""
         try:
-            if i in self.held:
-                running, question, place = self.held.pop(i)
-            else:
-                running, place = self.start(i), 0
-                question = next(running)
-            while (answer := self._answer(i, question, place)) is not _OPEN:
-                place += not isinstance(question, Size | Guess | Found)
-                question = running.send(answer)
+            flow = self.paused.pop(i, None)
+            if flow is None:
+                flow = PausedFlow(self.start(i))
+                flow.wait_with(next(flow.steps))
+            while (answer := flow.question.reply(self, flow.key, i)) is not UNANSWERED:
+                flow.wait_with(flow.steps.send(answer))
         except StopIteration:
             return None
         except BaseException:
-            with self.lock:
-                self.failed = min(self.failed, i)
-                for line in self.lines.values():
-                    line.break_at(i)
+            self._fail(i)
             raise
         if self.hold:
-            self.held[i] = running, question, place
-        return self._part(question)
+            self.paused[i] = flow
+        question = cast("Total", flow.question)  # no other is left unanswered
+        return flow.key, question, question.part(self.counters)
 
-    def _answer(self, i: int, question: Question, place: int) -> Any:
-        if isinstance(question, Size):
-            return self.sizes.of(question.scope)
-        if isinstance(question, Found):
+    def _open_total(self, contribution: Contribution | None) -> OpenTotal | None:
+        """The open question with the contribution of all slices; None when all flows have ended."""
+        if contribution is None:
             return None
-        if isinstance(question, Guess):
-            return self._guess(place) if question.scope == "tensor" else None
-        if isinstance(question, Before):
-            with self.lock:
-                line = self.lines.setdefault(place, _Line(question.scope, failed=self.failed))
-            before = line.before(i, question)
-            return before + self.ahead[place] if question.scope == "global" and place in self.ahead else before
-        if place not in self.answers and question.scope == "global":
-            with self.lock:
-                self.of_the_model += [] if place in self.of_the_model else [place]
-                number = self.of_the_model.index(place)
-                if number < len(self.known):
-                    self.answers[place] = question.answer(self.known[number])
-        return self.answers.get(place, _OPEN)
-
-    def _guess(self, place: int) -> Any:
-        with self.guessing:
-            self.guesses += [] if place in self.guesses else [place]
-            number = self.guesses.index(place)
-            return (self.rehearsed[number] or None) if number < len(self.rehearsed) else None
-
-    @cached_property
-    def rehearsed(self) -> Sequence[Any]:
-        """What was found of a sample after each guess."""
-        return self.rehearse()
-
-    def _part(self, question: Question) -> Question:
-        """The question with this slice's part of the answer, computed side by side; the slice itself is let go.
-
-        Slices may be on several devices, so their parts meet on the CPU.
-        """
-        if not isinstance(question, Tally):
-            return (
-                question if isinstance(question, Size | Guess | Found) else replace(question, of=question.value.cpu())
-            )
-        try:
-            mine = self.counters.pop()
-        except IndexError:
-            mine = torch.zeros(question.counters, dtype=torch.int64)
-        question.add(mine)
-        self.counters.append(mine)
-        return replace(question, add=_counted)
-
-    def joined(self, parts: Iterable[Question | None]) -> Sum | Max | None:
-        """The open question, if there is one, with what all slices together have of the answer."""
-        asked: Question | None = None
-        total: Tensor | None = None
-        for part in parts:
-            asked = part
-            if isinstance(part, Sum | Max):
-                total = part.joined(total)
-        if isinstance(asked, Tally):
-            total = reduce(torch.add, self.counters)
-            asked = asked.of_all(total)
+        key, question, part = contribution
+        if part is None:
+            part = reduce(torch.add, self.counters)
             self.counters.clear()
-        return replace(asked, of=total) if isinstance(asked, Sum | Max) and total is not None else None
+        return OpenTotal(key, question, part)
 
-    def tell(self, question: Sum | Max) -> None:
-        """Answers the open question."""
-        self.answers[len(self.answers) + len(self.lines)] = question.answer(question.value)
+    def _fail(self, i: int) -> None:
+        with self.lock:
+            self.failed = min(self.failed, i)
+            for running in self.running_sums.values():
+                running.fail(i)
 
-    def pass_on(self) -> None:
-        """Adds what this tensor has of the model's sums over what comes before to what is ahead of the next."""
-        for place, line in self.lines.items():
-            if line.scope == "global":
-                self.ahead[place] = torch.tensor(line.totals[-1]) + self.ahead.get(place, 0)
+    # --- answers ---
+
+    def size(self, scope: Whole) -> int:
+        """See `Answers`."""
+        return self.sizes.model if scope == "global" else self.sizes.tensor
+
+    def total(self, key: Key, question: Total) -> Any:
+        """See `Answers`."""
+        with self.lock:
+            if key not in self.answers and key in self.model_totals:
+                self.answers[key] = question.answer(self.model_totals[key])
+            return self.answers.get(key, UNANSWERED)
+
+    def prefix_sum(self, key: Key, i: int, question: PrefixSum) -> Tensor:
+        """See `Answers`."""
+        with self.lock:
+            running = self.running_sums.setdefault(key, RunningSum(failed=self.failed))
+        before = running.before(i, question.counts)
+        return before + self.earlier_sums[key] if key in self.earlier_sums else before
+
+    def sample_note(self, number: int) -> Sequence[Any] | None:
+        """See `Answers`."""
+        with self.sample_lock:
+            if self._sample_notes is None:
+                self._sample_notes = self.rehearse()
+            return self._sample_notes.get(number)
+
+    def note(self, number: int, values: Sequence[Any]) -> None:
+        """See `Answers`."""
+        self.notes[number] = values
 
 
-@dataclass
-class _Rehearsal(_Visit):
-    """A sample's flow, which finds what later ones guess."""
-
-    found: list[list[Any]] = field(default_factory=list)  # after each guess at a tensor
-
-    def _answer(self, i: int, question: Question, place: int) -> Any:
-        if isinstance(question, Guess):
-            self.found += [[]] if question.scope == "tensor" else []
-            return None
-        if isinstance(question, Found) and self.found:
-            self.found[-1] += question.values
-        return super()._answer(i, question, place)
-
-
-def _counted(into: Tensor) -> None:
-    """Is in the counters of its pass already."""
-
-
-def run(
+def run_slices(
     count: int,
     start: Callable[[int], Flow[None]],
     *,
     sizes: Sizes,
-    known: Sequence[Any] = (),
-    ahead: Ahead | None = None,
+    model_totals: ModelTotals | None = None,
+    earlier_sums: EarlierSums | None = None,
     hold: bool = False,
     mapper: Mapper = map,
-    rehearse: Callable[[], Sequence[Any]] = tuple,
-) -> Sum | Max | None:
-    """Carries the flows of a tensor's ``count`` slices as far as what is ``known`` of the model allows.
+    rehearse: Callable[[], SampleNotes] = dict,
+) -> OpenTotal | None:
+    """Carries the flows of a tensor's ``count`` slices as far as the totals over the model allow.
 
-    ``start(i)`` is a flow that reads slice i, merges it and puts the result away. With ``hold``
-    unfinished flows stay in memory between questions, else they are started again. ``rehearse`` is
-    asked for guesses when a flow asks for one, and says what `rehearsal` said of a sample.
-    Returns None when all is done, or the first question about the model that ``known`` does not
-    answer, with this tensor's part of it.
+    ``start(i)`` is a flow that reads slice i, merges it and writes the result. With ``hold`` the flows stay in memory
+    between passes, otherwise they are started again. ``rehearse`` runs a flow over a sample of the tensor if a question
+    wants its notes. Returns None at the end, or the first question about the whole model that ``model_totals`` does
+    not answer.
     """
-    visit = _Visit(start, sizes, known, {} if ahead is None else ahead, hold, rehearse)
-    while True:
-        question = visit.joined(mapper(visit.step, range(count)))
-        if question is None or question.scope == "global":
-            visit.pass_on()
-            return question
-        visit.tell(question)
+    passes = TensorPasses(
+        start,
+        sizes,
+        {} if model_totals is None else model_totals,
+        {} if earlier_sums is None else earlier_sums,
+        hold,
+        rehearse,
+    )
+    return passes.run(count, mapper)
 
 
-def rehearsal(start: Callable[[], Flow[Any]], size: int) -> list[Any]:
-    """What a flow over a sample of ``size`` elements finds after each guess that it asks for.
+def rehearse(start: Callable[[], Flow[Any]], size: int) -> SampleNotes:
+    """Runs a flow over a sample of ``size`` elements as if the sample were the tensor; returns the flow's notes.
 
-    As if the sample were the whole tensor, up to a question about the whole model.
+    It stops at the first question about the whole model.
     """
-    visit = _Rehearsal(lambda _: start(), Sizes(size, size), (), {}, hold=True)
-    while (question := visit.joined([visit.step(0)])) is not None and question.scope != "global":
-        visit.tell(question)
-    return visit.found
+    passes = TensorPasses(lambda _: start(), Sizes(size, size), {}, {}, hold=True)
+    passes.run(1, map)
+    return passes.notes
 
 
-def settle(
-    groups: Sequence[Hashable],
-    visit: Callable[[int, Sequence[Any], Ahead], Sum | Max | None],
-) -> None:
-    """Visits every tensor until none has an open question about all tensors of its group.
+class ModelPasses:
+    """The passes over tensors of which those of a group are ranked together, until no tensor has an open question.
 
-    ``visit(i, known, ahead)`` is `run` on tensor i. Tensors are visited in order, which for a shared
-    ranking is the canonical one: equal scores go to the earlier tensor (methods.md 0.4).
+    It iterates over the numbers of the tensors to visit, pass after pass. Tensors are visited in order, so that equal
+    scores of a ranking over the whole model go to the earlier tensor. A visit is `run_slices` with the tensor's
+    `model_totals` and `earlier_sums`; `record` takes the question that it ends with.
     """
-    known: dict[Hashable, list[Any]] = defaultdict(list)
-    waiting = list(range(len(groups)))
-    while waiting:
-        ahead: dict[Hashable, Ahead] = defaultdict(dict)
-        totals: dict[Hashable, Any] = {}
-        open_: list[int] = []
-        for i in waiting:
-            question = visit(i, known[groups[i]], ahead[groups[i]])
-            if question is not None:
-                totals[groups[i]] = question.joined(totals.get(groups[i]))
-                open_.append(i)
-        for group, total in totals.items():
-            known[group].append(total)
-        waiting = open_
+
+    def __init__(self, groups: Sequence[Hashable]) -> None:
+        self._groups = groups
+        self._model_totals: dict[Hashable, dict[Key, Tensor]] = defaultdict(dict)
+        self._earlier_sums: dict[Hashable, EarlierSums] = defaultdict(dict)
+        self._open_totals: dict[Hashable, OpenTotal] = {}
+        self._unfinished: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        waiting: Sequence[int] = range(len(self._groups))
+        while waiting:
+            yield from waiting
+            for group, open_total in self._open_totals.items():
+                self._model_totals[group][open_total.key] = open_total.total
+            waiting, self._unfinished = self._unfinished, []
+            self._open_totals.clear()
+            self._earlier_sums.clear()
+
+    def model_totals(self, i: int) -> ModelTotals:
+        """The totals that earlier passes have found over the group of tensor ``i``."""
+        return self._model_totals[self._groups[i]]
+
+    def earlier_sums(self, i: int) -> EarlierSums:
+        """The prefix sums of this pass over the tensors of its group before tensor ``i``."""
+        return self._earlier_sums[self._groups[i]]
+
+    def record(self, i: int, open_total: OpenTotal | None) -> None:
+        """Joins the open question of tensor ``i`` to that of its group; None where the tensor is finished."""
+        if open_total is not None:
+            group = self._groups[i]
+            earlier = self._open_totals.get(group)
+            self._open_totals[group] = open_total if earlier is None else earlier.joined(open_total)
+            self._unfinished.append(i)
+
+
+def run_tensors(groups: Sequence[Hashable], visit: Callable[[int, ModelTotals, EarlierSums], OpenTotal | None]) -> None:
+    """Visits tensors by ``visit(i, model_totals, earlier_sums)`` in the order of `ModelPasses`."""
+    passes = ModelPasses(groups)
+    for i in passes:
+        passes.record(i, visit(i, passes.model_totals(i), passes.earlier_sums(i)))

@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import (
@@ -43,12 +45,11 @@ from pydantic import (
 )
 
 from merger.errors import BrokenMethodWarning, nearest
+from merger.pipeline.inputs import SLICE_SUPPLIES
 
 Kind = Literal["score", "sparsifier", "merger", "pack", "filter", "scale", "method"]
 Takes = Literal["slice", "rows", "matrix"]
 """Any slice; rows, one for each output neuron; the whole oriented matrix."""
-Fed = Literal["own", "merged"]
-"""What feeds a block while its inputs are watched: the expert's own earlier blocks, or those merged so far."""
 F = TypeVar("F", bound=Callable[..., Any])
 Stage = partial[Any]
 """A registered function with the parameters of one recipe."""
@@ -66,20 +67,16 @@ def _by_scope(*, scope: str = "tensor", **_: object) -> Takes:
     return "rows" if scope == "row" else "slice"
 
 
-def _never(**_: object) -> bool:
-    return False
-
-
-def _own(**_: object) -> Fed:
-    return "own"
-
-
 def _unremarkable(experts: int, **_: object) -> str:
     return ""
 
 
 def _nothing(kind: str, **_: object) -> None:
     return None
+
+
+def _no_claims(**_: object) -> Sequence[Fraction]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -122,13 +119,19 @@ class Entry:
     experts: int | None = None  # how many experts it merges, where that is fixed
     fewest: int = 1  # how many it merges at least
     scope: str = "tensor"  # what a score is ranked within, unless the recipe says it
-    calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
-    fed: Callable[..., Fed] = _own  # what the Gram matrices it takes are made behind, given its parameters
+    inputs: Callable[..., Mapping[str, str]] | None = None  # by argument, given its parameters; see `input_names`
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
+    claims: Callable[..., Sequence[Fraction]] = _no_claims  # each expert's share of a tensor, changed by it or not
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
     packing: Packing | None = None  # of a pack
     exact: bool = True  # whether every device gives the same bits: it sums no floats, and decomposes no matrix
+
+    def input_names(self, **values: Any) -> Mapping[str, str]:
+        """The inputs that it takes for these parameters, by argument; by default an argument takes that of its name."""
+        if self.inputs is not None:
+            return self.inputs(**values)
+        return {name: name for name in supplied(self.function) if name not in SLICE_SUPPLIES}
 
     @property
     def summary(self) -> str:
@@ -209,14 +212,15 @@ def method(**traits: Any) -> Callable[[F], F]:
     return _register("method", ENTRIES, **traits)
 
 
-def parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+@cache
+def parameters(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
     """The recipe's side of a signature: name as written -> (annotation, default)."""
-    found = {}
-    for name, each in inspect.signature(function).parameters.items():
-        if each.kind is each.KEYWORD_ONLY:
-            default = ... if each.default is each.empty else each.default
-            found[name] = (_annotation(each, function), default)
-    return found
+    annotations = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            annotations[name] = (_annotation(parameter, function), default)
+    return MappingProxyType(annotations)
 
 
 def _annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
@@ -230,8 +234,8 @@ def _annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> A
 @cache
 def supplied(function: Callable[..., Any]) -> tuple[str, ...]:
     """The runner's side of a signature: the names before the ``*``."""
-    each = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in each if p.kind is not p.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
 
 
 @cache
@@ -245,16 +249,18 @@ def schema(entry: Entry) -> type[BaseModel]:
     return create_model(entry.name, __config__=config, __doc__=entry.summary, **fields)
 
 
-def checked(name: str, written: Mapping[str, Any]) -> Stage:
+def checked(name: str, parameters: Mapping[str, Any]) -> Stage:
     """The stage or method ``name`` with validated parameters; pydantic's errors pass through.
 
     A score's name stands for `top` with that score, and takes the parameters of both.
     """
     if name in ENTRIES:
-        return _bound(ENTRIES[name], written)
-    own = {key: value for key, value in written.items() if key in _names(SCORES[name])}
-    rest = {key: value for key, value in written.items() if key not in own}
-    return _bound(ENTRIES["top"], {"scope": SCORES[name].scope, **rest, "score": _bound(SCORES[name], own)})
+        return _bound(ENTRIES[name], parameters)
+    score_parameters = {key: value for key, value in parameters.items() if key in _names(SCORES[name])}
+    top_parameters = {key: value for key, value in parameters.items() if key not in score_parameters}
+    return _bound(
+        ENTRIES["top"], {"scope": SCORES[name].scope, **top_parameters, "score": _bound(SCORES[name], score_parameters)}
+    )
 
 
 def _names(entry: Entry) -> set[str]:
@@ -268,27 +274,27 @@ def parameter_names(name: str) -> set[str]:
     return _names(SCORES[name]) | _names(ENTRIES["top"]) - {"score"}
 
 
-def _bound(entry: Entry, written: Mapping[str, Any]) -> Stage:
-    model = schema(entry)(**written)
+def _bound(entry: Entry, parameters: Mapping[str, Any]) -> Stage:
+    model = schema(entry)(**parameters)
     return partial(entry.function, **{field: getattr(model, field) for field in type(model).model_fields})
 
 
-def stage(function: Callable[..., Any], **given: Any) -> Stage:
-    """A stage of a named method: ``function`` with ``given`` parameters and its defaults for the rest."""
-    return _bound(entry_of(function), {name.rstrip("_"): value for name, value in given.items()})
+def stage(function: Callable[..., Any], **arguments: Any) -> Stage:
+    """A stage of a named method: ``function`` with ``arguments`` parameters and its defaults for the rest."""
+    return _bound(entry_of(function), {name.rstrip("_"): value for name, value in arguments.items()})
 
 
 def _score(value: Any) -> Stage:
     """A score written as its name, or as {name: {parameter: value}}."""
     if isinstance(value, partial):
         return value
-    named = {value: {}} if isinstance(value, str) else value
-    if not isinstance(named, Mapping) or len(named) != 1:
+    by_name = {value: {}} if isinstance(value, str) else value
+    if not isinstance(by_name, Mapping) or len(by_name) != 1:
         raise ValueError("expected a score's name, or {name: {parameter: value}}")
-    ((name, written),) = named.items()
+    ((name, parameters),) = by_name.items()
     if name not in SCORES:
         raise ValueError(f"there is no score {name!r}; {nearest(str(name), SCORES)}")
-    return _bound(SCORES[name], written)
+    return _bound(SCORES[name], parameters)
 
 
 def written(stage: Stage) -> dict[str, Any]:
@@ -308,15 +314,15 @@ def _inner(value: Any) -> Stage:
     """A method written as its name, or as {name: {parameter: value}}; it ranks one tensor, unless told otherwise."""
     if isinstance(value, partial):
         return value
-    named = {value: {}} if isinstance(value, str) else value
-    if not isinstance(named, Mapping) or len(named) != 1:
+    by_name = {value: {}} if isinstance(value, str) else value
+    if not isinstance(by_name, Mapping) or len(by_name) != 1:
         raise ValueError("expected a method's name, or {name: {parameter: value}}")
-    ((name, written),) = named.items()
+    ((name, parameters),) = by_name.items()
     table = {key: entry for key, entry in ENTRIES.items() if entry.kind in ("method", "merger")}
     if name not in table:
         raise ValueError(f"there is no method {name!r}; {nearest(str(name), table)}")
-    whole = {"scope": "tensor"} if "scope" in _names(table[name]) else {}
-    return _bound(table[name], {**whole, **(written or {})})
+    defaults = {"scope": "tensor"} if "scope" in _names(table[name]) else {}
+    return _bound(table[name], {**defaults, **(parameters or {})})
 
 
 Inner = Annotated[
@@ -325,6 +331,7 @@ Inner = Annotated[
 """A parameter that names a method, which runs inside another."""
 
 
+@cache
 def entry_of(function: Callable[..., Any]) -> Entry:
     """The entry of a registered function."""
     return next(e for table in (ENTRIES, SCORES) for e in table.values() if e.function is function)

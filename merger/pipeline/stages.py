@@ -11,10 +11,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from merger.errors import naming
+from merger.pipeline.inputs import StageInput, stage_input
 from merger.pipeline.parameters import Place, resolve, turns
-from merger.pipeline.registry import Entry, Fed, Form, Stage, Takes, entry_of, parameters, supplied
+from merger.pipeline.registry import Entry, Form, Stage, Takes, entry_of, parameters, supplied
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,16 +27,17 @@ if TYPE_CHECKING:
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def expand(chosen: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
+def expand(stage: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
     """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself or of what it names."""
-    entry = entry_of(chosen.func)
-    stages: list[Stage] | None = entry.elsewhere(kind, **chosen.keywords)
-    if stages is None and entry.kind != "method":
-        return [chosen]
-    if stages is None:
-        known = {"kind": kind, "experts": tuple(experts)}
-        stages = chosen(**{name: known[name] for name in supplied(chosen.func)})
-    return [each for stage in stages for each in expand(stage, kind, experts)]
+    entry = entry_of(stage.func)
+    with naming(f"stage {entry.name}"):
+        stages: list[Stage] | None = entry.elsewhere(kind, **stage.keywords)
+        if stages is None and entry.kind != "method":
+            return [stage]
+        if stages is None:
+            supplies = {"kind": kind, "experts": tuple(experts)}
+            stages = stage(**{name: supplies[name] for name in supplied(stage.func)})
+    return [inner_stage for stage in stages for inner_stage in expand(stage, kind, experts)]
 
 
 @dataclass(frozen=True)
@@ -44,32 +49,37 @@ class Bound:
     score: Bound | None = None
     inner: tuple[Bound, ...] = ()
 
-    @property
+    @cached_property
     def takes(self) -> Takes:
         """The least this stage must see at once."""
         return self.entry.takes(**self.values)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether this stage looks at what enters the layer."""
-        within = [*self.inner, *([] if self.score is None else [self.score])]
-        return any(each.calibrated for each in within) or self.entry.calibrated(**self.values)
+    @cached_property
+    def parts(self) -> tuple[Bound, ...]:
+        """This stage, its score, and the stages that run inside it."""
+        nested = (*self.inner, *(() if self.score is None else (self.score,)))
+        return (self, *(part for stage in nested for part in stage.parts))
+
+    @cached_property
+    def arguments(self) -> Mapping[str, StageInput]:
+        """The inputs of this stage alone, by the argument that takes each."""
+        return {name: stage_input(source) for name, source in self.entry.input_names(**self.values).items()}
+
+    @cached_property
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs of this stage, of its score and of its inner method."""
+        return frozenset(item for part in self.parts for item in part.arguments.values())
 
     @property
-    def gram(self) -> bool:
-        """Whether this stage takes the Gram matrices of what enters the layer."""
-        return "gram" in supplied(self.entry.function)
+    def claims(self) -> Sequence[Fraction]:
+        """The share of a tensor that each expert claims whether or not it changed it; empty where none does."""
+        return self.entry.claims(**self.values)
 
-    @property
-    def fed(self) -> Fed:
-        """What feeds the blocks in which this stage's Gram matrices are made."""
-        return self.entry.fed(**self.values)
-
-    @property
+    @cached_property
     def align(self) -> int:
         """The number of elements that every slice must begin at a multiple of."""
-        own = int(self.values[self.entry.align]) if self.entry.align else 1
-        return math.lcm(own, 8) if self.entry.packing else own  # bits are stored by the byte
+        multiple = int(self.values[self.entry.align]) if self.entry.align else 1
+        return math.lcm(multiple, 8) if self.entry.packing else multiple  # bits are stored by the byte
 
     def forms(self, rows: int, columns: int) -> dict[str, Form]:
         """How the results of this stage, a pack, are stored for a matrix of this size."""
@@ -81,8 +91,8 @@ def rebuilt(packed: Bound, results: Mapping[str, Tensor], expert: int) -> Tensor
     """The task vector [r c] that a pack's results hold of one expert."""
     assert packed.entry.packing is not None, "it is a pack"
     forms = packed.forms(0, 0)
-    own = {name: value if forms[name].shared else value[expert] for name, value in results.items()}
-    return packed.entry.packing.unpack(**own)
+    expert_results = {name: value if forms[name].shared else value[expert] for name, value in results.items()}
+    return packed.entry.packing.unpack(**expert_results)
 
 
 def bind(stage: Stage, place: Place) -> Bound:
@@ -100,12 +110,12 @@ def bind(stage: Stage, place: Place) -> Bound:
     if values.get("scope") == "global" and any(turns(value) for value in stage.keywords.values()):
         raise ValueError("scope: global ranks the whole model at once, so no order can rotate; list it")
     if "weight" in values and place.weights:
-        values["weight"] = [w * own for w, own in zip(values["weight"], place.weights, strict=True)]
+        values["weight"] = [w * expert_weight for w, expert_weight in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
         entry.check(**values)
-    named, inner = values.pop("score", None), values.pop("inner", None)
-    score = None if named is None else bind(named, place)
-    if score is not None and score.calibrated and values.get("scope") == "global":
+    score, inner = values.pop("score", None), values.pop("inner", None)
+    score = None if score is None else bind(score, place)
+    if score is not None and score.inputs and values.get("scope") == "global":
         raise ValueError(
             f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
             "so its scores of different tensors share no scale; write scope: tensor"
@@ -115,7 +125,7 @@ def bind(stage: Stage, place: Place) -> Bound:
 
 def _bind_inner(inner: Stage, place: Place) -> tuple[Bound, ...]:
     """The stages of a method that merges a matrix in directions of its own; ValueError if one cannot."""
-    stages = tuple(bind(each, place) for each in expand(inner, "linear", place.experts))
+    stages = tuple(bind(stage, place) for stage in expand(inner, "linear", place.experts))
     for stage in stages:
         if stage.entry.packing is not None:
             raise ValueError(f"inner: {stage.entry.name} makes more than one model; knots merges to one")

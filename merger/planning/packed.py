@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from merger.checkpoint.checkpoint import PACKED, Checkpoint
 from merger.checkpoint.folder import find_weights, local_folder, read_tensors
 from merger.checkpoint.tensor_info import Info
 from merger.errors import CheckpointError
-from merger.ops.questions import Before, Flow
+from merger.ops.questions import Flow, PrefixSum
 from merger.pipeline.registry import Form
 
 if TYPE_CHECKING:
@@ -123,12 +123,17 @@ def pieces(packed: Packed, results: Mapping[str, Tensor], matrix: int, first: in
             found += [(name, matrix * packed.bytes_of_bits + first // 8, bits_of(mask)) for name, mask in several]
         elif form.holds == "chosen":
             masks = results[form.at]
-            before = (yield Before(masks.flatten(1).sum(1))).tolist()
+            before = (yield PrefixSum(partial(_row_counts, masks))).tolist()
             for (name, values), mask, skipped in zip(several, masks, before, strict=True):
                 found.append((name, matrix * form.count + skipped, values[mask]))
         elif form.holds in ("floats", "factors") and first == 0:
             found += [(name, matrix * values.numel(), values) for name, values in several]
     return found
+
+
+def _row_counts(masks: Tensor) -> Tensor:
+    """The number of true elements of each mask: [k]."""
+    return masks.flatten(1).sum(1)
 
 
 def open_packed(folder: Path) -> Checkpoint:

@@ -92,9 +92,10 @@ def encode_header(tensors: Mapping[str, Info], room: int | None = None) -> tuple
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError("a name stands in it twice")
-    return dict(pairs)
+    return entries
 
 
 def _info(entry: Any, path: Path, start: int) -> Info:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +21,12 @@ from merger.evaluation.search.loop import Trial, best_of, explore
 from merger.evaluation.search.record import Record
 from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
+from merger.options import RunOptions
 from merger.recipe.document import Document, read
-from merger.recipe.recipe import Evaluation, Recipe, Search, overridden, search_of
+from merger.recipe.recipe import Recipe, overridden, search_of
+from merger.recipe.sections import Evaluation, Search
 
 if TYPE_CHECKING:
-    from merger.engine.loop import Progress
     from merger.evaluation.model_host import Bench
 
 __all__ = ["Found", "search"]
@@ -56,23 +57,18 @@ class Found:
 def search(
     path: Path,
     overrides: Sequence[str] = (),
+    options: RunOptions = RunOptions(),
     *,
     to: Path | None = None,
     force: bool = False,
     allow_calibration_text: bool = False,
-    device: str = "auto",
-    max_memory: int | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Found:
     """Finds the values that a recipe leaves open, and reports on the best ones with examples the search never saw.
 
     All that is computed is on record in the folder ``to`` (RECIPE.search beside the recipe, if None), and the same
     call goes on from there. Raises a `MergerError` for whatever the user can mend.
     """
-    from merger.evaluation.model_host import Bench, Way
+    from merger.evaluation.model_host import Bench
 
     document = overridden(read(path), overrides)
     settings = search_of(document)
@@ -86,11 +82,10 @@ def search(
             tasks.check_apart(example(space), (*split.search, *split.report))
     folder = to or path.with_name(f"{path.stem}.search")
     results.check_folder(folder)
-    how = Way.of(section.dtype, device, max_memory, offline, trust_remote_code, progress, notice)
-    with Bench(how) as bench:
+    with Bench(options, section.dtype) as bench:
         one = _Search(settings, section, family, split, bench)
         make_folder(folder)
-        with closing(Record(folder / "trials.jsonl", one.decisive(document), force=force)) as record:
+        with closing(Record(folder / "trials.jsonl", one.decisive(document, variants), force=force)) as record:
             references = one.references(record)
             trials = {
                 name: tuple(one.trials(name, space, references["search"], record)) for name, space in variants.items()
@@ -131,21 +126,27 @@ class _Search:
         self.panel = Panel(bench, family, split.search, section.max_tokens)
         self.report_panel = Panel(bench, family, split.report, section.max_tokens)
 
-    def decisive(self, document: Document) -> dict[str, Any]:
-        """What decides trials and report: all of the recipe but where its output goes and how many trials it has."""
-        from merger.calibration.statistics import fingerprint
+    def decisive(self, document: Document, variants: Mapping[str, Space]) -> dict[str, Any]:
+        """What decides trials and report: all of the recipe but where its output goes and how many trials there are.
+
+        And all that is read for it: models, tokenizers, text and statistics, held-out examples.
+        """
+        from merger.calibration.statistics import calibration_files, fingerprint, tokenizer_digest
         from merger.planning.planner import open_models
 
-        said = {**document.value, "output": None, "search": {**document.value.get("search", {}), "trials": None}}
-        models = open_models(self.family, offline=self.bench.way.offline, headers_only=False)
+        output = {**document.value["output"], "path": None, "shard_size": None}
+        said = {**document.value, "output": output, "search": {**document.value.get("search", {}), "trials": None}}
+        models = open_models(self.family, offline=self.bench.options.offline, headers_only=False)
         try:
-            inputs = {label: fingerprint(model) for label, model in models.items()}
+            inputs = {label: [fingerprint(model), tokenizer_digest(model)] for label, model in models.items()}
         finally:
             for model in models.values():
                 model.close()
         return {
             "recipe": hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest(),
             "inputs": inputs,
+            "calibration": {name: calibration_files(example(space)) for name, space in variants.items()},
+            "ends of replies": list(self.panel.judge.ends),
             "search data": {task.name: task.sha256 for task in self.split.search},
             "report data": {task.name: task.sha256 for task in self.split.report},
             "forward passes": f"{self.panel.dtype} on {self.bench.device.type}",
@@ -165,12 +166,12 @@ class _Search:
             return value, values, merged - began, time.monotonic() - merged
 
         strategy = STRATEGIES[self.settings.strategy](space, self.settings.seed)
-        say, limit = self.bench.way.notice, self.settings.trials
+        say, limit = self.bench.options.notice, self.settings.trials
         so_far: list[Trial] = []
         for trial in explore(variant, space, strategy, limit, record, judged, say):
             so_far.append(trial)
             say(results.line(trial, best_of(so_far), limit, self.settings.objective))
-            self.bench.way.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
+            self.bench.options.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
             yield trial
 
     def report(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merger.checkpoint.files import MARK, check_replaceable, replace_bytes
+from merger._version import MARK
+from merger.checkpoint.files import check_replaceable, replace_bytes
 from merger.evaluation import tables
 from merger.evaluation.search.loop import Trial
 from merger.evaluation.search.space import Space

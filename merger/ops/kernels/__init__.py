@@ -1,4 +1,4 @@
-"""The loops over weights, twice with the same results: compiled for float32 in memory, and in torch for the rest."""
+"""The loops over weights in two versions with the same bits: compiled ones for the CPU, and torch for the rest."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _NATIVE, _AT_ONCE, _REFERENCE = Native(), AtOnce(), Reference()
 
 
 def compiled() -> bool:
-    """Whether the compiled loops are there."""
+    """Whether the compiled loops were built."""
     return library() is not None
 
 
 def of(values: Tensor) -> Reference:
-    """The loops for deltas or scores: who brings an expression gets one, and who brings a tensor a tensor."""
+    """The loops for deltas or scores: those on expressions return expressions, those on tensors return tensors."""
     if isinstance(values, Lazy):
         return _NATIVE
-    plain = values.is_cpu and values.dtype == torch.float32
-    return _AT_ONCE if plain and compiled() else _REFERENCE
+    is_float32_on_cpu = values.is_cpu and values.dtype == torch.float32
+    return _AT_ONCE if is_float32_on_cpu and compiled() else _REFERENCE
 
 
 def for_stored(stored: Tensor) -> Reference:
-    """The loops for tensors as they were read; of those that are compiled, expressions come."""
+    """The loops for stored values; the compiled ones return expressions."""
     return _NATIVE if stored.is_cpu and stored_as(stored.dtype) is not None else _REFERENCE
 
 
-def for_draws(beside: Tensor | None) -> Reference:
-    """The loops for random numbers that go with a slice."""
-    if isinstance(beside, Lazy):
+def for_draws(slice_values: Tensor | None) -> Reference:
+    """The loops for random numbers beside the values of a slice."""
+    if isinstance(slice_values, Lazy):
         return _NATIVE
     return _AT_ONCE if compiled() else _REFERENCE

@@ -1,9 +1,12 @@
-"""Arrays that are expressions: what methods make of a slice is computed in one go, a piece at a time, by pieces.c.
+"""Arrays that are expressions: pieces.c computes a whole chain of operations on a slice at once, a piece at a time.
 
-A `Lazy` stands where a tensor would. What is asked of it that pieces.c can do makes a longer expression, and
-anything else makes the tensor first. So a chain of differences, masks, sums and roundings goes through memory once, as
-stored values that are read and others that are written, and what nobody looks at is not computed.
-It must not be changed in place, nor a tensor that it was made from.
+A `Lazy` stands in for a tensor. An operation that pieces.c knows makes a longer expression; any other computes the
+tensor first. So a chain of differences, masks, sums and roundings goes through memory once, from stored values to
+stored values, and a result that nothing reads is not computed.
+
+An expression reads the memory of the arrays that it was made from when it is computed, so none of them may change
+before. A change in place of an expression is refused; one of a tensor, or of a view, is noticed by torch's version
+count and refused when the expression is computed.
 """
 
 from __future__ import annotations
@@ -13,14 +16,38 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.ops.kernels.steps import Step, carry_out, constant, constant_bits
+from merger.ops.kernels.steps import InPlaceError, Step, carry_out, constant, constant_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+REMEDY = "assign the result to a new name instead, as in `deltas = deltas * 10`"
+OPERATORS = [
+    "add",
+    "and",
+    "div",
+    "floordiv",
+    "lshift",
+    "matmul",
+    "mod",
+    "mul",
+    "or",
+    "pow",
+    "rshift",
+    "sub",
+    "truediv",
+    "xor",
+]
+IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in OPERATORS)
+
+
+def changes_in_place(name: str) -> bool:
+    """Whether a tensor's method of this name changes the tensor itself: mul_, __imul__, __setitem__."""
+    return name == "__setitem__" or name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+
 
 class Lazy:
-    """A float32 or bool array [k r c] or [r c] on the CPU, by rows: an expression for each of k experts, or one."""
+    """A float32 or bool array [k r c] or [r c] on the CPU: one expression for each of the k experts, or one in all."""
 
     __slots__ = ("_tensor", "dtype", "shape", "steps")
     is_cpu = True
@@ -33,24 +60,24 @@ class Lazy:
 
     @classmethod
     def of(cls, values: Any) -> Lazy:
-        """A tensor of float32 or bool in memory as an expression, unless it is one."""
+        """Returns an expression that loads a float32 or bool tensor; an expression is returned as it is."""
         if isinstance(values, Lazy):
             return values
         values = values.contiguous()
         rows = values.flatten(1) if values.dim() == 3 else [values]
-        made = cls([Step("LOAD") for _ in rows], values.shape, mask=values.dtype == torch.bool)
-        for step, row in zip(made.steps, rows, strict=True):
+        array = cls([Step("LOAD") for _ in rows], values.shape, mask=values.dtype == torch.bool)
+        for step, row in zip(array.steps, rows, strict=True):
             step.is_in(row)
-        made._tensor = values
-        return made
+        array._tensor = values
+        return array
 
     def tensor(self) -> Tensor:
-        """The values in memory; computed once."""
+        """Returns the values as a tensor; they are computed once."""
         if self._tensor is None:
             self._tensor = torch.empty(self.shape, dtype=self.dtype)
             rows = self._tensor.view(len(self.steps), self.size)
             store = "STORE_MASK" if self.dtype == torch.bool else "STORE"
-            sinks = [Step(store, each, told=(row.data_ptr(),)) for each, row in zip(self.steps, rows, strict=True)]
+            sinks = [Step(store, step, numbers=(row.data_ptr(),)) for step, row in zip(self.steps, rows, strict=True)]
             carry_out(sinks, self.size)
             for step, row in zip(self.steps, rows, strict=True):
                 step.is_in(row)
@@ -58,90 +85,90 @@ class Lazy:
 
     @property
     def size(self) -> int:
-        """Elements of a row."""
+        """The number of elements of a row."""
         return self.numel() // max(1, len(self.steps))
 
-    # --- what is asked of a tensor ---
+    # --- the interface of a tensor ---
 
     @property
     def device(self) -> torch.device:
-        """Where it would be."""
+        """The CPU."""
         return torch.device("cpu")
 
     def numel(self) -> int:
-        """Elements of all rows."""
+        """The number of elements of all rows."""
         return self.shape.numel()
 
     def dim(self) -> int:
-        """2 or 3."""
+        """The number of dimensions, 2 or 3."""
         return len(self.shape)
 
     def float(self) -> Any:
-        """Itself, or a mask as numbers."""
+        """Returns itself; a mask as zeros and ones."""
         return self if self.dtype == torch.float32 else self.tensor().float()
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself where it is that already."""
-        known = not kwargs and len(args) == 1 and isinstance(args[0], torch.dtype | torch.device)
-        same = known and args[0] in (self.dtype, self.device)
-        return self if same else self.tensor().to(*plain(args), **plain(kwargs))
+        """Returns itself where dtype and device are the same."""
+        is_type_or_device = not kwargs and len(args) == 1 and isinstance(args[0], torch.dtype | torch.device)
+        unchanged = is_type_or_device and args[0] in (self.dtype, self.device)
+        return self if unchanged else self.tensor().to(*plain(args), **plain(kwargs))
 
     def view(self, *shape: Any) -> Any:
-        """Itself in the form that it has, a tensor in any other."""
+        """Returns itself for its own shape, a tensor for any other."""
         return self if shape in (self.shape, (self.shape,)) else self.tensor().view(*shape)
 
     def square(self) -> Lazy:
-        """Each times itself."""
-        return self._made(Step("MULTIPLY", each, each) for each in self.steps)
+        """Returns the squares."""
+        return self._made(Step("MULTIPLY", step, step) for step in self.steps)
 
     def abs(self) -> Lazy:
-        """Without the sign bit."""
-        return self._made(Step("AND", each, constant_bits(0x7FFFFFFF)) for each in self.steps)
+        """Returns the absolute values: without the sign bit."""
+        return self._made(Step("AND", step, constant_bits(0x7FFFFFFF)) for step in self.steps)
 
     def at_least(self, limit: Any) -> Any:
-        """Where it is ``limit`` or more."""
+        """Returns a mask of the elements that are at least ``limit``."""
         return self._with("AT_LEAST", limit, operator.ge, mask=True)
 
-    def __mul__(self, other: Any) -> Any:
-        if isinstance(other, float) and other == 1:
+    def __mul__(self, operand: Any) -> Any:
+        if isinstance(operand, float) and operand == 1:
             return self
-        return self._with("MULTIPLY", other, operator.mul)
+        return self._with("MULTIPLY", operand, operator.mul)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: Any) -> Any:
-        return self._with("DIVIDE", other, operator.truediv)
+    def __truediv__(self, operand: Any) -> Any:
+        return self._with("DIVIDE", operand, operator.truediv)
 
-    def __add__(self, other: Any) -> Any:
-        return self._with("ADD", other, operator.add)
+    def __add__(self, operand: Any) -> Any:
+        return self._with("ADD", operand, operator.add)
 
     __radd__ = __add__
 
-    def __sub__(self, other: Any) -> Any:
-        return self._with("SUBTRACT", other, operator.sub)
+    def __sub__(self, operand: Any) -> Any:
+        return self._with("SUBTRACT", operand, operator.sub)
 
-    def __rsub__(self, other: Any) -> Any:
-        if isinstance(other, int | float) and self.dtype == torch.float32:
-            return self._made(Step("SUBTRACT", constant(other), each) for each in self.steps)
-        return plain(other) - self.tensor()
+    def __rsub__(self, operand: Any) -> Any:
+        if isinstance(operand, int | float) and self.dtype == torch.float32:
+            return self._made(Step("SUBTRACT", constant(operand), step) for step in self.steps)
+        return plain(operand) - self.tensor()
 
-    def __and__(self, other: Any) -> Any:
-        return self._with("AND", other, operator.and_, mask=True)
+    def __and__(self, operand: Any) -> Any:
+        return self._with("AND", operand, operator.and_, mask=True)
 
     __rand__ = __and__
 
-    def __or__(self, other: Any) -> Any:
-        return self._with("OR", other, operator.or_, mask=True)
+    def __or__(self, operand: Any) -> Any:
+        return self._with("OR", operand, operator.or_, mask=True)
 
     __ror__ = __or__
 
     def __invert__(self) -> Lazy:
-        return self._made((Step("NOT", each) for each in self.steps), mask=True)
+        return self._made((Step("NOT", step) for step in self.steps), mask=True)
 
-    def __ne__(self, other: Any) -> Any:
-        if self.dtype == torch.float32 and isinstance(other, int) and other == 0:
-            return self._made((Step("NONZERO", each) for each in self.steps), mask=True)
-        return self.tensor() != plain(other)
+    def __ne__(self, operand: Any) -> Any:
+        if self.dtype == torch.float32 and isinstance(operand, int) and operand == 0:
+            return self._made((Step("NONZERO", step) for step in self.steps), mask=True)
+        return self.tensor() != plain(operand)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -152,26 +179,33 @@ class Lazy:
         if self.dim() == 3 and isinstance(index, int):
             return Lazy([self.steps[index]], self.shape[1:], mask=self.dtype == torch.bool)
         if self.dim() == 3 and isinstance(index, slice):
-            chosen = self.steps[index]
-            return Lazy(chosen, (len(chosen), *self.shape[1:]), mask=self.dtype == torch.bool)
+            steps = self.steps[index]
+            return Lazy(steps, (len(steps), *self.shape[1:]), mask=self.dtype == torch.bool)
         return self.tensor()[plain(index)]
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
     def __getattr__(self, name: str) -> Any:
+        if changes_in_place(name):
+            raise InPlaceError(f"{name} would change an array that other expressions may read; {REMEDY}")
         return getattr(self.tensor(), name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise InPlaceError(f"assigning to a part would change an array that other expressions may read; {REMEDY}")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if (isinstance(args[0], Lazy) and changes_in_place(name)) or isinstance((kwargs or {}).get("out"), Lazy):
+            raise InPlaceError(f"torch.{name} would change an array that other expressions may read; {REMEDY}")
         if name in ("mul", "__mul__", "__rmul__") and isinstance(args[1], Lazy) and not kwargs:
             return args[1] * args[0]
         if (
             name in ("stack", "cat")
             and len(args) == 1
             and not kwargs
-            and all(each.dim() == 2 + (name == "cat") for each in args[0])
+            and all(array.dim() == 2 + (name == "cat") for array in args[0])
         ):
             return stacked(args[0])
         return func(*plain(args), **plain(kwargs or {}))
@@ -179,58 +213,59 @@ class Lazy:
     def _made(self, steps: Iterable[Step], *, mask: bool = False) -> Lazy:
         return Lazy(tuple(steps), self.shape, mask=mask)
 
-    def _with(self, name: str, other: Any, as_torch: Callable[[Any, Any], Any], *, mask: bool = False) -> Any:
-        """Row by row with ``other``, or ``as_torch`` does it where pieces.c cannot."""
-        if isinstance(other, Lazy) and other.dim() == 3 and other.shape[1:] == self.shape:
-            return Lazy(self.steps * len(other), other.shape)._with(name, other, as_torch, mask=mask)
-        rows = self._rows_of(other)
+    def _with(self, name: str, operand: Any, as_torch: Callable[[Any, Any], Any], *, mask: bool = False) -> Any:
+        """Adds an operation with ``operand``, or computes it by ``as_torch`` where pieces.c cannot."""
+        if isinstance(operand, Lazy) and operand.dim() == 3 and operand.shape[1:] == self.shape:
+            return Lazy(self.steps * len(operand), operand.shape)._with(name, operand, as_torch, mask=mask)
+        rows = self._rows_of(operand)
         if rows is None:
-            return as_torch(self.tensor(), plain(other))
-        return self._made((Step(name, own, beside) for own, beside in zip(self.steps, rows, strict=True)), mask=mask)
+            return as_torch(self.tensor(), plain(operand))
+        pairs = zip(self.steps, rows, strict=True)
+        return self._made((Step(name, step, operand_step) for step, operand_step in pairs), mask=mask)
 
-    def _rows_of(self, other: Any) -> Sequence[Step] | None:
-        """A step for each own row, of a number or of what has the same dtype and a form that fits."""
+    def _rows_of(self, operand: Any) -> Sequence[Step] | None:
+        """A step for each row, from a number or an array of the same dtype and a shape that fits; else None."""
         k = len(self.steps)
-        if isinstance(other, int | float):
-            return [constant(other)] * k if self.dtype == torch.float32 else None
-        if not isinstance(other, Lazy | torch.Tensor) or other.dtype != self.dtype or not other.is_cpu:
+        if isinstance(operand, int | float):
+            return [constant(operand)] * k if self.dtype == torch.float32 else None
+        if not isinstance(operand, Lazy | torch.Tensor) or operand.dtype != self.dtype or not operand.is_cpu:
             return None
-        if other.shape == self.shape or (self.dim() == 3 and other.shape == self.shape[1:]):
-            rows = Lazy.of(other).steps
+        if operand.shape == self.shape or (self.dim() == 3 and operand.shape == self.shape[1:]):
+            rows = Lazy.of(operand).steps
         elif self.dim() != 3:
             return None
-        elif other.shape == (k, 1, 1):
-            rows = tuple(constant(value) for value in other.flatten().tolist())
-        elif other.dim() == 3 and len(other) in (1, k) and other.shape[1:] == (1, self.shape[-1]):
-            rows = tuple(_columns(row) for row in plain(other).contiguous().view(len(other), -1))
+        elif operand.shape == (k, 1, 1):
+            rows = tuple(constant(value) for value in operand.flatten().tolist())
+        elif operand.dim() == 3 and len(operand) in (1, k) and operand.shape[1:] == (1, self.shape[-1]):
+            rows = tuple(_columns(row) for row in plain(operand).contiguous().view(len(operand), -1))
         else:
             return None
         return rows if len(rows) == k else rows * k
 
 
 def _columns(row: Tensor) -> Step:
-    """The same ``row`` [c] over and over."""
-    return Step("COLUMNS", told=(row.data_ptr(), len(row)), memory=row)
+    """The ``row`` [c], repeated for every row of the slice."""
+    return Step("COLUMNS", numbers=(row.data_ptr(), len(row)), memory=row)
 
 
-def stacked(several: Sequence[Any]) -> Lazy:
-    """Several [r c] or [k r c] as one [k r c]."""
-    each = [Lazy.of(one) for one in several]
-    steps = [step for one in each for step in one.steps]
-    return Lazy(steps, (len(steps), *each[0].shape[-2:]), mask=each[0].dtype == torch.bool)
+def stacked(arrays: Sequence[Any]) -> Lazy:
+    """Stacks arrays [r c] or [k r c] to one [k r c]."""
+    lazy_arrays = [Lazy.of(array) for array in arrays]
+    steps = [step for array in lazy_arrays for step in array.steps]
+    return Lazy(steps, (len(steps), *lazy_arrays[0].shape[-2:]), mask=lazy_arrays[0].dtype == torch.bool)
 
 
 def plain(value: Any) -> Any:
-    """The same with tensors for expressions."""
+    """Returns the value with a tensor in place of every expression, also within lists, tuples and maps."""
     if isinstance(value, Lazy):
         return value.tensor()
     if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
 
 
 def _as_torch_does(name: str) -> Any:
-    return lambda self, *others: getattr(self.tensor(), name)(*plain(others))
+    return lambda self, *operands: getattr(self.tensor(), name)(*plain(operands))
 
 
 for _name in ("rtruediv", "neg", "abs", "pow", "matmul", "rmatmul", "eq", "lt", "le", "gt", "ge", "bool"):

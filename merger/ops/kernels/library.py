@@ -21,11 +21,11 @@ STORED = {"torch.bfloat16": "bf16", "torch.float32": "f32", "torch.float16": "f1
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops, or None where they were not built."""
-    found = find_spec("merger.ops.kernels._native")
-    if found is None or found.origin is None:
+    spec = find_spec("merger.ops.kernels._native")
+    if spec is None or spec.origin is None:
         return None
     try:
-        return ctypes.CDLL(found.origin)
+        return ctypes.CDLL(spec.origin)
     except OSError:  # built for another machine
         return None
 
@@ -34,22 +34,22 @@ def library() -> ctypes.CDLL | None:
 def number(name: str) -> int:
     """A constant of the library."""
     loops = library()
-    assert loops is not None, "who asks has looked"
+    assert loops is not None, "the caller has checked that it was built"
     return ctypes.c_int64.in_dll(loops, name).value
 
 
 @cache
 def step_numbers() -> dict[str, int]:
-    """What the steps are called, and their numbers in pieces.c."""
+    """The names of the steps with their numbers in pieces.c."""
     loops = library()
-    assert loops is not None, "who asks has looked"
+    assert loops is not None, "the caller has checked that it was built"
     names = ctypes.c_char_p(ctypes.addressof(ctypes.c_char.in_dll(loops, "step_names"))).value or b""
     return {name: number for number, name in enumerate(names.decode().split())}
 
 
 @cache
 def stored_as(dtype: torch.dtype) -> int | None:
-    """The number in pieces.c of a dtype of stored values; None where it was not built to know it."""
+    """The number in pieces.c of a dtype of stored values; None for a dtype that it was built without."""
     if library() is None or str(dtype) not in STORED:
         return None
     place = list(STORED).index(str(dtype))
@@ -65,7 +65,10 @@ def _loop(name: str, count: int) -> Any:
 
 
 def call(name: str, *arguments: Tensor | int | None) -> int:
-    """Calls a loop with tensors in one piece, whole numbers, and None for an array that is not there."""
-    told = [each if isinstance(each, int) else 0 if each is None else each.data_ptr() for each in arguments]
-    answer: int = _loop(name, len(told))(*told)
+    """Calls a compiled loop with contiguous tensors, whole numbers, and None in place of an optional array."""
+    numbers = [
+        argument if isinstance(argument, int) else 0 if argument is None else argument.data_ptr()
+        for argument in arguments
+    ]
+    answer: int = _loop(name, len(numbers))(*numbers)
     return answer

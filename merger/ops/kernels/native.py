@@ -1,6 +1,6 @@
-"""The loops in compiled code, with the results of `Reference`: those that go element by element as expressions.
+"""The loops in compiled code, with the bits of `Reference`; those that work element by element return expressions.
 
-What is made of float32 in memory is a `Lazy`, and made when a tally, a row's order or the output asks for it.
+A result is a `Lazy`, which is computed when a tally, a row's order or the output needs it.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ class Native(Reference):
     """The loops over float32 in the memory of the CPU."""
 
     def difference(self, stored: Tensor, refuse: Callable[[], None]) -> tuple[Any, Any]:
-        """As `Reference.difference`, but ``refuse`` is called when what is not finite is looked at."""
+        """As `Reference.difference`, but ``refuse`` is called on values that are not finite."""
         stored = stored.contiguous()
-        base, *others = (row.data_ptr() for row in stored)
-        which = stored_as(stored.dtype) or 0
-        deltas = [Step("DELTA", told=(own, base), which=which, memory=stored, refuse=refuse) for own in others]
-        widened = Step("WIDEN", told=(base,), which=which, memory=stored)
+        base, *experts = (row.data_ptr() for row in stored)
+        dtype = stored_as(stored.dtype) or 0
+        deltas = [
+            Step("DELTA", numbers=(expert, base), dtype=dtype, memory=stored, refuse=refuse) for expert in experts
+        ]
+        widened = Step("WIDEN", numbers=(base,), dtype=dtype, memory=stored)
         return Lazy([widened], stored.shape[1:]), Lazy(deltas, (len(deltas), *stored.shape[1:]))
 
     def restored(self, stored: Tensor, base: Any, deltas: Any, delta: Any) -> tuple[Tensor, bool]:
         """As `Reference.restored`."""
         stored = stored.contiguous()
         merged = torch.empty_like(stored[0])
-        which = stored_as(stored.dtype) or 0
+        dtype = stored_as(stored.dtype) or 0
         (changed,) = Lazy.of(delta).steps
-        value = Step("ROUND", *Lazy.of(base).steps, changed, which=which)
-        for change, own in zip(Lazy.of(deltas).steps, stored[1:], strict=True):
-            value = Step("TAKE", changed, change, value, told=(own.data_ptr(),), which=which)
-        sink = Step("WRITE", value, changed, told=(merged.data_ptr(),), which=which)
+        value = Step("ROUND", *Lazy.of(base).steps, changed, dtype=dtype)
+        for change, expert in zip(Lazy.of(deltas).steps, stored[1:], strict=True):
+            value = Step("TAKE", changed, change, value, numbers=(expert.data_ptr(),), dtype=dtype)
+        sink = Step("WRITE", value, changed, numbers=(merged.data_ptr(),), dtype=dtype)
         return merged, not carry_out([sink], merged.numel()) & OVERFLOW
 
     def keys_of(self, scores: Any) -> Any:
@@ -69,24 +71,24 @@ class Native(Reference):
 
     def mark_top(self, keys: Any, free: Any, last: list[int], room: list[int]) -> Any:
         """As `Reference.mark_top`."""
-        several = zip(_rows(keys, free), last, room, strict=True)
-        steps = [Step("MARK", *each, told=(level, max(0, space))) for each, level, space in several]
+        rows = zip(_rows(keys, free), last, room, strict=True)
+        steps = [Step("MARK", *row, numbers=(level, max(0, space))) for row, level, space in rows]
         return Lazy(steps, keys.shape, mask=True)
 
-    def top_of_rows(self, scores: Any, wanted: Tensor, free: Any) -> Tensor:
+    def top_of_rows(self, scores: Any, counts: Tensor, free: Any) -> Tensor:
         """As `Reference.top_of_rows`."""
-        kept = torch.empty(scores.shape, dtype=torch.bool)
-        rows = wanted.expand(scores.shape[:-1]).to(torch.int64).contiguous()
+        mask = torch.empty(scores.shape, dtype=torch.bool)
+        rows = counts.expand(scores.shape[:-1]).to(torch.int64).contiguous()
         open_ = free.expand_as(scores).contiguous()
-        if not call("top_of_rows", scores.float().contiguous(), open_, rows, rows.numel(), scores.shape[-1], kept):
+        if not call("top_of_rows", scores.float().contiguous(), open_, rows, rows.numel(), scores.shape[-1], mask):
             raise MemoryError
-        return kept
+        return mask
 
     def top_of_blocks(self, scores: Any, n: int, m: int, free: Any, tail: int) -> Any:
         """As `Reference.top_of_blocks`."""
         if number("piece") % m:
             return super().top_of_blocks(scores, n, m, free, tail)
-        steps = [Step("TOP_OF_BLOCKS", *each, told=(m, n, tail)) for each in _rows(scores.float(), free)]
+        steps = [Step("TOP_OF_BLOCKS", *row, numbers=(m, n, tail)) for row in _rows(scores.float(), free)]
         return Lazy(steps, scores.shape, mask=True)
 
     def ranks_of_rows(self, scores: Any) -> Any:
@@ -101,11 +103,11 @@ class Native(Reference):
         """As `Reference.at_least`."""
         return Lazy.of(values).at_least(limits)
 
-    def keep(self, deltas: Any, kept: Any) -> Any:
+    def keep(self, deltas: Any, mask: Any) -> Any:
         """As `Reference.keep`."""
-        deltas, kept = Lazy.of(deltas), Lazy.of(kept.expand_as(deltas) if kept.shape != deltas.shape else kept)
-        pairs = zip(deltas.steps, kept.steps, strict=True)
-        return Lazy([Step("AND", own, mask) for own, mask in pairs], deltas.shape)
+        deltas, mask = Lazy.of(deltas), Lazy.of(mask.expand_as(deltas) if mask.shape != deltas.shape else mask)
+        pairs = zip(deltas.steps, mask.steps, strict=True)
+        return Lazy([Step("AND", delta, mask_row) for delta, mask_row in pairs], deltas.shape)
 
     def weighted_sum(self, deltas: Any, weights: Tensor) -> Any:
         """As `Reference.weighted_sum`."""
@@ -115,9 +117,9 @@ class Native(Reference):
     def anchored_sum(self, deltas: Any, weights: Tensor) -> Any:
         """As `Reference.anchored_sum`."""
         deltas = Lazy.of(deltas)
-        first, *others = deltas.steps
+        first, *rest = deltas.steps
         total = first
-        for delta, weight in zip(others, weights[1:].tolist(), strict=True):
+        for delta, weight in zip(rest, weights[1:].tolist(), strict=True):
             total = Step("ADD_PRODUCT", total, Step("SUBTRACT", delta, first), constant(weight))
         return Lazy([total], deltas.shape[1:])
 
@@ -127,12 +129,12 @@ class Native(Reference):
         (sign,) = Lazy.of(elected).steps
         pairs = zip(deltas.steps, weights.tolist(), strict=True)
         agreeing = [Step("AGREE", delta, sign, constant(weight)) for delta, weight in pairs]
-        together = agreeing[0]
+        total = agreeing[0]
         for weight in agreeing[1:]:
-            together = Step("ADD", together, weight)
-        together = Step("ONE_FOR_ZERO", together)
-        # divisions are slow: one for each different weight
-        ratios = {weight: Step("DIVIDE", constant(weight), together) for weight in weights.tolist()}
+            total = Step("ADD", total, weight)
+        total = Step("ONE_FOR_ZERO", total)
+        # divisions are slow: one for each distinct weight
+        ratios = {weight: Step("DIVIDE", constant(weight), total) for weight in weights.tolist()}
         pairs = zip(deltas.steps, weights.tolist(), strict=True)
         shares = [Step("AGREE", delta, sign, ratios[weight]) for delta, weight in pairs]
         return Lazy([_sum_of(deltas.steps, shares)], deltas.shape[1:])
@@ -141,14 +143,14 @@ class Native(Reference):
         """As `Reference.uniforms`."""
         halves = [int.from_bytes(key[i : i + 8], "little") for i in (0, 8)]
         if not double:
-            return Lazy([Step("UNIFORM", told=(*halves, start))], shape)
+            return Lazy([Step("UNIFORM", numbers=(*halves, start))], shape)
         drawn = torch.empty(*shape, dtype=torch.float64)
         call("uniforms_f64", *halves, start, drawn.numel(), drawn)
         return drawn
 
 
 class AtOnce(Native):
-    """The same for who brings tensors: nothing is left to be done later."""
+    """The same loops for tensors: results are computed at once."""
 
 
 def _at_once(loop: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,14 +179,15 @@ def _sum_of(values: Sequence[Step], factors: Sequence[Step]) -> Step:
 
 
 def _rows(keys: Any, free: Any) -> list[tuple[Step, ...]]:
-    """Each expert's keys, and where there is a mask its free positions."""
+    """The keys of each expert, with its free positions if there is a mask."""
     keys = Lazy.of(keys)
     if free is None:
-        return [(each,) for each in keys.steps]
+        return [(row,) for row in keys.steps]
     return list(zip(keys.steps, Lazy.of(free if free.shape == keys.shape else free.expand_as(keys)).steps, strict=True))
 
 
-def _count(name: str, keys: Any, free: Any, told: Sequence[tuple[int, ...]], into: Tensor) -> None:
-    """Adds one count, or several, of each expert to its row of ``into``."""
-    several = zip(_rows(keys, free), told, into, strict=True)
-    carry_out([Step(name, *each, told=(row.data_ptr(), *more)) for each, more, row in several], Lazy.of(keys).size)
+def _count(name: str, keys: Any, free: Any, numbers: Sequence[tuple[int, ...]], into: Tensor) -> None:
+    """Adds the counts of each expert to its row of ``into``."""
+    experts = zip(_rows(keys, free), numbers, into, strict=True)
+    sinks = [Step(name, *row, numbers=(counters.data_ptr(), *arguments)) for row, arguments, counters in experts]
+    carry_out(sinks, Lazy.of(keys).size)

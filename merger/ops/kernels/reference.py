@@ -39,8 +39,8 @@ class Reference:
         Where several experts have that delta the last one's bits are taken. Also says whether all is finite.
         """
         merged = (base + delta).to(stored.dtype)
-        for own, change in zip(stored[1:], deltas, strict=True):
-            merged = torch.where(delta == change, own, merged)
+        for expert, change in zip(stored[1:], deltas, strict=True):
+            merged = torch.where(delta == change, expert, merged)
         merged = torch.where(delta == 0, stored[0], merged)
         return merged, bool(torch.isfinite(merged).all())
 
@@ -50,52 +50,52 @@ class Reference:
 
     def tally_high(self, keys: Tensor, free: Tensor | None, into: Tensor) -> None:
         """Counts how often each high half of a key occurs among the ``free`` ones of an expert: int64 [k 32768]."""
-        for own, tally in zip(_free_ones(keys, free), into, strict=True):
-            tally += torch.bincount(own >> 16, minlength=HIGH).to(tally.device)
+        for row, tally in zip(_free_ones(keys, free), into, strict=True):
+            tally += torch.bincount(row >> 16, minlength=HIGH).to(tally.device)
 
     def tally_low(self, keys: Tensor, free: Tensor | None, buckets: list[int], into: Tensor) -> None:
         """Counts how often each low half occurs among the free keys with the expert's high half: int64 [k 65536]."""
-        for own, bucket, tally in zip(_free_ones(keys, free), buckets, into, strict=True):
-            tally += torch.bincount(own[own >> 16 == bucket] & 0xFFFF, minlength=LOW).to(tally.device)
+        for row, bucket, tally in zip(_free_ones(keys, free), buckets, into, strict=True):
+            tally += torch.bincount(row[row >> 16 == bucket] & 0xFFFF, minlength=LOW).to(tally.device)
 
     def tally_near(self, keys: Tensor, free: Tensor | None, first: list[int], into: Tensor) -> None:
         """Counts each free key from an expert's ``first`` on, as many as there is room for: int64 [k 1+..].
 
         Before these, how many are above them.
         """
-        for own, start, tally in zip(_free_ones(keys, free), first, into, strict=True):
+        for row, start, tally in zip(_free_ones(keys, free), first, into, strict=True):
             width = len(tally) - 1
-            near = own[(own >= start) & (own < start + width)] - start
-            tally[0] += (own >= start + width).sum().to(tally.device)
-            tally[1:] += torch.bincount(near, minlength=width).to(tally.device)
+            in_range = row[(row >= start) & (row < start + width)] - start
+            tally[0] += (row >= start + width).sum().to(tally.device)
+            tally[1:] += torch.bincount(in_range, minlength=width).to(tally.device)
 
     def count_equal(self, keys: Tensor, free: Tensor | None, last: list[int]) -> Tensor:
         """How many free keys of each expert are exactly its ``last``: int64 [k]."""
-        several = zip(_free_ones(keys, free), last, strict=True)
-        return torch.tensor([int((own == key).sum()) for own, key in several])
+        rows = zip(_free_ones(keys, free), last, strict=True)
+        return torch.tensor([int((row == key).sum()) for row, key in rows])
 
     def mark_top(self, keys: Tensor, free: Tensor | None, last: list[int], room: list[int]) -> Tensor:
         """Marks the free keys above ``last``, and the first ``room`` of those that equal it: bool [k n]."""
-        kept = torch.empty_like(keys, dtype=torch.bool)
-        for k, (own, level, space) in enumerate(zip(keys & SIZE, last, room, strict=True)):
-            equal = own == level if free is None else (own == level) & free[k]
-            above = own > level if free is None else (own > level) & free[k]
+        mask = torch.empty_like(keys, dtype=torch.bool)
+        for k, (row, level, space) in enumerate(zip(keys & SIZE, last, room, strict=True)):
+            equal = row == level if free is None else (row == level) & free[k]
+            above = row > level if free is None else (row > level) & free[k]
             first = equal.flatten().cumsum(0, dtype=torch.int32).view_as(equal) <= space
-            kept[k] = above | (equal & first)
-        return kept
+            mask[k] = above | (equal & first)
+        return mask
 
-    def top_of_rows(self, scores: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
-        """Each row's ``wanted`` [k r] highest free scores [k r c], all the free ones where there are fewer.
+    def top_of_rows(self, scores: Tensor, counts: Tensor, free: Tensor) -> Tensor:
+        """Each row's ``counts`` [k r] highest free scores [k r c], all the free ones where there are fewer.
 
         Equal scores go to the lower column. Returns bool [k r c].
         """
         barred = torch.where(free, scores.float().abs(), -1.0)
-        wanted = torch.minimum(wanted, free.sum(-1)).unsqueeze(-1)
-        last = barred.sort(-1).values.gather(-1, (barred.shape[-1] - wanted).clamp(max=barred.shape[-1] - 1))
+        counts = torch.minimum(counts, free.sum(-1)).unsqueeze(-1)
+        last = barred.sort(-1).values.gather(-1, (barred.shape[-1] - counts).clamp(max=barred.shape[-1] - 1))
         above, equal = barred > last, barred == last
-        room = wanted - above.sum(-1, keepdim=True)
-        kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
-        return kept & (wanted > 0)
+        room = counts - above.sum(-1, keepdim=True)
+        mask = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+        return mask & (counts > 0)
 
     def top_of_blocks(self, scores: Tensor, n: int, m: int, free: Tensor | None, tail: int) -> Tensor:
         """The ``n`` highest free scores [k r c] of every ``m`` elements, ``tail`` of a shorter last block: bool."""
@@ -104,10 +104,10 @@ class Reference:
         free = torch.ones_like(scores, dtype=torch.bool) if free is None else free.expand_as(scores)
         flat = torch.nn.functional.pad(scores.flatten(1), (0, padding)).view(k, -1, m)
         open_ = torch.nn.functional.pad(free.flatten(1), (0, padding)).view(k, -1, m)
-        wanted = torch.full(flat.shape[:2], n, device=scores.device)
+        counts = torch.full(flat.shape[:2], n, device=scores.device)
         if padding:
-            wanted[:, -1] = tail
-        return self.top_of_rows(flat, wanted, open_).flatten(1)[:, :size].view(scores.shape)
+            counts[:, -1] = tail
+        return self.top_of_rows(flat, counts, open_).flatten(1)[:, :size].view(scores.shape)
 
     def ranks_of_rows(self, scores: Tensor) -> Tensor:
         """Each element's place in its row [k r c] as float32, 0 for the highest score; equal scores rank by column."""
@@ -119,9 +119,9 @@ class Reference:
         """Where a value is as large as its limit or larger; they may differ in form as in torch."""
         return values >= limits
 
-    def keep(self, deltas: Tensor, kept: Tensor) -> Tensor:
-        """The deltas where ``kept`` is true, +0 elsewhere. [n]"""
-        return torch.where(kept, deltas, 0)
+    def keep(self, deltas: Tensor, mask: Tensor) -> Tensor:
+        """The deltas where ``mask`` is true, +0 elsewhere. [n]"""
+        return torch.where(mask, deltas, 0)
 
     def weighted_sum(self, deltas: Tensor, weights: Tensor) -> Tensor:
         """The sum of deltas [k r c] times weights [k], always in the experts' order: [r c].
@@ -145,8 +145,8 @@ class Reference:
         """The mean by weights [k] of the deltas [k r c] that have the sign of ``elected`` [r c], or 0: [r c]."""
         sign = elected.sign()
         shares = torch.where((deltas.sign() == sign) & (sign != 0), weights.view(-1, 1, 1), 0)
-        together = self.weighted_sum(shares, torch.ones_like(weights))
-        shares = shares / together.masked_fill(together == 0, 1)
+        total = self.weighted_sum(shares, torch.ones_like(weights))
+        shares = shares / total.masked_fill(total == 0, 1)
         return self.weighted_sum(deltas * shares, torch.ones_like(weights))
 
     def uniforms(self, key: bytes, start: int, shape: Sequence[int], *, double: bool) -> Tensor:
@@ -167,4 +167,4 @@ class Reference:
 
 def _free_ones(keys: Tensor, free: Tensor | None) -> list[Tensor]:
     """Each expert's free keys, without the bit of the sign."""
-    return [own.flatten() if free is None else own[free[k]] for k, own in enumerate(keys & SIZE)]
+    return [row.flatten() if free is None else row[free[k]] for k, row in enumerate(keys & SIZE)]

@@ -1,4 +1,4 @@
-"""Steps of an expression over slices, and how pieces.c is told to take them: in one go, a piece at a time."""
+"""The steps of an expression over a slice, and the tape by which pieces.c computes them together, a piece at a time."""
 
 from __future__ import annotations
 
@@ -16,31 +16,45 @@ if TYPE_CHECKING:
 NOT_FINITE, OVERFLOW, NO_MEMORY = 1, 2, 4
 
 
-class Step:
-    """One operation on a row of a slice: what it is made of, and what it is told beside."""
+class InPlaceError(TypeError):
+    """A method changes an array in place that expressions read."""
 
-    __slots__ = ("memory", "name", "of", "refuse", "told", "which")
+
+class Step:
+    """One operation on a row of a slice: its operands, and the numbers that belong to it."""
+
+    __slots__ = ("dtype", "memory", "name", "numbers", "of", "refuse", "version")
 
     def __init__(
         self,
         name: str,
         *of: Step,
-        told: Sequence[int] = (),
-        which: int = 0,
+        numbers: Sequence[int] = (),
+        dtype: int = 0,
         memory: Tensor | None = None,
         refuse: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.of = of
-        self.told = told  # up to three numbers: addresses, bits of a float
-        self.which = which
+        self.numbers = numbers  # at most three: addresses, or the bits of a float
+        self.dtype = dtype
         self.memory = memory  # must live as long as the step
+        self.version = 0 if memory is None else memory._version  # torch counts changes in place, views included
         self.refuse = refuse  # called when stored values are not finite
 
     def is_in(self, memory: Tensor) -> None:
-        """From now on the row is loaded from ``memory`` [n]."""
+        """Replaces the operation by a load of the row from ``memory`` [n]."""
         name = "LOAD_MASK" if memory.dtype == torch.bool else "LOAD"
-        self.name, self.of, self.told, self.memory = name, (), (memory.data_ptr(),), memory
+        self.name, self.of, self.numbers, self.memory = name, (), (memory.data_ptr(),), memory
+        self.version = memory._version
+
+    def check_unchanged(self) -> None:
+        """Raises InPlaceError if the memory that the step reads was changed since the step was made."""
+        if self.memory is not None and self.memory._version != self.version:
+            raise InPlaceError(
+                "an array that an expression reads was changed in place; assign the result to a new name instead, "
+                "as in `deltas = deltas * 10`"
+            )
 
 
 def constant(value: float) -> Step:
@@ -51,35 +65,38 @@ def constant(value: float) -> Step:
 
 @lru_cache(256)
 def constant_bits(bits: int) -> Step:
-    """The same step for the same bits, so that these take one register."""
-    return Step("CONSTANT", told=(bits,))
+    """One step for the same bits, so that they take one register."""
+    return Step("CONSTANT", numbers=(bits,))
 
 
 def carry_out(sinks: Iterable[Step], size: int) -> int:
-    """Takes all steps that lead to ``sinks`` over ``size`` elements. What went wrong, but for what is raised.
+    """Computes ``sinks`` and all steps that they depend on, over ``size`` elements.
 
-    Raises MemoryError, and what the ``refuse`` of a step raises whose stored values are not finite.
+    Returns a bit mask of errors that the caller handles: OVERFLOW. Raises MemoryError, InPlaceError, or CheckpointError
+    naming the input that holds NaN or infinity.
     """
     order = _in_order(sinks)
+    for step in order:
+        step.check_unchanged()
     tape, registers = _tape(order)
     tables = sum(step.name == "TALLY_HIGH" for step in order)
-    wrong = call("take_steps", tape.buffer_info()[0], len(order), registers, tables, size)
-    if wrong & NO_MEMORY:
+    errors = call("take_steps", tape.buffer_info()[0], len(order), registers, tables, size)
+    if errors & NO_MEMORY:
         raise MemoryError
-    if wrong & NOT_FINITE:
+    if errors & NOT_FINITE:
         for step in order:
             if step.refuse is not None:
                 step.refuse()
-    return wrong
+    return errors
 
 
 def _in_order(sinks: Iterable[Step]) -> list[Step]:
-    """Every step once, after those that it is made of."""
+    """Every step once, after its operands."""
     order: dict[Step, None] = {}
     waiting = list(sinks)
     while waiting:
         step = waiting[-1]
-        missing = [each for each in step.of if each not in order]
+        missing = [source for source in step.of if source not in order]
         if missing and step not in order:
             waiting += reversed(missing)
         else:
@@ -88,13 +105,13 @@ def _in_order(sinks: Iterable[Step]) -> list[Step]:
 
 
 def _tape(order: Sequence[Step]) -> tuple[array[int], int]:
-    """The steps as pieces.c takes them, and how many registers they need; one is free again after its last use."""
-    numbers, last = step_numbers(), {each: step for step in order for each in step.of}
+    """The steps as pieces.c reads them, and the number of registers; a register is free again after its last use."""
+    codes, last = step_numbers(), {source: step for step in order for source in step.of}
     places: dict[Step, int] = {}
     free: list[int] = []
     tape, count, tables = array("Q"), 0, 0
     for step in order:
-        if step not in last:  # nobody's, so a sink
+        if step not in last:  # a sink
             places[step] = 0
         elif step.name == "TAKE":  # in place
             places[step] = places[step.of[2]]
@@ -103,14 +120,14 @@ def _tape(order: Sequence[Step]) -> tuple[array[int], int]:
         else:
             count += 1
             places[step] = count
-        used = [places[each] for each in step.of]
+        used = [places[source] for source in step.of]
         tally = step.name == "TALLY_HIGH"
-        which = tables if tally else step.which
+        number = tables if tally else step.dtype
         tables += tally
-        tape.extend((numbers[step.name], places[step], *used, *_NOTHING[len(used) :]))
-        tape.extend((*step.told, *_NOTHING[len(step.told) :], which))
-        done = dict.fromkeys(each for each in step.of if last[each] is step and each.name != "CONSTANT")
-        free += [places[each] for each in done if places[each] != places[step]]
+        tape.extend((codes[step.name], places[step], *used, *_NOTHING[len(used) :]))
+        tape.extend((*step.numbers, *_NOTHING[len(step.numbers) :], number))
+        dead = dict.fromkeys(source for source in step.of if last[source] is step and source.name != "CONSTANT")
+        free += [places[source] for source in dead if places[source] != places[step]]
     return tape, count
 
 

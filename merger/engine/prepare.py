@@ -1,0 +1,88 @@
+"""From a recipe to everything that its stages need: open inputs, a plan, a machine, and inputs of the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+from merger.calibration.provider import Block, BlockProvider, MergedTensors, ModelProvider, Source, model_providers
+from merger.checkpoint.placement import check_output
+from merger.engine.machine import Machine
+from merger.engine.preflight import check_disk, check_place
+from merger.ops import kernels
+from merger.options import RunOptions
+from merger.planning.plan import Plan
+from merger.planning.planner import plan as make_plan
+from merger.recipe.recipe import Recipe
+
+_SLOW = "merger was installed without its compiled loops, so this takes several times as long; a C compiler makes them"
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """The inputs of a plan's stages, from their providers; each is made when it is first asked for."""
+
+    plan: Plan
+    options: RunOptions  # with a definite device
+    hidden_memory: int | None  # bytes of hidden states that may stay in memory; None: all of them
+
+    @cached_property
+    def files(self) -> Mapping[str, Path]:
+        """The files of inputs for the whole model, by expert; none where no stage takes any. Raises CheckpointError."""
+        return {name: path for provider in model_providers(self.plan) for name, path in self.find(provider).items()}
+
+    def find(self, provider: ModelProvider) -> Mapping[str, Path]:
+        """The files of one provider: of an earlier run, or new ones."""
+        return provider.files(self.plan, self.options, self.hidden_memory)
+
+    def sources(self) -> Sequence[Source]:
+        """The inputs for the whole model, in memory."""
+        return [provider.open(self.plan, self.files) for provider in model_providers(self.plan)]
+
+    def blocks(self, provider: BlockProvider, merged: MergedTensors) -> Iterator[Block]:
+        """The inputs of one block after the other, as they are made in lockstep with the merge."""
+        return provider.blocks(self.plan, self.options, self.hidden_memory, merged)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with open inputs, which it closes at the end of its context, and what its stages work with."""
+
+    plan: Plan
+    machine: Machine
+    options: RunOptions  # with a definite device
+    inputs: StageInputs
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.plan.close()
+
+
+def prepare(recipe: Recipe, options: RunOptions, output: Path | None = None, *, force: bool = False) -> Prepared:
+    """Opens the inputs of a recipe, plans, and shares out the machine; nothing is written.
+
+    The place and the disk of ``output`` are checked where one is to be written, its place before any download.
+    Raises a `MergerError` for whatever the user can mend.
+    """
+    if output is not None:
+        check_output(output, recipe.folders(), beside=recipe.surroundings(), force=force)
+    plan = make_plan(recipe, offline=options.offline, headers_only=False)
+    try:
+        if output is not None:
+            check_place(plan, output, force=force)
+            check_disk(plan, output)
+        machine = Machine.of(options.device, options.max_memory, plan)
+    except BaseException:
+        plan.close()
+        raise
+    options = replace(options, device=machine.device)
+    if machine.device == "cpu" and not kernels.compiled():
+        options.notice(_SLOW)
+    return Prepared(plan, machine, options, StageInputs(plan, options, machine.hidden))

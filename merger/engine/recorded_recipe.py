@@ -1,0 +1,104 @@
+"""From a manifest to recipes that read the same inputs again, wherever those are now."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.hashes import sha256
+from merger.engine.manifest import Manifest
+from merger.errors import CheckpointError
+from merger.planning.plan import Plan
+from merger.recipe.recipe import Recipe
+
+
+def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path | None) -> Recipe:
+    """A recipe that reads the merge in ``folder`` as one more expert of its own base, under the name ``label``.
+
+    Relative paths of inputs start at the folder ``inputs``, or at the folder of the merge's own recipe.
+    """
+    recipe = manifest.recipe
+    start = inputs or _start(manifest, folder)
+    sources = {name: _source(name, record, start) for name, record in manifest.inputs.items()}
+    return Recipe.parse(
+        {
+            "base": sources.pop("base"),
+            "experts": {**sources, label: str(folder.resolve())},
+            "method": "linear",
+            "rules": [rule for rule in recipe["rules"] if "use" in rule],
+            "missing": recipe["missing"],
+            "extra_rows": recipe["extra_rows"],
+            "output": {"path": "nowhere", "tokenizer": recipe["output"]["tokenizer"]},
+        }
+    )
+
+
+def base_source(manifest: Manifest, folder: Path, base: str | None) -> dict[str, str]:
+    """A merge's base as a recipe names it: where it was when ``folder`` was written, or ``base`` in its place."""
+    record = manifest.inputs["base"]
+    start = _start(manifest, folder)
+    if base is None:
+        return _source("base", record, start)
+    return {**_source("base", {**record, "source": str(start), "commit": None}, start), "model": base}
+
+
+def recipe_folder(folder: Path, output: str) -> Path | None:
+    """The folder from which the path ``output`` of a recipe leads to ``folder``; None where there is no such folder."""
+    parts, real = Path(output).parts, folder.resolve().parts
+    if ".." in parts or real[len(real) - len(parts) :] != parts:
+        return None
+    return Path(*real[: len(real) - len(parts)])
+
+
+def _start(manifest: Manifest, folder: Path) -> Path:
+    """Where the relative paths of a merge's recipe start: its folder, or beside the merge if that was moved."""
+    return recipe_folder(folder, str(manifest.recipe["output"]["path"])) or folder.resolve().parent
+
+
+def _source(label: str, record: Mapping[str, Any], start: Path) -> dict[str, str]:
+    """An input as a recipe names it."""
+    source = {"model": _place(label, record["source"], record.get("commit"), start)}
+    if "adapter" in record:
+        source["adapter"] = _place(label, record["adapter source"], record["adapter"].get("commit"), start)
+    return source
+
+
+def _place(label: str, source: str, commit: str | None, start: Path) -> str:
+    """A folder, or the very commit of a Hub repository that was merged; CheckpointError if there is no such folder."""
+    if commit is not None:
+        return f"{source.partition('@')[0]}@{commit}"
+    path = (start / Path(source).expanduser()).resolve()
+    if not path.is_dir():
+        raise CheckpointError(f"{label}: there is no folder {path}")
+    return str(path)
+
+
+def changed_input(manifest: Manifest, plan: Plan) -> str | None:
+    """The beginning of a sentence that names the first input file which is not the one that was merged, if any."""
+    changes = (changed_file(manifest, label, plan.models[label]) for label in manifest.inputs)
+    return next((change for change in changes if change is not None), None)
+
+
+def changed_file(manifest: Manifest, label: str, model: Checkpoint) -> str | None:
+    """The beginning of a sentence that names the first file of an input which is not the one that was merged."""
+    record = manifest.inputs[label]
+    hashes = {**record["files"], **record.get("adapter", {}).get("files", {})}
+    changed = (file for file in model.files if hashes.get(file.name) != sha256(file))
+    return next((f"{label}: {file} is not the file that was merged" for file in changed), None)
+
+
+def expert_name(source: str) -> str:
+    """A name for a model that a recipe allows: the last part of its path."""
+    last = re.sub(r"@.*$", "", source.rstrip("/")).rpartition("/")[2]
+    return unused_name(re.sub(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]", "", last) or "model", ["base"])
+
+
+def unused_name(name: str, taken: Iterable[str]) -> str:
+    """The name, lengthened until it is not taken."""
+    taken_names = set(taken)
+    while name in taken_names:
+        name += "_"
+    return name
