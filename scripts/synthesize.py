@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from merger.checkpoint.layout import layout
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.checkpoint.writer import Writer
 from merger.recipe.recipe import byte_size
 

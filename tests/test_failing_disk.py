@@ -17,7 +17,7 @@ from threading import Lock
 import pytest
 from checkpoints import llama, save
 
-from merger.checkpoint import writer
+from merger.checkpoint import placement
 
 RECIPE = "base: base\nexperts: {code: code, math: math}\nmethod: linear\noutput: {path: out, shard_size: 200}\n"
 
@@ -105,18 +105,18 @@ def writing(patch, fault):
 
 
 def exchanging(patch, fault):
-    exchange = writer._exchange
+    exchange = placement._exchange
 
     def failing(one, other):
         fault.met(other)
         return exchange(one, other)
 
-    patch.setattr(writer, "_exchange", failing)
+    patch.setattr(placement, "_exchange", failing)
 
 
 def swapping(patch, fault):
     """As on a system without renameat2: two renames, of which the second may fail."""
-    patch.setattr(writer, "_exchange", lambda one, other: False)
+    patch.setattr(placement, "_exchange", lambda one, other: False)
     function(os, "rename")(patch, fault)
 
 

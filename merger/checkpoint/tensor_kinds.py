@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.checkpoint.tied_weights import Equal, is_tied, stored_copies, unknown
 
 _EMBEDDING = re.compile(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.calibration.provider import Source
-from merger.checkpoint.safetensors_header import TORCH_NAMES
+from merger.checkpoint.tensor_info import TORCH_NAMES
 from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, slice_bytes, slice_rows
 from merger.errors import CheckpointError

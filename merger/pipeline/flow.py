@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from merger.errors import naming
 from merger.ops.arithmetic import uniforms
 from merger.ops.questions import Flow
 from merger.ops.transfer import sent, sent_together
@@ -77,8 +78,9 @@ def _run_stages(
             if step is not None:
                 inputs = {argument: supplies.get(source.name) for argument, source in step.arguments.items()}
                 arguments = [inputs.get(supply, stage_supplies.get(supply)) for supply in supplied(step.entry.function)]
-                result = step.entry.function(*arguments, **step.values)
-                stage_supplies[name] = (yield from result) if inspect.isgenerator(result) else result
+                with naming(f"stage {step.entry.name}"):
+                    result = step.entry.function(*arguments, **step.values)
+                    stage_supplies[name] = (yield from result) if inspect.isgenerator(result) else result
         deltas = stage_supplies["deltas"]
         look(i, deltas)
     return deltas

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
 from merger.checkpoint.side_files import SideFile
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound

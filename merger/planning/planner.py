@@ -10,8 +10,8 @@ from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, rows_and_columns
 from merger.checkpoint.side_files import uncopied_notes
+from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info, rows_and_columns
 from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds, text_config
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError, RecipeError
