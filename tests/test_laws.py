@@ -275,6 +275,7 @@ HOMOGENEOUS = {
     "pcb": {"variant": "paper"},
     "ram": {"epsilon": 0},
     "sce": {"even_below": 0},
+    "wudi": {"ridge": "relative"},  # an absolute one has the unit of squared weights
 }
 # A tanh of raw products, a divergence of softmaxes, and a distance in the weights' own unit.
 NEVER_HOMOGENEOUS = ["pcb_official", "arcee_fusion", "nearswap"]

@@ -24,7 +24,7 @@ from merger.recipe.recipe import portable_location
 if TYPE_CHECKING:
     from merger.checkpoint.safetensors_header import Info
     from merger.planning.plan import Plan, TensorPlan
-    from merger.recipe.recipe import Source
+    from merger.recipe.sections import Source
 
 RECORD = "merger.json"
 FORMAT = 1
@@ -239,6 +239,8 @@ def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
         record |= {"packed": tensor.packed.recorded(), "stored as": stored}
     if tensor.tied_to is not None:
         return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
+    if tensor.extra:
+        record["rows"] = {f"{rows.start} to {rows.stop - 1}": list(rows.models) for rows in tensor.extra}
     renamed = {label: name for label, name in tensor.reads.items() if name != tensor.name}
     return record | ({"reads": renamed} if renamed else {})
 
@@ -263,6 +265,8 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     def locations(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: locations(location) for key, location in value.items()}
+        if isinstance(value, list):
+            return [locations(location) for location in value]
         return portable_location(value) if isinstance(value, str) else value
 
     def source(model: Mapping[str, Any]) -> dict[str, Any]:

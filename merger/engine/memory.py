@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from merger.calibration.provider import block_providers, cost
+from merger.calibration.provider import cost, input_bytes
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan
 
@@ -32,9 +32,10 @@ cuBLAS and cuSOLVER are an estimate, which scripts/gpu_check.sh checks.
 
 def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
     """Bytes of host memory that the merge takes at least, with so many slices at once, on the CPU or on GPUs."""
-    inputs = cost(plan)
     slices = _largest_together(plan, workers, _staged_bytes if gpu else slice_bytes)
-    return INTERPRETER + (CUDA if gpu else 0) + max(inputs.making, inputs.merging + slices)
+    process = INTERPRETER + (CUDA if gpu else 0)
+    inputs = cost(plan)
+    return process + max(inputs.making, inputs.merging + slices)
 
 
 def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
@@ -67,8 +68,7 @@ def slice_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
     extra = 0
     if not _is_sliced(tensor):
         extra = 8 * (elements * (experts + 8) + 3 * part.columns**2)
-    if tensor.lockstep:
-        extra += sum(provider.slice_bytes(part, experts) for provider in block_providers(plan))
+    extra += input_bytes(tensor, part, experts)
     return elements * bytes_per_element(experts) + extra
 
 

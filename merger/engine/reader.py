@@ -153,6 +153,7 @@ class Reader:
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
+        _equalise(tensor, range(first, last), stored, changes)
         return _Stored(sent(stored, device), changes)
 
     def slice_of(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
@@ -165,6 +166,18 @@ class Reader:
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
         return Slice(row, base, deltas)
+
+
+def _equalise(tensor: TensorPlan, rows: range, stored: Tensor, changes: Mapping[int, Tensor]) -> None:
+    """Sets rows that are not merged to the base's in all experts, so that no stage counts them as changed."""
+    is_vector = len(tensor.info.shape) == 1  # one row of the file, with an element for each token
+    values = stored.transpose(1, 2) if is_vector else stored
+    start = 0 if is_vector else rows.start
+    for extra in tensor.extra:
+        places = slice(max(extra.start - start, 0), max(extra.stop - start, 0))
+        values[1:, places] = values[:1, places]
+        for change in changes.values():
+            (change.T if is_vector else change)[places] = 0
 
 
 def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:

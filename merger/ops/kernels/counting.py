@@ -155,10 +155,11 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     sides = []
     for side in (left, right):
         values = side.flatten(1).double()
-        padded = torch.nn.functional.pad(values, (0, -values.shape[1] % LANES))
-        sides.append(padded.view(len(values), -1, LANES))
-    rows = [torch.stack([_last_sum(_last_sum(one * other)) for other in sides[1]]) for one in sides[0]]
-    return torch.stack(rows).cpu()
+        rows = -(-values.shape[1] // LANES)
+        padded = torch.nn.functional.pad(values, (0, rows * LANES - values.shape[1]))
+        sides.append(padded.view(len(values), rows, LANES))
+    rows_of_sums = [torch.stack([_last_sum(_last_sum(one * other)) for other in sides[1]]) for one in sides[0]]
+    return torch.stack(rows_of_sums).cpu()
 
 
 def _last_sum(values: Tensor) -> Tensor:
