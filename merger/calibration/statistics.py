@@ -13,6 +13,7 @@ from merger._lazy import torch
 from merger.calibration import Settings, batches, collect
 from merger.calibration import samples as texts
 from merger.calibration import statistics_files as files
+from merger.calibration.input_fit import check_inputs, checked_blocks
 from merger.calibration.moments import Moments
 from merger.checkpoint.cache import cache_folder
 from merger.checkpoint.hashes import sha256
@@ -99,8 +100,8 @@ def _blocks(
     onward: Onward | None = None,
     known: Container[str] = (),
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
-    """What enters an expert's matrices, block by block."""
-    return collect(
+    """What enters an expert's matrices, block by block; CheckpointError where it does not fit them."""
+    found = collect(
         plan.models[name],
         batches(samples.tokens),
         key.settings,
@@ -113,6 +114,7 @@ def _blocks(
         notice=options.notice,
         progress=partial(options.progress, f"calibrating {name}"),
     )
+    return checked_blocks(plan, name, found)
 
 
 class Onward:
@@ -150,7 +152,7 @@ def grams(
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
     wanted = {name: _samples(plan, name, options) for name in experts if name not in kept}
     streams = [
-        files.blocks(kept[name], checkpoint=fingerprint(plan.models[name]))
+        checked_blocks(plan, name, files.blocks(kept[name], checkpoint=fingerprint(plan.models[name])))
         if name in kept
         else _blocks(plan, name, *wanted[name], options, memory, gram=True, onward=onward[name])
         for name in experts
@@ -207,7 +209,7 @@ def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: P
 def layers(plan: Plan, expert: str) -> list[str]:
     """The expert's tensors whose inputs some stage looks at."""
     wanted = (t for t in plan.tensors if t.calibrated and not t.gram)
-    read = (t.reads[expert] for t in wanted if t.kind not in ("vector", "other", "embedding"))
+    read = (t.reads[expert] for t in wanted if t.has_inputs)
     return sorted({name for name in read if name is not None})
 
 
@@ -218,8 +220,11 @@ def fingerprint(model: Checkpoint) -> str:
 
 
 def load(plan: Plan, paths: Mapping[str, Path]) -> dict[str, Statistics]:
-    """Reads the experts' statistics files."""
-    return {name: files.load(path) for name, path in paths.items()}
+    """Reads the experts' statistics files; CheckpointError where they do not fit the plan's tensors."""
+    statistics: dict[str, Statistics] = {name: files.load(path) for name, path in paths.items()}
+    for name, moments in statistics.items():
+        check_inputs(plan, name, moments)
+    return statistics
 
 
 # --- from statistics to a stage's inputs ----------------------------------------------------------
@@ -229,9 +234,12 @@ def inputs_of(
     tensor: TensorPlan, part: Part, statistics: Mapping[str, Statistics], notice: Callable[[str], None]
 ) -> Inputs:
     """What the stages of one part of a tensor may know of its inputs: [k c], or nothing where an expert has none."""
-    if not tensor.calibrated:
+    if not tensor.calibrated or not (tensor.has_inputs or tensor.kind == "embedding"):
         return Inputs()
     each_expert = [statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
+    if tensor.has_inputs and any(each is None or each.second_moment is None for each in each_expert):
+        _tell_unseen(tensor, notice)
+        return Inputs()
     if any(each is None for each in each_expert):
         return Inputs()
     known = [_of_part(each, tensor, part) for each in each_expert if each is not None]
@@ -249,12 +257,18 @@ def inputs_of(
 
 
 def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
-    """One expert slice's row of a packed tensor's moments."""
+    """The moments of the matrix of one packed expert, or of the whole tensor where it is a single matrix."""
     if tensor.kind != "expert3d" or moments.second_moment is None or moments.mean is None:
         return moments
-    e = part.row // part.rows
+    e = tensor.parts.index(part)
     gram = None if moments.gram is None else moments.gram[e]
     return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
+
+
+def _tell_unseen(tensor: TensorPlan, notice: Callable[[str], None]) -> None:
+    """Tells of layers, once for a list of blocks, that calibration saw in no forward pass, such as an image tower's."""
+    where = tensor.name if tensor.unit == tensor.name else f"some layers of {tensor.unit.rpartition('.')[0]}"
+    notice(f"{where}: calibration saw no input; their changes are judged without it")
 
 
 def _tell_unreached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, notice: Callable[[str], None]) -> None:

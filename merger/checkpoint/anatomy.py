@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from merger.checkpoint.packed_experts import COLUMNS, ROWS, packed_experts
 from merger.checkpoint.safetensors_header import Info
 
 _EMBEDDING = re.compile(
@@ -29,6 +30,7 @@ class Anatomy:
     embedding: str | None  # the input embedding
     blocks: Mapping[str, int]  # how many blocks each list of them has
     conv1d: frozenset[str]  # last parts of names whose weights are stored [in, out]
+    packed: Mapping[str, int | None]  # packed experts [E, ., .], and the axis of each that is the input, if it shows
 
     def kind(self, name: str) -> str:
         """The kind of methods.md 0.5."""
@@ -38,7 +40,7 @@ class Anatomy:
         if len(info.shape) < 2:
             return "vector"
         if len(info.shape) > 2:
-            return "expert3d" if len(info.shape) == 3 and "experts" in name else "other"
+            return "expert3d" if name in self.packed else "other"
         if name == self.embedding or (name == self.head and self.tied):
             return "tied" if self.tied else "embedding"
         if _HEAD.search(name) and block_of(name) is None:
@@ -48,6 +50,13 @@ class Anatomy:
         if not name.endswith("weight"):
             return "vector" if name.endswith("bias") else "other"  # biases of packed experts; Mamba's A_log
         return "conv1d" if _leaf(name) in self.conv1d else "linear"
+
+    def input_axis(self, name: str) -> int | None:
+        """The axis of a tensor's matrices along which their inputs lie: -1, or -2 where they are stored [in, out].
+
+        None where nothing shows it.
+        """
+        return self.packed.get(name, ROWS if self.kind(name) == "conv1d" else COLUMNS)
 
     def unit(self, name: str) -> str:
         """What the tensor belongs to: its transformer block, or itself."""
@@ -100,7 +109,8 @@ def study(tensors: Mapping[str, Info], config: Mapping[str, Any]) -> Anatomy:
         if found := _BLOCK.match(name):
             blocks[found["list"]] = max(blocks.get(found["list"], 0), int(found["number"]) + 1)
     same = head is None or (embedding is not None and tensors[head].shape == tensors[embedding].shape)
-    return Anatomy(tensors, same and _is_tied(head, config), head, embedding, blocks, _conv1d(tensors))
+    packed = packed_experts(tensors, config, _width(tensors, config, embedding))
+    return Anatomy(tensors, same and _is_tied(head, config), head, embedding, blocks, _conv1d(tensors), packed)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -115,6 +125,12 @@ def _input_embedding(tensors: Mapping[str, Info], config: Mapping[str, Any]) -> 
     vocabulary = text_config(config).get("vocab_size")
     exact = [n for n in tables if tensors[n].shape[0] == vocabulary]
     return max(exact or tables, key=lambda n: tensors[n].shape[0], default=None)
+
+
+def _width(tensors: Mapping[str, Info], config: Mapping[str, Any], embedding: str | None) -> int | None:
+    """How many features the hidden states have: as the config says, or else as the embedding has columns."""
+    hidden = text_config(config).get("hidden_size")
+    return hidden if isinstance(hidden, int) or embedding is None else tensors[embedding].shape[1]
 
 
 def _is_tied(head: str | None, config: Mapping[str, Any]) -> bool:

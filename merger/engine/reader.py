@@ -54,8 +54,9 @@ class PartSlices:
             rows=part.rows,
             columns=part.columns,
             seed=reader.plan.recipe.seed,
-            first=part.row * part.columns,
+            first=part.first,
             transposed=part.transposed,
+            input_axis=part.input_axis,
             inputs=inputs_of(tensor, part, reader.statistics, partial(reader.note, tensor)),
         )
         elements = part.rows * part.columns

@@ -10,6 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from merger._lazy import torch
+from merger.checkpoint.packed_experts import ROWS
 from merger.inspection.balance import CELLS, kept_by_cell
 from merger.inspection.curves import Curves, curves, swept
 from merger.inspection.sums import Ints, Outcome, Vectors, outcome
@@ -43,7 +44,7 @@ class Tally:
         self.cells: dict[Key, Tensor] = {}
         self.curves: Curves | None = None
         self.awaits_curves = wanted.curves
-        self._lying = tensor.kind == "conv1d" and not part.transposed  # its rows are what others have as columns
+        self._lying = part.input_axis == ROWS  # its rows are what others have as columns
         self._wanted = wanted
         self._pictured = tensor.name == wanted.picture
         self._looks: dict[Key, Look] = {}

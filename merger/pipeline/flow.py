@@ -63,6 +63,7 @@ class Subject:
     seed: int = 0
     first: int = 0  # its first element's position in the stored tensor (a slice of packed experts)
     transposed: bool = False  # stored [in, out] and oriented to [out, in] here
+    input_axis: int = -1  # along which the inputs lie here: -1, the columns, or -2, the rows
     inputs: Inputs = field(default_factory=Inputs)
 
 
@@ -151,7 +152,7 @@ def _by_feature(values: Tensor | None, subject: Subject, rows: slice) -> Tensor 
     """A value per in-feature as [k 1 c]; [k r 1] where the tensor is stored, and seen, as [in, out]."""
     if values is None:
         return None
-    if subject.kind == "conv1d" and not subject.transposed:
+    if subject.input_axis == -2:
         return values[:, rows].unsqueeze(-1)
     return values.unsqueeze(1)
 

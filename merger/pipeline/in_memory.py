@@ -53,7 +53,8 @@ def merge_tensors(
         place = (places or {}).get(name, Place(tuple(experts)))
         height, width = base_matrix.shape
         tensor_inputs = (inputs or {}).get(name, Inputs())
-        subject = Subject(name, kind, place, height, width, seed=seed, inputs=tensor_inputs)
+        axis = -2 if kind == "conv1d" else -1
+        subject = Subject(name, kind, place, height, width, seed=seed, input_axis=axis, inputs=tensor_inputs)
         bound = [bind(s, place) for stage in pipeline for s in expand(stage, kind, place.experts)]
         rows = (
             base_matrix.shape[0]

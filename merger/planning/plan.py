@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.forward_order import LAYERS
+from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
@@ -24,6 +26,17 @@ class Part:
     rows: int
     columns: int
     transposed: bool = False  # stored [in, out]; its stages see [out, in]
+    input_axis: int = COLUMNS  # along which its inputs lie, as its stages see it
+
+    @property
+    def first(self) -> int:
+        """The number of elements of the stored tensor that come before it."""
+        return self.row * (self.rows if self.transposed else self.columns)
+
+    @property
+    def inputs(self) -> int:
+        """How many features its inputs have."""
+        return self.columns if self.input_axis == COLUMNS else self.rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,11 @@ class TensorPlan:
     def gram(self) -> bool:
         """Whether any of its stages takes Gram matrices, which are made while it is merged."""
         return any(stage.gram for stage in self.stages)
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether it is a matrix that activations are multiplied by, as the head is though it may be the embedding."""
+        return self.kind in (*LAYERS, "tied")
 
     @property
     def fed_by_merged(self) -> bool:

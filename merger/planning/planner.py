@@ -11,14 +11,16 @@ from typing import Any
 from merger.checkpoint.anatomy import Anatomy, study, text_config
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, rows_and_columns
+from merger.checkpoint.packed_experts import COLUMNS
+from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
 from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
 from merger.planning.differences import differences
 from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
-from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
+from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
+from merger.planning.plan import ExtraRows, Plan, TensorPlan
 from merger.recipe.recipe import Recipe, Rule
 
 
@@ -81,6 +83,7 @@ class _Planner:
         self.faults: list[str] = []
         self.notes: list[str] = []
         self.dropped: dict[str, dict[str, str]] = {label: {} for label in models}
+        self.unoriented: dict[str, list[str]] = {}  # packed experts of which a stage must know more than shapes show
         self.head: str | None = None  # the output's own head, though the base ties its own
         # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
         self.turns = [linear_turns(choice.stages, len(recipe.experts)) for choice in recipe.choices()]
@@ -97,6 +100,7 @@ class _Planner:
         for name in names:
             if name != twin and (tensor := self._tensor(name, numbers.get(name, 0))) is not None:
                 planned[name] = tensor
+        self.faults += [describe_unknown_axes(names, stage) for stage, names in self.unoriented.items()]
         if self.faults:
             raise CheckpointError("\n".join(_shortened(self.faults)))
         if twin is not None and self.anatomy.embedding is not None:
@@ -197,7 +201,9 @@ class _Planner:
             self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; set extra_rows: drop")
             return None
         dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
-        rows = any(stage.takes != "slice" for stage in stages)
+        axis, looking = anatomy.input_axis(name), needs_input_axis(stages)
+        if axis is None and looking is not None:
+            self.unoriented.setdefault(looking, []).append(name)
         return TensorPlan(
             name=name,
             info=Info(dtype, shape),
@@ -208,7 +214,7 @@ class _Planner:
             stages=stages,
             source="base",
             reads=reads,
-            parts=_parts(name, kind, common, transposed=rows and kind == "conv1d"),
+            parts=parts_of(name, kind, common, axis, stages),
             extra=extra,
         )
 
@@ -249,7 +255,7 @@ class _Planner:
             stages=(),
             source=source,
             reads=needed,
-            parts=_parts(name, "copied", info.shape, transposed=False),
+            parts=parts_of(name, "copied", info.shape, COLUMNS, ()),
         )
 
     def _complete(self, name: str, reads: Mapping[str, str | None]) -> bool:
@@ -358,15 +364,6 @@ def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
         ):
             said[f"{', '.join(remarks)}: takes no weight, so the experts' own have no effect"] = None
     return said
-
-
-def _parts(name: str, kind: str, shape: tuple[int, ...], *, transposed: bool) -> tuple[Part, ...]:
-    rows, columns = rows_and_columns(shape)
-    if kind == "expert3d":
-        return tuple(Part(f"{name}[{e}]", e * shape[1], shape[1], columns) for e in range(shape[0]))
-    if transposed:
-        return (Part(name, 0, columns, rows, transposed=True),)
-    return (Part(name, 0, rows, columns),)
 
 
 def _extra_rows(common: int, rows: Mapping[str, int]) -> Iterator[ExtraRows]:
