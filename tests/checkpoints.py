@@ -62,10 +62,10 @@ def load(folder):
     return tensors
 
 
-def save_headers(folder, shapes, config=CONFIG, *, dtype="BF16"):
+def save_headers(folder, shapes, config=CONFIG, *, dtype="BF16", distinct=()):
     """A checkpoint whose files have their full size and no data: enough for a plan, and no disk.
 
-    ``shapes`` maps a name to its shape, or to (dtype, shape).
+    ``shapes`` maps a name to its shape, or to (dtype, shape). All values are zero but the first ones of ``distinct``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +76,12 @@ def save_headers(folder, shapes, config=CONFIG, *, dtype="BF16"):
         start, end = end, end + ITEM[kind] * torch.Size(shape).numel()
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     write_raw(folder / "model.safetensors", header, size=end)
+    with open(folder / "model.safetensors", "r+b") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+        for number, name in enumerate(distinct, 1):
+            if name in header:
+                file.seek(data + header[name]["data_offsets"][0])
+                file.write(bytes([number]))
     return folder
 
 

@@ -1,8 +1,8 @@
-"""Devices that are not there: tensors in the memory of the CPU that say they are elsewhere, and will not meet others.
+"""Pretended devices: tensors in host memory that claim another device, with PyTorch's rules between devices.
 
-What PyTorch refuses of tensors on different devices is refused here without having any: an operation on several of
-them, but for copies, and for single numbers of the CPU, which every device takes; so is looking into a device's memory
-from Python. All else is done on the CPU.
+Refused, as by PyTorch: an operation on tensors of several devices, but for copies and for single numbers on the CPU;
+a look into a device's memory from Python. Everything else is computed on the CPU: by `Pretence` with the CPU's own
+bits, by `CudaRounding` with other ones wherever CUDA's may be others.
 """
 
 import torch
@@ -18,7 +18,7 @@ LOOKS = (Tensor.numpy, Tensor.data_ptr, Tensor.__array__)
 
 
 class Away(Tensor):
-    """A tensor that says it is on the device ``home``."""
+    """A tensor that claims to be on the device ``home``."""
 
     home: torch.device
 
@@ -28,13 +28,70 @@ class Away(Tensor):
 
 
 class Pretence(TorchFunctionMode):
-    """Within it tensors can be made on any device, and sent there; in this thread, as all modes of torch."""
+    """Within it tensors can be made on any device and sent there; in one thread, as all modes of torch."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return carried_out(function, args, kwargs or {})
+        return carried_out(function, args, kwargs or {}, self.compute)
+
+    @staticmethod
+    def compute(function, args, kwargs):
+        """The result of an operation whose tensors are on a device; here as on the CPU."""
+        return function(*plain(args), **plain(kwargs))
 
 
-def carried_out(function, args, kwargs):
+class CudaRounding(Pretence):
+    """The same, rounding as CUDA does where that is known, and visibly otherwise where it is not.
+
+    The quotient by a number is a product with its reciprocal (aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu). What
+    depends on the order of a sum, on a library of functions or on fused multiplications is off by a thousandth.
+    """
+
+    @staticmethod
+    def compute(function, args, kwargs):
+        name = getattr(function, "__name__", "").strip("_")
+        if name in QUOTIENTS and is_number(args[1]) and not kwargs:
+            return quotient(function, plain(args[0]), plain(args[1]))
+        result = Pretence.compute(function, args, kwargs)
+        return shifted(result) if name in UNCERTAIN and not is_whole(args) else result
+
+
+QUOTIENTS = {"div", "divide", "true_divide", "truediv", "itruediv"}
+UNCERTAIN = {
+    "sum", "mean", "cumsum", "prod", "std", "var", "norm", "vector_norm", "matrix_norm", "trace", "dot", "einsum",
+    "matmul", "rmatmul", "mm", "bmm", "mv", "addmm", "baddbmm", "multi_dot", "linear", "cdist", "softmax",
+    "exp", "log", "sin", "cos", "acos", "tanh", "sigmoid", "erf", "addcmul", "addcdiv", "lerp",
+    "eigh", "eigvalsh", "svd", "svdvals", "qr", "inv", "pinv", "cholesky", "cholesky_ex", "cholesky_solve",
+}  # fmt: skip
+
+
+def is_number(divisor):
+    """Whether CUDA takes a divisor for a number: one of Python, or a single one in host memory."""
+    return not isinstance(divisor, Tensor) or (device_of(divisor) == CPU and divisor.ndim == 0)
+
+
+def quotient(function, dividend, divisor):
+    """The dividend times the reciprocal, both in the dtype in which CUDA computes."""
+    dtype = torch.result_type(dividend, divisor)
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    exact = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    reciprocal = 1 / torch.as_tensor(divisor).to(exact)
+    product = (dividend.to(exact) * reciprocal).to(dtype)
+    in_place = function.__name__ in ("__itruediv__", "div_", "divide_", "true_divide_")
+    return dividend.copy_(product) if in_place else product
+
+
+def is_whole(args):
+    """Whether all numbers are whole and small, so that no order of a sum rounds."""
+    tensors = [plain(each) for each in tree_leaves(args) if isinstance(each, Tensor)]
+    return all(not each.is_floating_point() or bool((each == each.round()).all()) for each in tensors)
+
+
+def shifted(result):
+    """Floating-point results a thousandth larger, but for zeros."""
+    return tree_map_only(Tensor, lambda each: each.mul_(1.001) if each.is_floating_point() else each, result)
+
+
+def carried_out(function, args, kwargs, compute=Pretence.compute):
     """One call of torch, if the devices of its tensors allow it."""
     with torch._C.DisableTorchFunction():
         args, kwargs = lazy.plain(args), lazy.plain(kwargs)
@@ -52,7 +109,9 @@ def carried_out(function, args, kwargs):
         where = own if function in COPIES else meeting_place(function, args, kwargs)
         if kwargs.get("device") is not None:
             where, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": CPU}
-        made = function(*plain(args), **plain({**kwargs, "pin_memory": False} if "pin_memory" in kwargs else kwargs))
+        if "pin_memory" in kwargs:
+            kwargs = {**kwargs, "pin_memory": False}
+        made = Pretence.compute(function, args, kwargs) if where == CPU else compute(function, args, kwargs)
         return tree_map_only(Tensor, lambda each: said_to_be(each, where), made)
 
 
@@ -83,7 +142,7 @@ def copied(tensor, where):
 
 
 def device_of(value, otherwise=CPU):
-    """Where a tensor says it is."""
+    """The device that a tensor claims to be on."""
     return value.home if isinstance(value, Away) else CPU if isinstance(value, Tensor) else otherwise
 
 

@@ -263,6 +263,7 @@ class Recorded:
 
     def __init__(self, checkpoint):
         self.label, self.directory, self.tensors = checkpoint.label, checkpoint.directory, checkpoint.tensors
+        self.config, self.equal = checkpoint.config, checkpoint.equal
         self.reads = []
         self._read = checkpoint.read
 

@@ -45,6 +45,11 @@ CASES = {
     "its biases": ("llama", {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}),
     "orthogonal": ("llama", {"target_modules": ALL, "init_lora_weights": "orthogonal"}),
     "some layers": ("llama", {"target_modules": ALL, "layers_to_transform": [1]}),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [39, 3]}),
+    "tokens of both": (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [0, 7], "lm_head": [7]}},
+    ),
     "conv1d": ("gpt2", {"target_modules": CONV1D, "fan_in_fan_out": True}),
     "conv1d, flag forgotten": ("gpt2", {"target_modules": CONV1D}),
     "square conv1d": ("gpt2", {"target_modules": r".*\.attn\.c_proj"}),
@@ -81,7 +86,8 @@ def opened(bases, name, adapter, **more):
 
 
 def agrees(model, expected):
-    assert {name for name in model.tensors if not torch.equal(model.read(name), expected[name])} <= set(model.changes)
+    changed = {*model.changes, *model.rows}
+    assert {name for name in model.tensors if not torch.equal(model.read(name), expected[name])} <= changed
     for name in model.tensors:
         torch.testing.assert_close(model.read(name), expected[name], rtol=0, atol=1e-6, msg=name)
 
@@ -143,13 +149,23 @@ def test_pickles_do_as_well(bases, tmp_path, base):
 
 
 def test_a_vocabulary_that_grew_is_that_of_the_adapter(bases, tmp_path):
-    adapted(bases, tmp_path, "llama", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    grown = torch.randn(43, 32)
-    save_file({**tensors, "base_model.model.model.embed_tokens.weight": grown}, tmp_path / "adapter_model.safetensors")
+    adapted(bases, tmp_path, "llama", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    grown = {"model.embed_tokens.weight": torch.randn(43, 32), "lm_head.weight": torch.randn(43, 32)}
+    store(tmp_path, grown)
     with opened(bases, "llama", tmp_path) as model:
-        assert model.tensors["model.embed_tokens.weight"].shape == (43, 32)
-        assert torch.equal(model.read("model.embed_tokens.weight"), grown)
+        for name, values in grown.items():
+            assert model.tensors[name].shape == (43, 32)
+            assert torch.equal(model.read(name), values)
+
+
+def test_a_vocabulary_that_grew_without_its_head_is_one_line(bases, tmp_path):
+    adapted(bases, tmp_path, "llama", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    store(tmp_path, {"model.embed_tokens.weight": torch.randn(43, 32)})
+    with pytest.raises(
+        CheckpointError,
+        match=r"has 43 rows for model.embed_tokens.weight, but lm_head.weight has 40; .* must store both",
+    ):
+        opened(bases, "llama", tmp_path)
 
 
 def test_the_adapter_can_be_asked_for_its_files_and_commit(bases, tmp_path):
@@ -255,6 +271,13 @@ def write_adapter(folder, tensors, **config):
     )
 
 
+def store(folder, tensors):
+    """Stores further tensors in an adapter, or others of the same names."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file({**stored, **named}, folder / "adapter_model.safetensors")
+
+
 def rename(folder, old, new):
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file(
@@ -273,7 +296,30 @@ REFUSED = {
     "packed experts": (PAIR, {"target_parameters": ["mlp.experts"]}, "LoRA on bare parameters"),
     "activated": (PAIR, {"alora_invocation_tokens": [1]}, "activated LoRA"),
     "replicated layers": (PAIR, {"layer_replication": [[0, 2]]}, "replicated layers"),
-    "trainable tokens": (PAIR, {"trainable_token_indices": [3]}, "trainable tokens"),
+    "tokens beyond the table": (
+        {**PAIR, "model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)},
+        {"trainable_token_indices": [3, 40]},
+        "names token 40, but model.embed_tokens.weight has 40 rows",
+    ),
+    "more tokens than rows": (
+        {**PAIR, "model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)},
+        {"trainable_token_indices": {"embed_tokens": [3]}},
+        "trainable_tokens_delta is [2, 32], but adapter_config.json has 1 trainable_token_indices",
+    ),
+    "tokens that the config does not name": (
+        {**PAIR, "model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)},
+        {"trainable_token_indices": {"lm_head": [3, 4]}},
+        "has no list of trainable_token_indices for base_model.model.model.embed_tokens",
+    ),
+    "tokens and LoRA on one table": (
+        {
+            "model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 32),
+            "model.embed_tokens.lora_embedding_A": torch.ones(4, 40),
+            "model.embed_tokens.lora_embedding_B": torch.ones(32, 4),
+        },
+        {"trainable_token_indices": [3]},
+        "model.embed_tokens.weight has trainable tokens and LoRA",
+    ),
     "bias of B": (PAIR, {"lora_bias": True}, "a bias in lora_B"),
     "PiSSA": (PAIR, {"init_lora_weights": "pissa_niter_4"}, "trained from changed base weights"),
     "LoftQ": (PAIR, {"init_lora_weights": "loftq"}, "trained from changed base weights"),

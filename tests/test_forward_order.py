@@ -5,9 +5,9 @@ import torch
 import transformers
 from architectures import ALL, described
 
-from merger.checkpoint.anatomy import study
 from merger.checkpoint.forward_order import LAYERS, forward_key
 from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_kinds import tensor_kinds
 
 SIZE = {
     "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -29,7 +29,7 @@ MODELS = (
 
 def in_forward_order(tensors, config):
     """The linear layers' names, first to last."""
-    kinds = study(tensors, config)
+    kinds = tensor_kinds(tensors, config)
     keys = {name: forward_key(name, kinds.kind(name), kinds.unit(name), kinds.rotation(name)) for name in tensors}
     return [name for name in sorted(tensors, key=keys.get) if kinds.kind(name) in LAYERS]
 

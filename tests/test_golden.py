@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tiny import inputs_of, kept, merge, sliced, sparse, tensor
+from tiny import Inputs, inputs_of, kept, merge, sliced, sparse, tensor
 
 from merger.methods.magprune import magprune
 from merger.methods.obm import obm
@@ -13,7 +13,6 @@ from merger.methods.regmean import regmean
 from merger.methods.rescale import rescale
 from merger.ops.arithmetic import uniforms
 from merger.ops.selection import select
-from merger.pipeline.flow import Inputs
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Pinned, Place, order_of
 from merger.pipeline.registry import checked

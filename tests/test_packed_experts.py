@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 from checkpoints import load
+from tiny import Inputs
 
 import merger
 import merger.methods
 from merger.calibration import Settings
 from merger.calibration import samples as texts
 from merger.demo import tasks as demo_tasks
-from merger.pipeline.flow import Inputs
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.registry import checked
 

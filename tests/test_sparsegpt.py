@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import load
-from tiny import merge, tensor
+from tiny import Inputs, merge, tensor
 
 import merger
 from merger.demo import tasks as demo_tasks
 from merger.methods.sparsegpt import BLOCK
-from merger.pipeline.flow import Inputs
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import checked
 from merger.pipeline.stages import bind

@@ -1,13 +1,12 @@
-"""What is particular to the methods of whole matrices (methods.md, section 10), and each formula written slowly."""
+"""What is particular to the methods of whole matrices, and each formula written slowly."""
 
 import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import merge, sparse, tensor
+from tiny import Inputs, merge, sparse, tensor
 
-from merger.pipeline.flow import Inputs
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.registry import checked
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from merger.pipeline.flow import Inputs
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
@@ -13,6 +12,27 @@ NAME = "layers.0.w"
 
 def tensor(values):
     return torch.as_tensor(values, dtype=torch.float32)
+
+
+class Inputs(dict):
+    """Inputs of stages for one matrix, as calibration makes them of its statistics."""
+
+    def __init__(self, second_moment=None, mean=None, gram=None, token_share=None):
+        self.second_moment, self.mean, self.gram = second_moment, mean, gram
+        reached = None if second_moment is None else (second_moment != 0).any(1, keepdim=True)
+        inputs = {
+            "second_moment": _ones_for_zeros(second_moment),
+            "mean_input": _ones_for_zeros(mean),
+            "reached": reached,
+            "gram": gram,
+            "merged_gram": gram,
+            "token_share": token_share,
+        }
+        super().__init__({name: values for name, values in inputs.items() if values is not None})
+
+
+def _ones_for_zeros(values):
+    return None if values is None else values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
 
 
 def bits(values):

@@ -14,7 +14,7 @@ _AXES = {COLUMNS: "columns", ROWS: "rows", 0: "rows and columns"}
 
 def judged_tensors(plan: Plan, expert: str) -> dict[str, TensorPlan]:
     """The tensors that some stage judges by the inputs of a layer, by the expert's own names of them."""
-    takers = (tensor for tensor in plan.tensors if tensor.calibrated and tensor.has_inputs and tensor.parts)
+    takers = (tensor for tensor in plan.tensors if tensor.inputs and tensor.is_layer and tensor.parts)
     return {name: tensor for tensor in takers if (name := tensor.reads[expert]) is not None}
 
 
@@ -41,12 +41,12 @@ def _check(tensor: TensorPlan, label: str, moments: Moments) -> None:
         return
     part = tensor.parts[0]
     axis = ROWS if part.transposed else part.input_axis
-    expected = (*((len(tensor.parts),) if tensor.kind == "expert3d" else ()), part.inputs)
+    expected = (*((len(tensor.parts),) if tensor.kind == "expert3d" else ()), part.features)
     if tuple(moments.second_moment.shape) == expected and moments.axis in (None, axis):
         return
     found = "" if moments.axis is None else f" along its {_AXES[moments.axis]}"
     raise CheckpointError(
         f"{label} {list(tensor.info.shape)}: the model multiplies it by inputs of {moments.second_moment.shape[-1]} "
-        f"features{found}, but by its name and shape they should be {part.inputs} along its {_AXES[axis]}; keep it "
+        f"features{found}, but by its name and shape they should be {part.features} along its {_AXES[axis]}; keep it "
         "with a rule {tensors: REGEX, use: base}, or merge it by a method that looks at no inputs"
     )

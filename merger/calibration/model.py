@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import accelerate
-import torch
 import transformers
 from torch import nn
 
+from merger.checkpoint.tensor_kinds import tensor_kinds
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,10 +29,17 @@ def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
     config._experts_implementation = "eager"  # one product per expert, as the watch needs it (transformers 5)
     for part in (config, config.get_text_config()):
         part.use_cache = False
+        part.tie_word_embeddings = _ties_head(weights, getattr(part, "tie_word_embeddings", False))
     with accelerate.init_empty_weights(include_buffers=False):
         model = _constructor(config, weights.label, trust_remote_code)()
     model.tie_weights()
     return model.eval()
+
+
+def _ties_head(weights: Checkpoint, word: bool) -> bool:
+    """Whether the checkpoint's head is its embedding, or the config's ``word`` where it stores neither or no head."""
+    kinds = tensor_kinds(weights.tensors, weights.config, weights.equal)
+    return kinds.tied or (word and (kinds.head is None or kinds.embedding is None))
 
 
 def _constructor(config: Any, label: str, trust_remote_code: bool) -> Callable[[], Any]:
@@ -65,10 +71,3 @@ def outer_lists(model: nn.Module) -> list[str]:
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
     return lists
-
-
-def default_dtype(weights: Checkpoint, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where it is fast and exact; elsewhere what most of the checkpoint is stored in."""
-    stored = Counter(info.dtype for info in weights.tensors.values())
-    known = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return torch.float32 if device.type == "cpu" else known.get(stored.most_common(1)[0][0], torch.float32)

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from merger.calibration.input_observer import Key, Watch
-from merger.calibration.model import block_list, build, default_dtype, outer_lists
+from merger.calibration.model import block_list, build, outer_lists
 from merger.calibration.moments import Moments, Sums, token_share
+from merger.calibration.settings import default_dtype
 from merger.calibration.weights import Loader
 from merger.errors import CheckpointError
+from merger.ops.precision import full_float32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,7 +81,7 @@ class Rig:
         device = self.loader.device
         self.watch.begin(batch, device)
         try:
-            with torch.no_grad(), self.watch:
+            with torch.no_grad(), full_float32(), self.watch:
                 self.model(input_ids=batch.ids.to(device), attention_mask=batch.mask.long().to(device))
         except Stop:
             pass

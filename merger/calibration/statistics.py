@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -15,12 +16,13 @@ from merger.calibration import samples as texts
 from merger.calibration import statistics_files as files
 from merger.calibration.input_fit import check_inputs, checked_blocks
 from merger.calibration.moments import Moments
+from merger.calibration.settings import ForwardPass
 from merger.checkpoint.cache import cache_folder
-from merger.checkpoint.hashes import sha256
+from merger.checkpoint.hashes import config_digest, sha256
+from merger.checkpoint.tokenizers import Tokenizer, tokenizer_folder
 from merger.options import RunOptions
-from merger.pipeline.flow import Inputs
 from merger.planning.plan import Part, Plan, TensorPlan
-from merger.recipe.recipe import portable_location
+from merger.recipe.recipe import Recipe, portable_location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,24 +63,20 @@ def _samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.Key, tex
     """An expert's own text as its own tokens, and the key of what will be found from it."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
-    source = given.data[name] if isinstance(given.data, dict) else given.data
-    assert source is not None, "the recipe was checked for it"
     model = plan.models[name]
-    own, base = (
-        texts.load_tokenizer(each.directory, each.label, trust_remote_code=options.trust_remote_code)
-        for each in (model, plan.base)
-    )
-    texts.check_same_tokens(base, own, name)
+    folder = tokenizer_folder(model)
+    tokenizer = texts.load_tokenizer(folder, name, trust_remote_code=options.trust_remote_code)
     settings = Settings(
-        samples=given.samples.get(name, 100) if isinstance(given.samples, dict) else given.samples,
+        samples=given.samples_of(name),
         max_tokens=given.max_tokens,
         weighting=given.weighting,
         skip_first_tokens=given.skip_first_tokens,
         calib_text=given.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load(source, plan.recipe.folder, own, settings)
-    return files.Key(fingerprint(model), samples.data, texts.tokenizer_hash(model.directory), settings), samples
+    samples = texts.load(given.sources(name), plan.recipe.folder, tokenizer, settings)
+    forward = ForwardPass.of(model, options.device)
+    return files.Key(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
 
 
 def _run(plan: Plan, name: str, key: files.Key, samples: texts.Samples, *how: Any) -> dict[str, Moments]:
@@ -122,17 +120,28 @@ class Onward:
 
     def __init__(self, plan: Plan, expert: str, merged: Merged) -> None:
         self._own, self._merged = plan.models[expert], merged
-        self._names = {own: tensor.name for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+        self._tensors = {own: tensor for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+        self._expert = expert
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor in the expert's own shape: rows of its vocabulary that were dropped stay its own."""
-        merged = self._merged(self._names.get(name, name))
-        if merged is None or merged.shape == self._own.tensors[name].shape:
-            return self._own.read(name) if merged is None else merged
+        """A whole tensor in the expert's own shape.
+
+        Rows of its vocabulary that were dropped, or that are another token in the output, stay its own.
+        """
+        tensor = self._tensors.get(name)
+        merged = self._merged(name if tensor is None else tensor.name)
+        if merged is None:
+            return self._own.read(name)
+        foreign = [rows for rows in (tensor.extra if tensor else ()) if self._expert not in rows.models]
+        if merged.shape == self._own.tensors[name].shape and not foreign:
+            return merged
         own = self._own.read(name).to(merged.dtype)
+        values = own.clone()
         common = min(len(own), len(merged))
-        own[:common] = merged[:common]
-        return own
+        values[:common] = merged[:common]
+        for rows in foreign:
+            values[rows.start : rows.stop] = own[rows.start : rows.stop]
+        return values
 
 
 def grams(
@@ -144,9 +153,9 @@ def grams(
     merged blocks, ``merged`` gives their tensors by then. Tensors whose inputs were never seen come last, with
     nothing. Raises as `calibrate` does.
     """
-    waiting = [tensor for tensor in plan.tensors if tensor.gram]
+    waiting = [tensor for tensor in plan.tensors if tensor.lockstep]
     experts = tuple(plan.recipe.experts) if waiting else ()
-    fed = any(tensor.fed_by_merged for tensor in waiting)
+    fed = any(item.follows_merge for tensor in waiting for item in tensor.inputs)
     onward = {name: Onward(plan, name, merged) if fed else None for name in plan.recipe.experts}
     kept = _kept_grams(plan, options) if waiting and not fed else {}
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
@@ -186,6 +195,15 @@ def _kept_grams(plan: Plan, options: RunOptions) -> dict[str, Path]:
     return found
 
 
+def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.Key]:
+    """The key of the statistics of every expert whose model is run for a plan."""
+    given = plan.recipe.calibration
+    if given is None or not plan.runs_models:
+        return {}
+    in_files = {} if plan.follows_merge else given.stats
+    return {name: _samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
+
+
 def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: Path | None) -> dict[str, Path]:
     """Each expert's folder of statistics with Gram matrices, in ``to`` or in the cache; goes on with unfinished ones.
 
@@ -208,14 +226,14 @@ def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: P
 
 def layers(plan: Plan, expert: str) -> list[str]:
     """The expert's tensors whose inputs some stage looks at."""
-    wanted = (t for t in plan.tensors if t.calibrated and not t.gram)
-    read = (t.reads[expert] for t in wanted if t.has_inputs)
+    wanted = (t for t in plan.tensors if t.inputs and not t.lockstep)
+    read = (t.reads[expert] for t in wanted if t.is_layer)
     return sorted({name for name in read if name is not None})
 
 
 def fingerprint(model: Checkpoint) -> str:
-    """The SHA-256 of the names and SHA-256s of a checkpoint's weight files."""
-    lines = sorted(f"{file.name} {sha256(file)}\n" for file in model.files)
+    """The SHA-256 of a checkpoint's weight files, by their names, and of what its config says of the forward pass."""
+    lines = [*sorted(f"{file.name} {sha256(file)}\n" for file in model.files), f"config {config_digest(model)}\n"]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -230,30 +248,53 @@ def load(plan: Plan, paths: Mapping[str, Path]) -> dict[str, Statistics]:
 # --- from statistics to a stage's inputs ----------------------------------------------------------
 
 
-def inputs_of(
-    tensor: TensorPlan, part: Part, statistics: Mapping[str, Statistics], notice: Callable[[str], None]
-) -> Inputs:
-    """What the stages of one part of a tensor may know of its inputs: [k c], or nothing where an expert has none."""
-    if not tensor.calibrated or not (tensor.has_inputs or tensor.kind == "embedding"):
-        return Inputs()
-    each_expert = [statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
-    if tensor.has_inputs and any(each is None or each.second_moment is None for each in each_expert):
-        _tell_unseen(tensor, notice)
-        return Inputs()
-    if any(each is None for each in each_expert):
-        return Inputs()
-    known = [_of_part(each, tensor, part) for each in each_expert if each is not None]
-    moments = [each.second_moment for each in known if each.second_moment is not None]
-    means = [each.mean for each in known if each.mean is not None]
-    shares = [each.token_share for each in known if each.token_share is not None]
-    if len(moments) == len(means) == len(known):
-        several = [each.gram for each in known if each.gram is not None]
-        gram = torch.stack(several) if len(several) == len(known) else None
-        _tell_unreached(moments, tensor, part, notice)
-        return Inputs(torch.stack(moments), torch.stack(means), gram)
-    if len(shares) == len(known):
-        return Inputs(token_share=torch.stack([share[: part.rows] for share in shares]))
-    return Inputs()
+@dataclass(frozen=True)
+class MomentSource:
+    """Statistics of all experts as inputs of stages; ``gram`` is the name under which stages take Gram matrices."""
+
+    statistics: Mapping[str, Statistics]
+    gram: str = "gram"
+
+    def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
+        """The inputs of one matrix, [k ...]; none where an expert has none."""
+        if not tensor.inputs or not (tensor.is_layer or tensor.kind == "embedding"):
+            return {}
+        by_expert = [self.statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
+        experts = [_of_part(moments, tensor, part) for moments in by_expert if moments is not None]
+        if len(experts) < len(by_expert) or (tensor.is_layer and any(each.second_moment is None for each in experts)):
+            _note_unseen(tensor, note)
+            return {}
+        shares = [moments.token_share for moments in experts if moments.token_share is not None]
+        if len(shares) == len(experts):
+            return {"token_share": torch.stack([share[: part.rows] for share in shares])}
+        second_moments = [moments.second_moment for moments in experts if moments.second_moment is not None]
+        means = [moments.mean for moments in experts if moments.mean is not None]
+        if not len(second_moments) == len(means) == len(experts):
+            return {}
+        _note_unreached(second_moments, tensor, part, note)
+        grams = [moments.gram for moments in experts if moments.gram is not None]
+        second_moment = torch.stack(second_moments)
+        return {
+            "second_moment": _ones_for_zeros(second_moment),
+            "mean_input": _ones_for_zeros(torch.stack(means)),
+            "reached": (second_moment != 0).any(1, keepdim=True),
+            **({self.gram: torch.stack(grams)} if len(grams) == len(experts) else {}),
+        }
+
+    def only(self, tensors: Sequence[TensorPlan]) -> MomentSource:
+        """The statistics of these tensors alone."""
+        statistics = {
+            expert: {name: moments[name] for tensor in tensors if (name := tensor.reads[expert] or "") in moments}
+            for expert, moments in self.statistics.items()
+        }
+        return MomentSource(statistics, self.gram)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the Gram matrices; layers that share an input share one matrix."""
+        moments = (layer for expert in self.statistics.values() for layer in expert.values())
+        grams = [layer.gram for layer in moments if layer.gram is not None]
+        return sum({gram.untyped_storage().data_ptr(): gram.nbytes for gram in grams}.values())
 
 
 def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
@@ -265,17 +306,26 @@ def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
     return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
 
 
-def _tell_unseen(tensor: TensorPlan, notice: Callable[[str], None]) -> None:
-    """Tells of layers, once for a list of blocks, that calibration saw in no forward pass, such as an image tower's."""
-    where = tensor.name if tensor.unit == tensor.name else f"some layers of {tensor.unit.rpartition('.')[0]}"
-    notice(f"{where}: calibration saw no input; their changes are judged without it")
+def _ones_for_zeros(values: Tensor) -> Tensor:
+    """The values [k c], with ones for an expert that has only zeros: its text never reached the matrix."""
+    return values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
 
 
-def _tell_unreached(moments: Sequence[Tensor], tensor: TensorPlan, part: Part, notice: Callable[[str], None]) -> None:
-    """Tells of experts whose text sent no token here; a stage is told by `reached` (methods.md 2.1)."""
-    silent = [name for name, each in zip(tensor.place.experts, moments, strict=True) if not each.any()]
-    if silent:
-        notice(f"{part.name}: no input ever reached it in {', '.join(silent)}; its changes are judged without it")
+def _note_unseen(tensor: TensorPlan, note: Callable[[str], None]) -> None:
+    """Notes layers that no forward pass met, such as those of an image tower; once for each list of blocks."""
+    if tensor.is_layer:
+        where = tensor.name if tensor.unit == tensor.name else f"some layers of {tensor.unit.rpartition('.')[0]}"
+        note(f"{where}: calibration saw no input; their changes are judged without it")
+
+
+def _note_unreached(
+    second_moments: Sequence[Tensor], tensor: TensorPlan, part: Part, note: Callable[[str], None]
+) -> None:
+    """Notes the experts whose text sent no token to a matrix; a stage sees them by its input `reached`."""
+    experts = zip(tensor.place.experts, second_moments, strict=True)
+    unreached = [name for name, moments in experts if not moments.any()]
+    if unreached:
+        note(f"{part.name}: no input ever reached it in {', '.join(unreached)}; its changes are judged without it")
 
 
 def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -286,15 +336,30 @@ def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
 def sources(plan: Plan) -> dict[str, str | None]:
     """The SHA-256 of what calibration starts from: files of text and statistics, tokenizers; None for a Hub dataset."""
     given = plan.recipe.calibration
-    if given is None or not plan.calibrated:
+    if given is None or not plan.inputs:
         return {}
-    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(plan.recipe.experts, given.data)
-    found: dict[str, str | None] = {}
-    for name in plan.recipe.experts:
-        if name not in given.stats:
-            found[f"tokenizer of {name}"] = texts.tokenizer_hash(plan.models[name].directory)
-        source = given.stats.get(name) or data[name]
-        assert source is not None, "the recipe was checked for it"
-        path = plan.recipe.folder / Path(source).expanduser()
-        found[portable_location(source)] = files.digest(path) if path.exists() else None
-    return found
+    run = [name for name in plan.recipe.experts if name not in given.stats]
+    tokenizers = {f"tokenizer of {name}": tokenizer_digest(plan.models[name]) for name in run}
+    return {**tokenizers, **calibration_files(plan.recipe)}
+
+
+def tokenizer_digest(model: Checkpoint) -> str:
+    """The SHA-256 of the part of a model's tokenizer that decides ids."""
+    return Tokenizer(tokenizer_folder(model)).digest
+
+
+def calibration_files(recipe: Recipe) -> dict[str, str | None]:
+    """The SHA-256 of the files of text and statistics that a recipe names; None for a Hub dataset."""
+    calibration = recipe.calibration
+    if calibration is None:
+        return {}
+    digests: dict[str, str | None] = {}
+    for name in recipe.experts:
+        stats = calibration.stats
+        sources = [stats[name]] if name in stats else [text.file for text in calibration.sources(name)]
+        for source in sources:
+            path, label = recipe.folder / Path(source).expanduser(), portable_location(source)
+            digest = files.digest(path) if path.exists() else None
+            is_another = digests.get(label, digest) != digest  # a file of the same name in another folder
+            digests[f"{label} of {name}" if is_another else label] = digest
+    return digests

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.checkpoint.safetensors_header import TORCH_NAMES, Info
+from merger.checkpoint.safetensors_header import ITEM_SIZE, TORCH_NAMES, Info
 from merger.errors import CheckpointError, UnreadableError
 
 if TYPE_CHECKING:
@@ -21,11 +21,15 @@ SINGLE = "model.safetensors"
 PACKED = "experts.safetensors"
 """Several experts, of which none can be loaded as it is."""
 
+COMPARED = 8 << 20
+"""Bytes of two tensors that are compared at a time."""
+
 
 class Checkpoint:
     """An open checkpoint. Threads may read from it side by side; nothing is mapped."""
 
     adapter: Checkpoint | None = None  # what sits on top of it, as far as it has files and a commit
+    remarks: tuple[str, ...] = ()  # what a user should know of how it was opened
 
     def __init__(
         self,
@@ -72,6 +76,29 @@ class Checkpoint:
             self._fill(info, info.offset + skipped, rows.flatten().view(torch.uint8).numpy().data)
         else:
             rows.copy_(self._read(info, start, stop))
+
+    def equal(self, tensor: str, twin: str) -> bool | None:
+        """Whether two tensors hold the same bits; None where only their headers are at hand. torch is not needed."""
+        info, twin_info = self.tensors[tensor], self.tensors[twin]
+        if (info.dtype, info.shape) != (twin_info.dtype, twin_info.shape):
+            return False
+        if info.file is None or twin_info.file is None:
+            return None
+        rows, columns = info.matrix
+        step = max(1, COMPARED // max(1, columns * ITEM_SIZE[info.dtype]))
+        spans = ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return info == twin_info or all(
+            self._stored_bytes(info, *span) == self._stored_bytes(twin_info, *span) for span in spans
+        )
+
+    def _stored_bytes(self, info: Info, start: int, stop: int) -> bytes | bytearray:
+        """Rows of a tensor as they are stored, in row order."""
+        if info.strides is not None:
+            return self._read(info, start, stop).view(torch.uint8).numpy().tobytes()
+        width = info.matrix[1] * ITEM_SIZE[info.dtype]
+        content = bytearray((stop - start) * width)
+        self._fill(info, info.offset + start * width, memoryview(content))
+        return content
 
     def change_rows(self, name: str, start: int, stop: int) -> Tensor | None:
         """What is added to rows of the base, in float32, where that is how the model is made; else None."""

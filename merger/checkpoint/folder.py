@@ -13,6 +13,7 @@ from typing import IO, Any
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.pickle_reader import parse_pickle, read_pickle
 from merger.checkpoint.safetensors_header import Info, checked_name, parse_header, read_header
+from merger.checkpoint.wrapped_names import plain_names
 from merger.errors import CheckpointError
 
 # What is looked for, the preferred first, as transformers and peft do; shards stand in NAME.index.json.
@@ -111,7 +112,7 @@ def _read_index(folder: Folder, index_name: str) -> dict[str, str]:
 
 
 def read_tensors(folder: Folder, weights: Weights) -> dict[str, Info]:
-    """All tensors, from the headers of the files that hold them."""
+    """All tensors by the model's names of them, from the headers of the files that hold them."""
     with ThreadPoolExecutor(8) as pool:  # on the Hub a header takes a round trip or two
         headers = list(pool.map(lambda file: _header(folder, weights.form, file), weights.files))
     tensors: dict[str, Info] = {}
@@ -130,7 +131,11 @@ def read_tensors(folder: Folder, weights: Weights) -> dict[str, Info]:
             )
     if not tensors:
         raise CheckpointError(f"{folder.label}: {folder.source}: its weights hold no tensor; download them again")
-    return tensors
+    try:
+        names = plain_names(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{folder.label}: {folder.source}: {error}") from None
+    return {names[stored]: info for stored, info in tensors.items()}
 
 
 def _header(folder: Folder, form: str, file: str) -> dict[str, Info]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from merger.checkpoint import hub
-from merger.checkpoint.adapter import CONFIG, Adapted
+from merger.checkpoint.adapter import Adapted
+from merger.checkpoint.adapter_config import CONFIG, other_base
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.folder import (
     ADAPTER,
@@ -37,7 +39,8 @@ def open_checkpoint(
     what the checkpoint will be compared with: an adapter that sits on it differs from it by B·A exactly.
     """
     found = _find(model, label, folder, offline)
-    _refuse_adapter(found, model)
+    if adapter is None:
+        _refuse_adapter(found, model)
     config = read_json(found, "config.json")
     refuse_quantised_config(label, found.source, config)
     weights = find_weights(found, MODEL)
@@ -48,7 +51,19 @@ def open_checkpoint(
     opened = Checkpoint(label, found.directory, tensors, config, commit=found.commit)
     if adapter is None:
         return opened
-    return Adapted(opened, _open_adapter(adapter, label, folder, offline, headers_only), base)
+    adapted = Adapted(opened, _open_adapter(adapter, label, folder, offline, headers_only), base)
+    adapted.remarks = tuple(_remarks(adapted, model, adapter))
+    return adapted
+
+
+def _remarks(adapted: Adapted, model: str, adapter: str) -> Iterator[str]:
+    """Says of an adapter that it was trained on another model."""
+    names = (model, str(adapted.directory), str(adapted.config.get("_name_or_path")))
+    if trained_on := other_base(adapted.adapter.config, names, adapted.commit):
+        yield (
+            f"{adapted.label}: the adapter {adapter} was trained on {trained_on}, but is added to {model}; "
+            "make sure that the two have the same weights"
+        )
 
 
 def _open_adapter(adapter: str, label: str, folder: Path, offline: bool, headers_only: bool) -> Checkpoint:
@@ -77,9 +92,16 @@ def _find(source: str, label: str, folder: Path, offline: bool) -> Folder:
 
 
 def _refuse_adapter(found: Folder, model: str) -> None:
-    has_model = any(name in found.names or f"{name}.index.json" in found.names for name in MODEL)
-    if CONFIG in found.names and not has_model:
+    """CheckpointError if what is given as a model is an adapter, or a model with an adapter beside it."""
+    if CONFIG not in found.names:
+        return
+    if not any(name in found.names or f"{name}.index.json" in found.names for name in MODEL):
         on = read_json(found, CONFIG).get("base_model_name_or_path") or "the model it was trained on"
         raise CheckpointError(
             f"{found.label}: {model} is a PEFT adapter, not a model; write {{model: {on}, adapter: {model}}}"
+        )
+    if any(name in found.names for name in ADAPTER):
+        raise CheckpointError(
+            f"{found.label}: {model} holds a model and beside it a PEFT adapter, which transformers loads on top; "
+            f"write {{model: {model}, adapter: {model}}} to merge the two, or move {CONFIG} elsewhere to leave it out"
         )

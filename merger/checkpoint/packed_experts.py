@@ -37,14 +37,16 @@ def _is_packed(name: str, info: Info, counts: set[int]) -> bool:
     return info.is_float and ("experts" in name or (info.shape[0] in counts and "conv" not in name))
 
 
-def _numbers_of_experts(config: Any) -> Iterator[int]:
-    """Every number under a key such as num_local_experts, n_routed_experts or moe_num_experts."""
-    for key, value in config.items() if isinstance(config, Mapping) else ():
-        if isinstance(value, Mapping):
-            yield from _numbers_of_experts(value)
-        elif key.endswith("experts"):
-            numbers = value if isinstance(value, list) else [value]
-            yield from (number for number in numbers if type(number) is int and number > 1)
+def _numbers_of_experts(config: Mapping[str, Any]) -> Iterator[int]:
+    """Every number under a key such as num_local_experts, n_routed_experts or moe_num_experts, in all sections."""
+    sections = [config]
+    while sections:
+        for key, value in sections.pop().items():
+            if isinstance(value, Mapping):
+                sections.append(value)
+            elif str(key).endswith("experts"):
+                numbers = value if isinstance(value, list) else [value]
+                yield from (number for number in numbers if type(number) is int and number > 1)
 
 
 def _axis_by_bias(name: str, tensors: Mapping[str, Info]) -> int | None:

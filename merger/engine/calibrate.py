@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from merger.calibration.provider import block_providers, model_providers
 from merger.calibration.statistics import keep_grams
 from merger.engine.prepare import prepare
 from merger.errors import RecipeError
@@ -28,7 +29,7 @@ def calibrate(
             _check_grams(prepared.plan)
             return keep_grams(prepared.plan, prepared.options, prepared.machine.hidden, to)
         _check_statistics(prepared.plan)
-        paths = prepared.inputs.statistics
+        paths = prepared.inputs.files
     return paths if to is None else _copies(paths, to)
 
 
@@ -43,16 +44,16 @@ def _copies(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
 
 def _check_statistics(plan: Plan) -> None:
     """RecipeError if the recipe needs no statistics that can be kept in a file."""
-    if not plan.needs_statistics:
+    if not model_providers(plan):
         raise RecipeError(
             "no stage of this recipe needs statistics that are kept: there is nothing to calibrate"
-            + (" (--gram keeps Gram matrices)" if any(tensor.gram for tensor in plan.tensors) else "")
+            + (" (--gram keeps Gram matrices)" if block_providers(plan) else "")
         )
 
 
 def _check_grams(plan: Plan) -> None:
     """RecipeError if the recipe needs no Gram matrices, or none that can be made before the merge."""
-    if not any(tensor.gram for tensor in plan.tensors):
+    if not block_providers(plan):
         raise RecipeError("no stage of this recipe takes Gram matrices: there is nothing to keep with --gram")
-    if any(tensor.fed_by_merged for tensor in plan.tensors):
+    if any(stage_input.follows_merge for stage_input in plan.inputs):
         raise RecipeError("inputs: merged makes Gram matrices while it merges: there is nothing to keep with --gram")

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._version import VERSION
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.hashes import stamp
+from merger.checkpoint.hashes import config_digest, stamp
 from merger.checkpoint.writer import write_json
 from merger.errors import CheckpointError
 from merger.recipe.recipe import portable_location
@@ -23,7 +24,7 @@ from merger.recipe.recipe import portable_location
 if TYPE_CHECKING:
     from merger.checkpoint.safetensors_header import Info
     from merger.planning.plan import Plan, TensorPlan
-    from merger.recipe.recipe import Source
+    from merger.recipe.sections import Source
 
 RECORD = "merger.json"
 FORMAT = 1
@@ -54,7 +55,7 @@ class Manifest:
         return cls(
             {
                 "format": FORMAT,
-                "versions": versions(),
+                "versions": versions(plan),
                 "seed": plan.recipe.seed,
                 "device": device.partition(":")[0],
                 "device-dependent": inexact(plan),
@@ -174,13 +175,18 @@ def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> d
     recipe = portable(plan.recipe.spelled_out())
     parts = {
         "recipe": {**recipe, "output": {**recipe["output"], "path": None}},
-        "inputs": {label: {str(file): stamp(file) for file in model.files} for label, model in plan.models.items()},
+        "inputs": {label: _stamps(model) for label, model in plan.models.items()},
         "tensors": tensor_records(plan),
         "statistics": dict(statistics),
-        "versions": versions(),
+        "versions": versions(plan),
         "device": device.partition(":")[0],
     }
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+
+
+def _stamps(model: Checkpoint) -> dict[str, str]:
+    """What shows without reading the weights whether a model is another: stamps of its files, and its config."""
+    return {**{str(file): stamp(file) for file in model.files}, "config": config_digest(model)}
 
 
 def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
@@ -190,6 +196,7 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
         label: {
             **sources_of(source),
             **_origin(plan.models[label], hashes),
+            "config": config_digest(plan.models[label]),
         }
         for label, source in sources.items()
     }
@@ -198,20 +205,23 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
 def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """From what commit and which bytes a model, and an adapter on it, came."""
     adapter = model.adapter
-    on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
-    own = _named(model.commit, [file for file in model.files if file not in on_top], hashes)
-    return own if adapter is None else {**own, "adapter": _named(adapter.commit, on_top, hashes)}
+    adapter_files = [
+        file for file in model.files if adapter is not None and (file in adapter.files or file.name == CONFIG)
+    ]
+    origin = _file_hashes(model.commit, [file for file in model.files if file not in adapter_files], hashes)
+    return origin if adapter is None else {**origin, "adapter": _file_hashes(adapter.commit, adapter_files, hashes)}
 
 
-def _named(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]) -> dict[str, Any]:
-    said = {"files": {file.name: hashes[file] for file in files}}
-    return {"commit": commit, **said} if commit else said
+def _file_hashes(commit: str | None, files: Iterable[Path], hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """The SHA-256 of each file, and the commit if the files come from the Hub."""
+    record = {"files": {file.name: hashes[file] for file in files}}
+    return {"commit": commit, **record} if commit else record
 
 
 def sources_of(source: Source) -> dict[str, str]:
-    """What a recipe calls a model and the adapter on it."""
-    on_top = {"adapter source": portable_location(source.adapter)} if source.adapter else {}
-    return {"source": portable_location(source.model), **on_top}
+    """The names of a model and of the adapter on it, as the recipe writes them."""
+    adapter = {"adapter source": portable_location(source.adapter)} if source.adapter else {}
+    return {"source": portable_location(source.model), **adapter}
 
 
 def tensor_records(plan: Plan) -> dict[str, Any]:
@@ -229,13 +239,19 @@ def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
         record |= {"packed": tensor.packed.recorded(), "stored as": stored}
     if tensor.tied_to is not None:
         return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
+    if tensor.extra:
+        record["rows"] = {f"{rows.start} to {rows.stop - 1}": list(rows.models) for rows in tensor.extra}
     renamed = {label: name for label, name in tensor.reads.items() if name != tensor.name}
     return record | ({"reads": renamed} if renamed else {})
 
 
 def inexact(plan: Plan) -> list[str]:
-    """The stages whose last bits another device may give otherwise, for they sum floats or decompose matrices."""
-    return sorted({stage.entry.name for tensor in plan.tensors for stage in tensor.stages if not stage.entry.exact})
+    """The stages and scores whose result another device may give otherwise.
+
+    They sum floats or decompose matrices, or look at inputs from forward passes of this merge.
+    """
+    stages = (part for tensor in plan.tensors for stage in tensor.stages for part in stage.parts)
+    return sorted({part.entry.name for part in stages if not part.entry.exact or (plan.runs_models and part.arguments)})
 
 
 def stored_as(info: Info) -> str:
@@ -246,17 +262,19 @@ def stored_as(info: Info) -> str:
 def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without the machine's folders."""
 
-    def without(value: Any) -> Any:
+    def locations(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: without(each) for key, each in value.items()}
+            return {key: locations(location) for key, location in value.items()}
+        if isinstance(value, list):
+            return [locations(location) for location in value]
         return portable_location(value) if isinstance(value, str) else value
 
-    def source(each: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: without(value) if key in ("model", "adapter") else value for key, value in each.items()}
+    def source(model: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: locations(value) if key in ("model", "adapter") else value for key, value in model.items()}
 
-    experts = {name: source(each) for name, each in recipe["experts"].items()}
-    given = recipe["calibration"]
-    calibration = given and {**given, "data": without(given["data"]), "stats": without(given["stats"])}
+    experts = {name: source(expert) for name, expert in recipe["experts"].items()}
+    section = recipe["calibration"]
+    calibration = section and {**section, "data": locations(section["data"]), "stats": locations(section["stats"])}
     output = {**recipe["output"], "path": portable_location(recipe["output"]["path"])}
     return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
 
@@ -270,8 +288,14 @@ def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}
 
 
-def versions() -> dict[str, str]:
-    """The versions that decide the bytes."""
+def versions(plan: Plan) -> dict[str, str]:
+    """The versions that decide the bytes of a merge; that of transformers where models are run for it."""
+    run = {"transformers": version("transformers")} if plan.runs_models else {}
+    return {**merge_versions(), **run}
+
+
+def merge_versions() -> dict[str, str]:
+    """The versions that decide the bytes of every merge."""
     return {
         "merger": VERSION,
         "python": platform.python_version(),

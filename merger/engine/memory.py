@@ -1,66 +1,12 @@
-"""What calibration takes of a machine, from headers alone: memory while it runs, and disk for what it keeps.
-
-All of it is an upper bound: a header does not tell which matrices share their inputs, nor how long the text is.
-"""
+"""The memory that a merge takes: slices side by side, and the inputs of its stages."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 
-from merger.checkpoint.anatomy import text_config
-from merger.engine import memory as demand
+from merger.calibration.provider import cost, input_bytes
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan
-
-
-def while_watching(plan: Plan) -> int:
-    """Bytes that an expert's forward passes take: its embedding, or a block in float32 and the sums over its inputs.
-
-    Gram matrices are summed up in float64 for one expert at a time; those of the others wait in float32.
-    """
-    if not plan.calibrated:
-        return 0
-    weights, squares = Counter[str](), Counter[str]()
-    for tensor in plan.tensors:
-        weights[tensor.unit] += 4 * tensor.info.elements
-        squares[tensor.unit] += (8 + 4 * len(plan.recipe.experts)) * _squares(tensor)
-    return max(weights[unit] + squares[unit] for unit in weights)
-
-
-def while_merging(plan: Plan) -> int:
-    """Bytes of a block's Gram matrices of all experts, which wait until all of its matrices are merged."""
-    squares = Counter[str]()
-    for tensor in plan.tensors:
-        squares[tensor.unit] += 4 * len(plan.recipe.experts) * _squares(tensor)
-    return max(squares.values(), default=0)
-
-
-def hidden_states(plan: Plan) -> int:
-    """Bytes of all samples' hidden states, which wait between two blocks: of all experts at once for Gram matrices."""
-    given = plan.recipe.calibration
-    if given is None or not plan.calibrated:
-        return 0
-    said = given.samples
-    each = {name: said.get(name, 100) if isinstance(said, dict) else said for name in plan.recipe.experts}
-    samples = sum(each.values()) if any(tensor.gram for tensor in plan.tensors) else max(each.values())
-    width = text_config(plan.base.config).get("hidden_size", 0)
-    return 4 * samples * given.max_tokens * (width if isinstance(width, int) else 0)
-
-
-def kept_grams(plan: Plan) -> int:
-    """Bytes of the folders that `merger calibrate --gram` makes."""
-    triangles = sum(_triangles(tensor) for tensor in plan.tensors)
-    return 4 * len(plan.recipe.experts) * triangles
-
-
-def _squares(tensor: TensorPlan) -> int:
-    """The numbers of all Gram matrices that one expert's inputs to a tensor have."""
-    return sum(part.columns**2 for part in tensor.parts) if tensor.gram else 0
-
-
-def _triangles(tensor: TensorPlan) -> int:
-    return sum(part.columns * (part.columns + 1) // 2 for part in tensor.parts) if tensor.gram else 0
-
 
 SLICE = 1 << 19
 """Elements of one model that are worked on at once: so many that Python's steps for a slice take little beside it.
@@ -76,21 +22,30 @@ HOLD = 128 << 20
 
 INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux with a CPU build
 
+CUDA = 1 << 30
+"""Host memory that a process takes beside `INTERPRETER` once it computes on GPUs, all of them together.
 
-def memory_needed(plan: Plan, workers: int) -> int:
-    """Bytes of host memory that the merge takes at least, with so many slices at once."""
-    return INTERPRETER + max(demand.while_watching(plan), demand.while_merging(plan) + _at_once(plan, workers))
+The libraries of torch 2.11 for CUDA 13 take 270 MB more than those for the CPU, as measured without a device; contexts,
+cuBLAS and cuSOLVER are an estimate, which scripts/gpu_check.sh checks.
+"""
 
 
-def _at_once(plan: Plan, workers: int) -> int:
-    """What so many slices take together: the largest of any block, or of one where blocks are merged one by one."""
-    experts = len(plan.models) - 1
-    alone: list[int] = [0]
+def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
+    """Bytes of host memory that the merge takes at least, with so many slices at once, on the CPU or on GPUs."""
+    slices = _largest_together(plan, workers, _staged_bytes if gpu else slice_bytes)
+    process = INTERPRETER + (CUDA if gpu else 0)
+    inputs = cost(plan)
+    return process + max(inputs.making, inputs.merging + slices)
+
+
+def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
+    """Bytes of so many slices together: the largest of the model, or those of one block that is merged by itself."""
+    slices: list[int] = [0]
     by_block: dict[str, list[int]] = {}
     for tensor in plan.tensors:
-        sizes = alone if not tensor.gram else by_block.setdefault(tensor.unit, [])
-        sizes += (_slice_bytes(tensor, part, experts) for part in tensor.parts)
-    return max(workers * max(alone), *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
+        sizes = by_block.setdefault(tensor.unit, []) if tensor.lockstep else slices
+        sizes += (size(plan, tensor, part) for part in tensor.parts)
+    return max(workers * max(slices), *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
 
 
 def bytes_per_element(experts: int) -> int:
@@ -103,22 +58,41 @@ def bytes_held(experts: int) -> int:
     return 8 + experts * 12
 
 
-def _slice_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
-    """What the largest slice takes. A method of whole matrices has float64 copies, factors and Gram matrices beside.
+def slice_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
+    """Bytes that the largest slice takes where it is merged, on the CPU or a device.
 
-    Of 600 x 1600 and three experts that is 70 (star) to 190 bytes an element (knots, wudi), as measured.
+    A method of whole matrices has float64 copies, factors and its inputs as well. Of 600 x 1600 and three experts that
+    is 70 (star) to 190 bytes an element (knots, wudi), as measured on the CPU.
     """
-    elements = min(part.rows, slice_rows(tensor, part)) * part.columns
-    beside = 0
-    if any(stage.takes == "matrix" for stage in tensor.stages):
-        beside = 8 * (elements * (experts + 8) + 3 * part.columns**2)
-    if tensor.gram:
-        beside += (16 + 4 * experts) * part.columns**2
-    return elements * bytes_per_element(experts) + beside
+    elements, experts = _slice_elements(tensor, part), len(plan.models) - 1
+    extra = 0
+    if not _is_sliced(tensor):
+        extra = 8 * (elements * (experts + 8) + 3 * part.columns**2)
+    extra += input_bytes(tensor, part, experts)
+    return elements * bytes_per_element(experts) + extra
+
+
+def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
+    """Bytes of host memory that a slice takes which is merged on a device: what is read, drawn, and written.
+
+    Twice that, for torch rounds pinned allocations up to powers of two. Random draws are of slices alone.
+    """
+    experts = len(plan.models) - 1
+    staged = bytes_per_element(experts) if _is_sliced(tensor) else 8 + 8 * experts  # float32, and an adapter's changes
+    return 2 * staged * _slice_elements(tensor, part)
+
+
+def _slice_elements(tensor: TensorPlan, part: Part) -> int:
+    return min(part.rows, slice_rows(tensor, part)) * part.columns
+
+
+def _is_sliced(tensor: TensorPlan) -> bool:
+    """Whether no stage must see the whole matrix."""
+    return all(stage.takes != "matrix" for stage in tensor.stages)
 
 
 def slice_rows(tensor: TensorPlan, part: Part) -> int:
     """Rows of one slice: all of them where a stage needs the whole matrix or another orientation."""
-    if part.transposed or not part.columns or any(stage.takes == "matrix" for stage in tensor.stages):
+    if part.transposed or not part.columns or not _is_sliced(tensor):
         return max(1, part.rows)
     return step_rows(part.columns, tensor.stages, SLICE)

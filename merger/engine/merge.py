@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.statistics import origin, sources
+from merger.calibration.provider import block_providers, origins
+from merger.calibration.statistics import origin, statistics_keys
 from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, json_bytes, write_bytes, write_text
+from merger.checkpoint.writer import Writer, write_text
 from merger.engine.machine import peak_device_memory, peak_memory
 from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge_sink import MergeSink, merge_schedule
@@ -26,6 +26,7 @@ from merger.engine.prepare import Prepared, prepare
 from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.options import Notice, RunOptions
 from merger.planning.plan import Plan
+from merger.planning.sample import sample_changes, sample_notes
 from merger.recipe.recipe import Recipe
 
 
@@ -58,15 +59,16 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     output = recipe.folder / Path(recipe.output.path).expanduser()
     with prepare(recipe, options, output, force=force) as prepared:
         plan = prepared.plan
-        statistics = origin(prepared.inputs.statistics)
-        for note in plan.notes:
+        statistics = origin(prepared.inputs.files)
+        plan_notes = [*plan.notes, *sample_notes(sample_changes(plan))]
+        for note in plan_notes:
             options.notice(note)
         infos = plan.stored
         shards = layout(list(infos.items()), recipe.output.shard_size, PACKED if plan.packed else SINGLE)
-        writer = Writer(output, shards, infos, _decisive(prepared, statistics))
+        writer = Writer(output, shards, infos, decisive_inputs(prepared, statistics))
         with _kept_for_the_next_run(writer, options.notice):
             writer.open(force=force, tell=partial(options.progress, "checking"))
-            notes = [*plan.notes, *_earlier_notes(writer, len(shards), options.notice)]
+            notes = [*plan_notes, *_earlier_notes(writer, len(shards), options.notice)]
             unfinished = writer.unfinished
             schedule = merge_schedule(prepared, unfinished)
             with _hashed_inputs(plan) as hashes:
@@ -88,10 +90,15 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     )
 
 
-def _decisive(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
-    """All that decides the bytes; Gram matrices are in no file, so what they are made from stands for them."""
+def decisive_inputs(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
+    """All that decides the bytes of the shards, as hashes: another run goes on with them where these are the same.
+
+    ``statistics`` are the SHA-256s of statistics files. Gram matrices are in no file, so their keys stand for them.
+    """
     plan = prepared.plan
-    return decisive(plan, prepared.machine.device, {**sources(plan), **statistics})
+    keys = statistics_keys(plan, prepared.options) if block_providers(plan) else {}
+    blocks = {f"inputs of blocks of {name}": key.folder_name() for name, key in keys.items()}
+    return decisive(plan, prepared.machine.device, {**origins(plan), **blocks, **statistics})
 
 
 @contextmanager
@@ -136,18 +143,14 @@ def _write_side_files(
 ) -> None:
     """Writes config, tokenizer, manifest and card beside the weights."""
     plan, folder = prepared.plan, writer.folder
-    copied = side_files.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
-    files = side_files.copy_side_files(copied, folder)
-    config = json_bytes(plan.config)
-    write_bytes(folder / "config.json", config)
-    files["config.json"] = hashlib.sha256(config).hexdigest()
+    files = side_files.write_side_files(plan.side_files, folder)
     manifest = Manifest.of_merge(
         plan,
         prepared.machine.device,
         inputs=hashes,
         shards=writer.digests(),
         files=files,
-        calibration=sources(plan),
+        calibration=origins(plan),
         statistics=statistics,
         notes=notes,
     )

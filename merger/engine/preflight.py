@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from merger.calibration.provider import cost
 from merger.checkpoint.writer import check_output, left_over
-from merger.engine import memory as demand
 from merger.engine.machine import Machine
 from merger.engine.memory import memory_needed
 from merger.errors import ResourceError
@@ -51,7 +51,7 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     check_disk(plan, output)
     machine = Machine.of(device or "cpu", max_memory, plan)
     ranked = any(tensor.ranked for tensor in plan.tensors)
-    hidden = demand.hidden_states(plan)
-    memory = memory_needed(plan, machine.workers) + machine.hold
-    memory += hidden if machine.hidden is None else min(machine.hidden, hidden)
-    return Forecast(memory, _free(output), ranked, demand.kept_grams(plan), machine.devices if device else None)
+    inputs = cost(plan)
+    memory = memory_needed(plan, machine.workers, gpu=machine.device != "cpu") + machine.hold
+    memory += inputs.hidden_states if machine.hidden is None else min(machine.hidden, inputs.hidden_states)
+    return Forecast(memory, _free(output), ranked, inputs.files, machine.devices if device else None)

@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
-from merger.calibration.statistics import Merged, Statistics, calibrate, grams
+from merger.calibration.provider import Block, BlockProvider, MergedTensors, ModelProvider, Source, model_providers
 from merger.checkpoint.writer import check_output
 from merger.engine.machine import Machine
 from merger.engine.preflight import check_disk, check_place
 from merger.ops import kernels
 from merger.options import RunOptions
-from merger.planning.plan import Plan, TensorPlan
+from merger.planning.plan import Plan
 from merger.planning.planner import plan as make_plan
 from merger.recipe.recipe import Recipe
-
-Block = tuple[list[TensorPlan], Mapping[str, Statistics]]
-"""The tensors of one transformer block whose stages need Gram matrices, with those matrices."""
 
 _SLOW = "merger was installed without its compiled loops, so this takes several times as long; a C compiler makes them"
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What calibration gives to the stages of a plan; it is made when it is first asked for."""
+    """The inputs of a plan's stages, from their providers; each is made when it is first asked for."""
 
     plan: Plan
     options: RunOptions  # with a definite device
     hidden_memory: int | None  # bytes of hidden states that may stay in memory; None: all of them
 
     @cached_property
-    def statistics(self) -> Mapping[str, Path]:
-        """The statistics file of each expert; empty where no stage needs one. Raises as `calibrate` does."""
-        return self.find_statistics() if self.plan.needs_statistics else {}
+    def files(self) -> Mapping[str, Path]:
+        """The files of inputs for the whole model, by expert; none where no stage takes any. Raises CheckpointError."""
+        return {name: path for provider in model_providers(self.plan) for name, path in self.find(provider).items()}
 
-    def find_statistics(self) -> Mapping[str, Path]:
-        """The statistics files of an earlier run, or new ones."""
-        return calibrate(self.plan, self.options, self.hidden_memory)
+    def find(self, provider: ModelProvider) -> Mapping[str, Path]:
+        """The files of one provider: of an earlier run, or new ones."""
+        return provider.files(self.plan, self.options, self.hidden_memory)
 
-    def blocks(self, merged: Merged) -> Iterator[Block]:
-        """The Gram matrices, block by block, as `grams` makes them behind the blocks that ``merged`` gives."""
-        return grams(self.plan, self.options, self.hidden_memory, merged)
+    def sources(self) -> Sequence[Source]:
+        """The inputs for the whole model, in memory."""
+        return [provider.open(self.plan, self.files) for provider in model_providers(self.plan)]
+
+    def blocks(self, provider: BlockProvider, merged: MergedTensors) -> Iterator[Block]:
+        """The inputs of one block after the other, as they are made in lockstep with the merge."""
+        return provider.blocks(self.plan, self.options, self.hidden_memory, merged)
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.calibration.statistics import Statistics, inputs_of
+from merger.calibration.provider import Source
+from merger.checkpoint.packed_experts import ROWS
 from merger.checkpoint.safetensors_header import TORCH_NAMES
 from merger.engine.machine import Machine
-from merger.engine.memory import bytes_held, slice_rows
-from merger.engine.transfer import buffer, sent
+from merger.engine.memory import bytes_held, slice_bytes, slice_rows
 from merger.errors import CheckpointError
 from merger.ops import kernels
 from merger.ops.rounding import restored
+from merger.ops.transfer import buffer, sent
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import SampleNotes, Sizes, rehearse
 from merger.pipeline.stages import step_rows
@@ -56,8 +58,8 @@ class PartSlices:
             seed=reader.plan.recipe.seed,
             first=part.first,
             transposed=part.transposed,
-            input_axis=part.input_axis,
-            inputs=inputs_of(tensor, part, reader.statistics, partial(reader.note, tensor)),
+            features_are_rows=part.input_axis == ROWS,
+            inputs=reader.inputs(tensor, part),
         )
         elements = part.rows * part.columns
         self._step = slice_rows(tensor, part)
@@ -66,6 +68,12 @@ class PartSlices:
         held_bytes = elements * bytes_held(len(reader.plan.models) - 1)
         self.hold = self.count == 1 or held_bytes <= reader.machine.hold
         self._kept: dict[int, _Stored] = {}
+
+    def room(self) -> AbstractContextManager[None]:
+        """Memory of the device for a part that is merged in one piece; slices are small enough to need no leave."""
+        machine = self._reader.machine
+        size = slice_bytes(self._reader.plan, self.tensor, self.part)
+        return machine.rooms[machine.device].taken(size) if self.count == 1 else nullcontext()
 
     def read(self, i: int) -> tuple[Tensor, Slice]:
         """Slice ``i``: base and experts as stored [1+k r c], and the slice that the stages see."""
@@ -104,7 +112,7 @@ class Reader:
 
     plan: Plan
     machine: Machine
-    statistics: Mapping[str, Statistics]
+    sources: Sequence[Source]
     note: Callable[[TensorPlan, str], None]
 
     @cached_property
@@ -114,6 +122,13 @@ class Reader:
         for tensor in self.plan.tensors:
             sizes[tensor.group] += tensor.elements if tensor.stages else 0
         return sizes
+
+    def inputs(self, tensor: TensorPlan, part: Part) -> Mapping[str, Tensor]:
+        """The inputs of one matrix for its stages, by name."""
+        inputs: dict[str, Tensor] = {}
+        for source in self.sources if tensor.inputs else ():
+            inputs |= source.of_part(tensor, part, partial(self.note, tensor))
+        return inputs
 
     def slices(self, tensor: TensorPlan, part: Part) -> PartSlices:
         """The slices of one part of a tensor."""
@@ -134,12 +149,13 @@ class Reader:
             if name is None:  # `missing: zero`
                 stored[k] = stored[0]
             elif change is not None:
-                changes[k - 1] = change
                 torch.add(stored[0], change, out=stored[k])
+                changes[k - 1] = sent(change, device)
             elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
+        _equalise(tensor, range(first, last), stored, changes)
         return _Stored(sent(stored, device), changes)
 
     def slice_of(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
@@ -152,6 +168,18 @@ class Reader:
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
         return Slice(row, base, deltas)
+
+
+def _equalise(tensor: TensorPlan, rows: range, stored: Tensor, changes: Mapping[int, Tensor]) -> None:
+    """Sets rows that are not merged to the base's in all experts, so that no stage counts them as changed."""
+    is_vector = len(tensor.info.shape) == 1  # one row of the file, with an element for each token
+    values = stored.transpose(1, 2) if is_vector else stored
+    start = 0 if is_vector else rows.start
+    for extra in tensor.extra:
+        places = slice(max(extra.start - start, 0), max(extra.stop - start, 0))
+        values[1:, places] = values[:1, places]
+        for change in changes.values():
+            (change.T if is_vector else change)[places] = 0
 
 
 def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
             "rules": [rule for rule in recipe["rules"] if "use" in rule],
             "missing": recipe["missing"],
             "extra_rows": recipe["extra_rows"],
-            "output": {"path": "nowhere"},
+            "output": {"path": "nowhere", "tokenizer": recipe["output"]["tokenizer"]},
         }
     )
 
@@ -98,7 +98,7 @@ def expert_name(source: str) -> str:
 
 def unused_name(name: str, taken: Iterable[str]) -> str:
     """The name, lengthened until it is not taken."""
-    others = set(taken)
-    while name in others:
+    taken_names = set(taken)
+    while name in taken_names:
         name += "_"
     return name

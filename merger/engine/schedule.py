@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ from operator import call
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from merger.calibration.statistics import Merged, Statistics, load
+from merger.calibration.provider import MergedTensors, Source, block_providers
 from merger.engine.machine import dealt, tuned
 from merger.engine.memory import slice_rows
 from merger.engine.prepare import Prepared
@@ -95,8 +95,8 @@ class ByteProgress:
 class Schedule:
     """The tensors of a plan in the order and the passes that their stages need.
 
-    Tensors without Gram matrices come first, in canonical order; the others follow block by block, as their Gram
-    matrices become known. The slices of a tensor are worked on side by side; so are tensors of a single slice.
+    Tensors that wait for no block come first, in canonical order; the others follow block by block, as their inputs
+    are made. The slices of a tensor are worked on side by side; so are tensors of a single slice.
     """
 
     def __init__(self, prepared: Prepared, tensors: Sequence[TensorPlan], progress: ByteProgress) -> None:
@@ -104,7 +104,7 @@ class Schedule:
         self.tensors = tensors
         self.progress = progress
         self.notes = Notes(prepared.options.notice)
-        self._statistics: Mapping[str, Statistics] = load(self.plan, self.inputs.statistics)
+        self._model_sources = prepared.inputs.sources()
         self._parts_left = Counter({tensor.name: len(tensor.parts) for tensor in tensors})
         self._lock = Lock()
 
@@ -112,20 +112,20 @@ class Schedule:
         """Gives every tensor to the sink. Raises the first error of any slice, and cancels what has not begun."""
         with ThreadPoolExecutor(self.machine.workers, "merger-slice") as threads:
             try:
-                for tensors, statistics in self._batches(sink.read):
-                    reader = Reader(self.plan, self.machine, statistics, self.notes.add)
+                for tensors, sources in self._batches(sink.read):
+                    reader = Reader(self.plan, self.machine, sources, self.notes.add)
                     self._run_batch(tensors, reader, sink, threads)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _batches(self, merged: Merged) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
-        """Tensors that do not wait for each other, with the statistics of their inputs."""
-        yield [tensor for tensor in self.tensors if not tensor.gram], self._statistics
-        lockstep = {tensor.name for tensor in self.tensors if tensor.gram}
-        if lockstep:
-            for block, statistics in self.inputs.blocks(merged):
-                yield [tensor for tensor in block if tensor.name in lockstep], statistics
+    def _batches(self, merged: MergedTensors) -> Iterator[tuple[list[TensorPlan], Sequence[Source]]]:
+        """Tensors that do not wait for each other, with the sources of their inputs."""
+        yield [tensor for tensor in self.tensors if not tensor.lockstep], self._model_sources
+        waiting = {tensor.name for tensor in self.tensors if tensor.lockstep}
+        for provider in block_providers(self.plan) if waiting else ():
+            for tensors, source in self.inputs.blocks(provider, merged):
+                yield [tensor for tensor in tensors if tensor.name in waiting], [source]
 
     def _run_batch(
         self, tensors: Sequence[TensorPlan], reader: Reader, sink: Sink, threads: ThreadPoolExecutor
@@ -172,7 +172,8 @@ class Schedule:
             slices = reader.slices(tensor, part)
             flow = partial(sink.carry, slices)
             passes = TensorPasses(flow, slices.sizes, model_totals, earlier_sums, slices.hold, slices.rehearse)
-            open_total = passes.run(slices.count, mapper)
+            with slices.room():
+                open_total = passes.run(slices.count, mapper)
         else:
             sink.copy(tensor, part)
         self._end_pass(unit, sink, is_last=open_total is None)

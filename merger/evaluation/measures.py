@@ -13,6 +13,7 @@ import torch
 
 from merger.calibration.samples import grouped, padded
 from merger.evaluation.tasks import Example, Task
+from merger.ops.precision import full_float32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,6 +143,7 @@ def _chosen(prepared: Prepared, likelihoods: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
+@full_float32()
 def log_likelihoods(model: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> np.ndarray:
     """The summed log-probability of each sequence's tokens from its start on, given those before: [n], float64."""
     found = np.zeros(len(sequences))
@@ -168,6 +170,7 @@ def _losses(logits_BTV: Tensor, ids_BT: Tensor, scored_BT: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+@full_float32()
 def generate(model: Any, prompts: Sequence[Sequence[int]], longest: int, ends: Iterable[int]) -> Tensor:
     """Greedy replies to prompts of similar length, up to ``longest`` tokens each: [b t], filled up with an end."""
     stop = list(ends)

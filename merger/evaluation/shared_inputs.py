@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merger.calibration.statistics import Merged, Statistics
-from merger.engine.prepare import Block, StageInputs
-from merger.planning.plan import Plan, TensorPlan
+from merger.calibration.provider import Block, BlockProvider, MergedTensors, ModelProvider, Provider, Source
+from merger.engine.prepare import StageInputs
+from merger.planning.plan import Plan
 
-GRAM_MEMORY = 4 << 30
-"""Bytes of Gram matrices that are kept for the next merge; more are made anew for each."""
+BLOCK_MEMORY = 4 << 30
+"""Bytes of a block provider's inputs that are kept for the next merge; more are made anew for each."""
 
-NamedBlock = tuple[list[str], Mapping[str, Statistics]]
-"""The names of a block's tensors, with their Gram matrices."""
+NamedBlock = tuple[list[str], Source]
+"""The names of a block's tensors, with their inputs."""
 
 
 @dataclass(frozen=True)
 class InputCache:
-    """What merges in memory have needed so far, by what it was made from."""
+    """The inputs that merges in memory have needed so far, by what they were made from."""
 
-    statistics: dict[str, Mapping[str, Path]] = field(default_factory=dict)
-    grams: dict[str, list[NamedBlock]] = field(default_factory=dict)
+    files: dict[str, Mapping[str, Path]] = field(default_factory=dict)
+    blocks: dict[str, list[NamedBlock]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,55 +32,40 @@ class SharedInputs(StageInputs):
 
     cache: InputCache
 
-    def find_statistics(self) -> Mapping[str, Path]:
-        """The experts' statistics files, looked for once for all merges of the same experts and text."""
-        key = _sources(self.plan)
-        if key not in self.cache.statistics:
-            self.cache.statistics[key] = super().find_statistics()
-        return self.cache.statistics[key]
+    def find(self, provider: ModelProvider) -> Mapping[str, Path]:
+        """The files of a provider, looked for once for all merges of the same experts and text."""
+        key = _key(self.plan, provider)
+        if key not in self.cache.files:
+            self.cache.files[key] = super().find(provider)
+        return self.cache.files[key]
 
-    def blocks(self, merged: Merged) -> Iterator[Block]:
-        """The Gram matrices block by block: those of an earlier merge, or new ones, which are kept while they fit."""
-        tensors = {tensor.name: tensor for tensor in self.plan.tensors if tensor.gram}
-        key = json.dumps([_sources(self.plan), sorted(tensors)])
-        if key in self.cache.grams:
-            for names, statistics in self.cache.grams[key]:
-                yield [tensors[name] for name in names], statistics
+    def blocks(self, provider: BlockProvider, merged: MergedTensors) -> Iterator[Block]:
+        """The inputs block by block: those of an earlier merge, or new ones, which are kept while they fit."""
+        tensors = {tensor.name: tensor for tensor in self.plan.tensors if tensor.lockstep}
+        key = json.dumps([_key(self.plan, provider), sorted(tensors)])
+        if key in self.cache.blocks:
+            for names, source in self.cache.blocks[key]:
+                yield [tensors[name] for name in names], source
             return
-        if any(tensor.fed_by_merged for tensor in tensors.values()):  # they hold for this merge alone
-            yield from super().blocks(merged)
+        if any(stage_input.follows_merge for stage_input in provider.inputs):  # they hold for this merge alone
+            yield from super().blocks(provider, merged)
             return
         blocks: list[NamedBlock] = []
         size = 0
-        for block, statistics in super().blocks(merged):
-            needed = _needed(block, statistics)
-            size += _gram_bytes(needed)
-            if size <= GRAM_MEMORY:
-                blocks.append(([tensor.name for tensor in block], needed))
+        for block, source in super().blocks(provider, merged):
+            block_source = source.only(block)
+            size += block_source.nbytes
+            if size <= BLOCK_MEMORY:
+                blocks.append(([tensor.name for tensor in block], block_source))
             else:
                 blocks.clear()
-            yield block, statistics
-        if size <= GRAM_MEMORY:
-            self.cache.grams[key] = blocks
+            yield block, source
+        if size <= BLOCK_MEMORY:
+            self.cache.blocks[key] = blocks
 
 
-def _sources(plan: Plan) -> str:
-    """All that calibration depends on, as far as the recipe says it."""
+def _key(plan: Plan, provider: Provider) -> str:
+    """All that a provider's inputs depend on, as far as the recipe says it."""
     recipe = plan.recipe
-    sources = recipe.model_dump(mode="json", include={"base", "experts", "calibration", "seed"})
-    return json.dumps([str(recipe.folder), sources])
-
-
-def _needed(tensors: Sequence[TensorPlan], statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
-    """The statistics of these tensors alone."""
-    return {
-        expert: {name: moments[name] for tensor in tensors if (name := tensor.reads[expert] or "") in moments}
-        for expert, moments in statistics.items()
-    }
-
-
-def _gram_bytes(statistics: Mapping[str, Statistics]) -> int:
-    """Bytes of the Gram matrices; layers that share an input share one matrix."""
-    moments = (layer for expert in statistics.values() for layer in expert.values())
-    grams = [layer.gram for layer in moments if layer.gram is not None]
-    return sum({gram.untyped_storage().data_ptr(): gram.nbytes for gram in grams}.values())
+    origin = recipe.model_dump(mode="json", include={"base", "experts", "calibration", "seed"})
+    return json.dumps([sorted(provider.supplies), str(recipe.folder), origin])

@@ -22,7 +22,7 @@ def whole(**_: object) -> Takes:
 
 
 def has_matrix(kind: str, *, head: bool = False) -> bool:
-    """Whether a tensor of this kind maps activations to activations; the head does only if asked (methods.md 0.5)."""
+    """Whether a tensor of this kind maps activations to activations; the head does only with ``head``."""
     return kind in ("linear", "conv1d", "expert3d") or (head and kind == "head")
 
 

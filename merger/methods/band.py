@@ -41,8 +41,8 @@ def band(
     Of (4, -3, 1, 0, 2, -1, 5, -6) at 0.5 and 0.125 the elements 4, -3 and 5 stay.
     """
     size = scores.shape[-1] if scope == "row" else (yield Size(scope))
-    rest = [1 - Fraction(count(low, size), size) for low in drop_low]  # drop floor(drop_low * size)
-    chosen = yield from select(torch.cat([scores, scores]), [*rest, *drop_high], scope=scope)
-    kept, outliers = chosen[: len(deltas)], chosen[len(deltas) :]
-    kept = kept & ~outliers
-    return keep(deltas, kept if exclusive is None else disjoint(kept, exclusive))
+    low_density = [1 - Fraction(count(low, size), size) for low in drop_low]  # drop floor(drop_low * size)
+    masks = yield from select(torch.cat([scores, scores]), [*low_density, *drop_high], scope=scope)
+    mask, outliers = masks[: len(deltas)], masks[len(deltas) :]
+    mask = mask & ~outliers
+    return keep(deltas, mask if exclusive is None else disjoint(mask, exclusive))

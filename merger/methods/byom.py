@@ -1,4 +1,6 @@
-"""A shared model and what each expert has beside it. BYOM, https://arxiv.org/abs/2310.01886; methods.md 9.6, `fft`.
+"""A shared model and what each expert has beside it. BYOM, https://arxiv.org/abs/2310.01886.
+
+See docs/methods/packs.md, `fft`.
 
 The survey ranks the residuals over the whole model; here each tensor keeps its share, so that the sizes of
 all that is written are known from headers. Its low-rank form is `factors` with a `rank`.
@@ -20,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def _forms(*, rows: int, columns: int, density: Fraction, **_: object) -> dict[str, Form]:
-    kept = count(density, rows * columns)
+    size = count(density, rows * columns)
     return {
         "merged": Form("weights", shared=True),
         "mask": Form("bits"),
-        "own": Form("chosen", at="mask", count=kept),
+        "own": Form("chosen", at="mask", count=size),
     }
 
 

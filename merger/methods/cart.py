@@ -1,4 +1,4 @@
-"""Low-rank task vectors around the mean. CART, https://arxiv.org/abs/2412.12153; methods.md 7.5."""
+"""Low-rank task vectors around the mean. CART, https://arxiv.org/abs/2412.12153; docs/methods/spectral.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cart(
     if rank == full or len(deltas) == 1:
         return centre
     shares = [float(w * len(deltas) / sum(weight)) for w in weight]
-    beside = torch.zeros_like(centre, dtype=torch.float64)
+    difference = torch.zeros_like(centre, dtype=torch.float64)
     for delta, share in zip(deltas, shares, strict=True):
-        beside += low_rank(delta.double() - centre, rank) * share
-    return (centre + beside * float(lambda_)).to(deltas)
+        difference += low_rank(delta.double() - centre, rank) * share
+    return (centre + difference * float(lambda_)).to(deltas)

@@ -1,6 +1,6 @@
 """Keep what several experts agree on: TALL masks as a filter. Consensus merging, https://arxiv.org/abs/2405.07813.
 
-The authors compare with >, here it is >=: an unchanged position then counts, which adds nothing (methods.md 5.5).
+The authors compare with >, here it is >=: an unchanged position then counts, which adds nothing.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def consensus(
     what separates it from the merged one. Of (3, 0) and (1, 4), merged to (4, 4), two experts hold
     the first at lambda_t 0.3 and one the second: (4, 0).
     """
-    holding = held(originals * column(weight, originals), deltas, lambda_t)
-    return keep(deltas, summed(holding.view(torch.int8)) >= k)
+    holders = tall_mask(originals * column(weight, originals), deltas, lambda_t)
+    return keep(deltas, summed(holders.view(torch.int8)) >= k)
 
 
-def held(own: Tensor, merged: Tensor, lambda_t: Sequence[Fraction]) -> Tensor:
-    """Where each task vector ``own`` [k r c] is at least `lambda_t` times as large as the rest of ``merged`` [r c]."""
-    apart = (merged - own).abs() * column(lambda_t, own)
-    return at_least(own.abs(), apart)
+def tall_mask(vectors: Tensor, merged: Tensor, lambda_t: Sequence[Fraction]) -> Tensor:
+    """The mask [k r c] where a task vector is at least `lambda_t` times as large as the rest of ``merged`` [r c]."""
+    limits = (merged - vectors).abs() * column(lambda_t, vectors)
+    return at_least(vectors.abs(), limits)

@@ -37,7 +37,7 @@ def emr(
     agreeing = deltas.sign() == elected
     unified = elected * keep(deltas.abs(), agreeing).amax(0)
     mask = agreeing & (unified != 0)
-    own = yield Sum(deltas.double().abs().sum((1, 2)), scope)
-    left = yield Sum((unified.double().abs() * mask).sum((1, 2)), scope)
-    rescale = torch.where(left > 0, own / left.where(left > 0, 1), 0)
+    sizes = yield Sum(deltas.double().abs().sum((1, 2)), scope)
+    unified_sizes = yield Sum((unified.double().abs() * mask).sum((1, 2)), scope)
+    rescale = torch.where(unified_sizes > 0, sizes / unified_sizes.where(unified_sizes > 0, 1), 0)
     return {"unified": unified, "mask": mask, "rescale": rescale.float()}

@@ -26,11 +26,11 @@ def _rank(rows: int, columns: int, rank_share: Fraction, rank: int | None) -> in
 
 
 def _forms(*, rows: int, columns: int, rank_share: Fraction, rank: int | None, **_: object) -> dict[str, Form]:
-    kept = _rank(rows, columns, rank_share, rank)
+    directions = _rank(rows, columns, rank_share, rank)
     return {
-        "left": Form("factors", shape=(rows, kept)),
-        "values": Form("floats", shape=(kept,)),
-        "right": Form("factors", shape=(columns, kept)),
+        "left": Form("factors", shape=(rows, directions)),
+        "values": Form("floats", shape=(directions,)),
+        "right": Form("factors", shape=(columns, directions)),
     }
 
 
@@ -56,14 +56,14 @@ def factors(
     At 0.5, diag(4, 3, 2, 1) is rebuilt as diag(4, 3, 0, 0).
     """
     _, rows, columns = deltas.shape
-    kept = _rank(rows, columns, rank_share, rank)
-    several = [_padded(svd(delta, rank=kept), kept) for delta in deltas]
-    left, values, right = (torch.stack(each).float() for each in zip(*several, strict=True))
+    directions = _rank(rows, columns, rank_share, rank)
+    by_expert = [_padded(svd(delta, rank=directions), directions) for delta in deltas]
+    left, values, right = (torch.stack(parts).float() for parts in zip(*by_expert, strict=True))
     return {"left": left, "values": values, "right": right}
 
 
-def _padded(found: Factors, rank: int) -> Factors:
+def _padded(factors: Factors, rank: int) -> Factors:
     """The directions of a matrix that has fewer, with zeros for the rest."""
-    missing = rank - len(found.values)
+    lack = rank - len(factors.values)
     pad = torch.nn.functional.pad
-    return Factors(pad(found.left, (0, missing)), pad(found.values, (0, missing)), pad(found.right, (0, missing)))
+    return Factors(pad(factors.left, (0, lack)), pad(factors.values, (0, lack)), pad(factors.right, (0, lack)))

@@ -15,7 +15,7 @@ from merger.pipeline.registry import Score, Stage, method, stage
 
 
 def at_most_whole(density: Any, experts: tuple[str, ...], ratio_of: str) -> None:
-    """Shares of the whole that add up to more than the whole cannot be disjoint (methods.md 2.2 c)."""
+    """Shares of the whole that add up to more than the whole cannot be disjoint (docs/methods/obim.md)."""
     if ratio_of != "total":
         return
     by_name = density if isinstance(density, dict) else dict.fromkeys(experts, density)

@@ -1,4 +1,7 @@
-"""One singular value for all directions. Iso-C, https://arxiv.org/abs/2502.04959, section 4.1; methods.md 7.3."""
+"""One singular value for all directions. Iso-C, https://arxiv.org/abs/2502.04959, section 4.1.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 

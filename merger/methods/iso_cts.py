@@ -32,16 +32,17 @@ def iso_cts(
     head, unless `head`) gets the mean.
     """
     full, k = min(deltas.shape[1:]), len(deltas)
-    own = min(round((full - count(common, full)) / k), full // k)  # directions of each expert
-    if own == 0:
+    expert_rank = min(round((full - count(common, full)) / k), full // k)  # directions of each expert
+    if expert_rank == 0:
         return iso_c(deltas, weight=weight, lambda_=lambda_, head=head)
     terms = weighted(deltas, weight)
-    shared = svd(summed(terms), rank=full - own * k)
-    parts = [shared]
+    common_directions = svd(summed(terms), rank=full - expert_rank * k)
+    parts = [common_directions]
     for delta in terms:
         # what projecting leaves of a common direction is rounding, however large it is beside the rest
         rounding = tolerance(delta) * float(torch.linalg.matrix_norm(delta))
-        parts.append(svd(delta - shared.left @ (shared.left.T @ delta), rank=own, rounding=rounding))
-    together = side_by_side(parts)
-    flat = together._replace(values=together.values.mean().expand_as(together.values))
+        span = common_directions.left
+        parts.append(svd(delta - span @ (span.T @ delta), rank=expert_rank, rounding=rounding))
+    directions = side_by_side(parts)
+    flat = directions._replace(values=directions.values.mean().expand_as(directions.values))
     return (decorrelated(flat) * float(lambda_)).to(deltas)

@@ -1,4 +1,4 @@
-"""The mean on the sphere. Karcher mean, https://en.wikipedia.org/wiki/Karcher_mean; methods.md 4.4."""
+"""The mean on the sphere. Karcher mean, https://en.wikipedia.org/wiki/Karcher_mean; docs/methods/averages.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merge in the directions that the experts share. KnOTS, https://arxiv.org/abs/2410.19735; methods.md 7.8."""
+"""Merge in the directions that the experts share. KnOTS, https://arxiv.org/abs/2410.19735; docs/methods/spectral.md."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ def localize_stitch(
 
     A position that nobody took stays at the base. At density 0.5, (4, -3, 1, 0) and (2, 1, 1, 8) make (3, -3, 0, 8).
     """
-    kept = yield from select(scores, density, scope=scope)
+    masks = yield from select(scores, density, scope=scope)
     stitched, holders = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for delta, mask in zip(deltas, kept, strict=True):  # a running mean, so that equal deltas come back bit for bit
+    for delta, mask in zip(deltas, masks, strict=True):  # a running mean, so that equal deltas come back bit for bit
         holders += mask
         stitched += (delta - stitched) * mask / holders.clamp(min=1)
     return stitched

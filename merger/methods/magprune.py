@@ -58,11 +58,13 @@ def magprune(
     """
     ranked = scores.flatten(1).unsqueeze(1) if scope == "tensor" else scores
     length = ranked.shape[-1] - (rank_norm == "n-1")
-    spread = ranks_of_rows(ranked).view(scores.shape) / length if length else 0.5
+    # by a tensor: CUDA multiplies by the reciprocal of a number, which rounds otherwise
+    lengths = column([Fraction(length)] * len(deltas), deltas)
+    spread = ranks_of_rows(ranked).view(scores.shape) / lengths if length else 0.5
     width = column(epsilon, deltas)
     drop = width * spread + (1 - column(density, deltas) - width / 2)
-    kept = at_least(uniform("della"), drop)
+    mask = at_least(uniform("della"), drop)
     if exclusive is not None:
-        kept = disjoint(kept, exclusive)
-    thinned = keep(deltas, kept)
+        mask = disjoint(mask, exclusive)
+    thinned = keep(deltas, mask)
     return thinned / (1 - drop) if rescale == "inverse" else thinned

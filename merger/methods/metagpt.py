@@ -1,4 +1,4 @@
-"""Weights from the size of each task vector. MetaGPT, https://arxiv.org/abs/2406.11385; methods.md 6.1."""
+"""Weights from the size of each task vector. MetaGPT, https://arxiv.org/abs/2406.11385; docs/methods/weighting.md."""
 
 from __future__ import annotations
 

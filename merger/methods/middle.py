@@ -36,9 +36,9 @@ def middle(
     size = scores.shape[-1] if scope == "row" else (yield Size(scope))
     if not size:
         return deltas
-    kept = [count(share, size) for share in density]
-    outliers = [min(count(share, size), size - n) for share, n in zip(drop_high, kept, strict=True)]
-    either = [Fraction(n + above, size) for n, above in zip(kept, outliers, strict=True)]
+    mask = [count(share, size) for share in density]
+    outliers = [min(count(share, size), size - n) for share, n in zip(drop_high, mask, strict=True)]
+    either = [Fraction(n + above, size) for n, above in zip(mask, outliers, strict=True)]
     upper = yield from select(scores, either, scope=scope)
     highest = yield from select(scores, [Fraction(n, size) for n in outliers], scope=scope)
     return keep(deltas, upper & ~highest)

@@ -1,6 +1,6 @@
 """How far to go from the base to the mean, told from the angles. Model Stock, https://arxiv.org/abs/2403.19522.
 
-For three experts and more it is the cosines that are averaged, as in mergekit, and not the angles (methods.md 6.6).
+For three experts and more it is the cosines that are averaged, as in mergekit, and not the angles.
 """
 
 from __future__ import annotations

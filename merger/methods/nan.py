@@ -1,4 +1,4 @@
-"""Weights from the inverse norm. NAN, https://arxiv.org/abs/2505.16148; methods.md 6.2."""
+"""Weights from the inverse norm. NAN, https://arxiv.org/abs/2505.16148; docs/methods/weighting.md."""
 
 from __future__ import annotations
 

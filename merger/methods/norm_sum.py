@@ -1,4 +1,7 @@
-"""Add task vectors at their mean norm. The scaling of OPCM, https://arxiv.org/abs/2501.09522; methods.md 7.9."""
+"""Add task vectors at their mean norm. The scaling of OPCM, https://arxiv.org/abs/2501.09522.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,6 @@ def norm_sum(deltas: Tensor, *, weight: Numbers = 1, scope: Whole = "global") ->
 
 def at_mean_norm(total: Tensor, terms: Tensor, scope: Whole) -> Flow[Tensor]:
     """``total`` [r c], times what makes its norm the mean of the norms of ``terms`` [k r c]."""
-    squares = torch.stack([each.square().sum() for each in (total, *terms)])
-    now, *wanted = (yield Sum(squares, scope)).sqrt().tolist()
-    return total * (sum(wanted) / len(wanted) / now if now else 0.0)
+    squares = torch.stack([vector.square().sum() for vector in (total, *terms)])
+    norm, *norms = (yield Sum(squares, scope)).sqrt().tolist()
+    return total * (sum(norms) / len(norms) / norm if norm else 0.0)

@@ -1,4 +1,7 @@
-"""Spectral truncation at equal nuclear norm. STAR, https://arxiv.org/abs/2502.10339, section 4; methods.md 7.6."""
+"""Spectral truncation at equal nuclear norm. STAR, https://arxiv.org/abs/2502.10339, section 4.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def _percentages(eta: Sequence[Fraction], **_: object) -> None:
-    for each in eta:
-        if not 0 < each <= 100:
-            raise ValueError(f"eta is {float(each):g}, but is a percentage above 0 and at most 100")
+    for percentage in eta:
+        if not 0 < percentage <= 100:
+            raise ValueError(f"eta is {float(percentage):g}, but is a percentage above 0 and at most 100")
 
 
 @sparsifier(exact=False, takes=whole, check=_percentages, elsewhere=untouched)

@@ -37,8 +37,8 @@ def nuslerp(
     ones are interpolated on the line. (3, 0) and (0, 4) of weights 1 and 1 make (2.1213, 2.8284).
     """
     vectors = deltas if space == "delta" else deltas + base
-    one, other = vectors.double()
-    products = torch.stack([one * one, one * other, other * other])
+    start, end = vectors.double()
+    products = torch.stack([start * start, start * end, end * end])
     one_row = base.shape[1] == (yield Size())
     if scope == "row":
         products = products.sum(2, keepdim=True)
@@ -50,6 +50,6 @@ def nuslerp(
     angle = torch.where(lengths > 0, products[1] / lengths, 1).clamp(-1, 1).acos()
     sine = angle.sin()
     t = float(weight[1] / sum(weight))
-    ahead = torch.tensor([1 - t, t], dtype=angle.dtype, device=angle.device).view(2, 1, 1)
-    merged = combined(vectors, torch.where(sine < 1e-7, ahead, (ahead * angle).sin() / sine))
+    shares = torch.tensor([1 - t, t], dtype=angle.dtype, device=angle.device).view(2, 1, 1)
+    merged = combined(vectors, torch.where(sine < 1e-7, shares, (shares * angle).sin() / sine))
     return merged if space == "delta" else merged - base

@@ -1,4 +1,4 @@
-"""Optimal Brain Iterative Merging: OBM saliency, iterative merging. OBIM, section 3.3; methods.md 2.3."""
+"""Optimal Brain Iterative Merging: OBM saliency, iterative merging. OBIM, section 3.3; docs/methods/obim.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimal Brain Merging saliency. OBIM, section 3.1, equations 3 to 6; methods.md 2.1.
+"""Optimal Brain Merging saliency. OBIM, section 3.1, equations 3 to 6; docs/methods/obim.md.
 
 The layer's error is quadratic in the change of its weights, so s_ij = 1/2 * (2 h_j) * delta_ij^2 is
 exactly the mean squared change of its output when delta_ij alone is set to zero.
@@ -6,6 +6,7 @@ exactly the mean squared change of its output when delta_ij alone is set to zero
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from merger.pipeline.registry import score
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from merger.pipeline.registry import Draw
 
 
-def _looks_at_inputs(hessian: str, **_: object) -> bool:
-    return hessian != "none"
+def _inputs(hessian: str, **_: object) -> Mapping[str, str]:
+    return {} if hessian == "none" else {name: name for name in ("second_moment", "mean_input", "token_share")}
 
 
-@score(calibrated=_looks_at_inputs)
+@score(inputs=_inputs)
 def obm(
     deltas: Tensor,
     second_moment: Tensor | None,

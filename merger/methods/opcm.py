@@ -1,4 +1,7 @@
-"""One expert after another, each beside the others. OPCM, https://arxiv.org/abs/2501.09522; methods.md 7.9."""
+"""One expert after another, each beside the others. OPCM, https://arxiv.org/abs/2501.09522.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def _beside(delta: Tensor, total: Tensor, alpha: Fraction) -> Tensor:
     left, values, right = svd(total)
     sums = values.cumsum(0)
     strongest = 1 + int((sums <= float(alpha) * sums[-1:] * (1 + 1e-12)).sum())  # an exact hit is not more
-    seen = left.T @ delta @ right
-    removed = seen.diagonal().diag()
-    removed[:strongest, :strongest] = seen[:strongest, :strongest]
+    rotated = left.T @ delta @ right
+    removed = rotated.diagonal().diag()
+    removed[:strongest, :strongest] = rotated[:strongest, :strongest]
     return delta - left @ removed @ right.T

@@ -1,7 +1,7 @@
 """Parameter competition balancing as the authors' code does it. PCB-Merging, https://arxiv.org/abs/2410.02396.
 
 The code differs from the paper's text: scores have a sign, so positions in conflict drop out, and the
-weights start at 0 at the threshold (methods.md 5.7).
+weights start at 0 at the threshold (docs/methods/sparsification.md).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def pcb_paper(deltas: Tensor, *, density: Shares = 0.1, scope: Whole = "global")
     experts = range(len(deltas))
     pairs = {pair: n for n, pair in enumerate(combinations_with_replacement(experts, 2))}
     products = (deltas[i].double() * deltas[j] for i, j in pairs)
-    ends = yield Max(torch.stack([torch.stack([each.amax(), -each.amin()]) for each in products]), scope)
+    ends = yield Max(torch.stack([torch.stack([product.amax(), -product.amin()]) for product in products]), scope)
     span = ends.sum(1)
 
     def stands(i: int, j: int, sharpness: int = 1) -> Tensor:
@@ -39,8 +39,8 @@ def pcb_paper(deltas: Tensor, *, density: Shares = 0.1, scope: Whole = "global")
     unit = 2.0 ** (62 - (yield Size(scope)).bit_length())
     numerators = [*((i, j, 1) for i, j in pairs), *((i, i, len(deltas)) for i in experts)]
     # Whole numbers, because their sum does not depend on where slices end.
-    counted = yield Sum(torch.stack([(stands(*each) * unit).round_().long().sum() for each in numerators]), scope)
-    sums = dict(zip(numerators, (counted.double() / unit).tolist(), strict=True))
+    counts = yield Sum(torch.stack([(stands(*product) * unit).round_().long().sum() for product in numerators]), scope)
+    sums = dict(zip(numerators, (counts.double() / unit).tolist(), strict=True))
     score = torch.zeros_like(deltas, dtype=torch.float64)
     for i, j in pairs:
         share = stands(i, j) / sums[i, j, 1]
@@ -48,6 +48,6 @@ def pcb_paper(deltas: Tensor, *, density: Shares = 0.1, scope: Whole = "global")
             score[expert] += share
     for i in experts:
         score[i] *= stands(i, i, len(deltas)) / sums[i, i, len(deltas)]
-    kept = yield from select(score, density, scope=scope)
-    balanced: Tensor = weighted_mean(deltas, keep(score, kept)).to(deltas)
+    mask = yield from select(score, density, scope=scope)
+    balanced: Tensor = weighted_mean(deltas, keep(score, mask)).to(deltas)
     return balanced

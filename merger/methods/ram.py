@@ -30,11 +30,11 @@ def ram(
     """
     changed = deltas.abs() > float(epsilon)
     holders = summed(changed.view(torch.int8))
-    kept = keep(deltas, changed)
+    changes = keep(deltas, changed)
     if r:
-        alone = holders == 1
-        counts = yield Sum(torch.stack([changed.sum((1, 2)), (changed & alone).sum((1, 2))]), scope)
-        shared = (counts[0] - counts[1]) / counts[1].clamp(min=1)
-        boost = 1 + float(r) * shared.double().clamp(max=float(alpha))
-        kept = torch.where(alone, kept * boost.to(kept).view(-1, 1, 1), kept)
-    return summed(kept) / holders.clamp(min=1)
+        single = holders == 1
+        counts = yield Sum(torch.stack([changed.sum((1, 2)), (changed & single).sum((1, 2))]), scope)
+        overlap = (counts[0] - counts[1]) / counts[1].clamp(min=1)
+        boost = 1 + float(r) * overlap.double().clamp(max=float(alpha))
+        changes = torch.where(single, changes * boost.to(changes).view(-1, 1, 1), changes)
+    return summed(changes) / holders.clamp(min=1)

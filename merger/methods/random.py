@@ -29,8 +29,8 @@ def random(
     The expectation is the task vector itself. At density 0.5 a kept 4 becomes 8.
     """
     share = column(density, deltas)
-    kept = at_least(uniform("dare"), column([1 - d for d in density], deltas))
+    mask = at_least(uniform("dare"), column([1 - d for d in density], deltas))
     if exclusive is not None:
-        kept = disjoint(kept, exclusive)
-    thinned = keep(deltas, kept)
+        mask = disjoint(mask, exclusive)
+    thinned = keep(deltas, mask)
     return thinned / share.where(share > 0, 1) if rescale == "inverse" else thinned

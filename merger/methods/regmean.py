@@ -1,10 +1,11 @@
-"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; methods.md 6.4.
+"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; docs/methods/weighting.md.
 
 With `inputs: merged` it is RegMean++, https://arxiv.org/abs/2508.03121.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from merger._lazy import torch
@@ -12,7 +13,7 @@ from merger.methods._spectral import averaged, whole
 from merger.methods.mean import mean
 from merger.methods.regmean_diag import a_share_each
 from merger.pipeline.parameters import Number, Numbers, Share
-from merger.pipeline.registry import Fed, Stage, merger
+from merger.pipeline.registry import Stage, merger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +26,11 @@ def _averaged(kind: str, *, weight: Any, lambda_: Any, **_: object) -> list[Stag
     return averaged(kind, head=True, weight=weight, lambda_=lambda_)
 
 
-def _fed(*, inputs: Fed, **_: object) -> Fed:
-    return inputs
+def _inputs(*, inputs: str, **_: object) -> Mapping[str, str]:
+    return {"gram": "merged_gram" if inputs == "merged" else "gram"}
 
 
-@merger(exact=False, takes=whole, calibrated=lambda **_: True, fed=_fed, check=a_share_each, elsewhere=_averaged)
+@merger(exact=False, takes=whole, inputs=_inputs, check=a_share_each, elsewhere=_averaged)
 def regmean(
     deltas: Tensor,
     gram: Tensor | None,
@@ -51,15 +52,15 @@ def regmean(
     if gram is None or not gram.any():
         return mean(deltas, weight=weight) * float(lambda_)
     first = deltas[0].double()
-    total, beside = torch.zeros_like(gram[0], dtype=torch.float64), torch.zeros_like(first)
-    for number, (delta, own, share) in enumerate(zip(deltas, gram, weight, strict=True)):
-        seen = own.to(torch.float64, copy=True).mul_(float(alpha))
-        seen.diagonal().copy_(own.diagonal())
-        total += seen.mul_(float(share))
+    total, products = torch.zeros_like(gram[0], dtype=torch.float64), torch.zeros_like(first)
+    for number, (delta, expert_gram, share) in enumerate(zip(deltas, gram, weight, strict=True)):
+        shrunk = expert_gram.to(torch.float64, copy=True).mul_(float(alpha))
+        shrunk.diagonal().copy_(expert_gram.diagonal())
+        total += shrunk.mul_(float(share))
         if number:  # the first differs from itself by nothing, and these products take most of the time
-            beside += (delta.double() - first) @ seen
+            products += (delta.double() - first) @ shrunk
     # from the first on, so that equal task vectors come back bit for bit
-    merged: Tensor = first + torch.cholesky_solve(beside.T, _factor(total)).T
+    merged: Tensor = first + torch.cholesky_solve(products.T, _factor(total)).T
     return (merged * float(lambda_)).to(deltas)
 
 

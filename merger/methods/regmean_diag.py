@@ -1,4 +1,6 @@
-"""Weigh each input by how large it is for an expert. RegMean, https://arxiv.org/abs/2212.09849; methods.md 6.4.
+"""Weigh each input by how large it is for an expert. RegMean, https://arxiv.org/abs/2212.09849.
+
+See docs/methods/weighting.md.
 
 RegMean's least squares with the Gram matrices' diagonals alone (its alpha at 0), which decouples the columns.
 """
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _looks_at_inputs(**_: object) -> bool:
-    return True
-
-
 def a_share_each(weight: Sequence[Fraction], **_: object) -> None:
     """Refuses weights that cannot be those of squares."""
     positive_sum(weight)
@@ -29,7 +27,7 @@ def a_share_each(weight: Sequence[Fraction], **_: object) -> None:
         raise ValueError(f"a weight is {float(min(weight)):g}, but is a factor of E[x^2] and cannot be negative")
 
 
-@merger(calibrated=_looks_at_inputs, check=a_share_each)
+@merger(check=a_share_each)
 def regmean_diag(
     deltas: Tensor,
     second_moment: Tensor | None,
@@ -47,8 +45,8 @@ def regmean_diag(
     if second_moment is None or reached is None:
         return mean(deltas, weight=weight) * float(lambda_)
     importance = second_moment.double() * reached * column(weight, second_moment.double())
-    together = summed(importance)
+    total = summed(importance)
     even = column([w / sum(weight) for w in weight], importance)
-    shares = (importance / together.where(together > 0, 1)).where(together > 0, even)
-    beside = summed((deltas - deltas[0]) * shares.to(deltas))
-    return (deltas[0] + beside) * float(lambda_)
+    shares = (importance / total.where(total > 0, 1)).where(total > 0, even)
+    difference = summed((deltas - deltas[0]) * shares.to(deltas))
+    return (deltas[0] + difference) * float(lambda_)

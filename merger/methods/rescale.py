@@ -18,7 +18,7 @@ def rescale(deltas: Tensor, originals: Tensor, *, by: Literal["l1", "l2"] = "l1"
     (4, -3, 1, 0) thinned to (4, 0, 0, 0) becomes (8, 0, 0, 0) by l1.
     """
     power = 1 if by == "l1" else 2
-    whole = yield Sum(originals.double().abs().pow(power).sum((1, 2)))
-    left = yield Sum(deltas.double().abs().pow(power).sum((1, 2)))
-    factor: Tensor = (whole / left.where(left > 0, 1)).pow(1 / power)
+    norms = yield Sum(originals.double().abs().pow(power).sum((1, 2)))
+    thinned_norms = yield Sum(deltas.double().abs().pow(power).sum((1, 2)))
+    factor: Tensor = (norms / thinned_norms.where(thinned_norms > 0, 1)).pow(1 / power)
     return deltas * factor.to(deltas).view(-1, 1, 1)

@@ -39,20 +39,20 @@ def sce(
     code does. Experts whose mean squares add up to no more than `even_below` weigh the same.
     At 1, (4, -3) and (2, 4) weigh 25 and 20, and make (3.111, 4).
     """
-    chosen = deltas
+    selection = deltas
     if select_topk < 1:
         variance = _variance(deltas).unsqueeze(0)
         selected = yield from select(variance, [select_topk], eligible=variance > 0, ratio_of="remaining")
-        chosen = keep(deltas, selected)
-    squares = yield Sum(chosen.double().square().sum((1, 2)))
+        selection = keep(deltas, selected)
+    squares = yield Sum(selection.double().square().sum((1, 2)))
     weights = squares if squares.sum() > float(even_below) * (yield Size()) else torch.ones_like(squares)
-    merged = chosen if select_in_merge else deltas
+    merged = selection if select_in_merge else deltas
     elected = (summed(merged) >= 0).to(merged) * 2 - 1
     return mean_of_agreeing(merged, elected, (weights / weights.sum()).to(merged).view(-1, 1, 1))
 
 
 def _variance(deltas: Tensor) -> Tensor:
     """The population variance over the experts, exactly 0 where all are equal: float64 [r c]."""
-    apart = deltas.double() - deltas[0]
-    apart -= summed(apart) / len(apart)
-    return summed(apart.square_()) / len(apart)
+    deviations = deltas.double() - deltas[0]
+    deviations -= summed(deviations) / len(deviations)
+    return summed(deviations.square_()) / len(deviations)

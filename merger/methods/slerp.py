@@ -1,4 +1,4 @@
-"""Spherical interpolation of two models. https://dl.acm.org/doi/10.1145/325165.325242; methods.md 4.3."""
+"""Spherical interpolation of two models. https://dl.acm.org/doi/10.1145/325165.325242; docs/methods/averages.md."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def slerp(
     vectors = deltas if space == "delta" else deltas + base
     flat = vectors.flatten(1).double()
     (aa, ab), (_, bb) = (yield Sum(flat @ flat.T, scope)).tolist()
-    ahead, norms = float(t), math.sqrt(aa) * math.sqrt(bb)
+    amount, norms = float(t), math.sqrt(aa) * math.sqrt(bb)
     if min(aa, bb) >= 1e-16 and abs(ab) <= 0.9995 * norms:
         angle = math.acos(ab / norms)
-        start, end = (math.sin(share * angle) / math.sin(angle) for share in (1 - ahead, ahead))
+        start, end = (math.sin(share * angle) / math.sin(angle) for share in (1 - amount, amount))
         merged = vectors[0] * start + vectors[1] * end
     else:  # from the first on, so that equal weights come back bit for bit
-        merged = vectors[0] + (vectors[1] - vectors[0]) * ahead
+        merged = vectors[0] + (vectors[1] - vectors[0]) * amount
     return merged if space == "delta" else merged - base

@@ -36,7 +36,7 @@ def _enough(*, damping: Fraction, **_: object) -> None:
         raise ValueError(f"damping: is {float(damping):g}, expected at least {LEAST:g}, so that H has an inverse")
 
 
-@sparsifier(takes=whole, exact=False, calibrated=lambda **_: True, check=_enough, elsewhere=_by_magnitude)
+@sparsifier(takes=whole, exact=False, check=_enough, elsewhere=_by_magnitude)
 def sparsegpt(
     deltas: Tensor,
     gram: Tensor | None,
@@ -59,39 +59,39 @@ def sparsegpt(
     thinned, free = torch.empty_like(deltas), torch.ones_like(deltas[0], dtype=torch.bool)
     for k in range(len(deltas)) if exclusive is None else exclusive:
         if gram[k].any():
-            own, seen = (each[k].to(torch.float64, copy=True) for each in (deltas, gram))
-            kept = _thin(own, seen, free, density[k], float(damping))
-            thinned[k] = own
+            delta, expert_gram = (tensors[k].to(torch.float64, copy=True) for tensors in (deltas, gram))
+            masks = _thin(delta, expert_gram, free, density[k], float(damping))
+            thinned[k] = delta
         else:
-            (kept,) = yield from select(deltas[k : k + 1].abs(), density[k : k + 1], eligible=free.unsqueeze(0))
-            thinned[k] = keep(deltas[k], kept)
+            (masks,) = yield from select(deltas[k : k + 1].abs(), density[k : k + 1], eligible=free.unsqueeze(0))
+            thinned[k] = keep(deltas[k], masks)
         if exclusive is not None:
-            free &= ~kept
+            free &= ~masks
     return thinned
 
 
 def _thin(delta: Tensor, gram: Tensor, free: Tensor, share: Fraction, damping: float) -> Tensor:
-    """Thins a task vector [r c] in place for inputs of this Gram matrix [c c], which is changed; what was kept."""
+    """Thins a task vector [r c] in place, for inputs of this Gram matrix [c c], which is changed; returns the mask."""
     rows, columns = delta.shape
     gram.diagonal().add_(damping * gram.diagonal().mean())
     # Row j of the upper factor of H^-1: its square at j is (H^-1)_jj of the columns from j on, the rest what they take.
     takes = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
-    kept = torch.empty_like(free)
+    mask = torch.empty_like(free)
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)
-        block, factor, stays = delta[:, first:last], takes[first:last, first:last], kept[:, first:last]
-        wanted = count(share, rows * last) - count(share, rows * first)
-        stays.copy_(_top((block / factor.diagonal()).square(), wanted, free[:, first:last]))
+        block, factor, stays = delta[:, first:last], takes[first:last, first:last], mask[:, first:last]
+        room = count(share, rows * last) - count(share, rows * first)
+        stays.copy_(_top((block / factor.diagonal()).square(), room, free[:, first:last]))
         errors = torch.zeros_like(block)
         for j in range(last - first):
             errors[:, j] = block[:, j].masked_fill(stays[:, j], 0) / factor[j, j]
             block[:, j:] -= torch.outer(errors[:, j], factor[j, j:])
         block.masked_fill_(~stays, 0)  # but for rounding they are
         delta[:, last:] -= errors @ takes[first:last, last:]
-    return kept
+    return mask
 
 
-def _top(scores: Tensor, wanted: int, free: Tensor) -> Tensor:
-    """Where the highest of these scores [r c] are, among the free positions."""
-    most = torch.tensor([[wanted]], device=scores.device)
-    return top_of_rows(scores.reshape(1, 1, -1), most, free.reshape(1, 1, -1)).view_as(scores)
+def _top(scores: Tensor, room: int, free: Tensor) -> Tensor:
+    """The mask of the ``room`` highest scores [r c] among the free positions."""
+    limit = torch.tensor([[room]], device=scores.device)
+    return top_of_rows(scores.reshape(1, 1, -1), limit, free.reshape(1, 1, -1)).view_as(scores)

@@ -1,4 +1,7 @@
-"""Spectral truncation and rescale, then the average. STAR, https://arxiv.org/abs/2502.10339; methods.md 7.6."""
+"""Spectral truncation and rescale, then the average. STAR, https://arxiv.org/abs/2502.10339.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merger.methods.consensus import held
+from merger.methods.consensus import tall_mask
 from merger.ops.arithmetic import keep, summed
 from merger.pipeline.parameters import Numbers
 from merger.pipeline.registry import Form, pack
@@ -29,4 +29,4 @@ def tall_masks(deltas: Tensor, *, lambda_t: Numbers = 0.4) -> dict[str, Tensor]:
     (3, 0) and (1, 4) sum to (4, 4), of which at 0.4 the first keeps (4, 0) and the second (0, 4).
     """
     unified = summed(deltas)
-    return {"unified": unified, "mask": held(deltas, unified, lambda_t)}
+    return {"unified": unified, "mask": tall_mask(deltas, unified, lambda_t)}

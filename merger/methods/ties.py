@@ -27,9 +27,9 @@ def ties(
 
     `scope: global` ranks the whole task vector at once, as the paper does; `tensor` ranks each tensor.
     """
-    whole = "global" if scope == "global" else "tensor"
+    election_scope = "global" if scope == "global" else "tensor"
     return [
         stage(top, density=density, score=score, scope=scope),
-        stage(sign_elect, weight=weight, merge=merge, zero_sign=zero_sign, scope=whole),
+        stage(sign_elect, weight=weight, merge=merge, zero_sign=zero_sign, scope=election_scope),
         stage(scale, lambda_=lambda_),
     ]

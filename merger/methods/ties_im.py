@@ -1,4 +1,4 @@
-"""Iterative merging by magnitude, ranked over the whole model. OBIM, section 3.3, Table 3; methods.md 2.5."""
+"""Iterative merging by magnitude, ranked over the whole model. OBIM, section 3.3, Table 3; docs/methods/obim.md."""
 
 from __future__ import annotations
 

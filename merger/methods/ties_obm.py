@@ -1,4 +1,4 @@
-"""TIES with OBM saliency as its trim. OBIM, section 3.3, Table 3; methods.md 2.4."""
+"""TIES with OBM saliency as its trim. OBIM, section 3.3, Table 3; docs/methods/obim.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank task vectors: TSV-Compress, https://arxiv.org/abs/2412.00081, section 3.2; methods.md 7.2."""
+"""Low-rank task vectors: TSV-Compress, https://arxiv.org/abs/2412.00081, section 3.2; docs/methods/spectral.md."""
 
 from __future__ import annotations
 

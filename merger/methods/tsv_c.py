@@ -1,4 +1,7 @@
-"""Task singular vectors, compressed. TSV-Compress, https://arxiv.org/abs/2412.00081, section 3.2; methods.md 7.2."""
+"""Task singular vectors, compressed. TSV-Compress, https://arxiv.org/abs/2412.00081, section 3.2.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 

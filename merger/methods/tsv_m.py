@@ -1,4 +1,7 @@
-"""Task singular vectors, decorrelated. TSV-Merge, https://arxiv.org/abs/2412.00081, section 3.3; methods.md 7.1."""
+"""Task singular vectors, decorrelated. TSV-Merge, https://arxiv.org/abs/2412.00081, section 3.3.
+
+See docs/methods/spectral.md.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +28,5 @@ def tsv_m(deltas: Tensor, *, weight: Numbers = 1, lambda_: Number = 1, head: boo
     if len(deltas) == 1:  # all directions are kept, and are orthogonal as they are
         return deltas[0] * float(lambda_)
     rank = max(1, min(deltas.shape[1:]) // len(deltas))
-    kept = side_by_side([svd(delta, rank=rank) for delta in deltas])
-    return (decorrelated(kept) * float(lambda_)).to(deltas)
+    directions = side_by_side([svd(delta, rank=rank) for delta in deltas])
+    return (decorrelated(directions) * float(lambda_)).to(deltas)

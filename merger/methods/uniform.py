@@ -1,4 +1,4 @@
-"""Random scores, for tensors that no other score can tell apart. OBIM, arXiv to appear; methods.md 2.2."""
+"""Random scores, for tensors that no other score can tell apart. OBIM, arXiv to appear; docs/methods/obim.md."""
 
 from __future__ import annotations
 

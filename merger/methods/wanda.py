@@ -10,11 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _always(**_: object) -> bool:
-    return True
-
-
-@score(calibrated=_always, scope="row")
+@score(scope="row")
 def wanda(deltas: Tensor, second_moment: Tensor | None) -> Tensor:
     """|delta_ij| * sqrt(E[x_j^2]), ranked within each row; tensors without inputs of their own by |delta|.
 

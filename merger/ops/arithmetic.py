@@ -26,7 +26,7 @@ RatioOf = Literal["total", "remaining"]
 
 
 def count(share: Fraction, of: int) -> int:
-    """How many of ``of`` elements a ratio selects: floor(share * of), exact (methods.md 0.3)."""
+    """How many of ``of`` elements a ratio selects: floor(share * of), exact (docs/methods/README.md)."""
     return math.floor(share * of)
 
 
@@ -102,7 +102,7 @@ def uniforms(
     Where the slice that they go ``slice_values`` is not computed before someone looks, neither are they.
 
     Philox4x64-10, keyed by the first 16 bytes of the SHA-256 of the names joined by 0x1f
-    (methods.md 0.7): float32 takes 24 bits of each 32-bit half, low half first, float64 takes 53.
+    (docs/methods/README.md): float32 takes 24 bits of each 32-bit half, low half first, float64 takes 53.
     """
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     return kernels.for_draws(slice_values).uniforms(digest[:16], start, shape, double=double)

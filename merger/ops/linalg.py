@@ -2,7 +2,7 @@
 
 All of it is float64: a matrix of deltas is float32, and what is merged of it is rounded once more to
 that. Directions whose singular value is at most ``tolerance`` of the largest do not exist here, so no
-arbitrary vector of a null space enters a result (methods.md 7).
+arbitrary vector of a null space enters a result (docs/methods/spectral.md).
 
 The factors come from the eigenvectors of the smaller side's Gram matrix. Squaring costs half of the
 digits: against LAPACK's SVD the relative error of a singular value is about eps / tolerance^2 at worst,

@@ -1,4 +1,4 @@
-"""Copies are copies: a position that ends at an input's value has that input's bits (methods.md 0.2)."""
+"""Copies are copies: a position that ends at an input's value has that input's bits (docs/methods/README.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def restored(stored: Tensor, base: Tensor, deltas: Tensor, delta: Tensor, dtype:
     """base + delta [r c] in ``dtype``, but the stored value itself where delta is zero or exactly one expert's.
 
     base + (expert - base) can differ from expert in its last bit, and -0 + 0 is +0; a copy must be
-    a copy (methods.md 0.2). ``stored`` is base and experts as they were read, [1+k r c]; the rest is float32.
+    a copy (docs/methods/README.md). ``stored`` is base and experts as they were read, [1+k r c]; the rest is float32.
     Raises OverflowError where the result is not finite.
     """
     stored = stored.to(dtype)

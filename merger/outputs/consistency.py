@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.checkpoint.anatomy import Anatomy, block_of, study, text_config
 from merger.checkpoint.checkpoint import PACKED, Checkpoint, torch_dtype
 from merger.checkpoint.folder import MODEL, Folder, local_folder, read_json
 from merger.checkpoint.pickle_reader import read_pickle
 from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, read_header
+from merger.checkpoint.tensor_kinds import TensorKinds, block_of, tensor_kinds, text_config
+from merger.checkpoint.tied_weights import tie_word
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class Contents:
         return {name: info for header in self.headers.values() for name, info in header.items()}
 
     @cached_property
-    def anatomy(self) -> Anatomy:
-        """What each tensor is."""
-        return study(self.tensors, self.config)
+    def kinds(self) -> TensorKinds:
+        """The kind of each tensor."""
+        return tensor_kinds(self.tensors, self.config)
 
     @property
     def packed(self) -> bool:
@@ -215,35 +216,23 @@ def config_differences(contents: Contents) -> Iterator[Difference]:
 
 def _vocabulary(contents: Contents) -> Iterator[Difference]:
     size = text_config(contents.config).get("vocab_size")
-    anatomy = contents.anatomy
-    for name in (anatomy.embedding, anatomy.head):
+    for name in (contents.kinds.embedding, contents.kinds.head):
         if type(size) is int and name is not None and (rows := contents.tensors[name].shape[0]) != size:
             yield Difference("config.json", name, f"has {rows:,} rows, but vocab_size is {size:,}")
 
 
 def _head(contents: Contents) -> Iterator[Difference]:
-    config, anatomy = contents.config, contents.anatomy
-    said = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    config, head, embedding = contents.config, contents.kinds.head, contents.kinds.embedding
+    word = tie_word(config)
     causal = "ForCausalLM" in str(config.get("architectures")) or "LMHead" in str(config.get("architectures"))
-    if said is False and anatomy.head is None and causal and anatomy.embedding is not None:
+    if word is False and head is None and causal and embedding is not None:
         yield Difference("config.json", None, "says tie_word_embeddings: false, but there is no head")
-    elif said is True and anatomy.head is not None and anatomy.embedding is not None:
-        head, embedding = contents.tensors[anatomy.head], contents.tensors[anatomy.embedding]
-        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or not _same(contents, head, embedding):
-            what = f"is not {anatomy.embedding}, though config.json says tie_word_embeddings: true"
-            yield Difference(contents.file_of(anatomy.head), anatomy.head, what)
-
-
-def _same(contents: Contents, one: Info, other: Info) -> bool:
-    """Whether two tensors of one shape hold the same bits."""
-    rows, columns = one.matrix
-    step = max(1, CHUNK // max(1, 8 * columns))
-    with Checkpoint("model", contents.directory, {"one": one, "other": other}, {}) as opened:
-        for start in range(0, rows, step):
-            pieces = [opened.read_rows(name, start, min(start + step, rows)) for name in ("one", "other")]
-            if not torch.equal(*(piece.view(torch.uint8) for piece in pieces)):
-                return False
-    return True
+    elif word is True and head is not None and embedding is not None and not config.get("is_encoder_decoder"):
+        with Checkpoint("model", contents.directory, contents.tensors, {}) as opened:
+            same = opened.equal(head, embedding)
+        if not same:
+            what = f"is not {embedding}, though config.json says tie_word_embeddings: true"
+            yield Difference(contents.file_of(head), head, what)
 
 
 def _dtype(contents: Contents) -> Iterator[Difference]:
@@ -261,10 +250,10 @@ def _dtype(contents: Contents) -> Iterator[Difference]:
 
 def _blocks(contents: Contents) -> Iterator[Difference]:
     """The blocks beside the embedding, as in model.embed_tokens and model.layers, of which none may be missing."""
-    embedding = contents.anatomy.embedding or ""
+    embedding = contents.kinds.embedding or ""
     blocks = f"{embedding.removesuffix('weight').rstrip('.').rpartition('.')[0]}.layers".lstrip(".")
     wanted = text_config(contents.config).get("num_hidden_layers")
-    if type(wanted) is not int or blocks not in contents.anatomy.blocks:
+    if type(wanted) is not int or blocks not in contents.kinds.blocks:
         return
     there = {block_of(name) for name in contents.tensors if name.startswith(f"{blocks}.")}
     for missing in sorted(set(range(wanted)) - there):
@@ -276,7 +265,7 @@ def _blocks(contents: Contents) -> Iterator[Difference]:
 
 def tokenizer_differences(contents: Contents) -> Iterator[Difference]:
     """Tokens whose number is beyond the embedding's rows."""
-    embedding = contents.anatomy.embedding
+    embedding = contents.kinds.embedding
     if embedding is None:
         return
     rows = contents.tensors[embedding].shape[0]

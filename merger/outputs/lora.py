@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merger._lazy import torch
-from merger.checkpoint.adapter import CONFIG
-from merger.checkpoint.anatomy import Anatomy, study
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.folder import ADAPTER
 from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds
 from merger.checkpoint.writer import check_output, partial_of, write_json
 from merger.engine.machine import tuned
 from merger.errors import CheckpointError, RecipeError, ResourceError
@@ -93,7 +93,7 @@ def extract_lora(
         factor = partial(strongest, rank=rank) if rank is not None else partial(_of_energy, share=float(energy or 0))
         with tuned(), _AdapterFile(output, modules.values()) as file:
             found = _extract(models[0], models[1], modules, file, partial(_cut, factor, rank or 1), options.progress)
-            write_json(file.folder / CONFIG, _config(base, file.ranks, study(models[0].tensors, models[0].config)))
+            write_json(file.folder / CONFIG, _config(base, file.ranks, _kinds(models[0])))
             file.finish(force=force)
     return LoraExtraction(str(output), file.parameters, **found)
 
@@ -104,7 +104,7 @@ def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
     from merger.calibration.names import locate
 
     model = build(base, trust_remote_code=trust_remote_code)
-    tied = model.get_output_embeddings() if study(base.tensors, base.config).tied else None
+    tied = model.get_output_embeddings() if _kinds(base).tied else None
     groups = locate(model, base.tensors)
     found = {}
     for name, module in model.named_modules():
@@ -116,6 +116,10 @@ def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
     if not found:
         raise CheckpointError("base: has no linear layer that an adapter could change")
     return found
+
+
+def _kinds(base: Checkpoint) -> TensorKinds:
+    return tensor_kinds(base.tensors, base.config, base.equal)
 
 
 def _check_alike(base: Checkpoint, model: Checkpoint) -> None:
@@ -138,15 +142,15 @@ def _extract(
     progress: Progress,
 ) -> dict[str, Any]:
     """Sends every matrix's factors to the file, several side by side; what an `LoraExtraction` says of them."""
-    anatomy = study(base.tensors, base.config)
+    kinds = _kinds(base)
     rest = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
-    others = {name: _square(_change(base, model, name, anatomy)) for name in rest}
+    others = {name: _square(_change(base, model, name, kinds)) for name in rest}
     layers: dict[str, list[_Kept]] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1, "merger-lora") as pool:
-        cuts = pool.map(lambda name: cut(_change(base, model, name, anatomy)), modules)
+        cuts = pool.map(lambda name: cut(_change(base, model, name, kinds)), modules)
         for done, (name, (down, up, kept)) in enumerate(zip(modules, cuts, strict=True), 1):
             file.add(modules[name], down, up)
-            layers.setdefault(anatomy.unit(name), []).append(kept)
+            layers.setdefault(kinds.unit(name), []).append(kept)
             progress("factoring", done, len(modules))
     every = [kept for several in layers.values() for kept in several]
     changed, left, beside = sum(k.change for k in every), sum(k.left for k in every), sum(others.values())
@@ -168,12 +172,12 @@ def _share(part: float, of: float) -> float:
     return math.sqrt(part / of) if of else 0.0
 
 
-def _change(base: Checkpoint, model: Checkpoint, name: str, anatomy: Anatomy) -> Tensor:
+def _change(base: Checkpoint, model: Checkpoint, name: str, kinds: TensorKinds) -> Tensor:
     """model - base in float32, a matrix as [out, in]."""
     change = model.read(name).float() - base.read(name).float()
     if not torch.isfinite(change).all():
         raise CheckpointError(f"model: {name} holds NaN or infinity, or the base does")
-    return change.T if anatomy.kind(name) == "conv1d" else change
+    return change.T if kinds.kind(name) == "conv1d" else change
 
 
 def _cut(factor: Callable[[Tensor], Factors], least: int, change: Tensor) -> tuple[Tensor, Tensor, _Kept]:
@@ -201,7 +205,7 @@ def _of_energy(change: Tensor, share: float) -> Factors:
 # --- the adapter's files ----------------------------------------------------------------------------
 
 
-def _config(base: str, ranks: Mapping[str, int], anatomy: Anatomy) -> dict[str, Any]:
+def _config(base: str, ranks: Mapping[str, int], kinds: TensorKinds) -> dict[str, Any]:
     """adapter_config.json as peft reads it: a scale of 1 for every layer, whatever its rank."""
     rank = max(ranks.values())
     others = {module: own for module, own in ranks.items() if own != rank}
@@ -214,7 +218,7 @@ def _config(base: str, ranks: Mapping[str, int], anatomy: Anatomy) -> dict[str, 
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": sorted(ranks),
-        "fan_in_fan_out": bool(anatomy.conv1d),
+        "fan_in_fan_out": bool(kinds.conv1d),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

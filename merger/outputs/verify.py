@@ -17,12 +17,13 @@ from merger.calibration.statistics import origin
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.safetensors_header import ITEM_SIZE
+from merger.checkpoint.side_files import is_inside
 from merger.engine.manifest import RECORD, Manifest, differing, inputs_of, portable, stored_as, versions
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import recipe_folder
 from merger.errors import CheckpointError, RecipeError, VerifyError
-from merger.options import Progress, RunOptions
+from merger.options import Notice, Progress, RunOptions
 from merger.outputs.consistency import (
     Contents,
     Difference,
@@ -165,10 +166,10 @@ def _recorded(contents: Contents, manifest: Manifest, hashes: Mapping[str, str])
         if file.endswith(WEIGHTS):
             yield Difference(file, None, f"holds weights that {RECORD} does not name")
     for file, sha in manifest.files.items():
-        if file not in contents.folder.names:
+        if not is_inside(file) or not (contents.directory / file).is_file():
             yield Difference(file, None, f"is missing, though {RECORD} names it")
         else:
-            yield from _side_file(contents.directory / file, sha)
+            yield from _side_file(contents.directory, file, sha)
     recorded = manifest.stored_tensors
     for name, wanted in recorded.items():
         info = contents.tensors.get(name)
@@ -181,14 +182,14 @@ def _recorded(contents: Contents, manifest: Manifest, hashes: Mapping[str, str])
             yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
 
 
-def _side_file(path: Path, sha: str) -> Iterator[Difference]:
+def _side_file(folder: Path, name: str, sha: str) -> Iterator[Difference]:
     try:
-        own = digest(path)
+        own = digest(folder / name)
     except OSError as error:
-        yield Difference(path.name, None, f"cannot be read: {error.strerror}")
+        yield Difference(name, None, f"cannot be read: {error.strerror}")
     else:
         if own != sha:
-            yield _other_hash(path.name, own, sha)
+            yield _other_hash(name, own, sha)
 
 
 def _other_hash(file: str, own: str, said: str) -> Difference:
@@ -202,16 +203,12 @@ def _recompute(
     contents: Contents, manifest: Manifest, deep: DeepCheck, options: RunOptions
 ) -> tuple[tuple[str, ...], list[Difference]]:
     """Makes a sample of tensors again by the same merge; their names, and where they differ."""
-    other_versions = differing(manifest.content["versions"], versions())
-    if other_versions:
-        options.notice(
-            f"merged with another {', '.join(other_versions)} than it is checked with; last bits may differ for that"
-        )
     device = str(manifest.content.get("device")) if options.device == "auto" else options.device
     recipe = _recipe(contents, manifest, deep.recipe)
     options = replace(options, device=device, progress=_as_recomputing(options.progress))
     with prepare(recipe, options) as prepared:
         plan = prepared.plan
+        _note_other_versions(manifest, plan, options.notice)
         changed = list(_changed_inputs(manifest, plan))
         if changed:  # what is made of other inputs says nothing
             return (), changed
@@ -219,10 +216,18 @@ def _recompute(
         comparison = _Comparison(contents, plan, names)
         schedule = merge_schedule(prepared, comparison.places.keys())
         schedule.run(MergeSink(schedule, comparison))
-        statistics = origin(prepared.inputs.statistics)
+        statistics = origin(prepared.inputs.files)
     other = differing(manifest.content["statistics"], statistics)
     found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]
     return tuple(names), [*found, *comparison.differences()]
+
+
+def _note_other_versions(manifest: Manifest, plan: Plan, notice: Notice) -> None:
+    """Tells of versions that decide the bytes and are not those of the merge."""
+    here = versions(plan)
+    others = [name for name, version in manifest.content["versions"].items() if here.get(name) != version]
+    if others:
+        notice(f"merged with another {', '.join(others)} than it is checked with; last bits may differ for that")
 
 
 def _recipe(contents: Contents, manifest: Manifest, given: Path | None) -> Recipe:
@@ -246,7 +251,9 @@ def _recipe(contents: Contents, manifest: Manifest, given: Path | None) -> Recip
 
 def _changed_inputs(manifest: Manifest, plan: Plan) -> Iterator[Difference]:
     hashes = {file: sha256(file) for model in plan.models.values() for file in model.files}
-    for key in differing(manifest.inputs, json.loads(json.dumps(inputs_of(plan, hashes)))):
+    for key, (recorded, _) in differing(manifest.inputs, json.loads(json.dumps(inputs_of(plan, hashes)))).items():
+        if recorded is None and key.endswith(".config"):  # an earlier version did not record it
+            continue
         yield Difference(RECORD, None, f"inputs.{key}: is not what it was when it was merged")
 
 

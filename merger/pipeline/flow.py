@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from merger._lazy import torch
 from merger.ops.arithmetic import uniforms
 from merger.ops.questions import Flow
+from merger.ops.transfer import sent, sent_together
+from merger.pipeline.inputs import stage_input
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices
 from merger.pipeline.registry import supplied
@@ -18,37 +19,6 @@ from merger.pipeline.stages import Bound
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What calibration knows of the inputs of one matrix: a value per expert and input feature."""
-
-    second_moment: Tensor | None = None  # [k c]
-    mean: Tensor | None = None  # [k c]
-    gram: Tensor | None = None  # [k c c]
-    token_share: Tensor | None = None  # [k r], for an embedding
-
-    def on(self, device: torch.device) -> Inputs:
-        """The same, where a slice is."""
-        values = self.second_moment, self.mean, self.gram, self.token_share
-        moved = [None if value is None else value.to(device) for value in values]
-        return self if all(value is original for value, original in zip(moved, values, strict=True)) else Inputs(*moved)
-
-    @cached_property
-    def reached(self) -> Tensor | None:
-        """Which experts have inputs to this matrix at all, [k 1]: none, where no token was routed to a packed one."""
-        return None if self.second_moment is None else (self.second_moment != 0).any(1, keepdim=True)
-
-    @cached_property
-    def judged(self) -> tuple[Tensor | None, Tensor | None]:
-        """Second moment and mean [k c], and 1 where no input was ever seen."""
-        return _filled(self.second_moment), _filled(self.mean)
-
-
-def _filled(values: Tensor | None) -> Tensor | None:
-    """With 1 for whoever has only zeros."""
-    return None if values is None else values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
 
 
 @dataclass(frozen=True)
@@ -63,8 +33,8 @@ class Subject:
     seed: int = 0
     first: int = 0  # its first element's position in the stored tensor (a slice of packed experts)
     transposed: bool = False  # stored [in, out] and oriented to [out, in] here
-    input_axis: int = -1  # along which the inputs lie here: -1, the columns, or -2, the rows
-    inputs: Inputs = field(default_factory=Inputs)
+    features_are_rows: bool = False  # in-features run along the rows: it is stored, and seen, as [in, out]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # of the whole matrix, by name
 
 
 @dataclass(frozen=True)
@@ -101,7 +71,8 @@ def _run_stages(
         stage_supplies = {**supplies, "deltas": deltas, "inside": partial(_merge_inside, stage.inner, supplies)}
         for name, step in (("scores", stage.score), ("deltas", stage)):
             if step is not None:
-                arguments = [stage_supplies[supply] for supply in supplied(step.entry.function)]
+                inputs = {argument: supplies.get(source.name) for argument, source in step.arguments.items()}
+                arguments = [inputs.get(supply, stage_supplies.get(supply)) for supply in supplied(step.entry.function)]
                 result = step.entry.function(*arguments, **step.values)
                 stage_supplies[name] = (yield from result) if inspect.isgenerator(result) else result
         deltas = stage_supplies["deltas"]
@@ -132,29 +103,18 @@ def _merge_inside(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: 
 def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
     """What a stage may ask for by name; the registry's docstring explains each."""
     rows = slice(part.row, part.row + part.base.shape[0])
-    inputs = subject.inputs.on(part.base.device)
-    second_moment, mean = inputs.judged
+    inputs = {
+        name: stage_input(name).cut(sent(values, part.base.device), rows, subject.features_are_rows)
+        for name, values in subject.inputs.items()
+    }
     return {
+        **inputs,
         "base": part.base,
         "originals": part.deltas,
         "uniform": partial(_draw, part, subject),
-        "second_moment": _by_feature(second_moment, subject, rows),
-        "gram": inputs.gram,
-        "mean_input": _by_feature(mean, subject, rows),
-        "reached": None if inputs.reached is None else inputs.reached.unsqueeze(-1),
-        "token_share": None if inputs.token_share is None else inputs.token_share[:, rows].unsqueeze(-1),
         "kind": subject.kind,
         "experts": subject.place.experts,
     }
-
-
-def _by_feature(values: Tensor | None, subject: Subject, rows: slice) -> Tensor | None:
-    """A value per in-feature as [k 1 c]; [k r 1] where the tensor is stored, and seen, as [in, out]."""
-    if values is None:
-        return None
-    if subject.input_axis == -2:
-        return values[:, rows].unsqueeze(-1)
-    return values.unsqueeze(1)
 
 
 def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) -> Tensor:
@@ -162,12 +122,9 @@ def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) 
     rows, columns = part.base.shape
     start = subject.first + part.row * columns
     shape = (columns, rows) if subject.transposed else (rows, columns)  # the stream runs over the stored order
-    drawn = torch.stack(
-        [
-            uniforms(
-                (subject.seed, purpose, subject.name, expert), start, *shape, double=double, slice_values=part.base
-            )
-            for expert in subject.place.experts
-        ]
-    ).to(part.base.device)
+    draws = [
+        uniforms((subject.seed, purpose, subject.name, expert), start, *shape, double=double, slice_values=part.base)
+        for expert in subject.place.experts
+    ]
+    drawn = sent_together(draws, part.base.device)
     return drawn.transpose(1, 2) if subject.transposed else drawn

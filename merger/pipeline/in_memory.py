@@ -11,7 +11,7 @@ from merger._lazy import torch
 from merger.ops import kernels
 from merger.ops.questions import Flow
 from merger.ops.rounding import restored
-from merger.pipeline.flow import Inputs, Slice, Subject, flow
+from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import EarlierSums, ModelTotals, OpenTotal, Sizes, run_slices, run_tensors
 from merger.pipeline.registry import Stage
@@ -28,7 +28,7 @@ def merge_tensors(
     *,
     places: Mapping[str, Place] | None = None,
     kinds: Mapping[str, str] | None = None,
-    inputs: Mapping[str, Inputs] | None = None,
+    inputs: Mapping[str, Mapping[str, Tensor]] | None = None,
     seed: int = 0,
     slice_elements: int = 1 << 20,
     expert: str | None = None,
@@ -52,9 +52,10 @@ def merge_tensors(
         kind = (kinds or {}).get(name, "linear" if base[name].dim() > 1 else "vector")
         place = (places or {}).get(name, Place(tuple(experts)))
         height, width = base_matrix.shape
-        tensor_inputs = (inputs or {}).get(name, Inputs())
-        axis = -2 if kind == "conv1d" else -1
-        subject = Subject(name, kind, place, height, width, seed=seed, input_axis=axis, inputs=tensor_inputs)
+        tensor_inputs = (inputs or {}).get(name, {})
+        subject = Subject(
+            name, kind, place, height, width, seed=seed, features_are_rows=kind == "conv1d", inputs=tensor_inputs
+        )
         bound = [bind(s, place) for stage in pipeline for s in expand(stage, kind, place.experts)]
         rows = (
             base_matrix.shape[0]

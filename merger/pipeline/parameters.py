@@ -189,7 +189,7 @@ def at_depth(value: Any, depth: Fraction) -> Fraction:
 
 
 def order_of(value: Any, place: Place) -> tuple[int, ...]:
-    """The experts' indices in merging order for one tensor (methods.md 2.2, decision d)."""
+    """The experts' indices in merging order for one tensor (docs/methods/obim.md)."""
     names = list(place.experts)
     if isinstance(value, list):
         _same_names(value, names, complete=True)

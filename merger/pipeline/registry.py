@@ -26,8 +26,9 @@ dropped from a name (``lambda_`` is written ``lambda``).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
@@ -43,12 +44,11 @@ from pydantic import (
 )
 
 from merger.errors import nearest
+from merger.pipeline.inputs import SLICE_SUPPLIES
 
 Kind = Literal["score", "sparsifier", "merger", "pack", "filter", "scale", "method"]
 Takes = Literal["slice", "rows", "matrix"]
 """Any slice; rows, one for each output neuron; the whole oriented matrix."""
-Fed = Literal["own", "merged"]
-"""What feeds a block while its inputs are watched: the expert's own earlier blocks, or those merged so far."""
 F = TypeVar("F", bound=Callable[..., Any])
 Stage = partial[Any]
 """A registered function with the parameters of one recipe."""
@@ -66,20 +66,16 @@ def _by_scope(*, scope: str = "tensor", **_: object) -> Takes:
     return "rows" if scope == "row" else "slice"
 
 
-def _never(**_: object) -> bool:
-    return False
-
-
-def _own(**_: object) -> Fed:
-    return "own"
-
-
 def _unremarkable(experts: int, **_: object) -> str:
     return ""
 
 
 def _nothing(kind: str, **_: object) -> None:
     return None
+
+
+def _no_claims(**_: object) -> Sequence[Fraction]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -122,13 +118,19 @@ class Entry:
     experts: int | None = None  # how many experts it merges, where that is fixed
     fewest: int = 1  # how many it merges at least
     scope: str = "tensor"  # what a score is ranked within, unless the recipe says it
-    calibrated: Callable[..., bool] = _never  # whether it looks at layer inputs, given its parameters
-    fed: Callable[..., Fed] = _own  # what the Gram matrices it takes are made behind, given its parameters
+    inputs: Callable[..., Mapping[str, str]] | None = None  # by argument, given its parameters; see `input_names`
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
+    claims: Callable[..., Sequence[Fraction]] = _no_claims  # each expert's share of a tensor, changed by it or not
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
     packing: Packing | None = None  # of a pack
     exact: bool = True  # whether every device gives the same bits: it sums no floats, and decomposes no matrix
+
+    def input_names(self, **values: Any) -> Mapping[str, str]:
+        """The inputs that it takes for these parameters, by argument; by default an argument takes that of its name."""
+        if self.inputs is not None:
+            return self.inputs(**values)
+        return {name: name for name in supplied(self.function) if name not in SLICE_SUPPLIES}
 
     @property
     def summary(self) -> str:

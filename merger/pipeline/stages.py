@@ -11,11 +11,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from merger.pipeline.inputs import StageInput, stage_input
 from merger.pipeline.parameters import Place, resolve, turns
-from merger.pipeline.registry import Entry, Fed, Form, Stage, Takes, entry_of, parameters, supplied
+from merger.pipeline.registry import Entry, Form, Stage, Takes, entry_of, parameters, supplied
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,20 +53,25 @@ class Bound:
         return self.entry.takes(**self.values)
 
     @cached_property
-    def calibrated(self) -> bool:
-        """Whether this stage looks at what enters the layer."""
-        nested = [*self.inner, *([] if self.score is None else [self.score])]
-        return any(stage.calibrated for stage in nested) or self.entry.calibrated(**self.values)
+    def parts(self) -> tuple[Bound, ...]:
+        """This stage, its score, and the stages that run inside it."""
+        nested = (*self.inner, *(() if self.score is None else (self.score,)))
+        return (self, *(part for stage in nested for part in stage.parts))
 
     @cached_property
-    def gram(self) -> bool:
-        """Whether this stage takes the Gram matrices of what enters the layer."""
-        return "gram" in supplied(self.entry.function)
+    def arguments(self) -> Mapping[str, StageInput]:
+        """The inputs of this stage alone, by the argument that takes each."""
+        return {name: stage_input(source) for name, source in self.entry.input_names(**self.values).items()}
 
     @cached_property
-    def fed(self) -> Fed:
-        """What feeds the blocks in which this stage's Gram matrices are made."""
-        return self.entry.fed(**self.values)
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs of this stage, of its score and of its inner method."""
+        return frozenset(item for part in self.parts for item in part.arguments.values())
+
+    @property
+    def claims(self) -> Sequence[Fraction]:
+        """The share of a tensor that each expert claims whether or not it changed it; empty where none does."""
+        return self.entry.claims(**self.values)
 
     @cached_property
     def align(self) -> int:
@@ -106,7 +113,7 @@ def bind(stage: Stage, place: Place) -> Bound:
         entry.check(**values)
     score, inner = values.pop("score", None), values.pop("inner", None)
     score = None if score is None else bind(score, place)
-    if score is not None and score.calibrated and values.get("scope") == "global":
+    if score is not None and score.inputs and values.get("scope") == "global":
         raise ValueError(
             f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
             "so its scores of different tensors share no scale; write scope: tensor"

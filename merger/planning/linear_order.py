@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from merger.checkpoint.anatomy import Anatomy
 from merger.checkpoint.forward_order import LAYERS, forward_key
+from merger.checkpoint.tensor_kinds import TensorKinds
 from merger.pipeline.parameters import Pinned
 from merger.pipeline.registry import Stage
 
-AnatomyOf = Callable[[str], Anatomy]
-"""Gives the anatomy by which the kind and the place of a tensor are told."""
+KindsOf = Callable[[str], TensorKinds]
+"""Gives the kinds of the checkpoint by which the kind and the place of a tensor are told."""
 
 
 def linear_turns(stages: Iterable[Stage], experts: int) -> int:
@@ -29,13 +29,13 @@ def linear_turns(stages: Iterable[Stage], experts: int) -> int:
     return math.lcm(*(max(1, turn) for turn in turns), *([linear_turns(nested, experts)] if nested else ()))
 
 
-def number_layers(names: Iterable[str], anatomy_of: AnatomyOf) -> dict[str, int]:
+def number_layers(names: Iterable[str], kinds_of: KindsOf) -> dict[str, int]:
     """The number of each linear layer in the forward pass, from 0; other tensors have that of the last one before."""
-    kinds = {name: anatomy_of(name).kind(name) for name in names}
+    kinds = {name: kinds_of(name).kind(name) for name in names}
 
     def place(name: str) -> tuple[object, ...]:
-        anatomy = anatomy_of(name)
-        return forward_key(name, kinds[name], anatomy.unit(name), anatomy.rotation(name))
+        checkpoint = kinds_of(name)
+        return forward_key(name, kinds[name], checkpoint.unit(name), checkpoint.rotation(name))
 
     count, numbers = 0, {}
     for name in sorted(kinds, key=place):
@@ -45,12 +45,10 @@ def number_layers(names: Iterable[str], anatomy_of: AnatomyOf) -> dict[str, int]
     return numbers
 
 
-def describe_aliasing(names: Sequence[str], anatomy_of: AnatomyOf, turns: int) -> Iterator[str]:
+def describe_aliasing(names: Sequence[str], kinds_of: KindsOf, turns: int) -> Iterator[str]:
     """Notes on blocks whose number of linear layers ``turns`` divides, so that each layer keeps its first expert."""
     layers = Counter(
-        unit
-        for name in names
-        if anatomy_of(name).kind(name) in LAYERS and (unit := anatomy_of(name).unit(name)) != name
+        unit for name in names if kinds_of(name).kind(name) in LAYERS and (unit := kinds_of(name).unit(name)) != name
     )
     sizes = Counter(layers.values())
     for size, blocks in sizes.items():

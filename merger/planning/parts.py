@@ -31,7 +31,7 @@ def parts_of(
 
 def needs_input_axis(stages: Sequence[Bound]) -> str | None:
     """The first stage that must know which axis of a matrix is the input, because it looks at rows or at inputs."""
-    return next((stage.entry.name for stage in stages if stage.takes != "slice" or stage.calibrated), None)
+    return next((stage.entry.name for stage in stages if stage.takes != "slice" or stage.inputs), None)
 
 
 def describe_unknown_axes(names: Sequence[str], stage: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,8 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.forward_order import LAYERS
 from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.checkpoint.side_files import SideFile
+from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
 from merger.planning.packed import Packed
@@ -34,14 +36,14 @@ class Part:
         return self.row * (self.rows if self.transposed else self.columns)
 
     @property
-    def inputs(self) -> int:
+    def features(self) -> int:
         """How many features its inputs have."""
         return self.columns if self.input_axis == COLUMNS else self.rows
 
 
 @dataclass(frozen=True)
 class ExtraRows:
-    """Rows of a vocabulary that not all models have: the mean of those that have them."""
+    """Rows that are not the same token in all models, or that not all models have: the mean of ``models``."""
 
     start: int
     stop: int
@@ -63,27 +65,22 @@ class TensorPlan:
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
     parts: tuple[Part, ...] = ()
     extra: tuple[ExtraRows, ...] = ()
-    tied_to: str | None = None  # the embedding that a stored head merely repeats; it is written with it
+    tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
 
     @cached_property
-    def calibrated(self) -> bool:
-        """Whether any of its stages looks at what enters the layer."""
-        return any(stage.calibrated for stage in self.stages)
-
-    @cached_property
-    def gram(self) -> bool:
-        """Whether any of its stages takes Gram matrices, which are made while it is merged."""
-        return any(stage.gram for stage in self.stages)
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs that its stages take beside the weights."""
+        return frozenset[StageInput]().union(*(stage.inputs for stage in self.stages))
 
     @property
-    def has_inputs(self) -> bool:
-        """Whether it is a matrix that activations are multiplied by, as the head is though it may be the embedding."""
+    def is_layer(self) -> bool:
+        """Whether activations are multiplied by it, as by the head though it may be the embedding."""
         return self.kind in (*LAYERS, "tied")
 
-    @property
-    def fed_by_merged(self) -> bool:
-        """Whether its Gram matrices are made behind the merged blocks, not behind each expert's own."""
-        return any(stage.gram and stage.fed == "merged" for stage in self.stages)
+    @cached_property
+    def lockstep(self) -> bool:
+        """Whether an input of its stages is made block by block, while the model is merged."""
+        return any(stage_input.granularity == "block" for stage_input in self.inputs)
 
     @property
     def ranked(self) -> bool:
@@ -118,8 +115,17 @@ class TensorPlan:
         """All that is written of it, by name."""
         if self.packed is not None:
             return self.packed.infos
-        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from the embedding's results
+        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from that tensor's results
         return {} if repeats else {self.name: self.info}
+
+    def merged_rows(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The runs of rows from ``start`` to ``stop`` that are merged."""
+        for rows in self.extra:
+            if start < min(rows.start, stop):
+                yield start, min(rows.start, stop)
+            start = max(start, rows.stop)
+        if start < stop:
+            yield start, stop
 
     @property
     def elements(self) -> int:
@@ -137,7 +143,8 @@ class Plan:
     dropped: Mapping[str, Mapping[str, str]]  # per model: input tensors that are left out, and why
     notes: tuple[str, ...]
     config: Mapping[str, Any]  # config.json of the output
-    tokenizer: str  # the model whose tokenizer files are copied
+    tokenizer: str  # the model whose tokenizer the output gets
+    side_files: Mapping[str, SideFile]  # all files beside the weights, by name
 
     @property
     def base(self) -> Checkpoint:
@@ -155,14 +162,17 @@ class Plan:
         return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
 
     def written_names(self, tensor: TensorPlan) -> list[str]:
-        """The names under which a tensor is written: those of its results, or its own and that of a head tied to it."""
-        head = self._tied_heads.get(tensor.name)
-        return [*tensor.stored] if head is None or tensor.packed else [*tensor.stored, head]
+        """The names under which a tensor is written: those of its results, or its own and those that repeat it."""
+        return [*tensor.stored, *([] if tensor.packed else self._repeated_names.get(tensor.name, ()))]
 
     @cached_property
-    def _tied_heads(self) -> Mapping[str, str]:
-        """The stored head that repeats an embedding, by the embedding's name."""
-        return {tensor.tied_to: tensor.name for tensor in self.tensors if tensor.tied_to is not None}
+    def _repeated_names(self) -> Mapping[str, Sequence[str]]:
+        """The names that store a tensor once more, as a tied head its embedding, by the tensor's own name."""
+        names: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.tied_to is not None:
+                names.setdefault(tensor.tied_to, []).append(tensor.name)
+        return names
 
     @property
     def packed(self) -> bool:
@@ -188,15 +198,23 @@ class Plan:
         elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
         return sum(elements * ITEM_SIZE[info.dtype] for info in several)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether any stage looks at what enters the layers."""
-        return any(tensor.calibrated for tensor in self.tensors)
+    @cached_property
+    def inputs(self) -> frozenset[StageInput]:
+        """The inputs that stages take beside the weights."""
+        return frozenset[StageInput]().union(*(tensor.inputs for tensor in self.tensors))
 
     @property
-    def needs_statistics(self) -> bool:
-        """Whether any tensor needs what a statistics file holds."""
-        return any(tensor.calibrated and not tensor.gram for tensor in self.tensors)
+    def runs_models(self) -> bool:
+        """Whether text goes through some expert, since stages take inputs that no file of the recipe holds."""
+        calibration = self.recipe.calibration
+        if calibration is None or not any(item.needs_text for item in self.inputs):
+            return False
+        return self.follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
+
+    @property
+    def follows_merge(self) -> bool:
+        """Whether some inputs are made behind the merged blocks, so that no file can hold them."""
+        return any(item.follows_merge for item in self.inputs)
 
     def close(self) -> None:
         """Closes the inputs."""

@@ -28,8 +28,8 @@ def stages_of(
         faults.append(((*path, *asked[-1:]), f"expected {expected}, found {' and '.join(asked) or 'none'}"))
         return []
     if asked == ["use"]:
-        if node["use"] not in ("base", *experts):
-            near = nearest(str(node["use"]), ["base", *experts])
+        if isinstance(node["use"], str) and node["use"] not in ("base", *experts):
+            near = nearest(node["use"], ["base", *experts])
             faults.append(((*path, "use"), f"there is no expert {node['use']!r}; {near}"))
         return []
     before = len(faults)
@@ -43,7 +43,9 @@ def stages_of(
         try:
             stages.append(checked(name, given))
         except ValidationError as error:
-            faults += [((*where, *inner), message) for inner, message in said(error, partial(_keys, name, given))]
+            faults += [
+                ((*where, *inner), message) for inner, message in said(error, partial(_keys, name, given), given)
+            ]
             continue
         faults += [((*where, key), message) for key, message in _unsuited(stages[-1], experts)]
     if len(faults) == before and experts and (stages or isinstance(node.get("pipeline"), list)):
@@ -119,8 +121,9 @@ def _sequence_faults(
                 for b in bounds
                 if b.entry.experts not in (None, len(experts))
             ]
-            if any(bound.gram for bound in bounds) and any(s.keywords.get("scope") == "global" for s in expanded):
-                found.append("scope: global ranks the whole model at once, but Gram matrices come block by block")
+            by_block = [f"{b.entry.name} takes {s.name}" for b in bounds for s in b.inputs if s.granularity == "block"]
+            if by_block and any(s.keywords.get("scope") == "global" for s in expanded):
+                found.append(f"scope: global ranks the whole model at once, but {by_block[0]}, made block by block")
             found += [
                 f"{b.entry.name} merges at least {b.entry.fewest} experts, not {len(experts)}"
                 for b in bounds

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import yaml
 
-from merger.checkpoint.anatomy import text_config
+from merger.checkpoint.tensor_kinds import text_config
 from merger.errors import RecipeError, nearest
 from merger.recipe.document import Document, KeyPath
 from merger.recipe.mergekit.references import Faults, Reference, expert_names, reference
@@ -27,7 +27,8 @@ from merger.recipe.mergekit.settings import (
     matching,
 )
 from merger.recipe.mergekit.table import METHODS, Method
-from merger.recipe.recipe import DType, Recipe
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import DType
 
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
