@@ -8,10 +8,10 @@ from pathlib import Path
 
 import synthesize
 import torch
-from merger.checkpoint.safetensors_header import Info
 from safetensors.torch import save_file
 
 from merger.checkpoint.layout import index, index_name, layout
+from merger.checkpoint.tensor_info import Info
 from merger.ops.transfer import fetched
 
 WORDS = 200
