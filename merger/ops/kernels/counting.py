@@ -158,6 +158,8 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
         rows = -(-values.shape[1] // LANES)
         padded = torch.nn.functional.pad(values, (0, rows * LANES - values.shape[1]))
         sides.append(padded.view(len(values), rows, LANES))
+    if not len(sides[1]):
+        return torch.zeros(len(sides[0]), 0, dtype=torch.float64)
     rows_of_sums = [torch.stack([_last_sum(_last_sum(one * other)) for other in sides[1]]) for one in sides[0]]
     return torch.stack(rows_of_sums).cpu()
 
