@@ -149,7 +149,7 @@ def _moments(path: Path, gram: bool, **expected: Any) -> dict[str, Moments]:
     for name, value in {"format": FORMAT, **expected}.items():
         if found.get(name) != value:
             raise CheckpointError(f"{path}: {_mismatch(name)}: its {name} is {found.get(name)}, expected {value}")
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, tensor in tensors.items():
         layer, _, field = name.rpartition(".")
         parts[layer][field] = tensor

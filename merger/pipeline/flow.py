@@ -34,12 +34,8 @@ class Subject:
     seed: int = 0
     first: int = 0  # its first element's position in the stored tensor (a slice of packed experts)
     transposed: bool = False  # stored [in, out] and oriented to [out, in] here
+    features_are_rows: bool = False  # in-features run along the rows: it is stored, and seen, as [in, out]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # of the whole matrix, by name
-
-    @property
-    def features_are_rows(self) -> bool:
-        """Whether in-features run along the rows: it is stored, and seen, as [in, out]."""
-        return self.kind == "conv1d" and not self.transposed
 
 
 @dataclass(frozen=True)
