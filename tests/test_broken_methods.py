@@ -1,11 +1,8 @@
 """A file among the methods that cannot be used: it names itself in a line, and all other methods are there."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from checkpoints import trio
+from packages import linked_package, run_package
 
 FINE = "from merger.pipeline.registry import merger\n@merger()\n"
 BROKEN = {
@@ -32,15 +29,7 @@ BROKEN = {
 @pytest.fixture
 def package(tmp_path):
     """A copy of the package, whose methods may be spoilt; the recipe in the folder merges by ties."""
-    here = os.path.dirname(os.path.dirname(__file__))
-    os.makedirs(tmp_path / "site" / "merger")
-    for name in os.listdir(os.path.join(here, "merger")):
-        if name != "methods":
-            (tmp_path / "site" / "merger" / name).symlink_to(os.path.join(here, "merger", name))
-    (tmp_path / "site" / "merger" / "methods").mkdir()
-    for name in os.listdir(os.path.join(here, "merger", "methods")):
-        if name.endswith(".py"):
-            (tmp_path / "site" / "merger" / "methods" / name).symlink_to(os.path.join(here, "merger", "methods", name))
+    linked_package(tmp_path / "site", "methods")
     trio(tmp_path)
     (tmp_path / "recipe.yaml").write_text(
         "base: base\nexperts: {code: code, math: math}\nmethod: ties\noutput: {path: out}\n"
@@ -49,9 +38,7 @@ def package(tmp_path):
 
 
 def run(package, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(package)}
-    command = [sys.executable, "-m", "merger", *arguments]
-    return subprocess.run(command, cwd=package.parent, capture_output=True, text=True, env=environment)
+    return run_package(package, *arguments, cwd=package.parent)
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -11,7 +11,7 @@ from checkpoints import trio
 
 from merger.calibration import statistics_files
 from merger.calibration.moments import Moments
-from merger.calibration.settings import Settings
+from merger.calibration.settings import ForwardPass, Settings
 from merger.checkpoint import files
 from merger.checkpoint.files import MARK, check_replaceable, replace_bytes, replacing
 from merger.demo import demo
@@ -146,7 +146,9 @@ def test_a_plot_replaces_a_plot_and_nothing_else(tmp_path, kind):
 
 
 def test_calibration_copies_statistics_over_statistics_and_nothing_else(tmp_path):
-    key = statistics_files.Key("checkpoint", "data", "tokenizer", Settings())
+    key = statistics_files.Key(
+        "checkpoint", "data", "tokenizer", Settings(), ForwardPass("cpu", "float32", torch="2", transformers="5")
+    )
     source = tmp_path / "cache" / "a"
     statistics_files.save(source, {"w": Moments(torch.tensor(1), torch.ones(2), torch.ones(2))}, key)
     for _ in range(2):

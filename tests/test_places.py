@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import llama, load, same_bits, save, trio
 
+from merger.calibration.block_runner import Carried
 from merger.checkpoint.open_files import OpenFiles
 from merger.checkpoint.output import Output
 from merger.checkpoint.placement import is_mount_point
 from merger.engine.machine import peak_memory
-from merger.errors import RecipeError
+from merger.errors import RecipeError, ResourceError
 
 RECIPE = "base: base\nexperts: {code: code, math: math}\nmethod: linear\noutput: {path: out, shard_size: 300}\n"
 
@@ -204,3 +206,15 @@ def test_an_ordinary_folder_is_no_mount_point(tmp_path):
     assert not is_mount_point(tmp_path)
     assert not is_mount_point(tmp_path / "missing")
     assert is_mount_point(Path("/"))
+
+
+# --- a full disk for hidden states ----------------------------------------------------------------
+
+
+def test_hidden_states_that_the_disk_has_no_room_for_end_no_process(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ResourceError, match=r"0\.bin: the disk is full \(24 bytes are needed for it\)"):
+        Carried(0, tmp_path).put(0, torch.zeros(2, 3))

@@ -1,6 +1,7 @@
 """Statistics files: found again, checked against what they are used for, whole or absent."""
 
 import dataclasses
+import errno
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from merger.calibration import Moments, Settings
 from merger.calibration.settings import ForwardPass
 from merger.calibration.statistics_files import Key, find, load, save
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, ResourceError
 
 FORWARD = ForwardPass("cpu", "float32", torch="2.6.0", transformers="5.0.0")
 KEY = Key(checkpoint="c0ffee", data="da7a", tokenizer="70ken", settings=Settings(samples=10), forward=FORWARD)
@@ -59,10 +60,10 @@ def test_nothing_else_is_left_in_the_folder(path):
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def full(tensors, path, metadata):
         path.write_bytes(b"half of it")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ResourceError, match=r"a\.stats\.safetensors: the disk is full"):
         save(tmp_path / "a.stats.safetensors", MOMENTS, KEY)
     assert not list(tmp_path.iterdir())
 

@@ -24,6 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from merger.calibration.model_host import Rig, Stop
+from merger.checkpoint.disk import allocate, disk_error
 from merger.errors import MergerError, checkpoint_faults, lacks_memory
 from merger.ops.transfer import buffer, buffer_bytes, sent
 
@@ -242,5 +243,15 @@ class Carried:
         if self._left is None or size <= self._left:
             self._left = None if self._left is None else self._left - size
             return buffer(hidden.shape, hidden.dtype, hidden.device)
-        file = str(self._folder / f"{batch}.bin")
-        return torch.from_file(file, shared=True, size=hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
+        file = self._folder / f"{batch}.bin"
+        _allocate(file, hidden.nbytes)  # a mapped file that the disk has no room for ends the process (SIGBUS)
+        return torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Makes a file of this size; ResourceError if the disk is full."""
+    try:
+        with path.open("wb") as file:
+            allocate(file.fileno(), size)
+    except OSError as error:
+        raise disk_error(path, error, size) from None

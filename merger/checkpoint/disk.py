@@ -21,7 +21,7 @@ def disk_error(path: Path, error: OSError, size: int = 0) -> ResourceError:
     if error.errno in _FULL:
         needed = f" ({size:,} bytes are needed for it)" if size else ""
         return ResourceError(f"{path}: the disk is full{needed}; free some space, or write elsewhere")
-    return ResourceError(f"{path}: cannot be written: {error.strerror}")
+    return ResourceError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def allocate(descriptor: int, size: int) -> None:

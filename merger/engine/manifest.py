@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -84,6 +84,9 @@ class Manifest:
         lacking = [section for section in _SECTIONS if not isinstance(content.get(section), dict)]
         if lacking:
             raise ValueError(f"lacks {', '.join(lacking)}")
+        damaged = next(_damaged_parts(content), None)
+        if damaged is not None:
+            raise ValueError(f"{damaged} is not as a merge writes it; merge again")
         return cls(content)
 
     @classmethod
@@ -168,6 +171,36 @@ class Manifest:
             "seed": self.content["seed"],
             "versions": self.content["versions"],
         }
+
+
+def _damaged_parts(content: Mapping[str, Any]) -> Iterator[str]:
+    """The parts of a manifest that were changed since a merge wrote it, so that no command can work with them."""
+    recipe, inputs = content["recipe"], content["inputs"]
+    output, experts = recipe.get("output"), recipe.get("experts")
+    if (
+        not isinstance(output, dict)
+        or not isinstance(output.get("path"), str)
+        or type(output.get("shard_size")) is not int
+    ):
+        yield "recipe.output"
+    if not isinstance(experts, dict) or {"base", *experts} != inputs.keys():
+        yield "inputs"
+    for label, record in inputs.items():
+        if (
+            not isinstance(record, dict)
+            or not isinstance(record.get("source"), str)
+            or not _is_map(record.get("files"))
+        ):
+            yield f"inputs.{label}"
+    for name, record in content["tensors"].items():
+        if not isinstance(record, dict) or not {"copied from", "merged by"} & record.keys():
+            yield f"tensors.{name}"
+    yield from (section for section in ("shards", "files") if not _is_map(content[section]))
+
+
+def _is_map(value: Any) -> bool:
+    """Whether a value is a map from text to text."""
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> dict[str, str]:

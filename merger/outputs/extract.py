@@ -27,7 +27,7 @@ from merger.engine.machine import tuned
 from merger.engine.manifest import RECORD, Manifest
 from merger.engine.memory import SLICE
 from merger.engine.recorded_recipe import base_source, changed_file
-from merger.errors import CheckpointError, RecipeError, nearest
+from merger.errors import CheckpointError, RecipeError, checkpoint_faults, nearest
 from merger.ops.rounding import restored
 from merger.options import Progress, RunOptions
 from merger.pipeline.registry import ENTRIES
@@ -81,7 +81,8 @@ def extract(
         writer = Writer(target, shards, infos, {"expert": expert, "packed": _digest(source)})
         try:
             writer.open(force=force)
-            _write(sources, tensors, writer, options.progress)
+            with checkpoint_faults(f"{source}: {expert} cannot be rebuilt from its files as {RECORD} says"):
+                _write(sources, tensors, writer, options.progress)
             _write_side_files(source, target.name, expert, manifest, writer.folder)
             writer.digests()
             writer.finish(force=force)
