@@ -6,15 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING
+
+import numpy
 
 from merger.inspection.counters import Counter, ExpertSlice, MatrixShape, Sums
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import BY_EXPERT, floats, share, statistic
+from merger.inspection.statistic import BY_EXPERT, Array, array, share, statistic
 from merger.ops.kernels import counting
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LARGE = 0.5
 """A relative size that fine-tunes stay far below and unrelated models, which have about sqrt(2), do not reach."""
@@ -72,6 +70,6 @@ def _reading(sizes: Mapping[str, float]) -> Iterable[str]:
     in_layers=True,
     reading=_reading,
 )
-def relative_size(vectors: VectorSums, base: BaseSums) -> Tensor:
+def relative_size(vectors: VectorSums, base: BaseSums) -> Array:
     """Length of an expert's task vector relative to the base's; 0.5 and more suggests another base."""
-    return share(floats(vectors.products).diagonal().sqrt(), base.square**0.5)
+    return share(numpy.sqrt(array(vectors.products).diagonal()), base.square**0.5)
