@@ -33,6 +33,19 @@ def pickled(tensors, folder):
     return (folder / "saved.bin").read_bytes()
 
 
+def adding(token):
+    """A model with two words, and a token of its own in the padding of its embedding."""
+    return {
+        "config.json": config(),
+        "tokenizer.json": json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}).encode(),
+        "added_tokens.json": json.dumps({f"<{token}>": 2}).encode(),
+        "additional_chat_templates/tool_use.jinja": token.encode(),
+        "1_Pooling/config.json": b"{}",
+        "1_Pooling/notes.txt": b"",
+        "model.safetensors": save({"embed_tokens.weight": torch.ones(4, 2000)}),
+    }
+
+
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory):
     """Files by repository and revision."""
@@ -57,6 +70,7 @@ def repositories(tmp_path_factory):
         "org/gated": {"main": old},
         "org/broken": {"main": {"config.json": config(), "model.safetensors": b"\xff" * 64}},
         "org/quantised": {"main": {**old, "config.json": config(quantization_config={"quant_method": "gptq"})}},
+        **{f"org/adds-{token}": {"main": adding(token)} for token in ("tool", "think")},
         "org/adapter": {
             "main": {
                 "adapter_config.json": b'{"peft_type": "LORA", "r": 1, "lora_alpha": 2}',
@@ -188,6 +202,29 @@ def test_a_quantised_model_is_refused_before_its_weights_are_fetched(hub, tmp_pa
     with pytest.raises(CheckpointError, match="is quantised"):
         opened("org/quantised", tmp_path)
     assert fetched(hub) == ["config.json"]
+
+
+def test_models_that_do_not_fit_are_refused_before_their_weights_are_fetched(hub, tmp_path):
+    experts = {"a": "org/adds-tool", "b": "org/adds-think"}
+    recipe = Recipe.parse(
+        {"base": "org/adds-tool", "experts": experts, "method": "linear", "output": {"path": "out"}}, tmp_path
+    )
+    with pytest.raises(CheckpointError, match="2 is '<tool>' in base and a and '<think>' in b"):
+        merge(recipe)
+    whole = [path for _, path, part in hub if path.endswith("model.safetensors") and part is None]
+    assert whole == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_small_files_in_folders_are_fetched_for_the_output(hub, tmp_path):
+    recipe = Recipe.parse(
+        {"base": "org/adds-tool", "experts": {"a": "org/adds-tool"}, "method": "linear", "output": {"path": "out"}},
+        tmp_path,
+    )
+    merge(recipe)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tool"
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
+    assert not [path for _, path, _ in hub if path.endswith("notes.txt")]
 
 
 def test_an_adapter_may_come_from_the_hub_too(hub, tmp_path):

@@ -257,6 +257,37 @@ def test_text_and_statistics_are_locked_by_their_bytes(merger, folder):
     assert "recipe.lock: calibration.text.jsonl was" in merger("run", "recipe.yaml", "--locked").err
 
 
+def test_every_source_of_text_and_its_count_are_locked(merger, folder):
+    for name in ("code", "math"):
+        (folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_text('{"question": "a"}\n{"question": "b"}\n')
+    column = {"prompt": "question"}
+    first, second = ({"file": name, "samples": 1, "fields": column} for name in ("a.jsonl", "b.jsonl"))
+    write(folder, calibrated(data={"code": [first, second], "math": second}))
+    assert merger("lock", "recipe.yaml").code == 0
+
+    write(folder, calibrated(data={"code": [first, {**second, "samples": 2}], "math": second}))
+    assert "recipe.lock: recipe.calibration.data.code was" in merger("run", "recipe.yaml", "--locked").err
+    write(folder, calibrated(data={"code": [first, {**second, "fields": {"text": "question"}}], "math": second}))
+    assert "recipe.lock: recipe.calibration.data.code was" in merger("run", "recipe.yaml", "--locked").err
+
+    write(folder, calibrated(data={"code": [first, second], "math": second}))
+    (folder / "a.jsonl").write_text('{"question": "c"}\n')
+    assert "recipe.lock: calibration.a.jsonl was" in merger("run", "recipe.yaml", "--locked").err
+
+
+def test_two_files_of_one_name_in_two_folders_are_both_locked(merger, folder):
+    for name in ("code", "math"):
+        (folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+        (folder / name / "text.jsonl").write_text(json.dumps({"text": name}))
+    write(folder, calibrated(data={name: str((folder / name / "text.jsonl").resolve()) for name in ("code", "math")}))
+    assert merger("lock", "recipe.yaml").code == 0
+    locked = json.loads((folder / "recipe.lock").read_text())["calibration"]
+    assert locked["text.jsonl"] == sha256(folder / "code/text.jsonl")
+    assert locked["text.jsonl of math"] == sha256(folder / "math/text.jsonl")
+
+
 def test_a_dataset_of_the_hub_cannot_be_locked(merger, folder):
     write(folder, calibrated(data="org/data"))
     ran = merger("lock", "recipe.yaml")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import llama, load, save
 from tiny import bits, merge, tensor
+from vocabularies import write
 
 import merger as merger_package
 from merger.checkpoint.safetensors_header import Info
@@ -484,10 +485,19 @@ def test_a_manifest_that_says_something_else_is_told_of(packed):
         assert not (packed / "x").exists()
 
 
+def test_side_files_in_folders_come_along(models):
+    folder = models()
+    write(folder / "base" / "1_Pooling" / "config.json", "{}")
+    run(recipe(folder, "tall_masks"))
+    extracted(folder)
+    assert (folder / "out-code" / "1_Pooling" / "config.json").read_text() == "{}"
+
+
 def test_a_side_file_out_of_the_folder_is_not_followed(packed):
     file = packed / "out" / "merger.json"
     record = json.loads(file.read_text())
-    file.write_text(json.dumps({**record, "files": {**record["files"], "../stolen": "0" * 64}}))
+    outside = dict.fromkeys(("../stolen", "a/../../stolen", str(packed / "stolen")), "0" * 64)
+    file.write_text(json.dumps({**record, "files": {**record["files"], **outside}}))
     (packed / "stolen").write_text("secret")
     extracted(packed)
     assert not list(packed.glob("out-code*/../stolen*/*"))

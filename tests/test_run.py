@@ -15,6 +15,7 @@ import yaml
 from checkpoints import CONFIG, llama, load, same_bits, save, trio
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import WORDS, save_tokenizer, write
 
 import merger.engine.machine
 from merger.checkpoint import side_files as manifest
@@ -594,21 +595,51 @@ def test_the_card_links_to_what_came_from_the_hub():
 
 def test_tokenizer_and_generation_files_come_along(tmp_path):
     made = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9)})
-    for name in ("base", "code"):
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-            (tmp_path / name / file).write_text(f'"{name}"')
+    for name, words in (("base", WORDS[:8]), ("code", WORDS[:9])):
+        save_tokenizer(tmp_path / name, words, chat_template=name)
+        for file in ("chat_template.jinja", "generation_config.json", "processor_config.json"):
+            write(tmp_path / name / file, {"of": name})
         (tmp_path / name / "optimizer.pt").touch()
         (tmp_path / name / "modeling_custom.py").touch()
 
     made.run()
 
     texts = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
-    assert texts["generation_config.json"] == '"base"'
-    assert {texts[name] for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")} == {'"code"'}
+    assert texts["processor_config.json"] == '{"of": "base"}'
+    assert {texts[name] for name in ("chat_template.jinja", "generation_config.json")} == {'{"of": "code"}'}
+    assert texts["tokenizer.json"] == (tmp_path / "code" / "tokenizer.json").read_text()
     assert set(texts) == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merger.json", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merger.json",
+        "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+
+
+def test_files_in_folders_come_along_and_are_verified(tmp_path):
+    made = models(tmp_path, {"base": llama(0), "code": llama(1)})
+    names = ["1_Pooling/config.json", "additional_chat_templates/tool_use.jinja", "modules.json", "tokenizer.json"]
+    for name in names:
+        write(tmp_path / "base" / name, {"model": {"vocab": {"a": 0}}} if name == "tokenizer.json" else "[]")
+    made.run()
+    assert made.record()["files"].keys() == {"config.json", *names}
+    assert (tmp_path / "out" / names[0]).read_text() == "[]"
+    (tmp_path / "out" / names[1]).write_text("{}")
+    (tmp_path / "out" / names[0]).unlink()
+    assert [each.file for each in verify(tmp_path / "out").differences] == names[:2]
+
+
+def test_code_and_weights_that_are_not_copied_are_named(tmp_path):
+    code = {"AutoModel": "modeling_own.Own", "AutoConfig": ["other/repository--config.C", None]}
+    made = models(tmp_path, {"base": llama(0), "code": llama(1)}, {"base": {**CONFIG, "auto_map": code}})
+    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    pooling = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+    write(tmp_path / "base" / "modules.json", [{"path": ""}, pooling, dense])
+    made.run()
+    assert made.record()["notes"] == [
+        "code: config differs from the base: auto_map "
+        "{'AutoModel': 'modeling_own.Own', 'AutoConfig': ['other/repository--config.C', None]} -> None",
+        "config.json names code, modeling_own.py, which is not copied; copy it if you trust it",
+        "modules.json names 2_Dense, whose weights are neither merged nor copied",
+    ]
 
 
 names = st.text(st.characters(categories=("L", "Nd", "Pd")), min_size=1, max_size=5)

@@ -12,15 +12,14 @@ from transformers import PreTrainedTokenizerFast
 from merger.calibration import Settings, batches
 from merger.calibration.samples import (
     Text,
-    check_same_tokens,
     choose,
     load,
     load_tokenizer,
     padded,
     tokenise,
-    tokenizer_hash,
 )
 from merger.errors import CheckpointError
+from merger.recipe.sections import TextSource
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -132,7 +131,7 @@ def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, mon
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "no such thing"])
 def test_a_missing_file_is_named(tmp_path, tokenizer, name):
-    with pytest.raises(CheckpointError, match=r"there is no such file of calibration data"):
+    with pytest.raises(CheckpointError, match=r"there is no such file of text"):
         load(name, tmp_path, tokenizer, Settings())
 
 
@@ -214,6 +213,107 @@ def test_the_hash_of_the_data_tells_other_texts_apart(tmp_path, tokenizer):
     assert digest("a.jsonl", "xy") != digest("a.jsonl", "x", "y")
 
 
+# --- several sources, and their columns -----------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path, tokenizer):
+    """Two files of ten texts each: the samples of the sources that are given."""
+    for name in "ab":
+        written(tmp_path, f"{name}.jsonl", lines(*({"text": f"{name}{i}"} for i in range(10))))
+
+    def mixed(*sources, **settings):
+        given = [source if isinstance(source, str) else TextSource(**source) for source in sources]
+        return load(given, tmp_path, tokenizer, Settings(**settings))
+
+    return mixed
+
+
+def counts(samples, tokenizer):
+    names = [tokenizer.decode(tokens)[3] for tokens in samples.tokens]
+    return {name: names.count(name) for name in "ab"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "samples", "expected"),
+    [
+        ([{"file": "a.jsonl", "samples": 3}, {"file": "b.jsonl", "samples": 5}], 1, {"a": 3, "b": 5}),
+        ([{"file": "a.jsonl", "samples": 3}, "b.jsonl"], 4, {"a": 3, "b": 4}),
+        ([{"file": "a.jsonl", "samples": 30}], 1, {"a": 10, "b": 0}),
+        (["a.jsonl", "b.jsonl"], 100, {"a": 10, "b": 10}),
+        ([{"file": "a.jsonl"}], 4, {"a": 4, "b": 0}),
+    ],
+)
+def test_a_source_gives_as_many_samples_as_its_count(mixed, tokenizer, sources, samples, expected):
+    assert counts(mixed(*sources, samples=samples), tokenizer) == expected
+
+
+def test_sources_without_a_count_share_that_of_the_section(mixed):
+    assert len(mixed("a.jsonl", "b.jsonl", samples=7).tokens) == 7
+
+
+def test_a_source_with_a_count_gives_the_samples_that_the_section_would_choose(mixed):
+    assert mixed({"file": "a.jsonl", "samples": 4}) == mixed("a.jsonl", samples=4)
+
+
+def test_a_text_that_two_sources_hold_goes_through_the_model_once(mixed):
+    twice = mixed({"file": "a.jsonl", "samples": 10}, {"file": "a.jsonl", "samples": 10})
+    assert twice == mixed("a.jsonl", samples=10)
+
+
+def test_the_hash_of_the_data_covers_every_source_and_its_count(mixed, tmp_path):
+    def digest(a, b):
+        return mixed({"file": "a.jsonl", "samples": a}, {"file": "b.jsonl", "samples": b}).data
+
+    before = digest(3, 5)
+    assert len({before, digest(4, 5), digest(3, 6), digest(5, 3)}) == 4
+    written(tmp_path, "b.jsonl", lines(*({"text": f"b{i}!"} for i in range(10))))
+    assert digest(3, 5) != before
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "settings", "text"),
+    [
+        ({"question": "1+1=", "answer": "2"}, {"prompt": "question"}, {}, "1+1="),
+        ({"question": "1+1=", "answer": "2"}, {"prompt": "question"}, {"calib_text": "input+target"}, "1+1=2"),
+        (
+            {"instruction": "go", "output": "gone", "solution": "x"},
+            {"prompt": "instruction", "target": "solution"},
+            {"calib_text": "input+target"},
+            "gox",
+        ),
+        (
+            {"text": "task", "code": "x=1"},
+            {"prompt": "text", "target": "code"},
+            {"calib_text": "input+target"},
+            "taskx=1",
+        ),
+        ({"text": "t", "body": "b"}, {"text": "body"}, {}, "b"),
+        ({"prompt": "hidden", "body": "b"}, {"text": "body"}, {}, "b"),
+        ({"turns": [{"role": "user", "content": "a"}]}, {"messages": "turns"}, {}, "[user]a[assistant]"),
+    ],
+)
+def test_columns_are_taken_for_what_the_recipe_says(tmp_path, tokenizer, record, fields, settings, text):
+    written(tmp_path, "a.jsonl", lines(record))
+    (tokens,) = load(TextSource(file="a.jsonl", fields=fields), tmp_path, tokenizer, Settings(**settings)).tokens
+    assert tokenizer.decode(tokens).removeprefix("<s>") == text
+
+
+def test_a_column_that_a_record_lacks_is_named_with_its_place(tmp_path, tokenizer):
+    written(tmp_path, "a.jsonl", lines({"question": "q"}, {"query": "q", "answer": "a"}))
+    with pytest.raises(CheckpointError) as error:
+        load(TextSource(file="a.jsonl", fields={"prompt": "question"}), tmp_path, tokenizer, Settings())
+    assert str(error.value) == (
+        f"{tmp_path}/a.jsonl:2: has no field question, which `fields` names; found answer, query"
+    )
+
+
+def test_a_source_without_text_is_named_though_others_have_some(mixed, tmp_path):
+    written(tmp_path, "c.jsonl", "\n")
+    with pytest.raises(CheckpointError, match=r"^c.jsonl: has no text"):
+        mixed("a.jsonl", "c.jsonl")
+
+
 # --- tokens and batches ---------------------------------------------------------------------------
 
 
@@ -253,12 +353,9 @@ def test_padding_is_on_the_right_and_masked():
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_is_loaded_from_its_folder_and_known_by_its_files(tmp_path, tokenizer):
-    for name, each in {"a": tokenizer, "b": tokenizer, "c": made(extra=["é"])}.items():
-        each.save_pretrained(tmp_path / name)
-    assert load_tokenizer(tmp_path / "a", "math").get_vocab() == tokenizer.get_vocab()
-    assert tokenizer_hash(tmp_path / "a") == tokenizer_hash(tmp_path / "b")
-    assert tokenizer_hash(tmp_path / "a") != tokenizer_hash(tmp_path / "c")
+def test_a_tokenizer_is_loaded_from_its_folder(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, "math").get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
@@ -268,13 +365,6 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
 
 def test_a_broken_tokenizer_is_refused(tmp_path):
     written(tmp_path, "tokenizer_config.json", "{")
+    written(tmp_path, "vocab.txt", "a")
     with pytest.raises(CheckpointError, match="math: its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path, "math")
-
-
-def test_an_expert_may_add_tokens_but_not_move_them(tokenizer):
-    check_same_tokens(tokenizer, made(extra=["é"]), "math")
-    with pytest.raises(CheckpointError, match="math: its tokenizer is not the base's: 1 tokens differ"):
-        check_same_tokens(made(extra=["é"]), made(extra=["è"]), "math")
-    with pytest.raises(CheckpointError, match="math: its tokenizer is not the base's: 2 tokens differ"):
-        check_same_tokens(made(extra=["é", "è"]), made(extra=["è", "é"]), "math")

@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.calibration.datasets import Record, records
+from merger.calibration.datasets import TARGETS, Record, records
+from merger.checkpoint.tokenizers import Tokenizer
 from merger.errors import CheckpointError
+from merger.recipe.sections import TextSource, text_sources
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from merger.calibration.settings import Settings
-
-_TARGETS = ("completion", "response", "answer", "output", "target")
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,24 +52,44 @@ class Samples:
     data: str
 
 
-def load(source: str, folder: Path, tokenizer: Any, settings: Settings) -> Samples:
-    """The samples that the settings choose from a file (relative to ``folder``) or a Hub dataset."""
-    texts = [text for record in records(source, folder) if (text := _text(record, tokenizer, settings.calib_text))]
-    if not texts:
-        raise CheckpointError(f"{source}: has no text; all its records are empty")
-    chosen = choose(texts, settings.samples, settings.seed)
+def load(
+    data: str | TextSource | Sequence[str | TextSource], folder: Path, tokenizer: Any, settings: Settings
+) -> Samples:
+    """The samples that the settings choose from files (relative to ``folder``) and Hub datasets.
+
+    A source with a count gives that many samples; the others together give ``settings.samples``.
+    """
+    sources = text_sources(data)
+    pool: list[Text] = []
+    chosen: dict[Text, None] = {}
+    for source in sources:
+        texts = _texts(source, folder, tokenizer, settings.calib_text)
+        if source.samples is None:
+            pool += texts
+        else:
+            chosen |= dict.fromkeys(choose(texts, source.samples, settings.seed))
+    chosen |= dict.fromkeys(choose(pool, settings.samples, settings.seed))
     tokens = tokenise(chosen, tokenizer, settings.max_tokens)
     if not tokens:
-        raise CheckpointError(f"{source}: the {len(chosen)} texts that were chosen hold no token at all")
+        files = ", ".join(source.file for source in sources)
+        raise CheckpointError(f"{files}: the {len(chosen)} texts that were chosen hold no token at all")
     return Samples(tokens, _digest(chosen))
+
+
+def _texts(source: TextSource, folder: Path, tokenizer: Any, calib_text: str) -> list[Text]:
+    """All texts of one source; CheckpointError where there is none."""
+    texts = [text for record in records(source, folder) if (text := _text(record, tokenizer, calib_text))]
+    if not texts:
+        raise CheckpointError(f"{source.file}: has no text; all its records are empty")
+    return texts
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
 def load_tokenizer(directory: Path, label: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint's folder."""
-    if not _tokenizer_files(directory):
+    """The tokenizer of a folder, by transformers."""
+    if not Tokenizer(directory).exists:
         raise CheckpointError(f"{label}: {directory} has no tokenizer (no tokenizer.json or the like)")
     import transformers
 
@@ -84,29 +99,6 @@ def load_tokenizer(directory: Path, label: str, *, trust_remote_code: bool = Fal
         raise CheckpointError(f"{label}: its tokenizer cannot be loaded: {error}") from None
 
 
-def tokenizer_hash(directory: Path) -> str:
-    """The SHA-256 of a tokenizer's files and their names."""
-    digest = hashlib.sha256()
-    for path in _tokenizer_files(directory):
-        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def _tokenizer_files(directory: Path) -> list[Path]:
-    return [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
-
-
-def check_same_tokens(base: Any, expert: Any, label: str) -> None:
-    """Refuses an expert whose tokenizer means another token by a number than the base's; it may have more or fewer."""
-    known, own = ({number: token for token, number in each.get_vocab().items()} for each in (base, expert))
-    moved = sorted(number for number in known.keys() & own.keys() if known[number] != own[number])
-    if moved:
-        raise CheckpointError(
-            f"{label}: its tokenizer is not the base's: {len(moved):,} tokens differ, the first of them token "
-            f"{moved[0]:,}, which is {known[moved[0]]!r} in the base and {own[moved[0]]!r} in {label}"
-        )
-
-
 # --- from records to tokens -----------------------------------------------------------------------
 
 
@@ -114,7 +106,7 @@ def _text(record: Record, tokenizer: Any, calib_text: str) -> Text | None:
     """What of a record goes through the model: its input, and only if asked for its target; None if it is empty."""
     whole = calib_text == "input+target"
     fields = record.fields
-    target = next((fields[name] for name in _TARGETS if fields.get(name)), None) if whole else None
+    target = next((fields[name] for name in TARGETS if fields.get(name)), None) if whole else None
     for name in ("messages", "prompt", "text"):
         match fields.get(name):
             case list() as turns:
@@ -167,7 +159,7 @@ def tokenise(texts: Iterable[Text], tokenizer: Any, max_tokens: int) -> tuple[tu
     return tuple(ids for ids in found if ids)
 
 
-def _digest(texts: Sequence[Text]) -> str:
+def _digest(texts: Iterable[Text]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         content = text.content.encode(errors="surrogatepass")

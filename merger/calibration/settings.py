@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """The part of a recipe's ``calibration`` section that changes the numbers (docs/methods/obim.md)."""
+    """The part of a recipe's ``calibration`` section that changes the numbers; docs/calibration.md."""
 
     samples: int = 100
     max_tokens: int = 2048

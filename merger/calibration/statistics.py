@@ -18,6 +18,7 @@ from merger.calibration.moments import Moments
 from merger.calibration.settings import ForwardPass
 from merger.checkpoint.cache import cache_folder
 from merger.checkpoint.hashes import config_digest, sha256
+from merger.checkpoint.tokenizers import Tokenizer, tokenizer_folder
 from merger.options import RunOptions
 from merger.planning.plan import Part, Plan, TensorPlan
 from merger.recipe.recipe import Recipe, portable_location
@@ -61,25 +62,20 @@ def _samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.Key, tex
     """An expert's own text as its own tokens, and the key of what will be found from it."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
-    source = given.data[name] if isinstance(given.data, dict) else given.data
-    assert source is not None, "the recipe was checked for it"
     model = plan.models[name]
-    own, base = (
-        texts.load_tokenizer(each.directory, each.label, trust_remote_code=options.trust_remote_code)
-        for each in (model, plan.base)
-    )
-    texts.check_same_tokens(base, own, name)
+    folder = tokenizer_folder(model)
+    tokenizer = texts.load_tokenizer(folder, name, trust_remote_code=options.trust_remote_code)
     settings = Settings(
-        samples=given.samples.get(name, 100) if isinstance(given.samples, dict) else given.samples,
+        samples=given.samples_of(name),
         max_tokens=given.max_tokens,
         weighting=given.weighting,
         skip_first_tokens=given.skip_first_tokens,
         calib_text=given.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load(source, plan.recipe.folder, own, settings)
-    tokenizer, forward = tokenizer_digest(model), ForwardPass.of(model, options.device)
-    return files.Key(fingerprint(model), samples.data, tokenizer, settings, forward), samples
+    samples = texts.load(given.sources(name), plan.recipe.folder, tokenizer, settings)
+    forward = ForwardPass.of(model, options.device)
+    return files.Key(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
 
 
 def _run(plan: Plan, name: str, key: files.Key, samples: texts.Samples, *how: Any) -> dict[str, Moments]:
@@ -122,17 +118,28 @@ class Onward:
 
     def __init__(self, plan: Plan, expert: str, merged: Merged) -> None:
         self._own, self._merged = plan.models[expert], merged
-        self._names = {own: tensor.name for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+        self._tensors = {own: tensor for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+        self._expert = expert
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor in the expert's own shape: rows of its vocabulary that were dropped stay its own."""
-        merged = self._merged(self._names.get(name, name))
-        if merged is None or merged.shape == self._own.tensors[name].shape:
-            return self._own.read(name) if merged is None else merged
+        """A whole tensor in the expert's own shape.
+
+        Rows of its vocabulary that were dropped, or that are another token in the output, stay its own.
+        """
+        tensor = self._tensors.get(name)
+        merged = self._merged(name if tensor is None else tensor.name)
+        if merged is None:
+            return self._own.read(name)
+        foreign = [rows for rows in (tensor.extra if tensor else ()) if self._expert not in rows.models]
+        if merged.shape == self._own.tensors[name].shape and not foreign:
+            return merged
         own = self._own.read(name).to(merged.dtype)
+        values = own.clone()
         common = min(len(own), len(merged))
-        own[:common] = merged[:common]
-        return own
+        values[:common] = merged[:common]
+        for rows in foreign:
+            values[rows.start : rows.stop] = own[rows.start : rows.stop]
+        return values
 
 
 def grams(
@@ -191,7 +198,7 @@ def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.Key]:
     given = plan.recipe.calibration
     if given is None or not plan.runs_models:
         return {}
-    in_files = {} if any(item.follows_merge for item in plan.inputs) else given.stats
+    in_files = {} if plan.follows_merge else given.stats
     return {name: _samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
 
 
@@ -322,20 +329,22 @@ def sources(plan: Plan) -> dict[str, str | None]:
 
 
 def tokenizer_digest(model: Checkpoint) -> str:
-    """The SHA-256 of a model's tokenizer."""
-    return texts.tokenizer_hash(model.directory)
+    """The SHA-256 of the part of a model's tokenizer that decides ids."""
+    return Tokenizer(tokenizer_folder(model)).digest
 
 
 def calibration_files(recipe: Recipe) -> dict[str, str | None]:
     """The SHA-256 of the files of text and statistics that a recipe names; None for a Hub dataset."""
-    given = recipe.calibration
-    if given is None:
+    calibration = recipe.calibration
+    if calibration is None:
         return {}
-    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(recipe.experts, given.data)
     digests: dict[str, str | None] = {}
     for name in recipe.experts:
-        source = given.stats.get(name) or data[name]
-        assert source is not None, "the recipe was checked for it"
-        path = recipe.folder / Path(source).expanduser()
-        digests[portable_location(source)] = files.digest(path) if path.exists() else None
+        stats = calibration.stats
+        sources = [stats[name]] if name in stats else [text.file for text in calibration.sources(name)]
+        for source in sources:
+            path, label = recipe.folder / Path(source).expanduser(), portable_location(source)
+            digest = files.digest(path) if path.exists() else None
+            is_another = digests.get(label, digest) != digest  # a file of the same name in another folder
+            digests[f"{label} of {name}" if is_another else label] = digest
     return digests

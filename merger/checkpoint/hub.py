@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn, cast
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _REPOSITORY = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*(?:@[^@\s]+)?", re.ASCII)
-_SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # config, tokenizer, templates; never code
+_SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")  # config, tokenizer, templates; never code
+_SMALL_IN_FOLDERS = ("additional_chat_templates/*.jinja", "[0-9]*_*/config.json")
 
 
 def is_repository(source: str) -> bool:
@@ -39,10 +41,15 @@ def open_repository(source: str, *, label: str, offline: bool) -> Folder:
     with _explained(source, label):
         info = HfApi().model_info(repository, revision=revision or None, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
-        small = [name for name in sizes if "/" not in name and name.endswith(_SMALL)]
+        small = [name for name in sizes if _is_small(name)]
         directory = _download(source, small)
     remote = partial(_open_remote, source, label, directory.name, sizes)
     return Folder(label, source, directory, frozenset(sizes), directory.name, remote)
+
+
+def _is_small(name: str) -> bool:
+    """Whether a plan may need the file's content."""
+    return ("/" not in name and name.endswith(_SMALL)) or any(fnmatch(name, pattern) for pattern in _SMALL_IN_FOLDERS)
 
 
 def weight_hashes(source: str, commit: str, label: str) -> dict[str, str]:

@@ -3,42 +3,83 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from merger.checkpoint.writer import write_bytes
-from merger.errors import UnreadableError
+from merger.checkpoint.vocabulary_files import matching_files, read_content, read_object
+from merger.checkpoint.writer import json_bytes, write_bytes
 
-# what transformers reads beside config and weights; licences and code are the user's to copy
-_TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "*chat_template.jinja",
+SideFile = Path | Mapping[str, Any]
+"""A file to copy, or the content of a JSON file to write."""
+
+_BASE_FILES = (
+    "*processor_config.json", "audio_tokenizer_config.json",
+    "modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*/config.json",
 )  # fmt: skip
-_BASE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+"""Patterns of what transformers and sentence-transformers read beside config, weights and tokenizer."""
+
+_MODULES_WITHOUT_WEIGHTS = ("Transformer", "Pooling", "Normalize")
 
 
-def side_files(base: Path, tokenizer: Path) -> dict[str, Path]:
-    """Files to copy, by name: the tokenizer's from one model, the rest from the base."""
-    found = {path.name: path for pattern in _BASE for path in sorted(base.glob(pattern)) if path.is_file()}
-    for pattern in _TOKENIZER:
-        found |= {path.name: path for path in sorted(tokenizer.glob(pattern)) if path.is_file()}
-    return found
+def base_files(base: Path) -> dict[str, Path]:
+    """The files of the base to copy beside config, weights and tokenizer, by their names in its folder."""
+    return matching_files(base, _BASE_FILES)
 
 
-def copy_side_files(files: Mapping[str, Path], to: Path) -> dict[str, str]:
-    """Copies content only, so that no file is read-only or older than it should be; the SHA-256 of each."""
-    found = {}
-    for name, path in files.items():
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
-        write_bytes(to / name, content)
-        found[name] = hashlib.sha256(content).hexdigest()
-    return found
+def uncopied_notes(base: Path, tokenizer: Path) -> list[str]:
+    """Notes on code and weights that the configs of the base and of the tokenizer name, and no merge copies."""
+    notes = []
+    for file in (base / "config.json", tokenizer / "tokenizer_config.json"):
+        if names := _code_files(read_object(file).get("auto_map")):
+            notes.append(f"{file.name} names code, {', '.join(names)}, which is not copied; copy it if you trust it")
+    modules = _modules(base / "modules.json")
+    if names := [path for path, kind in modules.items() if kind not in _MODULES_WITHOUT_WEIGHTS]:
+        notes.append(f"modules.json names {', '.join(names)}, whose weights are neither merged nor copied")
+    return notes
+
+
+def _code_files(auto_map: Any) -> list[str]:
+    """The Python files that a config takes its classes from, but for those in other repositories."""
+    entries = auto_map.values() if isinstance(auto_map, dict) else ()
+    names = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+    local = [name for name in names if isinstance(name, str) and "--" not in name]
+    return [f"{module}.py" for module in dict.fromkeys(name.partition(".")[0] for name in local)]
+
+
+def _modules(file: Path) -> dict[str, str]:
+    """The folders of a sentence-transformers model, and the class of each."""
+    try:
+        entries = json.loads(read_content(file)) if file.is_file() else []
+    except (ValueError, RecursionError):
+        entries = []
+    modules = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return {str(entry["path"]): str(entry.get("type")).rpartition(".")[2] for entry in modules if entry.get("path")}
+
+
+def is_inside(name: str) -> bool:
+    """Whether the name of a side file leads to no place outside the folder that it is taken from or written to."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts
+
+
+def side_file_content(source: SideFile) -> bytes:
+    """The bytes of a side file; UnreadableError where the disk fails."""
+    return read_content(source) if isinstance(source, Path) else json_bytes(source)
+
+
+def write_side_files(files: Mapping[str, SideFile], folder: Path) -> dict[str, str]:
+    """Writes content only, so that no file is read-only or older than it should be; returns the SHA-256 of each."""
+    digests = {}
+    for name, source in files.items():
+        content = side_file_content(source)
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_bytes(folder / name, content)
+        digests[name] = hashlib.sha256(content).hexdigest()
+    return digests
 
 
 def extracted_card(title: str, base: str, expert: str, packed: str) -> str:

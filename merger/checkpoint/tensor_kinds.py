@@ -78,9 +78,12 @@ class TensorKinds:
 
     def has_vocabulary(self, name: str) -> bool:
         """Whether the tensor has a row for each token, as embedding and head do, and a head's bias."""
-        if self.embedding is None or self.kind(name) not in ("embedding", "tied", "head", "vector"):
+        if self.embedding is None or self.tensors[name].shape[:1] != self.tensors[self.embedding].shape[:1]:
             return False
-        return self.tensors[name].shape[:1] == self.tensors[self.embedding].shape[:1]
+        kind = self.kind(name)
+        return kind in ("embedding", "tied", "head") or (
+            kind == "vector" and name.endswith("bias") and block_of(name) is None
+        )
 
     def untied(self) -> TensorKinds:
         """The same tensors, with a head apart from the embedding."""

@@ -212,8 +212,8 @@ class Writer:
         """Writes the index and renames the folder into place; whatever was there is replaced only now."""
         if len(self._shards) > 1:
             write_json(self.folder / index_name(self._shards), index(self._shards, self._infos))
-        for each in sorted(self.folder.iterdir()):
-            _sync(each)
+        for path in sorted(self.folder.rglob("*")):
+            _sync(path)
         _sync(self.folder)
         digests = self.digests()
         self._take_place(force=force)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from merger.errors import RecipeError, nearest
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
 from merger.pipeline.stages import expand
 from merger.planning.plan import Plan
+from merger.planning.sample import SampledChange, sample_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
     )
 
 
-def plan_json(plan: Plan, forecast: Forecast) -> dict[str, Any]:
+def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange]) -> dict[str, Any]:
     """The plan as one object."""
     keys = ("tensors", "shape", "dtype", "kind", "action")
     return {
@@ -56,13 +57,14 @@ def plan_json(plan: Plan, forecast: Forecast) -> dict[str, Any]:
         "bytes_written": plan.bytes_written,
         "calibrated": bool(plan.inputs),
         "dropped": {label: dict(names) for label, names in plan.dropped.items() if names},
-        "notes": list(plan.notes),
+        "changes": {expert: asdict(change) for expert, change in changes.items()},
+        "notes": [*plan.notes, *sample_notes(changes)],
         **asdict(forecast),
     }
 
 
-def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
-    """The plan as a table, then what it costs."""
+def print_plan(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange], console: Console) -> None:
+    """Prints the plan as a table, the size of the experts' changes, and the cost of the merge."""
     table = _table("tensors", "count", "shape", "dtype", "kind", "action")
     for (name, shape, dtype, kind, fate), count in groups(plan).items():
         _row(table, name, count, shape, dtype, kind, fate)
@@ -70,7 +72,8 @@ def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
     for label, names in plan.dropped.items():
         for name, reason in names.items():
             console.print(f"dropped from {label}: {name}: {reason}", markup=False, soft_wrap=True)
-    for note in plan.notes:
+    _print_changes(changes, console)
+    for note in (*plan.notes, *sample_notes(changes)):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     gigabytes = 1e9
     console.print(
@@ -89,6 +92,18 @@ def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+
+def _print_changes(changes: Mapping[str, SampledChange], console: Console) -> None:
+    if not changes:
+        return
+    table = _table("expert", "|delta| / |base|", "weights changed")
+    for expert, change in changes.items():
+        _row(table, expert, f"{change.relative_size:.4f}", f"{change.changed:.1%}")
+    console.print(table)
+    console.print(
+        "of a sample of the matrices; fine-tunes are below 0.1, unrelated models at 1 and above", markup=False
+    )
 
 
 # --- methods --------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Make a recipe of a mergekit configuration, or say which of its keys have no equivalent."""
+    import yaml
+
     from merger.checkpoint.writer import write_text
     from merger.recipe.document import read
     from merger.recipe.mergekit import import_mergekit
@@ -35,7 +37,8 @@ def import_(
     if output is not None and output.exists() and not force:
         raise RecipeError(f"--output {output}: is there already; --force replaces it")
     start = Path.cwd() if output is None else output.resolve().parent
-    imported = import_mergekit(read(config), lambda path: _from(start, path))
+    # mergekit itself reads YAML 1.1, in which `no` is false
+    imported = import_mergekit(read(config, yaml.SafeLoader), lambda path: _from(start, path))
     _check_layers(config, imported, start)
     for note in imported.notes:
         print(f"note: {note}", file=sys.stderr)

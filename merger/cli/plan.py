@@ -24,16 +24,18 @@ def plan(
     flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
-    """Say what a merge would do, from headers alone: nothing is downloaded whole, nothing is written."""
+    """Say what a merge would do, from headers and a few rows of local weights: nothing is downloaded or written."""
     from merger.cli import _report as report
     from merger.engine.preflight import preview
     from merger.planning.planner import plan as make_plan
+    from merger.planning.sample import sample_changes
 
     loaded = load(recipe, overrides)
     merge_plan = make_plan(loaded, offline=flags.offline)
     output = loaded.folder / Path(loaded.output.path).expanduser()
     forecast = preview(merge_plan, output, flags.memory, device)
+    changes = sample_changes(merge_plan)
     if as_json:
-        print(json.dumps(report.plan_json(merge_plan, forecast)))
+        print(json.dumps(report.plan_json(merge_plan, forecast, changes)))
     else:
-        report.print_plan(merge_plan, forecast, make_console())
+        report.print_plan(merge_plan, forecast, changes, make_console())

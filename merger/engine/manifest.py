@@ -24,7 +24,7 @@ from merger.recipe.recipe import portable_location
 if TYPE_CHECKING:
     from merger.checkpoint.safetensors_header import Info
     from merger.planning.plan import Plan, TensorPlan
-    from merger.recipe.recipe import Source
+    from merger.recipe.sections import Source
 
 RECORD = "merger.json"
 FORMAT = 1
@@ -239,6 +239,8 @@ def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
         record |= {"packed": tensor.packed.recorded(), "stored as": stored}
     if tensor.tied_to is not None:
         return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
+    if tensor.extra:
+        record["rows"] = {f"{rows.start} to {rows.stop - 1}": list(rows.models) for rows in tensor.extra}
     renamed = {label: name for label, name in tensor.reads.items() if name != tensor.name}
     return record | ({"reads": renamed} if renamed else {})
 
@@ -249,9 +251,7 @@ def inexact(plan: Plan) -> list[str]:
     They sum floats or decompose matrices, or look at inputs from forward passes of this merge.
     """
     stages = (part for tensor in plan.tensors for stage in tensor.stages for part in stage.parts)
-    return sorted(
-        {part.entry.name for part in stages if not part.entry.exact or (plan.runs_models and part.arguments)}
-    )
+    return sorted({part.entry.name for part in stages if not part.entry.exact or (plan.runs_models and part.arguments)})
 
 
 def stored_as(info: Info) -> str:
@@ -265,6 +265,8 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     def locations(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: locations(location) for key, location in value.items()}
+        if isinstance(value, list):
+            return [locations(location) for location in value]
         return portable_location(value) if isinstance(value, str) else value
 
     def source(model: Mapping[str, Any]) -> dict[str, Any]:

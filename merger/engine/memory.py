@@ -38,14 +38,13 @@ def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
     return process + max(inputs.making, inputs.merging + slices)
 
 
-def _largest_together(plan: Plan, workers: int, size: Callable[[TensorPlan, Part, int], int]) -> int:
+def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
     """Bytes of so many slices together: the largest of the model, or those of one block that is merged by itself."""
-    experts = len(plan.models) - 1
     slices: list[int] = [0]
     by_block: dict[str, list[int]] = {}
     for tensor in plan.tensors:
         sizes = by_block.setdefault(tensor.unit, []) if tensor.lockstep else slices
-        sizes += (size(tensor, part, experts) for part in tensor.parts)
+        sizes += (size(plan, tensor, part) for part in tensor.parts)
     return max(workers * max(slices), *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
 
 
@@ -59,13 +58,13 @@ def bytes_held(experts: int) -> int:
     return 8 + experts * 12
 
 
-def slice_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
+def slice_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
     """Bytes that the largest slice takes where it is merged, on the CPU or a device.
 
-    A method of whole matrices has float64 copies, factors and Gram matrices beside. Of 600 x 1600 and three experts
-    that is 70 (star) to 190 bytes an element (knots, wudi), as measured on the CPU.
+    A method of whole matrices has float64 copies, factors and its inputs as well. Of 600 x 1600 and three experts that
+    is 70 (star) to 190 bytes an element (knots, wudi), as measured on the CPU.
     """
-    elements = _slice_elements(tensor, part)
+    elements, experts = _slice_elements(tensor, part), len(plan.models) - 1
     extra = 0
     if not _is_sliced(tensor):
         extra = 8 * (elements * (experts + 8) + 3 * part.columns**2)
@@ -73,11 +72,12 @@ def slice_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
     return elements * bytes_per_element(experts) + extra
 
 
-def _staged_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
+def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
     """Bytes of host memory that a slice takes which is merged on a device: what is read, drawn, and written.
 
     Twice that, for torch rounds pinned allocations up to powers of two. Random draws are of slices alone.
     """
+    experts = len(plan.models) - 1
     staged = bytes_per_element(experts) if _is_sliced(tensor) else 8 + 8 * experts  # float32, and an adapter's changes
     return 2 * staged * _slice_elements(tensor, part)
 

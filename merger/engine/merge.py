@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, json_bytes, write_bytes, write_text
+from merger.checkpoint.writer import Writer, write_text
 from merger.engine.machine import peak_device_memory, peak_memory
 from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge_sink import MergeSink, merge_schedule
@@ -27,6 +26,7 @@ from merger.engine.prepare import Prepared, prepare
 from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.options import Notice, RunOptions
 from merger.planning.plan import Plan
+from merger.planning.sample import sample_changes, sample_notes
 from merger.recipe.recipe import Recipe
 
 
@@ -60,14 +60,15 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     with prepare(recipe, options, output, force=force) as prepared:
         plan = prepared.plan
         statistics = origin(prepared.inputs.files)
-        for note in plan.notes:
+        plan_notes = [*plan.notes, *sample_notes(sample_changes(plan))]
+        for note in plan_notes:
             options.notice(note)
         infos = plan.stored
         shards = layout(list(infos.items()), recipe.output.shard_size, PACKED if plan.packed else SINGLE)
         writer = Writer(output, shards, infos, decisive_inputs(prepared, statistics))
         with _kept_for_the_next_run(writer, options.notice):
             writer.open(force=force, tell=partial(options.progress, "checking"))
-            notes = [*plan.notes, *_earlier_notes(writer, len(shards), options.notice)]
+            notes = [*plan_notes, *_earlier_notes(writer, len(shards), options.notice)]
             unfinished = writer.unfinished
             schedule = merge_schedule(prepared, unfinished)
             with _hashed_inputs(plan) as hashes:
@@ -96,8 +97,8 @@ def decisive_inputs(prepared: Prepared, statistics: Mapping[str, str]) -> dict[s
     """
     plan = prepared.plan
     keys = statistics_keys(plan, prepared.options) if block_providers(plan) else {}
-    grams = {f"Gram matrices of {name}": key.folder_name() for name, key in keys.items()}
-    return decisive(plan, prepared.machine.device, {**origins(plan), **grams, **statistics})
+    blocks = {f"inputs of blocks of {name}": key.folder_name() for name, key in keys.items()}
+    return decisive(plan, prepared.machine.device, {**origins(plan), **blocks, **statistics})
 
 
 @contextmanager
@@ -142,11 +143,7 @@ def _write_side_files(
 ) -> None:
     """Writes config, tokenizer, manifest and card beside the weights."""
     plan, folder = prepared.plan, writer.folder
-    copied = side_files.side_files(plan.base.directory, plan.models[plan.tokenizer].directory)
-    files = side_files.copy_side_files(copied, folder)
-    config = json_bytes(plan.config)
-    write_bytes(folder / "config.json", config)
-    files["config.json"] = hashlib.sha256(config).hexdigest()
+    files = side_files.write_side_files(plan.side_files, folder)
     manifest = Manifest.of_merge(
         plan,
         prepared.machine.device,

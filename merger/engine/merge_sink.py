@@ -65,7 +65,7 @@ class MergeSink(Sink):
         stored, piece = slices.read(i)
         result: Any = yield from flow(tensor.stages, piece, slices.subject)
         if tensor.packed is None:
-            self._write(self.plan.written_names(tensor), *_rounded(slices, stored, piece, result))
+            self._write_merged(tensor, *_rounded(slices, stored, piece, result))
         else:
             yield from self._write_results(tensor.packed, slices, stored, piece, result)
         slices.release(i)
@@ -89,7 +89,7 @@ class MergeSink(Sink):
             self.notes.add(tensor, f"{tensor.name}: copied from {tensor.source}, but differs in {labels}")
 
     def end_tensor(self, tensor: TensorPlan) -> None:
-        """Writes rows that only some models have, and says that the tensor is complete."""
+        """Writes rows that are not merged, and says that the tensor is complete."""
         for rows in tensor.extra:
             self._write_extra_rows(tensor, rows)
             self.progress.add(self.plan.bytes_of_rows(tensor, rows))
@@ -105,6 +105,12 @@ class MergeSink(Sink):
         model = self.plan.models[label]
         return model.tensors[name].shape == shape and torch.equal(values, model.read_rows(name, rows.start, rows.stop))
 
+    def _write_merged(self, tensor: TensorPlan, row: int, values: Tensor) -> None:
+        """Writes the merged values of a slice from ``row`` on, but for rows that are not merged."""
+        values = values.reshape(-1, 1) if len(tensor.info.shape) == 1 else values
+        for first, last in tensor.merged_rows(row, row + len(values)):
+            self._write(self.plan.written_names(tensor), first, values[first - row : last - row])
+
     def _write_results(
         self, packed: Packed, slices: PartSlices, stored: Tensor, piece: Slice, results: Mapping[str, Tensor]
     ) -> Flow[None]:
@@ -117,7 +123,7 @@ class MergeSink(Sink):
             self._write([name], *_rounded(slices, stored, piece, delta))
 
     def _write_extra_rows(self, tensor: TensorPlan, rows: ExtraRows) -> None:
-        """Writes vocabulary rows that not all models have: the mean of the models that have them."""
+        """Writes rows that are not merged: the mean of the models that have them."""
         dtype = torch_dtype(tensor.info)
         step = SLICE if len(tensor.info.shape) == 1 else max(1, SLICE // max(1, tensor.info.matrix[1]))
         for start in range(rows.start, rows.stop, step):

@@ -70,7 +70,7 @@ class PartSlices:
     def room(self) -> AbstractContextManager[None]:
         """Memory of the device for a part that is merged in one piece; slices are small enough to need no leave."""
         machine = self._reader.machine
-        size = slice_bytes(self.tensor, self.part, len(self._reader.plan.models) - 1)
+        size = slice_bytes(self._reader.plan, self.tensor, self.part)
         return machine.rooms[machine.device].taken(size) if self.count == 1 else nullcontext()
 
     def read(self, i: int) -> tuple[Tensor, Slice]:
@@ -153,6 +153,7 @@ class Reader:
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
+        _equalise(tensor, range(first, last), stored, changes)
         return _Stored(sent(stored, device), changes)
 
     def slice_of(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
@@ -165,6 +166,18 @@ class Reader:
         if part.transposed:
             base, deltas = base.T, deltas.transpose(1, 2)
         return Slice(row, base, deltas)
+
+
+def _equalise(tensor: TensorPlan, rows: range, stored: Tensor, changes: Mapping[int, Tensor]) -> None:
+    """Sets rows that are not merged to the base's in all experts, so that no stage counts them as changed."""
+    is_vector = len(tensor.info.shape) == 1  # one row of the file, with an element for each token
+    values = stored.transpose(1, 2) if is_vector else stored
+    start = 0 if is_vector else rows.start
+    for extra in tensor.extra:
+        places = slice(max(extra.start - start, 0), max(extra.stop - start, 0))
+        values[1:, places] = values[:1, places]
+        for change in changes.values():
+            (change.T if is_vector else change)[places] = 0
 
 
 def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
             "rules": [rule for rule in recipe["rules"] if "use" in rule],
             "missing": recipe["missing"],
             "extra_rows": recipe["extra_rows"],
-            "output": {"path": "nowhere"},
+            "output": {"path": "nowhere", "tokenizer": recipe["output"]["tokenizer"]},
         }
     )
 

@@ -11,6 +11,7 @@ from merger.calibration.samples import load_tokenizer
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.tensor_kinds import text_config
+from merger.checkpoint.tokenizers import tokenizer_folder
 from merger.evaluation.harness import Harness
 from merger.evaluation.measures import Judge, Outcome, ends_of, prepare
 from merger.evaluation.model_host import Bench
@@ -28,7 +29,9 @@ class Panel:
     ) -> None:
         self.bench, self.family, self.harness = bench, family, harness
         with _open(bench, family.base.model, family.base.adapter, "base", family.folder) as base:
-            tokenizer = load_tokenizer(base.directory, "base", trust_remote_code=bench.options.trust_remote_code)
+            tokenizer = load_tokenizer(
+                tokenizer_folder(base), "base", trust_remote_code=bench.options.trust_remote_code
+            )
             limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
             ends = ends_of(base.directory, tokenizer)
             self.dtype = str(bench.dtype_for(base)).removeprefix("torch.")

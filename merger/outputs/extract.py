@@ -165,8 +165,8 @@ def _copied(packed: Checkpoint, name: str) -> Iterator[Tensor]:
 
 def _write_side_files(source: Path, title: str, expert: str, manifest: Manifest, folder: Path) -> None:
     """Config, tokenizer and the rest as they lie beside the packed files, and a card."""
-    named = (name for name in manifest.files if Path(name).name == name)  # never a way out of the folder
-    side_files.copy_side_files({name: source / name for name in named}, folder)
+    names = (name for name in manifest.files if side_files.is_inside(name))
+    side_files.write_side_files({name: source / name for name in names}, folder)
     base = manifest.inputs["base"]["source"]
     write_text(folder / "README.md", side_files.extracted_card(title, base, expert, source.name))
 

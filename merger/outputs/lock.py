@@ -16,7 +16,7 @@ from merger.calibration.provider import origins
 from merger.checkpoint import hub, side_files
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import config_digest, digest, note, noted, sha256
-from merger.checkpoint.writer import json_bytes, write_json
+from merger.checkpoint.writer import write_json
 from merger.engine.machine import chosen_devices
 from merger.engine.manifest import Manifest, differing, inexact, portable, sources_of, tensor_records, versions
 from merger.errors import CheckpointError, MergerError, RecipeError
@@ -150,9 +150,8 @@ def _content(model: Checkpoint, source: str, files: list[Path], label: str, *, o
 
 def _files(made: Plan) -> dict[str, str]:
     """The SHA-256 of each file that will stand beside the weights."""
-    copied = side_files.side_files(made.base.directory, made.models[made.tokenizer].directory)
-    found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in copied.items()}
-    return {**found, "config.json": hashlib.sha256(json_bytes(made.config)).hexdigest()}
+    contents = {name: side_files.side_file_content(source) for name, source in made.side_files.items()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def _hash(value: Any) -> str:

@@ -17,6 +17,7 @@ from merger.calibration.statistics import origin
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.safetensors_header import ITEM_SIZE
+from merger.checkpoint.side_files import is_inside
 from merger.engine.manifest import RECORD, Manifest, differing, inputs_of, portable, stored_as, versions
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
@@ -165,10 +166,10 @@ def _recorded(contents: Contents, manifest: Manifest, hashes: Mapping[str, str])
         if file.endswith(WEIGHTS):
             yield Difference(file, None, f"holds weights that {RECORD} does not name")
     for file, sha in manifest.files.items():
-        if file not in contents.folder.names:
+        if not is_inside(file) or not (contents.directory / file).is_file():
             yield Difference(file, None, f"is missing, though {RECORD} names it")
         else:
-            yield from _side_file(contents.directory / file, sha)
+            yield from _side_file(contents.directory, file, sha)
     recorded = manifest.stored_tensors
     for name, wanted in recorded.items():
         info = contents.tensors.get(name)
@@ -181,14 +182,14 @@ def _recorded(contents: Contents, manifest: Manifest, hashes: Mapping[str, str])
             yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
 
 
-def _side_file(path: Path, sha: str) -> Iterator[Difference]:
+def _side_file(folder: Path, name: str, sha: str) -> Iterator[Difference]:
     try:
-        own = digest(path)
+        own = digest(folder / name)
     except OSError as error:
-        yield Difference(path.name, None, f"cannot be read: {error.strerror}")
+        yield Difference(name, None, f"cannot be read: {error.strerror}")
     else:
         if own != sha:
-            yield _other_hash(path.name, own, sha)
+            yield _other_hash(name, own, sha)
 
 
 def _other_hash(file: str, own: str, said: str) -> Difference:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,11 @@ class Bound:
     def inputs(self) -> frozenset[StageInput]:
         """The inputs of this stage, of its score and of its inner method."""
         return frozenset(item for part in self.parts for item in part.arguments.values())
+
+    @property
+    def claims(self) -> Sequence[Fraction]:
+        """The share of a tensor that each expert claims whether or not it changed it; empty where none does."""
+        return self.entry.claims(**self.values)
 
     @cached_property
     def align(self) -> int:

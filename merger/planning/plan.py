@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.checkpoint.side_files import SideFile
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
@@ -29,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ExtraRows:
-    """Rows of a vocabulary that not all models have: the mean of those that have them."""
+    """Rows that are not the same token in all models, or that not all models have: the mean of ``models``."""
 
     start: int
     stop: int
@@ -99,6 +100,15 @@ class TensorPlan:
         repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from that tensor's results
         return {} if repeats else {self.name: self.info}
 
+    def merged_rows(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The runs of rows from ``start`` to ``stop`` that are merged."""
+        for rows in self.extra:
+            if start < min(rows.start, stop):
+                yield start, min(rows.start, stop)
+            start = max(start, rows.stop)
+        if start < stop:
+            yield start, stop
+
     @property
     def elements(self) -> int:
         """How many elements are merged, without rows that only some models have."""
@@ -115,7 +125,8 @@ class Plan:
     dropped: Mapping[str, Mapping[str, str]]  # per model: input tensors that are left out, and why
     notes: tuple[str, ...]
     config: Mapping[str, Any]  # config.json of the output
-    tokenizer: str  # the model whose tokenizer files are copied
+    tokenizer: str  # the model whose tokenizer the output gets
+    side_files: Mapping[str, SideFile]  # all files beside the weights, by name
 
     @property
     def base(self) -> Checkpoint:
@@ -176,12 +187,16 @@ class Plan:
 
     @property
     def runs_models(self) -> bool:
-        """Whether text goes through an expert, because no file of the recipe has the inputs that stages take."""
+        """Whether text goes through some expert, since stages take inputs that no file of the recipe holds."""
         calibration = self.recipe.calibration
-        if calibration is None or not any(stage_input.needs_text for stage_input in self.inputs):
+        if calibration is None or not any(item.needs_text for item in self.inputs):
             return False
-        follows_merge = any(stage_input.follows_merge for stage_input in self.inputs)
-        return follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
+        return self.follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
+
+    @property
+    def follows_merge(self) -> bool:
+        """Whether some inputs are made behind the merged blocks, so that no file can hold them."""
+        return any(item.follows_merge for item in self.inputs)
 
     def close(self) -> None:
         """Closes the inputs."""

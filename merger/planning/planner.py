@@ -11,25 +11,41 @@ from typing import Any
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, rows_and_columns
+from merger.checkpoint.side_files import uncopied_notes
 from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds, text_config
+from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
 from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
-from merger.planning.differences import differences
+from merger.planning.differences import config_differences, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
 from merger.planning.output_names import matching_rule, output_names
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
 from merger.planning.shared_tensors import SharedTensors
+from merger.planning.side_files import plan_side_files
+from merger.planning.special_ids import special_ids, with_special_ids
+from merger.planning.tables import vocabulary_tables
+from merger.planning.tokenizer_choice import choose_tokenizer
+from merger.planning.vocabulary import Table, Vocabulary, describe_rows
 from merger.recipe.recipe import Recipe
 
 
 def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) -> Plan:
     """Opens the inputs' headers and decides what happens to every tensor; nothing is written.
 
-    With ``headers_only`` a Hub repository's weights are not downloaded. Raises CheckpointError for
-    inputs that do not fit together, all misfits of a kind at once.
+    With ``headers_only`` a Hub repository's weights are not downloaded; without, they are once the plan stands.
+    Raises CheckpointError for inputs that do not fit together, all misfits of a kind at once.
     """
+    made = _plan(recipe, offline=offline, headers_only=True)
+    opened = [part for model in made.models.values() for part in (model, model.adapter) if part is not None]
+    if headers_only or all(info.file is not None for part in opened for info in part.tensors.values()):
+        return made
+    made.close()
+    return _plan(recipe, offline=offline, headers_only=False)
+
+
+def _plan(recipe: Recipe, *, offline: bool, headers_only: bool) -> Plan:
     with _collector_paused():
         models = open_models(recipe, offline=offline, headers_only=headers_only)
         try:
@@ -83,6 +99,9 @@ class _Planner:
         self.output = output_names(recipe, self.kinds, self.shared)
         self.faults = self.output.faults
         self.notes = [remark for model in models.values() for remark in model.remarks]
+        self.tokenizers = open_tokenizers({label: tokenizer_folder(model) for label, model in models.items()})
+        self.tables: dict[str, Table] = {}  # the output's tensors with a row for each token
+        self.vocabulary = Vocabulary("base")
         # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
         self.turns = [linear_turns(choice.stages, len(recipe.experts)) for choice in recipe.choices()]
         self.places: dict[tuple[str, int], Place] = {}
@@ -95,6 +114,7 @@ class _Planner:
         if own_head is not None:
             self.kinds = {label: kinds.untied() for label, kinds in self.kinds.items()}
         numbers = number_layers(names, self.kinds_of) if max(self.turns) > 1 else {}
+        self._choose_tokenizer(name for name in names if name not in originals)
         planned: dict[str, TensorPlan] = {}
         for name in names:
             if name not in originals and (tensor := self._tensor(name, numbers.get(name, 0))) is not None:
@@ -104,7 +124,8 @@ class _Planner:
         for name, original in originals.items():
             planned[name] = replace(planned[original], name=name, parts=(), extra=(), tied_to=original)
         tensors = [planned[name] for name in names]
-        tokenizer = self.recipe.output.tokenizer or self._longest_vocabulary(tensors)
+        config, chosen = self._config(tensors, own_head), self.vocabulary.tokenizer
+        base, model, tokenizer = self.models["base"], self.models[chosen], self.tokenizers[chosen]
         return Plan(
             recipe=self.recipe,
             models=self.models,
@@ -116,11 +137,22 @@ class _Planner:
                 *self._idle_rules(originals),
                 *_remarks(tensors),
                 *self._aliased_orders(names),
-                *differences(self.models),
+                *config_differences(self.models),
+                *tokenizer_differences(self.tokenizers, chosen),
+                *uncopied_notes(base.directory, tokenizer.folder),
             ),
-            config=self._config(tensors, own_head),
-            tokenizer=tokenizer,
+            config=config,
+            tokenizer=chosen,
+            side_files=plan_side_files(base, model, tokenizer, config),
         )
+
+    def _choose_tokenizer(self, names: Iterable[str]) -> None:
+        """Settles what the rows of the output stand for, before any tensor is planned."""
+        self.tables = vocabulary_tables(self.recipe, names, self.kinds, self.shared)
+        requested, drop = self.recipe.output.tokenizer, self.recipe.extra_rows == "drop"
+        tables = list(self.tables.values())
+        self.vocabulary, faults = choose_tokenizer(self.tokenizers, tables, requested=requested, drop=drop)
+        self.faults += faults
 
     def kinds_of(self, name: str) -> TensorKinds:
         """The kinds of the first model that holds the tensor."""
@@ -150,7 +182,8 @@ class _Planner:
         stages = self._stages(group, kind, unit, place)
         if extra and stages[-1].entry.packing is not None:
             pack, whose = stages[-1].entry.name, " and ".join(extra[-1].models)
-            self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; set extra_rows: drop")
+            remedy = "set extra_rows: drop" if extra[0].start >= common[0] else f"add a rule that uses {whose} for it"
+            self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; {remedy}")
             return None
         dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
         rows = any(stage.takes != "slice" for stage in stages)
@@ -229,26 +262,22 @@ class _Planner:
         if whole:
             self.faults.append(f"{whole[0]}: {name} holds {infos[whole[0]].dtype}, but {infos['base'].dtype} in base")
             return None
-        if len(set(shapes.values())) == 1:
+        if len(set(shapes.values())) == 1 and name not in self.tables:
             return base, base, ()
-        stored = {label: self.shared.stored_name(label, name) or name for label in infos}
-        vocabulary = all(self.kinds[label].has_vocabulary(stored[label]) for label in infos)
-        if not vocabulary or len({shape[1:] for shape in shapes.values()}) > 1:
+        if name not in self.tables or len({shape[1:] for shape in shapes.values()}) > 1:
             self.faults += [
                 f"{label}: {name} is {list(shape)}, but {list(base)} in base"
                 for label, shape in shapes.items()
                 if shape != base
             ]
             return None
-        common = min(shape[0] for shape in shapes.values())
-        if self.recipe.extra_rows == "drop":
+        rows, drop = {label: shape[0] for label, shape in shapes.items()}, self.recipe.extra_rows == "drop"
+        common, longest = min(rows.values()), max(rows.values())
+        extra = self.vocabulary.extra_rows(rows, drop=drop)
+        if drop and common < longest:
             self.notes.append(f"{name}: rows from {common} on are dropped (extra_rows: drop)")
-            return (common, *base[1:]), (common, *base[1:]), ()
-        extra = tuple(_extra_rows(common, {label: shape[0] for label, shape in shapes.items()}))
-        self.notes += [
-            f"{name}: rows {each.start} to {each.stop - 1} are those of {' and '.join(each.models)}" for each in extra
-        ]
-        return (extra[-1].stop, *base[1:]), (common, *base[1:]), extra
+        self.notes += describe_rows(name, extra)
+        return (common if drop else longest, *base[1:]), (common, *base[1:]), extra
 
     # --- the whole ---
 
@@ -267,13 +296,6 @@ class _Planner:
         turns = dict.fromkeys(turn for turn in self.turns if turn > 1)
         return [note for turn in turns for note in describe_aliasing(names, self.kinds_of, turn)]
 
-    def _longest_vocabulary(self, tensors: list[TensorPlan]) -> str:
-        """The base's tokenizer, unless an expert's rows were added to the vocabulary."""
-        for tensor in tensors:
-            if tensor.kind in ("embedding", "tied", "head") and tensor.extra:
-                return next(iter(tensor.extra[-1].models))
-        return "base"
-
     def _config(self, tensors: list[TensorPlan], own_head: str | None) -> dict[str, Any]:
         """The base's config, agreeing with the tensors: dtype, tied head, rows of the vocabulary."""
         config = self.shared.config(own_head)
@@ -287,6 +309,9 @@ class _Planner:
                 config[key] = self.recipe.output.dtype
         if inner is not config:
             config["text_config"] = inner
+        chosen = self.vocabulary.tokenizer
+        if chosen != "base":
+            config = with_special_ids(config, special_ids(self.tokenizers[chosen], self.models[chosen].config))
         return config
 
     def _rows(self, label: str) -> int:
@@ -328,17 +353,5 @@ def _parts(name: str, kind: str, shape: tuple[int, ...], *, transposed: bool) ->
     return (Part(name, 0, rows, columns),)
 
 
-def _extra_rows(common: int, rows: Mapping[str, int]) -> Iterator[ExtraRows]:
-    """Beyond the rows that all have: experts that have more, or the base where no expert does."""
-    start = common
-    for stop in sorted(set(rows.values()) - {common}):
-        experts = tuple(label for label, n in rows.items() if n >= stop and label != "base")
-        yield ExtraRows(start, stop, experts or ("base",))
-        start = stop
-
-
 def _shortened(faults: list[str], most: int = 20) -> list[str]:
     return faults if len(faults) <= most else [*faults[:most], f"... and {len(faults) - most} more like these"]
-
-
-# --- what differs between the models --------------------------------------------------------------

@@ -21,7 +21,8 @@ from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
 from merger.options import RunOptions
 from merger.recipe.document import Document, read
-from merger.recipe.recipe import Evaluation, Recipe, Search, overridden, search_of
+from merger.recipe.recipe import Recipe, overridden, search_of
+from merger.recipe.sections import Evaluation, Search
 
 if TYPE_CHECKING:
     from merger.evaluation.model_host import Bench

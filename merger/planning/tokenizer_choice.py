@@ -1,0 +1,204 @@
+"""Which model's tokenizer the output gets, and what to write in a recipe where none fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from merger.checkpoint.tokenizers import Tokenizer
+from merger.planning.row_tokens import RowTokens
+from merger.planning.vocabulary import Table, Tokens, Vocabulary
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What decides the choice: the models' tokens, and what the recipe says of tables, tokenizer and rows."""
+
+    models: RowTokens
+    tables: Sequence[Table]
+    requested: str | None  # output.tokenizer
+    drop: bool  # extra_rows: drop
+
+    @cached_property
+    def contributors(self) -> Sequence[str]:
+        """The models whose rows come into the output."""
+        sources = {table.source for table in self.tables}
+        return [label for label in self.models.tokenizers if not sources or None in sources or label in sources]
+
+    @cached_property
+    def candidates(self) -> Sequence[str]:
+        """The models whose tokenizer the output may get."""
+        return [label for label in self.contributors if label in self.models.with_tokenizer]
+
+    @property
+    def lacks_requested(self) -> bool:
+        """Whether the recipe names a model without a tokenizer, though other models have one."""
+        return self.requested not in (None, *self.models.with_tokenizer) and bool(self.models.with_tokenizer)
+
+    @cached_property
+    def common_rows(self) -> int:
+        """The rows that each table has in all models that it is made of."""
+        return min((min(table.used_rows) for table in self.tables), default=0)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether all tokenizers are the same and every token has its row, so that no token need be looked at."""
+        counts = {count for table in self.tables for count in table.used_rows}
+        whole = len(counts) < 2 or (not self.drop and all(table.source is None for table in self.tables))
+        return self.models.are_alike and whole and not self.lacks_requested
+
+
+def choose_tokenizer(
+    tokenizers: Mapping[str, Tokenizer], tables: Sequence[Table], *, requested: str | None, drop: bool
+) -> tuple[Vocabulary, list[str]]:
+    """The output's vocabulary, by the tokenizer that the recipe names or else the first that names every token.
+
+    ``tokenizers`` are those of base and experts, ``tables`` the output's tensors with a row for each token. There is a
+    fault where no tokenizer fits the rows that the output would have. It names the tokens, and what to write in the
+    recipe instead.
+    """
+    row_counts = {label: max((table.rows.get(label, 0) for table in tables), default=0) for label in tokenizers}
+    case = _Case(RowTokens(tokenizers, row_counts), tables, requested, drop)
+    label = _fitting(case)
+    faults = [f"{_complaint(case)}; {_remedies(case)}"] if label is None else []
+    return _vocabulary(case, label or requested or "base"), faults
+
+
+def _vocabulary(case: _Case, label: str) -> Vocabulary:
+    return Vocabulary(label) if case.is_plain else Vocabulary(label, case.models.tokens)
+
+
+def _fitting(case: _Case) -> str | None:
+    """The model whose tokenizer fits the rows of the output."""
+    if case.is_plain or not (case.requested or case.candidates):
+        return case.requested or _default(case)
+    if case.requested is None and any(_unreadable(case)):
+        return None
+    candidates = [case.requested] if case.requested else case.candidates
+    return next((label for label in candidates if not any(_misfits(case, label))), None)
+
+
+def _default(case: _Case) -> str:
+    """The first model with a tokenizer; where there is none, the first one with the longest vocabulary."""
+    longest = "base" if case.drop else max(case.contributors, key=case.models.row_counts.__getitem__)
+    return next(iter(case.candidates), longest)
+
+
+# --- why no tokenizer fits ------------------------------------------------------------------------
+
+
+def _complaint(case: _Case) -> str:
+    if case.requested is not None:
+        return "; ".join(_misfits(case, case.requested))
+    clash = _clash(case)
+    reasons = list(_unreadable(case)) or ([clash] if clash else [])
+    misfits = (reason for label in case.contributors for reason in _misfits(case, label))
+    return "; ".join(reasons or dict.fromkeys(misfits))
+
+
+def _unreadable(case: _Case) -> Iterator[str]:
+    """Tokenizers that cannot be compared with that of the first model, for one of both cannot be read."""
+    first, *others = case.candidates
+    for label in others:
+        pair = [case.models.tokenizers[first], case.models.tokenizers[label]]
+        digests = {tokenizer.vocabulary_digest for tokenizer in pair}
+        if len(digests) == 2 and not all(tokenizer.is_readable for tokenizer in pair):
+            files = " and ".join({file.name: None for tokenizer in pair if (file := tokenizer.vocabulary_file)})
+            yield f"{label}: its tokenizer is not that of {first}, and merger cannot compare their tokens in {files}"
+
+
+def _clash(case: _Case) -> str | None:
+    """Ids that are different tokens in different models."""
+    tokens = {label: case.models.tokens[label] for label in case.contributors}
+    clashes: dict[int, dict[str, list[str]]] = {}
+    for i in Vocabulary("base", tokens).differing_ids:
+        named: dict[str, list[str]] = {}
+        for label, names in tokens.items():
+            if i in names:
+                named.setdefault(names[i], []).append(label)
+        if len(named) > 1:
+            clashes[i] = named
+    if not clashes:
+        return None
+    examples = [
+        f"{i} is {' and '.join(f'{token!r} in {_listed(labels)}' for token, labels in named.items())}"
+        for i, named in list(clashes.items())[:3]
+    ]
+    return f"the models' tokenizers give one id to different tokens: {_listed(examples, len(clashes), 'and')}"
+
+
+def _misfits(case: _Case, label: str) -> Iterator[str]:
+    """Why the tokenizer of a model does not fit the rows that the output would have."""
+    written = case.models.named[label]
+    if case.lacks_requested:
+        yield f"output.tokenizer: {label} has no tokenizer"
+    for table in case.tables:
+        if table.source is not None and (wrong := _missing(written, case.models.tokens[table.source])):
+            yield f"{table.name} is copied from {table.source}, which has no row for {_tokens(wrong)} of {label}"
+    if case.drop and (beyond := {i: token for i, token in written.items() if i >= case.common_rows}):
+        yield f"extra_rows: drop leaves out the rows of {_tokens(beyond)}, which the tokenizer of {label} names"
+    others = [model for model in case.contributors if model != label]
+    for model in others if case.requested is None else ():
+        lost = _missing(case.models.tokens[model], written)
+        if lost := {i: token for i, token in lost.items() if not case.drop or i in written}:
+            yield f"the tokenizer of {label} lacks {_tokens(lost)} of {model}"
+
+
+def _missing(tokens: Tokens, others: Tokens) -> Tokens:
+    """The tokens that have not the same id among others."""
+    return {} if tokens == others else {i: token for i, token in tokens.items() if others.get(i) != token}
+
+
+# --- what to write instead ------------------------------------------------------------------------
+
+
+def _remedies(case: _Case) -> str:
+    """Changes of the recipe, each of which was tried: with it there is a tokenizer that fits."""
+    remedies = []
+    if names := [label for label in case.candidates if _works(replace(case, requested=label))]:
+        remedies.append(f"`output: {{tokenizer: {names[0]}}}`{_others(names)} to keep the tokens of one model")
+    if not case.drop and _works(replace(case, drop=True)):
+        remedies.append("`extra_rows: drop` to leave out the tokens that not all models have")
+    if names := [label for label in case.models.tokenizers if _works(_copied(case, label))]:
+        remedies.append(f"`{_rule(case.tables, names[0])}`{_others(names)} as the first rule")
+    if not remedies:
+        return "merge models with one vocabulary"
+    return f"write {', or '.join(remedies)}"
+
+
+def _works(case: _Case) -> bool:
+    """Whether a tokenizer fits, and no table would be stored for several experts with rows that they do not share."""
+    label = _fitting(case)
+    if label is None or not all(table.source in (None, *table.rows) for table in case.tables):
+        return False
+    packs = [table for table in case.tables if table.packed and table.source is None]
+    return not any(_vocabulary(case, label).extra_rows(table.rows, drop=case.drop) for table in packs)
+
+
+def _copied(case: _Case, label: str) -> _Case:
+    """The case in which all tables are copied from one model."""
+    return replace(case, tables=[replace(table, source=label) for table in case.tables])
+
+
+def _rule(tables: Sequence[Table], label: str) -> str:
+    kinds = {table.kind for table in tables}
+    if kinds <= {"embedding", "tied", "head"}:
+        return f"{{kinds: [{', '.join(sorted(kinds))}], use: {label}}}"
+    return f"{{tensors: '^({'|'.join(re.escape(table.name) for table in tables)})$', use: {label}}}"
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" (or {_listed(names[1:], word='or')})" if len(names) > 1 else ""
+
+
+def _tokens(tokens: Tokens) -> str:
+    return _listed([f"{token!r} ({i})" for i, token in sorted(tokens.items())[:3]], len(tokens))
+
+
+def _listed(items: Sequence[str], count: int | None = None, word: str = "and") -> str:
+    """The items, and how many more there are of ``count``."""
+    more = 0 if count is None else count - len(items)
+    several = [*items, f"{more:,} more"] if more else items
+    return f" {word} ".join([*([", ".join(several[:-1])] if len(several) > 1 else []), several[-1]])
