@@ -13,9 +13,7 @@ from merger.inspection.counters import Counter, ExpertSlice, MatrixShape, Sums
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
 from merger.inspection.statistic import BY_EXPERT, Array, array, share, statistic
 from merger.ops.kernels import counting
-
-LARGE = 0.5
-"""A relative size that fine-tunes stay far below and unrelated models, which have about sqrt(2), do not reach."""
+from merger.planning.sample import UNRELATED
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ class BaseCounter(Counter):
 
 def _reading(sizes: Mapping[str, float]) -> Iterable[str]:
     for name, size in sizes.items():
-        if size >= LARGE:
+        if size >= UNRELATED:
             yield (
                 f"{name} differs from the base by {size * 100:.0f} % of the base's length, which no fine-tune does: "
                 f"check that {name} was trained from this base"
             )
-    usual = [f"{name} by {size * 100:.2g} %" for name, size in sizes.items() if size < LARGE]
+    usual = [f"{name} by {size * 100:.2g} %" for name, size in sizes.items() if size < UNRELATED]
     if usual:
         yield f"as fine-tunes do, these change the base by a small part of its length: {', '.join(usual)}"
 
