@@ -58,7 +58,9 @@ def eval_(
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="With --lm-eval: worked examples before each question.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it (needs matplotlib).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it; all formats but .svg need matplotlib.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
     flags: RunFlags = RunFlags(),
     as_json: AsJson = False,

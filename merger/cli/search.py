@@ -24,7 +24,8 @@ def search(
     force: Annotated[bool, typer.Option("--force", help="Start over where another search is on record.")] = False,
     allow_calibration_text: AllowCalibrationText = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the objective over the trials (needs matplotlib).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the objective over the trials; all formats but .svg need matplotlib."),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
     flags: RunFlags = RunFlags(),

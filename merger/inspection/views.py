@@ -9,7 +9,6 @@ from functools import reduce
 from operator import add
 from typing import Any, TypeVar
 
-from merger._lazy import torch
 from merger.inspection.counters import Subject, Sums, SumsByCounter
 from merger.inspection.counters.merged import MergedCounter, MergedSums
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
@@ -17,7 +16,7 @@ from merger.inspection.curves import DENSITIES, CurveSums
 from merger.inspection.part_counts import PartCounts
 from merger.inspection.report import Curve, Curves, CurvesByExpert, CurvesByPair, Facts, Merged, Picture, View
 from merger.inspection.request import ViewKey
-from merger.inspection.statistic import BY_EXPERT, BY_PAIR, floats, share, statistics
+from merger.inspection.statistic import BY_EXPERT, BY_PAIR, array, share, statistics
 from merger.planning.plan import Part, TensorPlan
 
 T = TypeVar("T")
@@ -68,14 +67,14 @@ def statistics_of(subject: Subject, sums: SumsByCounter, experts: Sequence[str])
 
 def curve_of(sums: CurveSums, experts: Sequence[str]) -> Curve:
     """Overlap and balance at each density."""
-    positions = torch.tensor(sums.positions).unsqueeze(1)
+    positions = array(sums.positions)[:, None]
 
     def by_pair(joint: Any) -> CurvesByPair:
-        curves: CurvesByPair = BY_PAIR.named(share(floats(joint), positions), experts)
+        curves: CurvesByPair = BY_PAIR.named(share(array(joint), positions), experts)
         return curves
 
     def by_expert(unevenness: Any) -> CurvesByExpert:
-        curves: CurvesByExpert = BY_EXPERT.named(share(floats(unevenness), sums.matrix_elements), experts)
+        curves: CurvesByExpert = BY_EXPERT.named(share(array(unevenness), sums.matrix_elements), experts)
         return curves
 
     return Curve(

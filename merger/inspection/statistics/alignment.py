@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from merger._lazy import torch
 from merger.inspection.counters import Floats, MergedSlice, Subject, Sums, as_tuples
 from merger.inspection.counters.gram import JointGramCounter, directions
-from merger.inspection.statistic import BY_EXPERT, floats, share, statistic
+from merger.inspection.statistic import BY_EXPERT, Array, array, share, statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class AlignmentCounter(JointGramCounter):
         return AlignmentSums(elements, as_tuples(ratios * elements))
 
 
-def alignment_of(grams: Tensor, longer_side: int, tall: bool) -> Tensor:
+def alignment_of(grams: Tensor, longer_side: int, tall: bool) -> Array:
     """‖Π δ‖ / ‖δ‖ of each expert [k], Π the projection on the left singular directions of the merged vector that count.
 
     ``grams`` [1+k s 1+k s] are of the merged vector and the experts. The left directions U are on the smaller side of a
@@ -62,11 +62,11 @@ def alignment_of(grams: Tensor, longer_side: int, tall: bool) -> Tensor:
     vectors, values = merged.vectors[:, :rank], merged.values[:rank]
     experts = range(1, len(grams))
     if tall:
-        squares = [(vectors.T @ grams[0, :, i] / values.view(-1, 1)).square().sum() for i in experts]
+        squares = [float((vectors.T @ grams[0, :, i] / values.view(-1, 1)).square().sum()) for i in experts]
     else:
-        squares = [((vectors.T @ grams[i, :, i]) * vectors.T).sum() for i in experts]
-    norms = floats([float(grams[i, :, i].trace()) for i in experts]).sqrt()
-    return share(torch.stack(squares).clamp(min=0).sqrt(), norms)
+        squares = [float(((vectors.T @ grams[i, :, i]) * vectors.T).sum()) for i in experts]
+    norms = array([float(grams[i, :, i].trace()) for i in experts]) ** 0.5
+    return share(array(squares).clip(min=0) ** 0.5, norms)
 
 
 @statistic(
@@ -81,8 +81,8 @@ def alignment_of(grams: Tensor, longer_side: int, tall: bool) -> Tensor:
     in_layers=True,
     worst=min,
 )
-def alignment(ratios: AlignmentSums) -> Tensor | None:
+def alignment(ratios: AlignmentSums) -> Array | None:
     """Subspace alignment ratio: the share of an expert's task vector, by length, that lies in the directions of the
     merged vector; mean over matrices by their size.
     """
-    return share(floats(ratios.ratios), ratios.elements) if ratios.elements else None
+    return share(array(ratios.ratios), ratios.elements) if ratios.elements else None

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy
 
 from merger.inspection.counters.merged import MergedCounter, MergedSums
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import BY_EXPERT, BY_PAIR, floats, share, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.inspection.statistic import BY_EXPERT, BY_PAIR, Array, array, share, statistic
 
 
 @statistic(form=BY_PAIR, unit="cosine", formula="⟨δ_A, δ_B⟩ / (‖δ_A‖ ‖δ_B‖)", counters=[VectorCounter], order=28)
-def cosine(vectors: VectorSums) -> Tensor:
+def cosine(vectors: VectorSums) -> Array:
     """Cosine of the angle between the task vectors of two experts."""
-    products = floats(vectors.products)
-    lengths = products.diagonal().sqrt()
-    return share(products, lengths.view(-1, 1) * lengths)
+    products = array(vectors.products)
+    lengths = numpy.sqrt(products.diagonal())
+    return share(products, lengths[:, None] * lengths)
 
 
 @statistic(
@@ -29,7 +26,7 @@ def cosine(vectors: VectorSums) -> Tensor:
     counters=[MergedCounter, VectorCounter],
     order=40,
 )
-def merged_cosine(merged: MergedSums, vectors: VectorSums) -> Tensor:
+def merged_cosine(merged: MergedSums, vectors: VectorSums) -> Array:
     """Cosine of the angle between the merged vector and an expert's task vector."""
-    squares = floats(vectors.products).diagonal()
-    return share(floats(merged.products), merged.square**0.5 * squares.sqrt())
+    squares = array(vectors.products).diagonal()
+    return share(array(merged.products), merged.square**0.5 * numpy.sqrt(squares))

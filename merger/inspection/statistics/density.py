@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from merger._lazy import torch
 from merger.inspection.counters.merged import MergedCounter, MergedSums
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import BY_EXPERT, NUMBER, share, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.inspection.statistic import BY_EXPERT, NUMBER, Array, array, share, statistic
 
 
 @statistic(form=BY_EXPERT, unit="share", formula="|A| / n", counters=[VectorCounter], order=50, in_layers=True)
-def density(vectors: VectorSums) -> Tensor:
+def density(vectors: VectorSums) -> Array:
     """Share of all n positions that are an expert's: where its task vector is not zero."""
-    return share(torch.tensor(vectors.joint).diagonal(), vectors.elements)
+    return share(array(vectors.joint).diagonal(), vectors.elements)
 
 
 @statistic(

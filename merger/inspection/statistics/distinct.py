@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.inspection.counters import Counter, ExpertSlice, Ints, MatrixShape, Sums
-from merger.inspection.statistic import COUNT_BY_EXPERT, statistic
+from merger.inspection.statistic import COUNT_BY_EXPERT, Array, array, statistic
 from merger.ops.kernels import counting
 
 if TYPE_CHECKING:
@@ -76,6 +76,6 @@ class ValueCounter(Counter):
     label="distinct values",
     in_layers=True,
 )
-def distinct(values: ValueSums) -> Tensor:
+def distinct(values: ValueSums) -> Array:
     """Different values other than zero in the tensor that has most; 1048577 stands for more than 1048576."""
-    return torch.tensor(values.counts)
+    return array(values.counts)

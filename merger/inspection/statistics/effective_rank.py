@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.inspection.counters import ExpertSlice, Floats, MatrixShape, Sums, as_tuples
 from merger.inspection.counters.gram import ROUNDING, GramCounter
-from merger.inspection.statistic import BY_EXPERT, floats, share, statistic
+from merger.inspection.statistic import BY_EXPERT, Array, array, share, statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +83,6 @@ def entropy_rank(values: Tensor) -> Tensor:
     request="rank",
     in_layers=True,
 )
-def effective_rank(ranks: RankSums) -> Tensor | None:
+def effective_rank(ranks: RankSums) -> Array | None:
     """e to the entropy of a matrix's singular values as shares of their sum; mean over matrices by their size."""
-    return share(floats(ranks.ranks), ranks.elements) if ranks.elements else None
+    return share(array(ranks.ranks), ranks.elements) if ranks.elements else None

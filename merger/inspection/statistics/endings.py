@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from merger.inspection.counters.merged import MergedCounter, MergedSums
-from merger.inspection.statistic import BY_EXPERT, NUMBER, floats, share, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.inspection.statistic import BY_EXPERT, NUMBER, Array, array, share, statistic
 
 LABEL = "ends there"
 
@@ -24,9 +19,9 @@ LABEL = "ends there"
     row="base",
     in_layers=True,
 )
-def at_base(merged: MergedSums) -> Tensor:
+def at_base(merged: MergedSums) -> float:
     """Share of positions that end at the base's value."""
-    return _shares(merged)[0]
+    return float(_shares(merged)[0])
 
 
 @statistic(
@@ -40,7 +35,7 @@ def at_base(merged: MergedSums) -> Tensor:
     in_layers=True,
     per_expert=True,
 )
-def at_expert(merged: MergedSums) -> Tensor:
+def at_expert(merged: MergedSums) -> Array:
     """Share of positions that end at exactly one expert's value; the first of the experts that have the same value."""
     return _shares(merged)[1:-1]
 
@@ -56,10 +51,10 @@ def at_expert(merged: MergedSums) -> Tensor:
     row="blend",
     in_layers=True,
 )
-def blend(merged: MergedSums) -> Tensor:
+def blend(merged: MergedSums) -> float:
     """Share of positions that end at no single input's value."""
-    return _shares(merged)[-1]
+    return float(_shares(merged)[-1])
 
 
-def _shares(merged: MergedSums) -> Tensor:
-    return share(floats(merged.endings), merged.elements)
+def _shares(merged: MergedSums) -> Array:
+    return share(array(merged.endings), merged.elements)

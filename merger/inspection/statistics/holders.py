@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from merger._lazy import torch
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import SERIES, Axis, share, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.inspection.statistic import SERIES, Array, Axis, array, share, statistic
 
 
 @statistic(
@@ -20,6 +14,6 @@ if TYPE_CHECKING:
     order=80,
     axis=Axis("experts", lambda experts: range(experts + 1)),
 )
-def holders(vectors: VectorSums) -> Tensor:
+def holders(vectors: VectorSums) -> Array:
     """Share of positions that exactly 0, 1, 2, .. of the experts have."""
-    return share(torch.tensor(vectors.holders), vectors.elements)
+    return share(array(vectors.holders), vectors.elements)

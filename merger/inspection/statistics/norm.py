@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy
 
 from merger.inspection.counters.merged import MergedCounter, MergedSums
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import BY_EXPERT, NUMBER, floats, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.inspection.statistic import BY_EXPERT, NUMBER, Array, array, statistic
 
 
 @statistic(form=BY_EXPERT, unit="length", formula="‖δ‖", counters=[VectorCounter], order=30, in_layers=True)
-def norm(vectors: VectorSums) -> Tensor:
+def norm(vectors: VectorSums) -> Array:
     """Euclidean length of an expert's task vector."""
-    return floats(vectors.products).diagonal().sqrt()
+    return numpy.sqrt(array(vectors.products).diagonal())
 
 
 @statistic(

@@ -5,14 +5,8 @@ CABS (https://arxiv.org/abs/2503.01874), appendix B.1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from merger._lazy import torch
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import BY_PAIR, share, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.inspection.statistic import BY_PAIR, Array, array, share, statistic
 
 
 @statistic(
@@ -24,7 +18,7 @@ if TYPE_CHECKING:
     symmetric=False,
     in_layers=True,
 )
-def overlap(vectors: VectorSums) -> Tensor:
+def overlap(vectors: VectorSums) -> Array:
     """Share of the positions of expert A that expert B has too. Random masks have B's density."""
-    joint = torch.tensor(vectors.joint)
-    return share(joint, joint.diagonal().view(-1, 1))
+    joint = array(vectors.joint)
+    return share(joint, joint.diagonal()[:, None])

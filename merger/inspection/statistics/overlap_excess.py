@@ -6,14 +6,8 @@ max(0, 2n - m) / n, which is the least possible. Two densities a and b allow max
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from merger._lazy import torch
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import BY_PAIR, share, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.inspection.statistic import BY_PAIR, Array, array, share, statistic
 
 
 @statistic(
@@ -25,9 +19,9 @@ if TYPE_CHECKING:
     symmetric=False,
     label="excess",
 )
-def overlap_excess(vectors: VectorSums) -> Tensor:
+def overlap_excess(vectors: VectorSums) -> Array:
     """Overlap above CABS's target, the least that the densities allow; masks that avoid each other have 0."""
-    joint = torch.tensor(vectors.joint)
+    joint = array(vectors.joint)
     sizes = joint.diagonal()
-    target = (sizes.view(-1, 1) + sizes - vectors.elements).clamp(min=0)
-    return share(joint - target, sizes.view(-1, 1))
+    target = (sizes[:, None] + sizes - vectors.elements).clip(min=0)
+    return share(joint - target, sizes[:, None])

@@ -6,18 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING
+
+import numpy
 
 from merger.inspection.counters import Counter, ExpertSlice, MatrixShape, Sums
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import BY_EXPERT, floats, share, statistic
+from merger.inspection.statistic import BY_EXPERT, Array, array, share, statistic
 from merger.ops.kernels import counting
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-LARGE = 0.5
-"""A relative size that fine-tunes stay far below and unrelated models, which have about sqrt(2), do not reach."""
+from merger.planning.sample import UNRELATED
 
 
 @dataclass(frozen=True)
@@ -51,12 +47,12 @@ class BaseCounter(Counter):
 
 def _reading(sizes: Mapping[str, float]) -> Iterable[str]:
     for name, size in sizes.items():
-        if size >= LARGE:
+        if size >= UNRELATED:
             yield (
                 f"{name} differs from the base by {size * 100:.0f} % of the base's length, which no fine-tune does: "
                 f"check that {name} was trained from this base"
             )
-    usual = [f"{name} by {size * 100:.2g} %" for name, size in sizes.items() if size < LARGE]
+    usual = [f"{name} by {size * 100:.2g} %" for name, size in sizes.items() if size < UNRELATED]
     if usual:
         yield f"as fine-tunes do, these change the base by a small part of its length: {', '.join(usual)}"
 
@@ -72,6 +68,6 @@ def _reading(sizes: Mapping[str, float]) -> Iterable[str]:
     in_layers=True,
     reading=_reading,
 )
-def relative_size(vectors: VectorSums, base: BaseSums) -> Tensor:
+def relative_size(vectors: VectorSums, base: BaseSums) -> Array:
     """Length of an expert's task vector relative to the base's; 0.5 and more suggests another base."""
-    return share(floats(vectors.products).diagonal().sqrt(), base.square**0.5)
+    return share(numpy.sqrt(array(vectors.products).diagonal()), base.square**0.5)

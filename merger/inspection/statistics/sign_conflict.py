@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from merger._lazy import torch
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
-from merger.inspection.statistic import BY_PAIR, share, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.inspection.statistic import BY_PAIR, Array, array, share, statistic
 
 
 @statistic(
@@ -21,6 +15,6 @@ if TYPE_CHECKING:
     in_layers=True,
     label="conflict",
 )
-def sign_conflict(vectors: VectorSums) -> Tensor:
+def sign_conflict(vectors: VectorSums) -> Array:
     """Of the positions of both experts, the share where their signs differ."""
-    return share(torch.tensor(vectors.conflicts), torch.tensor(vectors.joint))
+    return share(array(vectors.conflicts), array(vectors.joint))

@@ -14,9 +14,9 @@ from itertools import permutations
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.inspection.counters import ExpertSlice, Floats, Sums, as_tuples
+from merger.inspection.counters import ExpertSlice, Floats, Sums
 from merger.inspection.counters.gram import ROUNDING, Directions, JointGramCounter, directions
-from merger.inspection.statistic import NUMBER, SERIES, Axis, floats, share, statistic
+from merger.inspection.statistic import NUMBER, SERIES, Array, Axis, array, share, statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +60,8 @@ class SubspaceCounter(JointGramCounter):
         return SubspaceSums(
             elements=elements,
             task_interference=interference * elements,
-            row_interference=as_tuples(row_interference_of(grams, experts, ranks, self.tall) * elements),
-            reconstruction_error=as_tuples(reconstruction_error_of(experts, ranks)),
+            row_interference=tuple(elements * total for total in row_interference_of(grams, experts, ranks, self.tall)),
+            reconstruction_error=reconstruction_error_of(experts, ranks),
         )
 
 
@@ -91,12 +91,12 @@ def task_interference_of(grams: Tensor, experts: Sequence[Directions]) -> float:
     return total
 
 
-def row_interference_of(grams: Tensor, experts: Sequence[Directions], ranks: Sequence[int], tall: bool) -> Tensor:
+def row_interference_of(grams: Tensor, experts: Sequence[Directions], ranks: Sequence[int], tall: bool) -> list[float]:
     """Sum over pairs of experts of ‖S_i V_i' V_j S_j‖ at each rank, S normalised to length 1 over the k values.
 
     The right directions V are on the smaller side of a tall matrix; of a wide one ``grams`` [K s K s] give V_i' V_j.
     """
-    totals = floats([0.0] * len(ranks))
+    totals = [0.0] * len(ranks)
     for (i, expert), (j, peer) in permutations(enumerate(experts), 2):
         if not len(expert.values) or not len(peer.values):
             continue
@@ -108,13 +108,13 @@ def row_interference_of(grams: Tensor, experts: Sequence[Directions], ranks: Seq
         energies = [directions.values.square().cumsum(0) for directions in (expert, peer)]
         for n, rank in enumerate(ranks):
             a, b = (min(rank, len(energy)) - 1 for energy in energies)
-            totals[n] += (squares[a, b] / (energies[0][a] * energies[1][b])).sqrt()
+            totals[n] += float(squares[a, b] / (energies[0][a] * energies[1][b])) ** 0.5
     return totals
 
 
-def reconstruction_error_of(experts: Sequence[Directions], ranks: Sequence[int]) -> Tensor:
+def reconstruction_error_of(experts: Sequence[Directions], ranks: Sequence[int]) -> Floats:
     """Sum over experts of the squared singular values beyond each rank."""
-    return floats([sum(float(expert.values[rank:].square().sum()) for expert in experts) for rank in ranks])
+    return tuple(sum(float(expert.values[rank:].square().sum()) for expert in experts) for rank in ranks)
 
 
 @statistic(
@@ -128,11 +128,11 @@ def reconstruction_error_of(experts: Sequence[Directions], ranks: Sequence[int])
     in_layers=True,
     row="all experts",
 )
-def task_interference(subspaces: SubspaceSums) -> Tensor | None:
+def task_interference(subspaces: SubspaceSums) -> Array | None:
     """Singular task interference: how far the singular directions of different experts overlap, on both sides at once,
     in the size of the change; 0 where they are orthogonal; mean over matrices by their size.
     """
-    return share(floats(subspaces.task_interference), subspaces.elements) if subspaces.elements else None
+    return share(array(subspaces.task_interference), subspaces.elements) if subspaces.elements else None
 
 
 @statistic(
@@ -145,11 +145,11 @@ def task_interference(subspaces: SubspaceSums) -> Tensor | None:
     view="task_vectors",
     request="subspaces",
 )
-def row_interference(subspaces: SubspaceSums) -> Tensor | None:
+def row_interference(subspaces: SubspaceSums) -> Array | None:
     """Row space interference I(k) of the centred task vectors at ranks k of 1, 2, 4, 8, 16, 32, 64 and 100 % of the
     smaller side; from 0, where the row spaces are orthogonal, to K (K - 1); mean over matrices by their size.
     """
-    return share(floats(subspaces.row_interference), subspaces.elements) if subspaces.elements else None
+    return share(array(subspaces.row_interference), subspaces.elements) if subspaces.elements else None
 
 
 @statistic(
@@ -162,8 +162,8 @@ def row_interference(subspaces: SubspaceSums) -> Tensor | None:
     view="task_vectors",
     request="subspaces",
 )
-def reconstruction_error(subspaces: SubspaceSums) -> Tensor | None:
+def reconstruction_error(subspaces: SubspaceSums) -> Array | None:
     """Reconstruction error R(k): what the k strongest directions leave of the centred task vectors, at the same ranks;
     sum over matrices.
     """
-    return floats(subspaces.reconstruction_error) if subspaces.elements else None
+    return array(subspaces.reconstruction_error) if subspaces.elements else None
