@@ -449,7 +449,8 @@ def test_another_tokenizer_is_told_in_whatever_file_it_stands(family, base, expe
 def test_a_chat_template_and_an_end_token_are_noted(family):
     family.add("base", eos_token="w1").add("a", eos_token="w2", chat_template="{{ messages }}")
     assert family.plan().notes == (
-        "a: its tokenizer differs from that of base, which the output gets, in chat template, eos_token 'w1' -> 'w2'; "
+        "a: its tokenizer differs from that of base, which the output gets, in chat template, "
+        "eos_token ('w2' instead of 'w1'); "
         "`output: {tokenizer: a}` takes its own",
     )
 

@@ -35,7 +35,7 @@ def tokenizer_differences(tokenizers: Mapping[str, Tokenizer], chosen: str) -> I
     """Notes on what the output, which gets the tokenizer of ``chosen``, has not of the other models' tokenizers."""
     output = tokenizers[chosen]
     for label, tokenizer in tokenizers.items():
-        if tokenizer is output or tokenizer.digest == output.digest:
+        if not output.exists or tokenizer.digest == output.digest:
             continue
         if not tokenizer.exists:
             yield f"{label}: has no tokenizer; its rows are taken for the tokens that the other models have there"
@@ -63,10 +63,9 @@ def _settings_notes(label: str, tokenizer: Tokenizer, chosen: str, output: Token
     if tokenizer.chat_templates != output.chat_templates:
         parts.append("chat template")
     for key in {**tokenizer.special_tokens, **output.special_tokens}:
-        ours, theirs = output.special_tokens.get(key), tokenizer.special_tokens.get(key)
-        parts += [f"{key} {ours!r} -> {theirs!r}"] if ours != theirs else []
+        token, output_token = tokenizer.special_tokens.get(key), output.special_tokens.get(key)
+        parts += [f"{key} ({token!r} instead of {output_token!r})"] if token != output_token else []
     if parts:
-        yield (
-            f"{label}: its tokenizer differs from that of {chosen}, which the output gets, in {', '.join(parts)}; "
-            f"`output: {{tokenizer: {label}}}` takes its own"
-        )
+        advice = f"; `output: {{tokenizer: {label}}}` takes its own" if tokenizer.tokens == output.tokens else ""
+        other = f"that of {chosen}, which the output gets"
+        yield f"{label}: its tokenizer differs from {other}, in {', '.join(parts)}{advice}"
