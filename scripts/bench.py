@@ -110,6 +110,7 @@ def statistics_of(recipe: dict[str, Any], folder: Path) -> dict[str, str]:
     from merger.calibration import Settings
     from merger.calibration import statistics_files as files
     from merger.calibration.moments import Moments
+    from merger.calibration.settings import ForwardPass
     from merger.calibration.statistics import fingerprint, layers
 
     plan = merger.plan(merger.Recipe.parse({**recipe, "method": "linear"}))
@@ -126,7 +127,9 @@ def statistics_of(recipe: dict[str, Any], folder: Path) -> dict[str, str]:
             columns = plan.models[name].tensors[layer].matrix[1]
             mean = torch.randn(columns, generator=generator)
             moments[layer] = Moments(torch.tensor(1000), mean.square() + mean.exp(), mean)
-        files.save(path, moments, files.Key(fingerprint(plan.models[name]), "", "", Settings()))
+        model = plan.models[name]
+        key = files.Key(fingerprint(model), "", "", Settings(), ForwardPass.of(model, "cpu"))
+        files.save(path, moments, key)
     return found
 
 

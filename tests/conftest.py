@@ -45,12 +45,14 @@ def golden():
 def devices(monkeypatch):
     """Lets a machine have these devices; what torch does not know is pretended, in the threads that work on slices."""
 
-    def have(*names, pretence=Pretence):
+    def have(*names, pretence=Pretence, memory=1 << 30):
         class Slices(ThreadPoolExecutor):
             def __init__(self, workers, name):
                 super().__init__(workers, name, initializer=lambda: pretence().__enter__())
 
         monkeypatch.setattr("merger.engine.machine.chosen_devices", lambda wanted: names)
+        monkeypatch.setattr("merger.outputs.lock.chosen_devices", lambda wanted: names)
+        monkeypatch.setattr("merger.engine.machine.free_memory", lambda device: memory)
         monkeypatch.setattr("merger.engine.memory.SLICE", 24)
         monkeypatch.setattr("merger.engine.schedule.ThreadPoolExecutor", Slices)
 

@@ -69,6 +69,75 @@ def test_statistics_are_made_once_and_found_again_to_the_same_bytes(place, monke
     assert weights(place, "again") == weights(place)
 
 
+def sources(*counts):
+    """Calibration data: so many samples of each expert's text, some of another's beside its own."""
+    files = [{"file": f"{task}.jsonl", "samples": count} for task, count in zip(EXPERTS, counts, strict=True)]
+    return {"data": dict.fromkeys(EXPERTS, files), "max_tokens": 64}
+
+
+def test_several_sources_of_text_are_calibrated_together_and_kept_under_their_counts(place):
+    merger.merge(recipe(place, calibration=sources(2, 3, 4)))
+    kept = set((place / "cache").glob("*.safetensors"))
+    merger.merge(recipe(place, output="same", calibration=sources(2, 3, 4)))
+    assert set((place / "cache").glob("*.safetensors")) == kept
+    assert weights(place, "same") == weights(place)
+
+    merger.merge(recipe(place, output="other", calibration=sources(2, 4, 3)))
+    assert len(set((place / "cache").glob("*.safetensors")) - kept) == 3
+    assert weights(place, "other") != weights(place)
+
+
+def test_a_source_alone_gives_the_bytes_of_a_plain_file(place):
+    merger.merge(recipe(place))
+    one = {task: {"file": f"{task}.jsonl", "samples": 12} for task in EXPERTS}
+    merger.merge(recipe(place, output="one", calibration={"data": one}))
+    assert weights(place, "one") == weights(place)
+
+
+def test_the_manifest_names_every_source_by_its_hash(place):
+    merger.merge(recipe(place, calibration=sources(2, 3, 4)))
+    record = json.loads((place / "out/merger.json").read_text())
+    assert {f"{task}.jsonl" for task in EXPERTS} <= record["calibration"].keys()
+    assert record["recipe"]["calibration"]["data"]["upper"][1] == {"file": "shift.jsonl", "samples": 3, "fields": {}}
+
+
+def test_statistics_are_made_again_for_weights_with_another_activation(place):
+    merger.merge(recipe(place))
+    before = {path.name for path in (place / "cache").glob("*.stats.safetensors")}
+    config = place / "models" / "upper" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_bytes()), "hidden_act": "gelu"}))
+    merger.merge(recipe(place, output="again"))
+    made = {path.name for path in (place / "cache").glob("*.stats.safetensors")} - before
+    assert len(made) == 1
+    assert weights(place, "again") != weights(place)
+
+
+def test_a_statistics_file_is_refused_for_weights_with_another_activation(place):
+    files = merger.calibrate(recipe(place), to=place / "stats")
+    config = place / "models" / "upper" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_bytes()), "hidden_act": "gelu"}))
+    stats = {name: f"stats/{path.name}" for name, path in files.items()}
+    with pytest.raises(CheckpointError, match=r"was made for another model \(weights or config.json\)"):
+        merger.merge(recipe(place, calibration={"stats": stats}))
+
+
+def test_the_manifest_names_the_scores_that_depend_on_where_text_went_through(place):
+    merger.merge(recipe(place))
+    assert manifest(place)["device-dependent"] == ["obm"]
+    assert manifest(place)["versions"]["transformers"] == transformers.__version__
+
+
+def test_the_manifest_names_no_score_where_files_hold_the_statistics(place):
+    files = merger.calibrate(recipe(place), to=place / "stats")
+    merger.merge(recipe(place, calibration={"stats": {name: f"stats/{path.name}" for name, path in files.items()}}))
+    assert manifest(place)["device-dependent"] == []
+    assert "transformers" not in manifest(place)["versions"]
+
+
+def manifest(place):
+    return json.loads((place / "out" / "merger.json").read_bytes())
+
+
 def test_with_statistics_files_a_merge_needs_no_text_and_no_forward_pass(place, monkeypatch):
     merger.merge(recipe(place))
     files = merger.calibrate(recipe(place), to=place / "stats")

@@ -17,6 +17,8 @@ import yaml
 from checkpoints import save_headers, trio
 from typer.main import get_command
 
+from merger import cli
+from merger._version import VERSION
 from merger.cli import app
 from merger.cli._options import RUN_FLAGS
 from merger.options import RunOptions
@@ -81,6 +83,16 @@ def test_what_is_not_understood_is_exit_code_2(merger, arguments):
     ran = merger(*arguments)
     assert ran.code == 2
     assert "Usage: merger" in ran.out + ran.err
+
+
+def test_every_file_of_the_command_line_adds_its_command_by_itself():
+    files = {path.stem for path in Path(cli.__file__).parent.glob("[!_]*.py")}
+    assert {command.callback.__module__.rpartition(".")[2] for command in app.registered_commands} == files
+
+
+def test_the_version_is_told(merger):
+    ran = merger("--version")
+    assert (ran.code, ran.out, ran.err) == (0, f"merger {VERSION}\n", "")
 
 
 def test_help_imports_nothing_heavy():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from threading import Lock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from checkpoints import CONFIG, llama, save
 from safetensors.torch import save_file
 
 from merger.engine.merge import merge
+from merger.engine.reader import Reader
 from merger.recipe.recipe import Recipe
 
 PACKS = ["emr", "factors"]
@@ -93,3 +95,27 @@ def test_every_form_of_input_is_merged_on_devices_as_on_the_cpu(tmp_path, device
         merge(recipe, force=True)
         weights.append({path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")})
     assert weights[0] == weights[1]
+
+
+def test_matrices_are_merged_one_at_a_time_where_a_device_has_room_for_one(tmp_path, devices, monkeypatch):
+    for seed, name in enumerate(("base", "code")):
+        written(tmp_path / name, seed)
+    running, most, lock, read_rows = [], [], Lock(), Reader.read_rows
+
+    def observed(reader, tensor, part, rows, device):
+        if len(rows) < part.rows:  # a slice, which needs no leave
+            return read_rows(reader, tensor, part, rows, device)
+        with lock:
+            running.append(part)
+            most.append(len(running))
+        stored = read_rows(reader, tensor, part, rows, device)
+        with lock:
+            running.remove(part)
+        return stored
+
+    monkeypatch.setattr(Reader, "read_rows", observed)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    devices("cuda:0", memory=1)
+    said = {"base": "base", "experts": {"code": "code"}, "method": "iso_c", "output": {"path": "out"}}
+    merge(Recipe.parse(said, tmp_path))
+    assert max(most) == 1

@@ -23,6 +23,8 @@ from merger.evaluation.model_host import Bench
 from merger.evaluation.scores import Entry, compare, json_schema, objective
 from merger.evaluation.tasks import Example, Task, check_apart, load, split
 from merger.options import RunOptions
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import TextSource
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,58 @@ def test_examples_that_cannot_be_used_are_told_with_their_place(tmp_path, record
     write(tmp_path / "t.jsonl", records)
     with pytest.raises(CheckpointError, match=fault):
         load({"t": "t.jsonl"}, tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        (["x", "y"], 1, 1),
+        (["x", "y"], "1", 1),
+        (["x", "y"], "y", 1),
+        (["7", "1"], "1", 1),
+        ([5, 0], 0, 0),
+        ([5, 0], 5, 0),
+    ],
+)
+def test_the_right_choice_is_told_by_its_number_or_its_text(tmp_path, choices, answer, right):
+    write(tmp_path / "t.jsonl", [{"prompt": "p", "choices": choices, "answer": answer}])
+    assert load({"t": "t.jsonl"}, tmp_path, 5)[0].examples[0].right == right
+
+
+@pytest.fixture
+def sourced(tmp_path):
+    """The only task of these sources of text, of two files of ten examples with columns of their own."""
+    write(tmp_path / "a.jsonl", [{"ctx": f"a{i}", "endings": ["x", "y"], "label": i % 2} for i in range(10)])
+    write(tmp_path / "b.jsonl", [{"ctx": f"b{i}", "endings": ["x", "y"], "label": i % 2} for i in range(10)])
+    columns = {"prompt": "ctx", "choices": "endings", "answer": "label"}
+
+    def sourced(samples, /, **counts):
+        data = [TextSource(file=f"{name}.jsonl", samples=count, fields=columns) for name, count in counts.items()]
+        return load({"t": data}, tmp_path, samples)[0]
+
+    return sourced
+
+
+def test_a_task_has_examples_of_every_source_as_many_as_its_count(sourced):
+    task = sourced(100, a=3, b=4)
+    assert task.kind == "choices"
+    assert [sum(e.prompt.startswith(name) for e in task.examples) for name in "ab"] == [3, 4]
+    assert all(e.right == int(e.prompt[1:]) % 2 and e.replies == ("x", "y") for e in task.examples)
+
+
+def test_a_task_has_at_most_the_samples_of_the_section(sourced):
+    assert len(sourced(5, a=3, b=4).examples) == 5
+    assert sourced(100, a=None, b=None).sha256 != sourced(100, a=None).sha256
+
+
+def test_calibration_text_of_any_source_is_no_held_out_text(tmp_path):
+    write(tmp_path / "a.jsonl", [{"question": f"a{i}", "answer": "1"} for i in range(4)])
+    write(tmp_path / "b.jsonl", [{"text": "b"}])
+    source = {"file": "a.jsonl", "fields": {"prompt": "question"}}
+    written = {"base": "b", "experts": {"e": "e"}, "method": "linear", "output": {"path": "out"}}
+    recipe = Recipe.parse({**written, "calibration": {"data": {"e": ["b.jsonl", source]}}}, tmp_path)
+    with pytest.raises(RecipeError, match=r"t: 4 of 4 examples are calibration text too \(a.jsonl\)"):
+        check_apart(recipe, load({"t": TextSource(**source)}, tmp_path, 5))
 
 
 def test_calibration_text_is_no_held_out_text(demo_folder):  # noqa: F811

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import merger as library
 from merger.errors import ConditionError, RecipeError
-from merger.inspection import conditions, tables
+from merger.inspection import conditions, console
 
 RECIPE = """\
 base: base
@@ -56,7 +56,7 @@ def test_every_key_of_the_json_is_described(merger, folder):
     assert said["views"][0].keys() == schema["$defs"]["View"]["properties"].keys()
     assert said["views"][0]["whole"].keys() == schema["$defs"]["Facts"]["properties"].keys()
     assert said["views"][-1]["whole"].keys() == schema["$defs"]["Merged"]["properties"].keys()
-    assert schema["$defs"]["Facts"]["properties"]["overlap"]["description"].startswith("``overlap[a][b]``: share of")
+    assert schema["$defs"]["Facts"]["properties"]["overlap"]["description"].startswith("``overlap[A][B]``: Share of")
 
 
 def test_a_schema_of_something_else_offers_the_two_there_are(merger):
@@ -70,7 +70,7 @@ def test_a_schema_of_something_else_offers_the_two_there_are(merger):
 def test_tables_name_every_expert_pair_and_projection(merger, folder):
     ran = merger("inspect", "recipe.yaml")
     assert (ran.code, ran.err) == (0, "")
-    for words in ("expert (top)", "A, B (top)", "ends at (result)", "layer (top)", "self_attn.q_proj", "code, math"):
+    for words in ("expert (top)", "A, B (top)", "ends", "layer (top)", "self_attn.q_proj", "code, math"):
         assert words in ran.out
     assert "peak memory" in ran.out.splitlines()[-1]
 
@@ -83,9 +83,9 @@ def test_the_worst_layer_comes_first(merger, folder):
 
 def test_tables_fit_80_columns(folder):
     seen = library.inspect(library.Recipe.load("recipe.yaml"))
-    console = Console(width=80, record=True, file=io.StringIO())
-    tables.print_inspection(seen, console)
-    lines = console.export_text().splitlines()
+    terminal = Console(width=80, record=True, file=io.StringIO())
+    console.print_inspection(seen, terminal)
+    lines = terminal.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.split()[:1] == ["post_attention_layernorm"] for line in lines)  # whole, on a line of its own
 
@@ -103,13 +103,13 @@ def test_only_the_first_dozen_of_a_long_table_is_shown_unless_all_are_asked_for(
 
 def test_curves_are_a_table_and_ranks_a_column_that_fit_80_columns(merger, folder, monkeypatch):
     seen = library.inspect(library.Recipe.load("recipe.yaml"), rank=True, curves=True)
-    console = Console(width=80, record=True, file=io.StringIO())
-    tables.print_inspection(seen, console)
-    lines = console.export_text().splitlines()
+    terminal = Console(width=80, record=True, file=io.StringIO())
+    console.print_inspection(seen, terminal)
+    lines = terminal.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     below = next(i for i, line in enumerate(lines) if line.split() == ["largest", "by", "overlap", "uneven", "rows"])
     assert [line.split()[0] for line in lines[below + 3 :][:3]] == ["0.05", "0.10", "0.20"]
-    assert any(line.split()[-1:] == ["rank"] and "overlap" in line for line in lines)
+    assert any({"overlap", "rank"} <= set(line.split()) for line in lines)
 
 
 def test_options_ask_for_curves_and_ranks(merger, folder):

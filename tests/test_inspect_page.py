@@ -1,6 +1,7 @@
 """The page that `merger inspect --html` writes: whole in itself, well formed, and with every number in its place."""
 
 import re
+import xml.etree.ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -16,13 +17,11 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 
 class Reader(HTMLParser):
-    """Reads a page; what is opened must be closed."""
+    """Reads a page; every element that is opened must be closed."""
 
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.attributes, self.words = [], [], [], []
-        self.cells = {}  # by the figure's caption and the row's name
-        self.caption, self.row = "", None
         self.feed(text)
         assert self.open == []
 
@@ -37,12 +36,30 @@ class Reader(HTMLParser):
 
     def handle_data(self, text):
         self.words.append(text)
-        if self.open[-1:] == ["figcaption"]:
-            self.caption = text.partition(":")[0]
-        if self.open[-2:] == ["tr", "th"]:
-            self.row = text
-        if self.open[-1:] == ["td"]:
-            self.cells.setdefault((self.caption, self.row), []).append(text)
+
+
+def charts(text):
+    """The charts of a page as (title, root element), in their order."""
+    figures = re.findall(r"<figcaption>(.*?): .*?</figcaption>(<svg.*?</svg>)", text, re.DOTALL)
+    return [(title, xml.etree.ElementTree.fromstring(svg)) for title, svg in figures]
+
+
+def rows(chart):
+    """The lines of a heatmap below its headings: the row's name, then its numbers from left to right."""
+    lines = {}
+    for text in chart.iter("text"):
+        lines.setdefault(float(text.get("y")), []).append((float(text.get("x")), text.text))
+    words = [[word for _, word in sorted(line)] for line in lines.values()]
+    return [line for line in words if all(re.fullmatch(r"-?[\d.]+", word) for word in line[1:])]
+
+
+def cells(text):
+    """The numbers of every heatmap by title and row; of several views, one after the other."""
+    numbers = {}
+    for title, chart in charts(text):
+        for name, *values in rows(chart):
+            numbers.setdefault((title, name), []).extend(values)
+    return numbers
 
 
 @pytest.fixture
@@ -69,64 +86,71 @@ def test_a_page_has_a_section_for_every_view(seen):
 
 
 def test_a_heatmap_has_the_number_of_every_layer_and_projection(seen):
-    cells = Reader(page(seen)).cells
+    numbers = cells(page(seen))
     expected = [f"{facts.at_base:.3f}" for facts in seen.view("result").cells["model.layers.1"].values()]
-    assert cells["at the base", "model.layers.1"] == expected
-    assert cells["at the base outside the blocks", "lm_head"] == [
+    assert numbers["at base", "model.layers.1"] == expected
+    assert numbers["at base outside the blocks", "lm_head"] == [
         f"{seen.view('result').tensors['lm_head.weight'].at_base:.3f}"
     ]
 
 
-def test_small_tensors_have_a_figure_and_so_colours_of_their_own(tmp_path):
+def test_small_tensors_have_a_chart_and_so_colours_of_their_own(tmp_path):
     trio(tmp_path, hidden=64, layers=1)
     seen = library.inspect_model(str(tmp_path / "code"), str(tmp_path / "base"))
-    cells = Reader(page(seen)).cells
-    assert len(cells["norm", "model.layers.0"]) == 7
-    assert len(cells["norm of small tensors", "model.layers.0"]) == 2
+    numbers = cells(page(seen))
+    assert len(numbers["norm", "model.layers.0"]) == 7
+    assert len(numbers["norm of small tensors", "model.layers.0"]) == 2
 
 
 def test_an_overlap_matrix_has_both_ways_of_every_pair(seen):
-    cells = Reader(page(seen)).cells
-    for one, other in (("code", "math"), ("math", "code")):
-        both = [f"{seen.view(view).whole.overlap[one][other]:.3f}" for view in ("task_vectors", "top")]
-        assert cells["overlap", one] == both
+    numbers = cells(page(seen))
+    for expert, peer in (("code", "math"), ("math", "code")):
+        both_views = [f"{seen.view(view).whole.overlap[expert][peer]:.3f}" for view in ("task_vectors", "top")]
+        assert numbers["overlap", expert] == both_views
 
 
-def test_the_strongest_colour_is_the_greatest_value_and_the_weakest_the_least(seen):
-    found = re.findall(r'--v:([\d.]+)">(?=[\d.]+</td>)', page(seen))
-    assert {"0.000", "1.000"} <= set(found)
-    assert all(0 <= float(value) <= 1 for value in found)
+def test_a_map_paints_every_cell_once(seen):
+    maps = [chart for title, chart in charts(page(seen)) if title in ("code", "math")]
+    assert len(maps) == 4  # two experts in two views
+    for chart in maps:
+        cells = next(group for group in chart.iter("g") if group.get("class") == "cells")
+        assert "".join(path.get("d") for path in cells.iter("path")).count("h1v1h-1z") == 16 * 32
 
 
-def test_text_is_light_where_the_ground_is_deep_and_only_there(seen):
-    for deep, value in re.findall(r'class="heat( deep)?" style="--v:([\d.]+)"', page(seen)):
-        assert bool(deep) == (float(value) > 0.6)
+def lines(chart):
+    """The dashes and the points of every line of a series: [(dashes, [(x, y), ..]), ..]."""
+    found = []
+    for group in chart.iter("g"):
+        style = dict(item.split(":") for item in (group.get("style") or "").split(";") if ":" in item)
+        if "--series" in style.get("stroke", "") and style["fill"] == "none":
+            for path in group.iter("path"):
+                points = [tuple(map(float, point.split())) for point in path.get("d")[1:].split("L")]
+                found.append((style.get("stroke-dasharray"), points))
+    return [line for line in found if len(line[1]) > 2]
 
 
-def test_a_picture_paints_every_piece_once(seen):
-    text = page(seen)
-    maps = re.findall(r'<svg viewBox="0 0 (\d+) (\d+)" preserveAspectRatio.*?</svg>', text)
-    assert maps == [("16", "32")] * 4  # two experts in two views
-    assert text.count("h1v1h-1z") == 4 * 16 * 32
+def test_a_curve_is_a_line_for_magnitude_and_a_dashed_one_for_random_masks_of_every_pair_and_expert(seen):
+    (_, overlap), (_, uneven) = charts(page(seen))[:2]
+    assert [dashes for dashes, _ in lines(overlap)] == ["7 5", None]
+    assert [dashes for dashes, _ in lines(uneven)] == ["7 5", None, "7 5", None]
+    assert all(len(points) == 11 for chart in (overlap, uneven) for _, points in lines(chart))
 
 
-def test_a_chart_has_a_line_and_a_mark_at_each_density_for_every_pair_and_expert(seen):
-    overlap, uneven = re.findall(r'<svg class="chart".*?</svg>', page(seen))[:2]
-    assert (overlap.count('class="line l'), uneven.count('class="line l')) == (2, 4)  # by magnitude, and at random
-    assert (overlap.count('class="mark'), uneven.count('class="mark')) == (11, 22)
-    x, y = re.findall(r'class="line l0" d="M([\d.]+) ([\d.]+)L', overlap)[0]
-    first = seen.curves.whole.overlap["code"]["math"][0]
-    assert (float(x), float(y)) == (22, pytest.approx(300 - 300 * first, abs=0.1))
+def test_a_curve_goes_through_its_numbers(seen):
+    points = lines(charts(page(seen))[0][1])[1][1]
+    height = points[0][1] - points[-1][1]
+    expected = seen.curves.whole.overlap["code"]["math"]
+    assert height / 300 == pytest.approx(expected[-1] - expected[0], abs=1e-3)
 
 
-def test_the_whole_model_and_every_kind_of_matrix_have_charts(seen):
-    captions = re.findall("<figcaption>(overlap against density.*?):", page(seen))
+def test_the_whole_model_and_every_kind_of_matrix_have_curves(seen):
+    titles = [title for title, _ in charts(page(seen)) if title.startswith("overlap against density")]
     kinds = ("", ", kind embedding", ", kind head", ", kind linear")
-    assert sorted(captions) == [f"overlap against density{of}" for of in kinds]
+    assert sorted(titles) == [f"overlap against density{of}" for of in kinds]
 
 
-def test_a_page_without_curves_has_no_chart(seen):
-    assert '<svg class="chart"' not in page(replace(seen, curves=None))
+def test_a_page_without_curves_has_no_chart_against_density(seen):
+    assert "against density" not in page(replace(seen, curves=None))
 
 
 def test_names_are_text_and_never_markup(tmp_path):
@@ -159,7 +183,7 @@ def test_the_command_writes_the_page_beside_its_tables(merger, tmp_path, monkeyp
     ran = merger("inspect", "r.yaml", "--html", "page.html", "--tensor", UP)
     assert (ran.code, ran.err) == (0, "")
     assert "layer (top)" in ran.out
-    assert f"{UP}: density in equal pieces" in (tmp_path / "page.html").read_text()
+    assert f"{UP} (top): density in equal cells" in (tmp_path / "page.html").read_text()
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(merger, tmp_path):

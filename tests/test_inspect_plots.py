@@ -10,6 +10,7 @@ from checkpoints import save, trio
 import merger as library
 from merger import Recipe
 from merger.inspection import plots
+from merger.inspection.statistic import statistics
 
 UP = "model.layers.0.mlp.up_proj.weight"
 RECIPE = {"base": "base", "experts": {"code": "code", "math": "math"}, "output": {"path": "out"}}
@@ -32,12 +33,12 @@ def words(file):
 
 def test_every_figure_is_drawn_as_png_and_svg(seen, tmp_path):
     files = plots.write(seen, tmp_path / "new" / "plots")
-    statistics = ["overlap", "sign-conflict", "density", "norm", "uneven-rows", "uneven-columns", "uneven-blocks"]
+    declared = [entry for entry in statistics("experts") if entry.view is None and entry.request is None]
     figures = [
         "overlap-against-density",
         "uneven-rows-against-density",
         "top.pairs",
-        *(f"top.{name}" for name in (*statistics, "distinct")),
+        *(f"top.{entry.title.replace(' ', '-')}" for entry in sorted(declared, key=lambda entry: entry.axis is None)),
         f"top.{UP}",
     ]
     assert [file.name for file in files] == [f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
@@ -66,7 +67,7 @@ def test_the_command_draws_the_figures_of_a_fine_tune(merger, tmp_path, monkeypa
 
 
 def test_without_matplotlib_a_line_says_what_to_install(merger, monkeypatch):
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr("merger.inspection.plots.find_spec", lambda name: None)
     ran = merger("inspect", "nowhere.yaml", "--plot", "plots")
     assert ran.code == 2
     assert ran.err == (

@@ -16,10 +16,13 @@ import merger.engine.machine
 import merger.inspection
 from merger import Recipe, inspect, inspect_merge, inspect_model, merge
 from merger.errors import RecipeError
-from merger.inspection.balance import kept_by_cell
-from merger.inspection.report import facts
-from merger.inspection.sums import endings, outcome
-from merger.inspection.vector_counter import Look
+from merger.inspection.counters import ExpertSlice, MatrixShape, MergedSlice
+from merger.inspection.counters.merged import MergedCounter, count_endings
+from merger.inspection.counters.vectors import VectorCounter
+from merger.inspection.density_map import positions_by_cell
+from merger.inspection.part_counts import ViewCounters
+from merger.inspection.statistics.distinct import ValueCounter
+from merger.inspection.views import statistics_of
 
 EXPERTS = ("code", "math", "wiki")
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -148,7 +151,7 @@ def test_a_models_unevenness_is_the_mean_over_its_matrices_by_their_size(models,
 
 
 def test_blocks_run_across_the_ends_of_rows_and_a_short_last_one_is_left_out(models, recipe, monkeypatch):
-    monkeypatch.setattr(merger.inspection.balance, "BLOCK", 24)
+    monkeypatch.setattr("merger.inspection.counters.balance.BLOCK", 24)
     found = inspect(recipe("linear")).view("task_vectors").tensors[UP].uneven_blocks
     whole = [each.ravel()[: 512 // 24 * 24].reshape(-1, 24) for each in deltas(models, UP)]
     assert list(found.values()) == pytest.approx([spread(each) for each in whole])
@@ -173,7 +176,7 @@ def test_values_of_several_slices_are_counted_once(tmp_path, monkeypatch):
 
 
 def test_more_values_than_are_told_apart_are_one_more(recipe, monkeypatch):
-    monkeypatch.setattr(merger.inspection.values, "MOST", 100)
+    monkeypatch.setattr("merger.inspection.statistics.distinct.LIMIT", 100)
     monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
     view = inspect(recipe("linear")).view("task_vectors")
     assert set(view.tensors[UP].distinct.values()) == {101}
@@ -181,12 +184,12 @@ def test_more_values_than_are_told_apart_are_one_more(recipe, monkeypatch):
 
 
 def test_values_that_every_slice_repeats_are_no_more_than_they_are(monkeypatch):
-    monkeypatch.setattr(merger.inspection.values, "MOST", 6)
+    monkeypatch.setattr("merger.inspection.statistics.distinct.LIMIT", 6)
     deltas = torch.arange(1.0, 6).repeat(20, 1).unsqueeze(0)
-    look = Look(1, 20, 5)
+    counters = ViewCounters([ValueCounter(MatrixShape(1, 20, 5))])
     for row in range(20):
-        look.add(row, deltas[:, row : row + 1])
-    assert look.vectors().distinct == (5,)
+        counters.count(ExpertSlice(row, torch.zeros(1, 5), deltas[:, row : row + 1]))
+    assert counters.sums()[ValueCounter].counts == (5,)
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -312,13 +315,19 @@ def test_facts_do_not_depend_on_how_a_tensor_is_cut(recipe, monkeypatch, method)
         assert flattened(one) == pytest.approx(flattened(other), rel=1e-6)
 
 
-def vectors(deltas, cut=None):
-    """What is seen of task vectors [k r c], whole or in two slices."""
+def sums(deltas, cut=None):
+    """The sums of task vectors [k r c] by counter, counted whole or in two slices."""
     k, rows, columns = deltas.shape
-    look = Look(k, rows, columns)
+    shape = MatrixShape(k, rows, columns)
+    counters = ViewCounters([VectorCounter(shape), ValueCounter(shape)])
     for first, stop in itertools.pairwise(sorted({0, cut or rows, rows})):
-        look.add(first, deltas[:, first:stop])
-    return look.vectors()
+        counters.count(ExpertSlice(first, torch.zeros(stop - first, columns), deltas[:, first:stop]))
+    return counters.sums()
+
+
+def facts(deltas, experts):
+    """The statistics of task vectors [k r c]."""
+    return statistics_of("experts", sums(deltas), experts)
 
 
 def flattened(found):
@@ -412,14 +421,14 @@ def test_the_merged_vector_is_compared_with_those_it_came_from(models, recipe):
 
 
 def test_overlap_is_the_shared_part_of_the_first_and_jaccard_of_both():
-    found = facts(vectors(torch.tensor([[[1.0, 1, 0, 1]], [[0, 1, 1, 1]], [[0, 0, 0, 1]]])), ("a", "b", "c"))
+    found = facts(torch.tensor([[[1.0, 1, 0, 1]], [[0, 1, 1, 1]], [[0, 0, 0, 1]]]), ("a", "b", "c"))
     assert (found.overlap["a"]["b"], found.jaccard["a"]["b"]) == (pytest.approx(2 / 3), 0.5)
     assert (found.overlap["a"]["c"], found.overlap["c"]["a"]) == (pytest.approx(1 / 3), 1)
 
 
 def test_random_masks_overlap_as_much_as_they_are_dense():
     kept = [torch.rand(1, 400, 500, generator=torch.Generator().manual_seed(k)) < 0.3 for k in range(2)]
-    found = facts(vectors(torch.cat(kept).float()), ("a", "b"))
+    found = facts(torch.cat(kept).float(), ("a", "b"))
     error = math.sqrt(0.3 * 0.7 / (0.3 * 200_000))
     assert found.overlap["a"]["b"] == pytest.approx(0.3, abs=4 * error)
     assert found.jaccard["a"]["b"] == pytest.approx(0.3 / (2 - 0.3), abs=4 * error)
@@ -427,7 +436,7 @@ def test_random_masks_overlap_as_much_as_they_are_dense():
 
 def test_random_masks_are_as_uneven_as_a_binomial():
     kept = (torch.rand(1, 4000, 500, generator=torch.Generator().manual_seed(1)) < 0.2).float()
-    found = facts(vectors(kept), ("a",))
+    found = facts(kept, ("a",))
     assert found.uneven_rows["a"] == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
 
 
@@ -471,47 +480,49 @@ matrices = st.integers(1, 4).flatmap(
 
 @given(matrices, st.integers(1, 3))
 def test_sums_of_slices_are_sums_of_the_whole(deltas, cut):
-    whole, added = vectors(deltas), vectors(deltas, cut)
+    whole, added = sums(deltas), sums(deltas, cut)
+    assert added[ValueCounter] == whole[ValueCounter]
+    whole, added = whole[VectorCounter], added[VectorCounter]
     assert np.allclose(added.products, whole.products)
     assert replace(added, products=()) == replace(whole, products=())
 
 
 @given(matrices)
 def test_every_position_is_held_by_some_number_of_experts_and_ends_somewhere(deltas):
-    counted = vectors(deltas)
+    counted = sums(deltas)[VectorCounter]
     assert sum(counted.holders) == counted.elements == 12
-    assert sum(n * held for n, held in enumerate(counted.holders)) == sum(
-        counted.both[i][i] for i in range(len(deltas))
-    )
-    assert sum(endings(deltas.sum(0), torch.zeros(4, 3), deltas)) == 12
+    positions = [counted.joint[k][k] for k in range(len(deltas))]
+    assert sum(n * number for n, number in enumerate(counted.holders)) == sum(positions)
+    assert sum(count_endings(deltas.sum(0), torch.zeros(4, 3), deltas)) == 12
 
 
 @given(matrices)
 def test_signs_differ_even_where_a_product_would_vanish(deltas):
-    counted = vectors(deltas)
+    counted = sums(deltas)[VectorCounter]
     for i, j in itertools.combinations(range(len(deltas)), 2):
         pairs = zip(deltas[i].flatten().tolist(), deltas[j].flatten().tolist(), strict=True)
-        assert counted.opposed[i][j] == sum(x < 0 < y or y < 0 < x for x, y in pairs)
+        assert counted.conflicts[i][j] == sum(x < 0 < y or y < 0 < x for x, y in pairs)
 
 
 def test_equal_experts_share_a_position_with_the_first_of_them():
-    assert endings(torch.tensor([1.0, 0, 2, 5]), torch.zeros(4), torch.tensor([[1.0, 0, 3, 4], [1, 7, 2, 4]])) == (
-        1, 1, 1, 1,
-    )  # fmt: skip
+    experts = torch.tensor([[1.0, 0, 3, 4], [1, 7, 2, 4]])
+    assert count_endings(torch.tensor([1.0, 0, 2, 5]), torch.zeros(4), experts) == (1, 1, 1, 1)
 
 
 def test_nothing_at_all_has_shares_of_zero():
     none = torch.zeros(2, 1, 3)
-    found = facts(vectors(none), ("a", "b"))
+    found = facts(none, ("a", "b"))
     assert (found.overlap["a"]["b"], found.cosine["a"]["b"], found.density["a"]) == (0, 0, 0)
-    merged = facts(outcome(none[0], none, endings(none[0], none[0], none)), ("a", "b"))
+    counters = ViewCounters([MergedCounter(MatrixShape(2, 1, 3))])
+    counters.count(MergedSlice(0, none[0], none, none[0], none[0], none))
+    merged = statistics_of("merged", {**sums(none), **counters.sums()}, ("a", "b"))
     assert (merged.at_base, merged.blend, merged.cosine) == (1, 0, {"a": 0, "b": 0})
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 3), (8, 12), (10, 7)])
 def test_a_picture_counts_every_kept_position_in_one_piece(rows, columns):
     values = torch.randint(0, 2, (2, rows, columns), generator=torch.Generator().manual_seed(0)).float()
-    halves = [kept_by_cell(values[:, :3], 0, rows, 4), kept_by_cell(values[:, 3:], 3, rows, 4)]
+    halves = [positions_by_cell(values[:, :3], 0, rows, 4), positions_by_cell(values[:, 3:], 3, rows, 4)]
     slow = torch.zeros(2, min(rows, 4), min(columns, 4))
     for k, i, j in values.nonzero().tolist():
         slow[k, i * min(rows, 4) // rows, j * min(columns, 4) // columns] += 1

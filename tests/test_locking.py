@@ -46,7 +46,11 @@ def test_a_lock_says_from_what_and_how_before_it_is_made(merger, folder):
     assert (ran.code, ran.out) == (0, "recipe.lock: 3 inputs, 2 files beside the weights\n")
     locked = json.loads((folder / "recipe.lock").read_text())
     assert locked["inputs"] == {
-        name: {"source": name, "files": {"model.safetensors": sha256(folder / name / "model.safetensors")}}
+        name: {
+            "source": name,
+            "files": {"model.safetensors": sha256(folder / name / "model.safetensors")},
+            "config": hashlib.sha256(json.dumps(CONFIG, sort_keys=True).encode()).hexdigest(),
+        }
         for name in ("base", "code", "math")
     }
     assert locked["recipe"]["experts"]["math"]["weight"] == "1/3"
@@ -177,6 +181,34 @@ def test_a_config_that_changes_what_is_done_is_named(merger, folder):
     assert "recipe.lock: files.config.json was" in merger("run", "recipe.yaml", "--locked").err
 
 
+def test_a_config_of_an_expert_that_decides_its_forward_pass_is_named(merger, folder):
+    merger("lock", "recipe.yaml")
+    (folder / "math" / "config.json").write_text(json.dumps({**CONFIG, "hidden_act": "gelu"}))
+    assert "recipe.lock: inputs.math.config was" in merger("run", "recipe.yaml", "--locked").err
+
+
+def test_a_config_that_is_laid_out_anew_by_another_version_is_the_same(merger, folder):
+    merger("lock", "recipe.yaml")
+    rewritten = {"transformers_version": "99", "_name_or_path": "/elsewhere", **dict(reversed(CONFIG.items()))}
+    (folder / "math" / "config.json").write_text(json.dumps(rewritten, indent=4))
+    assert merger("run", "recipe.yaml", "--locked").code == 0
+
+
+def test_the_kind_of_device_is_locked_where_it_decides_the_bytes(merger, folder, devices):
+    write(folder, {**RECIPE, "method": "tsv_m"})
+    merger("lock", "recipe.yaml")
+    devices("cuda:0")
+    said = 'recipe.lock: device was "cpu" when it was locked, and is "cuda"\n'
+    assert said in merger("run", "recipe.yaml", "--locked").err
+
+
+def test_a_lock_of_what_every_device_makes_alike_holds_on_all(merger, folder, devices):
+    merger("lock", "recipe.yaml")
+    devices("cuda:0")
+    assert merger("run", "recipe.yaml", "--locked").code == 0
+    assert "nothing to do" in merger("run", "recipe.yaml", "--locked").out
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -223,6 +255,37 @@ def test_text_and_statistics_are_locked_by_their_bytes(merger, folder):
 
     (folder / "text.jsonl").write_text('{"text": "b"}\n')
     assert "recipe.lock: calibration.text.jsonl was" in merger("run", "recipe.yaml", "--locked").err
+
+
+def test_every_source_of_text_and_its_count_are_locked(merger, folder):
+    for name in ("code", "math"):
+        (folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_text('{"question": "a"}\n{"question": "b"}\n')
+    column = {"prompt": "question"}
+    first, second = ({"file": name, "samples": 1, "fields": column} for name in ("a.jsonl", "b.jsonl"))
+    write(folder, calibrated(data={"code": [first, second], "math": second}))
+    assert merger("lock", "recipe.yaml").code == 0
+
+    write(folder, calibrated(data={"code": [first, {**second, "samples": 2}], "math": second}))
+    assert "recipe.lock: recipe.calibration.data.code was" in merger("run", "recipe.yaml", "--locked").err
+    write(folder, calibrated(data={"code": [first, {**second, "fields": {"text": "question"}}], "math": second}))
+    assert "recipe.lock: recipe.calibration.data.code was" in merger("run", "recipe.yaml", "--locked").err
+
+    write(folder, calibrated(data={"code": [first, second], "math": second}))
+    (folder / "a.jsonl").write_text('{"question": "c"}\n')
+    assert "recipe.lock: calibration.a.jsonl was" in merger("run", "recipe.yaml", "--locked").err
+
+
+def test_two_files_of_one_name_in_two_folders_are_both_locked(merger, folder):
+    for name in ("code", "math"):
+        (folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+        (folder / name / "text.jsonl").write_text(json.dumps({"text": name}))
+    write(folder, calibrated(data={name: str((folder / name / "text.jsonl").resolve()) for name in ("code", "math")}))
+    assert merger("lock", "recipe.yaml").code == 0
+    locked = json.loads((folder / "recipe.lock").read_text())["calibration"]
+    assert locked["text.jsonl"] == sha256(folder / "code/text.jsonl")
+    assert locked["text.jsonl of math"] == sha256(folder / "math/text.jsonl")
 
 
 def test_a_dataset_of_the_hub_cannot_be_locked(merger, folder):

@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from math import inf
+from threading import Barrier, Lock
 
 import pytest
 import torch
 from checkpoints import save_headers
 from test_input_cost import planned  # noqa: F401 a fixture
 
-from merger.engine.machine import Machine, chosen_devices, dealt
+from merger.engine.machine import Machine, Room, chosen_devices, dealt, free_memory
+from merger.engine.memory import CUDA, memory_needed
 from merger.errors import ResourceError
 
 
@@ -51,6 +55,50 @@ def test_there_is_a_worker_for_every_device(gpus, planned, monkeypatch):  # noqa
     gpus(8)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert Machine.of("cuda", None, planned("linear")).workers == 8
+
+
+def together(room, sizes):
+    """The most bytes that slices of these sizes have of a room at the same time, a thread for each."""
+    lock, taken, most, ready = Lock(), [], [], Barrier(len(sizes))
+
+    def merge(size):
+        ready.wait()
+        with room.taken(size):
+            with lock:
+                taken.append(size)
+                most.append(sum(taken))
+            sum(range(10_000))
+            with lock:
+                taken.remove(size)
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        list(pool.map(merge, sizes))
+    return max(most)
+
+
+def test_matrices_wait_until_the_device_has_room_for_them(monkeypatch):
+    monkeypatch.setattr("merger.engine.machine.free_memory", lambda device: 100)
+    assert together(Room("cuda:0"), [60, 30, 50, 70, 20, 10] * 3) <= 100
+
+
+def test_a_matrix_larger_than_the_device_is_merged_alone(monkeypatch):
+    monkeypatch.setattr("merger.engine.machine.free_memory", lambda device: 100)
+    assert together(Room("cuda:0"), [150, 30, 60]) == 150
+
+
+def test_a_gpu_has_the_memory_that_is_free_and_what_torch_holds_unused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    assert free_memory("cuda:0") == pytest.approx(900)  # nine tenths of 1000
+    assert free_memory("cpu") == inf
+
+
+def test_a_merge_on_a_gpu_takes_a_context_but_no_factors_of_host_memory(planned):  # noqa: F811
+    made = planned("tsv_m")
+    on_cpu, on_gpu = memory_needed(made, 16), memory_needed(made, 16, gpu=True)
+    assert on_gpu < on_cpu / 3
+    assert memory_needed(made, 0, gpu=True) - memory_needed(made, 0) == CUDA
 
 
 def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():

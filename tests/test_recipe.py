@@ -12,7 +12,8 @@ from merger.errors import RecipeError
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import bind, expand
 from merger.recipe.json_schema import json_schema
-from merger.recipe.recipe import Recipe, byte_size
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import byte_size
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MINIMAL = """\
@@ -192,6 +193,75 @@ def test_an_output_must_spare_the_recipe_its_data_and_its_statistics(tmp_path):
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         minimal().seed = 3
+
+
+# --- sources of text ------------------------------------------------------------------------------
+
+GSM8K = {"file": "gsm8k.jsonl", "samples": 50, "fields": {"prompt": "question", "target": "answer"}}
+MBPP = {"file": "mbpp.jsonl", "samples": 50, "fields": {}}
+PLAIN = {"samples": None, "fields": {}}
+
+
+@pytest.mark.parametrize(
+    ("data", "sources"),
+    [
+        ("a.jsonl", {"lm": [{"file": "a.jsonl", **PLAIN}], "math": [{"file": "a.jsonl", **PLAIN}]}),
+        (["a.jsonl", MBPP], {"lm": [{"file": "a.jsonl", **PLAIN}, MBPP]}),
+        ({"lm": "a.jsonl", "math": GSM8K, "code": [GSM8K, MBPP, "a.jsonl"]}, {
+            "lm": [{"file": "a.jsonl", **PLAIN}], "math": [GSM8K], "code": [GSM8K, MBPP, {"file": "a.jsonl", **PLAIN}],
+        }),
+    ],
+)  # fmt: skip
+def test_calibration_data_is_a_file_or_sources_for_all_experts_or_for_each(data, sources):
+    recipe = minimal(calibration={"data": data})
+    given = {name: [source.model_dump() for source in recipe.calibration.sources(name)] for name in sources}
+    assert given == sources
+
+
+def test_a_recipe_with_sources_is_spelled_out_and_read_again():
+    recipe = minimal(
+        calibration={"data": {"lm": [GSM8K, "a.jsonl"], "math": "m.jsonl", "code": MBPP}},
+        evaluation={"data": {"lm": [GSM8K, MBPP], "quiz": {"file": "q.jsonl", "fields": {"choices": "endings"}}}},
+    )
+    spelled = json.loads(json.dumps(recipe.spelled_out()))
+
+    assert spelled["calibration"]["data"] == {"lm": [GSM8K, "a.jsonl"], "math": "m.jsonl", "code": MBPP}
+    assert Recipe.parse(spelled).spelled_out() == spelled
+
+
+def test_an_output_must_spare_every_source(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        (tmp_path / name).touch()
+    more = {
+        "calibration": {"data": {"lm": ["a.jsonl", {"file": "b.jsonl"}]}},
+        "evaluation": {"data": {"lm": [{"file": "c.jsonl"}]}},
+    }
+    recipe = Recipe.parse({**yaml.safe_load(MINIMAL), **more}, tmp_path)
+    assert recipe.surroundings() == [tmp_path, *(tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))]
+
+
+@pytest.mark.parametrize(
+    ("section", "fault"),
+    [
+        ("calibration: {data: {lm: {fil: a}}}", "calibration.data.lm.file: is missing"),
+        ("calibration: {data: {lm: {fil: a}}}", "calibration.data.lm.fil: unknown key; did you mean 'file'?"),
+        ("calibration: {data: {lm: [{file: a, sample: 3}]}}", "data.lm.0.sample: unknown key; did you mean 'samples'?"),
+        ("calibration: {data: [{file: a, samples: 0}]}", "calibration.data.0.samples: is 0, expected at least 1"),
+        ("calibration: {data: {lm: []}}", "calibration.data.lm: is [], expected at least 1 of them"),
+        ("calibration: {data: {lm: 7}}", "calibration.data.lm: is 7, expected text; put it in quotes"),
+        ("calibration: {data: {l: a}}", "calibration.data.l: there is no such expert; did you mean 'lm'?"),
+        (
+            "calibration: {data: {lm: {file: a, fields: {promt: question}}}}",
+            "fields.promt: is 'promt', expected 'text', 'prompt', 'messages', 'target', 'answer' or 'choices'; did you",
+        ),
+        ("evaluation: {data: {lm: {file: a, sampels: 3}}}", "evaluation.data.lm.sampels: unknown key; did you mean"),
+        ("evaluation: {data: {}}", "evaluation.data: is {}, expected at least 1 of them"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_told_with_its_line(section, fault):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(f"{MINIMAL}{section}\n")
+    assert any(message.startswith("recipe:5: ") and fault in message for message in caught.value.faults), caught.value
 
 
 # --- what is wrong --------------------------------------------------------------------------------

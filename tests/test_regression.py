@@ -175,36 +175,63 @@ def test_regmean_does_not_care_for_the_order_of_experts(seed):
 NO_RIDGE = {"omega": 0}
 
 
-def interference(tau, deltas, omega=0.0):
+def interference(tau, deltas, omega=0.0, ridge="relative"):
     loss = 0.0
     for delta in deltas.values():
         d, t = delta.double(), tau.double()
-        ridge = omega * d.square().sum() / d.shape[1]
-        loss += float((((t - d) @ d.T).square().sum() + ridge * (t - d).square().sum()) / d.square().sum())
+        ridge_term = omega * d.square().sum() / d.shape[1] if ridge == "relative" else omega
+        loss += float((((t - d) @ d.T).square().sum() + ridge_term * (t - d).square().sum()) / d.square().sum())
     return loss
 
 
+@pytest.mark.parametrize("ridge", ["relative", "absolute"])
 @pytest.mark.parametrize("omega", [0, 0.1, 1])
 @pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
-def test_no_other_task_vector_interferes_less_than_wudis(shape, omega):
+def test_no_other_task_vector_interferes_less_than_wudis(shape, omega, ridge):
     deltas = deltas_of(3, *shape)
-    best = merged("wudi", deltas, {"omega": omega})
-    least = interference(best, deltas, omega)
-    assert least < interference(sum(deltas.values()), deltas, omega)
-    assert all(least < interference(best + 0.01 * randn(*shape, seed=i), deltas, omega) for i in range(20))
+    best = merged("wudi", deltas, {"omega": omega, "ridge": ridge})
+    least = interference(best, deltas, omega, ridge)
+    assert least < interference(sum(deltas.values()), deltas, omega, ridge)
+    assert all(least < interference(best + 0.01 * randn(*shape, seed=i), deltas, omega, ridge) for i in range(20))
 
 
-def test_wudi_oracle():
+@pytest.mark.parametrize("ridge", ["relative", "absolute"])
+def test_wudi_oracle(ridge):
     deltas, eye = {e: delta.double() for e, delta in deltas_of(3, 5, 7).items()}, torch.eye(7).double()
     over = under = 0
-    for delta in deltas.values():
-        importance = (delta.T @ delta + 0.5 * delta.square().sum() / 7 * eye) / delta.square().sum()
+    for scale, delta in zip((1, 2, 5), deltas.values(), strict=True):
+        delta *= scale
+        squares = delta.square().sum()
+        omega = 0.5 * squares / 7 if ridge == "relative" else 0.5
+        importance = (delta.T @ delta + omega * eye) / squares
         over, under = over + delta @ importance, under + importance
-    got = merged("wudi", deltas_of(3, 5, 7), {"omega": 0.5, "lambda": 0.7})
+    got = merged("wudi", deltas, {"omega": 0.5, "lambda": 0.7, "ridge": ridge})
     assert_close(got, (0.7 * over @ torch.linalg.inv(under)).float())
 
 
-@pytest.mark.parametrize("written", [{}, NO_RIDGE])
+@pytest.mark.parametrize(("ridge", "value"), [("absolute", 12 / 7), ("relative", 2.0)])
+def test_wudis_ridge_by_hand(ridge, value):
+    # equation 20: (1 (1 + 1) / 1 + 3 (9 + 1) / 9) / ((1 + 1) / 1 + (9 + 1) / 9)
+    deltas = {"a": torch.ones(1, 1), "b": torch.full((1, 1), 3.0)}
+    assert_close(merged("wudi", deltas, {"omega": 1, "ridge": ridge}), torch.full((1, 1), value))
+
+
+def test_a_large_absolute_ridge_makes_wudi_the_mean_by_inverse_squared_norm():
+    deltas = {"a": randn(5, 7), "b": 3 * randn(5, 7, seed=1)}
+    shares = {expert: 1 / delta.square().sum() for expert, delta in deltas.items()}
+    mean = sum(shares[expert] * delta for expert, delta in deltas.items()) / sum(shares.values())
+    assert_close(merged("wudi", deltas, {"omega": 1e9, "ridge": "absolute"}), mean)
+
+
+def test_only_an_absolute_ridge_depends_on_the_unit_of_the_weights():
+    deltas = deltas_of(3, 5, 7)
+    smaller = {expert: 0.01 * delta for expert, delta in deltas.items()}
+    assert_close(100 * merged("wudi", smaller, {"omega": 1}), merged("wudi", deltas, {"omega": 1}))
+    far = 100 * merged("wudi", smaller, {"omega": 1, "ridge": "absolute"})
+    assert (far - merged("wudi", deltas, {"omega": 1, "ridge": "absolute"})).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("written", [{}, NO_RIDGE, {"ridge": "absolute"}])
 @pytest.mark.parametrize("k", [1, 3])
 def test_wudi_of_identical_experts_is_the_expert_bit_for_bit(k, written):
     low_rank = randn(6, 2) @ randn(2, 9)
@@ -222,7 +249,7 @@ def test_a_large_ridge_makes_wudi_the_mean():
     assert_close(merged("wudi", deltas, {"omega": 1e9}), merged("mean", deltas))
 
 
-@pytest.mark.parametrize("written", [{}, NO_RIDGE])
+@pytest.mark.parametrize("written", [{}, NO_RIDGE, {"ridge": "absolute"}])
 @given(seed=st.integers(0, 1000))
 def test_turning_outputs_turns_what_wudi_merges_and_so_does_turning_inputs(written, seed):
     deltas = deltas_of(3, 9, 6, seed=seed)

@@ -549,7 +549,11 @@ def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
     assert record["shards"] == {"model.safetensors": sha256("out/model.safetensors")}
     assert record["files"] == {"config.json": sha256("out/config.json")}
     assert record["inputs"] == {
-        name: {"source": name, "files": {"model.safetensors": sha256(f"{name}/model.safetensors")}}
+        name: {
+            "source": name,
+            "files": {"model.safetensors": sha256(f"{name}/model.safetensors")},
+            "config": hashlib.sha256(json.dumps(CONFIG, sort_keys=True).encode()).hexdigest(),
+        }
         for name in ("base", "code", "math")
     }
     assert (record["seed"], record["set"]) == (7, ["seed=7", "parameters.density=0.5"])

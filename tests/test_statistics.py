@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from merger.calibration import Moments, Settings
+from merger.calibration.settings import ForwardPass
 from merger.calibration.statistics_files import Key, find, load, save
 from merger.errors import CheckpointError
 
-KEY = Key(checkpoint="c0ffee", data="da7a", tokenizer="70ken", settings=Settings(samples=10))
+FORWARD = ForwardPass("cpu", "float32", torch="2.6.0", transformers="5.0.0")
+KEY = Key(checkpoint="c0ffee", data="da7a", tokenizer="70ken", settings=Settings(samples=10), forward=FORWARD)
 MOMENTS = {
     "layers.0.w.weight": Moments(torch.tensor(7), torch.tensor([1.0, 2.0]), torch.tensor([-0.5, 0.5])),
     "layers.0.experts.w": Moments(torch.tensor([3, 0]), torch.ones(2, 4), torch.zeros(2, 4)),
@@ -78,6 +80,10 @@ def test_tensors_may_share_their_moments(tmp_path):
         dataclasses.replace(KEY, data="other"),
         dataclasses.replace(KEY, tokenizer="other"),
         dataclasses.replace(KEY, settings=Settings(samples=10, skip_first_tokens=1)),
+        *(
+            dataclasses.replace(KEY, forward=dataclasses.replace(FORWARD, **{field.name: "other"}))
+            for field in dataclasses.fields(ForwardPass)
+        ),
     ],
 )
 def test_a_file_is_found_by_its_key_alone(tmp_path, other):
@@ -88,7 +94,7 @@ def test_a_file_is_found_by_its_key_alone(tmp_path, other):
 
 def test_statistics_of_another_model_are_refused(path):
     said = refusal(path, checkpoint="decaf")
-    assert "was made for another model: its checkpoint is c0ffee, expected decaf" in said
+    assert "was made for another model (weights or config.json): its checkpoint is c0ffee, expected decaf" in said
 
 
 def test_the_part_of_the_key_that_differs_is_named(path):

@@ -19,6 +19,7 @@ from merger.calibration.samples import (
     tokenise,
 )
 from merger.errors import CheckpointError
+from merger.recipe.sections import TextSource
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -130,7 +131,7 @@ def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, mon
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "no such thing"])
 def test_a_missing_file_is_named(tmp_path, tokenizer, name):
-    with pytest.raises(CheckpointError, match=r"there is no such file of calibration data"):
+    with pytest.raises(CheckpointError, match=r"there is no such file of text"):
         load(name, tmp_path, tokenizer, Settings())
 
 
@@ -210,6 +211,107 @@ def test_the_hash_of_the_data_tells_other_texts_apart(tmp_path, tokenizer):
     assert digest("a.jsonl", "x", "y") == digest("b.jsonl", "y", "x", "y")
     assert digest("a.jsonl", "x", "y") != digest("a.jsonl", "x", "z")
     assert digest("a.jsonl", "xy") != digest("a.jsonl", "x", "y")
+
+
+# --- several sources, and their columns -----------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path, tokenizer):
+    """Two files of ten texts each: the samples of the sources that are given."""
+    for name in "ab":
+        written(tmp_path, f"{name}.jsonl", lines(*({"text": f"{name}{i}"} for i in range(10))))
+
+    def mixed(*sources, **settings):
+        given = [source if isinstance(source, str) else TextSource(**source) for source in sources]
+        return load(given, tmp_path, tokenizer, Settings(**settings))
+
+    return mixed
+
+
+def counts(samples, tokenizer):
+    names = [tokenizer.decode(tokens)[3] for tokens in samples.tokens]
+    return {name: names.count(name) for name in "ab"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "samples", "expected"),
+    [
+        ([{"file": "a.jsonl", "samples": 3}, {"file": "b.jsonl", "samples": 5}], 1, {"a": 3, "b": 5}),
+        ([{"file": "a.jsonl", "samples": 3}, "b.jsonl"], 4, {"a": 3, "b": 4}),
+        ([{"file": "a.jsonl", "samples": 30}], 1, {"a": 10, "b": 0}),
+        (["a.jsonl", "b.jsonl"], 100, {"a": 10, "b": 10}),
+        ([{"file": "a.jsonl"}], 4, {"a": 4, "b": 0}),
+    ],
+)
+def test_a_source_gives_as_many_samples_as_its_count(mixed, tokenizer, sources, samples, expected):
+    assert counts(mixed(*sources, samples=samples), tokenizer) == expected
+
+
+def test_sources_without_a_count_share_that_of_the_section(mixed):
+    assert len(mixed("a.jsonl", "b.jsonl", samples=7).tokens) == 7
+
+
+def test_a_source_with_a_count_gives_the_samples_that_the_section_would_choose(mixed):
+    assert mixed({"file": "a.jsonl", "samples": 4}) == mixed("a.jsonl", samples=4)
+
+
+def test_a_text_that_two_sources_hold_goes_through_the_model_once(mixed):
+    twice = mixed({"file": "a.jsonl", "samples": 10}, {"file": "a.jsonl", "samples": 10})
+    assert twice == mixed("a.jsonl", samples=10)
+
+
+def test_the_hash_of_the_data_covers_every_source_and_its_count(mixed, tmp_path):
+    def digest(a, b):
+        return mixed({"file": "a.jsonl", "samples": a}, {"file": "b.jsonl", "samples": b}).data
+
+    before = digest(3, 5)
+    assert len({before, digest(4, 5), digest(3, 6), digest(5, 3)}) == 4
+    written(tmp_path, "b.jsonl", lines(*({"text": f"b{i}!"} for i in range(10))))
+    assert digest(3, 5) != before
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "settings", "text"),
+    [
+        ({"question": "1+1=", "answer": "2"}, {"prompt": "question"}, {}, "1+1="),
+        ({"question": "1+1=", "answer": "2"}, {"prompt": "question"}, {"calib_text": "input+target"}, "1+1=2"),
+        (
+            {"instruction": "go", "output": "gone", "solution": "x"},
+            {"prompt": "instruction", "target": "solution"},
+            {"calib_text": "input+target"},
+            "gox",
+        ),
+        (
+            {"text": "task", "code": "x=1"},
+            {"prompt": "text", "target": "code"},
+            {"calib_text": "input+target"},
+            "taskx=1",
+        ),
+        ({"text": "t", "body": "b"}, {"text": "body"}, {}, "b"),
+        ({"prompt": "hidden", "body": "b"}, {"text": "body"}, {}, "b"),
+        ({"turns": [{"role": "user", "content": "a"}]}, {"messages": "turns"}, {}, "[user]a[assistant]"),
+    ],
+)
+def test_columns_are_taken_for_what_the_recipe_says(tmp_path, tokenizer, record, fields, settings, text):
+    written(tmp_path, "a.jsonl", lines(record))
+    (tokens,) = load(TextSource(file="a.jsonl", fields=fields), tmp_path, tokenizer, Settings(**settings)).tokens
+    assert tokenizer.decode(tokens).removeprefix("<s>") == text
+
+
+def test_a_column_that_a_record_lacks_is_named_with_its_place(tmp_path, tokenizer):
+    written(tmp_path, "a.jsonl", lines({"question": "q"}, {"query": "q", "answer": "a"}))
+    with pytest.raises(CheckpointError) as error:
+        load(TextSource(file="a.jsonl", fields={"prompt": "question"}), tmp_path, tokenizer, Settings())
+    assert str(error.value) == (
+        f"{tmp_path}/a.jsonl:2: has no field question, which `fields` names; found answer, query"
+    )
+
+
+def test_a_source_without_text_is_named_though_others_have_some(mixed, tmp_path):
+    written(tmp_path, "c.jsonl", "\n")
+    with pytest.raises(CheckpointError, match=r"^c.jsonl: has no text"):
+        mixed("a.jsonl", "c.jsonl")
 
 
 # --- tokens and batches ---------------------------------------------------------------------------

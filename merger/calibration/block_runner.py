@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from merger.calibration.model_host import Rig, Stop
 from merger.errors import MergerError
+from merger.ops.transfer import buffer, buffer_bytes, sent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -161,7 +162,7 @@ class Relay:
             raise Stop
         if self._batch == 0 and not _same(told, self._told):
             raise Unfit("its blocks depend on one another by more than hidden states")
-        args, kwargs = _put_back(args, kwargs, self._carried.get(self._batch).to(hidden.device))
+        args, kwargs = _put_back(args, kwargs, self._carried.get(self._batch, hidden.device))
         self._watch.on = self._doing != "carry"
         output = forward(*args, **kwargs)
         self._forms[index] = _form(output)
@@ -210,15 +211,18 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 
 class Carried:
-    """The hidden states between two blocks, batch by batch: in host memory, and above ``budget`` bytes in files."""
+    """The hidden states between two blocks, batch by batch: in host memory, and above ``budget`` bytes in files.
+
+    Copies to and from a GPU are in the order of its stream, and nobody looks at them here, so nobody waits for them.
+    """
 
     def __init__(self, budget: int | None, folder: Path) -> None:
         self._left, self._folder = budget, folder
         self._kept: dict[int, Tensor] = {}
 
-    def get(self, batch: int) -> Tensor:
-        """What was put there last."""
-        return self._kept[batch]
+    def get(self, batch: int, device: torch.device) -> Tensor:
+        """The hidden states that were put there last, on the device of the next block."""
+        return sent(self._kept[batch], device)
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Copies the hidden states of a batch to their place.
@@ -227,11 +231,13 @@ class Carried:
         """
         if batch not in self._kept:
             self._kept[batch] = self._room(batch, hidden)
-        self._kept[batch].copy_(hidden)
+        place = self._kept[batch]
+        place.copy_(hidden, non_blocking=place.is_pinned())
 
     def _room(self, batch: int, hidden: Tensor) -> Tensor:
-        if self._left is None or hidden.nbytes <= self._left:
-            self._left = None if self._left is None else self._left - hidden.nbytes
-            return torch.empty(hidden.shape, dtype=hidden.dtype)
+        size = buffer_bytes(hidden.nbytes, hidden.device)
+        if self._left is None or size <= self._left:
+            self._left = None if self._left is None else self._left - size
+            return buffer(hidden.shape, hidden.dtype, hidden.device)
         file = str(self._folder / f"{batch}.bin")
         return torch.from_file(file, shared=True, size=hidden.numel(), dtype=hidden.dtype).view(hidden.shape)

@@ -1,17 +1,20 @@
-"""Records of calibration data: JSON Lines, JSON, plain text and Parquet files, and datasets of the Hub."""
+"""Records of text: JSON Lines, JSON, plain text and Parquet files, and datasets of the Hub."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from merger.errors import CheckpointError
+from merger.recipe.sections import Role, TextSource
 
+TARGETS = ("completion", "response", "answer", "output", "target")
+"""The columns of which the first one that a record has is the reply to its prompt."""
 HUB_RECORDS = 10_000  # of a Hub dataset only its first ones are looked at: some hold more text than a disk
 
 _HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}")
@@ -25,8 +28,30 @@ class Record:
     fields: dict[str, Any]
 
 
-def records(source: str, folder: Path) -> Iterator[Record]:
-    """The records of a file, relative to ``folder``, or else of a Hub dataset NAME, NAME:SPLIT or NAME:CONFIG:SPLIT."""
+_SAME_ROLE = (("messages", "prompt", "text"), TARGETS, ("choices",))
+
+
+def records(source: TextSource, folder: Path) -> Iterator[Record]:
+    """The records of a file, relative to ``folder``, or else of a Hub dataset NAME, NAME:SPLIT or NAME:CONFIG:SPLIT.
+
+    Columns have the names that the source maps them to.
+    """
+    stored = _stored(source.file, folder)
+    yield from (_mapped(record, source.fields) for record in stored) if source.fields else stored
+
+
+def _mapped(record: Record, fields: Mapping[Role, str]) -> Record:
+    """The record with its columns under the names of their roles; a mapped role hides columns of the same role."""
+    absent = [column for column in fields.values() if column not in record.fields]
+    if absent:
+        columns = ", ".join(sorted(map(str, record.fields))) or "no field at all"
+        raise CheckpointError(f"{record.where}: has no field {absent[0]}, which `fields` names; found {columns}")
+    hidden = {name for names in _SAME_ROLE if not fields.keys().isdisjoint(names) for name in names}
+    others = {name: value for name, value in record.fields.items() if name not in hidden}
+    return Record(record.where, {**others, **{role: record.fields[column] for role, column in fields.items()}})
+
+
+def _stored(source: str, folder: Path) -> Iterator[Record]:
     path = folder / Path(source).expanduser()
     if path.is_file():
         try:
@@ -36,7 +61,7 @@ def records(source: str, folder: Path) -> Iterator[Record]:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     elif path.suffix.lower() in _READERS or not _HUB.fullmatch(source):
-        raise CheckpointError(f"{path}: there is no such file of calibration data")
+        raise CheckpointError(f"{path}: there is no such file of text")
     else:
         yield from _hub(source)
 

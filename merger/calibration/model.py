@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import accelerate
-import torch
 import transformers
 from torch import nn
 
@@ -73,10 +71,3 @@ def outer_lists(model: nn.Module) -> list[str]:
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
     return lists
-
-
-def default_dtype(weights: Checkpoint, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where it is fast and exact; elsewhere what most of the checkpoint is stored in."""
-    stored = Counter(info.dtype for info in weights.tensors.values())
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return torch.float32 if device.type == "cpu" else dtypes.get(stored.most_common(1)[0][0], torch.float32)

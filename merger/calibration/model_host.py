@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from merger.calibration.input_observer import Key, Watch
-from merger.calibration.model import block_list, build, default_dtype, outer_lists
+from merger.calibration.model import block_list, build, outer_lists
 from merger.calibration.moments import Moments, Sums, token_share
+from merger.calibration.settings import default_dtype
 from merger.calibration.weights import Loader
 from merger.errors import CheckpointError
 from merger.ops.precision import full_float32

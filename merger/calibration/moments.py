@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.ops.linalg import gram
+from merger.ops.transfer import fetched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -77,7 +78,7 @@ class Sums:
         """The averages, on the CPU in float32; zero where no token came by."""
         share = 1 / self.weight if self.weight else 0.0
         mean, second = (self.first * share).float().cpu(), (self.second * share).float().cpu()
-        gram = None if self.gram is None else (self.gram * share).float().cpu()
+        gram = None if self.gram is None else fetched((self.gram * share).float())
         return Moments(torch.tensor(self.count), second, mean, gram)
 
 

@@ -111,6 +111,12 @@ def providers(plan: Plan) -> list[Provider]:
     return [*model_providers(plan), *block_providers(plan)]
 
 
+def input_bytes(tensor: TensorPlan, part: Part, experts: int) -> int:
+    """Bytes that the inputs of a tensor's stages take beside a slice of one of its matrices."""
+    names = {stage_input.name for stage_input in tensor.inputs}
+    return sum(provider.slice_bytes(part, experts) for provider in _providers(names))
+
+
 def origins(plan: Plan) -> dict[str, str | None]:
     """The SHA-256 of all that the plan's inputs are made from, by name; None where it is not known."""
     return {name: sha256 for provider in providers(plan) for name, sha256 in provider.origins(plan).items()}

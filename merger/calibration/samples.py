@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.calibration.datasets import Record, records
+from merger.calibration.datasets import TARGETS, Record, records
 from merger.checkpoint.tokenizers import Tokenizer
 from merger.errors import CheckpointError
+from merger.recipe.sections import TextSource, text_sources
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from merger.calibration.settings import Settings
-
-_TARGETS = ("completion", "response", "answer", "output", "target")
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,36 @@ class Samples:
     data: str
 
 
-def load(source: str, folder: Path, tokenizer: Any, settings: Settings) -> Samples:
-    """The samples that the settings choose from a file (relative to ``folder``) or a Hub dataset."""
-    texts = [text for record in records(source, folder) if (text := _text(record, tokenizer, settings.calib_text))]
-    if not texts:
-        raise CheckpointError(f"{source}: has no text; all its records are empty")
-    chosen = choose(texts, settings.samples, settings.seed)
+def load(
+    data: str | TextSource | Sequence[str | TextSource], folder: Path, tokenizer: Any, settings: Settings
+) -> Samples:
+    """The samples that the settings choose from files (relative to ``folder``) and Hub datasets.
+
+    A source with a count gives that many samples; the others together give ``settings.samples``.
+    """
+    sources = text_sources(data)
+    pool: list[Text] = []
+    chosen: dict[Text, None] = {}
+    for source in sources:
+        texts = _texts(source, folder, tokenizer, settings.calib_text)
+        if source.samples is None:
+            pool += texts
+        else:
+            chosen |= dict.fromkeys(choose(texts, source.samples, settings.seed))
+    chosen |= dict.fromkeys(choose(pool, settings.samples, settings.seed))
     tokens = tokenise(chosen, tokenizer, settings.max_tokens)
     if not tokens:
-        raise CheckpointError(f"{source}: the {len(chosen)} texts that were chosen hold no token at all")
+        files = ", ".join(source.file for source in sources)
+        raise CheckpointError(f"{files}: the {len(chosen)} texts that were chosen hold no token at all")
     return Samples(tokens, _digest(chosen))
+
+
+def _texts(source: TextSource, folder: Path, tokenizer: Any, calib_text: str) -> list[Text]:
+    """All texts of one source; CheckpointError where there is none."""
+    texts = [text for record in records(source, folder) if (text := _text(record, tokenizer, calib_text))]
+    if not texts:
+        raise CheckpointError(f"{source.file}: has no text; all its records are empty")
+    return texts
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -87,7 +106,7 @@ def _text(record: Record, tokenizer: Any, calib_text: str) -> Text | None:
     """What of a record goes through the model: its input, and only if asked for its target; None if it is empty."""
     whole = calib_text == "input+target"
     fields = record.fields
-    target = next((fields[name] for name in _TARGETS if fields.get(name)), None) if whole else None
+    target = next((fields[name] for name in TARGETS if fields.get(name)), None) if whole else None
     for name in ("messages", "prompt", "text"):
         match fields.get(name):
             case list() as turns:
@@ -140,7 +159,7 @@ def tokenise(texts: Iterable[Text], tokenizer: Any, max_tokens: int) -> tuple[tu
     return tuple(ids for ids in found if ids)
 
 
-def _digest(texts: Sequence[Text]) -> str:
+def _digest(texts: Iterable[Text]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         content = text.content.encode(errors="surrogatepass")

@@ -15,12 +15,13 @@ from merger.calibration import Settings, batches, collect
 from merger.calibration import samples as texts
 from merger.calibration import statistics_files as files
 from merger.calibration.moments import Moments
+from merger.calibration.settings import ForwardPass
 from merger.checkpoint.cache import cache_folder
-from merger.checkpoint.hashes import sha256
+from merger.checkpoint.hashes import config_digest, sha256
 from merger.checkpoint.tokenizers import Tokenizer, tokenizer_folder
 from merger.options import RunOptions
 from merger.planning.plan import Part, Plan, TensorPlan
-from merger.recipe.recipe import portable_location
+from merger.recipe.recipe import Recipe, portable_location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,21 +62,20 @@ def _samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.Key, tex
     """An expert's own text as its own tokens, and the key of what will be found from it."""
     given = plan.recipe.calibration
     assert given is not None, "the recipe was checked for it"
-    source = given.data[name] if isinstance(given.data, dict) else given.data
-    assert source is not None, "the recipe was checked for it"
     model = plan.models[name]
     folder = tokenizer_folder(model)
     tokenizer = texts.load_tokenizer(folder, name, trust_remote_code=options.trust_remote_code)
     settings = Settings(
-        samples=given.samples.get(name, 100) if isinstance(given.samples, dict) else given.samples,
+        samples=given.samples_of(name),
         max_tokens=given.max_tokens,
         weighting=given.weighting,
         skip_first_tokens=given.skip_first_tokens,
         calib_text=given.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load(source, plan.recipe.folder, tokenizer, settings)
-    return files.Key(fingerprint(model), samples.data, Tokenizer(folder).digest, settings), samples
+    samples = texts.load(given.sources(name), plan.recipe.folder, tokenizer, settings)
+    forward = ForwardPass.of(model, options.device)
+    return files.Key(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
 
 
 def _run(plan: Plan, name: str, key: files.Key, samples: texts.Samples, *how: Any) -> dict[str, Moments]:
@@ -193,6 +193,15 @@ def _kept_grams(plan: Plan, options: RunOptions) -> dict[str, Path]:
     return found
 
 
+def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.Key]:
+    """The key of the statistics of every expert whose model is run for a plan."""
+    given = plan.recipe.calibration
+    if given is None or not plan.runs_models:
+        return {}
+    in_files = {} if plan.follows_merge else given.stats
+    return {name: _samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
+
+
 def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: Path | None) -> dict[str, Path]:
     """Each expert's folder of statistics with Gram matrices, in ``to`` or in the cache; goes on with unfinished ones.
 
@@ -221,8 +230,8 @@ def layers(plan: Plan, expert: str) -> list[str]:
 
 
 def fingerprint(model: Checkpoint) -> str:
-    """The SHA-256 of the names and SHA-256s of a checkpoint's weight files."""
-    lines = sorted(f"{file.name} {sha256(file)}\n" for file in model.files)
+    """The SHA-256 of a checkpoint's weight files, by their names, and of what its config says of the forward pass."""
+    lines = [*sorted(f"{file.name} {sha256(file)}\n" for file in model.files), f"config {config_digest(model)}\n"]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -314,13 +323,28 @@ def sources(plan: Plan) -> dict[str, str | None]:
     given = plan.recipe.calibration
     if given is None or not plan.inputs:
         return {}
-    data = dict(given.data) if isinstance(given.data, dict) else dict.fromkeys(plan.recipe.experts, given.data)
-    found: dict[str, str | None] = {}
-    for name in plan.recipe.experts:
-        if name not in given.stats:
-            found[f"tokenizer of {name}"] = Tokenizer(tokenizer_folder(plan.models[name])).digest
-        source = given.stats.get(name) or data[name]
-        assert source is not None, "the recipe was checked for it"
-        path = plan.recipe.folder / Path(source).expanduser()
-        found[portable_location(source)] = files.digest(path) if path.exists() else None
-    return found
+    run = [name for name in plan.recipe.experts if name not in given.stats]
+    tokenizers = {f"tokenizer of {name}": tokenizer_digest(plan.models[name]) for name in run}
+    return {**tokenizers, **calibration_files(plan.recipe)}
+
+
+def tokenizer_digest(model: Checkpoint) -> str:
+    """The SHA-256 of the part of a model's tokenizer that decides ids."""
+    return Tokenizer(tokenizer_folder(model)).digest
+
+
+def calibration_files(recipe: Recipe) -> dict[str, str | None]:
+    """The SHA-256 of the files of text and statistics that a recipe names; None for a Hub dataset."""
+    calibration = recipe.calibration
+    if calibration is None:
+        return {}
+    digests: dict[str, str | None] = {}
+    for name in recipe.experts:
+        stats = calibration.stats
+        sources = [stats[name]] if name in stats else [text.file for text in calibration.sources(name)]
+        for source in sources:
+            path, label = recipe.folder / Path(source).expanduser(), portable_location(source)
+            digest = files.digest(path) if path.exists() else None
+            is_another = digests.get(label, digest) != digest  # a file of the same name in another folder
+            digests[f"{label} of {name}" if is_another else label] = digest
+    return digests

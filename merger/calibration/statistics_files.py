@@ -26,9 +26,9 @@ from merger.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.calibration.settings import Settings
+    from merger.calibration.settings import ForwardPass, Settings
 
-FORMAT = 1
+FORMAT = 2  # since 2 the key has the forward pass, and the checkpoint its config
 _FIELDS = ("count", "second_moment", "mean", "token_share")
 GRAMS = ".grams"
 _LAST = "outside.safetensors"
@@ -39,20 +39,23 @@ _METADATA = "merger.statistics"  # a single entry, since safetensors writes seve
 class Key:
     """All that decides what a statistics file holds."""
 
-    checkpoint: str  # a fingerprint of the expert's weights
+    checkpoint: str  # a fingerprint of the expert's weights and config
     data: str
     tokenizer: str
     settings: Settings
+    forward: ForwardPass
     format: int = FORMAT
 
     def fields(self) -> dict[str, Any]:
-        """Its parts by name, those of the settings included."""
+        """Its parts by name, those of the settings and of the forward pass included."""
         return {
             "format": self.format,
             "checkpoint": self.checkpoint,
             "data": self.data,
             "tokenizer": self.tokenizer,
-        } | {f"settings.{name}": value for name, value in asdict(self.settings).items()}
+            **{f"settings.{name}": value for name, value in asdict(self.settings).items()},
+            **{f"forward.{name}": value for name, value in asdict(self.forward).items()},
+        }
 
     def file_name(self) -> str:
         """The name by which a folder of statistics files knows it."""
@@ -224,5 +227,5 @@ def _read(path: Path, gram: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _mismatch(name: str) -> str:
     if name == "checkpoint":
-        return "was made for another model"
+        return "was made for another model (weights or config.json)"
     return "was made by another version of merger" if name == "format" else "was made from other data or settings"

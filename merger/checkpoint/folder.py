@@ -21,10 +21,6 @@ MODEL = (SINGLE, "pytorch_model.bin")
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".npz")
-_QUANTISED_PARTS = (
-    ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".weight_scale", ".weight_scale_inv",
-    ".weight_packed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,30 +151,3 @@ def _header(folder: Folder, form: str, file: str) -> dict[str, Info]:
         else:
             tensors = parse_pickle(stream, size, shown, placed=False)
     return {name: replace(info, file=None, offset=0) for name, info in tensors.items()}
-
-
-# --- quantised checkpoints: their numbers are codes, and merging codes means nothing ---
-
-
-def refuse_quantised_config(folder: Folder, config: Mapping[str, Any]) -> None:
-    """CheckpointError if the config tells of quantisation."""
-    said = config.get("quantization_config") or config.get("compression_config")
-    if said:
-        kind = said.get("quant_method", "") if isinstance(said, dict) else ""
-        _refuse(folder, f"config.json names quantization_config {kind}".strip())
-
-
-def refuse_quantised_tensors(folder: Folder, tensors: Mapping[str, Info]) -> None:
-    """The same, told from the tensors themselves."""
-    for name, info in tensors.items():
-        if info.dtype.startswith("F8"):
-            _refuse(folder, f"{name} is {info.dtype}")
-        if name.endswith(_QUANTISED_PARTS):
-            _refuse(folder, f"it has {name}")
-
-
-def _refuse(folder: Folder, evidence: str) -> None:
-    raise CheckpointError(
-        f"{folder.label}: is quantised ({evidence}); merge the 16- or 32-bit checkpoint it was made from, "
-        "and quantise the result"
-    )

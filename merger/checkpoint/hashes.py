@@ -1,4 +1,4 @@
-"""The SHA-256 of weight files, which is what a merge was made from."""
+"""The SHA-256 of weight files and configs, which is what a merge was made from."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from merger.checkpoint.cache import recall, remember
 from merger.errors import CheckpointError, UnreadableError
+
+if TYPE_CHECKING:
+    from merger.checkpoint.checkpoint import Checkpoint
 
 SETTLED = 2.0
 """Seconds since its last change after which a file is sure to have another time stamp when it changes again."""
@@ -40,6 +44,26 @@ def sha256(path: Path) -> str:
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
     return found
+
+
+RUN_ALIKE = frozenset({"_name_or_path", "transformers_version", "use_cache"})
+"""Keys of config.json that no forward pass depends on: where the model came from, what wrote it, and a cache that
+calibration turns off. Every other key may decide one; an unknown key does until it is known better."""
+
+
+def config_digest(model: Checkpoint) -> str:
+    """The SHA-256 of what config.json, however it is laid out, and model code beside it say of the forward pass."""
+    text = json.dumps(_without(model.config, RUN_ALIKE), sort_keys=True)
+    code = sorted(model.directory.glob("*.py")) if "auto_map" in model.config else ()
+    parts = [text, *(f"{path.name} {sha256(path)}" for path in code)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _without(value: Any, keys: Set[str]) -> Any:
+    """A JSON value without these keys of its objects, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _without(each, keys) for key, each in value.items() if key not in keys}
+    return [_without(each, keys) for each in value] if isinstance(value, list) else value
 
 
 def digest(path: Path, tell: Callable[[int], None] = lambda count: None) -> str:

@@ -18,9 +18,8 @@ from merger.checkpoint.folder import (
     local_folder,
     read_json,
     read_tensors,
-    refuse_quantised_config,
-    refuse_quantised_tensors,
 )
+from merger.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
 from merger.errors import CheckpointError
 
 
@@ -43,12 +42,12 @@ def open_checkpoint(
     if adapter is None:
         _refuse_adapter(found, model)
     config = read_json(found, "config.json")
-    refuse_quantised_config(found, config)
+    refuse_quantised_config(label, found.source, config)
     weights = find_weights(found, MODEL)
     if not headers_only:
         found = hub.download(found, weights.files)
     tensors = read_tensors(found, weights)
-    refuse_quantised_tensors(found, tensors)
+    refuse_quantised_tensors(label, tensors)
     opened = Checkpoint(label, found.directory, tensors, config, commit=found.commit)
     if adapter is None:
         return opened
@@ -75,7 +74,9 @@ def _open_adapter(adapter: str, label: str, folder: Path, offline: bool, headers
     if not headers_only:
         found = hub.download(found, weights.files)
     named = f"{label}: the adapter {found.source}"
-    return Checkpoint(named, found.directory, read_tensors(found, weights), config, commit=found.commit)
+    tensors = read_tensors(found, weights)
+    refuse_quantised_tensors(named, tensors)
+    return Checkpoint(named, found.directory, tensors, config, commit=found.commit)
 
 
 def _find(source: str, label: str, folder: Path, offline: bool) -> Folder:

@@ -1,55 +1,19 @@
-"""The command line, a file each: a command parses, calls one function of the library, and prints."""
+"""The command line: one file is one command, which parses, calls one function of the library, and prints."""
 
 from __future__ import annotations
 
 import gc
 import signal
 import sys
+from importlib import import_module
+from pkgutil import iter_modules
 
-import typer
-
-from merger.cli.calibrate import calibrate
-from merger.cli.demo import demo
-from merger.cli.evaluate import eval_
-from merger.cli.extract import extract
-from merger.cli.import_ import import_
-from merger.cli.inspect import inspect
-from merger.cli.lock import lock
-from merger.cli.lora import lora
-from merger.cli.methods import methods
-from merger.cli.plan import plan
-from merger.cli.push import push
-from merger.cli.run import run
-from merger.cli.schema import schema
-from merger.cli.search import search
-from merger.cli.verify import verify
+from merger.cli._app import app
 from merger.errors import INTERRUPTED, MergerError
 
-app = typer.Typer(
-    help="Merge language-model checkpoints by a YAML recipe.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for _command in (
-    run,
-    lock,
-    plan,
-    inspect,
-    calibrate,
-    verify,
-    push,
-    eval_,
-    search,
-    extract,
-    lora,
-    import_,
-    methods,
-    demo,
-    schema,
-):
-    app.command(_command.__name__.rstrip("_"))(_command)
+for _module in sorted(iter_modules(__path__), key=lambda module: module.name):
+    if not _module.name.startswith("_"):
+        import_module(f"{__name__}.{_module.name}")  # which adds its command to the app
 
 
 class _Stopped(BaseException):

@@ -103,7 +103,7 @@ def memory_size(text: str | None) -> int | None:
     """What ``--max-memory`` says, in bytes."""
     if text is None:
         return None
-    from merger.recipe.recipe import byte_size
+    from merger.recipe.sections import byte_size
 
     size = byte_size(text)
     if not isinstance(size, int) or size < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from merger.errors import RecipeError, nearest
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
 from merger.pipeline.stages import expand
 from merger.planning.plan import Plan
+from merger.planning.sample import SampledChange, sample_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
     )
 
 
-def plan_json(plan: Plan, forecast: Forecast) -> dict[str, Any]:
+def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange]) -> dict[str, Any]:
     """The plan as one object."""
     keys = ("tensors", "shape", "dtype", "kind", "action")
     return {
@@ -56,21 +57,23 @@ def plan_json(plan: Plan, forecast: Forecast) -> dict[str, Any]:
         "bytes_written": plan.bytes_written,
         "calibrated": bool(plan.inputs),
         "dropped": {label: dict(names) for label, names in plan.dropped.items() if names},
-        "notes": list(plan.notes),
+        "changes": {expert: asdict(change) for expert, change in changes.items()},
+        "notes": [*plan.notes, *sample_notes(changes)],
         **asdict(forecast),
     }
 
 
-def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
-    """The plan as a table, then what it costs."""
+def print_plan(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange], console: Console) -> None:
+    """Prints the plan as a table, the size of the experts' changes, and the cost of the merge."""
     table = _table("tensors", "count", "shape", "dtype", "kind", "action")
-    for (name, shape, dtype, kind, what), count in groups(plan).items():
-        _row(table, name, count, shape, dtype, kind, what)
+    for (name, shape, dtype, kind, fate), count in groups(plan).items():
+        _row(table, name, count, shape, dtype, kind, fate)
     console.print(table)
     for label, names in plan.dropped.items():
-        for name, why in names.items():
-            console.print(f"dropped from {label}: {name}: {why}", markup=False, soft_wrap=True)
-    for note in plan.notes:
+        for name, reason in names.items():
+            console.print(f"dropped from {label}: {name}: {reason}", markup=False, soft_wrap=True)
+    _print_changes(changes, console)
+    for note in (*plan.notes, *sample_notes(changes)):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     gigabytes = 1e9
     console.print(
@@ -89,6 +92,18 @@ def print_plan(plan: Plan, forecast: Forecast, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+
+def _print_changes(changes: Mapping[str, SampledChange], console: Console) -> None:
+    if not changes:
+        return
+    table = _table("expert", "|delta| / |base|", "weights changed")
+    for expert, change in changes.items():
+        _row(table, expert, f"{change.relative_size:.4f}", f"{change.changed:.1%}")
+    console.print(table)
+    console.print(
+        "of a sample of the matrices; fine-tunes are below 0.1, unrelated models at 1 and above", markup=False
+    )
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -159,15 +174,15 @@ def _expansion(entry: Entry) -> list[Stage]:
 
 def _parameters(entry: Entry) -> dict[str, dict[str, str]]:
     defaults = schema(entry)().model_dump(mode="json", by_alias=True)
-    found = {}
+    described = {}
     for name, (annotation, _) in parameters(entry.function).items():
-        said = name.rstrip("_")
-        default = defaults[said]
-        found[said] = {
+        key = name.rstrip("_")
+        default = defaults[key]
+        described[key] = {
             "default": next(iter(default)) if isinstance(default, dict) else default,
             "takes": _takes(annotation),
         }
-    return found
+    return described
 
 
 def _takes(annotation: Any) -> str:
@@ -175,7 +190,7 @@ def _takes(annotation: Any) -> str:
     from merger.pipeline import parameters as kinds
     from merger.pipeline.registry import Inner, Score
 
-    known = {
+    descriptions = {
         kinds.Number: "a number, or a list over depth",
         kinds.Share: "a share in [0, 1], or a list over depth",
         kinds.Numbers: "a number, a list over depth, or a map by expert",
@@ -184,7 +199,7 @@ def _takes(annotation: Any) -> str:
         Score: f"a score: {', '.join(SCORES)}",
         Inner: "a method, or {method: {parameter: value}}",
     }
-    for kind, words in known.items():
+    for kind, words in descriptions.items():
         if annotation == kind:
             return words
     if kinds.is_order(annotation):
@@ -192,7 +207,7 @@ def _takes(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", ())
     if annotation is bool:
         return "true or false"
-    if choices and all(isinstance(each, str) for each in choices):
+    if choices and all(isinstance(choice, str) for choice in choices):
         return " | ".join(choices)
     return "a whole number"
 
@@ -201,9 +216,9 @@ def _one_line(stage: Stage) -> str:
     """A stage as a recipe's pipeline has it."""
     import yaml
 
-    ((name, given),) = written(stage).items()
-    parameters = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=10**6).strip()
-    return f"{name}: {parameters}" if given else name
+    ((name, settings),) = written(stage).items()
+    parameters = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    return f"{name}: {parameters}" if settings else name
 
 
 def _table(*headings: str) -> Any:

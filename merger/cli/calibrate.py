@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 
 
+@command(MERGE)
 @run_flags(*RUN_FLAGS)
 def calibrate(
     recipe: RecipePath,

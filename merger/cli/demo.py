@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import LEARN, command
 from merger.cli._options import AsJson, RunFlags, run_flags
 from merger.cli._terminal import make_console
 
 
+@command(LEARN)
 @run_flags("device", "quiet")
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo is written.")] = Path("demo"),

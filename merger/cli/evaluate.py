@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import JUDGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RunFlags, load, run_flags
 from merger.cli._terminal import make_console
 from merger.errors import RecipeError
@@ -21,9 +22,10 @@ AllowCalibrationText = Annotated[
 ]
 
 
+@command(JUDGE)
 @run_flags(*RUN_FLAGS)
 def eval_(
-    what: Annotated[
+    models: Annotated[
         list[Path],
         typer.Argument(metavar="RECIPE|DIR...", help="Recipes, merged in memory, and folders.", show_default=False),
     ],
@@ -70,43 +72,43 @@ def eval_(
     harness = _harness(lm_eval, include_path, limit, num_fewshot)
     settings = EvaluationSettings(_by_task(data), samples, max_tokens, inputs, allow_calibration_text, harness)
     with flags.options() as options:
-        found = evaluate(_subjects(what, overrides), options, settings=settings)
+        comparison = evaluate(_subjects(models, overrides), options, settings=settings)
     if plot is not None:
-        plot_comparison(found, plot)
+        plot_comparison(comparison, plot)
     if as_json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(comparison.as_json()))
     else:
-        print_comparison(found, make_console())
+        print_comparison(comparison, make_console())
 
 
-def _subjects(what: list[Path], overrides: list[str]) -> dict[str, Recipe | Path]:
-    """Each recipe and folder under its name, or its whole path where names are alike."""
-    names = [path.resolve().name if path.is_dir() else path.stem for path in what]
-    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, what, strict=True)]
-    if overrides and all(path.is_dir() for path in what):
-        raise RecipeError(f"--set changes a recipe, and {what[0]} is none")
-    return {label: path if path.is_dir() else load(path, overrides) for label, path in zip(labels, what, strict=True)}
+def _subjects(models: list[Path], overrides: list[str]) -> dict[str, Recipe | Path]:
+    """The recipes and folders by name, or by path where several have the same name."""
+    names = [path.resolve().name if path.is_dir() else path.stem for path in models]
+    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, models, strict=True)]
+    if overrides and all(path.is_dir() for path in models):
+        raise RecipeError(f"--set changes a recipe, and {models[0]} is none")
+    return {label: path if path.is_dir() else load(path, overrides) for label, path in zip(labels, models, strict=True)}
 
 
 def _harness(tasks: list[str], include_path: Path | None, limit: int | None, num_fewshot: int | None) -> Wanted | None:
-    """What ``--lm-eval`` and the options beside it say."""
+    """The tasks of ``--lm-eval`` with their options; None where there are none."""
     from merger.evaluation.harness import Wanted
 
-    names = tuple(name.strip() for each in tasks for name in each.split(",") if name.strip())
-    beside = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
-    given = [option for option, value in beside.items() if value is not None]
-    if given and not names:
-        raise RecipeError(f"{', '.join(given)}: how tasks of lm-evaluation-harness are run; name them with --lm-eval")
+    names = tuple(name.strip() for group in tasks for name in group.split(",") if name.strip())
+    settings = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
+    options = [option for option, value in settings.items() if value is not None]
+    if options and not names:
+        raise RecipeError(f"{', '.join(options)}: how tasks of lm-evaluation-harness are run; name them with --lm-eval")
     return Wanted(names, include_path, limit, num_fewshot) if names else None
 
 
 def _by_task(data: list[str]) -> dict[str, str] | None:
-    """What ``--data`` says: TASK=FILE, or a file whose name up to the first dot is the task's."""
-    found: dict[str, str] = {}
-    for each in data:
-        name, equals, source = each.rpartition("=")
+    """The files of ``--data`` by task: TASK=FILE, or a file whose name up to the first dot is the task's."""
+    sources: dict[str, str] = {}
+    for text in data:
+        name, equals, source = text.rpartition("=")
         task = name if equals else Path(source).name.partition(".")[0]
-        if not task or task in found:
-            raise RecipeError(f"--data {each}: expected TASK=FILE, with another task each time")
-        found[task] = source
-    return found or None
+        if not task or task in sources:
+            raise RecipeError(f"--data {text}: expected TASK=FILE, with another task each time")
+        sources[task] = source
+    return sources or None

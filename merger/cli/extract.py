@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import USE, command
 from merger.cli._options import AsJson, RunFlags, run_flags
 from merger.cli._terminal import size_text
 
 
+@command(USE)
 @run_flags("offline", "quiet")
 def extract(
     folder: Annotated[
@@ -33,8 +35,8 @@ def extract(
     from merger.outputs.extract import extract as write
 
     with flags.options() as options:
-        found = write(folder, expert, output, options, base=base, force=force)
+        result = write(folder, expert, output, options, base=base, force=force)
     if as_json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(result.as_json()))
     else:
-        print(f"{found.output}: {found.expert}, {size_text(found.bytes_written)}, {found.seconds:.1f} s")
+        print(f"{result.output}: {result.expert}, {size_text(result.bytes_written)}, {result.seconds:.1f} s")

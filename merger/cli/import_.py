@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import LEARN, command
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
     from merger.recipe.mergekit import Imported
 
 
+@command(LEARN)
 def import_(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="What mergekit is given.", show_default=False)],
     output: Annotated[
@@ -24,6 +26,8 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Make a recipe of a mergekit configuration, or say which of its keys have no equivalent."""
+    import yaml
+
     from merger.checkpoint.writer import write_text
     from merger.recipe.document import read
     from merger.recipe.mergekit import import_mergekit
@@ -33,7 +37,8 @@ def import_(
     if output is not None and output.exists() and not force:
         raise RecipeError(f"--output {output}: is there already; --force replaces it")
     start = Path.cwd() if output is None else output.resolve().parent
-    imported = import_mergekit(read(config), lambda path: _from(start, path))
+    # mergekit itself reads YAML 1.1, in which `no` is false
+    imported = import_mergekit(read(config, yaml.SafeLoader), lambda path: _from(start, path))
     _check_layers(config, imported, start)
     for note in imported.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -45,7 +50,7 @@ def import_(
 
 
 def _from(start: Path, path: str) -> str:
-    """A folder as seen from the recipe's; mergekit sees it from where it is called. Anything else as it is."""
+    """A folder relative to the recipe's; mergekit starts it where it is called. Other sources are unchanged."""
     return path if os.path.isabs(path) or not Path(path).is_dir() else os.path.relpath(path, start)
 
 
@@ -57,11 +62,11 @@ def _check_layers(config: Path, imported: Imported, start: Path) -> None:
     model = base if isinstance(base, str) else base["model"]
     file = start / model / "config.json"
     try:
-        there = None if imported.layers is None else layers_of(json.loads(file.read_text()))
+        layers = None if imported.layers is None else layers_of(json.loads(file.read_text()))
     except (OSError, ValueError):  # a model of the Hub, or one that the plan will complain of
         return
-    if there not in (None, imported.layers):
+    if layers not in (None, imported.layers):
         raise RecipeError(
-            f"{config}: slices: have {imported.layers} layers, but {model} has {there}; "
+            f"{config}: slices: have {imported.layers} layers, but {model} has {layers}; "
             "leaving layers out has no equivalent"
         )

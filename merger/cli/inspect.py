@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from merger.cli._app import JUDGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RunFlags, load, run_flags
 from merger.cli._terminal import make_console, size_text
 from merger.errors import RecipeError
 
 
+@command(JUDGE)
 @run_flags(*RUN_FLAGS)
 def inspect(
-    what: Annotated[
+    model: Annotated[
         Path,
         typer.Argument(
             metavar="WHAT", help="A recipe, the folder of a finished merge, or with --base a model.", show_default=False
@@ -41,7 +43,14 @@ def inspect(
     rank: Annotated[
         bool, typer.Option("--rank", help="The effective rank of every matrix, which takes a while.")
     ] = False,
-    every: Annotated[bool, typer.Option("--all", help="Show every layer, not only the first dozen.")] = False,
+    subspaces: Annotated[
+        bool,
+        typer.Option(
+            "--subspaces",
+            help="How the singular directions of experts and merge interfere; decomposes every matrix of each.",
+        ),
+    ] = False,
+    all_rows: Annotated[bool, typer.Option("--all", help="Show every layer, not only the first dozen.")] = False,
     inputs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the relative paths of a finished merge start.")
     ] = None,
@@ -52,36 +61,38 @@ def inspect(
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
     from merger.checkpoint.writer import write_text
-    from merger.inspection import conditions, plots, tables
+    from merger.inspection import conditions, console, plots
     from merger.inspection import html as page
 
-    wanted = [conditions.parse(text) for text in fail_if]
-    if overrides and (base is not None or what.is_dir()):
-        raise RecipeError(f"--set changes a recipe, and {what} is none")
+    parsed = [conditions.parse(text) for text in fail_if]
+    if overrides and (base is not None or model.is_dir()):
+        raise RecipeError(f"--set changes a recipe, and {model} is none")
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise RecipeError(f"--html {html}: expected a file in a folder that is there")
     if plot is not None:
         plots.check(plot)
-    looks: dict[str, Any] = {
+    requests = {request for condition in parsed for request in condition.requests}
+    extras: dict[str, Any] = {
         "picture": tensor,
-        "rank": rank or any(condition.metric == "effective_rank" for condition in wanted),
+        "rank": rank or "rank" in requests,
+        "subspaces": subspaces or "subspaces" in requests,
         "curves": curves or html is not None or plot is not None,
     }
     with flags.options() as options:
         if base is not None:
-            seen = inspection.inspect_model(str(what), base, options, **looks)
-        elif what.is_dir():
-            seen = inspection.inspect_merge(what, options, inputs=inputs, **looks)
+            result = inspection.inspect_model(str(model), base, options, **extras)
+        elif model.is_dir():
+            result = inspection.inspect_merge(model, options, inputs=inputs, **extras)
         else:
-            seen = inspection.inspect(load(what, overrides), options, **looks)
+            result = inspection.inspect(load(model, overrides), options, **extras)
     if html is not None:
-        write_text(html, page.page(seen))
+        write_text(html, page.page(result))
     if plot is not None:
-        plots.write(seen, plot)
+        plots.write(result, plot)
     if as_json:
-        print(json.dumps(seen.as_json()))
+        print(json.dumps(result.as_json()))
     else:
-        tables.print_inspection(seen, make_console(), every=every)
-        read, peak = size_text(seen.bytes_read), size_text(seen.peak_memory_bytes)
-        print(f"read {read} in {seen.seconds:.1f} s, peak memory {peak}")
-    conditions.check(wanted, seen)
+        console.print_inspection(result, make_console(), all_rows=all_rows)
+        bytes_read, peak = size_text(result.bytes_read), size_text(result.peak_memory_bytes)
+        print(f"read {bytes_read} in {result.seconds:.1f} s, peak memory {peak}")
+    conditions.check(parsed, result)

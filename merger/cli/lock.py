@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 
 
-@run_flags("offline")
+@command(MERGE)
+@run_flags("device", "offline")
 def lock(recipe: RecipePath, flags: RunFlags = RunFlags(), overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Write down what a recipe comes to today, in recipe.lock beside it, for `merger run --locked`."""
     from merger.outputs.lock import lock as write

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import USE, command
 from merger.cli._options import AsJson, RunFlags, run_flags
 from merger.cli._terminal import make_console
 from merger.errors import RecipeError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from merger.outputs.lora import LoraExtraction
 
 
+@command(USE)
 @run_flags("offline", "trust_remote_code", "quiet")
 def lora(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that was fine-tuned.", show_default=False)],
@@ -42,31 +44,31 @@ def lora(
 
     share = None if energy is None else _share(energy)
     with flags.options() as options:
-        found = extract_lora(base, model, output, options, rank=rank, energy=share, force=force)
+        adapter = extract_lora(base, model, output, options, rank=rank, energy=share, force=force)
     if as_json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(adapter.as_json()))
     else:
-        _print(found, make_console())
+        _print(adapter, make_console())
 
 
-def _print(found: LoraExtraction, console: Console) -> None:
+def _print(adapter: LoraExtraction, console: Console) -> None:
     """The error of each layer, then of the whole."""
     from rich import box
     from rich.table import Table
 
     table = Table("layer", "matrices", "rank", "error", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, layer in found.layers.items():
+    for name, layer in adapter.layers.items():
         ranks = "-".join(map(str, dict.fromkeys(layer.ranks)))
         table.add_row(name, str(layer.matrices), ranks, f"{layer.error:.4f}")
     console.print(table)
-    for name, share in sorted(found.left_out.items(), key=lambda item: -item[1])[:10]:
+    for name, share in sorted(adapter.left_out.items(), key=lambda item: -item[1])[:10]:
         console.print(f"left out: {name}, {share:.2%} of the model's change", markup=False, soft_wrap=True)
-    more = len(found.left_out) - 10
-    if more > 0:
-        console.print(f"left out: {more} other tensors that changed less")
+    remaining = len(adapter.left_out) - 10
+    if remaining > 0:
+        console.print(f"left out: {remaining} other tensors that changed less")
     print(
-        f"{found.output}: {found.parameters:,} parameters; error {found.error:.4f} of the matrices' change, "
-        f"{found.whole_error:.4f} of the model's"
+        f"{adapter.output}: {adapter.parameters:,} parameters; error {adapter.error:.4f} of the matrices' change, "
+        f"{adapter.whole_error:.4f} of the model's"
     )
 
 

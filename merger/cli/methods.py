@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import LEARN, command
 from merger.cli._options import AsJson
 from merger.cli._terminal import make_console
 
 
+@command(LEARN)
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, stage or score.", show_default=False)] = None,
     as_json: AsJson = False,

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 from merger.cli._terminal import make_console
 
 
+@command(MERGE)
 @run_flags("max_memory", "offline")
 def plan(
     recipe: RecipePath,
@@ -22,16 +24,18 @@ def plan(
     flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
-    """Say what a merge would do, from headers alone: nothing is downloaded whole, nothing is written."""
+    """Say what a merge would do, from headers and a few rows of local weights: nothing is downloaded or written."""
     from merger.cli import _report as report
     from merger.engine.preflight import preview
     from merger.planning.planner import plan as make_plan
+    from merger.planning.sample import sample_changes
 
     loaded = load(recipe, overrides)
-    made = make_plan(loaded, offline=flags.offline)
+    merge_plan = make_plan(loaded, offline=flags.offline)
     output = loaded.folder / Path(loaded.output.path).expanduser()
-    forecast = preview(made, output, flags.memory, device)
+    forecast = preview(merge_plan, output, flags.memory, device)
+    changes = sample_changes(merge_plan)
     if as_json:
-        print(json.dumps(report.plan_json(made, forecast)))
+        print(json.dumps(report.plan_json(merge_plan, forecast, changes)))
     else:
-        report.print_plan(made, forecast, make_console())
+        report.print_plan(merge_plan, forecast, changes, make_console())

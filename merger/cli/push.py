@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import USE, command
 from merger.cli._options import AsJson, RunFlags, run_flags
 
 
+@command(USE)
 @run_flags("quiet")
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished merge.", show_default=False)],
@@ -26,6 +28,7 @@ def push(
     if as_json:
         print(json.dumps(pushed.as_json()))
         return
-    seen = "private" if pushed.private else "public"
-    did = "was there already" if pushed.unchanged else "uploaded"
-    print(f"{folder}: {did}: {pushed.repository} ({seen}) at {pushed.commit}, {pushed.shards} shards as in merger.json")
+    visibility = "private" if pushed.private else "public"
+    action = "was there already" if pushed.unchanged else "uploaded"
+    place = f"{pushed.repository} ({visibility}) at {pushed.commit}"
+    print(f"{folder}: {action}: {place}, {pushed.shards} shards as in merger.json")

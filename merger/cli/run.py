@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 from merger.cli._terminal import size_text
 from merger.errors import RecipeError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from merger.recipe.recipe import Recipe
 
 
+@command(MERGE)
 @run_flags(*RUN_FLAGS)
 def run(
     recipe: RecipePath,
@@ -46,10 +48,10 @@ def run(
     if as_json:
         print(json.dumps(result.as_json()))
         return
-    counts = ", ".join(f"{count} {what}" for what, count in result.tensors.items() if count)
-    read, written = size_text(result.bytes_read), size_text(result.bytes_written)
+    counts = ", ".join(f"{count} {action}" for action, count in result.tensors.items() if count)
+    bytes_read, bytes_written = size_text(result.bytes_read), size_text(result.bytes_written)
     print(
-        f"{result.output}: {counts} tensors; read {read}, wrote {written} "
+        f"{result.output}: {counts} tensors; read {bytes_read}, wrote {bytes_written} "
         f"in {result.seconds:.1f} s on {result.device}, peak memory {size_text(result.peak_memory_bytes)}"
     )
 

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import LEARN, command
 from merger.errors import RecipeError
 
 
+@command(LEARN)
 def schema(
     of: Annotated[
         str, typer.Argument(metavar="[recipe|inspection|evaluation]", help="Of what.", show_default=False)

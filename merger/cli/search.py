@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import MERGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, run_flags
 from merger.cli._terminal import make_console
 from merger.cli.evaluate import AllowCalibrationText
 
 
+@command(MERGE)
 @run_flags(*RUN_FLAGS)
 def search(
     recipe: RecipePath,
@@ -35,7 +37,7 @@ def search(
 
     check_plot(plot)
     with flags.options() as options:
-        found = find(
+        result = find(
             recipe,
             overrides,
             options,
@@ -44,14 +46,14 @@ def search(
             allow_calibration_text=allow_calibration_text,
         )
     if plot is not None:
-        series = {name or recipe.stem: [each.objective for each in trials] for name, trials in found.trials.items()}
-        plot_trials(series, found.objective, plot)
+        series = {name or recipe.stem: [trial.objective for trial in trials] for name, trials in result.trials.items()}
+        plot_trials(series, result.objective, plot)
     if as_json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(result.as_json()))
         return
-    print_comparison(found.report, make_console(), settings=True)
-    counted = sum(map(len, found.trials.values()))
+    print_comparison(result.report, make_console(), settings=True)
+    count = sum(map(len, result.trials.values()))
     print(
-        f"on examples that none of the {counted} trials has seen; the best by search data, "
-        f"{found.objective} {found.winner.objective:.4f}, is {Path(found.folder) / 'best.yaml'}"
+        f"on examples that none of the {count} trials has seen; the best by search data, "
+        f"{result.objective} {result.winner.objective:.4f}, is {Path(result.folder) / 'best.yaml'}"
     )

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from merger.cli._app import JUDGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, RunFlags, run_flags
 from merger.cli._terminal import size_text
 from merger.errors import VerifyError
 
 
+@command(JUDGE)
 @run_flags(*RUN_FLAGS)
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.", show_default=False)],
@@ -32,12 +34,12 @@ def verify(
 
     sampled = DeepCheck(sample, seed, recipe) if deep else None
     with flags.options() as options:
-        found = check(folder, options, deep=sampled)
+        verification = check(folder, options, deep=sampled)
     if as_json:
-        print(json.dumps(found.as_json()))
-    if found.differences:
-        raise VerifyError("\n".join(f"{folder}: {each}" for each in found.differences))
+        print(json.dumps(verification.as_json()))
+    if verification.differences:
+        raise VerifyError("\n".join(f"{folder}: {difference}" for difference in verification.differences))
     if not as_json:
-        whole = "is what merger.json says" if found.recorded else "agrees with itself; it has no merger.json"
-        again = f"; {len(found.recomputed)} tensors merged again are the same bits" if deep else ""
-        print(f"{folder}: {whole}: {found.tensors} tensors, {size_text(found.bytes)}{again}")
+        state = "is what merger.json says" if verification.recorded else "agrees with itself; it has no merger.json"
+        recomputed = f"; {len(verification.recomputed)} tensors merged again are the same bits" if deep else ""
+        print(f"{folder}: {state}: {verification.tensors} tensors, {size_text(verification.bytes)}{recomputed}")

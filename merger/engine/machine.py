@@ -6,10 +6,12 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
+from threading import Condition
 
 from merger._lazy import torch
 from merger.engine.memory import HOLD, memory_needed
@@ -26,24 +28,27 @@ class Machine:
     workers: int  # threads that each carry a slice on its whole trip
     hold: int  # bytes of unfinished slices of one tensor that may stay in memory
     hidden: int | None = None  # bytes of hidden states that may; None: all of them
+    rooms: Mapping[str, Room] = field(default_factory=dict, compare=False)  # by device
 
     @classmethod
     def of(cls, device: str, max_memory: int | None, plan: Plan) -> Machine:
         """Settles the device and shares the memory out; ResourceError if it is too little."""
         chosen = chosen_devices(device)
         workers = max(len(chosen), min(os.cpu_count() or 1, 16))
-        need = memory_needed(plan, workers)
+        gpu = chosen != ("cpu",)
+        need = memory_needed(plan, workers, gpu=gpu)
+        rooms = {device: Room(device) for device in chosen}
         if max_memory is None:
-            return cls(chosen, workers, HOLD)
+            return cls(chosen, workers, HOLD, rooms=rooms)
         while workers > 1 and need > max_memory:
             workers -= 1
-            need = memory_needed(plan, workers)
+            need = memory_needed(plan, workers, gpu=gpu)
         if need > max_memory:
             raise ResourceError(
                 f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
             )
         hidden = (max_memory - need) // 2 if plan.inputs else 0
-        return cls(chosen, workers, min(HOLD, max_memory - need - hidden), hidden)
+        return cls(chosen, workers, min(HOLD, max_memory - need - hidden), hidden, rooms)
 
     @property
     def device(self) -> str:
@@ -53,6 +58,50 @@ class Machine:
     def each(self) -> list[Machine]:
         """This machine with each of its devices alone."""
         return [replace(self, devices=(device,)) for device in self.devices]
+
+
+class Room:
+    """A device's memory, of which whole matrices take a part each while they are merged there."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._size, self._taken = 0.0, 0
+        self._changed = Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Waits until ``size`` bytes are free and takes them. What is larger than the device is taken alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has(size))
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= size
+                self._changed.notify_all()
+
+    def _has(self, size: int) -> bool:
+        if not self._taken:
+            self._size = free_memory(self._device)
+            return True
+        return self._taken + size <= self._size
+
+
+USABLE = 0.9
+"""Share of a GPU's free memory that matrices may take: the rest is for workspaces of cuSOLVER and for gaps."""
+
+
+def free_memory(device: str) -> float:
+    """Bytes of a GPU that no process has, or that torch holds here and does not use; of the CPU's as many as one likes.
+
+    On the CPU the number of workers is the limit.
+    """
+    if not device.startswith("cuda"):
+        return inf
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return USABLE * (free + unused)
 
 
 def dealt(sizes: Iterable[int], hands: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from merger._version import VERSION
 from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.hashes import stamp
+from merger.checkpoint.hashes import config_digest, stamp
 from merger.checkpoint.writer import write_json
 from merger.errors import CheckpointError
 from merger.recipe.recipe import portable_location
@@ -24,7 +24,7 @@ from merger.recipe.recipe import portable_location
 if TYPE_CHECKING:
     from merger.checkpoint.safetensors_header import Info
     from merger.planning.plan import Plan, TensorPlan
-    from merger.recipe.recipe import Source
+    from merger.recipe.sections import Source
 
 RECORD = "merger.json"
 FORMAT = 1
@@ -55,7 +55,7 @@ class Manifest:
         return cls(
             {
                 "format": FORMAT,
-                "versions": versions(),
+                "versions": versions(plan),
                 "seed": plan.recipe.seed,
                 "device": device.partition(":")[0],
                 "device-dependent": inexact(plan),
@@ -175,13 +175,18 @@ def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> d
     recipe = portable(plan.recipe.spelled_out())
     parts = {
         "recipe": {**recipe, "output": {**recipe["output"], "path": None}},
-        "inputs": {label: {str(file): stamp(file) for file in model.files} for label, model in plan.models.items()},
+        "inputs": {label: _stamps(model) for label, model in plan.models.items()},
         "tensors": tensor_records(plan),
         "statistics": dict(statistics),
-        "versions": versions(),
+        "versions": versions(plan),
         "device": device.partition(":")[0],
     }
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+
+
+def _stamps(model: Checkpoint) -> dict[str, str]:
+    """What shows without reading the weights whether a model is another: stamps of its files, and its config."""
+    return {**{str(file): stamp(file) for file in model.files}, "config": config_digest(model)}
 
 
 def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
@@ -191,6 +196,7 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
         label: {
             **sources_of(source),
             **_origin(plan.models[label], hashes),
+            "config": config_digest(plan.models[label]),
         }
         for label, source in sources.items()
     }
@@ -240,8 +246,12 @@ def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
 
 
 def inexact(plan: Plan) -> list[str]:
-    """The stages whose last bits another device may give otherwise, for they sum floats or decompose matrices."""
-    return sorted({stage.entry.name for tensor in plan.tensors for stage in tensor.stages if not stage.entry.exact})
+    """The stages and scores whose result another device may give otherwise.
+
+    They sum floats or decompose matrices, or look at inputs from forward passes of this merge.
+    """
+    stages = (part for tensor in plan.tensors for stage in tensor.stages for part in stage.parts)
+    return sorted({part.entry.name for part in stages if not part.entry.exact or (plan.runs_models and part.arguments)})
 
 
 def stored_as(info: Info) -> str:
@@ -255,6 +265,8 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     def locations(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: locations(location) for key, location in value.items()}
+        if isinstance(value, list):
+            return [locations(location) for location in value]
         return portable_location(value) if isinstance(value, str) else value
 
     def source(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,8 +288,14 @@ def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}
 
 
-def versions() -> dict[str, str]:
-    """The versions that decide the bytes."""
+def versions(plan: Plan) -> dict[str, str]:
+    """The versions that decide the bytes of a merge; that of transformers where models are run for it."""
+    run = {"transformers": version("transformers")} if plan.runs_models else {}
+    return {**merge_versions(), **run}
+
+
+def merge_versions() -> dict[str, str]:
+    """The versions that decide the bytes of every merge."""
     return {
         "merger": VERSION,
         "python": platform.python_version(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from merger.calibration.provider import block_providers, cost
+from collections.abc import Callable
+
+from merger.calibration.provider import cost, input_bytes
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan
 
@@ -20,21 +22,29 @@ HOLD = 128 << 20
 
 INTERPRETER = 350 << 20  # Python, torch and their threads, as measured on Linux with a CPU build
 
+CUDA = 1 << 30
+"""Host memory that a process takes beside `INTERPRETER` once it computes on GPUs, all of them together.
 
-def memory_needed(plan: Plan, workers: int) -> int:
-    """Bytes of host memory that the merge takes at least, with so many slices at once."""
+The libraries of torch 2.11 for CUDA 13 take 270 MB more than those for the CPU, as measured without a device; contexts,
+cuBLAS and cuSOLVER are an estimate, which scripts/gpu_check.sh checks.
+"""
+
+
+def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
+    """Bytes of host memory that the merge takes at least, with so many slices at once, on the CPU or on GPUs."""
+    slices = _largest_together(plan, workers, _staged_bytes if gpu else slice_bytes)
+    process = INTERPRETER + (CUDA if gpu else 0)
     inputs = cost(plan)
-    return INTERPRETER + max(inputs.making, inputs.merging + _at_once(plan, workers))
+    return process + max(inputs.making, inputs.merging + slices)
 
 
-def _at_once(plan: Plan, workers: int) -> int:
+def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
     """Bytes of so many slices together: the largest of the model, or those of one block that is merged by itself."""
-    experts = len(plan.models) - 1
     slices: list[int] = [0]
     by_block: dict[str, list[int]] = {}
     for tensor in plan.tensors:
         sizes = by_block.setdefault(tensor.unit, []) if tensor.lockstep else slices
-        sizes += (_slice_bytes(plan, tensor, part, experts) for part in tensor.parts)
+        sizes += (size(plan, tensor, part) for part in tensor.parts)
     return max(workers * max(slices), *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
 
 
@@ -48,22 +58,41 @@ def bytes_held(experts: int) -> int:
     return 8 + experts * 12
 
 
-def _slice_bytes(plan: Plan, tensor: TensorPlan, part: Part, experts: int) -> int:
-    """Bytes of the largest slice. A method of whole matrices has float64 copies, factors and its inputs as well.
+def slice_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
+    """Bytes that the largest slice takes where it is merged, on the CPU or a device.
 
-    Of 600 x 1600 and three experts that is 70 (star) to 190 bytes an element (knots, wudi), as measured.
+    A method of whole matrices has float64 copies, factors and its inputs as well. Of 600 x 1600 and three experts that
+    is 70 (star) to 190 bytes an element (knots, wudi), as measured on the CPU.
     """
-    elements = min(part.rows, slice_rows(tensor, part)) * part.columns
+    elements, experts = _slice_elements(tensor, part), len(plan.models) - 1
     extra = 0
-    if any(stage.takes == "matrix" for stage in tensor.stages):
+    if not _is_sliced(tensor):
         extra = 8 * (elements * (experts + 8) + 3 * part.columns**2)
-    if tensor.lockstep:
-        extra += sum(provider.slice_bytes(part, experts) for provider in block_providers(plan))
+    extra += input_bytes(tensor, part, experts)
     return elements * bytes_per_element(experts) + extra
+
+
+def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
+    """Bytes of host memory that a slice takes which is merged on a device: what is read, drawn, and written.
+
+    Twice that, for torch rounds pinned allocations up to powers of two. Random draws are of slices alone.
+    """
+    experts = len(plan.models) - 1
+    staged = bytes_per_element(experts) if _is_sliced(tensor) else 8 + 8 * experts  # float32, and an adapter's changes
+    return 2 * staged * _slice_elements(tensor, part)
+
+
+def _slice_elements(tensor: TensorPlan, part: Part) -> int:
+    return min(part.rows, slice_rows(tensor, part)) * part.columns
+
+
+def _is_sliced(tensor: TensorPlan) -> bool:
+    """Whether no stage must see the whole matrix."""
+    return all(stage.takes != "matrix" for stage in tensor.stages)
 
 
 def slice_rows(tensor: TensorPlan, part: Part) -> int:
     """Rows of one slice: all of them where a stage needs the whole matrix or another orientation."""
-    if part.transposed or not part.columns or any(stage.takes == "matrix" for stage in tensor.stages):
+    if part.transposed or not part.columns or not _is_sliced(tensor):
         return max(1, part.rows)
     return step_rows(part.columns, tensor.stages, SLICE)

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.calibration.provider import origins
-from merger.calibration.statistics import origin
+from merger.calibration.provider import block_providers, origins
+from merger.calibration.statistics import origin, statistics_keys
 from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.hashes import sha256
@@ -26,6 +26,7 @@ from merger.engine.prepare import Prepared, prepare
 from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.options import Notice, RunOptions
 from merger.planning.plan import Plan
+from merger.planning.sample import sample_changes, sample_notes
 from merger.recipe.recipe import Recipe
 
 
@@ -59,14 +60,15 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     with prepare(recipe, options, output, force=force) as prepared:
         plan = prepared.plan
         statistics = origin(prepared.inputs.files)
-        for note in plan.notes:
+        plan_notes = [*plan.notes, *sample_notes(sample_changes(plan))]
+        for note in plan_notes:
             options.notice(note)
         infos = plan.stored
         shards = layout(list(infos.items()), recipe.output.shard_size, PACKED if plan.packed else SINGLE)
-        writer = Writer(output, shards, infos, _decisive(prepared, statistics))
+        writer = Writer(output, shards, infos, decisive_inputs(prepared, statistics))
         with _kept_for_the_next_run(writer, options.notice):
             writer.open(force=force, tell=partial(options.progress, "checking"))
-            notes = [*plan.notes, *_earlier_notes(writer, len(shards), options.notice)]
+            notes = [*plan_notes, *_earlier_notes(writer, len(shards), options.notice)]
             unfinished = writer.unfinished
             schedule = merge_schedule(prepared, unfinished)
             with _hashed_inputs(plan) as hashes:
@@ -88,10 +90,15 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
     )
 
 
-def _decisive(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
-    """All that decides the bytes; Gram matrices are in no file, so what they are made from stands for them."""
+def decisive_inputs(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
+    """All that decides the bytes of the shards, as hashes: another run goes on with them where these are the same.
+
+    ``statistics`` are the SHA-256s of statistics files. Gram matrices are in no file, so their keys stand for them.
+    """
     plan = prepared.plan
-    return decisive(plan, prepared.machine.device, {**origins(plan), **statistics})
+    keys = statistics_keys(plan, prepared.options) if block_providers(plan) else {}
+    blocks = {f"inputs of blocks of {name}": key.folder_name() for name, key in keys.items()}
+    return decisive(plan, prepared.machine.device, {**origins(plan), **blocks, **statistics})
 
 
 @contextmanager

@@ -52,6 +52,6 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     machine = Machine.of(device or "cpu", max_memory, plan)
     ranked = any(tensor.ranked for tensor in plan.tensors)
     inputs = cost(plan)
-    memory = memory_needed(plan, machine.workers) + machine.hold
+    memory = memory_needed(plan, machine.workers, gpu=machine.device != "cpu") + machine.hold
     memory += inputs.hidden_states if machine.hidden is None else min(machine.hidden, inputs.hidden_states)
     return Forecast(memory, _free(output), ranked, inputs.files, machine.devices if device else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from merger._lazy import torch
 from merger.calibration.provider import Source
 from merger.checkpoint.safetensors_header import TORCH_NAMES
 from merger.engine.machine import Machine
-from merger.engine.memory import bytes_held, slice_rows
+from merger.engine.memory import bytes_held, slice_bytes, slice_rows
 from merger.errors import CheckpointError
 from merger.ops import kernels
 from merger.ops.rounding import restored
@@ -65,6 +66,12 @@ class PartSlices:
         held_bytes = elements * bytes_held(len(reader.plan.models) - 1)
         self.hold = self.count == 1 or held_bytes <= reader.machine.hold
         self._kept: dict[int, _Stored] = {}
+
+    def room(self) -> AbstractContextManager[None]:
+        """Memory of the device for a part that is merged in one piece; slices are small enough to need no leave."""
+        machine = self._reader.machine
+        size = slice_bytes(self._reader.plan, self.tensor, self.part)
+        return machine.rooms[machine.device].taken(size) if self.count == 1 else nullcontext()
 
     def read(self, i: int) -> tuple[Tensor, Slice]:
         """Slice ``i``: base and experts as stored [1+k r c], and the slice that the stages see."""

@@ -171,7 +171,8 @@ class Schedule:
             slices = reader.slices(tensor, part)
             flow = partial(sink.carry, slices)
             passes = TensorPasses(flow, slices.sizes, model_totals, earlier_sums, slices.hold, slices.rehearse)
-            open_total = passes.run(slices.count, mapper)
+            with slices.room():
+                open_total = passes.run(slices.count, mapper)
         else:
             sink.copy(tensor, part)
         self._end_pass(unit, sink, is_last=open_total is None)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from merger.errors import RecipeError
 from merger.options import RunOptions
-from merger.recipe.recipe import Evaluation, Recipe
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import Evaluation
 
 if TYPE_CHECKING:
     from merger.evaluation.harness import Wanted

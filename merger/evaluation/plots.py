@@ -1,69 +1,67 @@
-"""Pictures: of a comparison, and of a search. They need matplotlib, which is asked for before anything is computed."""
+"""The charts of a comparison and of a search."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
+from merger.charts import Bar, BarChart, LineChart, Series, in_row
+from merger.charts.files import check_format, write
 from merger.errors import RecipeError
-from merger.evaluation.scores import Comparison
+from merger.evaluation.scores import Comparison, Estimate
 
 
 def check_plot(path: Path | None) -> None:
-    """RecipeError if a picture was asked for that cannot be drawn there."""
+    """RecipeError if a chart was asked for that cannot be written as ``path``; called before anything is computed."""
     if path is None:
         return
     if path.is_dir() or not path.parent.is_dir():
         raise RecipeError(f"--plot {path}: expected a file in a folder that is there")
-    figure = _figure(1, 1)
-    formats = sorted(figure.canvas.get_supported_filetypes())
-    if path.suffix.lstrip(".").lower() not in formats:
-        raise RecipeError(f"--plot {path}: expected a name that ends in one of {', '.join(formats)}")
+    check_format("--plot", path)
 
 
-def plot_comparison(found: Comparison, path: Path) -> None:
-    """What each merge kept of each expert's gain, and of all, as bars with their intervals."""
-    merges = [row for row in found.rows if row.kind == "merge"]
-    figure = _figure(7, 1 + 0.5 * max(1, len(merges)) * (1 + len(found.tasks)) / 2)
-    axes = figure.subplots()
-    shown = {name: [row.kept_of.get(name) for row in merges] for name in found.tasks}
-    shown["mean"] = [row.kept for row in merges]
-    series = {name: each for name, each in shown.items() if any(each)}
-    for number, (name, estimates) in enumerate(series.items()):
-        for place, each in enumerate(estimates):
-            if each is not None:
-                at = place + 0.8 * (number + 0.5) / len(series) - 0.4
-                error = [[max(0, each.value - each.low)], [max(0, each.high - each.value)]]
-                label = name if place == 0 else None
-                axes.barh(at, each.value, 0.75 / len(series), xerr=error, color=f"C{number}", label=label)
-    axes.set_yticks(range(len(merges)), [row.model for row in merges])
-    axes.invert_yaxis()
-    axes.set_xlabel("share of the experts' gains that is kept, with 95 % intervals")
-    axes.legend()
-    figure.savefig(path)
+def plot_comparison(comparison: Comparison, path: Path) -> None:
+    """Draws the share of each expert's gain, and of all, that each merge kept: bars with their intervals."""
+    write(in_row([comparison_chart(comparison).titled()]), path)
 
 
 def plot_trials(values: Mapping[str, Sequence[float | None]], objective: str, path: Path) -> None:
-    """The objective over the trials of each variant: points, and the best so far as a line."""
-    figure = _figure(7, 4)
-    axes = figure.subplots()
-    for number, (variant, each) in enumerate(values.items()):
-        found = [(place, value) for place, value in enumerate(each, 1) if value is not None]
-        if found:
-            places, heights = zip(*found, strict=True)
-            best = [max(heights[: i + 1]) for i in range(len(heights))]
-            axes.plot(places, heights, ".", color=f"C{number % 10}", alpha=0.5)
-            axes.step(places, best, where="post", color=f"C{number % 10}", label=variant)
-    axes.set_xlabel("trial")
-    axes.set_ylabel(objective)
-    axes.legend(fontsize="small")
-    figure.savefig(path)
+    """Draws the objective over the trials of each variant: points, and the best so far as a line."""
+    write(in_row([trials_chart(values, objective).titled()]), path)
 
 
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RecipeError("--plot needs matplotlib: pip install 'merger[plot]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+def comparison_chart(comparison: Comparison) -> BarChart:
+    """A row of bars for each merge, a bar for each expert and one for their mean."""
+    merges = [row for row in comparison.rows if row.kind == "merge"]
+    estimates = {name: [row.kept_of.get(name) for row in merges] for name in comparison.tasks}
+    estimates["mean"] = [row.kept for row in merges]
+    return BarChart(
+        title="share of the experts' gains that each merge kept",
+        caption="with 95 % intervals",
+        x_label="share of the gain",
+        rows=[row.model for row in merges],
+        series={name: [_bar(estimate) for estimate in row] for name, row in estimates.items() if any(row)},
+    )
+
+
+def _bar(estimate: Estimate | None) -> Bar | None:
+    return None if estimate is None else Bar(estimate.value, estimate.low, estimate.high)
+
+
+def trials_chart(values: Mapping[str, Sequence[float | None]], objective: str) -> LineChart:
+    """Points for the trials of each variant, and steps for the best so far; a trial without a value is left out."""
+    series = []
+    for number, (variant, trials) in enumerate(values.items()):
+        points = [(float(place), value) for place, value in enumerate(trials, 1) if value is not None]
+        if points:
+            best = accumulate((value for _, value in points), max)
+            steps = [(place, value) for (place, _), value in zip(points, best, strict=True)]
+            series += [Series("", points, number, "dots"), Series(variant, steps, number, "steps")]
+    return LineChart(
+        title=f"{objective} by trial",
+        caption="points: trials; line: the best so far",
+        x_label="trial",
+        series=series,
+        from_zero=False,
+    )

@@ -104,7 +104,7 @@ def compare(tasks: Sequence[Task], entries: Sequence[Entry], dtype: str) -> Comp
 
 def versions() -> dict[str, str]:
     """What computes: the merge's own, and transformers."""
-    return {**manifest.versions(), "transformers": metadata.version("transformers")}
+    return {**manifest.merge_versions(), "transformers": metadata.version("transformers")}
 
 
 def _measure(task: Task) -> Literal["loss", "accuracy"]:

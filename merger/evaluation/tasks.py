@@ -11,8 +11,13 @@ from typing import Any, Literal
 from merger.calibration.datasets import Record, records
 from merger.errors import CheckpointError, RecipeError
 from merger.recipe.recipe import Recipe
+from merger.recipe.sections import TextSource, text_sources
 
 Kind = Literal["text", "answer", "choices"]
+Data = Mapping[str, str | TextSource | Sequence[str | TextSource]]
+"""Where the examples of each task are."""
+PlacedExample = tuple[str, Kind, "Example"]
+"""The place of a record, and its example."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Split:
     report: tuple[Task, ...]
 
 
-def load(data: Mapping[str, str], folder: Path, samples: int) -> tuple[Task, ...]:
+def load(data: Data, folder: Path, samples: int) -> tuple[Task, ...]:
     """Up to ``samples`` examples of each task; CheckpointError for data that cannot be used.
 
     Files are JSON Lines, JSON, Parquet or plain text, relative to ``folder``, or else datasets of the Hub.
@@ -65,7 +70,7 @@ def load(data: Mapping[str, str], folder: Path, samples: int) -> tuple[Task, ...
     return tuple(_task(name, read, samples) for name, read in _every(data, folder))
 
 
-def split(data: Mapping[str, str], folder: Path, report: int, search: int) -> Split:
+def split(data: Data, folder: Path, report: int, search: int) -> Split:
     """``report`` examples of each task for the report, and ``search`` others; CheckpointError where there are fewer.
 
     Neither choice depends on the other's size: one is from the beginning of the examples' order, one from its end.
@@ -73,8 +78,9 @@ def split(data: Mapping[str, str], folder: Path, report: int, search: int) -> Sp
     found = [_task(name, read, None) for name, read in _every(data, folder)]
     for task in found:
         if len(task.examples) < report + search:
+            files = ", ".join(source.file for source in text_sources(data[task.name]))
             raise CheckpointError(
-                f"evaluation.data.{task.name}: {data[task.name]} has {len(task.examples)} different examples, but the "
+                f"evaluation.data.{task.name}: {files} has {len(task.examples)} different examples, but the "
                 f"search takes {search} and the report {report} others; lower search.samples or evaluation.samples"
             )
     return Split(
@@ -83,22 +89,31 @@ def split(data: Mapping[str, str], folder: Path, report: int, search: int) -> Sp
     )
 
 
-def _every(data: Mapping[str, str], folder: Path) -> Iterator[tuple[str, list[tuple[str, Kind, Example]]]]:
-    for name, source in data.items():
-        read = [(record.where, *_example(record)) for record in records(source, folder)]
-        if not read:
-            raise CheckpointError(f"{source}: holds no example")
-        yield name, read
+def _every(data: Data, folder: Path) -> Iterator[tuple[str, list[PlacedExample]]]:
+    for name, value in data.items():
+        yield name, [read for source in text_sources(value) for read in _read(source, folder)]
 
 
-def _task(name: str, read: Sequence[tuple[str, Kind, Example]], samples: int | None) -> Task:
+def _read(source: TextSource, folder: Path) -> list[PlacedExample]:
+    """The examples of one source: all of them, or as many as it has a count of, chosen by content."""
+    read = [(record.where, *_example(record)) for record in records(source, folder)]
+    if not read:
+        raise CheckpointError(f"{source.file}: holds no example")
+    return read if source.samples is None else _chosen(read, source.samples)
+
+
+def _task(name: str, read: Sequence[PlacedExample], samples: int | None) -> Task:
     first, kind, _ = read[0]
     for where, other, _ in read:
         if other != kind:
             raise CheckpointError(f"{where}: is {other}, but {first} {kind}; make tasks of each")
-    by_content = {example.content: example for *_, example in read}
-    chosen = sorted(by_content, key=_rank)[:samples]
-    return Task(name, kind, tuple(by_content[content] for content in chosen))
+    return Task(name, kind, tuple(example for *_, example in _chosen(read, samples)))
+
+
+def _chosen(read: Sequence[PlacedExample], samples: int | None) -> list[PlacedExample]:
+    """The first ``samples`` different examples in the order of their hashes, or all of them."""
+    by_content = {example.content: (where, kind, example) for where, kind, example in read}
+    return [by_content[content] for content in sorted(by_content, key=_rank)[:samples]]
 
 
 def _rank(content: str) -> bytes:
@@ -123,12 +138,18 @@ def _example(record: Record) -> tuple[Kind, Example]:
 
 
 def _right(where: str, choices: Sequence[Any], answer: Any) -> int:
-    """Which choice is right: by its number from 0, or by its text."""
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
+    """The number of the right choice: a record has it as its number from 0, as its text, or as that number in text."""
+    if _is_index(answer, choices):
+        return int(answer)
     if answer in choices:
         return choices.index(answer)
+    if isinstance(answer, str) and answer.isdecimal() and _is_index(int(answer), choices):
+        return int(answer)
     raise CheckpointError(f"{where}: answer is {answer!r}, expected one of the choices, or its number from 0")
+
+
+def _is_index(answer: Any, choices: Sequence[Any]) -> bool:
+    return isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
 
 
 # --- apart from calibration -----------------------------------------------------------------------
@@ -139,8 +160,10 @@ def check_apart(recipe: Recipe, tasks: Iterable[Task]) -> None:
     given = recipe.calibration
     if given is None or given.data is None:
         return
-    sources = set(given.data.values()) if isinstance(given.data, dict) else {given.data}
-    seen = {text: source for source in sorted(sources) for text in _texts(source, recipe.folder)}
+    sources = {
+        (source.file, *source.fields.items()): source for expert in recipe.experts for source in given.sources(expert)
+    }
+    seen = {text: sources[key].file for key in sorted(sources) for text in _texts(sources[key], recipe.folder)}
     faults = []
     for task in tasks:
         known = [seen[text] for example in task.examples if (text := _text(example)) in seen]
@@ -153,7 +176,7 @@ def check_apart(recipe: Recipe, tasks: Iterable[Task]) -> None:
         raise RecipeError(faults)
 
 
-def _texts(source: str, folder: Path) -> Iterator[str]:
+def _texts(source: TextSource, folder: Path) -> Iterator[str]:
     """Each record as one text, alike for calibration and evaluation: what it asks, without spaces at the ends."""
     for record in records(source, folder):
         text = record.fields.get("text") or record.fields.get("prompt")

@@ -1,4 +1,4 @@
-"""What a merge would do, and what it did: density, overlap, conflict and balance, streamed; facts and no score."""
+"""Judging a merge by its weights: density, overlap, conflict and balance, streamed; statistics and no score."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import changed_input, expert_name, recipe_with_merge, unused_name
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.inspection import masks
-from merger.inspection.counters import Wanted
 from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
-from merger.inspection.walk import Walk, Watch, between_stages, finished, task_vectors
+from merger.inspection.request import InspectionRequest
+from merger.inspection.views import curves_of, pictures_of, views_of
+from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count_stages, count_task_vectors
 from merger.options import RunOptions
 from merger.planning.plan import Plan
 from merger.recipe.recipe import Recipe
@@ -42,18 +43,20 @@ def inspect(
     *,
     picture: str | None = None,
     rank: bool = False,
+    subspaces: bool = False,
     curves: bool = False,
 ) -> Inspection:
-    """Looks at the experts against the base, and at what every stage of the recipe leaves; writes nothing.
+    """Compares the experts with the base, and the task vectors that every stage of the recipe leaves; writes nothing.
 
-    ``picture`` names a tensor whose kept positions are mapped, ``rank`` asks for effective ranks and ``curves`` for
-    overlap and balance against density. Raises a `MergerError` as `merge` does.
+    ``picture`` names a tensor whose positions are mapped. ``rank`` asks for effective ranks, ``subspaces`` for the
+    statistics that decompose every matrix, ``curves`` for overlap and balance against density. Raises a `MergerError`
+    as `merge` does.
     """
     with prepare(recipe, options) as prepared:
         if any(stage_input.follows_merge for stage_input in prepared.plan.inputs):
             raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
-        walk = Walk(prepared, _wanted(prepared.plan, picture, rank, curves))
-        return _seen(walk, between_stages, "recipe", recipe.base.model, list(recipe.experts))
+        walk = Walk(prepared, _request(prepared.plan, picture, rank, subspaces, curves))
+        return _inspection(walk, count_stages, "recipe", recipe.base.model, list(recipe.experts))
 
 
 def inspect_model(
@@ -63,14 +66,15 @@ def inspect_model(
     *,
     picture: str | None = None,
     rank: bool = False,
+    subspaces: bool = False,
     curves: bool = False,
 ) -> Inspection:
-    """Looks at where one fine-tune changed its base; both are folders or Hub repositories."""
+    """Compares one fine-tune with its base; both are folders or Hub repositories."""
     name = expert_name(model)
-    written = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
-    with prepare(Recipe.parse(written), replace(options, device="cpu")) as prepared:
-        walk = Walk(prepared, _wanted(prepared.plan, picture, rank, curves))
-        return _seen(walk, task_vectors, "model", base, [name])
+    recipe = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
+    with prepare(Recipe.parse(recipe), replace(options, device="cpu")) as prepared:
+        walk = Walk(prepared, _request(prepared.plan, picture, rank, subspaces, curves))
+        return _inspection(walk, count_task_vectors, "model", base, [name])
 
 
 def inspect_merge(
@@ -80,71 +84,75 @@ def inspect_merge(
     inputs: Path | None = None,
     picture: str | None = None,
     rank: bool = False,
+    subspaces: bool = False,
     curves: bool = False,
 ) -> Inspection:
-    """Looks at a finished merge: what each input's share of every layer is, told from the weights.
+    """Compares a finished merge with its inputs: the share of every layer that each of them gave.
 
-    ``inputs`` is what relative paths of its recipe start at, by default where its own output path says.
-    Where an input is gone or another one by now, only what the manifest says is told, and why. Nothing is
-    downloaded: what came from the Hub is looked for in its cache.
+    The relative paths of its recipe start at ``inputs``, by default at the folder that its output path implies. Where
+    an input is missing or differs from the one that was merged, the inspection has the manifest's facts and the reason
+    alone. Nothing is downloaded: inputs from the Hub are read from its cache.
     """
     if not (folder / RECORD).is_file():
         raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give --base for a fine-tune")
     manifest = Manifest.read(folder)
-    made, experts, copied = manifest.summary(), manifest.experts, manifest.copied
-    base = made["inputs"]["base"]
+    summary, experts, copied = manifest.summary(), manifest.experts, manifest.copied
+    base = summary["inputs"]["base"]
     label = unused_name("merged", experts)
-    known = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=made)
+    of_manifest = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=summary)
     if manifest.is_packed:
-        return _told(known, masks.told(folder, manifest.content, experts), options)
+        return _with_notes(of_manifest, masks.describe(folder, manifest.content, experts), options)
     try:
         recipe = recipe_with_merge(manifest, folder, label, inputs)
         prepared = prepare(recipe, replace(options, device="cpu", offline=True))
     except (CheckpointError, RecipeError) as error:
-        why = f"shares cannot be told from the weights: {error}; --inputs says where they are"
-        return _told(known, [why], options)
+        reason = f"shares cannot be told from the weights: {error}; --inputs says where they are"
+        return _with_notes(of_manifest, [reason], options)
     with prepared:
         plan = prepared.plan
-        changed = changed_input(manifest, plan)
-        if changed is not None:
-            return _told(known, [f"{changed}, so shares cannot be told from the weights"], options)
-        walk = Walk(prepared, _wanted(plan, picture, rank, curves))
-        seen = _seen(walk, partial(finished, plan.models[label]), "merge", base, experts)
-        return replace(seen, made=made, copied=copied)
+        difference = changed_input(manifest, plan)
+        if difference is not None:
+            return _with_notes(of_manifest, [f"{difference}, so shares cannot be told from the weights"], options)
+        walk = Walk(prepared, _request(plan, picture, rank, subspaces, curves))
+        inspection = _inspection(walk, partial(count_finished_merge, plan.models[label]), "merge", base, experts)
+        return replace(inspection, made=summary, copied=copied)
 
 
-def _told(known: Inspection, notes: Sequence[str], options: RunOptions) -> Inspection:
-    """What is known without comparing weights, and what there is to say."""
+def _with_notes(of_manifest: Inspection, notes: Sequence[str], options: RunOptions) -> Inspection:
+    """An inspection that compares no weights, with the reasons."""
     for note in notes:
         options.notice(note)
-    return replace(known, notes=list(notes))
+    return replace(of_manifest, notes=list(notes))
 
 
-def _seen(walk: Walk, watch: Watch, subject: Any, base: str, experts: Sequence[str]) -> Inspection:
-    began = time.monotonic()
+def _inspection(walk: Walk, count_slice: CountSlice, subject: Any, base: str, experts: Sequence[str]) -> Inspection:
+    start = time.monotonic()
     plan = walk.plan
     for note in plan.notes:
         walk.options.notice(note)
-    walk.run(watch)
+    walk.run(count_slice)
     return Inspection(
         format=FORMAT,
         subject=subject,
         base=base,
         experts=list(experts),
-        views=walk.views(experts),
-        pictures=walk.pictures(experts),
-        curves=walk.curves(experts),
+        views=views_of(walk.work, experts),
+        pictures=pictures_of(walk.work, walk.request.picture, experts),
+        curves=curves_of(walk.work, experts),
         copied={tensor.name: tensor.source for tensor in plan.tensors if not tensor.stages},
         notes=list(plan.notes),
-        seconds=round(time.monotonic() - began, 3),
+        seconds=round(time.monotonic() - start, 3),
         bytes_read=walk.progress.done,
         peak_memory_bytes=peak_memory(),
     )
 
 
-def _wanted(plan: Plan, picture: str | None, rank: bool, curves: bool) -> Wanted:
-    """What is asked for; RecipeError with the near name if no such tensor as ``picture`` is merged."""
+def _request(plan: Plan, picture: str | None, rank: bool, subspaces: bool, curves: bool) -> InspectionRequest:
+    """The request; RecipeError with the nearest name if no merged tensor has the name ``picture``."""
     names = [tensor.name for tensor in plan.tensors if tensor.stages]
     if picture is not None and picture not in names:
         raise RecipeError(f"--tensor {picture}: no such tensor is merged; {nearest(picture, names[:40])}")
-    return Wanted(picture, rank, curves)
+    groups = {"rank": rank, "subspaces": subspaces}
+    return InspectionRequest(
+        picture, frozenset(group for group, is_asked_for in groups.items() if is_asked_for), curves
+    )

@@ -1,178 +1,140 @@
-"""What there is to draw of an inspection, as data: `page` and `plots` draw the same."""
+"""The charts of an inspection, as data: the page and the plots show the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from merger.inspection.report import ByPair, Curve, Curves, Facts, Merged, View
-from merger.inspection.tables import most, shortened
-
-LINES = 6
-"""Lines of a chart: more cannot be told apart. The pairs that overlap most are drawn."""
-
-OF_EXPERTS = {
-    "overlap": "of what one expert keeps, the share that another keeps too; the largest of all pairs",
-    "sign_conflict": "of what two experts keep, the share where their signs differ; the largest of all pairs",
-    "density": "share of positions that are not zero; the densest expert",
-    "norm": "euclidean length of the task vector; the longest",
-    "uneven_rows": "standard deviation over mean of what the rows keep; the most uneven expert",
-    "uneven_columns": "standard deviation over mean of what the columns keep; the most uneven expert",
-    "uneven_blocks": "standard deviation over mean of what each 256 elements in a row keep; the most uneven expert",
-    "distinct": "how many different values other than zero there are; the expert with most",
-    "effective_rank": "e to the entropy of the singular values as shares; the expert with the highest",
-}
-OF_PAIRS = ("overlap", "sign_conflict")
+from merger.charts import CellMap, Chart, Heatmap, LineChart, Series
+from merger.charts.paint import SERIES
+from merger.inspection.presentation import LayerColumn, columns_by_layer, present, shortened
+from merger.inspection.report import Curve, Curves, Inspection, Picture, View
+from merger.inspection.statistic import BY_PAIR, Statistic
 
 
-@dataclass(frozen=True)
-class Heatmap:
-    """Numbers by row and column; ``across`` where the columns' names are short."""
-
-    name: str
-    what: str
-    columns: Sequence[str]
-    rows: Mapping[str, Mapping[str, float | None]]
-    across: bool = False
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """The least and the greatest number."""
-        values = [value for row in self.rows.values() for value in row.values() if value is not None]
-        return min(values), max(values)
+def charts_of(inspection: Inspection) -> dict[str, list[Chart]]:
+    """Every figure by name, each one or more charts that belong side by side."""
+    figures: dict[str, list[Chart]] = {}
+    if inspection.curves is not None:
+        figures |= {chart.title: [chart] for chart in curve_charts(inspection.curves)}
+    for view in inspection.views:
+        figures |= {f"{view.name}.{name}": charts for name, charts in view_charts(view).items()}
+    for picture in inspection.pictures:
+        figures[f"{picture.view}.{picture.tensor}"] = picture_charts(picture)
+    return figures
 
 
-@dataclass(frozen=True)
-class Line:
-    """What magnitude does at each density, and random masks beside it."""
-
-    name: str
-    magnitude: Sequence[float]
-    random: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Lines against density; ``diagonal`` where random masks over all positions would have the density itself."""
-
-    name: str
-    what: str
-    densities: Sequence[float]
-    lines: Sequence[Line]
-    diagonal: bool = False
-
-    @property
-    def top(self) -> float:
-        """The greatest number."""
-        return max(value for line in self.lines for value in (*line.magnitude, *line.random))
+def view_charts(view: View) -> dict[str, list[Chart]]:
+    """The figures of one view: pairs of experts, series, and every statistic by layer."""
+    pairs, series = pair_charts(view), series_charts(view)
+    figures = {"pairs": pairs} if pairs else {}
+    return figures | {chart.title: [chart] for chart in series} | by_layer(view)
 
 
 # --- the whole model ------------------------------------------------------------------------------
 
 
-def matrices(view: View) -> list[Heatmap]:
+def pair_charts(view: View) -> list[Chart]:
     """The numbers of every pair of experts; none where there are no pairs."""
-    whole = view.whole
-    if not isinstance(whole, Facts) or len(whole.norm) < 2:
-        return []
-    return [
-        _matrix("overlap", "of what the row's expert keeps, the share that the column's keeps too", whole.overlap),
-        _matrix("sign conflict", "of what both keep, the share where their signs differ", whole.sign_conflict),
-        _matrix("cosine", "between task vectors", whole.cosine),
-    ]
+    return [_pair_chart(entry, getattr(view.whole, entry.name)) for entry in present(view) if entry.form is BY_PAIR]
 
 
-def _matrix(name: str, what: str, pairs: ByPair) -> Heatmap:
-    return Heatmap(
-        name, what, list(pairs), {one: {other: pairs[one].get(other) for other in pairs} for one in pairs}, True
-    )
+def _pair_chart(entry: Statistic, pairs: Mapping[str, Mapping[str, float]]) -> Heatmap:
+    roles = "" if entry.symmetric else " A is the row's expert, B the column's."
+    rows = {name: {peer: row.get(peer) for peer in pairs} for name, row in pairs.items()}
+    return Heatmap(entry.title, entry.explanation + roles, list(pairs), rows)
 
 
-def charts(curves: Curves) -> list[Chart]:
+def series_charts(view: View) -> list[Chart]:
+    """Each series of more than two numbers as a line."""
+    charts: list[Chart] = []
+    for entry in present(view):
+        values = getattr(view.whole, entry.name)
+        if entry.axis is not None and len(values) > 2:
+            points = list(zip(entry.axis.points(len(values) - 1), values, strict=True))
+            charts.append(LineChart(entry.title, entry.explanation, entry.axis.name, [Series("", points, 0)]))
+    return charts
+
+
+def curve_charts(curves: Curves) -> list[Chart]:
     """Overlap and balance against density, of the whole model and of each kind of tensor that has matrices."""
     kinds = {kind: curve for kind, curve in curves.kinds.items() if any(map(any, curve.uneven_rows.values()))}
-    shown = {"": curves.whole, **({f", kind {kind}": each for kind, each in kinds.items()} if len(kinds) > 1 else {})}
-    return [chart for where, curve in shown.items() for chart in _charts(where, curve)]
+    parts = {"": curves.whole, **({f", kind {kind}": curve for kind, curve in kinds.items()} if len(kinds) > 1 else {})}
+    return [chart for suffix, curve in parts.items() for chart in _curve_charts(suffix, curve)]
 
 
-def _charts(where: str, curve: Curve) -> list[Chart]:
+def _curve_charts(suffix: str, curve: Curve) -> list[Chart]:
+    """The pairs that overlap most, and the experts' balance: magnitude as a line, random masks dashed."""
+    caption = "solid: the largest by magnitude; dashed: as many of the changed positions at random"
     pairs = sorted(combinations(curve.uneven_rows, 2), key=lambda pair: -sum(curve.overlap[pair[0]][pair[1]]))
-    overlap = [Line(f"{a}, {b}", curve.overlap[a][b], curve.overlap_random[a][b]) for a, b in pairs[:LINES]]
-    uneven = [Line(name, own, curve.uneven_rows_random[name]) for name, own in curve.uneven_rows.items()][:LINES]
-    drawn = "solid: the largest by magnitude; dashed: as many of the changed positions at random"
-    return [
-        *(
-            [Chart(f"overlap against density{where}", drawn, curve.densities, overlap, diagonal=True)]
-            if overlap
-            else []
-        ),
-        Chart(f"uneven rows against density{where}", drawn, curve.densities, uneven),
-    ]
+    overlap = {f"{a}, {b}": (curve.overlap[a][b], curve.overlap_random[a][b]) for a, b in pairs}
+    uneven = {name: (values, curve.uneven_rows_random[name]) for name, values in curve.uneven_rows.items()}
+    title = f"against density{suffix}"
+    charts: list[Chart] = []
+    if overlap:
+        lines = _magnitude_and_random(curve.densities, overlap)
+        charts.append(LineChart(f"overlap {title}", caption, "density", lines, top=1.0, diagonal=True))
+    lines = _magnitude_and_random(curve.densities, uneven)
+    return [*charts, LineChart(f"uneven rows {title}", caption, "density", lines)]
+
+
+def _magnitude_and_random(
+    densities: Sequence[float], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> list[Series]:
+    lines = []
+    for number, (name, (magnitude, random)) in enumerate(list(curves.items())[:SERIES]):
+        lines.append(Series("", list(zip(densities, random, strict=True)), number, "dashed"))
+        lines.append(Series(name, list(zip(densities, magnitude, strict=True)), number))
+    return lines
+
+
+def picture_charts(picture: Picture) -> list[Chart]:
+    """The map of a tensor's positions, of each expert by itself."""
+    values = [value for rows in picture.density.values() for row in rows for value in row]
+    caption = f"{picture.tensor} ({picture.view}): density in equal cells of the matrix"
+    return [CellMap(name, caption, rows, (min(values), max(values))) for name, rows in picture.density.items()]
 
 
 # --- by layer and projection ----------------------------------------------------------------------
 
 
-def by_layer(view: View) -> dict[str, list[Heatmap]]:
+def by_layer(view: View) -> dict[str, list[Chart]]:
     """Each statistic of every block's large tensors, of its small ones, and of the tensors outside any block."""
-    return {name: _layers(view, name, what, find) for name, what, find in _statistics(view.whole)}
+    charts: dict[str, list[Chart]] = {}
+    for entry in present(view):
+        for column in columns_by_layer(entry, view):
+            charts[column.name] = _layer_charts(view, column)
+    return charts
 
 
-Statistic = tuple[str, str, Callable[[Any], float]]
-"""What it is called, what it is, and how it is found."""
-
-
-def _statistics(whole: Facts | Merged) -> list[Statistic]:
-    if isinstance(whole, Merged):
-        return _of_merged(whole)
-
-    def of(name: str, what: str) -> Statistic:
-        return name.replace("_", " "), what, lambda facts: most(getattr(facts, name))
-
-    absent = {
-        *(() if len(whole.norm) > 1 else OF_PAIRS),
-        *(("effective_rank",) if whole.effective_rank is None else ()),
-    }
-    return [of(name, what) for name, what in OF_EXPERTS.items() if name not in absent]
-
-
-def _of_merged(whole: Merged) -> list[Statistic]:
-    def of(name: str) -> Statistic:
-        return f"at {name}", f"share of positions that end at {name}'s value", lambda f: float(f.at_expert[name])
-
-    return [
-        ("blend", "share of positions that end at no single input's value", lambda f: float(f.blend)),
-        ("at the base", "share of positions that end at the base's value", lambda f: float(f.at_base)),
-        *map(of, whole.at_expert),
-        ("norm", "euclidean length of the merged task vector", lambda f: float(f.norm)),
-    ]
-
-
-def _layers(view: View, name: str, what: str, find: Callable[[Any], float]) -> list[Heatmap]:
+def _layer_charts(view: View, statistic: LayerColumn) -> list[Chart]:
     short = shortened(view.cells)
-    inside = {short[layer]: cells for layer, cells in view.cells.items() if layer not in view.tensors}
-    outside = {short[layer]: cells for layer, cells in view.cells.items() if layer in view.tensors}
-    maps = []
-    for title, columns in zip((name, f"{name} of small tensors"), _by_size(inside.values()), strict=True):
+    blocks = {short[layer]: cells for layer, cells in view.cells.items() if layer not in view.tensors}
+    outer = {short[layer]: cells for layer, cells in view.cells.items() if layer in view.tensors}
+    charts: list[Chart] = []
+    for title, columns in zip(
+        (statistic.name, f"{statistic.name} of small tensors"), _by_size(blocks.values()), strict=True
+    ):
         rows = {
-            layer: {each: find(cells[each]) if each in cells else None for each in columns}
-            for layer, cells in inside.items()
+            layer: {column: statistic.number(cells[column]) if column in cells else None for column in columns}
+            for layer, cells in blocks.items()
         }
-        maps += [Heatmap(title, what, columns, rows)] if columns else []
-    alone = {layer: {name: find(next(iter(cells.values())))} for layer, cells in outside.items()}
-    return maps + ([Heatmap(f"{name} outside the blocks", what, [name], alone, across=True)] if alone else [])
+        charts += [Heatmap(title, statistic.caption, columns, rows)] if columns else []
+    if outer:
+        rows = {layer: {statistic.name: statistic.number(next(iter(cells.values())))} for layer, cells in outer.items()}
+        charts.append(Heatmap(f"{statistic.name} outside the blocks", statistic.caption, [statistic.name], rows))
+    return charts
 
 
-def _by_size(layers: Iterable[Mapping[str, Facts | Merged]]) -> tuple[list[str], list[str]]:
-    """The projections with many elements and those with less than a hundredth of the largest's: norms, biases.
+def _by_size(layers: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The projections with many elements, and those with less than a hundredth of the largest's: norms, biases.
 
-    A figure of their own keeps the small ones' wide scatter out of the others' colours.
+    A chart of their own keeps the wide scatter of the small ones out of the colours of the others.
     """
     elements: dict[str, int] = {}
     for cells in layers:
-        for projection, facts in cells.items():
-            elements[projection] = max(elements.get(projection, 0), facts.elements)
-    few = max(elements.values(), default=0) / 100
-    return [p for p, n in elements.items() if n >= few], [p for p, n in elements.items() if n < few]
+        for projection, values in cells.items():
+            elements[projection] = max(elements.get(projection, 0), values.elements)
+    limit = max(elements.values(), default=0) / 100
+    return [p for p, n in elements.items() if n >= limit], [p for p, n in elements.items() if n < limit]

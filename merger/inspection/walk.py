@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.engine.prepare import Prepared
 from merger.engine.reader import PartSlices, rounded
 from merger.engine.schedule import ByteProgress, Schedule, Sink
-from merger.inspection.counters import TASK_VECTORS, Key, Tally, Wanted
-from merger.inspection.curves import levels
-from merger.inspection.report import Curve, Curves, Facts, Merged, Picture, View, curve, facts
-from merger.inspection.sums import Outcome, Sums, Vectors, endings
+from merger.inspection.counters import ExpertSlice, MergedSlice
+from merger.inspection.curves import selection_levels
+from merger.inspection.part_counts import PartCounts
+from merger.inspection.request import RESULT, TASK_VECTORS, InspectionRequest, ViewKey
 from merger.ops.questions import Flow
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.planning.plan import Part, TensorPlan
@@ -24,113 +23,86 @@ if TYPE_CHECKING:
 
     from merger.checkpoint.checkpoint import Checkpoint
 
-S = TypeVar("S", bound=Sums)
-RESULT = "result"
-Watch = Callable[["Tally", TensorPlan, "Tensor", Slice, Subject], Flow[None]]
-"""Carries one slice of a part, whose tally it shows what there is to see."""
+CountSlice = Callable[[PartCounts, TensorPlan, "Tensor", Slice, Subject], Flow[None]]
+"""Carries one slice of a part through the stages and counts what is compared there."""
 
 
 class Walk(Sink):
-    """One inspection on its way; afterwards it says what it saw."""
+    """One inspection of a plan: counts every slice of every merged tensor."""
 
-    def __init__(self, prepared: Prepared, wanted: Wanted) -> None:
+    def __init__(self, prepared: Prepared, request: InspectionRequest) -> None:
         self.plan, self.options = prepared.plan, prepared.options
-        self.wanted = wanted
+        self.request = request
         tensors = [tensor for tensor in self.plan.tensors if tensor.stages]
-        self.work = [(tensor, part, Tally(tensor, part, wanted)) for tensor in tensors for part in tensor.parts]
-        self._tallies = {part.name: tally for _, part, tally in self.work}
+        self.work = [(tensor, part, PartCounts(tensor, part, request)) for tensor in tensors for part in tensor.parts]
+        self._counts = {part.name: counts for _, part, counts in self.work}
         total = sum(self.plan.bytes_of(tensor, tensor.elements) for tensor in tensors)
         self.progress = ByteProgress("inspecting", total, self.options.progress)
         self._schedule = Schedule(prepared, tensors, self.progress)
 
-    def run(self, watch: Watch) -> None:
-        """Shows every slice to ``watch``."""
-        self._watch = watch
+    def run(self, count_slice: CountSlice) -> None:
+        """Counts every slice with ``count_slice``."""
+        self._count_slice = count_slice
         self._schedule.run(self)
 
     def carry(self, slices: PartSlices, i: int) -> Flow[None]:
-        """Reads a slice, and shows it between its stages."""
+        """Reads a slice and counts it between its stages."""
         stored, piece = slices.read(i)
-        tally = self._tallies[slices.part.name]
-        yield from self._watch(tally, slices.tensor, stored, piece, slices.subject)
+        counts = self._counts[slices.part.name]
+        yield from self._count_slice(counts, slices.tensor, stored, piece, slices.subject)
         slices.release(i)
 
     def end_pass(self, tensor: TensorPlan, part: Part) -> None:
-        """Adds up what was counted in a pass."""
-        self._tallies[part.name].fold()
-
-    def views(self, experts: Sequence[str]) -> list[View]:
-        """What was seen, in the order of the pipeline, added up by tensor, layer, projection and kind."""
-        seen: dict[Key, list[tuple[TensorPlan, Vectors | Outcome]]] = defaultdict(list)
-        for tensor, _, tally in self.work:
-            for key, sums in tally.sums.items():
-                seen[key].append((tensor, sums))
-        return [_view(key, seen[key], experts) for key in sorted(seen)]
-
-    def pictures(self, experts: Sequence[str]) -> list[Picture]:
-        """Where the chosen tensor's kept positions lie, in each view of the experts; of packed experts, the first."""
-        tally = next((tally for tensor, _, tally in self.work if tensor.name == self.wanted.picture), None)
-        if tally is None:
-            return []
-        return [
-            Picture(tally.part.name, key[1], dict(zip(experts, (cells / tally.cells_hold()).tolist(), strict=True)))
-            for key, cells in sorted(tally.cells.items(), key=lambda item: item[0])
-        ]
-
-    def curves(self, experts: Sequence[str]) -> Curves | None:
-        """The curves of the whole model and of each kind of tensor, where they were asked for."""
-        seen = [(tensor, tally.curves) for tensor, _, tally in self.work if tally.curves is not None]
-        if not seen:
-            return None
-        drawn: dict[Any, Curve] = {
-            name: curve(sums, experts) for name, sums in _grouped(seen, lambda t: (None, t.kind)).items()
-        }
-        return Curves(whole=drawn.pop(None), kinds=drawn)
+        """Adds up the slices that were counted in a pass."""
+        self._counts[part.name].close_views()
 
 
-# --- what is watched ------------------------------------------------------------------------------
+# --- what is counted of a slice -------------------------------------------------------------------
 
 
-def between_stages(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
-    """The task vectors before the recipe's stages, after each, and what becomes of them."""
-    keys = stage_keys(tensor)
-    yield from task_vectors(tally, tensor, stored, piece, subject)
+def count_stages(counts: PartCounts, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
+    """Counts the task vectors before the recipe's stages, after each, and the merged vector."""
+    views = stage_views(tensor)
+    yield from count_task_vectors(counts, tensor, stored, piece, subject)
 
     def look(i: int, deltas: Tensor) -> None:
         if tensor.stages[i].entry.packing is not None:
-            return  # its results are of several kinds; what they hold of an expert is seen in the output
+            return  # a pack has results of several kinds; an inspection of the output compares them
         if deltas.dim() == 3:
-            tally.experts((*keys[i], "experts"), piece.row, deltas)
-            return
-        if i + 1 < len(keys):
-            ends = endings(deltas, None, piece.deltas)
-        else:
-            written = rounded(tensor, tally.part, stored, piece, deltas)
-            ends = endings(written, *_inputs(stored, written.dtype))
-        tally.merged((*keys[i], "merged"), piece.row, deltas, piece.deltas, ends)
+            counts.count(replace(views[i], subject="experts"), ExpertSlice(piece.row, piece.base, deltas))
+        elif not counts.has(views[i], piece.row):
+            compared: tuple[Tensor, Tensor | None, Tensor] = (deltas, None, piece.deltas)
+            if views[i] == RESULT:
+                result = rounded(tensor, counts.part, stored, piece, deltas)
+                compared = (result, *_inputs(stored, result.dtype))
+            counts.count(views[i], MergedSlice(piece.row, deltas, piece.deltas, *compared))
 
     yield from flow(tensor.stages, piece, subject, look)
 
 
-def task_vectors(tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject) -> Flow[None]:
-    """The task vectors alone."""
-    yield from _task_vectors(tally, piece.row, piece.deltas)
-
-
-def finished(
-    merge: Checkpoint, tally: Tally, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject
+def count_task_vectors(
+    counts: PartCounts, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject
 ) -> Flow[None]:
-    """The task vectors, and beside them a finished ``merge``, which is the last of the experts."""
-    dtype = merge.dtype(tensor.name)
-    ends = endings(stored[-1].to(dtype), *_inputs(stored[:-1], dtype))
-    yield from _task_vectors(tally, piece.row, piece.deltas[:-1])
-    tally.merged((_LAST, RESULT, "merged"), piece.row, piece.deltas[-1], piece.deltas[:-1], ends)
+    """Counts the task vectors alone."""
+    yield from _count_experts(counts, piece.row, piece.base, piece.deltas)
 
 
-def _task_vectors(tally: Tally, row: int, deltas: Tensor) -> Flow[None]:
-    tally.experts(TASK_VECTORS, row, deltas)
-    if tally.awaits_curves:
-        tally.sweep(row, (yield from levels(deltas, tally.part.rows * tally.part.columns)))
+def count_finished_merge(
+    merge: Checkpoint, counts: PartCounts, tensor: TensorPlan, stored: Tensor, piece: Slice, subject: Subject
+) -> Flow[None]:
+    """Counts the task vectors, and beside them a finished ``merge``, which is read as the last of the experts."""
+    experts = piece.deltas[:-1]
+    yield from _count_experts(counts, piece.row, piece.base, experts)
+    if not counts.has(RESULT, piece.row):
+        dtype = merge.dtype(tensor.name)
+        compared = stored[-1].to(dtype), *_inputs(stored[:-1], dtype)
+        counts.count(RESULT, MergedSlice(piece.row, piece.deltas[-1], experts, *compared))
+
+
+def _count_experts(counts: PartCounts, row: int, base: Tensor, deltas: Tensor) -> Flow[None]:
+    counts.count(TASK_VECTORS, ExpertSlice(row, base, deltas))
+    if counts.needs_levels:
+        counts.count_levels(row, (yield from selection_levels(deltas, counts.part.rows * counts.part.columns)))
 
 
 def _inputs(stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -138,53 +110,13 @@ def _inputs(stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return stored[0].to(dtype), stored[1:].to(dtype)
 
 
-_LAST = (10**6, 0)
-
-
-def stage_keys(tensor: TensorPlan) -> list[tuple[tuple[int, int], str]]:
-    """The place and the name of the view after each stage: its own name, numbered where it comes again."""
+def stage_views(tensor: TensorPlan) -> list[ViewKey]:
+    """The view after each stage: the stage's own name, numbered where it comes again."""
     names = [stage.entry.name for stage in tensor.stages]
     prefix = f"rule{tensor.group}." if tensor.group else ""
-    keys = []
+    views = []
     for i, name in enumerate(names):
-        again = names[:i].count(name)
-        keys.append(((tensor.group, i), f"{prefix}{name}{again + 1 if again else ''}"))
-    return [*keys[:-1], (_LAST, RESULT)]
-
-
-# --- adding up ------------------------------------------------------------------------------------
-
-
-def _view(key: Key, seen: Sequence[tuple[TensorPlan, Vectors | Outcome]], experts: Sequence[str]) -> View:
-    def grouped(group: Callable[[TensorPlan], Any]) -> dict[Any, Facts | Merged]:
-        totals = _grouped(seen, lambda tensor: (group(tensor),))
-        return {name: facts(sums, experts) for name, sums in totals.items()}
-
-    cells: dict[str, dict[str, Facts | Merged]] = defaultdict(dict)
-    for (layer, projection), each in grouped(lambda t: (t.unit, projection_of(t))).items():
-        cells[layer][projection] = each
-    return View(
-        name=key[1],
-        about=key[2],
-        whole=grouped(lambda t: None)[None],
-        kinds=grouped(lambda t: t.kind),
-        layers=grouped(lambda t: t.unit),
-        projections=grouped(projection_of),
-        cells=dict(cells),
-        tensors=grouped(lambda t: t.name),
-    )
-
-
-def _grouped(seen: Iterable[tuple[TensorPlan, S]], groups: Callable[[TensorPlan], Iterable[Any]]) -> dict[Any, S]:
-    """Sums added up by each of the groups that a tensor belongs to."""
-    totals: dict[Any, S] = {}
-    for tensor, sums in seen:
-        for name in groups(tensor):
-            totals[name] = totals[name] + sums if name in totals else sums
-    return totals
-
-
-def projection_of(tensor: TensorPlan) -> str:
-    """What its block calls a tensor, numbers as *: self_attn.q_proj, mlp.experts.*.w1, or all of a name outside any."""
-    own = tensor.name.removeprefix(f"{tensor.unit}.").removesuffix(".weight")
-    return re.sub(r"(?<![a-zA-Z_])\d+(?=\.|$)", "*", own)
+        repeats = names[:i].count(name)
+        label = f"{prefix}{name}{repeats + 1 if repeats else ''}"
+        views.append(ViewKey(tensor.group, i, label, "merged"))
+    return [*views[:-1], RESULT]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from merger.methods._claims import claims, remark_on_zeros
 from merger.ops.arithmetic import keep
 from merger.ops.questions import Flow, Size
 from merger.ops.selection import in_turn, top_of_blocks
@@ -21,7 +24,24 @@ def of_short_block(n: int, m: int, length: int, tail: str) -> int:
     return n * length // m if tail == "proportional" else 0
 
 
-@sparsifier(align="m")
+def _claims(n: int, m: int, exclusive: Sequence[int] | None, claim_zeros: bool, **_: Any) -> Sequence[Fraction]:
+    """Each expert's n of m, or as many as those before it left."""
+    return claims(of_blocks(n, m, exclusive or ()), exclusive, claim_zeros)
+
+
+def of_blocks(n: int, m: int, order: Sequence[int]) -> list[Fraction]:
+    """The share of a block that each expert gets who takes ``n`` of ``m`` elements, or those that are left."""
+    shares = [Fraction(0)] * len(order)
+    for i, k in enumerate(order):
+        shares[k] = Fraction(max(0, min(n, m - i * n)), m)
+    return shares
+
+
+def _remark(experts: int, **parameters: Any) -> str:
+    return remark_on_zeros(_claims(**parameters))
+
+
+@sparsifier(align="m", claims=_claims, remark=_remark)
 def bs(
     deltas: Tensor,
     scores: Tensor,

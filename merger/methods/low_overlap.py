@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from merger._lazy import torch
-from merger.methods.bs import of_short_block
+from merger.methods._claims import claims, remark_on_zeros
+from merger.methods.bs import of_blocks, of_short_block
 from merger.ops.arithmetic import keep
 from merger.ops.questions import Flow, Size
 from merger.ops.selection import top_of_blocks
@@ -18,7 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@sparsifier(align="m")
+def _claims(n: int, m: int, order: Sequence[int], claim_zeros: bool, **_: Any) -> Sequence[Fraction]:
+    """The positions that no other expert holds: shared ones take part in a sum, where a zero closes nothing."""
+    return claims(of_blocks(n, m, order), order, claim_zeros)
+
+
+def _remark(experts: int, **parameters: Any) -> str:
+    return remark_on_zeros(_claims(**parameters))
+
+
+@sparsifier(align="m", claims=_claims, remark=_remark)
 def low_overlap(
     deltas: Tensor,
     scores: Tensor,

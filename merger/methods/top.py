@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from merger.methods._claims import claims, remark_on_zeros
 from merger.ops.arithmetic import RatioOf, keep
 from merger.ops.questions import Flow, Scope, Size
 from merger.ops.selection import select
@@ -17,7 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@sparsifier()
+def _claims(
+    density: Sequence[Fraction], exclusive: Sequence[int] | None, claim_zeros: bool, ratio_of: RatioOf, **_: Any
+) -> Sequence[Fraction]:
+    return claims(density, exclusive, claim_zeros, ratio_of)
+
+
+def _remark(experts: int, **parameters: Any) -> str:
+    return remark_on_zeros(_claims(**parameters))
+
+
+@sparsifier(claims=_claims, remark=_remark)
 def top(
     deltas: Tensor,
     scores: Tensor,

@@ -111,6 +111,22 @@ def top(scores: Tensor, free: Tensor | None, counts: list[int], scope: Whole) ->
     return loops.mark_top(keys, free, cut.last, room)
 
 
+def nested_tops(scores: Tensor, counts: Sequence[Sequence[int]]) -> Flow[Tensor]:
+    """How many of several selections take each position of a slice [k r c]: uint8.
+
+    Selection i takes the ``counts[i][k]`` largest scores of the tensor, as `top` does; one walk serves all.
+    """
+    loops = kernels.of(scores.float())
+    keys = loops.keys_of(scores)
+    cuts, _ = yield from _cuts(loops, keys, None, counts, "tensor")
+    before = yield PrefixSum(lambda: torch.stack([loops.count_equal(keys, None, cut.last) for cut in cuts]))
+    levels = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
+    for cut, earlier in zip(cuts, before.tolist(), strict=True):
+        room = [space - taken for space, taken in zip(cut.room, earlier, strict=True)]
+        levels += loops.mark_top(keys, None, cut.last, room)
+    return levels
+
+
 def _cut(loops: Any, keys: Any, free: Tensor | None, counts: list[int], scope: Whole) -> Flow[Cut]:
     """The key of the last element that each expert takes."""
     experts = len(keys)
@@ -121,12 +137,26 @@ def _cut(loops: Any, keys: Any, free: Tensor | None, counts: list[int], scope: W
         cut: Cut | None = yield Tally(tally_near, shape, scope, partial(_cut_near, counts, ranges))
         if cut is not None:
             return cut
+    cuts, near_keys = yield from _cuts(loops, keys, free, [counts], scope)
+    yield SampleNote(near_keys, scope)
+    return cuts[0]
+
+
+def _cuts(
+    loops: Any, keys: Any, free: Tensor | None, counts: Sequence[Sequence[int]], scope: Whole
+) -> Flow[tuple[list[Cut], list[range | None]]]:
+    """The cuts of several selections, ``counts[i][k]`` each, and the keys near the first; two tallies serve all."""
+    experts = len(keys)
     high = partial(loops.tally_high, keys, free)
     buckets, ranges = yield Tally(high, (experts, kernels.HIGH), scope, partial(_buckets, counts))
-    yield SampleNote(ranges, scope)
-    low = partial(loops.tally_low, keys, free, buckets.last)
-    cut = yield Tally(low, (experts, kernels.LOW), scope, partial(_cut_within, buckets))
-    return cut
+
+    def tally_low(counters: Tensor) -> None:
+        for bucket, tally in zip(buckets, counters, strict=True):
+            loops.tally_low(keys, free, bucket.last, tally)
+
+    shape = len(counts), experts, kernels.LOW
+    cuts: list[Cut] = yield Tally(tally_low, shape, scope, partial(_cuts_within, buckets))
+    return cuts, ranges
 
 
 def cut_of(counts: Sequence[int], tally: Tensor) -> Cut:
@@ -143,14 +173,14 @@ def cut_of(counts: Sequence[int], tally: Tensor) -> Cut:
     return Cut(bins.flatten().tolist(), room.flatten().tolist(), sizes.flatten().tolist())
 
 
-def _buckets(counts: Sequence[int], tally: Tensor) -> tuple[Cut, list[range | None]]:
-    """The cut among the high halves, and for each expert the keys that `MARGIN` reaches to both sides of it."""
+def _buckets(counts: Sequence[Sequence[int]], tally: Tensor) -> tuple[list[Cut], list[range | None]]:
+    """Each selection's cut among the high halves, and of the first the keys that `MARGIN` reaches to both sides."""
+    cuts = [cut_of(selection, tally) for selection in counts]
     totals = tally.sum(1).tolist()
-    margins = [int(MARGIN * math.sqrt(max(0, n * (total - n)))) for n, total in zip(counts, totals, strict=True)]
-    highest = cut_of([max(0, n - margin) for n, margin in zip(counts, margins, strict=True)], tally).last
-    lowest = cut_of([n + margin for n, margin in zip(counts, margins, strict=True)], tally).last
-    cut = cut_of(counts, tally)
-    return cut, [_keys_around(*bins) for bins in zip(tally, cut.last, lowest, highest, strict=True)]
+    margins = [int(MARGIN * math.sqrt(max(0, n * (total - n)))) for n, total in zip(counts[0], totals, strict=True)]
+    highest = cut_of([max(0, n - margin) for n, margin in zip(counts[0], margins, strict=True)], tally).last
+    lowest = cut_of([n + margin for n, margin in zip(counts[0], margins, strict=True)], tally).last
+    return cuts, [_keys_around(*bins) for bins in zip(tally, cuts[0].last, lowest, highest, strict=True)]
 
 
 def _keys_around(tally: Tensor, bucket: int, low: int, high: int) -> range | None:
@@ -167,6 +197,11 @@ def _cut_within(buckets: Cut, tally: Tensor) -> Cut:
     """The cut in whole keys, given the buckets and a tally of the low halves within them."""
     low = cut_of(buckets.room, tally)
     return low._replace(last=[bucket << 16 | key for bucket, key in zip(buckets.last, low.last, strict=True)])
+
+
+def _cuts_within(buckets: Sequence[Cut], tallies: Tensor) -> list[Cut]:
+    """Each selection's cut in whole keys; ``tallies`` is [selections k bins]."""
+    return [_cut_within(bucket, tally) for bucket, tally in zip(buckets, tallies, strict=True)]
 
 
 def _cut_near(counts: Sequence[int], ranges: Sequence[range], tally: Tensor) -> Cut | None:

@@ -21,6 +21,11 @@ def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str)
     return torch.empty(shape, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
 
 
+def buffer_bytes(nbytes: int, device: torch.device | str) -> int:
+    """Bytes that a `buffer` of so many takes: torch rounds pinned allocations up to a power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes and torch.device(device).type == "cuda" else nbytes
+
+
 def sent(values: Tensor, device: torch.device | str) -> Tensor:
     """Values on ``device``: themselves where they are there already.
 

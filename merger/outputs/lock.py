@@ -15,9 +15,10 @@ from typing import Any
 from merger.calibration.provider import origins
 from merger.checkpoint import hub, side_files
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.hashes import digest, note, noted, sha256
+from merger.checkpoint.hashes import config_digest, digest, note, noted, sha256
 from merger.checkpoint.writer import write_json
-from merger.engine.manifest import Manifest, differing, portable, sources_of, tensor_records, versions
+from merger.engine.machine import chosen_devices
+from merger.engine.manifest import Manifest, differing, inexact, portable, sources_of, tensor_records, versions
 from merger.errors import CheckpointError, MergerError, RecipeError
 from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
@@ -25,8 +26,8 @@ from merger.planning.plan import Plan
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
 
-FORMAT = 1
-_PARTS = ("versions", "recipe", "inputs", "calibration", "files", "tensors")
+FORMAT = 2  # since 2 with the configs of all inputs, and with the kind of device where it decides the bytes
+_PARTS = ("versions", "device", "recipe", "inputs", "calibration", "files", "tensors")
 
 
 def lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -
 
     Of a Hub repository only configs and headers are fetched.
     """
-    content = _resolved(recipe, offline=options.offline)
+    content = _resolved(recipe, options)
     write_json(Path(path), content)
     return content
 
@@ -49,7 +50,7 @@ def lock_of(recipe: str | Path) -> Path:
 
 def check_lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> None:
     """RecipeError if the recipe comes to anything else than the lock at ``path`` says, naming all of it."""
-    locked, now = _read(Path(path)), _resolved(recipe, offline=options.offline)
+    locked, now = _read(Path(path)), _resolved(recipe, options)
     faults = [
         f"{path}: {key} was {_said(one)} when it was locked, and is {_said(other)}"
         for key, (one, other) in _differing(locked, now).items()
@@ -68,7 +69,8 @@ def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()
         manifest = Manifest.read(output)
     except CheckpointError:
         return False
-    made = {**{key: manifest.content[key] for key in _PARTS}, "tensors": _hash(manifest.tensors)}
+    device = manifest.content["device"] if manifest.content["device-dependent"] else None
+    made = {**{key: manifest.content[key] for key in _PARTS}, "tensors": _hash(manifest.tensors), "device": device}
     if _differing(_read(Path(path)), made):
         return False
     try:
@@ -105,14 +107,16 @@ def _have(shards: Mapping[Path, str], tell: Progress) -> bool:
 # --- what a lock holds ----------------------------------------------------------------------------
 
 
-def _resolved(recipe: Recipe, *, offline: bool) -> dict[str, Any]:
-    """What merger.json will say of a merge, as far as it is known before it."""
-    with closing(plan(recipe, offline=offline)) as made:
+def _resolved(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """What merger.json will say of a merge, as far as it is known before it; the device where it decides the bytes."""
+    with closing(plan(recipe, offline=options.offline)) as made:
+        device = chosen_devices(options.device)[0].partition(":")[0] if inexact(made) else None
         content = {
             "format": FORMAT,
-            "versions": versions(),
+            "versions": versions(made),
+            "device": device,
             "recipe": portable(recipe.spelled_out()),
-            "inputs": {label: _input(made, label, offline=offline) for label in made.models},
+            "inputs": {label: _input(made, label, offline=options.offline) for label in made.models},
             "calibration": origins(made),
             "files": _files(made),
             "tensors": _hash(tensor_records(made)),
@@ -131,6 +135,7 @@ def _input(made: Plan, label: str, *, offline: bool) -> dict[str, Any]:
     on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
     own = [file for file in model.files if file not in on_top]
     said = {**sources_of(source), **_content(model, source.model, own, label, offline=offline)}
+    said["config"] = config_digest(model)
     if adapter is None or source.adapter is None:
         return said
     return {**said, "adapter": _content(adapter, source.adapter, on_top, label, offline=offline)}

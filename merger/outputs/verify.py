@@ -23,7 +23,7 @@ from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import recipe_folder
 from merger.errors import CheckpointError, RecipeError, VerifyError
-from merger.options import Progress, RunOptions
+from merger.options import Notice, Progress, RunOptions
 from merger.outputs.consistency import (
     Contents,
     Difference,
@@ -203,16 +203,12 @@ def _recompute(
     contents: Contents, manifest: Manifest, deep: DeepCheck, options: RunOptions
 ) -> tuple[tuple[str, ...], list[Difference]]:
     """Makes a sample of tensors again by the same merge; their names, and where they differ."""
-    other_versions = differing(manifest.content["versions"], versions())
-    if other_versions:
-        options.notice(
-            f"merged with another {', '.join(other_versions)} than it is checked with; last bits may differ for that"
-        )
     device = str(manifest.content.get("device")) if options.device == "auto" else options.device
     recipe = _recipe(contents, manifest, deep.recipe)
     options = replace(options, device=device, progress=_as_recomputing(options.progress))
     with prepare(recipe, options) as prepared:
         plan = prepared.plan
+        _note_other_versions(manifest, plan, options.notice)
         changed = list(_changed_inputs(manifest, plan))
         if changed:  # what is made of other inputs says nothing
             return (), changed
@@ -224,6 +220,14 @@ def _recompute(
     other = differing(manifest.content["statistics"], statistics)
     found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]
     return tuple(names), [*found, *comparison.differences()]
+
+
+def _note_other_versions(manifest: Manifest, plan: Plan, notice: Notice) -> None:
+    """Tells of versions that decide the bytes and are not those of the merge."""
+    here = versions(plan)
+    others = [name for name, version in manifest.content["versions"].items() if here.get(name) != version]
+    if others:
+        notice(f"merged with another {', '.join(others)} than it is checked with; last bits may differ for that")
 
 
 def _recipe(contents: Contents, manifest: Manifest, given: Path | None) -> Recipe:
@@ -247,7 +251,9 @@ def _recipe(contents: Contents, manifest: Manifest, given: Path | None) -> Recip
 
 def _changed_inputs(manifest: Manifest, plan: Plan) -> Iterator[Difference]:
     hashes = {file: sha256(file) for model in plan.models.values() for file in model.files}
-    for key in differing(manifest.inputs, json.loads(json.dumps(inputs_of(plan, hashes)))):
+    for key, (recorded, _) in differing(manifest.inputs, json.loads(json.dumps(inputs_of(plan, hashes)))).items():
+        if recorded is None and key.endswith(".config"):  # an earlier version did not record it
+            continue
         yield Difference(RECORD, None, f"inputs.{key}: is not what it was when it was merged")
 
 

@@ -26,8 +26,9 @@ dropped from a name (``lambda_`` is written ``lambda``).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
@@ -73,6 +74,10 @@ def _nothing(kind: str, **_: object) -> None:
     return None
 
 
+def _no_claims(**_: object) -> Sequence[Fraction]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Form:
     """How one named result of a pack is stored: once for every expert, or `shared` by all.
@@ -116,6 +121,7 @@ class Entry:
     inputs: Callable[..., Mapping[str, str]] | None = None  # by argument, given its parameters; see `input_names`
     check: Callable[..., None] | None = None  # raises ValueError for parameters that exclude each other
     remark: Callable[..., str] = _unremarkable  # what a plan notes of its parameters for so many experts
+    claims: Callable[..., Sequence[Fraction]] = _no_claims  # each expert's share of a tensor, changed by it or not
     elsewhere: Callable[..., list[Stage] | None] = _nothing  # what takes its place, given the kind and parameters
     packing: Packing | None = None  # of a pack
     exact: bool = True  # whether every device gives the same bits: it sums no floats, and decomposes no matrix

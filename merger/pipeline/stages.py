@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,12 @@ class Bound:
         return self.entry.takes(**self.values)
 
     @cached_property
+    def parts(self) -> tuple[Bound, ...]:
+        """This stage, its score, and the stages that run inside it."""
+        nested = (*self.inner, *(() if self.score is None else (self.score,)))
+        return (self, *(part for stage in nested for part in stage.parts))
+
+    @cached_property
     def arguments(self) -> Mapping[str, StageInput]:
         """The inputs of this stage alone, by the argument that takes each."""
         return {name: stage_input(source) for name, source in self.entry.input_names(**self.values).items()}
@@ -59,8 +66,12 @@ class Bound:
     @cached_property
     def inputs(self) -> frozenset[StageInput]:
         """The inputs of this stage, of its score and of its inner method."""
-        nested = [*self.inner, *([] if self.score is None else [self.score])]
-        return frozenset(self.arguments.values()).union(*(stage.inputs for stage in nested))
+        return frozenset(item for part in self.parts for item in part.arguments.values())
+
+    @property
+    def claims(self) -> Sequence[Fraction]:
+        """The share of a tensor that each expert claims whether or not it changed it; empty where none does."""
+        return self.entry.claims(**self.values)
 
     @cached_property
     def align(self) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from merger.checkpoint.tensor_kinds import TensorKinds
 from merger.planning.shared_tensors import SharedTensors
-from merger.recipe.recipe import Recipe, Rule
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import Rule
 
 
 @dataclass

@@ -185,6 +185,19 @@ class Plan:
         """The inputs that stages take beside the weights."""
         return frozenset[StageInput]().union(*(tensor.inputs for tensor in self.tensors))
 
+    @property
+    def runs_models(self) -> bool:
+        """Whether text goes through some expert, since stages take inputs that no file of the recipe holds."""
+        calibration = self.recipe.calibration
+        if calibration is None or not any(item.needs_text for item in self.inputs):
+            return False
+        return self.follows_merge or any(name not in calibration.stats for name in self.recipe.experts)
+
+    @property
+    def follows_merge(self) -> bool:
+        """Whether some inputs are made behind the merged blocks, so that no file can hold them."""
+        return any(item.follows_merge for item in self.inputs)
+
     def close(self) -> None:
         """Closes the inputs."""
         for model in self.models.values():

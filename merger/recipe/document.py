@@ -1,7 +1,8 @@
-"""A YAML file with the place of every key, so that a fault can be told with its line."""
+"""A YAML file with the line of every key, so that a fault names its place."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,44 +20,93 @@ MAX_NODES = 20_000
 MAX_DEPTH = 50
 
 
+# --- documents ------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Document:
-    """What a YAML file says, and the line on which each key stands."""
+    """The content of a YAML file, and the line on which each key stands."""
 
     label: str  # the file's name, for messages
-    folder: Path  # what relative paths are relative to
+    folder: Path  # where relative paths start
     value: dict[str, Any]
     lines: Mapping[KeyPath, int] = field(default_factory=dict)
 
     def fault(self, path: KeyPath, message: str) -> str:
         """``file:line: key.path: message``, with the line of the nearest key that is in the file."""
-        line, key = self.line(path), ".".join(map(str, path))
-        where = f"{self.label}:{line}" if line else self.label
-        return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+        line = self.line(path)
+        return _fault(f"{self.label}:{line}" if line else self.label, path, message)
 
     def line(self, path: KeyPath) -> int:
         """The line of a key, or of the nearest key around it that is in the file; 0 where none is."""
         return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 0)
 
     def changed(self, path: KeyPath, value: Any) -> Document:
-        """The same document with one key set, as `--set` does; missing maps on the way are made."""
+        """The same document with one key set, as `--set` does; missing maps on the way are created."""
         return Document(self.label, self.folder, _set(self.value, path, value), self.lines)
 
 
+def _fault(where: str, path: KeyPath, message: str) -> str:
+    key = ".".join(map(str, path))
+    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+
+
 def _set(node: Any, path: KeyPath, value: Any) -> Any:
+    """A copy of a tree with one value replaced; KeyError for a place that a list does not have."""
     if not path:
         return value
     key, rest = path[0], path[1:]
     if isinstance(node, list):
-        if not isinstance(key, int) or key >= len(node):
+        if not str(key).isdecimal() or int(key) >= len(node):
             raise KeyError(key)
-        return [_set(each, rest, value) if i == key else each for i, each in enumerate(node)]
-    held = node if isinstance(node, dict) else {}
-    return {**held, str(key): _set(held.get(str(key), {}), rest, value)}
+        return [_set(item, rest, value) if i == int(key) else item for i, item in enumerate(node)]
+    entries = node if isinstance(node, dict) else {}
+    for n in range(len(path), 1, -1):  # a key of the document may hold dots, as the name of an expert does
+        dotted = ".".join(map(str, path[:n]))
+        if dotted in entries:
+            key, rest = dotted, path[n:]
+            break
+    return {**entries, str(key): _set(entries.get(str(key), {}), rest, value)}
 
 
-def read(path: Path) -> Document:
-    """Reads a YAML file safely: no tags that build objects, no duplicate keys, bounded anchors."""
+_KEY = r"""(?:"[^"]*"|'[^']*'|[^."']+)"""
+
+
+def key_path(text: str) -> KeyPath:
+    """``rules.0.method`` or ``experts."v1.5".weight`` as the keys on the way; ValueError for text that is no path."""
+    if not re.fullmatch(rf"{_KEY}(\.{_KEY})*", text):
+        raise ValueError(text)
+    return tuple(key.strip("\"'") for key in re.findall(_KEY, text))
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads plain scalars as YAML 1.2 does: ``no``, ``on`` and ``2026-01-01`` are text, ``true`` is a boolean."""
+
+
+_NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"))
+_STR, _MERGE, _DATE, _VALUE = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "timestamp", "value"))
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _INT, _FLOAT, _MERGE)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+_SAME_IN_ALL_VERSIONS = re.compile(
+    r"[-+]?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)"
+    r"|0x[0-9a-fA-F]+"
+    r"|[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+_UNLIKE = (  # 010 is 8 to one and 10 to the other, 1:30 is 90 and text
+    "YAML 1.1 and 1.2 read {text} differently; write a number in plain digits, or put it in quotes if it is text"
+)
+
+
+def read(path: Path, loader: type[yaml.SafeLoader] = RecipeLoader) -> Document:
+    """Reads a YAML file: no tags that build objects, no duplicate keys, bounded anchors."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -65,13 +115,13 @@ def read(path: Path) -> Document:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}") from None
-    return parse(text, str(path), path.resolve().parent)
+    return parse(text, str(path), path.resolve().parent, loader)
 
 
-def parse(text: str, label: str, folder: Path) -> Document:
+def parse(text: str, label: str, folder: Path, loader: type[yaml.SafeLoader] = RecipeLoader) -> Document:
     """Parses YAML text; ``label`` names it in messages."""
     try:
-        value, lines = _construct(text, label)
+        value, index = _construct(text, label, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         several = error.problem == "but found another document"
@@ -79,29 +129,34 @@ def parse(text: str, label: str, folder: Path) -> Document:
         raise RecipeError(f"{label}:{mark.line + 1 if mark else 1}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if index.faults:
+        raise RecipeError([_fault(f"{label}:{line}", path, message) for line, path, message in index.faults])
     value = {} if value is None else value
     if not isinstance(value, dict):
         raise RecipeError(f"{label}: expected keys and values (base:, experts:, ...), not {type(value).__name__}")
-    return Document(label, folder, value, lines)
+    return Document(label, folder, value, index.lines)
 
 
-def value_of(text: str) -> Any:
+def value_of(text: str, label: str) -> Any:
     """One YAML value written on the command line; what is no YAML, such as a regular expression, is text."""
     try:
-        return _construct(text, "--set")[0]
+        value, index = _construct(text, label, RecipeLoader)
     except (yaml.YAMLError, ValueError):
         return text
+    if index.faults:
+        raise RecipeError([_fault(label, path, message) for _, path, message in index.faults])
+    return value
 
 
-def _construct(text: str, label: str) -> tuple[Any, dict[KeyPath, int]]:
-    """The value of one YAML document and the line of each of its keys."""
-    lines: dict[KeyPath, int] = {}
-    loader = None
+def _construct(text: str, label: str, loader_type: type[yaml.SafeLoader]) -> tuple[Any, _Index]:
+    """The value of one YAML document, or None where the index of its nodes shows faults."""
+    loader, index = None, _Index(label)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = loader_type(text)
         node = loader.get_single_node()
-        _walk(node, (), lines, label, [0])
-        return (None if node is None else loader.construct_document(node)), lines
+        if node is not None:
+            index.visit(node, ())
+        return (None if node is None or index.faults else loader.construct_document(node)), index
     except RecursionError:
         raise RecipeError(f"{label}: nested more than {MAX_DEPTH} levels deep") from None
     finally:
@@ -109,27 +164,43 @@ def _construct(text: str, label: str) -> tuple[Any, dict[KeyPath, int]]:
             loader.dispose()
 
 
-def _walk(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], label: str, seen: list[int]) -> None:
-    """Notes each key's line, and counts what the anchors expand to."""
-    seen[0] += 1
-    if seen[0] > MAX_NODES:
-        raise RecipeError(f"{label}: its anchors expand to more than {MAX_NODES:,} values")
-    if len(path) > MAX_DEPTH:
-        raise RecipeError(f"{label}: nested more than {MAX_DEPTH} levels deep")
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            line = key.start_mark.line + 1
-            if here in lines and key.value != "<<":
-                raise RecipeError(f"{label}:{line}: {'.'.join(map(str, here))}: stands here a second time")
-            lines[here] = line
-            _walk(value, here, lines, label, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            lines[(*path, i)] = value.start_mark.line + 1
-            _walk(value, (*path, i), lines, label, seen)
+class _Index:
+    """The lines of a document's keys, and the faults that only its nodes show."""
 
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.lines: dict[KeyPath, int] = {}
+        self.faults: list[tuple[int, KeyPath, str]] = []
+        self.nodes = 0  # with anchors expanded
 
-def key_path(text: str) -> KeyPath:
-    """``rules.0.method`` as the keys it goes through."""
-    return tuple(int(part) if part.isdigit() else part for part in text.split("."))
+    def visit(self, node: yaml.Node, path: KeyPath) -> None:
+        """Notes the keys of a node and makes them text; RecipeError where it is larger or deeper than any recipe."""
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise RecipeError(f"{self.label}: its anchors expand to more than {MAX_NODES:,} values")
+        if len(path) > MAX_DEPTH:
+            raise RecipeError(f"{self.label}: nested more than {MAX_DEPTH} levels deep")
+        if isinstance(node, yaml.MappingNode):
+            for i, (key, value) in enumerate(node.value):
+                node.value[i] = (self._key(key, (*path, str(key.value))), value)
+                self.visit(value, (*path, str(key.value)))
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                self.lines[(*path, i)] = value.start_mark.line + 1
+                self.visit(value, (*path, i))
+        elif node.tag in (_INT, _FLOAT) and not _SAME_IN_ALL_VERSIONS.fullmatch(node.value):
+            self._fault(node, path, _UNLIKE.format(text=node.value))
+
+    def _key(self, key: yaml.Node, path: KeyPath) -> yaml.Node:
+        """The key as text, as written; one that stands here already, or is null or a boolean, is a fault."""
+        if path in self.lines and key.value != "<<":
+            self._fault(key, path, "stands here a second time")
+        self.lines.setdefault(path, key.start_mark.line + 1)
+        if key.tag in (_NULL, _BOOL):
+            self._fault(key, path, f"is null or a boolean to YAML; write it in quotes: {key.value!r}")
+        if key.tag in (_INT, _FLOAT, _DATE, _VALUE):
+            return yaml.ScalarNode(_STR, key.value, key.start_mark, key.end_mark)
+        return key
+
+    def _fault(self, node: yaml.Node, path: KeyPath, message: str) -> None:
+        self.faults.append((node.start_mark.line + 1, path, message))

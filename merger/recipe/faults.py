@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from merger.errors import nearest
 from merger.recipe.document import KeyPath
 
-_TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed"}
+_TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed", "location", "source", "list"}
 _MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
 _EXPECTED = {  # by pydantic's name of the error
     "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,
@@ -23,23 +23,33 @@ _FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert
 _LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
 
 
-def said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]]) -> Iterator[tuple[KeyPath, str]]:
-    """Each error's key path in the file, and one sentence about it; ``keys`` gives the valid ones at a path."""
+def said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]], value: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Each error's key path in the validated ``value``, and one sentence; ``keys`` gives the valid ones at a path."""
     sentences: dict[KeyPath, str] = {}
-    for each in error.errors(include_url=False):
-        path = _path(each["loc"], last_is_a_key=each["type"] == "extra_forbidden")
-        sentence = _sentence(dict(each), path, keys)
-        known = sentences.get(path, "").partition(", expected ")[0]
-        if known and sentence.startswith(f"{known}, expected "):  # the branches of a union
-            sentence = sentence.replace(f"{known}, expected", f"{sentences[path]} or", 1)
+    unquoted: set[KeyPath] = set()
+    for detail in error.errors(include_url=False):
+        path = _path(detail["loc"], value, last_is_a_key=detail["type"] == "extra_forbidden")
+        sentence = _sentence(dict(detail), path, keys)
+        earlier = sentences.get(path, "").partition(", expected ")[0]
+        if earlier and sentence.startswith(f"{earlier}, expected "):  # the branches of a union
+            sentence = sentence.replace(f"{earlier}, expected", f"{sentences[path]} or", 1)
         sentences[path] = sentence
-    yield from sentences.items()
+        if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float):
+            unquoted.add(path)
+    for path, sentence in sentences.items():
+        yield path, f"{sentence}; put it in quotes" if path in unquoted else sentence
 
 
-def _path(parts: KeyPath, *, last_is_a_key: bool) -> KeyPath:
-    """The keys alone of a path of pydantic's; an unknown key may have the name of a tag."""
-    own = parts[-1:] if last_is_a_key else ()
-    return (*(part for part in parts[: len(parts) - len(own)] if not _is_tag(part)), *own)
+def _path(parts: KeyPath, value: Any, *, last_is_a_key: bool) -> KeyPath:
+    """The keys alone of a path of pydantic's: a tag has the name of a union's branch and is no key of ``value``."""
+    path: list[str | int] = []
+    for i, part in enumerate(parts):
+        is_key = isinstance(value, Mapping) and part in value
+        if is_key or not _is_tag(part) or (last_is_a_key and i == len(parts) - 1):
+            path.append(part)
+        if is_key or (isinstance(value, list) and part in range(len(value))):
+            value = value[part]
+    return tuple(path)
 
 
 def _is_tag(part: Any) -> bool:

@@ -3,178 +3,46 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
 
 import merger.methods  # noqa: F401 registers every method
 from merger.errors import RecipeError, nearest
 from merger.pipeline.inputs import StageInput
-from merger.pipeline.parameters import Number, Place
-from merger.pipeline.registry import Stage, written
+from merger.pipeline.parameters import Place
+from merger.pipeline.registry import written
 from merger.pipeline.stages import Bound, bind, expand
 from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.recipe.faults import said
 from merger.recipe.open_values import marks
+from merger.recipe.sections import (
+    Calibration,
+    Choice,
+    Evaluation,
+    Expert,
+    Output,
+    Rule,
+    Search,
+    Source,
+    TextSource,
+    expert_name,
+    source_of,
+    text_sources,
+)
 from merger.recipe.stages import stages_of
 
-Kind = Literal["linear", "conv1d", "head", "tied", "embedding", "vector", "expert3d", "other", "buffer"]
-DType = Literal["float64", "float32", "bfloat16", "float16"]
-_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-_SIZE = re.compile(r"^\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kKmMgGtT]?)(i?)[bB]?\s*$")
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _location(text: str) -> str:
-    parts = [len(os.fsencode(part)) for part in text.split("/")]
-    if max(parts) > 255 or sum(parts) > 2000 or re.search(r"[\x00-\x1f\x7f]", text):
-        raise ValueError(f"is {text[:80]!r}, which no folder can be named")
-    if text.startswith("~") and os.path.expanduser(text) == text:
-        raise ValueError(f"there is no home folder {text.partition('/')[0]}")
-    return text
-
-
-Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
-
-
-class Source(_Strict):
-    """A checkpoint: a folder, or a Hub repository with an optional @revision, and an adapter on top of it."""
-
-    model: Location
-    adapter: Location | None = None
-
-
-class Expert(Source):
-    """A fine-tune of the base, or an adapter for it."""
-
-    weight: Number = Fraction(1)
-
-
-def _source(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
-
-
-def byte_size(value: Any) -> Any:
-    """5GB, 500 MiB or a plain number of bytes, as a number of bytes; anything else as it is."""
-    if isinstance(value, str) and (found := _SIZE.match(value)):
-        step = 1024 if found[3] else 1000
-        return int(Fraction(found[1]) * step ** (" kmgt".index(found[2].lower() or " ")))
-    return value
-
-
-class Output(_Strict):
-    """Where the merged checkpoint goes, and in what form."""
-
-    path: Location
-    dtype: DType | None = None  # None: that of each base tensor
-    shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = (
-        5_000_000_000
-    )
-    tokenizer: str | None = None  # base or an expert; None: the base, or who added tokens to it
-
-
-class Evaluation(_Strict):
-    """The held-out examples that models are judged by; no byte of a merge depends on them."""
-
-    data: dict[str, Location] = Field(min_length=1)  # by task; one that is named as an expert is that expert's own
-    samples: int = Field(100, ge=1)  # of each task at most; a search asks for as many of its own beside them
-    max_tokens: int = Field(1024, ge=2)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the forward pass; None: what is fast here
-
-
-class Search(_Strict):
-    """How `merger search` looks for values where the recipe is marked with {search: ...}."""
-
-    strategy: Literal["grid", "two-step", "random", "tpe", "cmaes"] = "grid"
-    trials: Annotated[int, Field(ge=1)] | None = None  # for each variant; None: the whole grid
-    objective: str = "kept"  # kept, worst, mean, loss, or a task
-    samples: int = Field(32, ge=1)  # of each task, none of which the report is made on
-    seed: int = Field(0, ge=0)
-    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)  # keys of the recipe that each sets, by name
-
-
-class Calibration(_Strict):
-    """The text that goes through the experts, or the statistics that came out of it earlier."""
-
-    data: Location | dict[str, Location] | None = None
-    stats: dict[str, Location] = Field(default_factory=dict)
-    samples: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] = 100
-    max_tokens: int = Field(2048, ge=1)
-    weighting: Literal["token", "sample"] = "token"
-    skip_first_tokens: int = Field(0, ge=0)
-    calib_text: Literal["input", "input+target"] = "input"
-
-
-def _expert_name(name: str) -> str:
-    if name == "base" or not _NAME.match(name):
-        raise ValueError("an expert's name is letters, digits, _ . -, and not `base`")
-    return name
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"is not a regular expression: {error}") from None
-    return text
-
-
-class _Choice(_Strict):
-    """A method with its parameters, or a pipeline of stages."""
-
-    method: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    pipeline: list[str | dict[str, Any]] | None = None
-    _stages: tuple[Stage, ...] = PrivateAttr(())
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """What was chosen, with validated parameters; a named method is one entry, not yet expanded."""
-        return self._stages
-
-
-class Rule(_Choice):
-    """What happens to the tensors whose name or kind it matches; the first rule that matches wins."""
-
-    tensors: Annotated[str, AfterValidator(_pattern)] | None = None  # a regular expression, found anywhere in the name
-    kinds: list[Kind] | None = None
-    use: str | None = None  # `base` or an expert: copied, not merged
-
-    @model_validator(mode="after")
-    def _says_what_it_is_about(self) -> Rule:
-        if self.tensors is None and self.kinds is None:
-            raise ValueError("expected tensors: (a regular expression) or kinds:, to say what it is about")
-        return self
-
-    def matches(self, name: str, kind: str) -> bool:
-        """Whether this rule is about the tensor ``name``."""
-        named = self.tensors is None or re.search(self.tensors, name) is not None
-        return named and (self.kinds is None or kind in self.kinds)
-
-
-class Recipe(_Choice):
+class Recipe(Choice):
     """A merge: inputs, method, rules, output."""
 
-    base: Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)]
+    base: Annotated[Source, BeforeValidator(source_of, json_schema_input_type=str | Source)]
     experts: dict[
-        Annotated[str, AfterValidator(_expert_name)],
-        Annotated[Expert, BeforeValidator(_source, json_schema_input_type=str | Expert)],
+        Annotated[str, AfterValidator(expert_name)],
+        Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)],
     ] = Field(min_length=1)
     rules: list[Rule] = Field(default_factory=list)
     missing: Literal["error", "zero"] = "error"
@@ -220,13 +88,20 @@ class Recipe(_Choice):
         return self._here(name for source in sources for name in (source.model, source.adapter))
 
     def surroundings(self) -> list[Path]:
-        """What an output may lie beside but never replace: the recipe's folder, calibration data, statistics."""
-        held_out = [] if self.evaluation is None else [*self.evaluation.data.values()]
-        given = self.calibration
-        if given is None:
-            return [self._folder, *self._here(held_out)]
-        data = given.data.values() if isinstance(given.data, dict) else [given.data]
-        return [self._folder, *self._here([*data, *given.stats.values(), *held_out])]
+        """The paths that an output may lie beside but never replace: the recipe's folder, texts, statistics."""
+        texts = [source.file for source in self._text_sources()]
+        statistics = [] if self.calibration is None else self.calibration.stats.values()
+        return [self._folder, *self._here([*texts, *statistics])]
+
+    def _text_sources(self) -> Iterator[TextSource]:
+        """All sources of text, of calibration and of evaluation."""
+        if self.calibration is not None:
+            data = self.calibration.data
+            for value in data.values() if isinstance(data, dict) else [data or ()]:
+                yield from text_sources(value)
+        if self.evaluation is not None:
+            for value in self.evaluation.data.values():
+                yield from text_sources(value)
 
     def _here(self, names: Iterable[str | None]) -> list[Path]:
         paths = [self._folder / os.path.expanduser(name) for name in names if name is not None]
@@ -239,7 +114,7 @@ class Recipe(_Choice):
         first = {key: plain.pop(key) for key in ("base", "experts")}
         return {**first, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **plain}
 
-    def choices(self) -> Iterator[_Choice]:
+    def choices(self) -> Iterator[Choice]:
         """The recipe's own choice, then each rule's."""
         yield self
         yield from self.rules
@@ -250,7 +125,7 @@ def _spelled_rule(rule: Rule) -> dict[str, Any]:
     return plain if rule.use else {**plain, **_spelled_choice(rule)}
 
 
-def _spelled_choice(choice: _Choice) -> dict[str, Any]:
+def _spelled_choice(choice: Choice) -> dict[str, Any]:
     if choice.pipeline is not None:
         return {"pipeline": [written(stage) for stage in choice.stages]}
     ((name, given),) = written(choice.stages[0]).items()
@@ -267,20 +142,24 @@ def search_of(document: Document) -> Search:
     try:
         return Search.model_validate(document.value.get("search") or {})
     except ValidationError as error:
-        told = said(error, lambda path: Search.model_fields)
+        told = said(error, lambda path: Search.model_fields, document.value["search"])
         raise RecipeError([document.fault(("search", *path), message) for path, message in told]) from None
 
 
 def overridden(document: Document, overrides: Iterable[str]) -> Document:
-    """The document with what `--set` changes; RecipeError for an argument that is none."""
+    """The document with the changes of `--set`; RecipeError for an argument that is no change."""
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {override}: expected key.path=value")
         try:
-            document = document.changed(key_path(key.strip()), value_of(value))
+            path = key_path(key.strip())
+        except ValueError:
+            path = ()
+        if not equals or not path:
+            raise RecipeError(f"--set {override}: expected key.path=value, with a key that holds a dot in quotes")
+        try:
+            document = document.changed(path, value_of(value, f"--set {key}"))
         except KeyError as missing:
-            raise RecipeError(f"--set {override}: there is no {missing} in the list") from None
+            raise RecipeError(f"--set {override}: there is no {missing.args[0]} in the list") from None
     return document
 
 
@@ -292,7 +171,7 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     try:
         recipe = Recipe(**document.value)
     except ValidationError as error:
-        faults += said(error, _fields)
+        faults += said(error, _fields, document.value)
     except TypeError:
         faults += [((str(key),), "is no text; quote it") for key in document.value if not isinstance(key, str)]
     raw = document.value
@@ -333,10 +212,7 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     if not is_calibrated(recipe):
         return found
     if given is None:
-        return [
-            ((), "its saliency needs calibration: {data: ...}, or a score that looks at no inputs"),
-            *found,
-        ]
+        return [_without_text(recipe), *found]
     if len({source.follows_merge for source in _inputs(recipe) if source.granularity == "block"}) > 1:
         found.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
     with_data = set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
@@ -348,43 +224,60 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     return found
 
 
+def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
+    """The fault of the first choice that needs text where the recipe has none."""
+    places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
+    choices = zip(places, recipe.choices(), strict=True)
+    place, choice = next(
+        (place, choice) for place, choice in choices if any(source.needs_text for source in _inputs(recipe, choice))
+    )
+    files = ", ".join(f"{expert}: {expert}.jsonl" for expert in list(recipe.experts)[:3])
+    return (
+        (*place, "pipeline" if choice.pipeline else "method"),
+        f"looks at layer inputs; add `calibration: {{data: {{{files}}}}}`, text of each expert (docs/calibration.md)",
+    )
+
+
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether a stage takes an input that is made from calibration text."""
     return any(source.needs_text for source in _inputs(recipe))
 
 
-def _inputs(recipe: Recipe) -> set[StageInput]:
-    """The inputs that the stages of the recipe take beside the weights."""
-    return {source for bound in _bounds(recipe) for source in bound.inputs}
+def _inputs(recipe: Recipe, *choices: Choice) -> set[StageInput]:
+    """The inputs that the stages of some choices, or of all, take beside the weights."""
+    return {source for bound in _bounds(recipe, *choices) for source in bound.inputs}
 
 
-def _bounds(recipe: Recipe) -> list[Bound]:
-    """All stages of the recipe, as they are for a matrix."""
+def _bounds(recipe: Recipe, *choices: Choice) -> list[Bound]:
+    """The stages of some choices, or of all, as they are for a matrix."""
     place = Place(tuple(recipe.experts))
     try:
         return [
-            bind(each, place)
-            for choice in recipe.choices()
+            bind(expanded, place)
+            for choice in choices or recipe.choices()
             for stage in choice.stages
-            for each in expand(stage, "linear", place.experts)
+            for expanded in expand(stage, "linear", place.experts)
         ]
     except ValueError:  # already told as a fault of its own
         return []
 
 
+_SECTIONS: dict[str | int, Any] = {
+    "base": Source,
+    "experts": Expert,
+    "output": Output,
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+    "search": Search,
+    "rules": Rule,
+}
+
+
 def _fields(path: KeyPath) -> set[str]:
     """The keys that are valid at ``path`` of the recipe."""
-    fields: Any = Recipe
-    for part in path:
-        if isinstance(part, int) or part not in fields.model_fields:
-            continue
-        found = [
-            m
-            for m in (Source, Expert, Output, Calibration, Evaluation, Search, Rule)
-            if m.__name__.lower() == part.rstrip("s")
-        ]
-        fields = found[0] if found else (Source if part == "base" else fields)
-    return set(fields.model_fields)
+    is_text = len(path) > 2 and path[1] == "data" and path[0] in ("calibration", "evaluation")
+    section = TextSource if is_text else _SECTIONS.get(path[0], Recipe) if path else Recipe
+    return set(section.model_fields)
 
 
 # --- for editors ----------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ def stages_of(
         faults.append(((*path, *asked[-1:]), f"expected {expected}, found {' and '.join(asked) or 'none'}"))
         return []
     if asked == ["use"]:
-        if node["use"] not in ("base", *experts):
-            near = nearest(str(node["use"]), ["base", *experts])
+        if isinstance(node["use"], str) and node["use"] not in ("base", *experts):
+            near = nearest(node["use"], ["base", *experts])
             faults.append(((*path, "use"), f"there is no expert {node['use']!r}; {near}"))
         return []
     before = len(faults)
@@ -43,7 +43,9 @@ def stages_of(
         try:
             stages.append(checked(name, given))
         except ValidationError as error:
-            faults += [((*where, *inner), message) for inner, message in said(error, partial(_keys, name, given))]
+            faults += [
+                ((*where, *inner), message) for inner, message in said(error, partial(_keys, name, given), given)
+            ]
             continue
         faults += [((*where, key), message) for key, message in _unsuited(stages[-1], experts)]
     if len(faults) == before and experts and (stages or isinstance(node.get("pipeline"), list)):

@@ -21,7 +21,8 @@ from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
 from merger.options import RunOptions
 from merger.recipe.document import Document, read
-from merger.recipe.recipe import Evaluation, Recipe, Search, overridden, search_of
+from merger.recipe.recipe import Recipe, overridden, search_of
+from merger.recipe.sections import Evaluation, Search
 
 if TYPE_CHECKING:
     from merger.evaluation.model_host import Bench
@@ -81,7 +82,7 @@ def search(
     with Bench(options, section.dtype) as bench:
         one = _Search(settings, section, family, split, bench)
         folder.mkdir(parents=True, exist_ok=True)
-        record = Record(folder / "trials.jsonl", one.decisive(document), force=force)
+        record = Record(folder / "trials.jsonl", one.decisive(document, variants), force=force)
         references = one.references(record)
         trials = {
             name: tuple(one.trials(name, space, references["search"], record)) for name, space in variants.items()
@@ -122,21 +123,27 @@ class _Search:
         self.panel = Panel(bench, family, split.search, section.max_tokens)
         self.report_panel = Panel(bench, family, split.report, section.max_tokens)
 
-    def decisive(self, document: Document) -> dict[str, Any]:
-        """What decides trials and report: all of the recipe but where its output goes and how many trials it has."""
-        from merger.calibration.statistics import fingerprint
+    def decisive(self, document: Document, variants: Mapping[str, Space]) -> dict[str, Any]:
+        """What decides trials and report: all of the recipe but where its output goes and how many trials there are.
+
+        And all that is read for it: models, tokenizers, text and statistics, held-out examples.
+        """
+        from merger.calibration.statistics import calibration_files, fingerprint, tokenizer_digest
         from merger.planning.planner import open_models
 
-        said = {**document.value, "output": None, "search": {**document.value.get("search", {}), "trials": None}}
+        output = {**document.value["output"], "path": None, "shard_size": None}
+        said = {**document.value, "output": output, "search": {**document.value.get("search", {}), "trials": None}}
         models = open_models(self.family, offline=self.bench.options.offline, headers_only=False)
         try:
-            inputs = {label: fingerprint(model) for label, model in models.items()}
+            inputs = {label: [fingerprint(model), tokenizer_digest(model)] for label, model in models.items()}
         finally:
             for model in models.values():
                 model.close()
         return {
             "recipe": hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest(),
             "inputs": inputs,
+            "calibration": {name: calibration_files(example(space)) for name, space in variants.items()},
+            "ends of replies": list(self.panel.judge.ends),
             "search data": {task.name: task.sha256 for task in self.split.search},
             "report data": {task.name: task.sha256 for task in self.split.report},
             "forward passes": f"{self.panel.dtype} on {self.bench.device.type}",

@@ -195,7 +195,9 @@ def _dimension(path: KeyPath, said: Any) -> Dimension:
     numbers: dict[str, Any] = {key: _number(each) for key, each in said.items() if key != "log"}
     if wrong := [key for key, each in numbers.items() if each is None]:
         raise ValueError(f"search: {wrong[0]} is {said[wrong[0]]!r}, expected a number")
-    low, high, log = numbers["low"], numbers["high"], bool(said.get("log", False))
+    low, high, log = numbers["low"], numbers["high"], said.get("log", False)
+    if not isinstance(log, bool):
+        raise ValueError(f"search: log is {log!r}, expected true or false")
     if low >= high or (log and low <= 0) or any(numbers[key] <= 0 for key in ("step", "fine") if key in numbers):
         raise ValueError("search: expected low < high, steps above 0, and for log: a low above 0")
     return Range(path, low, high, numbers.get("step"), numbers.get("fine"), log)

@@ -156,7 +156,9 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     sides = []
     for side in (left, right):
         values = side.flatten(1).cpu().double().numpy()
-        sides.append(numpy.pad(values, [(0, 0), (0, -values.shape[1] % LANES)]).reshape(len(values), -1, LANES))
+        rows = -(-values.shape[1] // LANES)
+        padding = [(0, 0), (0, rows * LANES - values.shape[1])]
+        sides.append(numpy.pad(values, padding).reshape(len(values), rows, LANES))
     sums = [[(one * other).sum(0) for other in sides[1]] for one in sides[0]]  # row after row, as numpy adds these
     return torch.tensor([[lanes.cumsum()[-1] for lanes in row] for row in sums], dtype=torch.float64)
 

@@ -27,7 +27,8 @@ from merger.recipe.mergekit.settings import (
     matching,
 )
 from merger.recipe.mergekit.table import METHODS, Method
-from merger.recipe.recipe import DType, Recipe
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import DType
 
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",

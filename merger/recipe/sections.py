@@ -1,0 +1,224 @@
+"""The sections of a recipe and their keys, as data that is checked when it is made."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    model_validator,
+)
+
+from merger.pipeline.parameters import Number
+from merger.pipeline.registry import Stage
+
+Kind = Literal["linear", "conv1d", "head", "tied", "embedding", "vector", "expert3d", "other", "buffer"]
+DType = Literal["float64", "float32", "bfloat16", "float16"]
+_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+_SIZE = re.compile(r"^\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kKmMgGtT]?)(i?)[bB]?\s*$")
+
+
+class Section(BaseModel):
+    """Keys and values; an unknown key is a fault."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _location(text: str) -> str:
+    parts = [len(os.fsencode(part)) for part in text.split("/")]
+    if max(parts) > 255 or sum(parts) > 2000 or re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"is {text[:80]!r}, which no folder can be named")
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise ValueError(f"there is no home folder {text.partition('/')[0]}")
+    return text
+
+
+Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
+
+
+class Source(Section):
+    """A checkpoint: a folder, or a Hub repository with an optional @revision, and an adapter on top of it."""
+
+    model: Location
+    adapter: Location | None = None
+
+
+class Expert(Source):
+    """A fine-tune of the base, or an adapter for it."""
+
+    weight: Number = Fraction(1)
+
+
+def source_of(value: Any) -> Any:
+    """A model's location alone as keys and values."""
+    if isinstance(value, bool | int | float):
+        raise ValueError(f"is {value}, expected a folder or repository, or {{model: ...}}; put a name in quotes")
+    return {"model": value} if isinstance(value, str) else value
+
+
+def byte_size(value: Any) -> Any:
+    """5GB, 500 MiB or a plain number of bytes, as a number of bytes; anything else as it is."""
+    if isinstance(value, str) and (found := _SIZE.match(value)):
+        step = 1024 if found[3] else 1000
+        return int(Fraction(found[1]) * step ** (" kmgt".index(found[2].lower() or " ")))
+    return value
+
+
+class Output(Section):
+    """Where the merged checkpoint goes, and in what form."""
+
+    path: Location
+    dtype: DType | None = None  # None: that of each base tensor
+    shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = (
+        5_000_000_000
+    )
+    tokenizer: str | None = None  # base or an expert; None: the base, or who added tokens to it
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+Role = Literal["text", "prompt", "messages", "target", "answer", "choices"]
+"""What a column of a record is taken for."""
+
+
+class TextSource(Section):
+    """Text from one file or Hub dataset: how much of it, and from which columns."""
+
+    file: Location  # relative to the recipe; NAME, NAME:SPLIT or NAME:CONFIG:SPLIT on the Hub
+    samples: Annotated[int, Field(ge=1)] | None = None  # at most; None: its share of the section's own
+    fields: dict[Role, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)  # the column of each role
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Mapping | TextSource):
+        return "source"
+    return "list" if isinstance(value, list) else "location"
+
+
+def _form_of_all(value: Any) -> str:
+    return "by_expert" if isinstance(value, Mapping) else _form(value)
+
+
+_OneText = Annotated[
+    Annotated[Location, Tag("location")] | Annotated[TextSource, Tag("source")],
+    Discriminator(_form),
+]
+_Texts = Annotated[list[_OneText], Field(min_length=1)]
+TextData = Annotated[
+    Annotated[Location, Tag("location")] | Annotated[TextSource, Tag("source")] | Annotated[_Texts, Tag("list")],
+    Discriminator(_form),
+]
+"""A file or Hub dataset, the same with counts and columns, or a list of either."""
+TextDataOfAll = Annotated[
+    Annotated[Location, Tag("location")]
+    | Annotated[_Texts, Tag("list")]
+    | Annotated[dict[str, TextData], Tag("by_expert")],
+    Discriminator(_form_of_all),
+]
+"""Text for every expert alike, or by expert."""
+
+
+def text_sources(data: str | TextSource | Sequence[str | TextSource]) -> tuple[TextSource, ...]:
+    """The sources of text that a recipe's value names."""
+    items = [data] if isinstance(data, str | TextSource) else data
+    return tuple(TextSource(file=item) if isinstance(item, str) else item for item in items)
+
+
+class Evaluation(Section):
+    """The held-out examples that models are judged by; no byte of a merge depends on them."""
+
+    data: dict[str, TextData] = Field(min_length=1)  # by task; one that is named as an expert is that expert's own
+    samples: int = Field(100, ge=1)  # of each task at most; a search asks for as many of its own beside them
+    max_tokens: int = Field(1024, ge=2)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the forward pass; None: what is fast here
+
+
+class Search(Section):
+    """How `merger search` looks for values where the recipe is marked with {search: ...}."""
+
+    strategy: Literal["grid", "two-step", "random", "tpe", "cmaes"] = "grid"
+    trials: Annotated[int, Field(ge=1)] | None = None  # for each variant; None: the whole grid
+    objective: str = "kept"  # kept, worst, mean, loss, or a task
+    samples: int = Field(32, ge=1)  # of each task, none of which the report is made on
+    seed: int = Field(0, ge=0)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)  # keys of the recipe that each sets, by name
+
+
+class Calibration(Section):
+    """The text that goes through the experts, or the statistics that came out of it earlier."""
+
+    data: TextDataOfAll | None = None
+    stats: dict[str, Location] = Field(default_factory=dict)
+    samples: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] = 100
+    max_tokens: int = Field(2048, ge=1)
+    weighting: Literal["token", "sample"] = "token"
+    skip_first_tokens: int = Field(0, ge=0)
+    calib_text: Literal["input", "input+target"] = "input"
+
+    def sources(self, expert: str) -> tuple[TextSource, ...]:
+        """The sources of an expert's text; none where it has no text."""
+        data = self.data.get(expert) if isinstance(self.data, dict) else self.data
+        return () if data is None else text_sources(data)
+
+    def samples_of(self, expert: str) -> int:
+        """How many samples those of an expert's sources give together that have no count of their own."""
+        return self.samples.get(expert, 100) if isinstance(self.samples, dict) else self.samples
+
+
+def expert_name(name: str) -> str:
+    """The name of an expert; ValueError for one that cannot be a file's or a key's."""
+    if name == "base" or not _NAME.match(name):
+        raise ValueError("an expert's name is letters, digits, _ . -, and not `base`")
+    return name
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    return text
+
+
+class Choice(Section):
+    """A method with its parameters, or a pipeline of stages."""
+
+    method: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    pipeline: list[str | dict[str, Any]] | None = None
+    _stages: tuple[Stage, ...] = PrivateAttr(())
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What was chosen, with validated parameters; a named method is one entry, not yet expanded."""
+        return self._stages
+
+
+class Rule(Choice):
+    """What happens to the tensors whose name or kind it matches; the first rule that matches wins."""
+
+    tensors: Annotated[str, AfterValidator(_pattern)] | None = None  # a regular expression, found anywhere in the name
+    kinds: list[Kind] | None = None
+    use: str | None = None  # `base` or an expert: copied, not merged
+
+    @model_validator(mode="after")
+    def _says_what_it_is_about(self) -> Rule:
+        if self.tensors is None and self.kinds is None:
+            raise ValueError("expected tensors: (a regular expression) or kinds:, to say what it is about")
+        return self
+
+    def matches(self, name: str, kind: str) -> bool:
+        """Whether this rule is about the tensor ``name``."""
+        named = self.tensors is None or re.search(self.tensors, name) is not None
+        return named and (self.kinds is None or kind in self.kinds)
