@@ -8,16 +8,27 @@
     ├── ResourceError    4   not enough disk or memory
     └── VerifyError      5   an output is not what its manifest says
 
-Anything else that escapes is a defect of merger and keeps its traceback.
+What torch or the system raises under a command has a line and one of these codes too (merger/cli/_failures.py).
+Anything else that escapes is a defect of merger: it keeps its traceback, and the command ends in `DEFECT`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+DEFECT = 70
+"""Exit code of a command that ends in a traceback."""
 INTERRUPTED = 130
 """Exit code of a run that was stopped by SIGINT or SIGTERM."""
+CLOSED_PIPE = 141
+"""Exit code of a command whose output nobody reads any more, as the shell gives it for SIGPIPE."""
+
+_ALLOCATION = (
+    "out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't start new thread",
+)  # fmt: skip
 
 
 class MergerError(Exception):
@@ -60,6 +71,45 @@ class VerifyError(MergerError):
     """A written model differs from its manifest."""
 
     exit_code = 5
+
+
+class BrokenMethodWarning(UserWarning):
+    """A file among the methods cannot be used; all others can."""
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Adds a place, such as a tensor's name, to an exception of torch or the system that escapes the block."""
+    try:
+        yield
+    except MergerError:
+        raise
+    except Exception as error:
+        error.add_note(place)
+        raise
+
+
+@contextmanager
+def checkpoint_faults(what: str) -> Iterator[None]:
+    """Turns whatever the code of a model or a tokenizer raises into a CheckpointError that begins with ``what``.
+
+    Such code raises anything where files do not fit it. Lack of memory stays what it is.
+    """
+    try:
+        yield
+    except MergerError:
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        message = " ".join(str(error).split())
+        raise CheckpointError(f"{what}: {type(error).__name__}: {message}") from error
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether host or device memory ran out, or the threads of the process."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(words in str(error) for words in _ALLOCATION)
 
 
 def printable(text: str) -> str:

@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 from merger.checkpoint.folder import MODEL, find_weights, local_folder, read_tensors
-from merger.checkpoint.safetensors_header import parse_header
+from merger.checkpoint.formats.safetensors import FORMAT
 from merger.errors import MergerError, RecipeError
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
@@ -203,7 +203,7 @@ def headers(folder: Path, draw: random.Random) -> Callable[[], None]:
         return length.to_bytes(8, "little") + text + bytes(272)
 
     data = mutated(entries(SHAPES), write, draw)
-    return lambda: parse_header(io.BytesIO(data), len(data), Path("model.safetensors")) and None
+    return lambda: FORMAT.parse(io.BytesIO(data), len(data), Path("model.safetensors")) and None
 
 
 def indexes(folder: Path, draw: random.Random) -> Callable[[], None]:

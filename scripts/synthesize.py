@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from merger.checkpoint.layout import layout
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.checkpoint.writer import Writer
-from merger.recipe.recipe import byte_size
+from merger.recipe.sections import byte_size
 
 # hidden, intermediate, layers, attention heads, key-value heads, vocabulary
 SIZES = {

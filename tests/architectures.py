@@ -3,7 +3,7 @@
 A ``*`` stands for the number of a block.
 """
 
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 
 BEFORE, AFTER = "before the blocks", "after the blocks"
 

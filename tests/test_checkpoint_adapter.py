@@ -356,7 +356,7 @@ REFUSED = {
         {},
         f"B·A is [32, 32], but {K}.weight is [16, 32]",
     ),
-    "integers": ({**PAIR, f"{Q}.lora_B.weight": torch.ones(32, 4).int()}, {}, "holds I32; expected a float"),
+    "integers": ({**PAIR, f"{Q}.lora_B.weight": torch.ones(32, 4).int()}, {}, "is quantised"),
     "rank that the config denies": (PAIR, {"r": 8}, "has rank 4, but adapter_config.json says 8"),
     "rank that a pattern denies": (PAIR, {"rank_pattern": {"q_proj": 2}}, "says 2"),
     "patterns that are a list": (PAIR, {"rank_pattern": ["q_proj"]}, "is no JSON object"),

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from merger.checkpoint.safetensors_header import MAX_HEADER, parse_header, read_header
+from merger.checkpoint.formats.safetensors import FORMAT, MAX_HEADER
 from merger.errors import CheckpointError
 
 GOOD = save({"a.weight": torch.ones(2, 3), "b": torch.zeros(4).half()})
 
 
 def parsed(content, size=None):
-    return parse_header(io.BytesIO(content), len(content) if size is None else size, Path("m.safetensors"))
+    return FORMAT.parse(io.BytesIO(content), len(content) if size is None else size, Path("m.safetensors"))
 
 
 def file(header, data=b""):
@@ -92,7 +92,7 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, name):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
-        read_header(path)
+        FORMAT.header(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -112,14 +112,14 @@ class Watched(io.BytesIO):
 def test_a_claimed_length_is_checked_before_it_is_read(length):
     stream = Watched(length.to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError):
-        parse_header(stream, 10, Path("m"))
+        FORMAT.parse(stream, 10, Path("m"))
     assert stream.asked == 8
     assert MAX_HEADER <= 100_000_000
 
 
 def test_a_folder_in_place_of_a_file_is_a_sentence(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
-        read_header(tmp_path)
+        FORMAT.header(tmp_path)
 
 
 def tiles(tensors, content):

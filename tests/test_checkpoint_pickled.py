@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.formats.pickle import FORMAT
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.pickle_reader import read_pickle
 from merger.errors import CheckpointError
 
 SHARED = torch.arange(24.0)
@@ -45,7 +45,7 @@ def saved(path, state, legacy=False, **more):
 
 
 def checkpoint(path):
-    return Checkpoint("m", path.parent, read_pickle(path), {})
+    return Checkpoint("m", path.parent, FORMAT.header(path), {})
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -92,9 +92,10 @@ def test_shards_are_read_by_their_index(tmp_path):
 def test_reading_needs_neither_torch_nor_memory_for_the_file(tmp_path):
     path = saved(tmp_path / "m.bin", {f"layer{i}": torch.zeros(1 << 20) for i in range(16)})  # 64 MB
     program = (
-        "import resource, sys; from pathlib import Path; from merger.checkpoint.pickle_reader import read_pickle\n"
+        "import resource, sys; from pathlib import Path; from merger.checkpoint.formats.pickle import FORMAT\n"
         "from merger.checkpoint.checkpoint import Checkpoint\n"
-        f"model = Checkpoint('m', Path(), read_pickle(Path({str(path)!r})), {{}}); assert 'torch' not in sys.modules\n"
+        f"header = FORMAT.header(Path({str(path)!r}))\n"
+        "model = Checkpoint('m', Path(), header, {}); assert 'torch' not in sys.modules\n"
         "model.read_rows('layer0', 0, 1); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for name in model.tensors: model.read(name)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -131,7 +132,7 @@ def test_a_hostile_pickle_is_refused_and_not_obeyed(tmp_path, name, legacy):
     marker = tmp_path / "executed"
     path = saved(tmp_path / "m.bin", HOSTILE[name](marker), legacy)
     with pytest.raises(CheckpointError, match=r"it asks for \S+, which is no part of a plain tensor"):
-        read_pickle(path)
+        FORMAT.header(path)
     assert not marker.exists()
 
 
@@ -190,7 +191,7 @@ def test_a_broken_file_is_one_line(tmp_path, name):
     path = tmp_path / "m.bin"
     make(path)
     with pytest.raises(CheckpointError, match=said) as caught:
-        read_pickle(path)
+        FORMAT.header(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -221,7 +222,7 @@ def test_any_pickle_is_read_or_refused(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "pickles"
     folder.mkdir(exist_ok=True)
     with pytest.raises(CheckpointError):
-        read_pickle(archive(folder / "m.bin", data + b"."))
+        FORMAT.header(archive(folder / "m.bin", data + b"."))
 
 
 def test_a_stand_in_cannot_be_changed_for_the_next_file(tmp_path):
@@ -229,6 +230,6 @@ def test_a_stand_in_cannot_be_changed_for_the_next_file(tmp_path):
     spoiled = b"ctorch._utils\n_rebuild_tensor_v2\nN}S'__defaults__'\nN\x85s\x86b."
     assert any(opcode.name == "BUILD" for opcode, _, _ in pickletools.genops(spoiled))
     with pytest.raises(CheckpointError, match="no state dict"):
-        read_pickle(archive(tmp_path / "bad.bin", spoiled))
+        FORMAT.header(archive(tmp_path / "bad.bin", spoiled))
     assert pickle.loads(pickle.dumps(1)) == 1
-    assert read_pickle(saved(tmp_path / "good.bin", STATE))
+    assert FORMAT.header(saved(tmp_path / "good.bin", STATE))

@@ -238,9 +238,9 @@ def test_a_plan_tells_what_is_dropped_and_what_differs(merger, folder):
     save_headers(folder / "code", {**body, "lm_head.weight": (8, 4)}, {**tied, "rope_theta": 7})
     save_headers(folder / "math", body, tied)
 
-    ran = merger("plan", "recipe.yaml")
+    ran = merger("plan", "recipe.yaml", "--set", "rules=[{tensors: lm_head, use: base}]")
 
-    assert "dropped from code: lm_head.weight: its config says it is tied to the embedding\n" in ran.out
+    assert "dropped from code: lm_head.weight: rule 1 keeps the base, which has none\n" in ran.out
     assert "note: code: config differs from the base: rope_theta None -> 7\n" in ran.out
 
 

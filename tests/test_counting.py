@@ -1,4 +1,4 @@
-"""The compiled loops of an inspection count what their twins in numpy count."""
+"""The compiled loops of an inspection count what their twins in torch count."""
 
 import numpy
 import pytest
@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pretended import Pretence
 
 from merger.ops import kernels
 from merger.ops.kernels import counting
@@ -80,3 +81,22 @@ def test_more_elements_than_one_look_takes_are_counted() -> None:
     deltas = torch.randint(-1, 2, (3, 9, 1000), generator=generator).float()
     assert all(map(torch.equal, counted(native, deltas, 3), counted(twin, deltas, 3)))
     assert torch.equal(native.endings(deltas[0], None, deltas), twin.endings(deltas[0], None, deltas))
+
+
+def test_vectors_on_a_device_are_counted_there_and_only_counts_come_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randint(-2, 3, (3, 5, 40), generator=generator).float()
+    expected = (
+        counted(native, deltas, 3),
+        native.endings(deltas[0], deltas[1], deltas),
+        native.merged(deltas[0], deltas),
+    )
+    with Pretence():
+        away = deltas.to("cuda:0")
+        loops = counting.of(away)
+        found = counted(loops, away, 3), loops.endings(away[0], away[1], away), loops.merged(away[0], away)
+        assert all(str(each.device) == "cpu" for each in [*found[0], found[1], found[2][1], *loops.different(away)])
+    assert all(map(torch.equal, found[0], expected[0]))
+    assert torch.equal(found[1], expected[1])
+    assert found[2][0] == expected[2][0]
+    assert torch.equal(found[2][1], expected[2][1])

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from merger.engine.merge import merge
 from merger.engine.reader import Reader
+from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
 
 PACKS = ["emr", "factors"]
@@ -82,19 +83,39 @@ def conv1d(folder):
     return {"code": "code", "math": "math"}
 
 
+FORMS = [adapters, dtypes, pickles, vocabularies, conv1d]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("inputs", [adapters, dtypes, pickles, vocabularies, conv1d])
+@pytest.mark.parametrize("inputs", FORMS)
 def test_every_form_of_input_is_merged_on_devices_as_on_the_cpu(tmp_path, devices, inputs, method):
-    written(tmp_path / "base", 0)
-    said = {"base": "base", "experts": inputs(tmp_path), "method": method, "output": {"path": "out"}}
-    said |= {"extra_rows": "drop"} if method in PACKS else {}  # which hold no rows that only some experts have
-    recipe = Recipe.parse(said, tmp_path)
+    recipe = recipe_of(tmp_path, inputs, method)
     weights = []
     for place in (("cpu",), ("cuda:0", "cuda:1")):
         devices(*place)
-        merge(recipe, force=True)
-        weights.append({path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")})
+        weights.append(merged(recipe, "auto"))
     assert weights[0] == weights[1]
+
+
+def recipe_of(folder, inputs, method):
+    written(folder / "base", 0)
+    said = {"base": "base", "experts": inputs(folder), "method": method, "output": {"path": "out"}}
+    said |= {"extra_rows": "drop"} if method in PACKS else {}  # which hold no rows that only some experts have
+    return Recipe.parse(said, folder)
+
+
+def merged(recipe, device):
+    """The weight files of a merge."""
+    merge(recipe, RunOptions(device=device), force=True)
+    return {path.name: path.read_bytes() for path in (recipe.folder / "out").glob("*.safetensors")}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+@pytest.mark.parametrize("inputs", FORMS)
+def test_a_gpu_merges_every_form_of_input_as_the_cpu_does(tmp_path, inputs, method):
+    recipe = recipe_of(tmp_path, inputs, method)
+    assert merged(recipe, "cuda") == merged(recipe, "cpu")
 
 
 def test_matrices_are_merged_one_at_a_time_where_a_device_has_room_for_one(tmp_path, devices, monkeypatch):

@@ -17,7 +17,7 @@ from threading import Lock
 import pytest
 from checkpoints import llama, save
 
-from merger.checkpoint import writer
+from merger.checkpoint import placement
 
 RECIPE = "base: base\nexperts: {code: code, math: math}\nmethod: linear\noutput: {path: out, shard_size: 200}\n"
 
@@ -105,18 +105,18 @@ def writing(patch, fault):
 
 
 def exchanging(patch, fault):
-    exchange = writer._exchange
+    exchange = placement._exchange
 
     def failing(one, other):
         fault.met(other)
         return exchange(one, other)
 
-    patch.setattr(writer, "_exchange", failing)
+    patch.setattr(placement, "_exchange", failing)
 
 
 def swapping(patch, fault):
     """As on a system without renameat2: two renames, of which the second may fail."""
-    patch.setattr(writer, "_exchange", lambda one, other: False)
+    patch.setattr(placement, "_exchange", lambda one, other: False)
     function(os, "rename")(patch, fault)
 
 
@@ -261,5 +261,5 @@ def test_what_was_finished_before_an_input_could_not_be_read_is_kept(merger, fol
     assert ran.code == 3
     assert "math/model.safetensors: cannot be read: Input/output error" in ran.err
     assert "out.partial keeps the finished shards; the same run goes on from there" in ran.err
-    assert merger("run", "recipe.yaml").err.startswith("note: goes on where an earlier run stopped: 1 of ")
+    assert "note: goes on where an earlier run stopped: 1 of " in merger("run", "recipe.yaml").err
     assert contents(folder / "out") == whole

@@ -6,7 +6,7 @@ import transformers
 from architectures import ALL, described
 
 from merger.checkpoint.forward_order import LAYERS, forward_key
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.checkpoint.tensor_kinds import tensor_kinds
 
 SIZE = {

@@ -359,7 +359,7 @@ def other_forms(tmp_path):
         if name == "code":
             drawn["h.0.c_fc.weight"][0] = tensors["base"]["h.0.c_fc.weight"][0]  # no neuron's first input changes
         tensors[name] = drawn
-        save(tmp_path / name, tensors[name], {"model_type": "gpt2"})
+        save(tmp_path / name, tensors[name], {"model_type": "gpt2", "hidden_size": 5})
     pipeline = [{"top": {"density": 0.5, "scope": "row"}}, "sum"]
     named = {name: name for name in EXPERTS}
     written = {"base": "base", "experts": named, "pipeline": pipeline, "output": {"path": "out"}}

@@ -328,9 +328,12 @@ def test_what_is_said_to_be_exact_has_the_same_bits_where_cuda_rounds(name, data
     assert_same(merged_elsewhere(case, CudaRounding), case.merged())
 
 
-def _with_gram(known):
-    """Gram matrices of inputs that have nothing to do with each other."""
-    return replace(known, gram=None if known.second_moment is None else torch.diag_embed(known.second_moment))
+def _with_gram(inputs):
+    """The inputs of a matrix with Gram matrices beside the second moments."""
+    if inputs.second_moment is None:
+        return inputs
+    gram = torch.diag_embed(inputs.second_moment)
+    return Inputs(second_moment=inputs.second_moment, mean=inputs.mean, gram=gram)
 
 
 def test_what_decomposes_matrices_is_not_said_to_be_exact():

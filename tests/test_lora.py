@@ -1,5 +1,6 @@
 """`merger lora`: a fine-tune as an adapter, against peft, merger's own reader of adapters, and the SVD."""
 
+import hashlib
 import json
 
 import pytest
@@ -130,6 +131,52 @@ def test_nothing_is_left_where_it_fails(tmp_path):
     with pytest.raises(CheckpointError, match=rf"model: {name} holds NaN"):
         extract(tmp_path, rank=2)
     assert not list(tmp_path.glob("adapter*"))
+
+
+def unfinished(folder, plan):
+    """What a run of this plan leaves beside `adapter` when it is stopped after one shard."""
+    (folder / "adapter.partial" / "model").mkdir(parents=True)
+    (folder / "adapter.partial" / "model" / "one.safetensors").write_bytes(b"one shard")
+    line = {"shard": "one.safetensors", "sha256": hashlib.sha256(b"one shard").hexdigest(), "notes": []}
+    journal = "".join(json.dumps(each) + "\n" for each in ({"plan": plan}, line))
+    (folder / "adapter.partial" / "journal").write_text(journal)
+
+
+def test_finished_shards_of_a_suspended_merge_are_refused_and_left_alone(tmp_path):
+    fine_tune(tmp_path, "llama", only="proj")
+    unfinished(tmp_path, {"recipe": "1"})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(RecipeError, match=r"adapter\.partial: holds 1 finished shard of another merge"):
+        extract(tmp_path, rank=2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_someone_that_ends_in_partial_is_left_alone(tmp_path):
+    fine_tune(tmp_path, "llama", only="proj")
+    (tmp_path / "adapter.partial").mkdir()
+    (tmp_path / "adapter.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match=r"adapter\.partial: .*no run of merger left it; move it away"):
+        extract(tmp_path, rank=2)
+    assert (tmp_path / "adapter.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_force_forgets_the_finished_shards_of_a_suspended_merge(tmp_path):
+    fine_tune(tmp_path, "llama", only="proj")
+    unfinished(tmp_path, {"recipe": "1"})
+    extract(tmp_path, rank=2, force=True)
+    assert sorted(path.name for path in tmp_path.glob("adapter*/**/*")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_what_a_killed_extraction_left_is_cleared_away(tmp_path):
+    fine_tune(tmp_path, "llama", only="proj")
+    (tmp_path / "adapter.partial" / "model").mkdir(parents=True)
+    (tmp_path / "adapter.partial" / "journal").write_text('{"plan": {"base": "1"}}\n')
+    (tmp_path / "adapter.partial" / "model" / "adapter_model.safetensors").write_bytes(b"half")
+    extract(tmp_path, rank=2)
+    assert [path.name for path in tmp_path.glob("adapter*")] == ["adapter"]
 
 
 def test_an_occupied_folder_is_refused_and_replaced_by_force(tmp_path):

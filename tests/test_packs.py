@@ -12,7 +12,7 @@ from tiny import bits, merge, tensor
 from vocabularies import write
 
 import merger as merger_package
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.engine.merge import merge as run
 from merger.errors import CheckpointError, RecipeError
 from merger.inspection import inspect_merge

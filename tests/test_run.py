@@ -207,7 +207,9 @@ def test_packed_experts_are_each_decomposed_as_a_matrix(tmp_path):
     draws = torch.randn(3, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     tensors = {label: {name: drawn} for label, drawn in zip(("base", "code", "math"), draws, strict=True)}
 
-    merged = models(tmp_path, tensors).merged("tsv_m")[name]
+    configs = {label: {**CONFIG, "hidden_size": 4} for label in tensors}
+
+    merged = models(tmp_path, tensors, configs).merged("tsv_m")[name]
 
     for e in range(3):
         base, code, math = ({"w": each[name][e]} for each in tensors.values())

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 from architectures import ALL, BEFORE, described, expected
 
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.checkpoint.tensor_kinds import tensor_kinds
 
 architectures = pytest.mark.parametrize("architecture", ALL.values(), ids=ALL)

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from merger.checkpoint import writer
+from merger.checkpoint import placement, writer
+from merger.checkpoint.formats.safetensors import FORMAT
 from merger.checkpoint.layout import layout
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info, read_header
-from merger.checkpoint.writer import Writer, check_output
+from merger.checkpoint.placement import check_output
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info
+from merger.checkpoint.writer import Writer
 from merger.errors import RecipeError, ResourceError
 
 TENSORS = {
@@ -126,7 +128,7 @@ def test_a_header_reads_back_as_what_was_laid_out(tmp_path_factory, tensors):
     (shard,) = layout(tensors, 10**9)
     path.write_bytes(shard.header + bytes(shard.size - len(shard.header)))
 
-    found = read_header(path)
+    found = FORMAT.header(path)
 
     assert {name: (info.dtype, info.shape) for name, info in found.items()} == {
         name: (info.dtype, info.shape) for name, info in tensors
@@ -234,6 +236,27 @@ def test_what_merely_has_the_partial_folders_name_is_left_alone(tmp_path, kind):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("files", [{"journal": "Dear diary,\n"}, {"journal": '{"plan": {}}\n', "notes.txt": "mine"}])
+def test_a_folder_with_a_journal_that_no_run_wrote_is_left_alone(tmp_path, files):
+    (tmp_path / "out.partial").mkdir()
+    for name, content in files.items():
+        (tmp_path / "out.partial" / name).write_text(content)
+
+    with pytest.raises(RecipeError, match=r"out\.partial: .*no run of merger left it; move it away"):
+        begun(tmp_path / "out")
+
+    assert {path.name: path.read_text() for path in (tmp_path / "out.partial").iterdir()} == files
+
+
+def test_an_old_output_is_back_where_a_run_was_killed_between_two_renames(tmp_path):
+    (tmp_path / "out.partial" / "replaced").mkdir(parents=True)
+    (tmp_path / "out.partial" / "replaced" / "work").write_text("old")
+    (tmp_path / "out.partial" / "journal").write_text('{"plan": {}}\n')
+    begun(tmp_path / "out").abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "work").read_text() == "old"
+
+
 def test_an_empty_folder_is_a_place_to_write(tmp_path):
     (tmp_path / "out").mkdir()
     check_output(tmp_path / "out", [], force=False)
@@ -259,7 +282,7 @@ def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_force_replaces_what_was_there_and_nothing_behind_it(tmp_path, monkeypatch, kind, swapped):
     if not swapped:
-        monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(placement, "_exchange", lambda one, other: False)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "work").touch()
     if kind == "folder":
@@ -287,7 +310,7 @@ def test_what_force_replaces_is_back_if_the_new_one_cannot_take_its_place(tmp_pa
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(placement, "_exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(ResourceError, match="out: cannot be written: Input/output error"):
         write(tmp_path / "out", force=True)
@@ -303,7 +326,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "from pathlib import Path\n"
-        "from merger.checkpoint.safetensors_header import Info\n"
+        "from merger.checkpoint.tensor_info import Info\n"
         "from merger.checkpoint.layout import layout\n"
         "from merger.checkpoint.writer import Writer\n"
         "from merger.errors import ResourceError\n"

@@ -24,7 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from merger.calibration.model_host import Rig, Stop
-from merger.errors import MergerError
+from merger.errors import MergerError, checkpoint_faults, lacks_memory
 from merger.ops.transfer import buffer, buffer_bytes, sent
 
 if TYPE_CHECKING:
@@ -110,9 +110,11 @@ def _pass(rig: Rig, relay: Relay, block: int, number: int, batch: Batch, doing: 
 def _forward(rig: Rig, batch: Batch) -> None:
     try:
         rig.forward(batch)
-    except (MergerError, Unfit, MemoryError, torch.OutOfMemoryError):
+    except (MergerError, Unfit):
         raise
     except Exception as error:  # model code that meets stand-ins can fail in any way
+        if lacks_memory(error):
+            raise
         raise Unfit(f"{type(error).__name__}: {error}") from error
 
 
@@ -123,7 +125,8 @@ def whole(rig: Rig, progress: Progress) -> Results:
         block.register_forward_hook(lambda *_, name=name: rig.loader.drop(name))
     rig.watch.on = True
     for number, batch in enumerate(rig.batches):
-        rig.forward(batch)
+        with checkpoint_faults(f"{rig.label}: the model cannot be run on text, so take a method without calibration"):
+            rig.forward(batch)
         progress(number + 1, len(rig.batches))
     yield "", rig.rest()
 

@@ -8,7 +8,7 @@ experts (whose products take a slice of one) are all seen by the same few lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     from merger.calibration.samples import Batch
     from merger.calibration.settings import Settings
 
-# where the activations stand among the arguments; the weight follows them
-_PRODUCTS: dict[Any, int] = {
-    torch.nn.functional.linear: 0,
-    torch.addmm: 1,
-    **dict.fromkeys((torch.mm, torch.matmul, torch.bmm), 0),
-    **dict.fromkeys((torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__), 0),
+# where the activations stand among the arguments, followed by the weight, and the axis of the weight that they meet
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    torch.nn.functional.linear: (0, -1),
+    torch.addmm: (1, -2),
+    **dict.fromkeys((torch.mm, torch.matmul, torch.bmm), (0, -2)),
+    **dict.fromkeys((torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__), (0, -2)),
 }
 _CASTS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float)  # what a router may do to its weight before
 _PICKS = (torch.Tensor.__getitem__, torch.Tensor.index_select, torch.index_select)
+_SPLITS = (torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk)
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
 
 
 class Key(NamedTuple):
@@ -57,6 +59,7 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.on = False
+        self.axes: dict[str, int | None] = {}  # of each parameter, the one that its inputs met: -1, -2, or 0 for both
         self._sums: dict[Key, Sums] = {}
         self._others: dict[Key, Sums] = {}  # of what is no token, such as a table of relative positions
         self.gram = gram
@@ -96,44 +99,57 @@ class Watch(TorchFunctionMode):
         if not self.on:
             return func(*args, **kwargs)
         if func in _PRODUCTS:
-            inputs, weight = (*args, *kwargs.values())[_PRODUCTS[func] :][:2]
-            self._see(inputs, weight)
+            place, axis = _PRODUCTS[func]
+            inputs, weight = (*args, *kwargs.values())[place:][:2]
+            self._see(inputs, weight, axis)
         result = func(*args, **kwargs)
         if func in _CASTS and result is not args[0] and (found := self._find(args[0])):
             self._cast[result] = found
         if args and isinstance(args[0], torch.Tensor):
             self._follow(func, args, result)
+        elif func in _JOINS:
+            self._join(args[0], result)
         return result
 
     # --- products ---------------------------------------------------------------------------------
 
-    def _see(self, inputs: Tensor, weight: Any) -> None:
+    def _see(self, inputs: Tensor, weight: Any, axis: int) -> None:
         if not isinstance(weight, torch.Tensor):
             return
         found = self._cast.get(weight) or self._find(weight)
         if found is None:
             return
         name, parameter = found
+        axis_met = _axis_met(parameter, weight, axis)
         if parameter.dim() < 3:
-            self.record(Key(name), inputs)
+            self.record(Key(name), inputs, axis_met)
         elif weight.dim() < 3:
-            self.record(Key(name, weight.storage_offset() // parameter.stride(0)), inputs)
+            self.record(Key(name, weight.storage_offset() // parameter.stride(0)), inputs, axis_met)
         else:
             for slot, part in enumerate(inputs):  # all experts at once: zeros are sent to those not chosen
-                self.record(Key(name, slot), part, part.any(-1))
+                self.record(Key(name, slot), part, axis_met, part.any(-1))
 
-    def record(self, key: Key, inputs: Tensor, sent: Tensor | None = None) -> None:
-        """Adds the rows of ``inputs``, or those that are ``sent``, to what entered a matrix."""
+    def record(self, key: Key, inputs: Tensor, axis: int | None, sent: Tensor | None = None) -> None:
+        """Adds the rows of ``inputs``, or those that are ``sent``, to what entered a matrix along one of its axes."""
+        before = self.axes.get(key.name)
+        if axis is not None and before not in (None, axis):
+            self.axes[key.name] = 0
+            return
+        self.axes[key.name] = before if axis is None else axis
         if self._last is None or self._last[0] is not inputs:  # q, k and v share one, which is reduced once
-            self._last = inputs, *self._reduce(inputs, sent)
+            known_by_count = (
+                key.slot is None or sent is not None
+            )  # an expert's rows are some of the tokens, in any order
+            self._last = inputs, *self._reduce(inputs, sent, known_by_count)
         _, sums, are_tokens = self._last
         total = self._sums if are_tokens else self._others
         if key not in total:
             total[key] = Sums.zero(inputs.shape[-1], gram=self.gram, device=inputs.device)
         total[key].add(sums)
 
-    def _reduce(self, inputs: Tensor, sent: Tensor | None) -> tuple[Sums, bool]:
-        rows, kept, ids = inputs.reshape(-1, inputs.shape[-1]), sent, self._tokens(inputs)
+    def _reduce(self, inputs: Tensor, sent: Tensor | None, known_by_count: bool) -> tuple[Sums, bool]:
+        ids = self._tokens(inputs) if known_by_count else self._ids.get(inputs)
+        rows, kept = inputs.reshape(-1, inputs.shape[-1]), sent
         if ids is None:
             return Sums.of(rows, None, gram=self.gram), False
         if not self._plain:
@@ -170,9 +186,19 @@ class Watch(TorchFunctionMode):
             ids = self._picked(args, ids, result)
         if ids is None:
             return
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor[..., 0].numel() == len(ids):
-                self._ids[tensor] = ids
+        tensors = [each for each in (result if isinstance(result, (tuple, list)) else (result,)) if _has_rows(each)]
+        sizes = [tensor[..., 0].numel() for tensor in tensors]
+        if func in _SPLITS and sum(sizes) == len(ids):  # as where each expert is given its own rows
+            self._ids.update(zip(tensors, torch.split(ids, sizes), strict=True))
+            return
+        self._ids.update((tensor, ids) for tensor, size in zip(tensors, sizes, strict=True) if size == len(ids))
+
+    def _join(self, tensors: Sequence[Any], result: Tensor) -> None:
+        """Keeps track of the tokens of activations that are put together, row below row."""
+        ids = [self._ids.get(tensor) for tensor in tensors if _has_rows(tensor)]
+        known = [each for each in ids if each is not None]
+        if known and len(known) == len(tensors) and result[..., 0].numel() == sum(map(len, known)):
+            self._ids[result] = torch.cat(known)
 
     def _picked(self, args: tuple[Any, ...], ids: Tensor | None, result: Tensor) -> Tensor | None:
         """What ``source[index]`` gives where the source holds tokens: the same index, put to their numbers."""
@@ -188,3 +214,14 @@ class Watch(TorchFunctionMode):
         except (IndexError, RuntimeError):
             return None
         return picked.flatten() if picked.shape == result.shape[:-1] else None
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1
+
+
+def _axis_met(parameter: Tensor, weight: Tensor, axis: int) -> int | None:
+    """The axis of a parameter's matrices, -1 or -2, that ``axis`` of a view of it is; None if strides do not tell."""
+    if parameter.dim() < 2 or weight.dim() < 2 or parameter.stride(-1) == parameter.stride(-2):
+        return None
+    return next((own for own in (-1, -2) if parameter.stride(own) == weight.stride(axis)), None)

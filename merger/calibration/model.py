@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from merger.checkpoint.tensor_kinds import tensor_kinds
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, checkpoint_faults
 
 if TYPE_CHECKING:
     from merger.checkpoint.checkpoint import Checkpoint
@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
     """The model that config.json describes, in evaluation mode: parameters on the meta device, buffers real."""
-    try:
+    with checkpoint_faults(f"{weights.label}: transformers cannot read its config.json"):
         config = transformers.AutoConfig.from_pretrained(weights.directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{weights.label}: transformers cannot read its config.json: {error}") from None
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
             f"{weights.label}: {config.model_type} has an encoder and a decoder, and is not supported"
@@ -30,9 +28,10 @@ def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
     for part in (config, config.get_text_config()):
         part.use_cache = False
         part.tie_word_embeddings = _ties_head(weights, getattr(part, "tie_word_embeddings", False))
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = _constructor(config, weights.label, trust_remote_code)()
-    model.tie_weights()
+    with checkpoint_faults(f"{weights.label}: transformers cannot build the model of its config.json"):
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = _constructor(config, weights.label, trust_remote_code)()
+        model.tie_weights()
     return model.eval()
 
 

@@ -93,7 +93,7 @@ class Rig:
             if not torch.isfinite(each.second).all():
                 name = next((source for source, _ in self.loader.stored(key.name)), key.name)
                 raise CheckpointError(f"{self.label}: what enters {name} is not finite: NaN or infinite activations")
-        return self.loader.named(self._unreached(prefix) | sums)
+        return self.loader.named(self._unreached(prefix) | sums, self.watch.axes)
 
     def rest(self) -> dict[str, Moments]:
         """The moments of what is outside the blocks, and how often each token occurs."""
@@ -153,7 +153,7 @@ class Rig:
 
         def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             if self.watch.on:
-                self.watch.record(key, hidden)
+                self.watch.record(key, hidden, axis=-1)
             return torch.empty(*hidden.shape[:-1], rows, dtype=hidden.dtype, device="meta")
 
         head.forward = forward

@@ -34,6 +34,7 @@ class Moments:
     mean: Tensor | None = None  # [i] or [e i], E[x]
     gram: Tensor | None = None  # [i i] or [e i i], E[x x^T], where it was asked for
     token_share: Tensor | None = None  # [v], how often each token occurs, where it is the embedding
+    axis: int | None = None  # of the stored tensor, that met the inputs: -1, -2, 0 for both; None where it is not known
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -26,6 +26,12 @@ class Group:
     def names(self) -> Iterator[tuple[int, str]]:
         """Its tensors, each with its place among those of its pattern."""
         return chain.from_iterable(map(enumerate, self.sources.values()))
+
+    def transposes(self, stored: Sequence[int], loaded: Sequence[int]) -> bool:
+        """Whether its converter turns the matrices of a tensor of shape ``stored`` to make one of shape ``loaded``."""
+        steps = [] if self.converter is None else self.converter.operations
+        turns = [step for step in steps if type(step).__name__ == "Transpose"]
+        return any(not getattr(turn, "check_dims", False) or tuple(stored) != tuple(loaded) for turn in turns)
 
     @property
     def targets(self) -> list[str]:

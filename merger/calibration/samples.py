@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merger._lazy import torch
 from merger.calibration.datasets import TARGETS, Record, records
 from merger.checkpoint.tokenizers import Tokenizer
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, checkpoint_faults
 from merger.recipe.sections import TextSource, text_sources
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def load(
         else:
             chosen |= dict.fromkeys(choose(texts, source.samples, settings.seed))
     chosen |= dict.fromkeys(choose(pool, settings.samples, settings.seed))
-    tokens = tokenise(chosen, tokenizer, settings.max_tokens)
+    with checkpoint_faults(f"{', '.join(source.file for source in sources)}: its text cannot be tokenised"):
+        tokens = tokenise(chosen, tokenizer, settings.max_tokens)
     if not tokens:
         files = ", ".join(source.file for source in sources)
         raise CheckpointError(f"{files}: the {len(chosen)} texts that were chosen hold no token at all")
@@ -93,10 +94,8 @@ def load_tokenizer(directory: Path, label: str, *, trust_remote_code: bool = Fal
         raise CheckpointError(f"{label}: {directory} has no tokenizer (no tokenizer.json or the like)")
     import transformers
 
-    try:
+    with checkpoint_faults(f"{label}: its tokenizer cannot be loaded"):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"{label}: its tokenizer cannot be loaded: {error}") from None
 
 
 # --- from records to tokens -----------------------------------------------------------------------

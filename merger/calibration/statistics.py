@@ -14,6 +14,7 @@ from merger._lazy import torch
 from merger.calibration import Settings, batches, collect
 from merger.calibration import samples as texts
 from merger.calibration import statistics_files as files
+from merger.calibration.input_fit import check_inputs, checked_blocks
 from merger.calibration.moments import Moments
 from merger.calibration.settings import ForwardPass
 from merger.checkpoint.cache import cache_folder
@@ -97,8 +98,8 @@ def _blocks(
     onward: Onward | None = None,
     known: Container[str] = (),
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
-    """What enters an expert's matrices, block by block."""
-    return collect(
+    """What enters an expert's matrices, block by block; CheckpointError where it does not fit them."""
+    found = collect(
         plan.models[name],
         batches(samples.tokens),
         key.settings,
@@ -111,6 +112,7 @@ def _blocks(
         notice=options.notice,
         progress=partial(options.progress, f"calibrating {name}"),
     )
+    return checked_blocks(plan, name, found)
 
 
 class Onward:
@@ -159,7 +161,7 @@ def grams(
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
     wanted = {name: _samples(plan, name, options) for name in experts if name not in kept}
     streams = [
-        files.blocks(kept[name], checkpoint=fingerprint(plan.models[name]))
+        checked_blocks(plan, name, files.blocks(kept[name], checkpoint=fingerprint(plan.models[name])))
         if name in kept
         else _blocks(plan, name, *wanted[name], options, memory, gram=True, onward=onward[name])
         for name in experts
@@ -225,7 +227,7 @@ def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: P
 def layers(plan: Plan, expert: str) -> list[str]:
     """The expert's tensors whose inputs some stage looks at."""
     wanted = (t for t in plan.tensors if t.inputs and not t.lockstep)
-    read = (t.reads[expert] for t in wanted if t.kind not in ("vector", "other", "embedding"))
+    read = (t.reads[expert] for t in wanted if t.is_layer)
     return sorted({name for name in read if name is not None})
 
 
@@ -236,8 +238,11 @@ def fingerprint(model: Checkpoint) -> str:
 
 
 def load(plan: Plan, paths: Mapping[str, Path]) -> dict[str, Statistics]:
-    """Reads the experts' statistics files."""
-    return {name: files.load(path) for name, path in paths.items()}
+    """Reads the experts' statistics files; CheckpointError where they do not fit the plan's tensors."""
+    statistics: dict[str, Statistics] = {name: files.load(path) for name, path in paths.items()}
+    for name, moments in statistics.items():
+        check_inputs(plan, name, moments)
+    return statistics
 
 
 # --- from statistics to a stage's inputs ----------------------------------------------------------
@@ -252,10 +257,13 @@ class MomentSource:
 
     def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
         """The inputs of one matrix, [k ...]; none where an expert has none."""
-        by_expert = [self.statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
-        if not tensor.inputs or any(moments is None for moments in by_expert):
+        if not tensor.inputs or not (tensor.is_layer or tensor.kind == "embedding"):
             return {}
+        by_expert = [self.statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
         experts = [_of_part(moments, tensor, part) for moments in by_expert if moments is not None]
+        if len(experts) < len(by_expert) or (tensor.is_layer and any(each.second_moment is None for each in experts)):
+            _note_unseen(tensor, note)
+            return {}
         shares = [moments.token_share for moments in experts if moments.token_share is not None]
         if len(shares) == len(experts):
             return {"token_share": torch.stack([share[: part.rows] for share in shares])}
@@ -290,10 +298,10 @@ class MomentSource:
 
 
 def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
-    """The row of a packed tensor's moments that belongs to one of its experts."""
+    """The moments of the matrix of one packed expert, or of the whole tensor where it is a single matrix."""
     if tensor.kind != "expert3d" or moments.second_moment is None or moments.mean is None:
         return moments
-    e = part.row // part.rows
+    e = tensor.parts.index(part)
     gram = None if moments.gram is None else moments.gram[e]
     return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
 
@@ -301,6 +309,13 @@ def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
 def _ones_for_zeros(values: Tensor) -> Tensor:
     """The values [k c], with ones for an expert that has only zeros: its text never reached the matrix."""
     return values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
+
+
+def _note_unseen(tensor: TensorPlan, note: Callable[[str], None]) -> None:
+    """Notes layers that no forward pass met, such as those of an image tower; once for each list of blocks."""
+    if tensor.is_layer:
+        where = tensor.name if tensor.unit == tensor.name else f"some layers of {tensor.unit.rpartition('.')[0]}"
+        note(f"{where}: calibration saw no input; their changes are judged without it")
 
 
 def _note_unreached(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.calibration.moments import Moments
+from merger.checkpoint.files import check_replaceable, make_folder, replacing
 from merger.checkpoint.hashes import sha256
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,17 +84,35 @@ def _plain(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    make_folder(path.parent)
     try:
-        save_file(dict(tensors), partial, metadata={_METADATA: json.dumps(said, sort_keys=True)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with replacing(path) as new:
+            save_file(dict(tensors), new, metadata={_METADATA: json.dumps(said, sort_keys=True)})
+    except SafetensorError as error:  # which does not say whether the disk is full
+        raise ResourceError(f"{path}: cannot be written: {error}") from None
+
+
+def copy(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Copies each expert's statistics file to NAME.stats.safetensors; RecipeError where other files are."""
+    copies = {name: folder / f"{name}.stats.safetensors" for name in paths}
+    make_folder(folder)
+    for target in copies.values():
+        check_replaceable(target, is_ours=_is_statistics)
+    for name, path in paths.items():
+        with replacing(copies[name]) as new:
+            shutil.copyfile(path, new)
+    return copies
+
+
+def _is_statistics(path: Path) -> bool:
+    try:
+        _read(path, False)
+    except CheckpointError:
+        return False
+    return True
 
 
 def find(folder: Path, key: Key) -> Path | None:
@@ -130,7 +149,7 @@ def _moments(path: Path, gram: bool, **expected: Any) -> dict[str, Moments]:
     for name, value in {"format": FORMAT, **expected}.items():
         if found.get(name) != value:
             raise CheckpointError(f"{path}: {_mismatch(name)}: its {name} is {found.get(name)}, expected {value}")
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, tensor in tensors.items():
         layer, _, field = name.rpartition(".")
         parts[layer][field] = tensor

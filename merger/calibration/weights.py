@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -126,8 +127,8 @@ class Loader:
 
     # --- statistics, under the checkpoint's names ---------------------------------------------------
 
-    def named(self, sums: Mapping[Key, Sums]) -> dict[str, Moments]:
-        """The sums of parameters as moments of the checkpoint's own tensors."""
+    def named(self, sums: Mapping[Key, Sums], axes: Mapping[str, int | None]) -> dict[str, Moments]:
+        """The sums of parameters, and the axes that met the inputs, as moments of the checkpoint's own tensors."""
         slots: dict[str, dict[int | None, Moments]] = defaultdict(dict)
         for key, each in sums.items():
             slots[key.name][key.slot] = each.moments()
@@ -135,8 +136,15 @@ class Loader:
         for name, known in slots.items():
             packed = [] if None in known else _filled(known, self._empty[name].shape[0])
             for source, slot in self.stored(name):
-                moments[source] = known[None] if not packed else stacked(packed) if slot is None else packed[slot]
+                whole = known[None] if not packed else stacked(packed) if slot is None else packed[slot]
+                moments[source] = replace(whole, axis=self._stored_axis(axes.get(name), name, source))
         return moments
+
+    def _stored_axis(self, axis: int | None, name: str, source: str) -> int | None:
+        """The axis of a stored tensor that becomes an axis, -1 or -2, of a parameter."""
+        group, shape = self._group(name), self._weights.tensors[source].shape
+        turned = group is not None and group.transposes(shape, self._empty[name].shape)
+        return -3 - axis if axis and turned else axis
 
     def stored(self, name: str) -> Iterator[tuple[str, int | None]]:
         """The checkpoint's tensors behind a parameter, each with the slice of it that it makes alone."""

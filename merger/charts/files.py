@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from merger._version import MARK
 from merger.charts import drawing as shapes
 from merger.charts.drawing import Drawing
 from merger.charts.paint import LIGHT
@@ -35,11 +36,16 @@ def check_format(option: str, path: Path) -> None:
 
 
 def write(drawing: Drawing, path: Path) -> None:
-    """Writes a drawing in the format of the file's ending; the same drawing has the same bytes."""
-    if path.suffix.lower() == ".svg":
+    """Writes a drawing in the format of the file's ending; the same drawing has the same bytes.
+
+    The file says that merger wrote it, if its format can.
+    """
+    ending = path.suffix.lower()
+    if ending == ".svg":
         path.write_text(standalone(drawing), encoding="utf-8")
-    else:
-        _figure(drawing).savefig(path, dpi=DOTS_PER_INCH, facecolor=LIGHT["paper"])
+        return
+    metadata = {"Creator": MARK} if ending in (".eps", ".pdf", ".png", ".ps") else None
+    _figure(drawing).savefig(path, dpi=DOTS_PER_INCH, facecolor=LIGHT["paper"], metadata=metadata)
 
 
 def _figure(drawing: Drawing) -> Any:

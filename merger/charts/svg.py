@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
+from merger._version import MARK
 from merger.charts.drawing import TEXT, Cells, Drawing, Path, Point, Shape, Text
 from merger.charts.paint import DARK, LIGHT, css_variables, heat_colour
 
@@ -34,7 +35,7 @@ def standalone(drawing: Drawing) -> str:
     box = f'viewBox="0 0 {drawing.width:.0f} {drawing.height:.0f}" font-family="sans-serif" font-size="12"'
     head = f'<?xml version="1.0" encoding="utf-8"?>\n<svg xmlns="http://www.w3.org/2000/svg" {size} {box}>'
     paper = f'<rect width="100%" height="100%" fill="{LIGHT["paper"]}"/>'
-    return f"{head}\n{paper}\n{_elements(drawing, _Plain())}\n</svg>\n"
+    return f"{head}\n<metadata>{MARK}</metadata>\n{paper}\n{_elements(drawing, _Plain())}\n</svg>\n"
 
 
 class _Plain:

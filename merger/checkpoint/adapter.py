@@ -12,7 +12,7 @@ from merger._lazy import torch
 from merger.checkpoint.adapter_config import CONFIG, unsupported
 from merger.checkpoint.adapter_names import AdapterMatch, match_adapter
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.checkpoint.tensor_kinds import tensor_kinds
 from merger.checkpoint.tied_weights import head_name
 from merger.errors import CheckpointError

@@ -9,7 +9,7 @@ from typing import Any
 
 from merger.checkpoint.adapter_config import CONFIG, has_copy, scale_of, token_indices
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 
 PREFIX = "base_model.model."
 

@@ -30,5 +30,9 @@ def remember(kind: str, key: str, text: str) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, folder / key)
+            try:
+                file.write(text)
+                file.flush()
+                os.replace(file.name, folder / key)
+            except OSError:
+                os.unlink(file.name)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.checkpoint.safetensors_header import ITEM_SIZE, TORCH_NAMES, Info
-from merger.errors import CheckpointError, UnreadableError
+from merger.checkpoint.formats import format_of
+from merger.checkpoint.formats.interface import fill_from
+from merger.checkpoint.open_files import OpenFiles
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info, torch_dtype
+from merger.errors import UnreadableError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+"""The model that an output is, where it is one file."""
 PACKED = "experts.safetensors"
 """Several experts, of which none can be loaded as it is."""
 
@@ -45,8 +48,7 @@ class Checkpoint:
         self.tensors = dict(tensors)
         self.config = dict(config)
         self.commit = commit  # of the Hub repository it came from
-        self._descriptors: dict[Path, int] = {}
-        self._lock = Lock()
+        self._files = OpenFiles(os.O_RDONLY)
 
     @property
     def files(self) -> list[Path]:
@@ -70,12 +72,14 @@ class Checkpoint:
 
     def read_into(self, rows: Tensor, name: str, start: int, stop: int) -> None:
         """Reads rows into memory that is there already, [rows, columns] in one piece and in any wider dtype."""
-        info = self.tensors[name]
-        if info.strides is None and rows.dtype == torch_dtype(info):
-            skipped = start * info.matrix[1] * rows.element_size()
-            self._fill(info, info.offset + skipped, rows.flatten().view(torch.uint8).numpy().data)
-        else:
-            rows.copy_(self._read(info, start, stop))
+        self._read_stored(rows, self.tensors[name], start, stop)
+
+    def _read_stored(self, rows: Tensor, info: Info, start: int, stop: int) -> None:
+        """Reads rows of a tensor as the file's format stores them."""
+        assert info.file is not None, "only a plan is made from headers alone"
+        format_ = format_of(info.file.name)
+        assert format_ is not None, "no other file is a weight file"
+        format_.read_into(rows, info, start, stop, partial(self._fill, info.file))
 
     def equal(self, tensor: str, twin: str) -> bool | None:
         """Whether two tensors hold the same bits; None where only their headers are at hand. torch is not needed."""
@@ -94,55 +98,28 @@ class Checkpoint:
     def _stored_bytes(self, info: Info, start: int, stop: int) -> bytes | bytearray:
         """Rows of a tensor as they are stored, in row order."""
         if info.strides is not None:
-            return self._read(info, start, stop).view(torch.uint8).numpy().tobytes()
+            rows = torch.empty(stop - start, info.matrix[1], dtype=torch_dtype(info))
+            self._read_stored(rows, info, start, stop)
+            return rows.view(torch.uint8).numpy().tobytes()
+        assert info.file is not None, "only a plan is made from headers alone"
         width = info.matrix[1] * ITEM_SIZE[info.dtype]
         content = bytearray((stop - start) * width)
-        self._fill(info, info.offset + start * width, memoryview(content))
+        self._fill(info.file, info.offset + start * width, memoryview(content))
         return content
 
     def change_rows(self, name: str, start: int, stop: int) -> Tensor | None:
         """What is added to rows of the base, in float32, where that is how the model is made; else None."""
 
-    def _read(self, info: Info, start: int, stop: int) -> Tensor:
-        rows, columns = info.matrix
-        if info.strides is None:
-            skipped = start * columns * torch_dtype(info).itemsize
-            return self._numbers(info, skipped, (stop - start) * columns).view(stop - start, columns)
-        # Its rows lie scattered over the file. Such tensors are rare, and are read whole for each slice of them.
-        extent = 1 + sum((n - 1) * step for n, step in zip(info.shape, info.strides, strict=True))
-        whole = self._numbers(info, 0, extent).as_strided(info.shape, info.strides)
-        return whole.reshape(rows, columns)[start:stop].clone()
-
-    def _numbers(self, info: Info, skipped: int, count: int) -> Tensor:
-        """``count`` numbers from ``skipped`` bytes behind the tensor's first one on."""
-        part = torch.empty(count, dtype=torch_dtype(info))
-        self._fill(info, info.offset + skipped, part.view(torch.uint8).numpy().data)
-        return part
-
-    def _fill(self, info: Info, position: int, buffer: memoryview) -> None:
-        assert info.file is not None, "only a plan is made from headers alone"
+    def _fill(self, file: Path, position: int, buffer: memoryview) -> None:
         try:
-            descriptor = self._open(info.file)
-            while buffer:
-                count = os.preadv(descriptor, [buffer], position)
-                if count == 0:
-                    raise CheckpointError(f"{info.file}: ended at byte {position:,} while it was being read")
-                buffer, position = buffer[count:], position + count
+            with self._files.use(file) as descriptor:
+                fill_from(descriptor, file, position, buffer)
         except OSError as error:
-            raise UnreadableError(f"{info.file}: cannot be read: {error.strerror}") from None
-
-    def _open(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[file]
+            raise UnreadableError(f"{file}: cannot be read: {error.strerror}") from None
 
     def close(self) -> None:
         """Closes its files."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+        self._files.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -151,9 +128,3 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def torch_dtype(info: Info) -> torch.dtype:
-    """What torch calls the dtype of a stored tensor."""
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
-    return dtype

@@ -7,20 +7,20 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from merger.checkpoint.checkpoint import PACKED, SINGLE
-from merger.checkpoint.pickle_reader import parse_pickle, read_pickle
-from merger.checkpoint.safetensors_header import Info, checked_name, parse_header, read_header
+from merger.checkpoint.checkpoint import PACKED
+from merger.checkpoint.formats import FORMATS, SUFFIXES, format_of
+from merger.checkpoint.tensor_info import Info, checked_name
 from merger.checkpoint.wrapped_names import plain_names
 from merger.errors import CheckpointError
 
-# What is looked for, the preferred first, as transformers and peft do; shards stand in NAME.index.json.
-MODEL = (SINGLE, "pytorch_model.bin")
-ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+MODEL = tuple(format_.model for format_ in FORMATS)
+ADAPTER = tuple(format_.adapter for format_ in FORMATS)
 
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".npz")
+_OTHER_WEIGHTS = (*SUFFIXES, ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".npz")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class Folder:
 class Weights:
     """The files that hold the tensors."""
 
-    form: str  # safetensors or bin
     files: tuple[str, ...]
     index: Mapping[str, str]  # the file of each tensor, as far as an index tells
 
@@ -74,14 +73,13 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def find_weights(folder: Folder, names: tuple[str, ...]) -> Weights:
-    """The files of the first of ``names`` that is there, whole or in shards."""
+    """The files of the first of ``names`` that is there, in one file or in the shards of NAME.index.json."""
     for name in names:
-        form = name.rpartition(".")[2]
         if name in folder.names:
-            return Weights(form, (name,), {})
+            return Weights((name,), {})
         if f"{name}.index.json" in folder.names:
             index = _read_index(folder, f"{name}.index.json")
-            return Weights(form, tuple(sorted(set(index.values()))), index)
+            return Weights(tuple(sorted(set(index.values()))), index)
     if {PACKED, f"{PACKED}.index.json"} & folder.names:
         raise CheckpointError(
             f"{folder.label}: {folder.source} holds several experts, and no model; `merger extract` writes one of them"
@@ -104,6 +102,8 @@ def _read_index(folder: Folder, index_name: str) -> dict[str, str]:
             raise CheckpointError(f"{where}: names {str(file)[:80]!r}, which is not a file in its folder")
         if file not in folder.names:
             raise CheckpointError(f"{where}: names {file!r}, which is missing; download it")
+        if format_of(file) is None:
+            raise CheckpointError(f"{where}: names {file!r}, expected files that end in {' or '.join(SUFFIXES)}")
         try:
             checked_name(name)
         except ValueError as error:
@@ -114,7 +114,7 @@ def _read_index(folder: Folder, index_name: str) -> dict[str, str]:
 def read_tensors(folder: Folder, weights: Weights) -> dict[str, Info]:
     """All tensors by the model's names of them, from the headers of the files that hold them."""
     with ThreadPoolExecutor(8) as pool:  # on the Hub a header takes a round trip or two
-        headers = list(pool.map(lambda file: _header(folder, weights.form, file), weights.files))
+        headers = list(pool.map(partial(_header, folder), weights.files))
     tensors: dict[str, Info] = {}
     for file, header in zip(weights.files, headers, strict=True):
         for name, info in header.items():
@@ -138,16 +138,14 @@ def read_tensors(folder: Folder, weights: Weights) -> dict[str, Info]:
     return {names[stored]: info for stored, info in tensors.items()}
 
 
-def _header(folder: Folder, form: str, file: str) -> dict[str, Info]:
-    path = folder.directory / file
+def _header(folder: Folder, file: str) -> dict[str, Info]:
+    """The tensors of one file, on this machine or in a repository of the Hub."""
+    format_ = format_of(file)
+    assert format_ is not None, "no other file is a weight file"
     if folder.remote is None or folder.has(file):
-        return read_header(path) if form == "safetensors" else read_pickle(path)
-    shown = Path(folder.source) / file
+        return format_.header(folder.directory / file)
     with folder.remote(file) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
-        if form == "safetensors":
-            tensors = parse_header(stream, size, shown)
-        else:
-            tensors = parse_pickle(stream, size, shown, placed=False)
+        tensors = format_.parse(stream, size, Path(folder.source) / file, placed=False)
     return {name: replace(info, file=None, offset=0) for name, info in tensors.items()}

@@ -27,6 +27,8 @@ _ROLES = re.compile(
     r"(o|o_\w+|out|out_\w+|output\w*|dense|down\w*|w2|wo|fc2|fc_out|c_proj|dense_4h_to_h)"
     r")$"
 )
+UNNAMED, LAST = 5.5, 6
+"""The roles of layers that no pattern names, and of those that leave a sublayer."""
 
 
 def forward_key(name: str, kind: str, unit: str, rotation: int) -> tuple[object, ...]:
@@ -37,19 +39,23 @@ def forward_key(name: str, kind: str, unit: str, rotation: int) -> tuple[object,
     if unit == name:
         return 0 if rotation == 0 else 3 if kind == "head" else 2, name
     blocks = unit.rpartition(".")[0].lower()
-    return 1, _ENCODER.search(blocks) is None, blocks, rotation, *_key_in_block(name[len(unit) + 1 :].lower(), kind)
+    return 1, _ENCODER.search(blocks) is None, blocks, rotation, *_key_in_block(name[len(unit) + 1 :], kind)
 
 
 def _key_in_block(path: str, kind: str) -> tuple[object, ...]:
     is_layer = kind in LAYERS
-    layer = re.sub(r"[._](?:weight|bias)$", "", path)
+    layer = _layer(path)
     sublayer = 1 if _CROSS.search(layer) else 0 if _MIXER.search(layer) else 2
     numbers = [int(part) for part in layer.split(".") if part.isdigit()]
     follows = is_layer or path.endswith("bias")
-    return follows, sublayer, not _ROUTER.search(layer), numbers, _role(layer), layer, not is_layer
+    return follows, sublayer, not _ROUTER.search(layer), numbers, role(path), layer, not is_layer
 
 
-def _role(layer: str) -> float:
-    """What comes first of the layers of one sublayer: 1 for q to 5 for up, 5.5 for what no pattern names, 6 for o."""
-    match = _ROLES.search(layer)
-    return 5.5 if match is None or match.lastindex is None else match.lastindex
+def role(name: str) -> float:
+    """The place of a layer within its sublayer: from 1 for q to 5 for up, `LAST` for o and down, `UNNAMED` between."""
+    match = _ROLES.search(_layer(name))
+    return UNNAMED if match is None or match.lastindex is None else match.lastindex
+
+
+def _layer(path: str) -> str:
+    return re.sub(r"[._](?:weight|bias)$", "", path).lower()

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, NoReturn, cast
 from urllib.parse import urlsplit
 
 from merger.checkpoint.folder import Folder, local_folder
+from merger.checkpoint.formats import SUFFIXES
 from merger.errors import CheckpointError, ResourceError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def weight_hashes(source: str, commit: str, label: str) -> dict[str, str]:
     return {
         file.rfilename: file.lfs.sha256
         for file in info.siblings or ()
-        if file.lfs is not None and file.rfilename.endswith((".safetensors", ".bin"))
+        if file.lfs is not None and file.rfilename.endswith(SUFFIXES)
     }
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merger.checkpoint.checkpoint import SINGLE
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.checkpoint.formats.safetensors import encode_header
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info
 
 
 @dataclass(frozen=True)
@@ -21,43 +21,30 @@ class Shard:
     size: int
 
 
-def layout(tensors: Sequence[tuple[str, Info]], shard_size: int, whole: str = SINGLE) -> list[Shard]:
+def layout(tensors: Sequence[tuple[str, Info]], shard_size: int, file: str = SINGLE) -> list[Shard]:
     """Deals the tensors out to shards of at most ``shard_size`` bytes (or one larger tensor), in order.
 
-    A single one is named ``whole``, several as in model-00001-of-00003.safetensors.
+    A single one is named ``file``, several as in model-00001-of-00003.safetensors.
     """
     groups: list[list[tuple[str, Info]]] = [[]]
-    filled = 0
+    size = 0
     for name, info in tensors:
-        if groups[-1] and filled + info.nbytes > shard_size:
+        if groups[-1] and size + info.nbytes > shard_size:
             groups.append([])
-            filled = 0
+            size = 0
         groups[-1].append((name, info))
-        filled += info.nbytes
+        size += info.nbytes
     count = len(groups)
-    stem = whole.removesuffix(".safetensors")
-    names = [whole] if count == 1 else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    stem = file.removesuffix(".safetensors")
+    names = [file] if count == 1 else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
 
 
 def _shard(file: str, tensors: list[tuple[str, Info]]) -> Shard:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # widest numbers first, so that every tensor lies at a multiple of its own width
-    ordered = sorted(tensors, key=lambda each: -ITEM_SIZE[each[1].dtype])
-    offsets, position = {}, 0
-    for name, info in ordered:
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [position, position + info.nbytes],
-        }
-        offsets[name] = position
-        position += info.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    placed = {name: start + offset for name, offset in offsets.items()}
-    return Shard(file, len(text).to_bytes(8, "little") + text, placed, start + position)
+    ordered = dict(sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor[1].dtype]))
+    header, offsets = encode_header(ordered)
+    return Shard(file, header, offsets, len(header) + sum(info.nbytes for info in ordered.values()))
 
 
 def index_name(shards: Sequence[Shard]) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from merger.checkpoint.files import json_bytes, write_bytes
 from merger.checkpoint.vocabulary_files import matching_files, read_content, read_object
-from merger.checkpoint.writer import json_bytes, write_bytes
 
 SideFile = Path | Mapping[str, Any]
 """A file to copy, or the content of a JSON file to write."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.packed_experts import COLUMNS, ROWS, packed_experts
+from merger.checkpoint.tensor_info import Info
 from merger.checkpoint.tied_weights import Equal, is_tied, stored_copies, unknown
 
 _EMBEDDING = re.compile(
@@ -31,6 +32,7 @@ class TensorKinds:
     copies: Mapping[str, str]  # names that store another tensor once more, and the name of that tensor
     blocks: Mapping[str, int]  # how many blocks each list of them has
     conv1d: frozenset[str]  # last parts of names whose weights are stored [in, out]
+    packed: Mapping[str, int | None]  # packed experts [E, ., .], and the axis of each that is the input, if it shows
 
     def kind(self, name: str) -> str:
         """One of the kinds that a rule can name: linear, conv1d, head, tied, embedding, vector, expert3d, ..."""
@@ -41,7 +43,7 @@ class TensorKinds:
         if len(info.shape) < 2:
             return "vector"
         if len(info.shape) > 2:
-            return "expert3d" if len(info.shape) == 3 and "experts" in name else "other"
+            return "expert3d" if name in self.packed else "other"
         if name == self.embedding or (name == self.head and self.tied):
             return "tied" if self.tied else "embedding"
         if _HEAD.search(name) and block_of(name) is None:
@@ -51,6 +53,13 @@ class TensorKinds:
         if not name.endswith("weight"):
             return "vector" if name.endswith("bias") else "other"  # biases of packed experts; Mamba's A_log
         return "conv1d" if _leaf(name) in self.conv1d else "linear"
+
+    def input_axis(self, name: str) -> int | None:
+        """The axis of a tensor's matrices along which their inputs lie: -1, or -2 where they are stored [in, out].
+
+        None where nothing shows it.
+        """
+        return self.packed.get(name, ROWS if self.kind(name) == "conv1d" else COLUMNS)
 
     def unit(self, name: str) -> str:
         """The transformer block that the tensor belongs to, or the tensor's own name outside the blocks."""
@@ -102,7 +111,8 @@ def tensor_kinds(tensors: Mapping[str, Info], config: Mapping[str, Any], equal: 
     for name in tensors:
         if match := _BLOCK.match(name):
             blocks[match["list"]] = max(blocks.get(match["list"], 0), int(match["number"]) + 1)
-    return TensorKinds(tensors, tied, head, embedding, copies, blocks, _conv1d(tensors))
+    packed = packed_experts(tensors, config, _width(tensors, config, embedding))
+    return TensorKinds(tensors, tied, head, embedding, copies, blocks, _conv1d(tensors), packed)
 
 
 def block_of(name: str) -> int | None:
@@ -138,6 +148,12 @@ def _language_head(tensors: Mapping[str, Info], embedding: str | None) -> str | 
     heads = [name for name in tensors if _LANGUAGE_HEAD.search(name) and block_of(name) is None]
     shape = None if embedding is None else tensors[embedding].shape
     return next((name for name in heads if tensors[name].shape == shape), next(iter(heads), None))
+
+
+def _width(tensors: Mapping[str, Info], config: Mapping[str, Any], embedding: str | None) -> int | None:
+    """How many features the hidden states have: as the config says, or else as the embedding has columns."""
+    hidden = text_config(config).get("hidden_size")
+    return hidden if isinstance(hidden, int) or embedding is None else tensors[embedding].shape[1]
 
 
 def _with_row_per_token(tensors: Mapping[str, Info], embedding: str | None) -> list[str]:

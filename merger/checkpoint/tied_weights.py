@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 
 Equal = Callable[[str, str], bool | None]
 """Whether two tensors of a checkpoint hold the same bits; None where only headers are at hand."""

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 import merger.methods  # noqa: F401 registers every method
 from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
@@ -169,11 +171,14 @@ def _expansion(entry: Entry) -> list[Stage]:
     """The stages of a named method for a weight matrix of three experts, with default parameters."""
     if entry.kind != "method":
         return []
-    return expand(checked(entry.name, {}), "linear", ("a", "b", "c"))
+    try:
+        return expand(checked(entry.name, {}), "linear", ("a", "b", "c"))
+    except ValidationError:  # a parameter has no default, or one that is not valid
+        return []
 
 
 def _parameters(entry: Entry) -> dict[str, dict[str, str]]:
-    defaults = schema(entry)().model_dump(mode="json", by_alias=True)
+    defaults = _defaults(entry)
     described = {}
     for name, (annotation, _) in parameters(entry.function).items():
         key = name.rstrip("_")
@@ -183,6 +188,15 @@ def _parameters(entry: Entry) -> dict[str, dict[str, str]]:
             "takes": _takes(annotation),
         }
     return described
+
+
+def _defaults(entry: Entry) -> dict[str, Any]:
+    """Each parameter's default as a recipe writes it; as it stands in the file if one is missing or not valid."""
+    try:
+        return schema(entry)().model_dump(mode="json", by_alias=True)
+    except ValidationError:
+        defaults = {name.rstrip("_"): default for name, (_, default) in parameters(entry.function).items()}
+        return {name: "(none)" if default is ... else str(default) for name, default in defaults.items()}
 
 
 def _takes(annotation: Any) -> str:

@@ -1,15 +1,50 @@
-"""What people see: sizes, tables' console, the progress bar."""
+"""The terminal: streams that print any text, sizes, the console for tables, the progress bar."""
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from merger.errors import BrokenMethodWarning
 from merger.options import Notice, Progress, ignore
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def prepare_streams() -> None:
+    """Makes every text printable: characters that the terminal's encoding lacks are spelled out, as in \\xe8.
+
+    A stream that was closed becomes the null device, or else the next file that is opened would take its number, and
+    all that some library prints.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 it stays open
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def note_broken_methods() -> None:
+    """Lets the warning of a broken file among the methods be one line; other warnings stay as they are."""
+    show = warnings.showwarning
+
+    def showwarning(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, BrokenMethodWarning):
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            show(message, category, *place, **options)
+
+    warnings.showwarning = showwarning
+
+
+def silence_stdout() -> None:
+    """Lets Python, which flushes stdout at its end, meet no error there again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def size_text(count: int) -> str:

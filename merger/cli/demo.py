@@ -17,7 +17,7 @@ from merger.cli._terminal import make_console
 @run_flags("device", "quiet")
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo is written.")] = Path("demo"),
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make an earlier demo again.")] = False,
     flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:

@@ -28,7 +28,7 @@ def import_(
     """Make a recipe of a mergekit configuration, or say which of its keys have no equivalent."""
     import yaml
 
-    from merger.checkpoint.writer import write_text
+    from merger.checkpoint.files import replace_bytes
     from merger.recipe.document import read
     from merger.recipe.mergekit import import_mergekit
 
@@ -46,7 +46,7 @@ def import_(
     if output is None:
         print(text, end="")
     else:
-        write_text(output, text)
+        replace_bytes(output, text.encode())
 
 
 def _from(start: Path, path: str) -> str:

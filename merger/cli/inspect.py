@@ -60,15 +60,15 @@ def inspect(
 ) -> None:
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
-    from merger.checkpoint.writer import write_text
+    from merger.checkpoint.files import check_replaceable, replace_bytes
     from merger.inspection import conditions, console, plots
     from merger.inspection import html as page
 
     parsed = [conditions.parse(text) for text in fail_if]
     if overrides and (base is not None or model.is_dir()):
         raise RecipeError(f"--set changes a recipe, and {model} is none")
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
-        raise RecipeError(f"--html {html}: expected a file in a folder that is there")
+    if html is not None:
+        check_replaceable(html, f"--html {html}")
     if plot is not None:
         plots.check(plot)
     requests = {request for condition in parsed for request in condition.requests}
@@ -86,7 +86,7 @@ def inspect(
         else:
             result = inspection.inspect(load(model, overrides), options, **extras)
     if html is not None:
-        write_text(html, page.page(result))
+        replace_bytes(html, page.page(result).encode())
     if plot is not None:
         plots.write(result, plot)
     if as_json:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from merger.checkpoint.files import make_folder, replace_bytes
 from merger.demo import tasks as demo_tasks
 from merger.engine.merge import merge
 from merger.errors import RecipeError
@@ -55,22 +55,39 @@ class Score:
 
 
 def prepare(folder: Path, *, force: bool = False) -> Path:
-    """Writes models, calibration text and a recipe into ``folder``; returns the recipe."""
-    if folder.exists() and any(folder.iterdir()):
+    """Writes models, calibration text and a recipe into ``folder``; returns the recipe.
+
+    With ``force`` the folder may be that of an earlier demo: a file that it lacks is written, a file that was changed
+    is refused, and every other file stays.
+    """
+    contents = dict(_contents())
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not force:
             raise RecipeError(f"{folder}: is there already; choose another folder, or replace it with --force")
-        if not (folder / "recipe.yaml").is_file() or not (folder / "models" / "base").is_dir():
+        present = [name for name in contents if (folder / name).is_file()]
+        if not present:
             raise RecipeError(f"{folder}: holds something else than a demo; choose another folder")
-        shutil.rmtree(folder)
+        for name in present:
+            if (folder / name).read_bytes() != contents[name]:
+                raise RecipeError(f"{folder / name}: is not as the demo wrote it; move it, or choose another folder")
+    for name, content in contents.items():
+        path = folder / name
+        if not path.is_file():
+            make_folder(path.parent)
+            replace_bytes(path, content)
+    return folder / "recipe.yaml"
+
+
+def _contents() -> Iterator[tuple[str, bytes]]:
+    """The files of a demo's folder by their names in it."""
     with as_file(files("merger.demo") / "models") as models:
-        shutil.copytree(models, folder / "models")
-    (folder / "data").mkdir()
+        for path in sorted(path for path in models.rglob("*") if path.is_file()):
+            yield f"models/{path.relative_to(models).as_posix()}", path.read_bytes()
     for task in demo_tasks.TASKS:
         lines = [json.dumps({"text": p + a}) for p, a in demo_tasks.examples(task, "calibration", 100)]
-        (folder / "data" / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text("# Try `merger plan recipe.yaml`, then `merger run recipe.yaml`.\n" + _recipe("obim"))
-    return recipe
+        yield f"data/{task}.jsonl", ("\n".join(lines) + "\n").encode()
+    remark = "# Try `merger plan recipe.yaml`, then `merger run recipe.yaml`.\n"
+    yield "recipe.yaml", (remark + _recipe("obim")).encode()
 
 
 def _recipe(method: str) -> str:
@@ -98,7 +115,7 @@ def demo(folder: Path, options: RunOptions = RunOptions(), *, force: bool = Fals
     for method in METHODS:
         options.notice(f"merging by {method}")
         recipe = Recipe.parse(_recipe(method), folder)
-        merge(recipe, options)
+        merge(recipe, options, force=force)
         scores.append(Score(method, "merge", score(folder / "merged" / method, held_out)))
     return scores
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from merger.calibration import statistics_files
 from merger.calibration.provider import block_providers, model_providers
 from merger.calibration.statistics import keep_grams
 from merger.engine.prepare import prepare
@@ -30,16 +30,7 @@ def calibrate(
             return keep_grams(prepared.plan, prepared.options, prepared.machine.hidden, to)
         _check_statistics(prepared.plan)
         paths = prepared.inputs.files
-    return paths if to is None else _copies(paths, to)
-
-
-def _copies(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Copies statistics files into a folder that is made for them; one file an expert."""
-    folder.mkdir(parents=True, exist_ok=True)
-    copies = {expert: folder / f"{expert}.stats.safetensors" for expert in paths}
-    for expert, path in paths.items():
-        shutil.copyfile(path, copies[expert])
-    return copies
+    return paths if to is None else statistics_files.copy(paths, to)
 
 
 def _check_statistics(plan: Plan) -> None:

@@ -150,13 +150,15 @@ def chosen_devices(wanted: str) -> tuple[str, ...]:
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes.
 
-    Linux counts in ``ru_maxrss`` what the process that started this one had at that time, but not in VmHWM.
+    Linux counts in ``ru_maxrss`` what the process that started this one had at that time, but not in VmHWM, which
+    some sandboxes do not show.
     """
-    if sys.platform == "linux":
+    try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_device_memory(devices: Iterable[str]) -> int:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from merger._version import VERSION
 from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.files import write_json
 from merger.checkpoint.hashes import config_digest, stamp
-from merger.checkpoint.writer import write_json
 from merger.errors import CheckpointError
 from merger.recipe.recipe import portable_location
 
 if TYPE_CHECKING:
-    from merger.checkpoint.safetensors_header import Info
+    from merger.checkpoint.tensor_info import Info
     from merger.planning.plan import Plan, TensorPlan
     from merger.recipe.sections import Source
 

@@ -16,9 +16,10 @@ from merger.calibration.provider import block_providers, origins
 from merger.calibration.statistics import origin, statistics_keys
 from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
+from merger.checkpoint.files import write_text
 from merger.checkpoint.hashes import sha256
 from merger.checkpoint.layout import layout
-from merger.checkpoint.writer import Writer, write_text
+from merger.checkpoint.writer import Writer
 from merger.engine.machine import peak_device_memory, peak_memory
 from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge_sink import MergeSink, merge_schedule

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
-from merger.checkpoint.checkpoint import torch_dtype
+from merger.checkpoint.tensor_info import torch_dtype
 from merger.engine.memory import SLICE, slice_rows
 from merger.engine.prepare import Prepared
 from merger.engine.reader import PartSlices, rounded

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merger.calibration.provider import cost
-from merger.checkpoint.writer import check_output, left_over
+from merger.checkpoint.output import unfinished_bytes
+from merger.checkpoint.placement import check_output
 from merger.engine.machine import Machine
 from merger.engine.memory import memory_needed
 from merger.errors import ResourceError
@@ -31,7 +32,7 @@ def check_disk(plan: Plan, output: Path) -> None:
 def _free(output: Path) -> int:
     """Bytes of disk that the output may take."""
     there = next(folder for folder in (output, *output.parents) if folder.exists())
-    return shutil.disk_usage(there).free + left_over(output)
+    return shutil.disk_usage(there).free + unfinished_bytes(output)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from merger.calibration.provider import Block, BlockProvider, MergedTensors, ModelProvider, Source, model_providers
-from merger.checkpoint.writer import check_output
+from merger.checkpoint.placement import check_output
 from merger.engine.machine import Machine
 from merger.engine.preflight import check_disk, check_place
 from merger.ops import kernels

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.calibration.provider import Source
-from merger.checkpoint.safetensors_header import TORCH_NAMES
+from merger.checkpoint.packed_experts import ROWS
+from merger.checkpoint.tensor_info import TORCH_NAMES
 from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, slice_bytes, slice_rows
 from merger.errors import CheckpointError
@@ -55,8 +56,9 @@ class PartSlices:
             rows=part.rows,
             columns=part.columns,
             seed=reader.plan.recipe.seed,
-            first=part.row * part.columns,
+            first=part.first,
             transposed=part.transposed,
+            features_are_rows=part.input_axis == ROWS,
             inputs=reader.inputs(tensor, part),
         )
         elements = part.rows * part.columns

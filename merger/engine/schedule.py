@@ -16,6 +16,7 @@ from merger.engine.machine import dealt, tuned
 from merger.engine.memory import slice_rows
 from merger.engine.prepare import Prepared
 from merger.engine.reader import PartSlices, Reader
+from merger.errors import naming
 from merger.ops.questions import Flow
 from merger.options import Notice, Progress
 from merger.pipeline.passes import EarlierSums, Mapper, ModelPasses, ModelTotals, OpenTotal, TensorPasses
@@ -54,14 +55,15 @@ class Notes:
     def __init__(self, notice: Notice) -> None:
         self._notice = notice
         self._by_tensor: dict[str, dict[str, None]] = {}
+        self._heard: set[str] = set()
         self._lock = Lock()
 
     def add(self, tensor: TensorPlan, message: str) -> None:
         """Adds a remark on a tensor."""
         with self._lock:
-            remarks = self._by_tensor.setdefault(tensor.name, {})
-            is_new = message not in remarks
-            remarks[message] = None
+            self._by_tensor.setdefault(tensor.name, {})[message] = None
+            is_new = message not in self._heard
+            self._heard.add(message)
         if is_new:
             self._notice(message)
 
@@ -167,14 +169,15 @@ class Schedule:
         """Carries the slices of a part as far as the totals over the model allow."""
         tensor, part = unit
         open_total = None
-        if tensor.stages:
-            slices = reader.slices(tensor, part)
-            flow = partial(sink.carry, slices)
-            passes = TensorPasses(flow, slices.sizes, model_totals, earlier_sums, slices.hold, slices.rehearse)
-            with slices.room():
-                open_total = passes.run(slices.count, mapper)
-        else:
-            sink.copy(tensor, part)
+        with naming(tensor.name):
+            if tensor.stages:
+                slices = reader.slices(tensor, part)
+                flow = partial(sink.carry, slices)
+                passes = TensorPasses(flow, slices.sizes, model_totals, earlier_sums, slices.hold, slices.rehearse)
+                with slices.room():
+                    open_total = passes.run(slices.count, mapper)
+            else:
+                sink.copy(tensor, part)
         self._end_pass(unit, sink, is_last=open_total is None)
         return open_total
 

@@ -12,6 +12,7 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.tensor_kinds import text_config
 from merger.checkpoint.tokenizers import tokenizer_folder
+from merger.errors import checkpoint_faults
 from merger.evaluation.harness import Harness
 from merger.evaluation.measures import Judge, Outcome, ends_of, prepare
 from merger.evaluation.model_host import Bench
@@ -32,10 +33,12 @@ class Panel:
             tokenizer = load_tokenizer(
                 tokenizer_folder(base), "base", trust_remote_code=bench.options.trust_remote_code
             )
-            limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
-            ends = ends_of(base.directory, tokenizer)
+            with checkpoint_faults("base: its tokenizer cannot read the tasks"):
+                limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
+                ends = ends_of(base.directory, tokenizer)
+                prepared = tuple(prepare(task, tokenizer, limit) for task in tasks)
             self.dtype = str(bench.dtype_for(base)).removeprefix("torch.")
-        self.judge = Judge(tuple(prepare(task, tokenizer, limit) for task in tasks), tokenizer, ends)
+        self.judge = Judge(prepared, tokenizer, ends)
 
     def references(self) -> Iterator[Entry]:
         """What the base does, then what the experts do, in the recipe's order."""
@@ -61,7 +64,8 @@ class Panel:
 
     def outcomes(self, model: Any, label: str) -> dict[str, Outcome]:
         """What a model does, told of under its name."""
-        return self.judge.outcomes(model, partial(self.bench.options.progress, f"judging {label}"))
+        with checkpoint_faults(f"{label}: the model cannot be judged by text"):
+            return self.judge.outcomes(model, partial(self.bench.options.progress, f"judging {label}"))
 
     def _entry(self, label: str, kind: Literal["base", "expert", "merge"], model: Any, setting: str = "") -> Entry:
         outcomes = self.outcomes(model, label)

@@ -16,8 +16,8 @@ import torch
 
 from merger.calibration.model import build
 from merger.calibration.weights import Loader
-from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.tensor_info import Info, torch_dtype
 from merger.engine.machine import chosen_devices
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merger.charts import Bar, BarChart, LineChart, Series, in_row
 from merger.charts.files import check_format, write
-from merger.errors import RecipeError
+from merger.checkpoint.files import check_replaceable, replacing
 from merger.evaluation.scores import Comparison, Estimate
 
 
@@ -16,19 +16,20 @@ def check_plot(path: Path | None) -> None:
     """RecipeError if a chart was asked for that cannot be written as ``path``; called before anything is computed."""
     if path is None:
         return
-    if path.is_dir() or not path.parent.is_dir():
-        raise RecipeError(f"--plot {path}: expected a file in a folder that is there")
+    check_replaceable(path, f"--plot {path}")
     check_format("--plot", path)
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
     """Draws the share of each expert's gain, and of all, that each merge kept: bars with their intervals."""
-    write(in_row([comparison_chart(comparison).titled()]), path)
+    with replacing(path) as new:
+        write(in_row([comparison_chart(comparison).titled()]), new)
 
 
 def plot_trials(values: Mapping[str, Sequence[float | None]], objective: str, path: Path) -> None:
     """Draws the objective over the trials of each variant: points, and the best so far as a line."""
-    write(in_row([trials_chart(values, objective).titled()]), path)
+    with replacing(path) as new:
+        write(in_row([trials_chart(values, objective).titled()]), new)
 
 
 def comparison_chart(comparison: Comparison) -> BarChart:

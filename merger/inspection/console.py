@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def print_inspection(inspection: Inspection, console: Console, *, all_rows: bool
             console.print(_drawn(part))
     for table in _tables_by_layer(inspection):
         rows = table.rows if all_rows else table.rows[:ROWS]
-        console.print(_drawn(replace(next(_split(table)), rows=rows)))
+        console.print(_drawn(next(_split(replace(table, rows=rows)))))
         if len(rows) < len(table.rows):
             console.print(f"... and {len(table.rows) - len(rows)} more; --all shows them", markup=False)
     copied = len(inspection.copied)
@@ -97,15 +97,20 @@ def _print_summary(inspection: Inspection, console: Console) -> None:
 
 
 def _split(table: Table) -> Iterator[Table]:
-    """The table in parts that fit the width, each with the rows' names."""
+    """The table in parts that fit the width, each with the names of the rows that have numbers there."""
     names = max(map(len, (*table.rows, *table.heading.split("\n"))), default=0) + 3
     columns: list[Column] = []
     for column in table.columns:
         if columns and names + sum(map(_width, (*columns, column))) > WIDTH:
-            yield replace(table, columns=columns)
+            yield _with_columns(table, columns)
             columns = []
         columns.append(column)
-    yield replace(table, columns=columns)
+    yield _with_columns(table, columns)
+
+
+def _with_columns(table: Table, columns: Sequence[Column]) -> Table:
+    rows = [row for row in table.rows if any(row in column.numbers for column in columns)]
+    return replace(table, rows=rows, columns=columns)
 
 
 def _width(column: Column) -> int:

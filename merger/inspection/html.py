@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from merger._version import MARK
 from merger.charts import Chart
 from merger.charts.drawing import number_text
 from merger.charts.svg import STYLE, themed
@@ -43,7 +44,10 @@ def page(inspection: Inspection) -> str:
         *(_view(view, inspection) for view in inspection.views),
     ]
     head = f"<title>{title}</title><style>{STYLE}{PAGE_STYLE}</style>"
-    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    meta = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta name="generator" content="{MARK}">'
+    )
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{meta}{head}</head>\n<body>\n{body}\n</body></html>\n'
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from merger.checkpoint.packed_experts import ROWS
 from merger.inspection.counters import Counter, ExpertSlice, MatrixShape, MergedSlice, SumsByCounter
 from merger.inspection.counters.vectors import VectorCounter, VectorSums
 from merger.inspection.curves import CurveSums, LevelCounts, count_levels, sum_curves
@@ -52,7 +53,7 @@ class PartCounts:
         self.cells: dict[ViewKey, Tensor] = {}  # positions in each cell of a density map [k y x]
         self.curves: CurveSums | None = None
         self.needs_levels = request.curves
-        self._neurons_in_columns = tensor.kind == "conv1d" and not part.transposed
+        self._neurons_in_columns = part.input_axis == ROWS
         self._request = request
         self._is_mapped = tensor.name == request.picture
         self._open: dict[ViewKey, ViewCounters] = {}

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from merger._lazy import torch
-from merger.checkpoint.checkpoint import PACKED, Checkpoint, torch_dtype
+from merger.checkpoint.checkpoint import PACKED, Checkpoint
 from merger.checkpoint.folder import MODEL, Folder, local_folder, read_json
-from merger.checkpoint.pickle_reader import read_pickle
-from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, read_header
+from merger.checkpoint.formats import format_of
+from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import TensorKinds, block_of, tensor_kinds, text_config
 from merger.checkpoint.tied_weights import tie_word
 from merger.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-CHUNK = 8 << 20  # bytes that are looked at together, a multiple of every number's width
 
 
 @dataclass(frozen=True)
@@ -84,11 +77,17 @@ def look(directory: Path) -> Contents:
     headers: dict[str, Mapping[str, Info]] = {}
     for file in _weight_files(folder, broken):
         try:
-            read = read_header if file.endswith(".safetensors") else read_pickle
-            headers[file] = read(directory / file)
+            headers[file] = _header(directory / file)
         except CheckpointError as error:
             broken.append(Difference(file, None, _said(error, directory / file)))
     return Contents(folder, headers, config, tuple(broken))
+
+
+def _header(path: Path) -> Mapping[str, Info]:
+    format_ = format_of(path.name)
+    if format_ is None:
+        raise CheckpointError(f"{path}: is of no format that a model is read from")
+    return format_.header(path)
 
 
 def _weight_files(folder: Folder, broken: list[Difference]) -> list[str]:
@@ -155,50 +154,16 @@ def index_differences(contents: Contents) -> Iterator[Difference]:
 # --- values ---------------------------------------------------------------------------------------
 
 
-def scan(path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> tuple[str, list[Difference]]:
-    """The SHA-256 of a safetensors file, and its tensors with values that are not finite: one pass over its bytes."""
-    found = []
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
-    with path.open("rb") as file:
-        # The header was checked: tensors tile the file, so that reading them in order misses no byte of it.
-        digest.update(file.read(min((info.offset for info in header.values()), default=-1)))
-        for name, info in sorted(header.items(), key=lambda each: (each[1].offset, each[1].nbytes)):
-            bad = 0
-            for start in range(0, info.nbytes, CHUNK):
-                piece = buffer[: min(CHUNK, info.nbytes - start)]
-                if file.readinto(piece) < len(piece):
-                    raise CheckpointError(f"{path}: ended while it was being read")
-                digest.update(piece)
-                bad += _not_finite(torch.frombuffer(piece, dtype=torch_dtype(info))) if info.is_float else 0
-                tell(len(piece))
-            if bad:
-                found.append(_holds(path.name, name, bad))
-    return digest.hexdigest(), found
+def scan(path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> tuple[str | None, list[Difference]]:
+    """The SHA-256 of a weight file, where its format is hashed by the way, and its values that are not finite."""
+    format_ = format_of(path.name)
+    assert format_ is not None, "its header was read"
+    report = format_.scan(path, header, tell)
+    return report.sha256, [_not_finite(path.name, name, count) for name, count in report.not_finite.items()]
 
 
-def scan_pickle(path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> list[Difference]:
-    """The tensors of a pickle with values that are not finite."""
-    found = []
-    with Checkpoint("model", path.parent, header, {}) as opened:
-        for name, info in header.items():
-            rows, columns = info.matrix
-            step = max(1, CHUNK // max(1, 8 * columns))
-            bad = 0
-            for start in range(0, rows if info.elements and info.is_float else 0, step):
-                bad += _not_finite(opened.read_rows(name, start, min(start + step, rows)))
-            tell(info.nbytes)
-            if bad:
-                found.append(_holds(path.name, name, bad))
-    return found
-
-
-def _not_finite(values: Tensor) -> int:
-    return int((~torch.isfinite(values)).sum())
-
-
-def _holds(file: str, name: str, bad: int) -> Difference:
-    return Difference(file, name, f"holds {bad:,} {'value' if bad == 1 else 'values'} of NaN or infinity")
+def _not_finite(file: str, tensor: str, count: int) -> Difference:
+    return Difference(file, tensor, f"holds {count:,} {'value' if count == 1 else 'values'} of NaN or infinity")
 
 
 # --- config ---------------------------------------------------------------------------------------

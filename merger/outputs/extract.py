@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
 from merger.checkpoint import side_files
-from merger.checkpoint.checkpoint import Checkpoint, torch_dtype
+from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.files import write_text
 from merger.checkpoint.layout import layout
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.safetensors_header import Info
-from merger.checkpoint.writer import Writer, check_output, write_text
+from merger.checkpoint.placement import check_output
+from merger.checkpoint.tensor_info import Info, torch_dtype
+from merger.checkpoint.writer import Writer
 from merger.engine.machine import tuned
 from merger.engine.manifest import RECORD, Manifest
 from merger.engine.memory import SLICE

@@ -15,8 +15,8 @@ from typing import Any
 from merger.calibration.provider import origins
 from merger.checkpoint import hub, side_files
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.files import check_replaceable, json_bytes, replace_bytes
 from merger.checkpoint.hashes import config_digest, digest, note, noted, sha256
-from merger.checkpoint.writer import write_json
 from merger.engine.machine import chosen_devices
 from merger.engine.manifest import Manifest, differing, inexact, portable, sources_of, tensor_records, versions
 from merger.errors import CheckpointError, MergerError, RecipeError
@@ -33,10 +33,12 @@ _PARTS = ("versions", "device", "recipe", "inputs", "calibration", "files", "ten
 def lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
     """Writes to ``path`` what the recipe comes to: defaults spelled out, inputs by commit and SHA-256, versions.
 
-    Of a Hub repository only configs and headers are fetched.
+    Of a Hub repository only configs and headers are fetched. A file that is there is replaced if it is a lock.
     """
+    target = Path(path)
+    check_replaceable(target, is_ours=_is_lock)
     content = _resolved(recipe, options)
-    write_json(Path(path), content)
+    replace_bytes(target, json_bytes(content))
     return content
 
 
@@ -159,6 +161,15 @@ def _hash(value: Any) -> str:
 
 
 # --- what differs from it -------------------------------------------------------------------------
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a file is a lock, also of another version of merger."""
+    try:
+        locked = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(locked, dict) and locked.keys() >= {"format", "versions", "recipe", "inputs"}
 
 
 def _read(path: Path) -> dict[str, Any]:

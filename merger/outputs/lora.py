@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -17,12 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merger._lazy import torch
 from merger.checkpoint.adapter_config import CONFIG
+from merger.checkpoint.files import write_json
 from merger.checkpoint.folder import ADAPTER
+from merger.checkpoint.growing_file import GrowingFile
 from merger.checkpoint.opening import open_checkpoint
+from merger.checkpoint.output import Output
+from merger.checkpoint.placement import check_output
 from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds
-from merger.checkpoint.writer import check_output, partial_of, write_json
 from merger.engine.machine import tuned
-from merger.errors import CheckpointError, RecipeError, ResourceError
+from merger.errors import CheckpointError, RecipeError
 from merger.ops.linalg import Factors, strongest, svd
 from merger.options import Progress, RunOptions
 
@@ -57,12 +59,16 @@ class LoraExtraction:
         return asdict(self)
 
 
-class _Kept(NamedTuple):
-    """What one matrix's factors keep: their rank, and squared norms of its change and of what is left of it."""
+class _Cut(NamedTuple):
+    """What one matrix's factors keep: their rank, and squared norms of its change and of what they leave out."""
 
     rank: int
     change: float
-    left: float
+    left_out: float
+
+
+Cutter = Callable[["Tensor"], tuple["Tensor", "Tensor", _Cut]]
+"""Cuts a change [out, in] to lora_A [r in] and lora_B [out r]."""
 
 
 def extract_lora(
@@ -75,27 +81,45 @@ def extract_lora(
     energy: Fraction | None = None,
     force: bool = False,
 ) -> LoraExtraction:
-    """Writes the change from ``base`` to ``model`` as a LoRA adapter into the folder ``output``, whole or not at all.
+    """Writes the change from ``base`` to ``model`` as a LoRA adapter into ``output``, which appears complete.
 
     Each linear layer gets the factors of rank ``rank`` nearest to its change, or of the least rank that keeps the
-    share ``energy`` of its squared norm. Other tensors that changed are left out and told. Raises a `MergerError`.
+    share ``energy`` of its squared norm. Other tensors that changed are left out and reported. Raises a `MergerError`.
     """
     if (rank is None) == (energy is None):
         raise RecipeError("give either a rank or an energy")
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         models = [
-            opened.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=options.offline))
+            stack.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=options.offline))
             for label, source in (("base", base), ("model", model))
         ]
-        check_output(output, [each.directory for each in models], force=force)
+        check_output(output, [checkpoint.directory for checkpoint in models], force=force)
         modules = _modules(models[0], options.trust_remote_code)
         _check_alike(*models)
         factor = partial(strongest, rank=rank) if rank is not None else partial(_of_energy, share=float(energy or 0))
-        with tuned(), _AdapterFile(output, modules.values()) as file:
-            found = _extract(models[0], models[1], modules, file, partial(_cut, factor, rank or 1), options.progress)
-            write_json(file.folder / CONFIG, _config(base, file.ranks, _kinds(models[0])))
-            file.finish(force=force)
-    return LoraExtraction(str(output), file.parameters, **found)
+        cut = partial(_cut, factor, rank or 1)
+        folder = Output(output, {"base": base, "model": model, "adapter": f"rank {rank}, energy {energy}"})
+        try:
+            folder.open(force=force)
+            report = _write(folder.folder, base, models, modules, cut, options.progress)
+            folder.finish(force=force)
+        except BaseException:
+            folder.abandon()
+            raise
+    return LoraExtraction(str(output), **report)
+
+
+def _write(
+    folder: Path, source: str, models: Sequence[Checkpoint], modules: Mapping[str, str], cut: Cutter, progress: Progress
+) -> dict[str, Any]:
+    """Writes the two files of an adapter for the base ``source``; the fields of a `LoraExtraction` about them."""
+    base, model = models
+    with tuned(), closing(GrowingFile(folder / ADAPTER[0], _room(modules.values()))) as file:
+        report = _extract(base, model, modules, file, cut, progress)
+        file.finish()
+    ranks = {module: file.tensors[_factor_name(module, "A")].shape[0] for module in modules.values()}
+    write_json(folder / CONFIG, _config(source, ranks, _kinds(base)))
+    return {"parameters": sum(info.elements for info in file.tensors.values()), **report}
 
 
 def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
@@ -106,16 +130,16 @@ def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
     model = build(base, trust_remote_code=trust_remote_code)
     tied = model.get_output_embeddings() if _kinds(base).tied else None
     groups = locate(model, base.tensors)
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         group = groups.get(f"{name}.weight")
         if type(module).__name__ in ("Linear", "Conv1D") and module is not tied and group is not None:
             sources = [source for _, source in group.names]
             if len(sources) == 1 and group.converter is None:
-                found[sources[0]] = name
-    if not found:
+                modules[sources[0]] = name
+    if not modules:
         raise CheckpointError("base: has no linear layer that an adapter could change")
-    return found
+    return modules
 
 
 def _kinds(base: Checkpoint) -> TensorKinds:
@@ -137,35 +161,37 @@ def _extract(
     base: Checkpoint,
     model: Checkpoint,
     modules: Mapping[str, str],
-    file: _AdapterFile,
-    cut: Callable[[Tensor], tuple[Tensor, Tensor, _Kept]],
+    file: GrowingFile,
+    cut: Cutter,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Sends every matrix's factors to the file, several side by side; what an `LoraExtraction` says of them."""
+    """Sends every matrix's factors to the file, several side by side; the fields of a `LoraExtraction` about them."""
     kinds = _kinds(base)
-    rest = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
-    others = {name: _square(_change(base, model, name, kinds)) for name in rest}
-    layers: dict[str, list[_Kept]] = {}
+    other_tensors = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
+    other_changes = {name: _square(_change(base, model, name, kinds)) for name in other_tensors}
+    layers: dict[str, list[_Cut]] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1, "merger-lora") as pool:
         cuts = pool.map(lambda name: cut(_change(base, model, name, kinds)), modules)
-        for done, (name, (down, up, kept)) in enumerate(zip(modules, cuts, strict=True), 1):
-            file.add(modules[name], down, up)
-            layers.setdefault(kinds.unit(name), []).append(kept)
-            progress("factoring", done, len(modules))
-    every = [kept for several in layers.values() for kept in several]
-    changed, left, beside = sum(k.change for k in every), sum(k.left for k in every), sum(others.values())
+        for count, (name, (down, up, norms)) in enumerate(zip(modules, cuts, strict=True), 1):
+            file.append(_factor_name(modules[name], "A"), down)
+            file.append(_factor_name(modules[name], "B"), up)
+            layers.setdefault(kinds.unit(name), []).append(norms)
+            progress("factoring", count, len(modules))
+    matrices = [matrix for layer in layers.values() for matrix in layer]
+    changed, left_out = sum(matrix.change for matrix in matrices), sum(matrix.left_out for matrix in matrices)
+    total = changed + sum(other_changes.values())
     return {
-        "layers": {unit: _layer(several) for unit, several in layers.items()},
-        "error": _share(left, changed),
-        "whole_error": _share(left + beside, changed + beside),
-        "left_out": {name: square / (changed + beside) for name, square in others.items() if square},
+        "layers": {unit: _layer(layer) for unit, layer in layers.items()},
+        "error": _share(left_out, changed),
+        "whole_error": _share(left_out + sum(other_changes.values()), total),
+        "left_out": {name: square / total for name, square in other_changes.items() if square},
     }
 
 
-def _layer(several: Sequence[_Kept]) -> Layer:
-    ranks = [kept.rank for kept in several]
-    error = _share(sum(kept.left for kept in several), sum(kept.change for kept in several))
-    return Layer(len(several), (min(ranks), max(ranks)), error)
+def _layer(matrices: Sequence[_Cut]) -> Layer:
+    ranks = [matrix.rank for matrix in matrices]
+    error = _share(sum(matrix.left_out for matrix in matrices), sum(matrix.change for matrix in matrices))
+    return Layer(len(matrices), (min(ranks), max(ranks)), error)
 
 
 def _share(part: float, of: float) -> float:
@@ -180,15 +206,15 @@ def _change(base: Checkpoint, model: Checkpoint, name: str, kinds: TensorKinds) 
     return change.T if kinds.kind(name) == "conv1d" else change
 
 
-def _cut(factor: Callable[[Tensor], Factors], least: int, change: Tensor) -> tuple[Tensor, Tensor, _Kept]:
-    """lora_A [r in] and lora_B [out r] as they are stored, of a rank of ``least`` at least, and what they keep."""
+def _cut(factor: Callable[[Tensor], Factors], min_rank: int, change: Tensor) -> tuple[Tensor, Tensor, _Cut]:
+    """lora_A [r in] and lora_B [out r] as they are stored, of rank ``min_rank`` at least, with their norms."""
     factors = factor(change)
     root = factors.values.sqrt()
     down, up = (factors.right * root).T.float().contiguous(), (factors.left * root).float().contiguous()
-    missing = min(least, *change.shape) - len(root)
+    missing = min(min_rank, *change.shape) - len(root)
     if missing > 0:  # it changed in fewer directions, or not at all
         down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
-    return down, up, _Kept(len(down), _square(change), _square(change - up @ down))
+    return down, up, _Cut(len(down), _square(change), _square(change - up @ down))
 
 
 def _square(change: Tensor) -> float:
@@ -198,91 +224,38 @@ def _square(change: Tensor) -> float:
 
 def _of_energy(change: Tensor, share: float) -> Factors:
     factors = svd(change)
-    kept = factors.values.square().cumsum(0)
-    return factors.first(int((kept < share * kept[-1:] * (1 - 1e-12)).sum()) + 1)
+    energy = factors.values.square().cumsum(0)
+    return factors.first(int((energy < share * energy[-1:] * (1 - 1e-12)).sum()) + 1)
 
 
 # --- the adapter's files ----------------------------------------------------------------------------
 
 
+def _factor_name(module: str, factor: str) -> str:
+    """What peft calls lora_A or lora_B of a module."""
+    return f"base_model.model.{module}.lora_{factor}.weight"
+
+
+def _room(modules: Collection[str]) -> int:
+    """Bytes that the header of the factors' file takes at most."""
+    return 64 + sum(2 * (len(json.dumps(module)) + 140) for module in modules)
+
+
 def _config(base: str, ranks: Mapping[str, int], kinds: TensorKinds) -> dict[str, Any]:
     """adapter_config.json as peft reads it: a scale of 1 for every layer, whatever its rank."""
     rank = max(ranks.values())
-    others = {module: own for module, own in ranks.items() if own != rank}
+    exceptions = {module: lower for module, lower in ranks.items() if lower != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": exceptions,
+        "alpha_pattern": exceptions,
         "target_modules": sorted(ranks),
         "fan_in_fan_out": bool(kinds.conv1d),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-
-
-class _AdapterFile:
-    """A folder in the making whose weight file takes factors as they come; gone on leaving unless it was finished.
-
-    A safetensors header stands before the data and is known last, so room is left for it.
-    """
-
-    def __init__(self, output: Path, modules: Collection[str]) -> None:
-        self.output, self.folder = output, partial_of(output)
-        self.ranks: dict[str, int] = {}
-        self.parameters = 0
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._room = 64 + sum(2 * (len(json.dumps(module)) + 140) for module in modules)
-        try:
-            if self.folder.is_dir():  # of a run that was killed
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
-            self._file = (self.folder / ADAPTER[0]).open("wb")
-        except OSError as error:
-            raise ResourceError(f"{self.folder}: cannot be made: {error.strerror}") from None
-
-    def __enter__(self) -> _AdapterFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def add(self, module: str, down: Tensor, up: Tensor) -> None:
-        """Writes the two factors of a module."""
-        self.ranks[module] = len(down)
-        for factor, values in (("lora_A", down), ("lora_B", up)):
-            start, end = 4 * self.parameters, 4 * (self.parameters + values.numel())
-            self._header[f"base_model.model.{module}.{factor}.weight"] = {
-                "dtype": "F32",
-                "shape": list(values.shape),
-                "data_offsets": [start, end],
-            }
-            self._write(8 + self._room + start, values.numpy().tobytes())
-            self.parameters += values.numel()
-
-    def _write(self, position: int, content: bytes) -> None:
-        try:
-            self._file.seek(position)
-            self._file.write(content)
-        except OSError as error:
-            raise ResourceError(f"{self.folder}: cannot be written: {error.strerror}") from None
-
-    def finish(self, *, force: bool) -> None:
-        """Writes the header and gives the folder its name; what ``force`` replaces is gone only after that."""
-        text = json.dumps(self._header, separators=(",", ":")).encode()
-        self._write(0, self._room.to_bytes(8, "little") + text.ljust(self._room))
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            old = self.output.with_name(f"{self.output.name}.old")
-            if force and self.output.is_dir():
-                self.output.rename(old)
-            self.folder.rename(self.output)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise ResourceError(f"{self.output}: cannot be written: {error.strerror}") from None

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
+from merger.checkpoint.formats import SUFFIXES
 from merger.checkpoint.hub import connection_errors, is_repository, quiet_when_piped
 from merger.errors import RecipeError, ResourceError, VerifyError
 from merger.options import RunOptions
-from merger.outputs.verify import WEIGHTS, whole_merge
+from merger.outputs.verify import whole_merge
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -96,7 +97,7 @@ def _refuse_strangers(found: ModelInfo, folder: Path) -> None:
     """Weights of another model would be loaded instead of this one's, or beside them."""
     there = {file.rfilename for file in found.siblings or () if "/" not in file.rfilename}
     own = {path.name for path in folder.iterdir()}
-    strangers = sorted(name for name in there - own if name.endswith((*WEIGHTS, _INDEX)))
+    strangers = sorted(name for name in there - own if name.endswith((*SUFFIXES, _INDEX)))
     if strangers:
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         raise RecipeError(

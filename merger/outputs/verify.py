@@ -15,9 +15,10 @@ from typing import Any
 from merger._lazy import torch
 from merger.calibration.statistics import origin
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.formats import SUFFIXES
 from merger.checkpoint.hashes import digest, sha256
-from merger.checkpoint.safetensors_header import ITEM_SIZE
 from merger.checkpoint.side_files import is_inside
+from merger.checkpoint.tensor_info import ITEM_SIZE
 from merger.engine.manifest import RECORD, Manifest, differing, inputs_of, portable, stored_as, versions
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
@@ -31,13 +32,10 @@ from merger.outputs.consistency import (
     index_differences,
     look,
     scan,
-    scan_pickle,
     tokenizer_differences,
 )
 from merger.planning.plan import Plan
 from merger.recipe.recipe import Recipe
-
-WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def whole_merge(directory: str | Path) -> Manifest:
 
 
 def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Difference]]:
-    """The SHA-256 of each safetensors file, and what is wrong with the values; files side by side."""
+    """The SHA-256 of each file whose format is hashed by the way, and its faulty values; files side by side."""
     total = sum(info.nbytes for header in contents.headers.values() for info in header.values())
     done, lock = Counter[str](), Lock()
 
@@ -127,9 +125,7 @@ def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Diff
     def one(file: str) -> tuple[str | None, list[Difference]]:
         path, header = contents.directory / file, contents.headers[file]
         try:
-            if file.endswith(".safetensors"):
-                return scan(path, header, count)
-            return None, scan_pickle(path, header, count)
+            return scan(path, header, count)
         except OSError as error:
             return None, [Difference(file, None, f"cannot be read: {error.strerror}")]
 
@@ -163,7 +159,7 @@ def _recorded(contents: Contents, manifest: Manifest, hashes: Mapping[str, str])
         elif file in hashes and hashes[file] != sha:
             yield _other_hash(file, hashes[file], sha)
     for file in sorted(contents.folder.names - manifest.shards.keys()):
-        if file.endswith(WEIGHTS):
+        if file.endswith(SUFFIXES):
             yield Difference(file, None, f"holds weights that {RECORD} does not name")
     for file, sha in manifest.files.items():
         if not is_inside(file) or not (contents.directory / file).is_file():

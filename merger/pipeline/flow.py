@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from merger.errors import naming
 from merger.ops.arithmetic import uniforms
 from merger.ops.questions import Flow
 from merger.ops.transfer import sent, sent_together
@@ -33,12 +34,8 @@ class Subject:
     seed: int = 0
     first: int = 0  # its first element's position in the stored tensor (a slice of packed experts)
     transposed: bool = False  # stored [in, out] and oriented to [out, in] here
+    features_are_rows: bool = False  # in-features run along the rows: it is stored, and seen, as [in, out]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # of the whole matrix, by name
-
-    @property
-    def features_are_rows(self) -> bool:
-        """Whether in-features run along the rows: it is stored, and seen, as [in, out]."""
-        return self.kind == "conv1d" and not self.transposed
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,9 @@ def _run_stages(
             if step is not None:
                 inputs = {argument: supplies.get(source.name) for argument, source in step.arguments.items()}
                 arguments = [inputs.get(supply, stage_supplies.get(supply)) for supply in supplied(step.entry.function)]
-                result = step.entry.function(*arguments, **step.values)
-                stage_supplies[name] = (yield from result) if inspect.isgenerator(result) else result
+                with naming(f"stage {step.entry.name}"):
+                    result = step.entry.function(*arguments, **step.values)
+                    stage_supplies[name] = (yield from result) if inspect.isgenerator(result) else result
         deltas = stage_supplies["deltas"]
         look(i, deltas)
     return deltas

@@ -53,7 +53,9 @@ def merge_tensors(
         place = (places or {}).get(name, Place(tuple(experts)))
         height, width = base_matrix.shape
         tensor_inputs = (inputs or {}).get(name, {})
-        subject = Subject(name, kind, place, height, width, seed=seed, inputs=tensor_inputs)
+        subject = Subject(
+            name, kind, place, height, width, seed=seed, features_are_rows=kind == "conv1d", inputs=tensor_inputs
+        )
         bound = [bind(s, place) for stage in pipeline for s in expand(stage, kind, place.experts)]
         rows = (
             base_matrix.shape[0]

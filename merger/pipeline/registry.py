@@ -26,6 +26,7 @@ dropped from a name (``lambda_`` is written ``lambda``).
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -43,7 +44,7 @@ from pydantic import (
     create_model,
 )
 
-from merger.errors import nearest
+from merger.errors import BrokenMethodWarning, nearest
 from merger.pipeline.inputs import SLICE_SUPPLIES
 
 Kind = Literal["score", "sparsifier", "merger", "pack", "filter", "scale", "method"]
@@ -153,11 +154,23 @@ SCORES: dict[str, Entry] = {}
 def _register(kind: Kind, table: dict[str, Entry], **traits: Any) -> Callable[[F], F]:
     def keep(function: F) -> F:
         name = function.__name__.rstrip("_")
-        assert name not in table, f"two methods are named {name}"
+        if (rival := table.get(name)) is not None:
+            _check_rival(function, name, rival.function)
         table[name] = Entry(name, kind, function, **traits)
         return function
 
     return keep
+
+
+def _check_rival(function: Callable[..., Any], name: str, rival: Callable[..., Any]) -> None:
+    """Settles whose a name is that two files register: that of the file which is called so."""
+    if function.__module__.rpartition(".")[2] != name:
+        raise ValueError(f"there is another {name} in {rival.__module__}; give this one another name")
+    warnings.warn(
+        f"{rival.__code__.co_filename}: its {name} is left out, for {function.__module__} is the file of that name",
+        BrokenMethodWarning,
+        stacklevel=2,
+    )
 
 
 def score(**traits: Any) -> Callable[[F], F]:
@@ -206,8 +219,16 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
-            annotations[name] = (eval(parameter.annotation, function.__globals__), default)
+            annotations[name] = (_annotation(parameter, function), default)
     return MappingProxyType(annotations)
+
+
+def _annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
+    """The type of a parameter, also where the file says ``from __future__ import annotations``."""
+    if parameter.annotation is parameter.empty:
+        raise TypeError(f"{parameter.name} of {function.__name__} has no type, such as float")
+    written = parameter.annotation
+    return eval(written, function.__globals__) if isinstance(written, str) else written
 
 
 @cache

@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from merger.errors import naming
 from merger.pipeline.inputs import StageInput, stage_input
 from merger.pipeline.parameters import Place, resolve, turns
 from merger.pipeline.registry import Entry, Form, Stage, Takes, entry_of, parameters, supplied
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 def expand(stage: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
     """The stages of a named method for a tensor of this kind; a stage is a pipeline of itself or of what it names."""
     entry = entry_of(stage.func)
-    stages: list[Stage] | None = entry.elsewhere(kind, **stage.keywords)
-    if stages is None and entry.kind != "method":
-        return [stage]
-    if stages is None:
-        supplies = {"kind": kind, "experts": tuple(experts)}
-        stages = stage(**{name: supplies[name] for name in supplied(stage.func)})
+    with naming(f"stage {entry.name}"):
+        stages: list[Stage] | None = entry.elsewhere(kind, **stage.keywords)
+        if stages is None and entry.kind != "method":
+            return [stage]
+        if stages is None:
+            supplies = {"kind": kind, "experts": tuple(experts)}
+            stages = stage(**{name: supplies[name] for name in supplied(stage.func)})
     return [inner_stage for stage in stages for inner_stage in expand(stage, kind, experts)]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from merger._lazy import torch
 from merger.checkpoint.checkpoint import PACKED, Checkpoint
 from merger.checkpoint.folder import find_weights, local_folder, read_tensors
-from merger.checkpoint.safetensors_header import Info
+from merger.checkpoint.tensor_info import Info
 from merger.errors import CheckpointError
 from merger.ops.questions import Flow, PrefixSum
 from merger.pipeline.registry import Form

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.checkpoint.forward_order import LAYERS
+from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.side_files import SideFile
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
@@ -26,6 +28,17 @@ class Part:
     rows: int
     columns: int
     transposed: bool = False  # stored [in, out]; its stages see [out, in]
+    input_axis: int = COLUMNS  # along which its inputs lie, as its stages see it
+
+    @property
+    def first(self) -> int:
+        """The number of elements of the stored tensor that come before it."""
+        return self.row * (self.rows if self.transposed else self.columns)
+
+    @property
+    def features(self) -> int:
+        """How many features its inputs have."""
+        return self.columns if self.input_axis == COLUMNS else self.rows
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,11 @@ class TensorPlan:
     def inputs(self) -> frozenset[StageInput]:
         """The inputs that its stages take beside the weights."""
         return frozenset[StageInput]().union(*(stage.inputs for stage in self.stages))
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether activations are multiplied by it, as by the head though it may be the embedding."""
+        return self.kind in (*LAYERS, "tied")
 
     @cached_property
     def lockstep(self) -> bool:

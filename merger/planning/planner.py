@@ -10,8 +10,9 @@ from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
-from merger.checkpoint.safetensors_header import SAFETENSORS_NAMES, Info, rows_and_columns
+from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.side_files import uncopied_notes
+from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds, text_config
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError, RecipeError
@@ -21,7 +22,8 @@ from merger.pipeline.stages import Bound, bind, expand, natural
 from merger.planning.differences import config_differences, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
 from merger.planning.output_names import matching_rule, output_names
-from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
+from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
+from merger.planning.plan import ExtraRows, Plan, TensorPlan
 from merger.planning.shared_tensors import SharedTensors
 from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
@@ -102,6 +104,7 @@ class _Planner:
         self.tokenizers = open_tokenizers({label: tokenizer_folder(model) for label, model in models.items()})
         self.tables: dict[str, Table] = {}  # the output's tensors with a row for each token
         self.vocabulary = Vocabulary("base")
+        self.unoriented: dict[str, list[str]] = {}  # packed experts of which a stage must know more than shapes show
         # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
         self.turns = [linear_turns(choice.stages, len(recipe.experts)) for choice in recipe.choices()]
         self.places: dict[tuple[str, int], Place] = {}
@@ -119,6 +122,7 @@ class _Planner:
         for name in names:
             if name not in originals and (tensor := self._tensor(name, numbers.get(name, 0))) is not None:
                 planned[name] = tensor
+        self.faults += [describe_unknown_axes(names, stage) for stage, names in self.unoriented.items()]
         if self.faults:
             raise CheckpointError("\n".join(_shortened(self.faults)))
         for name, original in originals.items():
@@ -186,7 +190,9 @@ class _Planner:
             self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; {remedy}")
             return None
         dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
-        rows = any(stage.takes != "slice" for stage in stages)
+        axis, looking = kinds.input_axis(name), needs_input_axis(stages)
+        if axis is None and looking is not None:
+            self.unoriented.setdefault(looking, []).append(name)
         return TensorPlan(
             name=name,
             info=Info(dtype, shape),
@@ -197,7 +203,7 @@ class _Planner:
             stages=stages,
             source="base",
             reads=reads,
-            parts=_parts(name, kind, common, transposed=rows and kind == "conv1d"),
+            parts=parts_of(name, kind, common, axis, stages),
             extra=extra,
         )
 
@@ -238,7 +244,7 @@ class _Planner:
             stages=(),
             source=source,
             reads=needed,
-            parts=_parts(name, "copied", info.shape, transposed=False),
+            parts=parts_of(name, "copied", info.shape, COLUMNS, ()),
         )
 
     def _complete(self, name: str, reads: Mapping[str, str | None]) -> bool:
@@ -342,15 +348,6 @@ def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
         ):
             said[f"{', '.join(remarks)}: takes no weight, so the experts' own have no effect"] = None
     return said
-
-
-def _parts(name: str, kind: str, shape: tuple[int, ...], *, transposed: bool) -> tuple[Part, ...]:
-    rows, columns = rows_and_columns(shape)
-    if kind == "expert3d":
-        return tuple(Part(f"{name}[{e}]", e * shape[1], shape[1], columns) for e in range(shape[0]))
-    if transposed:
-        return (Part(name, 0, columns, rows, transposed=True),)
-    return (Part(name, 0, rows, columns),)
 
 
 def _shortened(faults: list[str], most: int = 20) -> list[str]:

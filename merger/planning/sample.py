@@ -14,7 +14,7 @@ from math import isfinite, sqrt
 from operator import mul, sub
 
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info
 from merger.errors import UnreadableError
 from merger.planning.plan import Plan, TensorPlan
 

@@ -6,10 +6,12 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merger.checkpoint.files import make_folder
 from merger.errors import RecipeError
 from merger.evaluation import references as families
 from merger.evaluation import tasks
@@ -79,18 +81,19 @@ def search(
         for space in variants.values():
             tasks.check_apart(example(space), (*split.search, *split.report))
     folder = to or path.with_name(f"{path.stem}.search")
+    results.check_folder(folder)
     with Bench(options, section.dtype) as bench:
         one = _Search(settings, section, family, split, bench)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = Record(folder / "trials.jsonl", one.decisive(document, variants), force=force)
-        references = one.references(record)
-        trials = {
-            name: tuple(one.trials(name, space, references["search"], record)) for name, space in variants.items()
-        }
-        best = {name: top for name, each in trials.items() if (top := best_of(each)) is not None}
-        if not best:
-            raise RecipeError(f"{record.path}: no trial made a merge that could be judged; the lines say why")
-        report = one.report(path.stem, variants, best, references["report"], record)
+        make_folder(folder)
+        with closing(Record(folder / "trials.jsonl", one.decisive(document, variants), force=force)) as record:
+            references = one.references(record)
+            trials = {
+                name: tuple(one.trials(name, space, references["search"], record)) for name, space in variants.items()
+            }
+            best = {name: top for name, each in trials.items() if (top := best_of(each)) is not None}
+            if not best:
+                raise RecipeError(f"{record.path}: no trial made a merge that could be judged; the lines say why")
+            report = one.report(path.stem, variants, best, references["report"], record)
     found = Found(str(folder), settings.objective, trials, best, report)
     results.write(found, folder, variants[found.winner.variant], path)
     return found

@@ -3,51 +3,82 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from merger.checkpoint.disk import disk_error, sync_open
+from merger.checkpoint.locks import Lock
 from merger.errors import RecipeError
 from merger.evaluation.measures import Outcome, Outcomes
 
 FORMAT = 1
+_BEGINNING = b'{"format": '
 
 
 class Record:
     """Lines of JSON in a file: first what decides the search, then what was found, each line written at once."""
 
     def __init__(self, path: Path, decisive: Mapping[str, Any], *, force: bool = False) -> None:
-        """Goes on with the file if it is of the same search; RecipeError if not, unless ``force`` starts it anew."""
+        """Goes on with the file if it is of the same search.
+
+        RecipeError if another search is writing it, if it is no record, or if it is of another search, unless
+        ``force`` starts that anew.
+        """
         self.path = path
         self.lines: list[dict[str, Any]] = []
-        first = {"format": FORMAT, **decisive}
-        if path.exists() and not force:
-            self.lines = _whole_lines(path)
-            self._check(first)
+        try:
+            self._file = path.open("ab")
+        except OSError as error:
+            raise disk_error(path, error) from None
+        try:
+            self._lock = Lock(self._file.fileno(), path, path.with_name(f"{path.name}.owner"))
+        except BaseException:
+            self._file.close()
+            raise
+        try:
+            self._go_on({"format": FORMAT, **decisive}, force=force)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets another search have the record."""
+        self._lock.release()
+        self._file.close()
+
+    def _go_on(self, first: Mapping[str, Any], *, force: bool) -> None:
+        content = self.path.read_bytes()
+        if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
+            raise RecipeError(f"{self.path}: is no record of a search; give another folder with --to, or move it away")
+        complete = b"" if force else content[: content.rfind(b"\n") + 1]  # the last line was being written at a kill
+        self.lines = _parsed(complete, self.path)
+        self._check(first)
+        self._file.truncate(len(complete))
         if not self.lines:
-            path.write_text("")
             self.add(first)
 
     def _check(self, first: Mapping[str, Any]) -> None:
         if not self.lines:
             return
-        known = self.lines[0]
-        if other := [key for key in {**known, **first} if known.get(key) != first.get(key)]:
+        recorded = self.lines[0]
+        if keys := [key for key in {**recorded, **first} if recorded.get(key) != first.get(key)]:
             raise RecipeError(
-                f"{self.path}: is the record of another search: {', '.join(other)} differ; "
+                f"{self.path}: is the record of another search: {', '.join(keys)} differ; "
                 "give another folder with --to, or start over with --force"
             )
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Puts a line on the disk."""
         self.lines.append(dict(line))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+            sync_open(self._file.fileno())
+        except OSError as error:
+            raise disk_error(self.path, error) from None
 
     def trials(self, variant: str) -> list[dict[str, Any]]:
         """The trials of one variant, in order."""
@@ -58,30 +89,28 @@ class Record:
         for line in self.lines:
             if line.get("judged") == key:
                 return {
-                    task: Outcome(np.array(each["total"]), np.array(each["weight"]))
-                    for task, each in line["outcomes"].items()
+                    task: Outcome(np.array(outcome["total"]), np.array(outcome["weight"]))
+                    for task, outcome in line["outcomes"].items()
                 }
         return None
 
-    def add_outcomes(self, key: str, found: Outcomes) -> None:
-        """Keeps what the model ``key`` did with every example."""
-        told = {task: {"total": each.total.tolist(), "weight": each.weight.tolist()} for task, each in found.items()}
-        self.add({"judged": key, "outcomes": told})
+    def add_outcomes(self, key: str, outcomes: Outcomes) -> None:
+        """Records the outcomes of the model ``key``."""
+        lists = {
+            task: {"total": outcome.total.tolist(), "weight": outcome.weight.tolist()}
+            for task, outcome in outcomes.items()
+        }
+        self.add({"judged": key, "outcomes": lists})
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record; the last one is cut off if it was being written when the machine stopped."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+def _parsed(content: bytes, path: Path) -> list[dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in whole.decode().splitlines()]
+        lines = [json.loads(line) for line in content.decode().splitlines()]
     except ValueError:
         lines = [None]
     if not all(isinstance(line, dict) for line in lines) or (lines and lines[0].get("format") != FORMAT):
         raise RecipeError(
-            f"{path}: is no record of a search; give another folder with --to, or start over with --force"
+            f"{path}: is damaged, or of another version of merger; give another folder with --to, "
+            "or start over with --force"
         )
     return lines

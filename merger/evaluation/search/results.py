@@ -10,13 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merger.checkpoint.writer import write_text
+from merger._version import MARK
+from merger.checkpoint.files import check_replaceable, replace_bytes
 from merger.evaluation import tables
 from merger.evaluation.search.loop import Trial
 from merger.evaluation.search.space import Space
 
 if TYPE_CHECKING:
     from merger.evaluation.search import Found
+
+
+BEST, REPORT = "best.yaml", "report.md"
+
+
+def check_folder(folder: Path) -> None:
+    """RecipeError if the folder holds a recipe or a report of these names that no search wrote."""
+    for name in (BEST, REPORT) if folder.is_dir() else ():
+        check_replaceable(folder / name)
 
 
 def setting(point: Mapping[str, Any]) -> str:
@@ -40,11 +50,12 @@ def line(trial: Trial, best: Trial | None, trials: int | None, objective: str) -
 def write(found: Found, folder: Path, space: Space, recipe: Path) -> None:
     """Writes best.yaml and report.md."""
     winner = found.winner
-    said = f"# Found by `merger search {recipe.name}`: {found.objective} {winner.objective:.4f} on its search data.\n"
+    value_on_data = f"{found.objective} {winner.objective:.4f} on its search data"
+    said = f"# Found by `merger search {recipe.name}`, {MARK}: {value_on_data}.\n"
     value = space.document_at(winner.point).value
     text = yaml.safe_dump(_rebased(value, space.document.folder, folder.resolve()), sort_keys=False, allow_unicode=True)
-    write_text(folder / "best.yaml", said + text)
-    write_text(folder / "report.md", "\n".join(_page(found, recipe)) + "\n")
+    replace_bytes(folder / BEST, (said + text).encode())
+    replace_bytes(folder / REPORT, ("\n".join(_page(found, recipe)) + "\n").encode())
 
 
 def _page(found: Found, recipe: Path) -> Iterator[str]:
@@ -72,7 +83,7 @@ def _page(found: Found, recipe: Path) -> Iterator[str]:
     yield ""
     yield "Examples by SHA-256: " + ", ".join(f"{name} {each.sha256[:16]}" for name, each in found.report.tasks.items())
     yield ""
-    yield ", ".join(f"{name} {version}" for name, version in found.report.versions.items()) + "."
+    yield ", ".join(f"{name} {version}" for name, version in found.report.versions.items()) + f"; {MARK}."
 
 
 def _median(values: list[float]) -> float:

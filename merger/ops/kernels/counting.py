@@ -1,4 +1,4 @@
-"""The loops that count what task vectors keep and share, twice with the same results: compiled, and in numpy.
+"""The loops that count what task vectors keep and share, twice with the same results: compiled, and in torch.
 
 A position is kept where a vector is not zero. Shapes: k experts, r rows, c columns, n elements.
 """
@@ -45,7 +45,7 @@ class Counts:
 
 
 class Counting:
-    """The loops in numpy, for tensors of any device."""
+    """The loops in torch, where the tensors are; only counts come back."""
 
     def vectors(self, deltas: Tensor, first: int, size: int, into: Counts) -> tuple[Tensor, Tensor]:
         """Counts task vectors [k r c] into ``into``; inner products [k k] and what is kept of blocks cut off [k 2].
@@ -53,27 +53,23 @@ class Counting:
         Blocks are ``size`` elements; element 0 is number ``first`` of the first block, so the first and the last may
         lie in other slices too.
         """
-        import numpy
-
-        values = deltas.cpu().numpy()
-        kept, negative = values != 0, values < 0
-        k = len(values)
-        for i in range(k):
-            for j in range(k):
-                shared = kept[i] & kept[j]
-                into.both[i, j] += int(numpy.count_nonzero(shared))
-                into.opposed[i, j] += int(numpy.count_nonzero(shared & (negative[i] ^ negative[j])))
-        into.holders += torch.from_numpy(numpy.bincount(kept.sum(0).ravel(), minlength=k + 1))
-        into.row_squares += torch.from_numpy((kept.sum(2) ** 2).sum(1))
-        into.by_column += torch.from_numpy(kept.sum(1).astype("int32"))
-        flat = kept.reshape(k, -1)
+        kept = deltas != 0
+        k, _, columns = kept.shape
+        flat, positive = kept.flatten(1), (deltas > 0).flatten(1).double()  # whole numbers, which no sum rounds
+        negative = flat.double() - positive
+        against = positive @ negative.T
+        into.both += _whole(flat.double() @ flat.double().T)
+        into.opposed += _whole(against + against.T)
+        into.holders += torch.bincount(flat.sum(0), minlength=k + 1).cpu()
+        into.row_squares += kept.sum(2).square().sum(1).cpu()
+        into.by_column += kept.sum(1, dtype=torch.int32).view(k, columns).cpu()
         head, tail = min(-first % size, flat.shape[1]), (first + flat.shape[1]) % size
         if first and first + flat.shape[1] < size:
             head, tail = 0, flat.shape[1]  # all of it lies in one block that ends elsewhere
-        whole = flat[:, head : flat.shape[1] - tail].reshape(k, -1, size).sum(2)
-        into.block_squares += torch.from_numpy((whole**2).sum(1))
-        cut = [[numpy.count_nonzero(own[:head]), numpy.count_nonzero(own[len(own) - tail :])] for own in flat]
-        return _products(deltas, deltas), torch.tensor(cut)
+        blocks = flat[:, head : flat.shape[1] - tail].reshape(k, -1, size).sum(2)
+        into.block_squares += blocks.square().sum(1).cpu()
+        cut = torch.stack([flat[:, :head].sum(1), flat[:, flat.shape[1] - tail :].sum(1)], 1)
+        return _products(deltas, deltas), cut.cpu()
 
     def merged(self, merged: Tensor, deltas: Tensor) -> tuple[int, Tensor]:
         """Positions that a merged vector [r c] keeps; its inner products with itself and with deltas [k r c]: [1+k]."""
@@ -82,26 +78,22 @@ class Counting:
 
     def different(self, deltas: Tensor) -> list[Tensor]:
         """Each vector's [k r c] different float32 bit patterns other than those of zeros, in any order: int32."""
-        import numpy
-
-        several = deltas.flatten(1).cpu().contiguous().view(torch.int32).numpy()
-        return [torch.from_numpy(numpy.unique(patterns[patterns & 0x7FFFFFFF != 0])) for patterns in several]
+        patterns = deltas.flatten(1).contiguous().view(torch.int32)
+        return [torch.unique(own[own & 0x7FFFFFFF != 0]).cpu() for own in patterns]
 
     def endings(self, result: Tensor, base: Tensor | None, experts: Tensor) -> Tensor:
         """Positions of [n] that have the value of base [n], or 0, of each expert [k n], of none: [k+2].
 
         Where several have it, the first of them counts.
         """
-        import numpy
-
-        found, *inputs = (each.flatten().cpu().numpy() for each in (result.float(), *experts.float()))
-        left = found != (0 if base is None else base.float().flatten().cpu().numpy())
-        counts = [left.size - numpy.count_nonzero(left)]
-        for each in inputs:
-            equal = left & (found == each)
-            counts.append(numpy.count_nonzero(equal))
-            left ^= equal
-        return torch.tensor([*counts, numpy.count_nonzero(left)])
+        ends, *inputs = (values.flatten().float() for values in (result, *experts))
+        left = ends != (0 if base is None else base.flatten().float())
+        counts = [left.numel() - left.sum()]
+        for values in inputs:
+            equal = left & (ends == values)
+            counts.append(equal.sum())
+            left = left ^ equal
+        return torch.stack([*counts, left.sum()]).cpu()
 
 
 class NativeCounting(Counting):
@@ -149,25 +141,39 @@ def _table(bits: int) -> Tensor:
     return torch.empty(1 << bits, dtype=torch.int32)
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of float32 vectors [k n] and [m n] in float64: [k m]."""
-    import numpy
+def _whole(counts: Tensor) -> Tensor:
+    """Counts that are in float64 as whole numbers in host memory."""
+    return counts.long().cpu()
 
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of float32 vectors [k n] and [m n] in float64, in host memory: [k m].
+
+    On the CPU each lane is summed up from the first number to the last, and so are the lanes, as the compiled loops do;
+    a GPU adds in another order, so its last bits may be others.
+    """
     sides = []
     for side in (left, right):
-        values = side.flatten(1).cpu().double().numpy()
+        values = side.flatten(1).double()
         rows = -(-values.shape[1] // LANES)
-        padding = [(0, 0), (0, rows * LANES - values.shape[1])]
-        sides.append(numpy.pad(values, padding).reshape(len(values), rows, LANES))
-    sums = [[(one * other).sum(0) for other in sides[1]] for one in sides[0]]  # row after row, as numpy adds these
-    return torch.tensor([[lanes.cumsum()[-1] for lanes in row] for row in sums], dtype=torch.float64)
+        padded = torch.nn.functional.pad(values, (0, rows * LANES - values.shape[1]))
+        sides.append(padded.view(len(values), rows, LANES))
+    if not len(sides[1]):
+        return torch.zeros(len(sides[0]), 0, dtype=torch.float64)
+    rows_of_sums = [torch.stack([_last_sum(_last_sum(one * other)) for other in sides[1]]) for one in sides[0]]
+    return torch.stack(rows_of_sums).cpu()
 
 
-_NATIVE, _NUMPY = NativeCounting(), Counting()
+def _last_sum(values: Tensor) -> Tensor:
+    """The sum over the first axis, one after the other; 0 of nothing."""
+    return values.cumsum(0)[-1] if len(values) else values.sum(0)
+
+
+_NATIVE, _TORCH = NativeCounting(), Counting()
 
 
 def of(*values: Tensor) -> Counting:
     """The loops for these tensors, compiled where all of them are of one dtype in memory that C can read."""
     first = values[0]
     plain = all(each.device.type == "cpu" and each.dtype == first.dtype for each in values)
-    return _NATIVE if plain and stored_as(first.dtype) is not None else _NUMPY
+    return _NATIVE if plain and stored_as(first.dtype) is not None else _TORCH

@@ -1,4 +1,4 @@
-"""The header of a pytorch_model.bin: names, dtypes, shapes and places of its tensors, and nothing executed.
+"""pytorch_model.bin: names, dtypes, shapes and places of the tensors that `torch.save` wrote, and nothing executed.
 
 The pickle in such a file is read by an unpickler that knows the names that tensors are made of and gives each
 an inert stand-in; whatever else the file asks for is refused. `torch.load(weights_only=True, mmap=True)` refuses as
@@ -16,13 +16,27 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from merger.checkpoint.safetensors_header import ITEM_SIZE, Info, checked_name
+from merger._lazy import torch
+from merger.checkpoint.formats.interface import (
+    CHUNK,
+    Fill,
+    Format,
+    Scan,
+    count_not_finite,
+    fill_from,
+    read_numbers,
+)
+from merger.checkpoint.tensor_info import ITEM_SIZE, Info, checked_name, torch_dtype
 from merger.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PICKLE = 16 << 20  # names and shapes of 100,000 tensors
 
@@ -58,28 +72,62 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
 
 
-def read_pickle(path: Path) -> dict[str, Info]:
-    """All tensors of a file that `torch.save` wrote; CheckpointError names the file and what is wrong with it."""
-    try:
+class Pickle(Format):
+    """The format of `torch.save`, as an archive since torch 1.6 and as one pickle after another before it."""
+
+    order = 1
+    suffix = ".bin"
+    model = "pytorch_model.bin"
+    adapter = "adapter_model.bin"
+
+    def parse(self, file: IO[bytes], size: int, path: Path, *, placed: bool = True) -> dict[str, Info]:
+        """Reads and checks names, dtypes and shapes; unless ``placed``, the bytes between tensors are not visited."""
+        try:
+            read = _zipped if zipfile.is_zipfile(file) else _legacy
+            file.seek(0)
+            views, starts = read(file, size, placed)
+            return {checked_name(name): _info(view, path, starts) for name, view in views.items()}
+        except _STUMBLES as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointError(
+                f"{path}: is not a file of plain tensors by torch.save, or damaged: {reason}; "
+                "download it again, or save the model as safetensors"
+            ) from None
+
+    def read_into(self, rows: Tensor, info: Info, start: int, stop: int, fill: Fill) -> None:
+        """Reads rows, also of a tensor whose rows lie scattered over the file.
+
+        Such tensors are rare, and are read completely for each slice of them.
+        """
+        if info.strides is None:
+            super().read_into(rows, info, start, stop, fill)
+            return
+        extent = 1 + sum((n - 1) * step for n, step in zip(info.shape, info.strides, strict=True))
+        tensor = read_numbers(info, 0, extent, fill).as_strided(info.shape, info.strides)
+        rows.copy_(tensor.reshape(info.matrix)[start:stop])
+
+    def scan(self, path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> Scan:
+        """Looks at the values; the file has bytes between its tensors, so it is not hashed by the way."""
+        not_finite: dict[str, int] = {}
         with path.open("rb") as file:
-            return parse_pickle(file, path.stat().st_size, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            fill = partial(fill_from, file.fileno(), path)
+            for name, info in header.items():
+                if bad := self._count_not_finite(info, fill):
+                    not_finite[name] = bad
+                tell(info.nbytes)
+        return Scan(None, not_finite)
+
+    def _count_not_finite(self, info: Info, fill: Fill) -> int:
+        rows, columns = info.matrix
+        step, bad = max(1, CHUNK // max(1, 8 * columns)), 0
+        for start in range(0, rows if info.elements and info.is_float else 0, step):
+            values = torch.empty(min(step, rows - start), columns, dtype=torch_dtype(info))
+            self.read_into(values, info, start, start + len(values), fill)
+            bad += count_not_finite(values)
+        return bad
 
 
-def parse_pickle(file: IO[bytes], size: int, path: Path, *, placed: bool = True) -> dict[str, Info]:
-    """Reads and checks names, dtypes and shapes; unless ``placed``, what lies between the tensors is not visited."""
-    try:
-        read = _zipped if zipfile.is_zipfile(file) else _legacy
-        file.seek(0)
-        views, starts = read(file, size, placed)
-        return {checked_name(name): _info(view, path, starts) for name, view in views.items()}
-    except _STUMBLES as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(
-            f"{path}: is not a file of plain tensors by torch.save, or damaged: {said}; "
-            "download it again, or save the model as safetensors"
-        ) from None
+FORMAT = Pickle()
 
 
 def _info(view: _View, path: Path, starts: Mapping[str, int]) -> Info:

@@ -1,0 +1,71 @@
+"""A stored tensor's dtype, shape and place, in the names that safetensors gives to dtypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+from merger._lazy import torch
+
+ITEM_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
+}  # fmt: skip
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH_NAMES = FLOATS | {
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
+}  # fmt: skip
+SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Info:
+    """One stored tensor: what it is, and where its bytes lie."""
+
+    dtype: str  # as safetensors writes it: BF16, F32, I64, ...
+    shape: tuple[int, ...]
+    file: Path | None = None
+    offset: int = 0  # of its first byte in the file
+    strides: tuple[int, ...] | None = None  # between its elements, where a pickle stores it out of row order
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        return self.elements * ITEM_SIZE[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds numbers that can be merged."""
+        return self.dtype in FLOATS
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Its rows and columns, as `rows_and_columns` counts them."""
+        return rows_and_columns(self.shape)
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """All axes but the last as rows, and the last as columns; a vector or a number is one row."""
+    return (prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, prod(shape))
+
+
+def torch_dtype(info: Info) -> torch.dtype:
+    """What torch calls the dtype of a stored tensor."""
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
+    return dtype
+
+
+def checked_name(name: str) -> str:
+    """A tensor's name, if a terminal, a log and a JSON file can carry it; ValueError otherwise."""
+    if not name.isprintable():  # line breaks, escape sequences, lone surrogates
+        raise ValueError(f"the name {name!r} has characters that cannot be printed")
+    return name
