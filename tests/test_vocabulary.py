@@ -128,7 +128,7 @@ def test_the_tokenizer_that_is_named_decides_whose_rows_are_taken(clash):
         assert same_bits(merged[name][N:], clash.tensors["b"][name][N:])
     assert [token["content"] for token in clash.output("tokenizer.json")["added_tokens"]] == ["<think>", "</think>"]
     assert (
-        "a: the output has not its tokens '<tool>' (12), '</tool>' (13); it gets the tokenizer of b"
+        "a: its tokens '<tool>' (12), '</tool>' (13) are not in the output, which gets the tokenizer of b"
         in (clash.output("merger.json")["notes"])
     )
 
@@ -249,7 +249,7 @@ def test_dropping_leaves_out_what_only_some_have(clash):
     assert merged[EMBEDDING].shape == (N, 8)
     assert clash.output("tokenizer.json")["added_tokens"] == []
     assert (
-        "b: the output has not its tokens '<think>' (12), '</think>' (13); it gets the tokenizer of base"
+        "b: its tokens '<think>' (12), '</think>' (13) are not in the output, which gets the tokenizer of base"
         in (clash.output("merger.json")["notes"])
     )
 
@@ -275,7 +275,9 @@ def test_dropping_does_not_mix_what_is_left(family):
 def test_tables_of_one_model_come_with_its_tokenizer(clash):
     made = clash.plan(rules=[{"kinds": ["embedding", "head"], "use": "b"}])
     assert made.tokenizer == "b"
-    assert "a: the output has not its tokens '<tool>' (12), '</tool>' (13); it gets the tokenizer of b" in made.notes
+    assert (
+        "a: its tokens '<tool>' (12), '</tool>' (13) are not in the output, which gets the tokenizer of b" in made.notes
+    )
 
 
 def test_a_copied_table_must_have_the_rows_of_the_tokenizer(clash):
@@ -449,7 +451,8 @@ def test_another_tokenizer_is_told_in_whatever_file_it_stands(family, base, expe
 def test_a_chat_template_and_an_end_token_are_noted(family):
     family.add("base", eos_token="w1").add("a", eos_token="w2", chat_template="{{ messages }}")
     assert family.plan().notes == (
-        "a: its tokenizer differs from that of base, which the output gets, in chat template, eos_token 'w1' -> 'w2'; "
+        "a: its tokenizer differs from that of the output, which gets the tokenizer of base, in chat template, "
+        "eos_token ('w2' instead of 'w1'); "
         "`output: {tokenizer: a}` takes its own",
     )
 
@@ -460,7 +463,7 @@ def test_another_way_to_split_text_is_noted(family):
         letters = ["W", "w", "T", "t", "H", "h", "?"]
         write(family.folder / name / "tokenizer.json", bpe_json(letters, (), normalizer=normalizer))
     (note,) = family.plan().notes
-    assert "which the output gets, in normalizer; `output: {tokenizer: a}`" in note
+    assert "which gets the tokenizer of base, in normalizer; `output: {tokenizer: a}`" in note
 
 
 def test_a_file_that_is_only_formatted_differently_is_not_noted(family):

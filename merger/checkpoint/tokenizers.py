@@ -170,32 +170,32 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return {name: file for name, file in matching_files(folder, FILES).items() if not name.endswith(".py")}
 
 
-def splitting_differences(one: Tokenizer, two: Tokenizer) -> list[str]:
+def splitting_differences(tokenizer: Tokenizer, reference: Tokenizer) -> list[str]:
     """The parts in which two tokenizers differ so that they split some text differently.
 
     Merges and scores are compared as they are. The other parts are written differently by different versions of
     transformers: where they are not the same, both tokenizers are tried on texts.
     """
-    common = [name for name in one.splitting if name in two.splitting]
-    parts = [name for name in common if not _is_same(one.splitting[name], two.splitting[name], name)]
+    common = [name for name in tokenizer.splitting if name in reference.splitting]
+    parts = [name for name in common if not _is_same(tokenizer.splitting[name], reference.splitting[name], name)]
     if {"merges", "scores", "scores of pieces"} & set(parts):
         return parts
-    return [] if not parts or _split_alike(one, two) else parts
+    return [] if not parts or _split_alike(tokenizer, reference) else parts
 
 
-def _is_same(one: Any, two: Any, part: str) -> bool:
-    if part == "added tokens":  # how those that both have are found in a text
-        return all(one[token] == two[token] for token in one.keys() & two.keys())
-    return bool(one == two)
+def _is_same(content: Any, reference: Any, part: str) -> bool:
+    if part == "added tokens":  # how the tokens that both have are found in a text
+        return all(content[token] == reference[token] for token in content.keys() & reference.keys())
+    return bool(content == reference)
 
 
-def _split_alike(one: Tokenizer, two: Tokenizer) -> bool:
+def _split_alike(tokenizer: Tokenizer, reference: Tokenizer) -> bool:
     """Whether two tokenizer.json give the same ids for the texts of the probe."""
     from tokenizers import Tokenizer as Splitter
 
     try:
-        first, second = (Splitter.from_file(str(tokenizer.vocabulary_file)) for tokenizer in (one, two))
-        return all(first.encode(text).ids == second.encode(text).ids for text in _PROBE)
+        splitters = [Splitter.from_file(str(file)) for file in (tokenizer.vocabulary_file, reference.vocabulary_file)]
+        return all(len({tuple(splitter.encode(text).ids) for splitter in splitters}) == 1 for text in _PROBE)
     except Exception:  # the library raises plain exceptions for files that it cannot load
         return False
 

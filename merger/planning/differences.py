@@ -31,42 +31,42 @@ def config_differences(models: Mapping[str, Checkpoint]) -> Iterator[str]:
             yield f"{label}: config differs from the base: {'; '.join(changed)[:300]}"
 
 
-def tokenizer_differences(tokenizers: Mapping[str, Tokenizer], chosen: str) -> Iterator[str]:
-    """Notes on what the output, which gets the tokenizer of ``chosen``, has not of the other models' tokenizers."""
-    output = tokenizers[chosen]
-    for label, tokenizer in tokenizers.items():
-        if tokenizer is output or tokenizer.digest == output.digest:
+def tokenizer_differences(tokenizers: Mapping[str, Tokenizer], label: str) -> Iterator[str]:
+    """Notes on what the output, which gets the tokenizer of the model ``label``, lacks of the other tokenizers."""
+    output = tokenizers[label]
+    for model, tokenizer in tokenizers.items():
+        if not output.exists or tokenizer.digest == output.digest:
             continue
         if not tokenizer.exists:
-            yield f"{label}: has no tokenizer; its rows are taken for the tokens that the other models have there"
+            yield f"{model}: has no tokenizer; its rows are taken for the tokens that the other models have there"
         elif not (tokenizer.is_readable and output.is_readable):
             if tokenizer.vocabulary_digest != output.vocabulary_digest:
-                yield f"{label}: its tokenizer is not that of {chosen}, and their tokens cannot be compared"
+                yield f"{model}: its tokenizer is not that of {label}, and their tokens cannot be compared"
         else:
-            yield from _token_notes(label, tokenizer, chosen, output)
-            yield from _settings_notes(label, tokenizer, chosen, output)
+            source = f"which gets the tokenizer of {label}"
+            yield from (f"{model}: {note}, {source}" for note in _token_notes(tokenizer, output))
+            parts = ", ".join(_differing_settings(tokenizer, output))
+            advice = f"; `output: {{tokenizer: {model}}}` takes its own" if tokenizer.tokens == output.tokens else ""
+            if parts:
+                yield f"{model}: its tokenizer differs from that of the output, {source}, in {parts}{advice}"
 
 
-def _token_notes(label: str, tokenizer: Tokenizer, chosen: str, output: Tokenizer) -> Iterator[str]:
+def _token_notes(tokenizer: Tokenizer, output: Tokenizer) -> Iterator[str]:
     names = set(output.tokens.values())
     changed = [(i, token) for i, token in sorted(tokenizer.tokens.items()) if output.tokens.get(i) != token]
     lost = [f"{token!r} ({i})" for i, token in changed if token not in names]
     if lost:
-        more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
-        yield f"{label}: the output has not its tokens {', '.join(lost[:5])}{more}; it gets the tokenizer of {chosen}"
+        count = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+        yield f"its tokens {', '.join(lost[:5])}{count} are not in the output"
     if moved := len(changed) - len(lost):
-        yield f"{label}: {moved:,} of its tokens have other ids in the output, which gets the tokenizer of {chosen}"
+        yield f"{moved:,} of its tokens have other ids in the output"
 
 
-def _settings_notes(label: str, tokenizer: Tokenizer, chosen: str, output: Tokenizer) -> Iterator[str]:
-    parts = splitting_differences(tokenizer, output)
+def _differing_settings(tokenizer: Tokenizer, output: Tokenizer) -> Iterator[str]:
+    yield from splitting_differences(tokenizer, output)
     if tokenizer.chat_templates != output.chat_templates:
-        parts.append("chat template")
+        yield "chat template"
     for key in {**tokenizer.special_tokens, **output.special_tokens}:
-        ours, theirs = output.special_tokens.get(key), tokenizer.special_tokens.get(key)
-        parts += [f"{key} {ours!r} -> {theirs!r}"] if ours != theirs else []
-    if parts:
-        yield (
-            f"{label}: its tokenizer differs from that of {chosen}, which the output gets, in {', '.join(parts)}; "
-            f"`output: {{tokenizer: {label}}}` takes its own"
-        )
+        token, output_token = tokenizer.special_tokens.get(key), output.special_tokens.get(key)
+        if token != output_token:
+            yield f"{key} ({token!r} instead of {output_token!r})"

@@ -16,20 +16,20 @@ _GENERATION = "generation_config.json"
 
 
 def plan_side_files(
-    base: Checkpoint, chosen: Checkpoint, tokenizer: Tokenizer, config: Mapping[str, Any]
+    base: Checkpoint, tokenizer_model: Checkpoint, tokenizer: Tokenizer, config: Mapping[str, Any]
 ) -> dict[str, SideFile]:
     """All files beside the weights, given the output's config and the model whose tokenizer the output gets.
 
     That model's settings for generation come with its tokenizer; where it has none, those of the base name its tokens.
     """
     files: dict[str, SideFile] = {**base_files(base.directory), **tokenizer.files, "config.json": config}
-    file, base_file = chosen.directory / _GENERATION, base.directory / _GENERATION
-    if chosen is base or file.is_file():
+    file, base_file = tokenizer_model.directory / _GENERATION, base.directory / _GENERATION
+    if tokenizer_model is base or file.is_file():
         settings = read_object(file)
-        ids = {} if chosen is base else special_ids(tokenizer, settings, chosen.config)
+        ids = {} if tokenizer_model is base else special_ids(tokenizer, settings, tokenizer_model.config)
         ids = {key: ids[key] for key in ids if key == "eos_token_id"}
         return files | _with_ids(file, settings, ids)
-    return files | _with_ids(base_file, read_object(base_file), special_ids(tokenizer, chosen.config))
+    return files | _with_ids(base_file, read_object(base_file), special_ids(tokenizer, tokenizer_model.config))
 
 
 def _with_ids(file: Path, settings: Mapping[str, Any], ids: Mapping[str, Any]) -> dict[str, SideFile]:

@@ -46,8 +46,8 @@ class _Case:
     def is_plain(self) -> bool:
         """Whether all tokenizers are the same and every token has its row, so that no token need be looked at."""
         counts = {count for table in self.tables for count in table.used_rows}
-        whole = len(counts) < 2 or (not self.drop and all(table.source is None for table in self.tables))
-        return self.models.are_alike and whole and not self.lacks_requested
+        has_rows = len(counts) < 2 or (not self.drop and all(table.source is None for table in self.tables))
+        return self.models.are_alike and has_rows and not self.lacks_requested
 
 
 def choose_tokenizer(
@@ -100,8 +100,8 @@ def _complaint(case: _Case) -> str:
 
 def _unreadable(case: _Case) -> Iterator[str]:
     """Tokenizers that cannot be compared with that of the first model, for one of both cannot be read."""
-    first, *others = case.candidates
-    for label in others:
+    first, *candidates = case.candidates
+    for label in candidates:
         pair = [case.models.tokenizers[first], case.models.tokenizers[label]]
         digests = {tokenizer.vocabulary_digest for tokenizer in pair}
         if len(digests) == 2 and not all(tokenizer.is_readable for tokenizer in pair):
@@ -114,41 +114,41 @@ def _clash(case: _Case) -> str | None:
     tokens = {label: case.models.tokens[label] for label in case.contributors}
     clashes: dict[int, dict[str, list[str]]] = {}
     for i in Vocabulary("base", tokens).differing_ids:
-        named: dict[str, list[str]] = {}
+        labels: dict[str, list[str]] = {}
         for label, names in tokens.items():
             if i in names:
-                named.setdefault(names[i], []).append(label)
-        if len(named) > 1:
-            clashes[i] = named
+                labels.setdefault(names[i], []).append(label)
+        if len(labels) > 1:
+            clashes[i] = labels
     if not clashes:
         return None
     examples = [
-        f"{i} is {' and '.join(f'{token!r} in {_listed(labels)}' for token, labels in named.items())}"
-        for i, named in list(clashes.items())[:3]
+        f"{i} is {' and '.join(f'{token!r} in {_listed(models)}' for token, models in labels.items())}"
+        for i, labels in list(clashes.items())[:3]
     ]
     return f"the models' tokenizers give one id to different tokens: {_listed(examples, len(clashes), 'and')}"
 
 
 def _misfits(case: _Case, label: str) -> Iterator[str]:
     """Why the tokenizer of a model does not fit the rows that the output would have."""
-    written = case.models.named[label]
+    output_tokens = case.models.named[label]
     if case.lacks_requested:
         yield f"output.tokenizer: {label} has no tokenizer"
     for table in case.tables:
-        if table.source is not None and (wrong := _missing(written, case.models.tokens[table.source])):
-            yield f"{table.name} is copied from {table.source}, which has no row for {_tokens(wrong)} of {label}"
-    if case.drop and (beyond := {i: token for i, token in written.items() if i >= case.common_rows}):
-        yield f"extra_rows: drop leaves out the rows of {_tokens(beyond)}, which the tokenizer of {label} names"
-    others = [model for model in case.contributors if model != label]
-    for model in others if case.requested is None else ():
-        lost = _missing(case.models.tokens[model], written)
-        if lost := {i: token for i, token in lost.items() if not case.drop or i in written}:
+        if table.source is not None and (rowless := _missing(output_tokens, case.models.tokens[table.source])):
+            yield f"{table.name} is copied from {table.source}, which has no row for {_tokens(rowless)} of {label}"
+    if case.drop and (dropped := {i: token for i, token in output_tokens.items() if i >= case.common_rows}):
+        yield f"extra_rows: drop leaves out the rows of {_tokens(dropped)}, which the tokenizer of {label} names"
+    contributors = [model for model in case.contributors if model != label]
+    for model in contributors if case.requested is None else ():
+        lost = _missing(case.models.tokens[model], output_tokens)
+        if lost := {i: token for i, token in lost.items() if not case.drop or i in output_tokens}:
             yield f"the tokenizer of {label} lacks {_tokens(lost)} of {model}"
 
 
-def _missing(tokens: Tokens, others: Tokens) -> Tokens:
-    """The tokens that have not the same id among others."""
-    return {} if tokens == others else {i: token for i, token in tokens.items() if others.get(i) != token}
+def _missing(tokens: Tokens, reference: Tokens) -> Tokens:
+    """The tokens that are not, or not with the same id, among those of a reference."""
+    return {} if tokens == reference else {i: token for i, token in tokens.items() if reference.get(i) != token}
 
 
 # --- what to write instead ------------------------------------------------------------------------
@@ -199,6 +199,6 @@ def _tokens(tokens: Tokens) -> str:
 
 def _listed(items: Sequence[str], count: int | None = None, word: str = "and") -> str:
     """The items, and how many more there are of ``count``."""
-    more = 0 if count is None else count - len(items)
-    several = [*items, f"{more:,} more"] if more else items
-    return f" {word} ".join([*([", ".join(several[:-1])] if len(several) > 1 else []), several[-1]])
+    rest = 0 if count is None else count - len(items)
+    *head, tail = [*items, f"{rest:,} more"] if rest else items
+    return f"{', '.join(head)} {word} {tail}" if head else tail

@@ -38,8 +38,8 @@ class Vocabulary:
     @cached_property
     def differing_ids(self) -> Sequence[int]:
         """The ids that are not the same token in all models."""
-        first, *others = self.tokens.values() or [{}]
-        return sorted({i for tokens in others if tokens != first for i, _ in tokens.items() ^ first.items()})
+        base, *experts = self.tokens.values() or [{}]
+        return sorted({i for tokens in experts if tokens != base for i, _ in tokens.items() ^ base.items()})
 
     @cached_property
     def meaning(self) -> Tokens:
@@ -66,10 +66,10 @@ class Vocabulary:
     def _donors(self, i: int, rows: Mapping[str, int]) -> tuple[str, ...]:
         """The models whose mean is row ``i`` of the output; none where the row is merged like any other."""
         token = self.meaning.get(i)
-        having = [label for label, count in rows.items() if i < count]
-        same = [label for label in having if token is None or self.tokens[label].get(i) == token] or having
-        experts = tuple(label for label in same if label != "base")
-        return () if len(same) == len(rows) else experts or ("base",)
+        labels = [label for label, count in rows.items() if i < count]
+        donors = [label for label in labels if token is None or self.tokens[label].get(i) == token] or labels
+        experts = tuple(label for label in donors if label != "base")
+        return () if len(donors) == len(rows) else experts or ("base",)
 
 
 def describe_rows(name: str, extra: Iterable[ExtraRows]) -> list[str]:
@@ -77,7 +77,7 @@ def describe_rows(name: str, extra: Iterable[ExtraRows]) -> list[str]:
     ranges: dict[str, list[ExtraRows]] = {}
     for rows in extra:
         ranges.setdefault(" and ".join(rows.models), []).append(rows)
-    return [f"{name}: {_describe_ranges(several)} are those of {models}" for models, several in ranges.items()]
+    return [f"{name}: {_describe_ranges(runs)} are those of {models}" for models, runs in ranges.items()]
 
 
 def _describe_ranges(ranges: Sequence[ExtraRows]) -> str:
