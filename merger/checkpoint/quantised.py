@@ -19,6 +19,7 @@ _COMPANION = re.compile(
     r"(?:^|[._])(?:qweight|qzeros|g_idx|SCB|absmax|quant_map|quant_state|weight_scales?|scale_inv|qscale_weight|"
     r"weight_packed|weight_zero_point|qdata|W_q|Qidxs|trellis)(?:\.|$)"
 )
+_PLAIN = (".weight", ".bias")  # as nearly all tensors are called
 _SCALE = re.compile(r"(?:^|_)(?:scales?|zeros?|zero_points?|centroids|codebooks?)$")
 _WEIGHT = re.compile(r"(?:^|[._])weight(?:[._]|$)")
 _TABLE = re.compile(r"(?:^|[._])(?:ids|index|mask|bias|tracked)$")  # buffers of numbers that are meant as numbers
@@ -43,7 +44,7 @@ def refuse_quantised_tensors(label: str, tensors: Mapping[str, Info]) -> None:
     for name, info in tensors.items():
         if info.dtype.startswith("F8"):
             raise _refusal(label, f"{name} is {info.dtype}")
-        if _COMPANION.search(name):
+        if not name.endswith(_PLAIN) and _COMPANION.search(name):
             raise _refusal(label, f"it has {name}")
     integers = {name: info for name, info in tensors.items() if info.dtype in _INTEGERS}
     scaled = _modules_with_scales(tensors) if integers else set()

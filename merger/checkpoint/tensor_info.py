@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class Info:
         """How many numbers it holds."""
         return prod(self.shape)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """How many bytes it takes."""
         return self.elements * ITEM_SIZE[self.dtype]

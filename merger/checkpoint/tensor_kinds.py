@@ -6,18 +6,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from merger.checkpoint.packed_experts import COLUMNS, ROWS, packed_experts
 from merger.checkpoint.tensor_info import Info
 from merger.checkpoint.tied_weights import Equal, is_tied, stored_copies, unknown
 
-_EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed|embed_tokens|embed_positions|embed_in|wte|wpe|shared|(?:\w+_)?embeddings?|"
-    r"relative_attention_bias)\.weight$"
-)
-_LANGUAGE_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|decoder)\.weight$")
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|decoder|score|classifier|qa_outputs)\.weight$")
+_EMBEDDINGS = {
+    "embed",
+    "embed_tokens",
+    "embed_positions",
+    "embed_in",
+    "wte",
+    "wpe",
+    "shared",
+    "relative_attention_bias",
+}
+_LANGUAGE_HEADS = {"lm_head", "embed_out", "output", "decoder"}
+_HEADS = _LANGUAGE_HEADS | {"score", "classifier", "qa_outputs"}
 _BLOCK = re.compile(r"^(?P<list>.*?(?:^|\.)[a-z_]+)\.(?P<number>\d+)\.")
 
 
@@ -30,9 +37,28 @@ class TensorKinds:
     head: str | None  # the stored head that predicts tokens, if there is one
     embedding: str | None  # the input embedding
     copies: Mapping[str, str]  # names that store another tensor once more, and the name of that tensor
-    blocks: Mapping[str, int]  # how many blocks each list of them has
-    conv1d: frozenset[str]  # last parts of names whose weights are stored [in, out]
-    packed: Mapping[str, int | None]  # packed experts [E, ., .], and the axis of each that is the input, if it shows
+    config: Mapping[str, Any]
+
+    @cached_property
+    def blocks(self) -> Mapping[str, int]:
+        """How many blocks each list of them has."""
+        blocks: dict[str, int] = {}
+        for match in filter(None, map(_BLOCK.match, self.tensors)):
+            blocks[match["list"]] = max(blocks.get(match["list"], 0), int(match["number"]) + 1)
+        return blocks
+
+    @cached_property
+    def conv1d(self) -> frozenset[str]:
+        """The last parts of names whose weights are stored [in, out]."""
+        return _conv1d(self.tensors)
+
+    @cached_property
+    def packed(self) -> Mapping[str, int | None]:
+        """The packed experts [E, ., .], and the axis of each that is the input, where shapes show it."""
+        width = text_config(self.config).get("hidden_size")
+        if not isinstance(width, int) and self.embedding is not None:
+            width = self.tensors[self.embedding].shape[1]
+        return packed_experts(self.tensors, self.config, width)
 
     def kind(self, name: str) -> str:
         """One of the kinds that a rule can name: linear, conv1d, head, tied, embedding, vector, expert3d, ..."""
@@ -46,9 +72,9 @@ class TensorKinds:
             return "expert3d" if name in self.packed else "other"
         if name == self.embedding or (name == self.head and self.tied):
             return "tied" if self.tied else "embedding"
-        if _HEAD.search(name) and block_of(name) is None:
+        if _module_of_weight(name) in _HEADS and block_of(name) is None:
             return "head"
-        if _EMBEDDING.search(name):
+        if _is_embedding(name):
             return "embedding"
         if not name.endswith("weight"):
             return "vector" if name.endswith("bias") else "other"  # biases of packed experts; Mamba's A_log
@@ -59,7 +85,9 @@ class TensorKinds:
 
         None where nothing shows it.
         """
-        return self.packed.get(name, ROWS if self.kind(name) == "conv1d" else COLUMNS)
+        if name in self.packed:
+            return self.packed[name]
+        return ROWS if self.conv1d and self.kind(name) == "conv1d" else COLUMNS
 
     def unit(self, name: str) -> str:
         """The transformer block that the tensor belongs to, or the tensor's own name outside the blocks."""
@@ -101,18 +129,14 @@ class TensorKinds:
 
 def tensor_kinds(tensors: Mapping[str, Info], config: Mapping[str, Any], equal: Equal = unknown) -> TensorKinds:
     """The kinds of a checkpoint's tensors; ``equal`` tells of two of them whether they hold the same bits."""
-    embedding = _input_embedding(tensors, config)
-    head = _language_head(tensors, embedding)
+    outside = {name: info for name, info in tensors.items() if _BLOCK.match(name) is None}
+    embedding = _input_embedding(outside, config)
+    head = _language_head(outside, embedding)
     tied = is_tied(tensors, config, embedding, head, equal)
-    copies = stored_copies(tensors, _with_row_per_token(tensors, embedding), equal)
+    copies = stored_copies(tensors, _with_row_per_token(outside, embedding), equal)
     if tied and head is not None and embedding is not None:
         copies[head] = embedding
-    blocks: dict[str, int] = {}
-    for name in tensors:
-        if match := _BLOCK.match(name):
-            blocks[match["list"]] = max(blocks.get(match["list"], 0), int(match["number"]) + 1)
-    packed = packed_experts(tensors, config, _width(tensors, config, embedding))
-    return TensorKinds(tensors, tied, head, embedding, copies, blocks, _conv1d(tensors), packed)
+    return TensorKinds(tensors, tied, head, embedding, copies, config)
 
 
 def block_of(name: str) -> int | None:
@@ -126,6 +150,16 @@ def _leaf(name: str) -> str:
     return name.rsplit(".", 2)[-2] if "." in name else name
 
 
+def _module_of_weight(name: str) -> str:
+    """The module's own name of what is called its weight, and nothing of other tensors."""
+    return name[:-7].rpartition(".")[2] if name.endswith(".weight") else ""
+
+
+def _is_embedding(name: str) -> bool:
+    module = _module_of_weight(name)
+    return module in _EMBEDDINGS or module.endswith(("embedding", "embeddings"))
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that is about the language model."""
     inner = config.get("text_config")
@@ -133,27 +167,21 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _input_embedding(tensors: Mapping[str, Info], config: Mapping[str, Any]) -> str | None:
-    """The table of token vectors: the embedding with the most rows, or with the vocabulary's.
+    """The table of token vectors outside the blocks: the embedding with the most rows, or with the vocabulary's.
 
     Of T5's three names for one table that is the shortest, under which newer checkpoints store it alone.
     """
-    tables = [n for n, info in tensors.items() if len(info.shape) == 2 and _EMBEDDING.search(n)]
+    tables = [n for n, info in tensors.items() if len(info.shape) == 2 and _is_embedding(n)]
     vocabulary = text_config(config).get("vocab_size")
     exact = [n for n in tables if tensors[n].shape[0] == vocabulary]
     return max(exact or tables, key=lambda n: (tensors[n].shape[0], -len(n)), default=None)
 
 
 def _language_head(tensors: Mapping[str, Info], embedding: str | None) -> str | None:
-    """The matrix that predicts tokens: of several so named, the one in the embedding's shape."""
-    heads = [name for name in tensors if _LANGUAGE_HEAD.search(name) and block_of(name) is None]
+    """The matrix outside the blocks that predicts tokens: of several so named, the one in the embedding's shape."""
+    heads = [name for name in tensors if _module_of_weight(name) in _LANGUAGE_HEADS]
     shape = None if embedding is None else tensors[embedding].shape
     return next((name for name in heads if tensors[name].shape == shape), next(iter(heads), None))
-
-
-def _width(tensors: Mapping[str, Info], config: Mapping[str, Any], embedding: str | None) -> int | None:
-    """How many features the hidden states have: as the config says, or else as the embedding has columns."""
-    hidden = text_config(config).get("hidden_size")
-    return hidden if isinstance(hidden, int) or embedding is None else tensors[embedding].shape[1]
 
 
 def _with_row_per_token(tensors: Mapping[str, Info], embedding: str | None) -> list[str]:
@@ -161,10 +189,8 @@ def _with_row_per_token(tensors: Mapping[str, Info], embedding: str | None) -> l
     if embedding is None:
         return []
     shape = tensors[embedding].shape
-    tables = [n for n, info in tensors.items() if info.shape == shape and _EMBEDDING.search(n) and block_of(n) is None]
-    biases = [
-        n for n, info in tensors.items() if info.shape == shape[:1] and n.endswith("bias") and block_of(n) is None
-    ]
+    tables = [n for n, info in tensors.items() if info.shape == shape and _is_embedding(n)]
+    biases = [n for n, info in tensors.items() if info.shape == shape[:1] and n.endswith("bias")]
     return [*sorted(tables, key=lambda name: name != embedding), *sorted(biases, key=len)]
 
 

@@ -15,7 +15,7 @@ _OUTER = ("", "base_model.model.")
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """For every name of a checkpoint the model's own name of the tensor. ValueError where two tensors have the same."""
-    model_names = {name: _WRAPPERS.sub("", name) for name in names}
+    model_names = {name: _WRAPPERS.sub("", name) if "_mod" in name else name for name in names}
     for outer in _OUTER:
         prefix = f"{outer}module."
         while model_names and all(name.startswith(prefix) for name in model_names.values()):

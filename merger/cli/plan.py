@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,7 @@ def plan(
 
     loaded = load(recipe, overrides)
     merge_plan = make_plan(loaded, offline=flags.offline)
+    gc.freeze()  # a plan of 45,000 tensors is a million objects that stay to the end: the collector need not see them
     output = loaded.folder / Path(loaded.output.path).expanduser()
     forecast = preview(merge_plan, output, flags.memory, device)
     changes = sample_changes(merge_plan)

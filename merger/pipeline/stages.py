@@ -149,6 +149,8 @@ def step_rows(columns: int, stages: Sequence[Bound], elements: int) -> int:
 # --- in memory ------------------------------------------------------------------------------------
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
+def natural(name: str) -> list[Any]:
     """Sorts names with their numbers as numbers: layers.2 before layers.10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    parts: list[Any] = re.split(r"(\d+)", name)  # text and digits in turn, so numbers only meet numbers
+    parts[1::2] = map(int, parts[1::2])
+    return parts

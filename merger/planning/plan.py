@@ -189,8 +189,11 @@ class Plan:
 
     def bytes_of(self, tensor: TensorPlan, elements: int) -> int:
         """Bytes that so many elements of a tensor take in all models that are read for it."""
-        several = (self.models[label].tensors[name] for label, name in tensor.reads.items() if name is not None)
-        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
+        models = self.models
+        sizes = [
+            ITEM_SIZE[models[label].tensors[name].dtype] for label, name in tensor.reads.items() if name is not None
+        ]
+        return elements * sum(sizes)
 
     def bytes_of_rows(self, tensor: TensorPlan, rows: ExtraRows) -> int:
         """Bytes of rows that only some models have."""

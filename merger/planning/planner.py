@@ -190,9 +190,9 @@ class _Planner:
             self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; {remedy}")
             return None
         dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
-        axis, looking = kinds.input_axis(name), needs_input_axis(stages)
-        if axis is None and looking is not None:
-            self.unoriented.setdefault(looking, []).append(name)
+        axis = kinds.input_axis(name)
+        if axis is None and (stage := needs_input_axis(stages)) is not None:
+            self.unoriented.setdefault(stage, []).append(name)
         return TensorPlan(
             name=name,
             info=Info(dtype, shape),

@@ -120,11 +120,11 @@ def _place(tensor: tuple[str, Info]) -> tuple[int, int]:
 
 def _check_tiling(tensors: dict[str, Info], start: int, size: int) -> None:
     position = start
-    for name, info in sorted(tensors.items(), key=_place):
-        if info.offset != position:
-            problem = "overlaps the one before it" if info.offset < position else "leaves a gap before it"
+    for offset, nbytes, name in sorted((info.offset, info.nbytes, name) for name, info in tensors.items()):
+        if offset != position:
+            problem = "overlaps the one before it" if offset < position else "leaves a gap before it"
             raise ValueError(f"{name} {problem}; download the file again")
-        position += info.nbytes
+        position += nbytes
     if position != size:
         problem = "the file is truncated" if position > size else "the file is longer than its tensors"
         raise ValueError(f"{problem}: they end at byte {position:,} and it at {size:,}; download it again")
