@@ -25,7 +25,7 @@ class Record:
         self.lines: list[dict[str, Any]] = []
         first = {"format": FORMAT, **decisive}
         if path.exists() and not force:
-            self.lines = _whole_lines(path)
+            self.lines = _complete_lines(path)
             self._check(first)
         if not self.lines:
             path.write_text("")
@@ -34,10 +34,10 @@ class Record:
     def _check(self, first: Mapping[str, Any]) -> None:
         if not self.lines:
             return
-        known = self.lines[0]
-        if other := [key for key in {**known, **first} if known.get(key) != first.get(key)]:
+        header = self.lines[0]
+        if differing_keys := [key for key in {**header, **first} if header.get(key) != first.get(key)]:
             raise RecipeError(
-                f"{self.path}: is the record of another search: {', '.join(other)} differ; "
+                f"{self.path}: is the record of another search: {', '.join(differing_keys)} differ; "
                 "give another folder with --to, or start over with --force"
             )
 
@@ -58,26 +58,29 @@ class Record:
         for line in self.lines:
             if line.get("judged") == key:
                 return {
-                    task: Outcome(np.array(each["total"]), np.array(each["weight"]))
-                    for task, each in line["outcomes"].items()
+                    task: Outcome(np.array(sums["total"]), np.array(sums["weight"]))
+                    for task, sums in line["outcomes"].items()
                 }
         return None
 
-    def add_outcomes(self, key: str, found: Outcomes) -> None:
+    def add_outcomes(self, key: str, outcomes: Outcomes) -> None:
         """Keeps what the model ``key`` did with every example."""
-        told = {task: {"total": each.total.tolist(), "weight": each.weight.tolist()} for task, each in found.items()}
-        self.add({"judged": key, "outcomes": told})
+        sums_by_task = {
+            task: {"total": outcome.total.tolist(), "weight": outcome.weight.tolist()}
+            for task, outcome in outcomes.items()
+        }
+        self.add({"judged": key, "outcomes": sums_by_task})
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a record; the last one is cut off if it was being written when the machine stopped."""
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
+    complete_bytes = content[: content.rfind(b"\n") + 1]
+    if len(complete_bytes) < len(content):
         with path.open("r+b") as file:
-            file.truncate(len(whole))
+            file.truncate(len(complete_bytes))
     try:
-        lines = [json.loads(line) for line in whole.decode().splitlines()]
+        lines = [json.loads(line) for line in complete_bytes.decode().splitlines()]
     except ValueError:
         lines = [None]
     if not all(isinstance(line, dict) for line in lines) or (lines and lines[0].get("format") != FORMAT):
