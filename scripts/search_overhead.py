@@ -16,8 +16,8 @@ from statistics import median
 
 from merger.evaluation import references as families
 from merger.evaluation import tasks
-from merger.evaluation.evaluator import Panel
-from merger.evaluation.model_host import Bench
+from merger.evaluation.evaluator import Evaluator
+from merger.evaluation.model_host import ModelHost
 from merger.evaluation.search.space import Space, example, spaces
 from merger.options import RunOptions
 from merger.recipe.document import read
@@ -41,28 +41,28 @@ def main() -> None:
     held_out = tasks.load(section.data, family.folder, asked.samples)
     judged: list[float] = []
     print("| variant | merges, s | median | judging, s | merge / judging |\n|---|---|---|---|---|")
-    with Bench(RunOptions()) as bench:
-        panel = Panel(bench, family, held_out, section.max_tokens)
+    with ModelHost(RunOptions()) as model_host:
+        evaluator = Evaluator(model_host, family, held_out, section.max_tokens)
         for name in asked.variants:
             merged = []
-            for seconds, model in merges(bench, variants[name], asked.trials):
+            for seconds, model in merges(model_host, variants[name], asked.trials):
                 merged.append(seconds)
                 if name == asked.variants[0]:
                     began = time.monotonic()
-                    panel.outcomes(model, name)
+                    evaluator.outcomes(model, name)
                     judged.append(time.monotonic() - began)
             each = ", ".join(f"{seconds:.1f}" for seconds in merged)
             cost, judging = median(merged), median(judged)
             print(f"| {name} | {each} | {cost:.1f} | {judging:.1f} | {cost / judging:.2f} |", flush=True)
 
 
-def merges(bench: Bench, space: Space, trials: int):
+def merges(model_host: ModelHost, space: Space, trials: int):
     """The seconds of each merge, and its model, which the next one overwrites."""
     rng = random.Random(0)
     for _ in range(trials):
         recipe = space.recipe({each.name: each.draw(rng) for each in space.dimensions})
         began = time.monotonic()
-        model, _ = bench.merged(recipe)
+        model, _ = model_host.merged(recipe)
         yield time.monotonic() - began, model
 
 

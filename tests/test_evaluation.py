@@ -18,8 +18,8 @@ from merger.calibration import collect
 from merger.demo import tasks as demo_tasks
 from merger.errors import CheckpointError, RecipeError
 from merger.evaluation import evaluate, tasks
-from merger.evaluation.measures import Judge, Outcome, log_likelihoods, prepare
-from merger.evaluation.model_host import Bench
+from merger.evaluation.measures import Outcome, TaskEvaluator, log_likelihoods, tokenize_task
+from merger.evaluation.model_host import ModelHost
 from merger.evaluation.scores import Entry, compare, json_schema, objective
 from merger.evaluation.tasks import Example, Task, check_apart, load, split
 from merger.options import RunOptions
@@ -39,9 +39,9 @@ def expert(demo_folder):  # noqa: F811
 def test_losses_are_those_of_transformers_for_the_same_batch(demo_folder, expert):  # noqa: F811
     model, tokenizer = expert
     (task,) = load({"shift": "data/shift.texts.jsonl"}, demo_folder, 30)
-    prepared = prepare(task, tokenizer, 64)
+    prepared = tokenize_task(task, tokenizer, 64)
 
-    found = Judge((prepared,), tokenizer).outcomes(model)["shift"]
+    found = TaskEvaluator((prepared,), tokenizer).outcomes(model)["shift"]
 
     batch = tokenizer([example.replies[0] for example in task.examples], return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -65,7 +65,9 @@ def test_exact_answers_are_counted_as_one_prompt_at_a_time_would(demo_folder, ex
     answered = {}
     for name in TASKS:
         (task,) = load({name: f"data/{name}.answers.jsonl"}, demo_folder, 12)
-        answered[name] = Judge((prepare(task, tokenizer, 64),), tokenizer, (tokenizer.eos_token_id,)).outcomes(model)
+        answered[name] = TaskEvaluator(
+            (tokenize_task(task, tokenizer, 64),), tokenizer, (tokenizer.eos_token_id,)
+        ).outcomes(model)
         pairs = [(example.prompt, example.replies[0]) for example in task.examples]
         expected = [demo_tasks.accuracy(model, tokenizer, [pair]) for pair in pairs]
         assert answered[name][name].total.tolist() == expected
@@ -80,15 +82,15 @@ def test_the_likeliest_choice_is_taken(expert):
         if answer != answer[::-1]
     )
     wrong = tuple(Example(each.prompt, each.replies, 2) for each in examples)
-    right, other = (prepare(Task("c", "choices", each), tokenizer, 64) for each in (examples, wrong))
+    right, other = (tokenize_task(Task("c", "choices", each), tokenizer, 64) for each in (examples, wrong))
 
-    assert Judge((right,), tokenizer).outcomes(model)["c"].value == 1
-    assert Judge((other,), tokenizer).outcomes(model)["c"].value == 0
+    assert TaskEvaluator((right,), tokenizer).outcomes(model)["c"].value == 1
+    assert TaskEvaluator((other,), tokenizer).outcomes(model)["c"].value == 0
 
 
 def test_a_choice_is_scored_without_its_prompt(expert):
     model, tokenizer = expert
-    prepared = prepare(Task("c", "choices", (Example("shift: ab -> ", ("bc", "xyz"), 0),)), tokenizer, 64)
+    prepared = tokenize_task(Task("c", "choices", (Example("shift: ab -> ", ("bc", "xyz"), 0),)), tokenizer, 64)
     ids = torch.tensor([tokenizer("shift: ab -> bc")["input_ids"]])
     prompt = len(tokenizer("shift: ab ->")["input_ids"])
 
@@ -111,7 +113,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def bench():
-    with Bench(RunOptions(device="cpu"), "float32") as opened:
+    with ModelHost(RunOptions(device="cpu"), "float32") as opened:
         yield opened
 
 
@@ -151,7 +153,7 @@ def test_a_merge_in_memory_gives_hidden_states_the_memory_that_one_on_disk_gives
     on_disk, budgets = budgets, []
 
     monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "other"))
-    with Bench(options) as bench:
+    with ModelHost(options) as bench:
         bench.merged(chosen)
 
     assert len(on_disk) == 3
@@ -225,7 +227,7 @@ def test_examples_that_cannot_be_used_are_told_with_their_place(tmp_path, record
 )
 def test_the_right_choice_is_told_by_its_number_or_its_text(tmp_path, choices, answer, right):
     write(tmp_path / "t.jsonl", [{"prompt": "p", "choices": choices, "answer": answer}])
-    assert load({"t": "t.jsonl"}, tmp_path, 5)[0].examples[0].right == right
+    assert load({"t": "t.jsonl"}, tmp_path, 5)[0].examples[0].correct == right
 
 
 @pytest.fixture
@@ -246,7 +248,7 @@ def test_a_task_has_examples_of_every_source_as_many_as_its_count(sourced):
     task = sourced(100, a=3, b=4)
     assert task.kind == "choices"
     assert [sum(e.prompt.startswith(name) for e in task.examples) for name in "ab"] == [3, 4]
-    assert all(e.right == int(e.prompt[1:]) % 2 and e.replies == ("x", "y") for e in task.examples)
+    assert all(e.correct == int(e.prompt[1:]) % 2 and e.replies == ("x", "y") for e in task.examples)
 
 
 def test_a_task_has_at_most_the_samples_of_the_section(sourced):

@@ -13,7 +13,7 @@ import yaml
 from tasks import TASKS, demo_folder, file_of, text_of  # noqa: F401 a fixture
 
 from merger.errors import RecipeError
-from merger.evaluation.model_host import Bench
+from merger.evaluation.model_host import ModelHost
 from merger.evaluation.search import search, strategies
 from merger.evaluation.search.space import example, spaces
 from merger.evaluation.search.strategies import STRATEGIES
@@ -192,14 +192,14 @@ class Killed(BaseException):
 
 def die_at(monkeypatch, merges):
     """Lets the process die when it begins that many merges."""
-    begun, merged = itertools.count(1), Bench.merged
+    begun, merged = itertools.count(1), ModelHost.merged
 
     def dying(self, recipe):
         if next(begun) == merges:
             raise Killed
         return merged(self, recipe)
 
-    monkeypatch.setattr(Bench, "merged", dying)
+    monkeypatch.setattr(ModelHost, "merged", dying)
 
 
 @pytest.mark.parametrize("strategy", ["two-step", "tpe"])

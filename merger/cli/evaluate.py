@@ -14,7 +14,7 @@ from merger.cli._terminal import make_console
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
-    from merger.evaluation.harness import Wanted
+    from merger.evaluation.harness import HarnessTasks
     from merger.recipe.recipe import Recipe
 
 AllowCalibrationText = Annotated[
@@ -92,16 +92,18 @@ def _subjects(models: list[Path], overrides: list[str]) -> dict[str, Recipe | Pa
     return {label: path if path.is_dir() else load(path, overrides) for label, path in zip(labels, models, strict=True)}
 
 
-def _harness(tasks: list[str], include_path: Path | None, limit: int | None, num_fewshot: int | None) -> Wanted | None:
+def _harness(
+    tasks: list[str], include_path: Path | None, limit: int | None, num_fewshot: int | None
+) -> HarnessTasks | None:
     """The tasks of ``--lm-eval`` with their options; None where there are none."""
-    from merger.evaluation.harness import Wanted
+    from merger.evaluation.harness import HarnessTasks
 
     names = tuple(name.strip() for group in tasks for name in group.split(",") if name.strip())
     settings = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
     options = [option for option, value in settings.items() if value is not None]
     if options and not names:
         raise RecipeError(f"{', '.join(options)}: how tasks of lm-evaluation-harness are run; name them with --lm-eval")
-    return Wanted(names, include_path, limit, num_fewshot) if names else None
+    return HarnessTasks(names, include_path, limit, num_fewshot) if names else None
 
 
 def _by_task(data: list[str]) -> dict[str, str] | None:

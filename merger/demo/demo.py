@@ -92,7 +92,7 @@ def _contents() -> Iterator[tuple[str, bytes]]:
 
 def _recipe(method: str) -> str:
     tasks = list(demo_tasks.TASKS)
-    written: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "base": "models/base",
         "experts": {task: f"models/{task}" for task in tasks},
         "method": method,
@@ -100,7 +100,7 @@ def _recipe(method: str) -> str:
         "calibration": {"data": {task: f"data/{task}.jsonl" for task in tasks}, "samples": 100},
         "output": {"path": f"merged/{method}"},
     }
-    return yaml.safe_dump(written, sort_keys=False)
+    return yaml.safe_dump(fields, sort_keys=False)
 
 
 def demo(folder: Path, options: RunOptions = RunOptions(), *, force: bool = False) -> list[Score]:
@@ -140,10 +140,10 @@ def print_scores(scores: Sequence[Score], console: Console) -> None:
     table.add_column("model")
     for task in (*demo_tasks.TASKS, "mean", "worst"):
         table.add_column(task, justify="right")
-    best = max((each for each in scores if each.kind == "merge"), key=lambda each: each.worst)
-    for i, each in enumerate(scores):
-        last_of_kind = i + 1 < len(scores) and scores[i + 1].kind != each.kind
-        cells = [f"{100 * value:.0f} %" for value in (*each.accuracy.values(), each.mean, each.worst)]
-        name = each.model if each.kind != "expert" else f"expert in {each.model}"
-        table.add_row(name, *cells, style="bold" if each is best else None, end_section=last_of_kind)
+    best = max((score for score in scores if score.kind == "merge"), key=lambda score: score.worst)
+    for i, score in enumerate(scores):
+        last_of_kind = i + 1 < len(scores) and scores[i + 1].kind != score.kind
+        cells = [f"{100 * value:.0f} %" for value in (*score.accuracy.values(), score.mean, score.worst)]
+        name = score.model if score.kind != "expert" else f"expert in {score.model}"
+        table.add_row(name, *cells, style="bold" if score is best else None, end_section=last_of_kind)
     console.print(table)

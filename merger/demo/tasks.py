@@ -101,5 +101,5 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
     longest = max(map(len, answers)) + 1  # and the end-of-text token
     output: Tensor = model.generate(**inputs.to(model.device), max_new_tokens=longest, do_sample=False)
     replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    right: int = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
-    return right / len(answers)
+    right_answers: int = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
+    return right_answers / len(answers)

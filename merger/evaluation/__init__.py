@@ -1,4 +1,4 @@
-"""What a merge kept: base, experts and merges judged by the same held-out examples, in one table."""
+"""Evaluation of base, experts and merges on the same held-out examples, in one table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merger.recipe.recipe import Recipe
 from merger.recipe.sections import Evaluation
 
 if TYPE_CHECKING:
-    from merger.evaluation.harness import Wanted
+    from merger.evaluation.harness import HarnessTasks
     from merger.evaluation.scores import Comparison
 
 __all__ = ["EvaluationSettings", "evaluate"]
@@ -28,7 +28,7 @@ class EvaluationSettings:
     max_tokens: int | None = None
     inputs: Path | None = None  # where the relative paths of a finished merge start
     allow_calibration_text: bool = False
-    lm_eval: Wanted | None = None  # tasks of lm-evaluation-harness
+    lm_eval: HarnessTasks | None = None  # tasks of lm-evaluation-harness
 
 
 def evaluate(
@@ -37,34 +37,41 @@ def evaluate(
     *,
     settings: EvaluationSettings = EvaluationSettings(),
 ) -> Comparison:
-    """Judges base, experts and the ``subjects`` by name: each recipe is merged in memory, each folder read.
+    """Evaluates base, experts and the ``subjects`` by name: recipes are merged in memory, folders are read.
 
     Base and experts are those of the first recipe, or else of the first folder that merger made; all recipes must
     have the same. Raises a `MergerError` for whatever the user can mend.
     """
     from merger.evaluation import harness, tasks
-    from merger.evaluation import references as families
-    from merger.evaluation.evaluator import Panel
-    from merger.evaluation.model_host import Bench
+    from merger.evaluation.evaluator import Evaluator
+    from merger.evaluation.model_host import ModelHost
+    from merger.evaluation.references import family_of
     from merger.evaluation.scores import compare
 
-    family = families.of(subjects, settings.inputs)
+    family = family_of(subjects, settings.inputs)
     section = _section(family, settings)
     held_out = tasks.load(section.data, family.folder if settings.data is None else Path(), section.samples)
     if not settings.allow_calibration_text:
-        for recipe in (family, *(each for each in subjects.values() if isinstance(each, Recipe))):
+        for recipe in (
+            family,
+            *(subject_recipe for subject_recipe in subjects.values() if isinstance(subject_recipe, Recipe)),
+        ):
             tasks.check_apart(recipe, held_out)
     tasks_of_harness = None if settings.lm_eval is None else harness.load(settings.lm_eval, offline=options.offline)
-    with Bench(options, section.dtype) as bench:
-        panel = Panel(bench, family, held_out, section.max_tokens, tasks_of_harness)
-        entries = [*panel.references(), *(panel.merge(label, subject) for label, subject in subjects.items())]
-        return compare(held_out, entries, panel.dtype)
+    with ModelHost(options, section.dtype) as model_host:
+        evaluator = Evaluator(model_host, family, held_out, section.max_tokens, tasks_of_harness)
+        entries = [*evaluator.references(), *(evaluator.merge(label, subject) for label, subject in subjects.items())]
+        return compare(held_out, entries, evaluator.dtype)
 
 
 def _section(family: Recipe, settings: EvaluationSettings) -> Evaluation:
     """The recipe's section ``evaluation`` with the settings that replace its own."""
-    given: dict[str, Any] = {"data": settings.data, "samples": settings.samples, "max_tokens": settings.max_tokens}
-    changed = {key: value for key, value in given.items() if value is not None}
+    replacements: dict[str, Any] = {
+        "data": settings.data,
+        "samples": settings.samples,
+        "max_tokens": settings.max_tokens,
+    }
+    changed = {key: value for key, value in replacements.items() if value is not None}
     if family.evaluation is not None:
         return family.evaluation.model_copy(update=changed)
     if settings.data is None and settings.lm_eval is None:

@@ -22,8 +22,8 @@ the logits of a batch, its tokens times the vocabulary in float32, are the large
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which tasks are to be run, and how, in the harness's own words."""
+class HarnessTasks:
+    """The tasks to run and their options, named as in lm-evaluation-harness."""
 
     tasks: tuple[str, ...]  # tasks, groups and tags by name, or patterns such as arc_*
     include_path: Path | None = None  # a folder that holds further tasks, as YAML files
@@ -33,7 +33,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that the harness gives of every model."""
+    """A metric of one task, which the harness computes for every model."""
 
     task: str
     metric: str  # with its filter, if it has one
@@ -44,13 +44,13 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """By which tables know it."""
+        """The name of the metric in tables."""
         return f"{self.task} {self.metric}"
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of one model."""
+    """The value of a metric for one model."""
 
     value: float
     stderr: float | None  # the harness's own standard error, over the task's examples
@@ -63,50 +63,50 @@ Scores = Mapping[Metric, Score]
 class Harness:
     """Tasks that are loaded with their data, for any number of models."""
 
-    wanted: Wanted
+    request: HarnessTasks
     manager: Any  # lm_eval's own
-    chosen: tuple[Any, ...]  # its tasks and groups
-    names: tuple[str, ...]  # of these
+    harness_tasks: tuple[Any, ...]  # loaded tasks and groups
+    names: tuple[str, ...]  # of ``harness_tasks``
     offline: bool
 
     def scores(self, model: Any, tokenizer: Any, label: str) -> dict[Metric, Score]:
-        """What the harness finds for a loaded transformers model; CheckpointError where it stops."""
-        with _shut(self.offline):
+        """The scores of a loaded transformers model; CheckpointError if the harness raises."""
+        with _quiet_harness(self.offline):
             import lm_eval
             from lm_eval.models.huggingface import HFLM
 
             try:
-                found = lm_eval.simple_evaluate(
+                results = lm_eval.simple_evaluate(
                     # in float32, as bfloat16 holds no more than three digits of a log-probability
                     HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=BATCH, softmax_dtype="float32"),
-                    tasks=list(self.chosen),
-                    num_fewshot=self.wanted.num_fewshot,
-                    limit=self.wanted.limit,
+                    tasks=list(self.harness_tasks),
+                    num_fewshot=self.request.num_fewshot,
+                    limit=self.request.limit,
                     task_manager=self.manager,
                     log_samples=False,
                 )
             except Exception as error:  # a task's own templates and functions may raise anything
-                raise CheckpointError(f"--lm-eval: the harness stopped at {label}: {_said(error)}") from error
-        return dict(_read(found, self.names))
+                raise CheckpointError(f"--lm-eval: the harness stopped at {label}: {_error_line(error)}") from error
+        return dict(_read_scores(results, self.names))
 
 
-def load(wanted: Wanted, *, offline: bool) -> Harness:
+def load(request: HarnessTasks, *, offline: bool) -> Harness:
     """The tasks with their data, before any model is loaded.
 
     RecipeError without the package or for a name that it does not know, CheckpointError for a task that it cannot load.
     """
-    if wanted.include_path is not None and not wanted.include_path.is_dir():
-        raise RecipeError(f"--include-path {wanted.include_path}: there is no such folder")
-    manager = _manager(wanted.include_path)
-    chosen: dict[str, Any] = {}
-    for name in _names(wanted.tasks, manager):
-        chosen |= _loaded(name, manager, offline)
-    return Harness(wanted, manager, tuple(chosen.values()), tuple(chosen), offline)
+    if request.include_path is not None and not request.include_path.is_dir():
+        raise RecipeError(f"--include-path {request.include_path}: there is no such folder")
+    manager = _manager(request.include_path)
+    harness_tasks: dict[str, Any] = {}
+    for name in _matched_names(request.tasks, manager):
+        harness_tasks |= _load_tasks(name, manager, offline)
+    return Harness(request, manager, tuple(harness_tasks.values()), tuple(harness_tasks), offline)
 
 
 def _manager(include_path: Path | None) -> Any:
     """The harness's index of tasks."""
-    with _shut(offline=False):
+    with _quiet_harness(offline=False):
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -116,44 +116,46 @@ def _manager(include_path: Path | None) -> Any:
         return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
-def _names(asked: Sequence[str], manager: Any) -> list[str]:
-    """The names that are meant; RecipeError for those that there are not."""
-    matched = {each: manager.match_tasks([each]) for each in asked}
+def _matched_names(patterns: Sequence[str], manager: Any) -> list[str]:
+    """The task names that match the patterns; RecipeError for a pattern without a match."""
+    matched = {pattern: manager.match_tasks([pattern]) for pattern in patterns}
     faults = [
-        f"--lm-eval: there is no task {each!r}; " + _near(each, manager) for each, found in matched.items() if not found
+        f"--lm-eval: there is no task {pattern!r}; " + _suggestion(pattern, manager)
+        for pattern, task_names in matched.items()
+        if not task_names
     ]
     if faults:
         raise RecipeError(faults)
-    return list(dict.fromkeys(name for found in matched.values() for name in found))
+    return list(dict.fromkeys(name for task_names in matched.values() for name in task_names))
 
 
-def _near(name: str, manager: Any) -> str:
-    """A clause that offers the names that were probably meant: there are thousands."""
+def _suggestion(name: str, manager: Any) -> str:
+    """A clause that suggests similar names, as the harness has thousands of tasks."""
     close = difflib.get_close_matches(name, manager.all_tasks)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm-eval ls tasks` lists them"
 
 
-def _loaded(name: str, manager: Any, offline: bool) -> dict[str, Any]:
+def _load_tasks(name: str, manager: Any, offline: bool) -> dict[str, Any]:
     """A task or group by its name, or all tasks of a tag."""
-    with _shut(offline):
+    with _quiet_harness(offline):
         try:
-            found = manager.load(name)
+            index = manager.load(name)
         except Exception as error:  # a task's own templates and functions, and whatever fetches its data
             hint = "; --offline takes only data that is in the cache" if offline else ""
-            raise CheckpointError(f"--lm-eval {name}: cannot be loaded: {_said(error)}{hint}") from error
-    for task, each in found["tasks"].items():
-        if getattr(each, "UNSAFE_CODE", False):
+            raise CheckpointError(f"--lm-eval {name}: cannot be loaded: {_error_line(error)}{hint}") from error
+    for task, harness_task in index["tasks"].items():
+        if getattr(harness_task, "UNSAFE_CODE", False):
             raise RecipeError(f"--lm-eval {name}: {task} runs code that the model writes, which merger does not do")
-    groups: dict[str, Any] = found.get("groups", {})
-    return {name: groups[name]} if name in groups else dict(found["tasks"])
+    groups: dict[str, Any] = index.get("groups", {})
+    return {name: groups[name]} if name in groups else dict(index["tasks"])
 
 
-def _read(found: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[Metric, Score]]:
-    """The figures of these tasks; of a group that has none of its own those of its members."""
+def _read_scores(results: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[Metric, Score]]:
+    """The metrics and scores of the named tasks; a group without metrics is replaced by its members."""
     for name in names:
-        figures = {key: each for key, each in found["results"].get(name, {}).items() if "," in key}
+        figures = {key: figure for key, figure in results["results"].get(name, {}).items() if "," in key}
         if not figures:
-            yield from _read(found, found["group_subtasks"].get(name, []))
+            yield from _read_scores(results, results["group_subtasks"].get(name, []))
         for key, value in figures.items():
             metric, _, filtered = key.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -163,26 +165,26 @@ def _read(found: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[Metr
                 Metric(
                     task=name,
                     metric=metric if filtered == "none" else f"{metric} ({filtered})",
-                    higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
-                    examples=found["n-samples"].get(name, {}).get("effective"),
-                    num_fewshot=found["n-shot"].get(name),
-                    version=str(found["versions"].get(name, "")),
+                    higher_is_better=results["higher_is_better"].get(name, {}).get(metric),
+                    examples=results["n-samples"].get(name, {}).get("effective"),
+                    num_fewshot=results["n-shot"].get(name),
+                    version=str(results["versions"].get(name, "")),
                 ),
                 Score(float(value), float(stderr) if isinstance(stderr, int | float) else None),
             )
 
 
-def _said(error: Exception) -> str:
-    """An error in a line."""
-    said = printable(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {said if len(said) <= 300 else said[:300] + '...'}"
+def _error_line(error: Exception) -> str:
+    """An error's type and message on one line of at most about 300 characters."""
+    message = printable(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {message if len(message) <= 300 else message[:300] + '...'}"
 
 
 @contextmanager
-def _shut(offline: bool) -> Iterator[None]:
-    """Keeps the harness's logs, bars and warnings from the terminal, and if asked its libraries from the network.
+def _quiet_harness(offline: bool) -> Iterator[None]:
+    """Hides the harness's logs, progress bars and warnings; with ``offline`` its libraries do not use the network.
 
-    What goes wrong comes as an exception.
+    Errors are still raised as exceptions.
     """
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(io.StringIO()))
@@ -193,26 +195,26 @@ def _shut(offline: bool) -> Iterator[None]:
         logging.disable(logging.CRITICAL)  # handlers that were made before keep the stream they were made with
         stack.enter_context(_no_stderr())
         if offline:
-            stack.enter_context(_switched_off())
+            stack.enter_context(_forced_offline())
         yield
 
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Drops what programs that the harness starts write there: it asks git for a commit, others about the machine."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Discards the stderr of child processes: the harness starts git and tools that describe the machine."""
+    original, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(original, 2)
+        os.close(original)
         os.close(nowhere)
 
 
 @contextmanager
-def _switched_off() -> Iterator[None]:
-    """Sets what the environment sets only before these libraries are imported, and sets it back."""
+def _forced_offline() -> Iterator[None]:
+    """Sets the offline flags of the imported libraries, as they read the environment at import; restores them."""
     import datasets
     import evaluate
     import huggingface_hub
@@ -222,11 +224,11 @@ def _switched_off() -> Iterator[None]:
         (datasets.config, "HF_HUB_OFFLINE"),
         (evaluate.config, "HF_EVALUATE_OFFLINE"),
     ]
-    before = [getattr(module, name) for module, name in switches]
+    values = [getattr(module, name) for module, name in switches]
     try:
         for module, name in switches:
             setattr(module, name, True)
         yield
     finally:
-        for (module, name), value in zip(switches, before, strict=True):
+        for (module, name), value in zip(switches, values, strict=True):
             setattr(module, name, value)

@@ -1,4 +1,4 @@
-"""What a model does with held-out examples: losses of texts, likelihoods of choices, answers it writes itself."""
+"""Outcomes of a model on held-out examples: losses of texts, likelihoods of choices, generated answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SLACK = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one model did with each of a task's n examples: ``total / weight`` is the measure of any subset."""
+    """The outcomes of one model on the n examples of a task; sum(total) / sum(weight) is the measure of any subset."""
 
     total: np.ndarray  # [n] summed loss of the tokens, or 1 where the answer is right
     weight: np.ndarray  # [n] how many tokens, or 1
@@ -47,8 +47,8 @@ Outcomes = Mapping[str, Outcome]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A task as tokens, made once for all models."""
+class TokenizedTask:
+    """A task as tokens, shared by all models."""
 
     task: Task
     sequences: tuple[tuple[int, ...], ...]  # texts, prompts, or each choice after its prompt
@@ -56,21 +56,21 @@ class Prepared:
     owners: tuple[int, ...]  # which example each belongs to
 
 
-def prepare(task: Task, tokenizer: Any, limit: int) -> Prepared:
+def tokenize_task(task: Task, tokenizer: Any, limit: int) -> TokenizedTask:
     """Tokenises a task's examples, each cut to ``limit`` tokens: a text at its end, a prompt at its beginning."""
     if task.kind == "text":
         texts = [example.replies[0] for example in task.examples]
         ids = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-        return Prepared(task, tuple(map(tuple, ids)), (1,) * len(ids), tuple(range(len(ids))))
+        return TokenizedTask(task, tuple(map(tuple, ids)), (1,) * len(ids), tuple(range(len(ids))))
     sequences, starts, owners = [], [], []
     for number, example in enumerate(task.examples):
         for reply in example.replies if task.kind == "choices" else ("",):
-            context, whole = _with_reply(example, reply, tokenizer)
-            cut = max(0, len(whole) - limit)
-            sequences.append(whole[cut:])
+            context, tokens = _with_reply(example, reply, tokenizer)
+            cut = max(0, len(tokens) - limit)
+            sequences.append(tokens[cut:])
             starts.append(max(1, context - cut))
             owners.append(number)
-    return Prepared(task, tuple(sequences), tuple(starts), tuple(owners))
+    return TokenizedTask(task, tuple(sequences), tuple(starts), tuple(owners))
 
 
 def _with_reply(example: Example, reply: str, tokenizer: Any) -> tuple[int, tuple[int, ...]]:
@@ -84,59 +84,59 @@ def _with_reply(example: Example, reply: str, tokenizer: Any) -> tuple[int, tupl
 def ends_of(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a reply, by the model's generation config and by its tokenizer."""
     path = directory / "generation_config.json"
-    said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    several = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
-    return tuple(dict.fromkeys(each for each in several if isinstance(each, int)))
+    end_ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    candidates = [*(end_ids if isinstance(end_ids, list) else [end_ids]), tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(token_id for token_id in candidates if isinstance(token_id, int)))
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Judges models by the same tasks, tokenised once."""
+class TaskEvaluator:
+    """Evaluates models on the same tasks, which are tokenised once."""
 
-    tasks: tuple[Prepared, ...]
+    tasks: tuple[TokenizedTask, ...]
     tokenizer: Any
     ends: tuple[int, ...] = ()  # tokens that end a reply
 
-    def outcomes(self, model: Any, tell: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Outcome]:
-        """What a loaded transformers model does with every task; ``tell`` hears how many are done of how many."""
-        found = {}
-        for number, each in enumerate(self.tasks, 1):
-            found[each.task.name] = self._outcome(model, each)
+    def outcomes(self, model: Any, tell: Callable[[int, int], None] = lambda count, total: None) -> dict[str, Outcome]:
+        """The outcomes of a loaded transformers model by task; ``tell`` gets the finished and the total tasks."""
+        outcomes = {}
+        for number, tokenized in enumerate(self.tasks, 1):
+            outcomes[tokenized.task.name] = self._outcome(model, tokenized)
             tell(number, len(self.tasks))
-        return found
+        return outcomes
 
-    def _outcome(self, model: Any, prepared: Prepared) -> Outcome:
-        task = prepared.task
+    def _outcome(self, model: Any, tokenized: TokenizedTask) -> Outcome:
+        task = tokenized.task
         if task.kind == "text":
-            losses = -log_likelihoods(model, prepared.sequences, prepared.starts)
-            return Outcome(losses, np.array([max(0, len(ids) - 1) for ids in prepared.sequences], dtype=float))
+            losses = -log_likelihoods(model, tokenized.sequences, tokenized.starts)
+            return Outcome(losses, np.array([max(0, len(ids) - 1) for ids in tokenized.sequences], dtype=float))
         if task.kind == "choices":
-            right = _chosen(prepared, log_likelihoods(model, prepared.sequences, prepared.starts))
+            is_right = _likeliest_is_right(tokenized, log_likelihoods(model, tokenized.sequences, tokenized.starts))
         else:
-            right = self._answered(model, prepared)
-        return Outcome(right.astype(float), np.ones(len(task.examples)))
+            is_right = self._answers_match(model, tokenized)
+        return Outcome(is_right.astype(float), np.ones(len(task.examples)))
 
-    def _answered(self, model: Any, prepared: Prepared) -> np.ndarray:
-        """Which prompts are answered exactly: the first line that is written, without spaces at its ends."""
-        examples = prepared.task.examples
+    def _answers_match(self, model: Any, tokenized: TokenizedTask) -> np.ndarray:
+        """Whether the first generated line, stripped, equals the answer: [n], bool."""
+        examples = tokenized.task.examples
         answers = [example.replies[0].strip() for example in examples]
         longest = max(len(ids) for ids in self.tokenizer(answers, add_special_tokens=False)["input_ids"]) + SLACK
-        right = np.zeros(len(examples), dtype=bool)
-        for group in grouped(list(map(len, prepared.sequences)), BATCH_TOKENS):
-            replies = generate(model, [prepared.sequences[i] for i in group], longest, self.ends)
+        is_right = np.zeros(len(examples), dtype=bool)
+        for group in grouped(list(map(len, tokenized.sequences)), BATCH_TOKENS):
+            replies = generate(model, [tokenized.sequences[i] for i in group], longest, self.ends)
             for i, text in zip(group, self.tokenizer.batch_decode(replies, skip_special_tokens=True), strict=True):
                 reply = text if "\n" in answers[i] else text.lstrip().partition("\n")[0]
-                right[i] = reply.strip() == answers[i]
-        return right
+                is_right[i] = reply.strip() == answers[i]
+        return is_right
 
 
-def _chosen(prepared: Prepared, likelihoods: np.ndarray) -> np.ndarray:
-    """Which examples have their right choice as the likeliest; the first of equals is taken."""
+def _likeliest_is_right(tokenized: TokenizedTask, likelihoods: np.ndarray) -> np.ndarray:
+    """Whether the correct choice is the likeliest one, the first of equals: [n], bool."""
     by_example: dict[int, list[float]] = {}
-    for owner, value in zip(prepared.owners, likelihoods, strict=True):
+    for owner, value in zip(tokenized.owners, likelihoods, strict=True):
         by_example.setdefault(owner, []).append(value)
-    examples = enumerate(prepared.task.examples)
-    return np.array([int(np.argmax(by_example[number])) == example.right for number, example in examples])
+    examples = enumerate(tokenized.task.examples)
+    return np.array([int(np.argmax(by_example[number])) == example.correct for number, example in examples])
 
 
 # --- forward passes -------------------------------------------------------------------------------
@@ -146,15 +146,15 @@ def _chosen(prepared: Prepared, likelihoods: np.ndarray) -> np.ndarray:
 @full_float32()
 def log_likelihoods(model: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> np.ndarray:
     """The summed log-probability of each sequence's tokens from its start on, given those before: [n], float64."""
-    found = np.zeros(len(sequences))
+    likelihoods = np.zeros(len(sequences))
     for group in grouped(list(map(len, sequences)), BATCH_TOKENS):
         batch = padded([sequences[i] for i in group])
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
         logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
         first = torch.tensor([[starts[i]] for i in group], device=ids.device)
         scored = mask & (torch.arange(ids.shape[1], device=ids.device) >= first)
-        found[group] = -_losses(logits, ids, scored).cpu().numpy()
-    return found
+        likelihoods[group] = -_losses(logits, ids, scored).cpu().numpy()
+    return likelihoods
 
 
 def _losses(logits_BTV: Tensor, ids_BT: Tensor, scored_BT: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models in memory: a checkpoint's weights, or those of a merge that no disk has seen, in a transformers model."""
+"""Transformers models in memory, with the weights of a checkpoint or of a merge that is never written to disk."""
 
 from __future__ import annotations
 
@@ -31,22 +31,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Held(Checkpoint):
-    """The weights of a merge in memory, as `merger run` would write them; it takes their bytes from many threads."""
+class InMemoryCheckpoint(Checkpoint):
+    """The weights of a merge in memory, as `merger run` would write them; many threads may write at once."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
         super().__init__("the merge", directory, {tensor.name: tensor.info for tensor in plan.tensors}, plan.config)
         self._values = {name: torch.empty(info.shape, dtype=torch_dtype(info)) for name, info in self.tensors.items()}
-        self._bytes = {name: each.view(-1).view(torch.uint8).numpy() for name, each in self._values.items()}
+        self._bytes = {name: values.view(-1).view(torch.uint8).numpy() for name, values in self._values.items()}
         (directory / "config.json").write_text(json.dumps(self.config))
 
     def fits(self, plan: Plan) -> bool:
-        """Whether a plan's tensors have their place here."""
-        same = self.tensors.keys() == {tensor.name for tensor in plan.tensors} and self.config == plan.config
-        return same and all(_alike(self.tensors[tensor.name], tensor.info) for tensor in plan.tensors)
+        """Whether a plan has the same tensor names, dtypes, shapes and config."""
+        has_same_names = self.tensors.keys() == {tensor.name for tensor in plan.tensors} and self.config == plan.config
+        return has_same_names and all(
+            _has_same_layout(self.tensors[tensor.name], tensor.info) for tensor in plan.tensors
+        )
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Takes a tensor's bytes from byte ``start`` on."""
+        """Stores bytes of a tensor, beginning at byte ``start``."""
         self._bytes[name][start : start + data.nbytes] = data.cast("B")
 
     def read(self, name: str) -> Tensor:
@@ -55,28 +57,28 @@ class Held(Checkpoint):
 
 
 @dataclass(frozen=True)
-class _Fresh:
-    """A place for a merge's bytes that gives back only what this merge has made."""
+class _CompletedTensors:
+    """A merge's destination that reads back only the tensors which this merge has completed."""
 
-    held: Held
-    whole: set[str] = field(default_factory=set)
+    checkpoint: InMemoryCheckpoint
+    completed_names: set[str] = field(default_factory=set)
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        self.held.write(name, start, data)
+        self.checkpoint.write(name, start, data)
 
     def done(self, name: str, notes: Sequence[str]) -> None:
-        self.whole.add(name)
+        self.completed_names.add(name)
 
     def read(self, name: str) -> Tensor | None:
-        return self.held.read(name) if name in self.whole else None
+        return self.checkpoint.read(name) if name in self.completed_names else None
 
 
-def _alike(one: Info, other: Info) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape)
+def _has_same_layout(info: Info, planned_info: Info) -> bool:
+    return (info.dtype, info.shape) == (planned_info.dtype, planned_info.shape)
 
 
-class Bench:
-    """Loads one model after the other into memory; merges share statistics, which are kept until it is closed.
+class ModelHost:
+    """Holds one model at a time in memory; merges share statistics, which are cached until the host is closed.
 
     ``dtype`` names the dtype of forward passes; None chooses it as `forward_dtype` does.
     """
@@ -86,37 +88,37 @@ class Bench:
         self._notice = options.notice
         self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._folder = tempfile.TemporaryDirectory(prefix="merger-")
-        self._held: tuple[Held, Loader] | None = None
+        self._merge_checkpoint: tuple[InMemoryCheckpoint, Loader] | None = None
         self._cache = InputCache()
-        self._told: set[str] = set()
+        self._messages: set[str] = set()
         self._lock = Lock()
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> ModelHost:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._held = None
+        self._merge_checkpoint = None
         self._folder.cleanup()
 
     @property
     def device(self) -> torch.device:
-        """Where models are."""
+        """The device of the models."""
         return torch.device(chosen_devices(self.options.device)[0])
 
     def dtype_for(self, weights: Checkpoint) -> torch.dtype:
-        """What the forward passes of a model are computed in."""
+        """The dtype of a model's forward passes."""
         return self._dtype or forward_dtype(weights, self.device)
 
     # --- models -----------------------------------------------------------------------------------
 
     def model_of(self, weights: Checkpoint) -> Any:
         """The transformers model of a checkpoint, whole in memory."""
-        return self._loaded(weights).model
+        return self._load_model(weights).model
 
-    def merged(self, recipe: Recipe) -> tuple[Any, Held]:
-        """The transformers model of a merge, and its weights as they would be on disk; both are the next merge's too.
+    def merged(self, recipe: Recipe) -> tuple[Any, InMemoryCheckpoint]:
+        """The transformers model of a merge and its weights; the next merge may overwrite both.
 
         The bytes are those that `merger run` writes. Raises what `merge` raises.
         """
@@ -126,34 +128,34 @@ class Bench:
                 raise RecipeError(
                     "a pack holds each expert apart and is no model; judge what `merger extract` rebuilds"
                 )
-            held, loader = self._room(plan)
+            checkpoint, loader = self._checkpoint_for(plan)
             inputs = SharedInputs(plan, prepared.options, prepared.machine.hidden, self._cache)
             schedule = merge_schedule(replace(prepared, inputs=inputs), plan.stored.keys())
-            schedule.run(MergeSink(schedule, _Fresh(held)))
-        loader.load("", held)
-        return loader.model, held
+            schedule.run(MergeSink(schedule, _CompletedTensors(checkpoint)))
+        loader.load("", checkpoint)
+        return loader.model, checkpoint
 
-    def _loaded(self, weights: Checkpoint) -> Loader:
+    def _load_model(self, weights: Checkpoint) -> Loader:
         model = build(weights, trust_remote_code=self.options.trust_remote_code)
         loader = Loader(model, weights, self.device, self.dtype_for(weights))
         loader.load("", weights)
         return loader
 
-    def _room(self, plan: Plan) -> tuple[Held, Loader]:
-        """The place of the last merge, if this one fits it."""
-        if self._held is None or not self._held[0].fits(plan):
-            self._held = None
+    def _checkpoint_for(self, plan: Plan) -> tuple[InMemoryCheckpoint, Loader]:
+        """The checkpoint of the last merge if the plan fits it, else a new one."""
+        if self._merge_checkpoint is None or not self._merge_checkpoint[0].fits(plan):
+            self._merge_checkpoint = None
             directory = Path(tempfile.mkdtemp(dir=self._folder.name))
-            held = Held(plan, directory)
-            self._held = held, self._loaded(held)
-        return self._held
+            checkpoint = InMemoryCheckpoint(plan, directory)
+            self._merge_checkpoint = checkpoint, self._load_model(checkpoint)
+        return self._merge_checkpoint
 
     def _notice_once(self, message: str) -> None:
-        """Passes a remark on when the first merge makes it."""
+        """Passes each message on only once."""
         with self._lock:
-            heard = message in self._told
-            self._told.add(message)
-        if not heard:
+            is_repeated = message in self._messages
+            self._messages.add(message)
+        if not is_repeated:
             self._notice(message)
 
 

@@ -34,7 +34,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Judged:
+class TaskSummary:
     """What is judged: tasks by name, and in which of them more is better."""
 
     measure: Literal["loss", "accuracy"]
@@ -61,7 +61,7 @@ class Row:
 class Comparison:
     """Models side by side on the same examples."""
 
-    tasks: dict[str, Judged]
+    tasks: dict[str, TaskSummary]
     lm_eval: dict[str, Metric]  # what lm-evaluation-harness measured besides, by its name in tables
     rows: tuple[Row, ...]
     dtype: str  # of the forward passes
@@ -95,11 +95,11 @@ def compare(tasks: Sequence[Task], entries: Sequence[Entry], dtype: str) -> Comp
     """The table of these models; every interval resamples the same examples for all of them."""
     notes = list(_without_gain(tasks, entries))
     with np.errstate(divide="ignore", invalid="ignore"):  # examples on which an expert gains nothing have no share
-        rows = _Resampled(tasks, entries).rows()
-    judged = {task.name: Judged(_measure(task), len(task.examples), task.sha256) for task in tasks}
+        rows = _Bootstrap(tasks, entries).rows()
+    summaries = {task.name: TaskSummary(_measure(task), len(task.examples), task.sha256) for task in tasks}
     metrics = {metric.name: metric for entry in entries for metric in entry.lm_eval}
-    known = versions() | ({"lm_eval": metadata.version("lm_eval")} if metrics else {})
-    return Comparison(judged, metrics, tuple(rows), dtype, known, tuple(notes))
+    package_versions = versions() | ({"lm_eval": metadata.version("lm_eval")} if metrics else {})
+    return Comparison(summaries, metrics, tuple(rows), dtype, package_versions, tuple(notes))
 
 
 def versions() -> dict[str, str]:
@@ -137,18 +137,21 @@ def objective(name: str, tasks: Sequence[Task], entries: Sequence[Entry]) -> flo
 def check_objective(name: str, tasks: Sequence[Task]) -> None:
     """RecipeError for an objective that there is not among these tasks."""
     if name not in (*OBJECTIVES, *(task.name for task in tasks)):
-        near = nearest(name, [*OBJECTIVES, *(task.name for task in tasks)])
-        raise RecipeError(f"search.objective: there is no {name!r}; {near}")
+        suggestion = nearest(name, [*OBJECTIVES, *(task.name for task in tasks)])
+        raise RecipeError(f"search.objective: there is no {name!r}; {suggestion}")
     if name == "loss" and all(task.measure != "loss" for task in tasks):
         raise RecipeError("search.objective: loss: no task is of plain text; use mean, kept, or a task's name")
 
 
 def shares_kept(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[dict[str, float]]:
     """Of each entry, the share it keeps of each expert's gain over the base on the task of the expert's name."""
-    base = next(each for each in entries if each.kind == "base")
-    gained = list(_gained(tasks, entries))
+    base = next(candidate for candidate in entries if candidate.kind == "base")
+    gained = list(_expert_gains(tasks, entries))
     return [
-        {name: _share(entry.outcomes[name].value, base.outcomes[name].value, own) for name, own in gained}
+        {
+            name: _share(entry.outcomes[name].value, base.outcomes[name].value, expert_value)
+            for name, expert_value in gained
+        }
         for entry in entries
     ]
 
@@ -157,23 +160,23 @@ def _share(value: Any, base: Any, expert: Any) -> Any:
     return (value - base) / (expert - base)
 
 
-def _gained(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[tuple[str, float]]:
+def _expert_gains(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[tuple[str, float]]:
     """The experts that are better than the base on their own task, with their measure there."""
-    base = next(each for each in entries if each.kind == "base")
-    found = []
+    base = next(candidate for candidate in entries if candidate.kind == "base")
+    gains = []
     for task in tasks:
         for entry in entries:
             if entry.kind == "expert" and entry.model == task.name:
-                own, start = entry.outcomes[task.name].value, base.outcomes[task.name].value
-                if (own > start) if task.measure == "accuracy" else (own < start):
-                    found.append((task.name, own))
-    return found
+                expert_value, start = entry.outcomes[task.name].value, base.outcomes[task.name].value
+                if (expert_value > start) if task.measure == "accuracy" else (expert_value < start):
+                    gains.append((task.name, expert_value))
+    return gains
 
 
 def _without_gain(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[str]:
     if not tasks:
         return []
-    gained = {name for name, _ in _gained(tasks, entries)}
+    gained = {name for name, _ in _expert_gains(tasks, entries)}
     names = {task.name for task in tasks}
     return [
         f"{entry.model}: is not better than the base on its own task, so there is no gain that a merge could keep"
@@ -184,7 +187,7 @@ def _without_gain(tasks: Sequence[Task], entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-class _Resampled:
+class _Bootstrap:
     """The measures of all models, the first of each as found and the rest for examples drawn with replacement."""
 
     def __init__(self, tasks: Sequence[Task], entries: Sequence[Entry]) -> None:
@@ -196,19 +199,19 @@ class _Resampled:
             drawn = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
             counts = np.concatenate([np.ones((1, n)), drawn])
             for entry in entries:
-                self.values[entry.model, task.name] = _measured(entry.outcomes[task.name], counts)
-        self.base = next(each.model for each in entries if each.kind == "base")
-        self.gained = [name for name, _ in _gained(tasks, entries)]
+                self.values[entry.model, task.name] = _measure_draws(entry.outcomes[task.name], counts)
+        self.base = next(candidate.model for candidate in entries if candidate.kind == "base")
+        self.gained = [name for name, _ in _expert_gains(tasks, entries)]
 
     def rows(self) -> list[Row]:
         """One for each model, and after the experts the ideal: the best of them on every task."""
-        kept = {entry.model: self._kept(self._of(entry.model)) for entry in self.entries}
+        mean_shares = {entry.model: self._mean_share(self._values_of(entry.model)) for entry in self.entries}
         merges = [entry.model for entry in self.entries if entry.kind == "merge"]
-        best = max(merges, key=lambda model: kept[model][0]) if merges and self.gained else None
+        best = max(merges, key=lambda model: mean_shares[model][0]) if merges and self.gained else None
         rows = []
         for entry in self.entries:
-            behind = None if entry.kind != "merge" or best is None else kept[best] - kept[entry.model]
-            rows.append(self._row(entry, self._of(entry.model), behind))
+            shortfall = None if entry.kind != "merge" or best is None else mean_shares[best] - mean_shares[entry.model]
+            rows.append(self._row(entry, self._values_of(entry.model), shortfall))
         experts = [entry for entry in self.entries if entry.kind == "expert"]
         if experts:
             place = 1 + max(i for i, entry in enumerate(self.entries) if entry.kind == "expert")
@@ -216,52 +219,54 @@ class _Resampled:
             rows.insert(place, self._row(ideal, self._ideal([entry.model for entry in experts]), None))
         return rows
 
-    def _of(self, model: str) -> dict[str, np.ndarray]:
+    def _values_of(self, model: str) -> dict[str, np.ndarray]:
         return {task.name: self.values[model, task.name] for task in self.tasks}
 
     def _ideal(self, experts: Sequence[str]) -> dict[str, np.ndarray]:
         """On every task the expert that is the best there on the examples as they are."""
-        found = {}
+        ideal_values = {}
         for task in self.tasks:
             best = max if task.measure == "accuracy" else min
-            found[task.name] = best((self.values[model, task.name] for model in experts), key=lambda values: values[0])
-        return found
+            ideal_values[task.name] = best(
+                (self.values[model, task.name] for model in experts), key=lambda values: values[0]
+            )
+        return ideal_values
 
     def _shares(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {
             name: _share(values[name], self.values[self.base, name], self.values[name, name]) for name in self.gained
         }
 
-    def _kept(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _mean_share(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         shares = self._shares(values)
-        kept: np.ndarray = np.mean([*shares.values()], axis=0) if shares else np.zeros(1)
-        return kept
+        mean_share: np.ndarray = np.mean([*shares.values()], axis=0) if shares else np.zeros(1)
+        return mean_share
 
-    def _row(self, entry: Entry, values: Mapping[str, np.ndarray], behind: np.ndarray | None) -> Row:
+    def _row(self, entry: Entry, values: Mapping[str, np.ndarray], shortfall: np.ndarray | None) -> Row:
         return Row(
             model=entry.model,
             kind=entry.kind,
             setting=entry.setting,
-            tasks={name: _estimate(each) for name, each in values.items()},
+            tasks={name: _estimate(measures) for name, measures in values.items()},
             mean=_estimate(np.mean([*values.values()], axis=0)) if values else None,
             kept_of={name: _estimate(share) for name, share in self._shares(values).items()},
-            kept=_estimate(self._kept(values)) if self.gained else None,
-            behind=None if behind is None else _estimate(behind),
+            kept=_estimate(self._mean_share(values)) if self.gained else None,
+            behind=None if shortfall is None else _estimate(shortfall),
             lm_eval={metric.name: score for metric, score in entry.lm_eval.items()},
         )
 
 
 def _best(models: Sequence[Scores]) -> Scores:
     """The best of every metric of which it is known what is better."""
-    found = {}
+    best_scores = {}
     for metric in models[0]:
         if metric.higher_is_better is not None:
             best = max if metric.higher_is_better else min
-            found[metric] = best((scores[metric] for scores in models), key=lambda score: score.value)
-    return found
+            best_scores[metric] = best((scores[metric] for scores in models), key=lambda score: score.value)
+    return best_scores
 
 
-def _measured(outcome: Outcome, counts: np.ndarray) -> np.ndarray:
+def _measure_draws(outcome: Outcome, counts: np.ndarray) -> np.ndarray:
     """The measure for each drawing of examples: [draws]; nothing where a drawing holds no token."""
     measured: np.ndarray = (counts @ outcome.total) / (counts @ outcome.weight)
     return measured

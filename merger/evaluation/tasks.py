@@ -1,4 +1,4 @@
-"""Held-out examples: read from files or the Hub, chosen by content, told from calibration text, and hashed."""
+"""Held-out examples: reading from files or the Hub, selection by content, overlap with calibration text, hashes."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ PlacedExample = tuple[str, Kind, "Example"]
 
 @dataclass(frozen=True)
 class Example:
-    """A text of its own (no prompt, one reply), a prompt with its answer, or one with several of which one is right."""
+    """A text (no prompt, one reply), a prompt with its answer, or a prompt with choices (``correct``: an index)."""
 
     prompt: str
     replies: tuple[str, ...]
-    right: int = 0
+    correct: int = 0
 
     @property
     def content(self) -> str:
-        """All of it as one text, by which it is known."""
-        return "\x1f".join((self.prompt, *self.replies, str(self.right)))
+        """Prompt, replies and correct index as one text, which identifies the example."""
+        return "\x1f".join((self.prompt, *self.replies, str(self.correct)))
 
 
 @dataclass(frozen=True)
 class Task:
-    """What models are judged by: examples of one kind, and the SHA-256 of them all."""
+    """Held-out examples of one kind, on which models are evaluated."""
 
     name: str
     kind: Kind
@@ -44,13 +44,15 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        """Of the examples in any order."""
-        each = sorted(hashlib.sha256(one.content.encode(errors="surrogatepass")).hexdigest() for one in self.examples)
-        return hashlib.sha256("\n".join([self.kind, *each]).encode()).hexdigest()
+        """The SHA-256 of the examples; their order does not matter."""
+        digests = sorted(
+            hashlib.sha256(example.content.encode(errors="surrogatepass")).hexdigest() for example in self.examples
+        )
+        return hashlib.sha256("\n".join([self.kind, *digests]).encode()).hexdigest()
 
     @property
     def measure(self) -> str:
-        """What is counted: the loss per token, the lower the better, or the share of right answers."""
+        """``loss`` (per token, lower is better) or ``accuracy`` (share of correct answers)."""
         return "loss" if self.kind == "text" else "accuracy"
 
 
@@ -67,7 +69,7 @@ def load(data: Data, folder: Path, samples: int) -> tuple[Task, ...]:
 
     Files are JSON Lines, JSON, Parquet or plain text, relative to ``folder``, or else datasets of the Hub.
     """
-    return tuple(_task(name, read, samples) for name, read in _every(data, folder))
+    return tuple(_task(name, read, samples) for name, read in _read_tasks(data, folder))
 
 
 def split(data: Data, folder: Path, report: int, search: int) -> Split:
@@ -75,8 +77,8 @@ def split(data: Data, folder: Path, report: int, search: int) -> Split:
 
     Neither choice depends on the other's size: one is from the beginning of the examples' order, one from its end.
     """
-    found = [_task(name, read, None) for name, read in _every(data, folder)]
-    for task in found:
+    all_tasks = [_task(name, read, None) for name, read in _read_tasks(data, folder)]
+    for task in all_tasks:
         if len(task.examples) < report + search:
             files = ", ".join(source.file for source in text_sources(data[task.name]))
             raise CheckpointError(
@@ -84,12 +86,12 @@ def split(data: Data, folder: Path, report: int, search: int) -> Split:
                 f"search takes {search} and the report {report} others; lower search.samples or evaluation.samples"
             )
     return Split(
-        search=tuple(Task(task.name, task.kind, task.examples[-search:]) for task in found),
-        report=tuple(Task(task.name, task.kind, task.examples[:report]) for task in found),
+        search=tuple(Task(task.name, task.kind, task.examples[-search:]) for task in all_tasks),
+        report=tuple(Task(task.name, task.kind, task.examples[:report]) for task in all_tasks),
     )
 
 
-def _every(data: Data, folder: Path) -> Iterator[tuple[str, list[PlacedExample]]]:
+def _read_tasks(data: Data, folder: Path) -> Iterator[tuple[str, list[PlacedExample]]]:
     for name, value in data.items():
         yield name, [read for source in text_sources(value) for read in _read(source, folder)]
 
@@ -99,53 +101,54 @@ def _read(source: TextSource, folder: Path) -> list[PlacedExample]:
     read = [(record.where, *_example(record)) for record in records(source, folder)]
     if not read:
         raise CheckpointError(f"{source.file}: holds no example")
-    return read if source.samples is None else _chosen(read, source.samples)
+    return read if source.samples is None else _select_examples(read, source.samples)
 
 
 def _task(name: str, read: Sequence[PlacedExample], samples: int | None) -> Task:
     first, kind, _ = read[0]
-    for where, other, _ in read:
-        if other != kind:
-            raise CheckpointError(f"{where}: is {other}, but {first} {kind}; make tasks of each")
-    return Task(name, kind, tuple(example for *_, example in _chosen(read, samples)))
+    for place, example_kind, _ in read:
+        if example_kind != kind:
+            raise CheckpointError(f"{place}: is {example_kind}, but {first} {kind}; make tasks of each")
+    return Task(name, kind, tuple(example for *_, example in _select_examples(read, samples)))
 
 
-def _chosen(read: Sequence[PlacedExample], samples: int | None) -> list[PlacedExample]:
+def _select_examples(read: Sequence[PlacedExample], samples: int | None) -> list[PlacedExample]:
     """The first ``samples`` different examples in the order of their hashes, or all of them."""
-    by_content = {example.content: (where, kind, example) for where, kind, example in read}
+    by_content = {example.content: (place, kind, example) for place, kind, example in read}
     return [by_content[content] for content in sorted(by_content, key=_rank)[:samples]]
 
 
 def _rank(content: str) -> bytes:
-    """By which examples are chosen: the same ones however a file orders or repeats them."""
+    """The sort key that selects examples; it does not depend on their order or repetition in a file."""
     return hashlib.sha256(f"evaluation\x1f{content}".encode(errors="surrogatepass")).digest()
 
 
 def _example(record: Record) -> tuple[Kind, Example]:
-    """What a record asks: {text}, {prompt, answer} or {prompt, choices, answer}."""
+    """The example of a record {text}, {prompt, answer} or {prompt, choices, answer}; else CheckpointError."""
     fields = record.fields
     match fields:
         case {"prompt": str(prompt), "choices": [_, _, *_] as choices, "answer": answer}:
-            return "choices", Example(prompt, tuple(map(str, choices)), _right(record.where, choices, answer))
+            return "choices", Example(prompt, tuple(map(str, choices)), _correct_choice(record.where, choices, answer))
         case {"prompt": str(prompt), "answer": str(answer)} if "choices" not in fields and answer.strip():
             return "answer", Example(prompt, (answer,))
         case {"text": str(text)} if text and "prompt" not in fields:
             return "text", Example("", (text,))
-    found = ", ".join(sorted(map(str, fields))) or "no field at all"
+    field_names = ", ".join(sorted(map(str, fields))) or "no field at all"
     raise CheckpointError(
-        f"{record.where}: expected text, or prompt and answer, or prompt, choices (2 or more) and answer; found {found}"
+        f"{record.where}: expected text, or prompt and answer, or prompt, choices (2 or more) and answer; "
+        f"found {field_names}"
     )
 
 
-def _right(where: str, choices: Sequence[Any], answer: Any) -> int:
-    """The number of the right choice: a record has it as its number from 0, as its text, or as that number in text."""
+def _correct_choice(place: str, choices: Sequence[Any], answer: Any) -> int:
+    """The index of the correct choice; a record gives the index from 0, the choice's text, or the index as text."""
     if _is_index(answer, choices):
         return int(answer)
     if answer in choices:
         return choices.index(answer)
     if isinstance(answer, str) and answer.isdecimal() and _is_index(int(answer), choices):
         return int(answer)
-    raise CheckpointError(f"{where}: answer is {answer!r}, expected one of the choices, or its number from 0")
+    raise CheckpointError(f"{place}: answer is {answer!r}, expected one of the choices, or its number from 0")
 
 
 def _is_index(answer: Any, choices: Sequence[Any]) -> bool:
@@ -156,28 +159,35 @@ def _is_index(answer: Any, choices: Sequence[Any]) -> bool:
 
 
 def check_apart(recipe: Recipe, tasks: Iterable[Task]) -> None:
-    """RecipeError where an example's text is in the recipe's calibration data, which the merge has seen."""
-    given = recipe.calibration
-    if given is None or given.data is None:
+    """Raises RecipeError if the text of an example is also in the recipe's calibration data."""
+    calibration = recipe.calibration
+    if calibration is None or calibration.data is None:
         return
     sources = {
-        (source.file, *source.fields.items()): source for expert in recipe.experts for source in given.sources(expert)
+        (source.file, *source.fields.items()): source
+        for expert in recipe.experts
+        for source in calibration.sources(expert)
     }
-    seen = {text: sources[key].file for key in sorted(sources) for text in _texts(sources[key], recipe.folder)}
+    calibration_files = {
+        text: sources[key].file for key in sorted(sources) for text in _texts(sources[key], recipe.folder)
+    }
     faults = []
     for task in tasks:
-        known = [seen[text] for example in task.examples if (text := _text(example)) in seen]
-        if known:
+        overlapping_files = [
+            calibration_files[text] for example in task.examples if (text := _text(example)) in calibration_files
+        ]
+        if overlapping_files:
             faults.append(
-                f"evaluation.data.{task.name}: {len(known)} of {len(task.examples)} examples are calibration text too "
-                f"({', '.join(sorted(set(known)))}); hold others out, or let them in with --allow-calibration-text"
+                f"evaluation.data.{task.name}: {len(overlapping_files)} of {len(task.examples)} examples are "
+                f"calibration text too ({', '.join(sorted(set(overlapping_files)))}); "
+                f"hold others out, or let them in with --allow-calibration-text"
             )
     if faults:
         raise RecipeError(faults)
 
 
 def _texts(source: TextSource, folder: Path) -> Iterator[str]:
-    """Each record as one text, alike for calibration and evaluation: what it asks, without spaces at the ends."""
+    """The text or prompt of each record, stripped; calibration and evaluation texts are compared in this form."""
     for record in records(source, folder):
         text = record.fields.get("text") or record.fields.get("prompt")
         if isinstance(text, str) and text.strip():

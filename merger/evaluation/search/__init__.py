@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from merger.checkpoint.files import make_folder
 from merger.errors import RecipeError
-from merger.evaluation import references as families
 from merger.evaluation import tasks
+from merger.evaluation.references import family_of
 from merger.evaluation.scores import Comparison, Entry, check_objective, compare, objective, versions
 from merger.evaluation.search import results
 from merger.evaluation.search.loop import Trial, best_of, explore
@@ -27,13 +27,13 @@ from merger.recipe.recipe import Recipe, overridden, search_of
 from merger.recipe.sections import Evaluation, Search
 
 if TYPE_CHECKING:
-    from merger.evaluation.model_host import Bench
+    from merger.evaluation.model_host import ModelHost
 
-__all__ = ["Found", "search"]
+__all__ = ["SearchResult", "search"]
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found."""
 
     folder: str  # trials.jsonl, best.yaml and report.md
@@ -62,19 +62,19 @@ def search(
     to: Path | None = None,
     force: bool = False,
     allow_calibration_text: bool = False,
-) -> Found:
+) -> SearchResult:
     """Finds the values that a recipe leaves open, and reports on the best ones with examples the search never saw.
 
     All that is computed is on record in the folder ``to`` (RECIPE.search beside the recipe, if None), and the same
     call goes on from there. Raises a `MergerError` for whatever the user can mend.
     """
-    from merger.evaluation.model_host import Bench
+    from merger.evaluation.model_host import ModelHost
 
     document = overridden(read(path), overrides)
     settings = search_of(document)
     variants = spaces(document, settings.variants, overrides)
-    section = _checked(path, settings, variants)
-    family = families.of({name or path.stem: example(each) for name, each in variants.items()})
+    section = _check_recipe(path, settings, variants)
+    family = family_of({name or path.stem: example(space) for name, space in variants.items()})
     split = tasks.split(section.data, family.folder, section.samples, settings.samples)
     check_objective(settings.objective, split.search)
     if not allow_calibration_text:
@@ -82,24 +82,27 @@ def search(
             tasks.check_apart(example(space), (*split.search, *split.report))
     folder = to or path.with_name(f"{path.stem}.search")
     results.check_folder(folder)
-    with Bench(options, section.dtype) as bench:
-        one = _Search(settings, section, family, split, bench)
+    with ModelHost(options, section.dtype) as model_host:
+        search_run = _Search(settings, section, family, split, model_host)
         make_folder(folder)
-        with closing(Record(folder / "trials.jsonl", one.decisive(document, variants), force=force)) as record:
-            references = one.references(record)
+        with closing(Record(folder / "trials.jsonl", search_run.decisive(document, variants), force=force)) as record:
+            references = search_run.references(record)
             trials = {
-                name: tuple(one.trials(name, space, references["search"], record)) for name, space in variants.items()
+                name: tuple(search_run.trials(name, space, references["search"], record))
+                for name, space in variants.items()
             }
-            best = {name: top for name, each in trials.items() if (top := best_of(each)) is not None}
+            best = {
+                name: top for name, variant_trials in trials.items() if (top := best_of(variant_trials)) is not None
+            }
             if not best:
                 raise RecipeError(f"{record.path}: no trial made a merge that could be judged; the lines say why")
-            report = one.report(path.stem, variants, best, references["report"], record)
-    found = Found(str(folder), settings.objective, trials, best, report)
-    results.write(found, folder, variants[found.winner.variant], path)
-    return found
+            report = search_run.report(path.stem, variants, best, references["report"], record)
+    result = SearchResult(str(folder), settings.objective, trials, best, report)
+    results.write(result, folder, variants[result.winner.variant], path)
+    return result
 
 
-def _checked(path: Path, settings: Search, variants: Mapping[str, Space]) -> Evaluation:
+def _check_recipe(path: Path, settings: Search, variants: Mapping[str, Space]) -> Evaluation:
     """The section ``evaluation``; RecipeError for what can be told to be wrong before anything is read."""
     for name, space in variants.items():
         if not space.dimensions and not settings.variants:
@@ -119,12 +122,14 @@ def _checked(path: Path, settings: Search, variants: Mapping[str, Space]) -> Eva
 class _Search:
     """What all trials of a search share."""
 
-    def __init__(self, settings: Search, section: Evaluation, family: Recipe, split: tasks.Split, bench: Bench) -> None:
-        from merger.evaluation.evaluator import Panel
+    def __init__(
+        self, settings: Search, section: Evaluation, family: Recipe, split: tasks.Split, model_host: ModelHost
+    ) -> None:
+        from merger.evaluation.evaluator import Evaluator
 
-        self.settings, self.split, self.bench, self.family = settings, split, bench, family
-        self.panel = Panel(bench, family, split.search, section.max_tokens)
-        self.report_panel = Panel(bench, family, split.report, section.max_tokens)
+        self.settings, self.split, self.model_host, self.family = settings, split, model_host, family
+        self.evaluator = Evaluator(model_host, family, split.search, section.max_tokens)
+        self.report_evaluator = Evaluator(model_host, family, split.report, section.max_tokens)
 
     def decisive(self, document: Document, variants: Mapping[str, Space]) -> dict[str, Any]:
         """What decides trials and report: all of the recipe but where its output goes and how many trials there are.
@@ -135,43 +140,47 @@ class _Search:
         from merger.planning.planner import open_models
 
         output = {**document.value["output"], "path": None, "shard_size": None}
-        said = {**document.value, "output": output, "search": {**document.value.get("search", {}), "trials": None}}
-        models = open_models(self.family, offline=self.bench.options.offline, headers_only=False)
+        decisive_recipe = {
+            **document.value,
+            "output": output,
+            "search": {**document.value.get("search", {}), "trials": None},
+        }
+        models = open_models(self.family, offline=self.model_host.options.offline, headers_only=False)
         try:
             inputs = {label: [fingerprint(model), tokenizer_digest(model)] for label, model in models.items()}
         finally:
             for model in models.values():
                 model.close()
         return {
-            "recipe": hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest(),
+            "recipe": hashlib.sha256(json.dumps(decisive_recipe, default=str).encode()).hexdigest(),
             "inputs": inputs,
             "calibration": {name: calibration_files(example(space)) for name, space in variants.items()},
-            "ends of replies": list(self.panel.judge.ends),
+            "ends of replies": list(self.evaluator.task_evaluator.ends),
             "search data": {task.name: task.sha256 for task in self.split.search},
             "report data": {task.name: task.sha256 for task in self.split.report},
-            "forward passes": f"{self.panel.dtype} on {self.bench.device.type}",
+            "forward passes": f"{self.evaluator.dtype} on {self.model_host.device.type}",
             "versions": versions(),
         }
 
     def trials(self, variant: str, space: Space, references: Sequence[Entry], record: Record) -> Iterator[Trial]:
         """All trials of a variant, given what base and experts do with the search data."""
 
-        def judged(space: Space, point: Point) -> tuple[float, dict[str, float], float, float]:
+        def evaluate_point(space: Space, point: Point) -> tuple[float, dict[str, float], float, float]:
             began = time.monotonic()
-            model, _ = self.bench.merged(space.recipe(point))
+            model, _ = self.model_host.merged(space.recipe(point))
             merged = time.monotonic()
-            found = Entry(variant, "merge", self.panel.judge.outcomes(model))
-            value = objective(self.settings.objective, self.split.search, [*references, found])
-            values = {task: outcome.value for task, outcome in found.outcomes.items()}
+            entry = Entry(variant, "merge", self.evaluator.task_evaluator.outcomes(model))
+            value = objective(self.settings.objective, self.split.search, [*references, entry])
+            values = {task: outcome.value for task, outcome in entry.outcomes.items()}
             return value, values, merged - began, time.monotonic() - merged
 
         strategy = STRATEGIES[self.settings.strategy](space, self.settings.seed)
-        say, limit = self.bench.options.notice, self.settings.trials
+        say, limit = self.model_host.options.notice, self.settings.trials
         so_far: list[Trial] = []
-        for trial in explore(variant, space, strategy, limit, record, judged, say):
+        for trial in explore(variant, space, strategy, limit, record, evaluate_point, say):
             so_far.append(trial)
             say(results.line(trial, best_of(so_far), limit, self.settings.objective))
-            self.bench.options.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
+            self.model_host.options.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
             yield trial
 
     def report(
@@ -187,24 +196,26 @@ class _Search:
         for variant, trial in best.items():
             setting = results.setting(trial.point)
             key = f"report {variant} {json.dumps(trial.point, sort_keys=True)}"
-            found = record.outcomes(key)
-            if found is None:
-                found = dict(self.report_panel.merge(variant or name, variants[variant].recipe(trial.point)).outcomes)
-                record.add_outcomes(key, found)
-            entries.append(Entry(variant or name, "merge", found, setting))
-        return compare(self.split.report, entries, self.panel.dtype)
+            outcomes = record.outcomes(key)
+            if outcomes is None:
+                outcomes = dict(
+                    self.report_evaluator.merge(variant or name, variants[variant].recipe(trial.point)).outcomes
+                )
+                record.add_outcomes(key, outcomes)
+            entries.append(Entry(variant or name, "merge", outcomes, setting))
+        return compare(self.split.report, entries, self.evaluator.dtype)
 
     def references(self, record: Record) -> dict[str, list[Entry]]:
         """Base and experts by both kinds of data; each model is loaded once, and not at all if it is on record."""
         from merger.evaluation.evaluator import kind_of
 
-        panels = {"search": self.panel, "report": self.report_panel}
+        evaluators = {"search": self.evaluator, "report": self.report_evaluator}
         names = ["base", *self.family.experts]
-        known = {(part, name): record.outcomes(f"{part} {name}") for part in panels for name in names}
-        if any(found is None for found in known.values()):
-            for name, model in self.panel.models():
-                for part, panel in panels.items():
-                    if known[part, name] is None:
-                        known[part, name] = panel.outcomes(model, name)
-                        record.add_outcomes(f"{part} {name}", known[part, name] or {})
-        return {part: [Entry(name, kind_of(name), known[part, name] or {}) for name in names] for part in panels}
+        recorded = {(part, name): record.outcomes(f"{part} {name}") for part in evaluators for name in names}
+        if any(outcomes is None for outcomes in recorded.values()):
+            for name, model in self.evaluator.models():
+                for part, evaluator in evaluators.items():
+                    if recorded[part, name] is None:
+                        recorded[part, name] = evaluator.outcomes(model, name)
+                        record.add_outcomes(f"{part} {name}", recorded[part, name] or {})
+        return {part: [Entry(name, kind_of(name), recorded[part, name] or {}) for name in names] for part in evaluators}

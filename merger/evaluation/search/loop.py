@@ -32,7 +32,7 @@ class Trial:
     failed: str | None = None
 
 
-Judged = Callable[[Space, Point], tuple[float, dict[str, float], float, float]]
+PointEvaluator = Callable[[Space, Point], tuple[float, dict[str, float], float, float]]
 """Merges and judges a point: objective, each task's measure, seconds of the merge, seconds of the judging."""
 
 
@@ -42,7 +42,7 @@ def explore(
     strategy: Strategy,
     trials: int | None,
     record: Record,
-    judged: Judged,
+    evaluate_point: PointEvaluator,
     notice: Callable[[str], None],
 ) -> Iterator[Trial]:
     """The trials of a variant in order, those on record without being made again; ``trials`` None: until it ends.
@@ -51,32 +51,34 @@ def explore(
     """
     recorded = [Trial(**line) for line in record.trials(variant)]
     values: dict[str, float | None] = {}
-    value, idle, made = None, 0, 0
+    value, idle, trial_count = None, 0, 0
     left_out: list[str] = []
     try:
         point = next(strategy)
-        while (trials is None or made < trials) and idle < PATIENCE:
+        while (trials is None or trial_count < trials) and idle < PATIENCE:
             key = json.dumps(point, sort_keys=True)
             if key in values:
                 value, idle = values[key], idle + 1
-            elif (reason := _impossible(space, point)) is not None:
+            elif (reason := _recipe_fault(space, point)) is not None:
                 value, idle = None, idle + 1
                 values[key] = None
                 left_out.append(f"{key}: {reason}")
             else:
-                made, idle = made + 1, 0
-                trial = _again(recorded, made, point, record) or _new(variant, made, space, point, record, judged)
+                trial_count, idle = trial_count + 1, 0
+                trial = _recorded_trial(recorded, trial_count, point, record) or _run_trial(
+                    variant, trial_count, space, point, record, evaluate_point
+                )
                 value = values[key] = trial.objective
                 yield trial
             point = strategy.send(value)
     except StopIteration:
         pass
     if left_out:
-        told = f"{len(left_out)}, the first of them {left_out[0]}"
-        notice(f"points left out, as their values do not go together: {told}")
+        summary = f"{len(left_out)}, the first of them {left_out[0]}"
+        notice(f"points left out, as their values do not go together: {summary}")
 
 
-def _impossible(space: Space, point: Point) -> str | None:
+def _recipe_fault(space: Space, point: Point) -> str | None:
     """Why a point makes no recipe, or nothing."""
     try:
         space.recipe(point)
@@ -85,26 +87,28 @@ def _impossible(space: Space, point: Point) -> str | None:
     return None
 
 
-def _again(recorded: Sequence[Trial], number: int, point: Point, record: Record) -> Trial | None:
+def _recorded_trial(recorded: Sequence[Trial], number: int, point: Point, record: Record) -> Trial | None:
     """The trial of this number on record, which must be of this point."""
     if number > len(recorded):
         return None
-    known = recorded[number - 1]
-    if known.point != point:
+    trial = recorded[number - 1]
+    if trial.point != point:
         raise RecipeError(
-            f"{record.path}: trial {number} is of {json.dumps(known.point)}, but {json.dumps(point)} is its turn now: "
+            f"{record.path}: trial {number} is of {json.dumps(trial.point)}, but {json.dumps(point)} is its turn now: "
             "the strategy is not what it was (another optuna?); give another folder with --to, or --force"
         )
-    return known
+    return trial
 
 
-def _new(variant: str, number: int, space: Space, point: Point, record: Record, judged: Judged) -> Trial:
+def _run_trial(
+    variant: str, number: int, space: Space, point: Point, record: Record, evaluate_point: PointEvaluator
+) -> Trial:
     """Makes a trial; what overflows or ends in an infinite loss has failed, unless nothing has worked so far."""
     objective: float | None = None
     tasks: dict[str, float] = {}
     failed, merging, judging, began = None, 0.0, 0.0, time.monotonic()
     try:
-        objective, tasks, merging, judging = judged(space, point)
+        objective, tasks, merging, judging = evaluate_point(space, point)
     except CheckpointError as error:
         if not any("trial" in line and line["failed"] is None for line in record.lines):
             raise

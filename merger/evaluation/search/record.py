@@ -54,7 +54,7 @@ class Record:
         if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
             raise RecipeError(f"{self.path}: is no record of a search; give another folder with --to, or move it away")
         complete = b"" if force else content[: content.rfind(b"\n") + 1]  # the last line was being written at a kill
-        self.lines = _parsed(complete, self.path)
+        self.lines = _lines_of(complete, self.path)
         self._check(first)
         self._file.truncate(len(complete))
         if not self.lines:
@@ -63,10 +63,10 @@ class Record:
     def _check(self, first: Mapping[str, Any]) -> None:
         if not self.lines:
             return
-        recorded = self.lines[0]
-        if keys := [key for key in {**recorded, **first} if recorded.get(key) != first.get(key)]:
+        header = self.lines[0]
+        if differing_keys := [key for key in {**header, **first} if header.get(key) != first.get(key)]:
             raise RecipeError(
-                f"{self.path}: is the record of another search: {', '.join(keys)} differ; "
+                f"{self.path}: is the record of another search: {', '.join(differing_keys)} differ; "
                 "give another folder with --to, or start over with --force"
             )
 
@@ -89,21 +89,21 @@ class Record:
         for line in self.lines:
             if line.get("judged") == key:
                 return {
-                    task: Outcome(np.array(outcome["total"]), np.array(outcome["weight"]))
-                    for task, outcome in line["outcomes"].items()
+                    task: Outcome(np.array(sums["total"]), np.array(sums["weight"]))
+                    for task, sums in line["outcomes"].items()
                 }
         return None
 
     def add_outcomes(self, key: str, outcomes: Outcomes) -> None:
         """Records the outcomes of the model ``key``."""
-        lists = {
+        sums_by_task = {
             task: {"total": outcome.total.tolist(), "weight": outcome.weight.tolist()}
             for task, outcome in outcomes.items()
         }
-        self.add({"judged": key, "outcomes": lists})
+        self.add({"judged": key, "outcomes": sums_by_task})
 
 
-def _parsed(content: bytes, path: Path) -> list[dict[str, Any]]:
+def _lines_of(content: bytes, path: Path) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in content.decode().splitlines()]
     except ValueError:

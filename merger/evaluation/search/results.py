@@ -1,4 +1,4 @@
-"""What a search leaves behind: the best recipe, and a page that says how it was found and what it keeps."""
+"""The output files of a search: the best recipe, and a report of all trials and of the best merges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from merger.evaluation.search.loop import Trial
 from merger.evaluation.search.space import Space
 
 if TYPE_CHECKING:
-    from merger.evaluation.search import Found
+    from merger.evaluation.search import SearchResult
 
 
 BEST, REPORT = "best.yaml", "report.md"
@@ -30,60 +30,62 @@ def check_folder(folder: Path) -> None:
 
 
 def setting(point: Mapping[str, Any]) -> str:
-    """A point as people read it: without the words that all its keys begin with."""
+    """A point as JSON, with the prefix ``parameters.`` removed from its keys."""
     return json.dumps({name.removeprefix("parameters."): value for name, value in point.items()})
 
 
 def line(trial: Trial, best: Trial | None, trials: int | None, objective: str) -> str:
-    """One trial in a line."""
+    """One line that describes a trial: setting, objective, best objective so far, seconds."""
     of = f" of {trials}" if trials else ""
-    where = f"{trial.variant} " if trial.variant else ""
+    prefix = f"{trial.variant} " if trial.variant else ""
     if trial.objective is None:
-        return f"{where}trial {trial.trial}{of}: {setting(trial.point)}: failed: {trial.failed}"
+        return f"{prefix}trial {trial.trial}{of}: {setting(trial.point)}: failed: {trial.failed}"
     top = f", best so far {best.objective:.4f}" if best is not None else ""
     return (
-        f"{where}trial {trial.trial}{of}: {setting(trial.point)}: {objective} {trial.objective:.4f}{top}; "
+        f"{prefix}trial {trial.trial}{of}: {setting(trial.point)}: {objective} {trial.objective:.4f}{top}; "
         f"merged in {trial.merge_seconds:.1f} s, judged in {trial.judge_seconds:.1f} s"
     )
 
 
-def write(found: Found, folder: Path, space: Space, recipe: Path) -> None:
+def write(result: SearchResult, folder: Path, space: Space, recipe: Path) -> None:
     """Writes best.yaml and report.md."""
-    winner = found.winner
-    value_on_data = f"{found.objective} {winner.objective:.4f} on its search data"
-    said = f"# Found by `merger search {recipe.name}`, {MARK}: {value_on_data}.\n"
+    winner = result.winner
+    score = f"{result.objective} {winner.objective:.4f} on its search data"
+    heading = f"# Found by `merger search {recipe.name}`, {MARK}: {score}.\n"
     value = space.document_at(winner.point).value
     text = yaml.safe_dump(_rebased(value, space.document.folder, folder.resolve()), sort_keys=False, allow_unicode=True)
-    replace_bytes(folder / BEST, (said + text).encode())
-    replace_bytes(folder / REPORT, ("\n".join(_page(found, recipe)) + "\n").encode())
+    replace_bytes(folder / BEST, (heading + text).encode())
+    replace_bytes(folder / REPORT, ("\n".join(_page(result, recipe)) + "\n").encode())
 
 
-def _page(found: Found, recipe: Path) -> Iterator[str]:
-    counted = sum(map(len, found.trials.values()))
-    yield f"# {recipe.name}: {counted} trials"
+def _page(result: SearchResult, recipe: Path) -> Iterator[str]:
+    trial_count = sum(map(len, result.trials.values()))
+    yield f"# {recipe.name}: {trial_count} trials"
     yield ""
     yield (
-        f"Each variant's setting is the one with the best {found.objective} on the search data. This table is of other "
-        "examples, which no trial has seen and which chose nothing."
+        f"Each variant's setting is the one with the best {result.objective} on the search data. This table is of "
+        "other examples, which no trial has seen and which chose nothing."
     )
     yield ""
-    yield from tables.markdown(found.report)
+    yield from tables.markdown(result.report)
     yield ""
     yield "## The search"
     yield ""
-    yield f"| variant | trials | failed | best {found.objective} (search data) | setting | merge, s | judging, s |"
+    yield f"| variant | trials | failed | best {result.objective} (search data) | setting | merge, s | judging, s |"
     yield "|---|---|---|---|---|---|---|"
-    for variant, trials in found.trials.items():
-        best = found.best.get(variant)
-        shown = ["", ""] if best is None else [f"{best.objective:.4f}", f"`{setting(best.point)}`"]
+    for variant, trials in result.trials.items():
+        best = result.best.get(variant)
+        best_cells = ["", ""] if best is None else [f"{best.objective:.4f}", f"`{setting(best.point)}`"]
         merging, judging = (_median([getattr(t, key) for t in trials]) for key in ("merge_seconds", "judge_seconds"))
         failed = sum(trial.objective is None for trial in trials)
-        cells = [variant or recipe.stem, len(trials), failed, *shown, f"{merging:.1f}", f"{judging:.1f}"]
+        cells = [variant or recipe.stem, len(trials), failed, *best_cells, f"{merging:.1f}", f"{judging:.1f}"]
         yield f"| {' | '.join(map(str, cells))} |"
     yield ""
-    yield "Examples by SHA-256: " + ", ".join(f"{name} {each.sha256[:16]}" for name, each in found.report.tasks.items())
+    yield "Examples by SHA-256: " + ", ".join(
+        f"{name} {task.sha256[:16]}" for name, task in result.report.tasks.items()
+    )
     yield ""
-    yield ", ".join(f"{name} {version}" for name, version in found.report.versions.items()) + f"; {MARK}."
+    yield ", ".join(f"{name} {version}" for name, version in result.report.versions.items()) + f"; {MARK}."
 
 
 def _median(values: list[float]) -> float:
@@ -91,11 +93,11 @@ def _median(values: list[float]) -> float:
 
 
 def _rebased(value: Any, start: Path, to: Path, key: str = "") -> Any:
-    """A recipe's text with every path that is there, and the output's, seen from another folder."""
+    """A recipe's value with every existing path, and the output path, rewritten relative to the folder ``to``."""
     if isinstance(value, dict):
-        return {name: _rebased(each, start, to, str(name)) for name, each in value.items()}
+        return {name: _rebased(item, start, to, str(name)) for name, item in value.items()}
     if isinstance(value, list):
-        return [_rebased(each, start, to) for each in value]
+        return [_rebased(item, start, to) for item in value]
     is_path = isinstance(value, str) and not os.path.isabs(os.path.expanduser(value))
     if is_path and (key == "path" or (start / value).exists()):
         return os.path.relpath(start.resolve() / value, to)

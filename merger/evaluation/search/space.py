@@ -39,8 +39,8 @@ class Choices:
     def ordered(self) -> bool:
         """Whether the values are numbers that rise, so that neighbours are alike."""
         numbers = [_number(value) for value in self.values]
-        known = [number for number in numbers if number is not None]
-        return len(known) == len(numbers) and all(a < b for a, b in itertools.pairwise(known))
+        parsed_numbers = [number for number in numbers if number is not None]
+        return len(parsed_numbers) == len(numbers) and all(a < b for a, b in itertools.pairwise(parsed_numbers))
 
     def draw(self, rng: random.Random) -> Any:
         """One of them."""
@@ -73,8 +73,8 @@ class Range:
         assert self.step is not None
         middle, fine = Fraction(str(value)), self.fine or self.step / 5
         count = math.ceil(self.step / fine) - 1
-        near = (middle + i * fine for i in range(-count, count + 1))
-        return tuple(plain(each) for each in near if self.low <= each <= self.high)
+        neighbours = (middle + i * fine for i in range(-count, count + 1))
+        return tuple(plain(number) for number in neighbours if self.low <= number <= self.high)
 
     def at(self, share: float) -> Any:
         """The number at ``share`` of the way from low to high, as a recipe writes it."""
@@ -121,8 +121,8 @@ class Space:
     @property
     def grid(self) -> Iterator[Point]:
         """Every combination of the values, the last dimension changing first."""
-        names = [each.name for each in self.dimensions]
-        for values in itertools.product(*(each.values for each in self.dimensions)):
+        names = [dimension.name for dimension in self.dimensions]
+        for values in itertools.product(*(dimension.values for dimension in self.dimensions)):
             yield dict(zip(names, values, strict=True))
 
     def document_at(self, point: Mapping[str, Any]) -> Document:
@@ -142,14 +142,14 @@ def spaces(document: Document, variants: Mapping[str, Mapping[str, Any]], overri
     plain_text = Document(document.label, document.folder, _without(document.value, "search"), document.lines)
     if not variants:
         return {"": _space(plain_text, (), overrides)}
-    found = {}
+    spaces_by_name = {}
     for name, changes in variants.items():
         value = plain_text.value
         if {"method", "pipeline"} & changes.keys():  # a variant's own method leaves nothing of the recipe's
             value = _without(value, "method", "parameters", "pipeline")
         text = Document(document.label, document.folder, {**value, **changes}, document.lines)
-        found[name] = _space(text, ("search", "variants", name), overrides)
-    return found
+        spaces_by_name[name] = _space(text, ("search", "variants", name), overrides)
+    return spaces_by_name
 
 
 def example(space: Space) -> Recipe:
@@ -158,7 +158,7 @@ def example(space: Space) -> Recipe:
     first: RecipeError | None = None
     for _ in range(EXAMPLES):
         try:
-            return space.recipe({each.name: each.draw(rng) for each in space.dimensions})
+            return space.recipe({dimension.name: dimension.draw(rng) for dimension in space.dimensions})
         except RecipeError as error:
             first = first or error
     assert first is not None
@@ -166,36 +166,36 @@ def example(space: Space) -> Recipe:
 
 
 def _without(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: each for key, each in value.items() if key not in keys}
+    return {key: entry for key, entry in value.items() if key not in keys}
 
 
-def _space(document: Document, where: KeyPath, overrides: Sequence[str]) -> Space:
-    found: list[Dimension] = []
+def _space(document: Document, variant_path: KeyPath, overrides: Sequence[str]) -> Space:
+    dimensions: list[Dimension] = []
     faults = []
-    for path, said in marks(document.value):
+    for path, mark in marks(document.value):
         try:
-            found.append(_dimension(path, said))
+            dimensions.append(_dimension(path, mark))
         except ValueError as error:
-            faults.append(document.fault((*where, *path), str(error)))
+            faults.append(document.fault((*variant_path, *path), str(error)))
     if faults:
         raise RecipeError(faults)
-    return Space(document, tuple(found), tuple(overrides))
+    return Space(document, tuple(dimensions), tuple(overrides))
 
 
-def _dimension(path: KeyPath, said: Any) -> Dimension:
+def _dimension(path: KeyPath, mark: Any) -> Dimension:
     """What a mark leaves open; ValueError says what is wrong with it."""
-    if isinstance(said, list) and said:
-        return Choices(path, tuple(said))
-    if not isinstance(said, dict) or not {"low", "high"} <= said.keys():
+    if isinstance(mark, list) and mark:
+        return Choices(path, tuple(mark))
+    if not isinstance(mark, dict) or not {"low", "high"} <= mark.keys():
         raise ValueError("search: expected a list of values, or {low:, high:} with step:, fine: or log: if wanted")
-    if unknown := said.keys() - {"low", "high", "step", "fine", "log"}:
+    if unknown := mark.keys() - {"low", "high", "step", "fine", "log"}:
         raise ValueError(
             f"search: unknown key {', '.join(sorted(map(str, unknown)))}; it takes low, high, step, fine, log"
         )
-    numbers: dict[str, Any] = {key: _number(each) for key, each in said.items() if key != "log"}
-    if wrong := [key for key, each in numbers.items() if each is None]:
-        raise ValueError(f"search: {wrong[0]} is {said[wrong[0]]!r}, expected a number")
-    low, high, log = numbers["low"], numbers["high"], said.get("log", False)
+    numbers: dict[str, Any] = {key: _number(number) for key, number in mark.items() if key != "log"}
+    if invalid_keys := [key for key, number in numbers.items() if number is None]:
+        raise ValueError(f"search: {invalid_keys[0]} is {mark[invalid_keys[0]]!r}, expected a number")
+    low, high, log = numbers["low"], numbers["high"], mark.get("log", False)
     if not isinstance(log, bool):
         raise ValueError(f"search: log is {log!r}, expected true or false")
     if low >= high or (log and low <= 0) or any(numbers[key] <= 0 for key in ("step", "fine") if key in numbers):

@@ -40,14 +40,15 @@ def two_step(space: Space, seed: int) -> Strategy:
             best = value, point
     if best is None:
         return
-    yield from _finer(space, best[1])
+    yield from _finer_grid(space, best[1])
 
 
-def _finer(space: Space, best: Point) -> Strategy:
-    near = [
-        each.around(best[each.name]) if isinstance(each, Range) else (best[each.name],) for each in space.dimensions
+def _finer_grid(space: Space, best: Point) -> Strategy:
+    candidates = [
+        dimension.around(best[dimension.name]) if isinstance(dimension, Range) else (best[dimension.name],)
+        for dimension in space.dimensions
     ]
-    for values in itertools.product(*near):
+    for values in itertools.product(*candidates):
         yield dict(zip(best, values, strict=True))
 
 
@@ -55,7 +56,7 @@ def at_random(space: Space, seed: int) -> Strategy:
     """Points drawn evenly."""
     rng = random.Random(f"search/{seed}")
     while True:
-        yield {each.name: each.draw(rng) for each in space.dimensions}
+        yield {dimension.name: dimension.draw(rng) for dimension in space.dimensions}
 
 
 def tpe(space: Space, seed: int) -> Strategy:
@@ -64,28 +65,32 @@ def tpe(space: Space, seed: int) -> Strategy:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True)
-    yield from _asked(optuna, sampler, space)
+    yield from _optuna_points(optuna, sampler, space)
 
 
 def cmaes(space: Space, seed: int) -> Strategy:
     """Optuna's CMA-ES over numbers."""
     optuna = _optuna("cmaes", "cmaes")
-    unordered = [each.name for each in space.dimensions if isinstance(each, Choices) and not each.ordered]
+    unordered = [
+        dimension.name for dimension in space.dimensions if isinstance(dimension, Choices) and not dimension.ordered
+    ]
     if unordered or len(space.dimensions) < 2:
         raise RecipeError(
             "search.strategy: cmaes moves several numbers at once"
             + (f", and {unordered[0]} is none; take tpe" if unordered else "; take tpe for one")
         )
-    yield from _asked(optuna, optuna.samplers.CmaEsSampler(seed=seed), space)
+    yield from _optuna_points(optuna, optuna.samplers.CmaEsSampler(seed=seed), space)
 
 
-def _asked(optuna: Any, sampler: Any, space: Space) -> Strategy:
+def _optuna_points(optuna: Any, sampler: Any, space: Space) -> Strategy:
     """Optuna's proposals one by one; its study lives in memory, and the record of the search is what is kept."""
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    distributions = {each.name: _distribution(optuna, each) for each in space.dimensions}
+    distributions = {dimension.name: _distribution(optuna, dimension) for dimension in space.dimensions}
     while True:
         trial = study.ask(distributions)
-        value = yield {each.name: _value(each, trial.params[each.name]) for each in space.dimensions}
+        value = yield {
+            dimension.name: _value(dimension, trial.params[dimension.name]) for dimension in space.dimensions
+        }
         if value is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
@@ -106,9 +111,9 @@ def _value(dimension: Dimension, proposed: Any) -> Any:
     return dimension.values[proposed] if dimension.values else dimension.at(proposed)  # type: ignore[union-attr]
 
 
-def _optuna(strategy: str, *others: str) -> Any:
+def _optuna(strategy: str, *modules: str) -> Any:
     try:
-        for name in others:
+        for name in modules:
             importlib.import_module(name)
         import optuna
     except ImportError:
@@ -118,9 +123,11 @@ def _optuna(strategy: str, *others: str) -> Any:
 
 
 def _need_values(space: Space, strategy: str) -> None:
-    lacking = [each.name for each in space.dimensions if not each.values]
-    if lacking:
-        raise RecipeError(f"{lacking[0]}: search: {strategy} needs a step: between low and high, or a list of values")
+    unlisted_names = [dimension.name for dimension in space.dimensions if not dimension.values]
+    if unlisted_names:
+        raise RecipeError(
+            f"{unlisted_names[0]}: search: {strategy} needs a step: between low and high, or a list of values"
+        )
 
 
 STRATEGIES: dict[str, Callable[[Space, int], Strategy]] = {
