@@ -164,7 +164,7 @@ def test_a_merge_is_shown_by_what_each_input_gave_to_each_layer(merger, folder):
         ("", "cannot be read: "),
         ("[]", "is not of format 1, "),
         ('{"format": 99}', "is not of format 1, "),
-        ('{"format": 1, "recipe": {}}', "lacks calibration, inputs, "),
+        ('{"format": 1, "recipe": {}}', "lacks versions, seed, "),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(folder, content, reason):

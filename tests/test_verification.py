@@ -151,7 +151,7 @@ def test_config_and_tokenizer_are_those_that_were_written(merged):
         ("{", "cannot be read: "),
         ("[]", "is not of format 1"),
         ('{"format": 9}', "is not of format 1"),
-        ('{"format": 1, "recipe": {}}', "lacks calibration, inputs, statistics, shards, files, tensors, versions"),
+        ('{"format": 1, "recipe": {}}', "lacks versions, seed, device, device-dependent, recipe.base, recipe.experts"),
     ],
 )
 def test_a_manifest_that_cannot_be_understood_is_a_difference(merged, text, what):

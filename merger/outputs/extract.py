@@ -118,6 +118,8 @@ def _base(folder: Path, manifest: Manifest, given: str | None, offline: bool) ->
 
 def _tensors(manifest: Manifest, packed: Checkpoint) -> Iterator[_Tensor]:
     """All tensors of the expert, and what they are made of."""
+    if unrecorded := packed.tensors.keys() - manifest.stored_tensors.keys():
+        raise CheckpointError(f"{packed.directory}: {min(unrecorded)} is not in {RECORD}; verify it")
     fates = manifest.tensors
     for name, said in fates.items():
         of = said.get("tied to", name)

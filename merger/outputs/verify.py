@@ -22,7 +22,7 @@ from merger.checkpoint.tensor_info import ITEM_SIZE
 from merger.engine.manifest import RECORD, Manifest, differing, inputs_of, portable, stored_as, versions
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
-from merger.engine.recorded_recipe import recipe_folder
+from merger.engine.recorded_recipe import parse_recorded, recipe_folder
 from merger.errors import CheckpointError, RecipeError, VerifyError
 from merger.options import Notice, Progress, RunOptions
 from merger.outputs.consistency import (
@@ -80,9 +80,9 @@ def verify(directory: str | Path, options: RunOptions = RunOptions(), *, deep: D
     recomputed: tuple[str, ...] = ()
     if manifest is not None:
         found += _recorded(contents, manifest, hashes)
-    if deep is not None:
-        if manifest is None:
-            raise RecipeError(f"{directory}: has no {RECORD} that says from what it could be made again")
+    elif deep is not None and RECORD not in contents.folder.names:
+        raise RecipeError(f"{directory}: has no {RECORD} that says from what it could be made again")
+    if deep is not None and manifest is not None:
         recomputed, differences = _recompute(contents, manifest, deep, options)
         found += differences
     return Verification(
@@ -236,7 +236,7 @@ def _recipe(contents: Contents, manifest: Manifest, given: Path | None) -> Recip
             raise RecipeError(
                 f"{directory}: does not lie where its recipe wrote it ({output}); give the recipe, for its inputs"
             )
-        return Recipe.parse(recorded, folder)
+        return parse_recorded(recorded, directory, folder)
     recipe = Recipe.load(given, manifest.content.get("set", []))
     own = json.loads(json.dumps(portable(recipe.spelled_out())))
     others = [key for key in differing(recorded, own) if key != "output.path"]
