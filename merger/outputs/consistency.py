@@ -15,6 +15,7 @@ from merger.checkpoint.formats import format_of
 from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import TensorKinds, block_of, tensor_kinds, text_config
 from merger.checkpoint.tied_weights import tie_word
+from merger.checkpoint.wrapped_names import plain_names
 from merger.errors import CheckpointError
 
 
@@ -22,7 +23,7 @@ from merger.errors import CheckpointError
 class Difference:
     """One thing that is not as the files say it is."""
 
-    file: str
+    file: str  # empty where it is about several files together
     tensor: str | None
     what: str
 
@@ -36,7 +37,8 @@ class Contents:
     """A checkpoint's folder, as far as it can be read, and what is wrong with the rest."""
 
     folder: Folder
-    headers: Mapping[str, Mapping[str, Info]]  # of every weight file that can be read
+    headers: Mapping[str, Mapping[str, Info]]  # of every weight file that can be read, with the names stored there
+    tensors: Mapping[str, Info]  # all of them, by the model's names
     config: Mapping[str, Any]
     broken: tuple[Difference, ...]
 
@@ -44,11 +46,6 @@ class Contents:
     def directory(self) -> Path:
         """Where the files are."""
         return self.folder.directory
-
-    @cached_property
-    def tensors(self) -> dict[str, Info]:
-        """All tensors, by name."""
-        return {name: info for header in self.headers.values() for name, info in header.items()}
 
     @cached_property
     def kinds(self) -> TensorKinds:
@@ -80,7 +77,18 @@ def look(directory: Path) -> Contents:
             headers[file] = _header(directory / file)
         except CheckpointError as error:
             broken.append(Difference(file, None, _said(error, directory / file)))
-    return Contents(folder, headers, config, tuple(broken))
+    return Contents(folder, headers, _tensors(headers, broken), config, tuple(broken))
+
+
+def _tensors(headers: Mapping[str, Mapping[str, Info]], broken: list[Difference]) -> dict[str, Info]:
+    """All tensors by the model's names, as a merge reads them; by those in the files where that would join two."""
+    tensors = {name: info for header in headers.values() for name, info in header.items()}
+    try:
+        names = plain_names(tensors)
+    except ValueError as error:
+        broken.append(Difference("", None, str(error)))
+        return tensors
+    return {names[stored]: info for stored, info in tensors.items()}
 
 
 def _header(path: Path) -> Mapping[str, Info]:
