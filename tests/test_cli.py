@@ -235,7 +235,9 @@ def test_a_plan_tells_what_is_dropped_and_what_differs(merger, folder):
     tied = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
     body = {"model.embed_tokens.weight": (8, 4), "model.layers.0.w.weight": (4, 4)}
     save_headers(folder / "base", body, tied)
-    save_headers(folder / "code", {**body, "lm_head.weight": (8, 4)}, {**tied, "rope_theta": 7})
+    save_headers(
+        folder / "code", {**body, "lm_head.weight": (8, 4)}, {**tied, "rope_theta": 7}, distinct=["lm_head.weight"]
+    )
     save_headers(folder / "math", body, tied)
 
     ran = merger("plan", "recipe.yaml", "--set", "rules=[{tensors: lm_head, use: base}]")
