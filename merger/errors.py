@@ -112,6 +112,11 @@ def lacks_memory(error: Exception) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(words in str(error) for words in _ALLOCATION)
 
 
+def system_reason(error: OSError) -> str:
+    """The system's words for an error, or the error's own where it has no number."""
+    return error.strerror or " ".join(str(error).split()) or type(error).__name__
+
+
 def printable(text: str) -> str:
     """The text in one line: breaks, escape sequences and lone surrogates of what it quotes are spelled out."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -19,7 +19,7 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import write_json
 from merger.checkpoint.hashes import config_digest, stamp
 from merger.engine.manifest_schema import damage
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, system_reason
 from merger.recipe.recipe import portable_location
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Manifest:
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: has no {RECORD}, so it is no finished merge") from None
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{file}: cannot be read: {system_reason(error)}") from None
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}") from None
 

@@ -23,7 +23,7 @@ from merger.engine.manifest import RECORD, Manifest, differing, inputs_of, porta
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import parse_recorded, recipe_folder
-from merger.errors import CheckpointError, RecipeError, VerifyError
+from merger.errors import CheckpointError, RecipeError, VerifyError, system_reason
 from merger.options import Notice, Progress, RunOptions
 from merger.outputs.consistency import (
     Contents,
@@ -127,7 +127,7 @@ def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Diff
         try:
             return scan(path, header, count)
         except OSError as error:
-            return None, [Difference(file, None, f"cannot be read: {error.strerror}")]
+            return None, [Difference(file, None, f"cannot be read: {system_reason(error)}")]
 
     with ThreadPoolExecutor(4, "merger-verify") as pool:
         results = list(pool.map(one, contents.headers))
@@ -145,7 +145,7 @@ def _manifest(contents: Contents, found: list[Difference]) -> Manifest | None:
     try:
         return Manifest.parse((contents.directory / RECORD).read_bytes())
     except OSError as error:
-        found.append(Difference(RECORD, None, f"cannot be read: {error.strerror}"))
+        found.append(Difference(RECORD, None, f"cannot be read: {system_reason(error)}"))
     except ValueError as error:
         found.append(Difference(RECORD, None, str(error)))
     return None
@@ -182,7 +182,7 @@ def _side_file(folder: Path, name: str, sha: str) -> Iterator[Difference]:
     try:
         own = digest(folder / name)
     except OSError as error:
-        yield Difference(name, None, f"cannot be read: {error.strerror}")
+        yield Difference(name, None, f"cannot be read: {system_reason(error)}")
     else:
         if own != sha:
             yield _other_hash(name, own, sha)
