@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -62,7 +63,7 @@ def test_every_command_of_a_console_is_one_with_those_flags(page):
     for block in blocks(page, "console"):
         for command, _ in commands(block):
             if command[0] == "merger":
-                parse(command[1 : command.index("|") if "|" in command else None])
+                parse(itertools.takewhile(lambda word: word not in ("|", ">"), command[1:]))
 
 
 @every_page

@@ -18,6 +18,7 @@ from merger.evaluation.search import search, strategies
 from merger.evaluation.search.space import example, spaces
 from merger.evaluation.search.strategies import STRATEGIES
 from merger.options import RunOptions
+from merger.pipeline.registry import PACKAGES, Package
 from merger.recipe.document import parse, read
 from merger.recipe.json_schema import json_schema
 from merger.recipe.recipe import Recipe, search_of
@@ -243,6 +244,15 @@ def test_the_record_of_another_search_is_not_gone_on_with(demo_folder, tmp_path)
     with pytest.raises(RecipeError, match="recipe, report data differ"):
         search(path, ["evaluation.samples=11"], CPU)
     assert len(search(path, ["search.seed=1"], CPU, force=True).trials[""]) == 1
+
+
+def test_a_search_does_not_go_on_with_another_version_of_a_package_of_methods(demo_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(PACKAGES, "merger.methods.ties", Package("acme-merging", "1.2"))
+    path = searched(demo_folder, tmp_path, search={"trials": 1})
+    search(path, options=CPU)
+    monkeypatch.setitem(PACKAGES, "merger.methods.ties", Package("acme-merging", "1.3"))
+    with pytest.raises(RecipeError, match="is the record of another search: versions differ"):
+        search(path, options=CPU)
 
 
 def test_the_report_is_of_examples_that_the_search_never_saw(demo_folder, tmp_path):  # noqa: F811
