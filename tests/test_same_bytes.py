@@ -16,8 +16,8 @@ import merger.engine.machine
 import merger.methods
 from merger.calibration import Moments, Settings
 from merger.calibration import statistics_files as files
+from merger.calibration.origins import fingerprint
 from merger.calibration.settings import ForwardPass
-from merger.calibration.statistics import fingerprint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
 from merger.engine.merge import merge
@@ -72,7 +72,7 @@ def models(tmp_path_factory):
                 for n, i in model.tensors.items()
                 if len(i.shape) == 2
             }
-            key = files.Key(fingerprint(model), "text", "tokenizer", Settings(), ForwardPass.of(model, "cpu"))
+            key = files.StatisticsKey(fingerprint(model), "text", "tokenizer", Settings(), ForwardPass.of(model, "cpu"))
             files.save(folder / f"{name}.stats", moments, key)
     return folder
 

@@ -75,16 +75,16 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes) -> Manifest:
-        """The manifest of a file's bytes; ValueError with the reason, to follow the file's name, if it is none."""
+        """Parses a manifest; raises ValueError with a reason that follows the file's name in a message."""
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"cannot be read: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"is not of format {FORMAT}, the only one that this version reads; merge again")
-        lacking = [section for section in _SECTIONS if not isinstance(content.get(section), dict)]
-        if lacking:
-            raise ValueError(f"lacks {', '.join(lacking)}")
+        missing = [section for section in _SECTIONS if not isinstance(content.get(section), dict)]
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
         damaged = next(_damaged_parts(content), None)
         if damaged is not None:
             raise ValueError(f"{damaged} is not as a merge writes it; merge again")
@@ -270,7 +270,7 @@ def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
     record |= {"merged by": method} if tensor.stages else {"copied from": tensor.source}
     if tensor.packed is not None:
         stored = {name: stored_as(info) for name, info in tensor.packed.infos.items()}
-        record |= {"packed": tensor.packed.recorded(), "stored as": stored}
+        record |= {"packed": tensor.packed.as_record(), "stored as": stored}
     if tensor.tied_to is not None:
         return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
     if tensor.extra:
@@ -313,13 +313,15 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
 
 
-def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """The keys, as in experts.math.weight, whose values differ between two plain objects; both values of each."""
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return {} if one == other else {"": (one, other)}
-    keys = dict.fromkeys((*one, *other))
-    found = ((key, differing(one.get(key), other.get(key))) for key in keys)
-    return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}
+def value_differences(recorded: Any, current: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys, such as experts.math.weight, whose values differ between two objects, with both values."""
+    if not isinstance(recorded, Mapping) or not isinstance(current, Mapping):
+        return {} if recorded == current else {"": (recorded, current)}
+    keys = dict.fromkeys((*recorded, *current))
+    differences = ((key, value_differences(recorded.get(key), current.get(key))) for key in keys)
+    return {
+        f"{key}.{subkey}" if subkey else key: pair for key, nested in differences for subkey, pair in nested.items()
+    }
 
 
 def versions(plan: Plan) -> dict[str, str]:

@@ -258,11 +258,11 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
 
 
 def _annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
-    """The type of a parameter, also where the file says ``from __future__ import annotations``."""
+    """Returns the type of a parameter, also in a file with ``from __future__ import annotations``."""
     if parameter.annotation is parameter.empty:
         raise TypeError(f"{parameter.name} of {function.__name__} has no type, such as float")
-    written = parameter.annotation
-    return eval(written, function.__globals__) if isinstance(written, str) else written
+    annotation = parameter.annotation
+    return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
 
 
 @cache
