@@ -35,11 +35,11 @@ def tables() -> str:
 
 
 def row(entry: dict[str, Any]) -> str:
-    parameters = (f"`{name}: {written(facts['default'])}`" for name, facts in entry["parameters"].items())
+    parameters = (f"`{name}: {yaml_text(facts['default'])}`" for name, facts in entry["parameters"].items())
     return f"| `{entry['name']}` | {entry['summary'].replace('|', chr(92) + '|')} | {', '.join(parameters)} |"
 
 
-def written(default: Any) -> str:
+def yaml_text(default: Any) -> str:
     return default if isinstance(default, str) else json.dumps(default)
 
 

@@ -70,16 +70,16 @@ def test_every_command_of_a_console_is_one_with_those_flags(page):
 def test_every_command_in_the_text_is_one_with_those_flags(page):
     group = typer.main.get_command(app)
     for name, *words in inline_commands(page):
-        known = group.params if name.startswith("-") else group.commands[name].params
-        flags = {flag for parameter in known for flag in (*parameter.opts, *parameter.secondary_opts)}
-        written = {word.partition("=")[0] for word in (name, *words) if re.match(r"--?[a-z]", word)}
-        assert written <= flags, (name, written - flags)
+        options = group.params if name.startswith("-") else group.commands[name].params
+        flags = {flag for parameter in options for flag in (*parameter.opts, *parameter.secondary_opts)}
+        used_flags = {word.partition("=")[0] for word in (name, *words) if re.match(r"--?[a-z]", word)}
+        assert used_flags <= flags, (name, used_flags - flags)
 
 
 @every_page
 def test_every_file_that_is_shown_is_there(page):
-    shown = [command for block in blocks(page, "console") for command, _ in commands(block)]
-    files = {word for command in shown for word in command if command[0] in ("bash", "python") and "/" in word}
+    console = [command for block in blocks(page, "console") for command, _ in commands(block)]
+    files = {word for command in console for word in command if command[0] in ("bash", "python") and "/" in word}
     files |= set(re.findall(r"`(?:python |bash )?((?:scripts|tests|merger|recipes|docs)/[\w./-]+\.\w+)", text(page)))
     to_be_written = {f"merger/methods/{name}.py" for name in TUTORIAL}
     missing = {file for file in files if not (ROOT / file).is_file() and "NAME" not in file}
@@ -139,9 +139,9 @@ def first_recipe():
 
 
 def planned(recipe):
-    made = plan(recipe)
-    made.close()
-    return made
+    merge_plan = plan(recipe)
+    merge_plan.close()
+    return merge_plan
 
 
 def test_the_first_recipe_of_the_readme_plans_and_merges(folder, merger):
@@ -177,15 +177,15 @@ def test_a_part_of_a_recipe_in_the_docs_is_valid(block: Block, tmp_path):
     fragment = yaml.safe_load(block.text)
     calibration = fragment.get("calibration", {})
     experts = [*calibration.get("data", {}), *calibration.get("stats", {})] or ["code", "math"]
-    whole = {
+    recipe = {
         "base": "base",
         "experts": dict.fromkeys(experts, "expert"),
         "method": "obim" if calibration else "ties",
         "output": {"path": "out"},
         **fragment,
     }
-    document = Document("recipe.yaml", tmp_path, whole)
-    if "search" in whole:
+    document = Document("recipe.yaml", tmp_path, recipe)
+    if "search" in recipe:
         search_of(document)
         example(spaces(document, {}, ())[""])
     else:
@@ -197,11 +197,11 @@ def test_a_wrong_recipe_is_told_as_the_readme_shows(folder, merger):
         "base: models/base\nexperts:\n  math: models/code\n  lm: {model: models/french,\n    wieght: 0.5}\n"
         "method: ties\nparameters:\n  density: 1.5\nrules:\n  - {kinds: [head], use: mth}\noutput: {path: out}\n"
     )
-    (shown,) = (
+    (expected,) = (
         lines for block in blocks("README.md", "console") for _, lines in commands(block) if "wieght" in str(lines)
     )
     ran = merger("run", "recipe.yaml")
-    assert (ran.code, ran.err.splitlines()) == (2, shown)
+    assert (ran.code, ran.err.splitlines()) == (2, expected)
 
 
 def test_a_condition_that_holds_is_told_as_the_readme_shows(folder, merger):
@@ -209,14 +209,14 @@ def test_a_condition_that_holds_is_told_as_the_readme_shows(folder, merger):
     recipe["experts"].pop("chat")
     recipe["parameters"] = {"density": 0.9}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    ((command, (shown,)),) = (
+    ((command, (line,)),) = (
         (command, lines)
         for block in blocks("README.md", "console")
         for command, lines in commands(block)
         if "--fail-if" in command
     )
     ran = merger(*command[1:])
-    shape = re.sub(r"0\.\d{4}", "...", re.sub(r"\(\w+, \w+\)", "(code, french)", shown))
+    shape = re.sub(r"0\.\d{4}", "...", re.sub(r"\(\w+, \w+\)", "(code, french)", line))
     assert ran.code == 1
     assert_shown([shape], ran.err)
 
@@ -229,26 +229,28 @@ def test_the_library_code_of_the_readme_runs(folder, capsys):
     (code,) = (block.text for block in blocks("README.md", "python") if "import merger" in block.text)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
-    printed = capsys.readouterr().out.splitlines()
-    made = planned(Recipe.load("recipe.yaml"))
-    assert int(printed[0]) == made.bytes_written
-    assert {"code", "french", "chat"} <= set(re.findall(r"'(\w+)'", printed[1]))
-    assert any(line.startswith("merging ") for line in printed[2:])
-    assert sum(names["result"].tensors.values()) == len(made.tensors)
+    output = capsys.readouterr().out.splitlines()
+    merge_plan = planned(Recipe.load("recipe.yaml"))
+    assert int(output[0]) == merge_plan.bytes_written
+    assert {"code", "french", "chat"} <= set(re.findall(r"'(\w+)'", output[1]))
+    assert any(line.startswith("merging ") for line in output[2:])
+    assert sum(names["result"].tensors.values()) == len(merge_plan.tensors)
     assert merger.verify(folder / "out" / "merged").differences == ()
 
 
 def test_the_readme_names_all_run_options():
-    (listed,) = re.findall(r"takes the same `RunOptions`: ([\w\s,]+)\.", README)
-    assert re.findall(r"\w+", listed.replace(" and ", ", ")) == [field.name for field in dataclasses.fields(RunOptions)]
+    (sentence,) = re.findall(r"takes the same `RunOptions`: ([\w\s,]+)\.", README)
+    assert re.findall(r"\w+", sentence.replace(" and ", ", ")) == [
+        field.name for field in dataclasses.fields(RunOptions)
+    ]
 
 
 def test_code_of_methods_in_the_docs_is_that_of_their_files():
-    (shown,) = ast.parse(blocks("docs/experts.md", "python")[0].text).body
-    module = ast.parse((ROOT / "merger" / "methods" / f"{shown.name}.py").read_text())
-    (defined,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == shown.name)
-    defined.body = defined.body[1:]  # without its docstring
-    assert ast.dump(shown) == ast.dump(defined)
+    (excerpt,) = ast.parse(blocks("docs/experts.md", "python")[0].text).body
+    module = ast.parse((ROOT / "merger" / "methods" / f"{excerpt.name}.py").read_text())
+    (function,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == excerpt.name)
+    function.body = function.body[1:]  # without its docstring
+    assert ast.dump(excerpt) == ast.dump(function)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -308,9 +310,9 @@ def test_every_method_stage_and_score_has_a_section(name):
 def test_the_index_of_methods_names_every_page_and_method():
     index = text("docs/methods/README.md")
     table = index[: index.index("`merger methods NAME`")]
-    named = set(re.findall(r"`([\w*]+)`", table))
+    index_names = set(re.findall(r"`([\w*]+)`", table))
     assert set(re.findall(r"\]\((\w+\.md)\)", table)) == {path.name for path in METHOD_PAGES} | {"parameters.md"}
-    patterns = [re.compile(name.replace("*", r"\w*")) for name in named]
+    patterns = [re.compile(name.replace("*", r"\w*")) for name in index_names]
     assert [name for name in {**ENTRIES, **SCORES} if not any(pattern.fullmatch(name) for pattern in patterns)] == []
 
 
@@ -334,9 +336,9 @@ def test_the_defaults_of_a_page_are_those_of_the_signature(name):
 
 def test_other_defaults_that_the_pages_mention_are_those_of_the_signatures():
     wudi, sparsification = text("docs/methods/wudi.md"), text("docs/methods/sparsification.md")
-    mentioned = {
+    defaults = {
         ("wudi", "ridge"): re.search(r"`(\w+)` \(default\)", wudi)[1],
         ("pcb", "variant"): re.search(r"`variant: (\w+)` \(default\)", sparsification)[1],
         ("breadcrumbs", "lambda"): float(re.search(r"times λ = ([\d.]+\d)", sparsification)[1]),
     }
-    assert mentioned == {(name, key): methods_json(name)["parameters"][key]["default"] for name, key in mentioned}
+    assert defaults == {(name, key): methods_json(name)["parameters"][key]["default"] for name, key in defaults}
