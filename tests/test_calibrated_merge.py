@@ -297,17 +297,17 @@ def test_merged_inputs_are_other_inputs_than_own_ones(place):
 def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch):
     """What earlier blocks became is read back from the output, whichever run wrote it."""
     lag = {"parameters": {"inputs": "merged"}}
-    count = Writer.done
+    count = Writer.finish_tensor
 
     def stop(self, name, notes=()):
         if block_of(name) == 2 and "proj" in name:
             raise KeyboardInterrupt
         count(self, name, notes)
 
-    monkeypatch.setattr(Writer, "done", stop)
+    monkeypatch.setattr(Writer, "finish_tensor", stop)
     with pytest.raises(KeyboardInterrupt):
         merger.merge(recipe(place, "regmean", shard_size=20_000, **lag))
-    monkeypatch.setattr(Writer, "done", count)
+    monkeypatch.setattr(Writer, "finish_tensor", count)
     messages = []
     merger.merge(recipe(place, "regmean", shard_size=20_000, **lag), merger.RunOptions(notice=messages.append))
     assert any("goes on where an earlier run stopped" in line for line in messages)

@@ -34,7 +34,7 @@ def test_what_c_can_read_is_counted_in_c() -> None:
 
 def counted(loops: Counting, deltas: torch.Tensor, first: int) -> list[torch.Tensor]:
     """All that is counted of task vectors, twice for it is added up."""
-    counts = Counts.none(len(deltas), deltas.shape[2])
+    counts = Counts.zeros(len(deltas), deltas.shape[2])
     for _ in range(2):
         result = loops.vectors(deltas, first, 8, counts)
     return [*vars(counts).values(), *result]
@@ -56,16 +56,16 @@ def test_a_merged_vector_has_the_same_counts_and_products_to_the_bit(deltas: tor
 @given(deltas=stacks())
 def test_the_same_values_are_found_once_each(deltas: torch.Tensor, bits: int) -> None:
     deltas = deltas.bfloat16().float() if bits == 16 else deltas
-    for native_values, twin_values, values in zip(
-        native.different(deltas), twin.different(deltas), deltas, strict=True
+    for compiled, twin_values, values in zip(
+        native.distinct_values(deltas), twin.distinct_values(deltas), deltas, strict=True
     ):
-        assert sorted(native_values.tolist()) == sorted(twin_values.tolist())
-        assert len(native_values) == len(set(values.flatten().tolist()) - {0.0})
+        assert sorted(compiled.tolist()) == sorted(twin_values.tolist())
+        assert len(compiled) == len(set(values.flatten().tolist()) - {0.0})
 
 
 def test_a_table_that_fills_up_is_made_larger() -> None:
     values = torch.arange(1, 100_001, dtype=torch.float32) / 3
-    (result,) = native.different(values.repeat(3).unsqueeze(0))
+    (result,) = native.distinct_values(values.repeat(3).unsqueeze(0))
     assert torch.equal(result.view(torch.float32).sort().values, values)
 
 
@@ -98,7 +98,8 @@ def test_vectors_on_a_device_are_counted_there_and_only_counts_come_back() -> No
         loops = counting.of(remote)
         result = counted(loops, remote, 3), loops.endings(remote[0], remote[1], remote), loops.merged(remote[0], remote)
         assert all(
-            str(value.device) == "cpu" for value in [*result[0], result[1], result[2][1], *loops.different(remote)]
+            str(value.device) == "cpu"
+            for value in [*result[0], result[1], result[2][1], *loops.distinct_values(remote)]
         )
     assert all(map(torch.equal, result[0], expected[0]))
     assert torch.equal(result[1], expected[1])

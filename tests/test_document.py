@@ -96,7 +96,7 @@ def test_merge_keys_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "value"),
+    ("text", "value"),
     [
         ("0", 0), ("-3", -3), ("+3", 3), ("1_000", 1000), ("12_000_000", 12_000_000), ("0x1F", 31),
         ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("01.5", 1.5), ("1.0e+3", 1000.0), (".inf", float("inf")),
@@ -105,8 +105,8 @@ def test_merge_keys_work(tmp_path):
         ("2026-01-01", "2026-01-01"), ("1e3", "1e3"), ("1/3", "1/3"), ("=", "="), ("truest", "truest"),
     ],
 )  # fmt: skip
-def test_a_plain_value_is_what_a_reader_takes_it_for(parameters, value, tmp_path):
-    result = values(f"key: {parameters}\n", tmp_path)["key"]
+def test_a_plain_value_is_what_a_reader_takes_it_for(text, value, tmp_path):
+    result = values(f"key: {text}\n", tmp_path)["key"]
     assert (result, type(result)) == (value, type(value))
 
 
@@ -119,10 +119,10 @@ def test_a_number_that_yamls_versions_read_differently_is_refused_with_its_line(
     )
 
 
-@pytest.mark.parametrize("parameters", ["08", "0o10", "2026-01-01", "1e3", "no"])
-def test_text_in_place_of_a_number_is_refused_with_its_line(parameters):
-    (fault,) = fault_of(RECIPE.format(name="a") + f"seed: {parameters}\n")
-    assert fault == f"recipe.yaml:7: seed: is {parameters!r}, expected a whole number"
+@pytest.mark.parametrize("text", ["08", "0o10", "2026-01-01", "1e3", "no"])
+def test_text_in_place_of_a_number_is_refused_with_its_line(text):
+    (fault,) = fault_of(RECIPE.format(name="a") + f"seed: {text}\n")
+    assert fault == f"recipe.yaml:7: seed: is {text!r}, expected a whole number"
 
 
 def test_an_explicit_tag_does_not_let_such_a_number_in():
@@ -130,8 +130,8 @@ def test_an_explicit_tag_does_not_let_such_a_number_in():
 
 
 @pytest.mark.parametrize("text", UNLIKE)
-def test_such_a_number_in_quotes_is_text(parameters, tmp_path):
-    assert values(f"key: '{parameters}'\n", tmp_path) == {"key": parameters}
+def test_such_a_number_in_quotes_is_text(text, tmp_path):
+    assert values(f"key: '{text}'\n", tmp_path) == {"key": text}
 
 
 def test_all_of_them_are_told_at_once():

@@ -115,8 +115,8 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def bench():
-    with ModelHost(RunOptions(device="cpu"), "float32") as checkpoint:
-        yield checkpoint
+    with ModelHost(RunOptions(device="cpu"), "float32") as host:
+        yield host
 
 
 @pytest.mark.parametrize("name", [*METHODS, "regmean"])  # and once more with Gram matrices that are there already

@@ -85,10 +85,10 @@ def ours(path):
 
 
 def reading(patch, fault):
-    checkpoint = Path.open
+    open_file = Path.open
 
     def wrapped(path, mode="r", *arguments, **options):
-        file = checkpoint(path, mode, *arguments, **options)
+        file = open_file(path, mode, *arguments, **options)
         return Reading(file, path, fault) if mode == "rb" and ours(path) else file
 
     patch.setattr(Path, "open", wrapped)

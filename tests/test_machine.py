@@ -67,7 +67,7 @@ def together(room, sizes):
 
     def merge(size):
         barrier.wait()
-        with room.taken(size):
+        with room.reserve(size):
             with lock:
                 used_positions.append(size)
                 maximum.append(sum(used_positions))

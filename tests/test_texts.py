@@ -347,7 +347,7 @@ def test_padding_is_on_the_right_and_masked():
     batch = pad_samples([(5, 6, 7), (8,)])
     assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
-    assert torch.equal(batch.counted(1), torch.tensor([[False, True, True], [False, False, False]]))
+    assert torch.equal(batch.counted_tokens(1), torch.tensor([[False, True, True], [False, False, False]]))
 
 
 # --- tokenizers -----------------------------------------------------------------------------------

@@ -37,29 +37,29 @@ def infos(tensors):
 
 def begun(path, tensors=TENSORS, shard_size=10**9):
     described = infos(tensors)
-    checkpoint = Writer(path, layout(list(described.items()), shard_size), described, {"recipe": "1"})
+    writer = Writer(path, layout(list(described.items()), shard_size), described, {"recipe": "1"})
     try:
-        checkpoint.open()
+        writer.open()
     except BaseException:
-        checkpoint.abandon()
+        writer.abandon()
         raise
-    return checkpoint
+    return writer
 
 
-def fill(checkpoint, tensors=TENSORS):
+def fill(writer, tensors=TENSORS):
     for name, tensor in tensors.items():
-        checkpoint.write(name, 0, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        checkpoint.done(name)
+        writer.write(name, 0, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        writer.finish_tensor(name)
 
 
 def write(path, tensors=TENSORS, shard_size=10**9, *, force=False):
-    checkpoint = begun(path, tensors, shard_size)
+    writer = begun(path, tensors, shard_size)
     try:
-        fill(checkpoint, tensors)
-        digests = checkpoint.digests()
-        checkpoint.finish(force=force)
+        fill(writer, tensors)
+        digests = writer.digests()
+        writer.finish(force=force)
     except BaseException:
-        checkpoint.abandon()
+        writer.abandon()
         raise
     return digests
 
@@ -152,15 +152,15 @@ def test_what_is_written_is_read_by_safetensors_bit_for_bit(tmp_path, shard_size
 
 
 def test_tensors_may_come_in_any_order_and_in_pieces(tmp_path):
-    checkpoint = begun(tmp_path / "out")
+    writer = begun(tmp_path / "out")
     for name, tensor in reversed(TENSORS.items()):
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         middle = len(data) // 2
-        checkpoint.write(name, middle, data[middle:])
-        checkpoint.write(name, 0, data[:middle])
-        checkpoint.done(name)
-    checkpoint.digests()
-    checkpoint.finish(force=False)
+        writer.write(name, middle, data[middle:])
+        writer.write(name, 0, data[:middle])
+        writer.finish_tensor(name)
+    writer.digests()
+    writer.finish(force=False)
     assert same_bits(load_file(tmp_path / "out" / "model.safetensors"), TENSORS)
 
 
@@ -176,13 +176,13 @@ def test_a_digest_is_that_of_the_file(tmp_path, monkeypatch):
 
 
 def test_until_it_is_finished_there_is_only_a_partial_folder_of_full_size(tmp_path):
-    checkpoint = begun(tmp_path / "out")
+    writer = begun(tmp_path / "out")
 
     assert os.listdir(tmp_path) == ["out.partial"]
     (shard,) = layout(list(infos(TENSORS).items()), 10**9)
     assert (tmp_path / "out.partial" / "model" / "model.safetensors").stat().st_size == shard.size
 
-    checkpoint.abandon()
+    writer.abandon()
     assert os.listdir(tmp_path) == []
 
 
@@ -194,9 +194,9 @@ def test_folders_made_on_the_way_go_with_it(tmp_path):
 
 
 def test_a_folder_that_someone_else_uses_meanwhile_stays(tmp_path):
-    checkpoint = begun(tmp_path / "new" / "out")
+    writer = begun(tmp_path / "new" / "out")
     (tmp_path / "new" / "note").touch()
-    checkpoint.abandon()
+    writer.abandon()
     assert os.listdir(tmp_path / "new") == ["note"]
 
 
@@ -211,12 +211,12 @@ def test_what_a_dead_run_left_is_removed(tmp_path):
 
 
 def test_a_partial_folder_of_another_run_is_refused_and_left_alone(tmp_path):
-    checkpoint = begun(tmp_path / "out")
+    writer = begun(tmp_path / "out")
     with pytest.raises(RecipeError, match=r"out\.partial: another run is writing it; wait for it or stop it"):
         begun(tmp_path / "out")
-    fill(checkpoint)
-    checkpoint.digests()
-    checkpoint.finish(force=False)
+    fill(writer)
+    writer.digests()
+    writer.finish(force=False)
     assert same_bits(load(tmp_path / "out"), TENSORS)
 
 
@@ -265,14 +265,14 @@ def test_an_empty_folder_is_a_place_to_write(tmp_path):
 
 
 def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
-    checkpoint = begun(tmp_path / "out")
-    fill(checkpoint)
+    writer = begun(tmp_path / "out")
+    fill(writer)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "work").touch()
 
     with pytest.raises(RecipeError, match="is there already"):
-        checkpoint.finish(force=False)
-    checkpoint.abandon()
+        writer.finish(force=False)
+    writer.abandon()
 
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["work"]
@@ -346,7 +346,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
 
 @pytest.mark.parametrize("call", ["pwrite", "preadv", "fsync"])
 def test_a_disk_that_fails_later_is_a_resource_error_too(tmp_path, monkeypatch, call):
-    checkpoint = begun(tmp_path / "out")
+    writer = begun(tmp_path / "out")
 
     def failing(*_):
         raise OSError(5, "Input/output error")
@@ -354,10 +354,10 @@ def test_a_disk_that_fails_later_is_a_resource_error_too(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, call, failing)
 
     def work():
-        fill(checkpoint)
-        checkpoint.digests()
+        fill(writer)
+        writer.digests()
 
     with pytest.raises(ResourceError, match=r"model\.safetensors: cannot be written: Input/output error"):
         work()
-    checkpoint.abandon()
+    writer.abandon()
     assert os.listdir(tmp_path) == []

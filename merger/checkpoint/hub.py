@@ -144,7 +144,7 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, url: str, size: int, source: str, label: str) -> None:
         self._url = url
         self._size = size
-        self._said = (source, label)
+        self._source_and_label = (source, label)
         self._position = 0
 
     def readable(self) -> bool:
@@ -170,7 +170,7 @@ class _RemoteFile(io.RawIOBase):
         stop = min(self._position + len(view), self._size)
         if stop <= self._position:
             return 0
-        with _explained(*self._said):
+        with _explained(*self._source_and_label):
             response = get_session().get(
                 self._url,
                 headers={**build_hf_headers(), "Range": f"bytes={self._position}-{stop - 1}"},
@@ -179,7 +179,7 @@ class _RemoteFile(io.RawIOBase):
             hf_raise_for_status(response)
         content = response.content
         if response.status_code != 206 or len(content) != stop - self._position:
-            source, label = self._said
+            source, label = self._source_and_label
             raise CheckpointError(f"{label}: the Hub did not send the part of {source} that was asked for; try again")
         view[: len(content)] = content
         self._position = stop

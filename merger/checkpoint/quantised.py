@@ -36,7 +36,9 @@ def refuse_quantised_config(label: str, source: str, config: Mapping[str, Any]) 
     section = config.get("quantization_config") or config.get("compression_config")
     if section:
         method = str(section.get("quant_method", "")) if isinstance(section, dict) else ""
-        raise _refusal(label, f"config.json names quantization_config {method}".strip(), _how(source, method))
+        raise _refusal(
+            label, f"config.json names quantization_config {method}".strip(), _dequantise_remedy(source, method)
+        )
 
 
 def refuse_quantised_tensors(label: str, tensors: Mapping[str, Info]) -> None:
@@ -75,7 +77,7 @@ def _refusal(label: str, evidence: str, remedy: str = "with the library that qua
     )
 
 
-def _how(source: str, method: str) -> str:
+def _dequantise_remedy(source: str, method: str) -> str:
     """How to dequantise a checkpoint whose config.json names the method."""
     if method not in _DEQUANTISE:
         return "with the library that quantised it"

@@ -65,27 +65,27 @@ class Room:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._size, self._taken = 0.0, 0
+        self._size, self._reserved = 0.0, 0
         self._changed = Condition()
 
     @contextmanager
-    def taken(self, size: int) -> Iterator[None]:
+    def reserve(self, size: int) -> Iterator[None]:
         """Waits until ``size`` bytes are free and takes them. What is larger than the device is taken alone."""
         with self._changed:
             self._changed.wait_for(lambda: self._has(size))
-            self._taken += size
+            self._reserved += size
         try:
             yield
         finally:
             with self._changed:
-                self._taken -= size
+                self._reserved -= size
                 self._changed.notify_all()
 
     def _has(self, size: int) -> bool:
-        if not self._taken:
+        if not self._reserved:
             self._size = free_memory(self._device)
             return True
-        return self._taken + size <= self._size
+        return self._reserved + size <= self._size
 
 
 USABLE = 0.9

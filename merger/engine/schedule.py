@@ -55,15 +55,15 @@ class Notes:
     def __init__(self, notice: Notice) -> None:
         self._notice = notice
         self._by_tensor: dict[str, dict[str, None]] = {}
-        self._heard: set[str] = set()
+        self._messages: set[str] = set()
         self._lock = Lock()
 
     def add(self, tensor: TensorPlan, message: str) -> None:
         """Adds a remark on a tensor."""
         with self._lock:
             self._by_tensor.setdefault(tensor.name, {})[message] = None
-            is_new = message not in self._heard
-            self._heard.add(message)
+            is_new = message not in self._messages
+            self._messages.add(message)
         if is_new:
             self._notice(message)
 
