@@ -19,7 +19,8 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import write_json
 from merger.checkpoint.hashes import config_digest, stamp
 from merger.errors import CheckpointError
-from merger.recipe.recipe import portable_location
+from merger.pipeline.stages import entries_of
+from merger.recipe.recipe import Recipe, portable_location
 
 if TYPE_CHECKING:
     from merger.checkpoint.tensor_info import Info
@@ -326,7 +327,14 @@ def value_differences(recorded: Any, current: Any) -> dict[str, tuple[Any, Any]]
 def versions(plan: Plan) -> dict[str, str]:
     """The versions that decide the bytes of a merge; that of transformers where models are run for it."""
     run = {"transformers": version("transformers")} if plan.runs_models else {}
-    return {**merge_versions(), **run}
+    return {**merge_versions(), **run, **method_versions(plan.recipe)}
+
+
+def method_versions(recipe: Recipe) -> dict[str, str]:
+    """The versions of the installed packages, other than merger, that the methods of a recipe come from."""
+    stages = [stage for choice in recipe.choices() for stage in choice.stages]
+    packages = {entry.package for stage in stages for entry in entries_of(stage, tuple(recipe.experts))}
+    return dict(sorted(package for package in packages if package is not None))
 
 
 def merge_versions() -> dict[str, str]:
