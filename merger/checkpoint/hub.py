@@ -54,7 +54,7 @@ def _is_small(name: str) -> bool:
 
 
 def weight_hashes(source: str, commit: str, label: str) -> dict[str, str]:
-    """The SHA-256 of a repository's weight files, as the Hub tells them; none is downloaded."""
+    """Returns the SHA-256 of a repository's weight files from the Hub, without a download."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -191,7 +191,7 @@ class _RemoteFile(io.RawIOBase):
 
 @contextmanager
 def _explained(source: str, label: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line, without its URLs: they may hold credentials."""
+    """Translates huggingface_hub's exceptions into one line without URLs, which may hold credentials."""
     try:
         yield
     except connection_errors() as error:
@@ -199,7 +199,7 @@ def _explained(source: str, label: str) -> Iterator[None]:
 
 
 def connection_errors() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises where a request is refused, or is not answered."""
+    """Returns huggingface_hub's exceptions for refused and unanswered requests."""
     from huggingface_hub import errors as hub
 
     # Its HTTP library is requests, httpx or httpx2, by version; the bases of its own error are that library's.

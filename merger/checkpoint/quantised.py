@@ -32,7 +32,7 @@ _DEQUANTISE = {  # how transformers loads such a checkpoint with weights in plac
 
 
 def refuse_quantised_config(label: str, source: str, config: Mapping[str, Any]) -> None:
-    """CheckpointError if the config tells of quantisation."""
+    """Raises CheckpointError if the config declares quantisation."""
     section = config.get("quantization_config") or config.get("compression_config")
     if section:
         method = str(section.get("quant_method", "")) if isinstance(section, dict) else ""
@@ -42,7 +42,7 @@ def refuse_quantised_config(label: str, source: str, config: Mapping[str, Any]) 
 
 
 def refuse_quantised_tensors(label: str, tensors: Mapping[str, Info]) -> None:
-    """CheckpointError if any tensor holds codes, or what a quantiser stores beside codes."""
+    """Raises CheckpointError if a tensor holds codes, or a quantiser's companions of codes."""
     for name, info in tensors.items():
         if info.dtype.startswith("F8"):
             raise _refusal(label, f"{name} is {info.dtype}")

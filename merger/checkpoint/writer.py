@@ -151,14 +151,14 @@ class Writer(Output):
         return {shard.file: self.journal.finished[shard.file].sha256 for shard in self._shards}
 
     def finish(self, *, force: bool) -> None:
-        """Writes the index and renames the folder into place; what was there is replaced only now."""
+        """Writes the index and renames the folder into place; only then replaces an earlier output."""
         if len(self._shards) > 1:
             write_json(self.folder / index_name(self._shards), index(self._shards, self._infos))
         self.digests()
         super().finish(force=force)
 
     def abandon(self) -> None:
-        """Stops, and removes what was written so far and the folders that were made for it."""
+        """Stops, and removes the written files and the folders that were created for them."""
         self._stop()
         super().abandon()
 

@@ -1,4 +1,4 @@
-"""What the machine gives to a merge: device, threads, memory, disk."""
+"""The machine's resources for a merge: device, threads, memory, disk."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Machine:
 
     @property
     def device(self) -> str:
-        """The first device, and the one of what is not dealt out, which is calibration."""
+        """The first device, which also runs calibration."""
         return self.devices[0]
 
     def per_device(self) -> list[Machine]:
@@ -70,7 +70,7 @@ class Room:
 
     @contextmanager
     def reserve(self, size: int) -> Iterator[None]:
-        """Waits until ``size`` bytes are free and takes them. What is larger than the device is taken alone."""
+        """Waits until ``size`` bytes are free and reserves them; a size above the device's memory is reserved alone."""
         with self._changed:
             self._changed.wait_for(lambda: self._has(size))
             self._reserved += size

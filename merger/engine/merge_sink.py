@@ -1,4 +1,4 @@
-"""What a merge writes for each tensor: merged slices, copies, rows that only some models have, packed results."""
+"""Writes the tensors of a merge: merged slices, copies, rows that only some models have, packed results."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class MergeSink(Sink):
         self.output = output
 
     def carry(self, slices: PartSlices, i: int) -> Flow[None]:
-        """Reads a slice, merges it, and writes what comes of it."""
+        """Reads a slice, merges it, and writes the result."""
         tensor = slices.tensor
         stored, piece = slices.read(i)
         result: Any = yield from flow(tensor.stages, piece, slices.subject)

@@ -42,7 +42,7 @@ class _Stored:
 
 
 class PartSlices:
-    """The slices of one part of a tensor, and what passes over them need to know.
+    """The slices of one part of a tensor, for passes over them.
 
     A slice that was read stays in memory until it is released, if all slices of the part fit there together.
     """
@@ -185,7 +185,7 @@ def _equalise(tensor: TensorPlan, rows: range, stored: Tensor, changes: Mapping[
 
 
 def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:
-    """What is written for a merged delta [r c]: rounded once to the output's dtype, in the stored orientation.
+    """Returns the output values of a merged delta [r c]: rounded once to the output's dtype, in the stored orientation.
 
     A position that ends at an input's value has that input's bits.
     """

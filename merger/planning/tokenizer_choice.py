@@ -1,4 +1,4 @@
-"""Which model's tokenizer the output gets, and what to write in a recipe where none fits."""
+"""The choice of the output's tokenizer, and the remedies in a recipe if none fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merger.planning.vocabulary import Table, Tokens, Vocabulary
 
 @dataclass(frozen=True)
 class _Case:
-    """What decides the choice: the models' tokens, and what the recipe says of tables, tokenizer and rows."""
+    """The inputs of the choice: the models' tokens, and the recipe's tables, tokenizer and rows."""
 
     models: RowTokens
     tables: Sequence[Table]

@@ -107,7 +107,7 @@ class Pickle(Format):
         rows.copy_(tensor.reshape(info.matrix)[start:stop])
 
     def scan(self, path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> Scan:
-        """Looks at the values; the file has bytes between its tensors, so it is not hashed by the way."""
+        """Checks the values without a hash, since the file has bytes between its tensors."""
         not_finite: dict[str, int] = {}
         with path.open("rb") as file:
             fill = partial(fill_from, file.fileno(), path)
@@ -240,7 +240,7 @@ def _unpickled(head: BytesIO) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what a state dict is made of.
+    """An unpickler that accepts only the objects of a state dict.
 
     It never hands out a function or a class that lives on: a pickle can set attributes on what it gets.
     """

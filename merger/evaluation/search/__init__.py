@@ -35,7 +35,7 @@ __all__ = ["SearchResult", "search"]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """The result of a search."""
 
     folder: str  # trials.jsonl, best.yaml and report.md
     objective: str
@@ -121,7 +121,7 @@ def _check_recipe(path: Path, settings: Search, variants: Mapping[str, Space]) -
 
 
 class _Search:
-    """What all trials of a search share."""
+    """The state that all trials of a search share."""
 
     def __init__(
         self, settings: Search, section: Evaluation, family: Recipe, split: tasks.Split, model_host: ModelHost
