@@ -35,7 +35,7 @@ __all__ = ["SearchResult", "search"]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """The result of a search."""
 
     folder: str  # trials.jsonl, best.yaml and report.md
     objective: str
@@ -131,7 +131,7 @@ def _method_versions(value: Any) -> dict[str, str]:
 
 
 class _Search:
-    """What all trials of a search share."""
+    """The state that all trials of a search share."""
 
     def __init__(
         self, settings: Search, section: Evaluation, family: Recipe, split: tasks.Split, model_host: ModelHost
