@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import llama, load, same_bits, save, trio
 
-from merger.calibration.block_runner import Carried
+from merger.calibration.block_runner import HiddenStates
 from merger.checkpoint.open_files import OpenFiles
 from merger.checkpoint.output import Output
 from merger.checkpoint.placement import is_mount_point
@@ -65,15 +65,15 @@ def test_without_locks_a_merge_goes_through_and_leaves_nothing_beside(merger, fo
 
 def test_without_locks_a_second_run_is_told_who_has_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", raising(errno.ENOSYS))
-    first, second = (Output(tmp_path / "out", {"recipe": "1"}) for _ in range(2))
-    first.open()
-    (first.folder / "file").touch()
+    holder, intruder = (Output(tmp_path / "out", {"recipe": "1"}) for _ in range(2))
+    holder.open()
+    (holder.folder / "file").touch()
     with pytest.raises(
         RecipeError, match=rf"process {os.getpid()} on \S+ is writing it, or was killed .*remove \S+/owner"
     ):
-        second.open()
-    second.abandon()
-    first.finish(force=False)
+        intruder.open()
+    intruder.abandon()
+    holder.finish(force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -139,10 +139,10 @@ def test_peak_memory_is_known_where_proc_does_not_tell_it(monkeypatch, status):
 
 
 @contextlib.contextmanager
-def open_files(most):
+def open_files(maximum):
     """This process may have so many more open files than it has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + most, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + maximum, hard))
     try:
         yield
     finally:
@@ -217,4 +217,4 @@ def test_hidden_states_that_the_disk_has_no_room_for_end_no_process(tmp_path, mo
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ResourceError, match=r"0\.bin: the disk is full \(24 bytes are needed for it\)"):
-        Carried(0, tmp_path).put(0, torch.zeros(2, 3))
+        HiddenStates(0, tmp_path).put(0, torch.zeros(2, 3))

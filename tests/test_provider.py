@@ -10,6 +10,7 @@ import torch
 from checkpoints import save
 from safetensors.torch import load_file
 
+import merger.calibration.providers
 import merger.engine.memory
 from merger import Recipe, merge
 from merger.calibration import provider
@@ -65,7 +66,7 @@ def aged(monkeypatch):
         return summed(deltas * age) * lambda_
 
     aged_sum.__annotations__ = {"lambda_": "float"}
-    monkeypatch.setattr(provider, "_PROVIDERS", list(provider._PROVIDERS))
+    monkeypatch.setattr(provider, "_PROVIDERS", list(provider._PROVIDERS))  # after those of merger are imported
     register(Ages())
     register_merger()(aged_sum)
     yield
@@ -79,9 +80,9 @@ def test_an_input_and_its_method_run_streamed_from_one_file(tmp_path, monkeypatc
     base = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
     for label, change in {"base": 0, "code": 1, "math": 2}.items():
         save(tmp_path / label, {"model.layers.0.mlp.up_proj.weight": base + change})
-    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "pipeline": ["aged_sum"]}
+    content = {"base": "base", "experts": {"code": "code", "math": "math"}, "pipeline": ["aged_sum"]}
 
-    merge(Recipe.parse({**written, "output": {"path": "out"}}, tmp_path))
+    merge(Recipe.parse({**content, "output": {"path": "out"}}, tmp_path))
 
     (merged,) = load_file(tmp_path / "out" / "model.safetensors").values()
     rows = torch.arange(ROWS, dtype=torch.float32).view(-1, 1)

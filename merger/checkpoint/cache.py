@@ -1,4 +1,4 @@
-"""What is worth keeping between runs, in a folder that may be deleted at any time."""
+"""The cache between runs: a folder that may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """MERGER_CACHE, or merger's part of the user's cache."""
-    chosen = os.environ.get("MERGER_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    """Returns MERGER_CACHE, or merger's folder in the user's cache."""
+    path = os.environ.get("MERGER_CACHE")
+    if path:
+        return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "merger"
 
 
 def recall(kind: str, key: str) -> str | None:
-    """What `remember` was last told; None if nothing, or if it cannot be read."""
+    """Returns the last value of `remember`; None if there is none, or if it cannot be read."""
     try:
         return (cache_folder() / kind / key).read_text()
     except (OSError, ValueError):

@@ -54,7 +54,7 @@ def _is_small(name: str) -> bool:
 
 
 def weight_hashes(source: str, commit: str, label: str) -> dict[str, str]:
-    """The SHA-256 of a repository's weight files, as the Hub tells them; none is downloaded."""
+    """Returns the SHA-256 of a repository's weight files from the Hub, without a download."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -144,7 +144,7 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, url: str, size: int, source: str, label: str) -> None:
         self._url = url
         self._size = size
-        self._said = (source, label)
+        self._source_and_label = (source, label)
         self._position = 0
 
     def readable(self) -> bool:
@@ -170,7 +170,7 @@ class _RemoteFile(io.RawIOBase):
         stop = min(self._position + len(view), self._size)
         if stop <= self._position:
             return 0
-        with _explained(*self._said):
+        with _explained(*self._source_and_label):
             response = get_session().get(
                 self._url,
                 headers={**build_hf_headers(), "Range": f"bytes={self._position}-{stop - 1}"},
@@ -179,7 +179,7 @@ class _RemoteFile(io.RawIOBase):
             hf_raise_for_status(response)
         content = response.content
         if response.status_code != 206 or len(content) != stop - self._position:
-            source, label = self._said
+            source, label = self._source_and_label
             raise CheckpointError(f"{label}: the Hub did not send the part of {source} that was asked for; try again")
         view[: len(content)] = content
         self._position = stop
@@ -191,7 +191,7 @@ class _RemoteFile(io.RawIOBase):
 
 @contextmanager
 def _explained(source: str, label: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line, without its URLs: they may hold credentials."""
+    """Translates huggingface_hub's exceptions into one line without URLs, which may hold credentials."""
     try:
         yield
     except connection_errors() as error:
@@ -199,7 +199,7 @@ def _explained(source: str, label: str) -> Iterator[None]:
 
 
 def connection_errors() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises where a request is refused, or is not answered."""
+    """Returns huggingface_hub's exceptions for refused and unanswered requests."""
     from huggingface_hub import errors as hub
 
     # Its HTTP library is requests, httpx or httpx2, by version; the bases of its own error are that library's.
@@ -215,26 +215,26 @@ def _explain(error: BaseException, source: str, label: str) -> NoReturn:
         error = error.__cause__
     repository, _, revision = source.partition("@")
     if isinstance(error, hub.GatedRepoError):
-        said = f"{repository} is gated; ask for access on its page, then `hf auth login`"
+        reason = f"{repository} is gated; ask for access on its page, then `hf auth login`"
     elif isinstance(error, hub.RepositoryNotFoundError):
-        said = (
+        reason = (
             f"there is no folder {source}, and no repository {repository} that the Hub shows you; "
             "mend the name, or `hf auth login` if it is private"
         )
     elif isinstance(error, hub.RevisionNotFoundError):
-        said = f"{repository} has no revision {revision}; give a branch, a tag or a whole commit hash"
+        reason = f"{repository} has no revision {revision}; give a branch, a tag or a whole commit hash"
     elif isinstance(error, hub.HFValidationError):
-        said = f"{source} is neither a folder nor org/name[@revision]"
+        reason = f"{source} is neither a folder nor org/name[@revision]"
     elif isinstance(error, hub.HfHubHTTPError):
-        said = f"the Hub answered {error.response.status_code} for {repository}; try again, or `hf auth login`"
+        reason = f"the Hub answered {error.response.status_code} for {repository}; try again, or `hf auth login`"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise ResourceError(f"{label}: the disk of {constants.HF_HUB_CACHE} is full; set HF_HOME elsewhere") from None
     elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-        said = f"{error.filename or constants.HF_HUB_CACHE}: {system_reason(error)}"
+        reason = f"{error.filename or constants.HF_HUB_CACHE}: {system_reason(error)}"
     else:
         host = urlsplit(constants.ENDPOINT).hostname
-        said = (
+        reason = (
             f"{repository} could not be fetched from {host} ({type(error).__name__}); check the connection, "
             "or use what is in the cache with --offline"
         )
-    raise CheckpointError(f"{label}: {said}") from None
+    raise CheckpointError(f"{label}: {reason}") from None

@@ -27,11 +27,11 @@ class Output:
         self.folder = self.journal.folder / MODEL
         self._missing = [folder for folder in (self.journal.folder, *path.parents) if not folder.exists()]
 
-    def open(self, *, force: bool = False, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Makes the folder, or takes over that of an earlier run, of which complete files are kept.
+    def open(self, *, force: bool = False, tell: Callable[[int, int], None] = lambda count, total: None) -> None:
+        """Creates the folder, or continues in the folder of an earlier run and keeps its complete files.
 
-        ``tell`` hears how many bytes of finished files were hashed again, of how many. Raises RecipeError where
-        another run or another plan has the folder, and ResourceError where the disk fails.
+        ``tell`` receives the number of bytes of finished files that were hashed again, and their total. Raises
+        RecipeError if another run or another plan has the folder, and ResourceError if the disk fails.
         """
         self.journal.open(force=force)
         self._check_finished(tell)
@@ -46,7 +46,7 @@ class Output:
             raise ResourceError(f"{self.journal.folder}: cannot be cleared: {system_reason(error)}") from None
 
     def finish(self, *, force: bool) -> None:
-        """Renames the folder into place; what was there is replaced only now."""
+        """Renames the folder into place and only then replaces an earlier output."""
         for path in sorted(self.folder.rglob("*")):
             sync(path)
         sync(self.folder)
@@ -59,7 +59,7 @@ class Output:
         self.close()
 
     def abandon(self) -> None:
-        """Removes what was written so far and the folders that were made for it."""
+        """Removes the written files and the folders that were created for them."""
         self._remove()
         self.close()
 
@@ -114,7 +114,7 @@ class Output:
 
 
 def unfinished_bytes(path: Path) -> int:
-    """Bytes of disk that an unfinished run of this output holds: the next one goes on with them, or frees them."""
+    """Returns the bytes of disk in an unfinished run of this output, which the next run reuses or frees."""
     try:
         return sum(file.lstat().st_blocks * 512 for file in (partial_of(path) / MODEL).iterdir())
     except OSError:

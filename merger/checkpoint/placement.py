@@ -20,11 +20,11 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def check_output(path: Path, inputs: Iterable[Path], *, beside: Iterable[Path] = (), force: bool) -> None:
+def check_output(path: Path, inputs: Iterable[Path], *, neighbours: Iterable[Path] = (), force: bool) -> None:
     """Refuses an output that is occupied, or that would touch an input; symbolic links are followed first.
 
-    Nothing may be written to an ``inputs`` folder or take its place; ``beside`` are files and folders
-    that an output may lie in or next to, but not replace. A mount point cannot be replaced by any folder.
+    An output must not lie in a folder of ``inputs`` nor replace it. ``neighbours`` are files and folders that an output
+    may lie in or next to, but must not replace. No folder can replace a mount point.
     """
     try:
         real = path.resolve()
@@ -32,7 +32,7 @@ def check_output(path: Path, inputs: Iterable[Path], *, beside: Iterable[Path] =
             directory = folder.resolve()
             if real == directory or directory in real.parents or real in directory.parents:
                 raise RecipeError(f"output.path: {path} is, holds or lies in the input {folder}; choose another folder")
-        for neighbour in beside:
+        for neighbour in neighbours:
             if real in (neighbour.resolve(), *neighbour.resolve().parents):
                 raise RecipeError(f"output.path: {path} is or holds {neighbour}; choose another folder")
         if is_occupied(path) and not force:
@@ -79,7 +79,7 @@ def _unescaped(name: bytes) -> bytes:
 
 
 def take_place(folder: Path, path: Path, spare: Path, *, force: bool) -> None:
-    """Gives ``folder`` the name ``path``; with ``force`` what has that name goes to ``spare``, or to ``folder``.
+    """Renames ``folder`` to ``path``; with ``force`` an existing ``path`` moves to ``spare``, or to ``folder``.
 
     If the new names cannot be put on disk, both folders are back where they were. Raises RecipeError if the name is
     taken, and ResourceError if the disk fails.
@@ -117,7 +117,7 @@ def _rename_both(first_move: tuple[Path, Path], second_move: tuple[Path, Path]) 
 
 
 def _exchange(folder: Path, path: Path) -> bool:
-    """Swaps what two names stand for in one step, which only Linux can (renameat2); False where it cannot."""
+    """Swaps two names in one step, which only Linux can (renameat2); returns False on other systems."""
     working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None or rename(working_folder, os.fsencode(folder), working_folder, os.fsencode(path), exchange) == 0:

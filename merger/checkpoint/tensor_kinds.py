@@ -30,7 +30,7 @@ _BLOCK = re.compile(r"^(?P<list>.*?(?:^|\.)[a-z_]+)\.(?P<number>\d+)\.")
 
 @dataclass(frozen=True)
 class TensorKinds:
-    """The kinds of a checkpoint's tensors, and what must be known of all of them to tell the kind of one."""
+    """The kinds of a checkpoint's tensors, with the facts about all tensors that decide the kind of one."""
 
     tensors: Mapping[str, Info]
     tied: bool  # the input embedding is the head as well
@@ -129,12 +129,12 @@ class TensorKinds:
 
 
 def tensor_kinds(tensors: Mapping[str, Info], config: Mapping[str, Any], equal: Equal = unknown) -> TensorKinds:
-    """The kinds of a checkpoint's tensors; ``equal`` tells of two of them whether they hold the same bits."""
-    outside = {name: info for name, info in tensors.items() if _BLOCK.match(name) is None}
-    embedding = _input_embedding(outside, config)
-    head = _language_head(outside, embedding)
+    """Returns the kinds of a checkpoint's tensors; ``equal`` compares the bits of two of them."""
+    outer_tensors = {name: info for name, info in tensors.items() if _BLOCK.match(name) is None}
+    embedding = _input_embedding(outer_tensors, config)
+    head = _language_head(outer_tensors, embedding)
     tied = is_tied(tensors, config, embedding, head, equal)
-    copies = stored_copies(tensors, _with_row_per_token(outside, embedding), equal)
+    copies = stored_copies(tensors, _with_row_per_token(outer_tensors, embedding), equal)
     if tied and head is not None and embedding is not None:
         copies[head] = embedding
     return TensorKinds(tensors, tied, head, embedding, copies, config)
@@ -152,7 +152,7 @@ def _leaf(name: str) -> str:
 
 
 def _module_of_weight(name: str) -> str:
-    """The module's own name of what is called its weight, and nothing of other tensors."""
+    """Returns the last part of the module's name for a weight, and an empty string for other tensors."""
     return name[:-7].rpartition(".")[2] if name.endswith(".weight") else ""
 
 

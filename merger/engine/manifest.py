@@ -1,4 +1,4 @@
-"""merger.json: from what a model was made, and what happened to every tensor; nothing of the machine or the hour."""
+"""merger.json: the inputs of a merge and the operation on every tensor, without machine or time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from merger.checkpoint.files import write_json
 from merger.checkpoint.hashes import config_digest, stamp
 from merger.engine.manifest_schema import damage
 from merger.errors import CheckpointError, system_reason
-from merger.recipe.recipe import portable_location
+from merger.pipeline.stages import entries_of
+from merger.recipe.recipe import Recipe, portable_location
 
 if TYPE_CHECKING:
     from merger.checkpoint.tensor_info import Info
@@ -73,7 +74,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes) -> Manifest:
-        """The manifest of a file's bytes; ValueError with the reason, to follow the file's name, if it is none."""
+        """Parses a manifest; raises ValueError with a reason that follows the file's name in a message."""
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -119,7 +120,7 @@ class Manifest:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """What happened to every tensor."""
+        """The record of every tensor."""
         return dict(self.content["tensors"])
 
     @property
@@ -170,7 +171,7 @@ class Manifest:
 
 
 def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> dict[str, str]:
-    """What decides the bytes of the shards, part by part, as hashes; from headers alone, so inputs by their stamps."""
+    """Returns hashes of the parts that decide the shards' bytes, from headers alone: inputs count by their stamps."""
     recipe = portable(plan.recipe.spelled_out())
     parts = {
         "recipe": {**recipe, "output": {**recipe["output"], "path": None}},
@@ -184,12 +185,12 @@ def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> d
 
 
 def _stamps(model: Checkpoint) -> dict[str, str]:
-    """What shows without reading the weights whether a model is another: stamps of its files, and its config."""
+    """Returns marks that change with a model, without reading weights: the stamps of its files, and its config."""
     return {**{str(file): stamp(file) for file in model.files}, "config": config_digest(model)}
 
 
 def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    """From what commit and which bytes every model came, given the SHA-256 of each input file."""
+    """Returns the commit and the file hashes of every model, from the SHA-256 of each input file."""
     sources = {"base": plan.recipe.base, **plan.recipe.experts}
     return {
         label: {
@@ -202,7 +203,7 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
 
 
 def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    """From what commit and which bytes a model, and an adapter on it, came."""
+    """Returns the commit and the file hashes of a model, and of an adapter on it."""
     adapter = model.adapter
     adapter_files = [
         file for file in model.files if adapter is not None and (file in adapter.files or file.name == CONFIG)
@@ -224,18 +225,18 @@ def sources_of(source: Source) -> dict[str, str]:
 
 
 def tensor_records(plan: Plan) -> dict[str, Any]:
-    """What happens to every tensor, as the manifest says it."""
+    """Returns the manifest's record of every tensor."""
     return {tensor.name: _tensor_record(tensor) for tensor in plan.tensors}
 
 
 def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
-    """What happens to one tensor, as the manifest says it."""
+    """Returns the manifest's record of one tensor."""
     method = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
     record: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
     record |= {"merged by": method} if tensor.stages else {"copied from": tensor.source}
     if tensor.packed is not None:
         stored = {name: stored_as(info) for name, info in tensor.packed.infos.items()}
-        record |= {"packed": tensor.packed.recorded(), "stored as": stored}
+        record |= {"packed": tensor.packed.as_record(), "stored as": stored}
     if tensor.tied_to is not None:
         return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
     if tensor.extra:
@@ -254,7 +255,7 @@ def inexact(plan: Plan) -> list[str]:
 
 
 def stored_as(info: Info) -> str:
-    """BF16 [4096, 4096]: what a tensor's header says, in the manifest's words."""
+    """Returns a tensor's dtype and shape as the manifest writes them, such as BF16 [4096, 4096]."""
     return f"{info.dtype} {list(info.shape)}"
 
 
@@ -278,19 +279,28 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
 
 
-def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """The keys, as in experts.math.weight, whose values differ between two plain objects; both values of each."""
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return {} if one == other else {"": (one, other)}
-    keys = dict.fromkeys((*one, *other))
-    found = ((key, differing(one.get(key), other.get(key))) for key in keys)
-    return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}
+def value_differences(recorded: Any, current: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys, such as experts.math.weight, whose values differ between two objects, with both values."""
+    if not isinstance(recorded, Mapping) or not isinstance(current, Mapping):
+        return {} if recorded == current else {"": (recorded, current)}
+    keys = dict.fromkeys((*recorded, *current))
+    differences = ((key, value_differences(recorded.get(key), current.get(key))) for key in keys)
+    return {
+        f"{key}.{subkey}" if subkey else key: pair for key, nested in differences for subkey, pair in nested.items()
+    }
 
 
 def versions(plan: Plan) -> dict[str, str]:
     """The versions that decide the bytes of a merge; that of transformers where models are run for it."""
     run = {"transformers": version("transformers")} if plan.runs_models else {}
-    return {**merge_versions(), **run}
+    return {**merge_versions(), **run, **method_versions(plan.recipe)}
+
+
+def method_versions(recipe: Recipe) -> dict[str, str]:
+    """The versions of the installed packages, other than merger, that the methods of a recipe come from."""
+    stages = [stage for choice in recipe.choices() for stage in choice.stages]
+    packages = {entry.package for stage in stages for entry in entries_of(stage, tuple(recipe.experts))}
+    return dict(sorted(package for package in packages if package is not None))
 
 
 def merge_versions() -> dict[str, str]:

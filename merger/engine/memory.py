@@ -39,27 +39,29 @@ def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
 
 
 def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
-    """Bytes of so many slices together: the largest of the model, or those of one block that is merged by itself."""
-    waiting = {id(tensor.stages) for tensor in plan.stage_examples if tensor.lockstep}
+    """Returns the bytes of ``workers`` slices: the model's largest, or those of one block merged in lockstep."""
+    in_lockstep = {id(tensor.stages) for tensor in plan.stage_examples if tensor.lockstep}
     by_block: dict[str, list[int]] = {}
-    alone: dict[tuple[int, int, int], tuple[TensorPlan, Part]] = {}  # one of each size, for each combination of stages
+    separate_parts: dict[
+        tuple[int, int, int], tuple[TensorPlan, Part]
+    ] = {}  # one of each size, for each combination of stages
     for tensor in plan.tensors:
-        if id(tensor.stages) in waiting:
+        if id(tensor.stages) in in_lockstep:
             by_block.setdefault(tensor.unit, []).extend(size(plan, tensor, part) for part in tensor.parts)
         else:
             for part in tensor.parts:
-                alone[id(tensor.stages), part.rows, part.columns] = tensor, part
-    largest = max((size(plan, tensor, part) for tensor, part in alone.values()), default=0)
+                separate_parts[id(tensor.stages), part.rows, part.columns] = tensor, part
+    largest = max((size(plan, tensor, part) for tensor, part in separate_parts.values()), default=0)
     return max(workers * largest, *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
 
 
 def bytes_per_element(experts: int) -> int:
-    """What one element takes while it is worked on: stored values, deltas, scores, keys and masks."""
+    """Returns the bytes of one element during a merge: stored values, deltas, scores, keys and masks."""
     return 12 + experts * 18
 
 
 def bytes_held(experts: int) -> int:
-    """What one element takes between two questions: stored values, base, deltas and scores."""
+    """Returns the bytes of one element between two questions: stored values, base, deltas and scores."""
     return 8 + experts * 12
 
 
@@ -78,7 +80,7 @@ def slice_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
 
 
 def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
-    """Bytes of host memory that a slice takes which is merged on a device: what is read, drawn, and written.
+    """Returns the host memory of a slice that is merged on a device: its inputs, random draws and results.
 
     Twice that, for torch rounds pinned allocations up to powers of two. Random draws are of slices alone.
     """

@@ -1,4 +1,4 @@
-"""What a merge writes for each tensor: merged slices, copies, rows that only some models have, packed results."""
+"""Writes the tensors of a merge: merged slices, copies, rows that only some models have, packed results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merger.engine.reader import PartSlices, rounded
 from merger.engine.schedule import ByteProgress, Schedule, Sink
 from merger.errors import CheckpointError
 from merger.ops.questions import Flow
-from merger.ops.transfer import fetched
+from merger.ops.transfer import to_host
 from merger.pipeline.flow import Slice, flow
 from merger.planning.packed import Packed, pieces
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
@@ -29,7 +29,7 @@ class ByteSink(Protocol):
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Takes ``data``, the bytes of a tensor from ``start`` on."""
 
-    def done(self, name: str, notes: Sequence[str]) -> None:
+    def finish_tensor(self, name: str, notes: Sequence[str]) -> None:
         """Is called when all bytes of a tensor were given, with the remarks on it."""
 
     def read(self, name: str) -> Tensor | None:
@@ -60,7 +60,7 @@ class MergeSink(Sink):
         self.output = output
 
     def carry(self, slices: PartSlices, i: int) -> Flow[None]:
-        """Reads a slice, merges it, and writes what comes of it."""
+        """Reads a slice, merges it, and writes the result."""
         tensor = slices.tensor
         stored, piece = slices.read(i)
         result: Any = yield from flow(tensor.stages, piece, slices.subject)
@@ -71,21 +71,23 @@ class MergeSink(Sink):
         slices.release(i)
 
     def copy(self, tensor: TensorPlan, part: Part) -> None:
-        """Copies a part row by row; a note names the models in which it differs."""
+        """Copies a part row by row; notes the models whose values differ."""
         dtype = torch_dtype(tensor.info)
         step = slice_rows(tensor, part)
         source = tensor.reads[tensor.source]
         assert source is not None, "a tensor is copied from a model that has it"
         shape = self.plan.models[tensor.source].tensors[source].shape
-        others = {label: name for label, name in tensor.reads.items() if label != tensor.source and name}
-        differing = set()
+        stored_names = {label: name for label, name in tensor.reads.items() if label != tensor.source and name}
+        changed_labels = set()
         for start in range(0, part.rows if part.columns else 0, step):
             rows = range(start, min(start + step, part.rows))
             values = self.plan.models[tensor.source].read_rows(source, rows.start, rows.stop)
-            differing |= {label for label, name in others.items() if not self._has(label, name, shape, rows, values)}
+            changed_labels |= {
+                label for label, name in stored_names.items() if not self._has(label, name, shape, rows, values)
+            }
             self._write(self.plan.written_names(tensor), start, _cast(values, dtype, tensor))
-        if differing:
-            labels = ", ".join(sorted(differing))
+        if changed_labels:
+            labels = ", ".join(sorted(changed_labels))
             self.notes.add(tensor, f"{tensor.name}: copied from {tensor.source}, but differs in {labels}")
 
     def end_tensor(self, tensor: TensorPlan) -> None:
@@ -94,7 +96,7 @@ class MergeSink(Sink):
             self._write_extra_rows(tensor, rows)
             self.progress.add(self.plan.bytes_of_rows(tensor, rows))
         for name in self.plan.written_names(tensor):
-            self.output.done(name, self.notes.on(tensor))
+            self.output.finish_tensor(name, self.notes.on(tensor))
 
     def read(self, name: str) -> Tensor | None:
         """A merged tensor; None until it is complete."""
@@ -144,7 +146,7 @@ class MergeSink(Sink):
 
     def _write(self, names: Sequence[str], row: int, values: Tensor) -> None:
         """Writes rows of a tensor, from ``row`` on, under all its names."""
-        data = fetched(values.contiguous()).flatten().view(torch.uint8).numpy().data
+        data = to_host(values.contiguous()).flatten().view(torch.uint8).numpy().data
         width = values.shape[-1] * values.element_size()
         for name in names:
             self.output.write(name, row * width, data)

@@ -49,7 +49,7 @@ class StageInputs:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan with open inputs, which it closes at the end of its context, and what its stages work with."""
+    """A plan with open inputs and the inputs of its stages; the context manager closes them."""
 
     plan: Plan
     machine: Machine
@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, options: RunOptions, output: Path | None = None, *, 
     Raises a `MergerError` for whatever the user can mend.
     """
     if output is not None:
-        check_output(output, recipe.folders(), beside=recipe.surroundings(), force=force)
+        check_output(output, recipe.folders(), neighbours=recipe.surroundings(), force=force)
     plan = make_plan(recipe, offline=options.offline, headers_only=False)
     try:
         if output is not None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.engine.machine import chosen_devices, peak_memory
+from merger.engine.machine import peak_memory, select_devices
 from merger.engine.manifest import RECORD, Manifest
 from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import changed_input, expert_name, recipe_with_merge, unused_name
@@ -95,7 +95,7 @@ def inspect_merge(
     """
     if not (folder / RECORD).is_file():
         raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give --base for a fine-tune")
-    chosen_devices(options.device)  # refuses a wrong --device, which below would pass for a missing input
+    select_devices(options.device)  # refuses a wrong --device, which below would pass for a missing input
     manifest = Manifest.read(folder)
     summary, experts, copied = manifest.summary(), manifest.experts, manifest.copied
     base = summary["inputs"]["base"]

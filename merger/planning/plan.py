@@ -1,4 +1,4 @@
-"""The plan: what happens to every tensor, as data."""
+"""The plan: the operation on every tensor, as data."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ExtraRows:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one output tensor."""
+    """The operation on one output tensor."""
 
     name: str
     info: Info  # dtype and shape as written
@@ -89,7 +89,7 @@ class TensorPlan:
 
     @cached_property
     def packed(self) -> Packed | None:
-        """What its last stage makes of it, where that is more than one model's tensor."""
+        """The packed form of the tensor, if its last stage is a pack."""
         if not self.parts or not self._is_packed:
             return None
         first, last = self.parts[0], self.stages[-1]
@@ -197,10 +197,10 @@ class Plan:
         return elements * sum(sizes)
 
     def bytes_of_rows(self, tensor: TensorPlan, rows: ExtraRows) -> int:
-        """Bytes of rows that only some models have."""
-        several = (self.models[label].tensors[tensor.reads[label] or tensor.name] for label in rows.models)
+        """Returns the bytes of rows that only some models have."""
+        infos = (self.models[label].tensors[tensor.reads[label] or tensor.name] for label in rows.models)
         elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
-        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
+        return sum(elements * ITEM_SIZE[info.dtype] for info in infos)
 
     @cached_property
     def inputs(self) -> frozenset[StageInput]:

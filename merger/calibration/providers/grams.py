@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from merger.calibration.block_grams import grams
+from merger.calibration.moment_source import MomentSource
+from merger.calibration.origins import sources
 from merger.calibration.provider import Block, Cost, MergedTensors, register
-from merger.calibration.statistics import MomentSource, grams, sources
 from merger.calibration.text_cost import hidden_state_bytes, largest_block_bytes
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput, uncut
@@ -26,7 +28,7 @@ class Grams:
         self.supplies = frozenset({name, "second_moment", "mean_input", "reached", "token_share"})
 
     def cost(self, plan: Plan) -> Cost:
-        """Sums in float64 for one expert at a time; those of the others wait in float32, as does a block's result."""
+        """Counts sums in float64 for one expert; the other experts' sums and a block's results wait in float32."""
         experts = len(plan.recipe.experts)
         squares, triangles = Counter[str](), 0
         for tensor in plan.tensors:

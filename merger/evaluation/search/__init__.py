@@ -22,6 +22,7 @@ from merger.evaluation.search.record import Record
 from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
 from merger.options import RunOptions
+from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.document import Document, read
 from merger.recipe.recipe import Recipe, overridden, search_of
 from merger.recipe.sections import Evaluation, Search
@@ -34,7 +35,7 @@ __all__ = ["SearchResult", "search"]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """The result of a search."""
 
     folder: str  # trials.jsonl, best.yaml and report.md
     objective: str
@@ -119,8 +120,18 @@ def _check_recipe(path: Path, settings: Search, variants: Mapping[str, Space]) -
     return section
 
 
+def _method_versions(value: Any) -> dict[str, str]:
+    """The versions of installed packages, other than merger, with a method that some text in a recipe names."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return {name: version for item in value for name, version in _method_versions(item).items()}
+    entries = [table[value] for table in (ENTRIES, SCORES) if isinstance(value, str) and value in table]
+    return dict(entry.package for entry in entries if entry.package is not None)
+
+
 class _Search:
-    """What all trials of a search share."""
+    """The state that all trials of a search share."""
 
     def __init__(
         self, settings: Search, section: Evaluation, family: Recipe, split: tasks.Split, model_host: ModelHost
@@ -136,7 +147,7 @@ class _Search:
 
         And all that is read for it: models, tokenizers, text and statistics, held-out examples.
         """
-        from merger.calibration.statistics import calibration_files, fingerprint, tokenizer_digest
+        from merger.calibration.origins import calibration_files, fingerprint, tokenizer_digest
         from merger.planning.planner import open_models
 
         output = {**document.value["output"], "path": None, "shard_size": None}
@@ -159,7 +170,7 @@ class _Search:
             "search data": {task.name: task.sha256 for task in self.split.search},
             "report data": {task.name: task.sha256 for task in self.split.report},
             "forward passes": f"{self.evaluator.dtype} on {self.model_host.device.type}",
-            "versions": versions(),
+            "versions": {**versions(), **_method_versions(document.value)},
         }
 
     def trials(self, variant: str, space: Space, references: Sequence[Entry], record: Record) -> Iterator[Trial]:

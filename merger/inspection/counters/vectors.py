@@ -33,7 +33,7 @@ class VectorCounter(Counter):
 
     def __init__(self, shape: MatrixShape) -> None:
         super().__init__(shape)
-        self._zero = Counts.none(shape.experts, shape.columns)
+        self._zero = Counts.zeros(shape.experts, shape.columns)
         self._free_counts: list[Counts] = []  # one for each thread that has counted, but for those in use
         self._products: dict[int, list[list[float]]] = {}  # by a slice's first row
         self._balance = Balance(shape.rows, shape.columns)
@@ -68,7 +68,7 @@ class VectorCounter(Counter):
         no_lines = (0.0,) * self.shape.experts
         return VectorSums(
             elements=elements,
-            joint=as_tuples(counts.both),
+            joint=as_tuples(counts.joint),
             conflicts=as_tuples(counts.opposed),
             holders=as_tuples(counts.holders),
             products=as_tuples(in_order.cumsum(0)[-1]),
