@@ -160,7 +160,8 @@ class _Planner:
 
     def kinds_of(self, name: str) -> TensorKinds:
         """The kinds of the first model that holds the tensor."""
-        return next(kinds for kinds in self.kinds.values() if name in kinds.tensors)
+        base = self.kinds["base"]
+        return base if name in base.tensors else next(kinds for kinds in self.kinds.values() if name in kinds.tensors)
 
     # --- one tensor ---
 
