@@ -41,9 +41,8 @@ def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
 def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
     """Returns the bytes of ``workers`` slices: the model's largest, or those of one block merged in lockstep."""
     by_block: dict[str, list[int]] = {}
-    separate_parts: dict[
-        tuple[int, int, int], tuple[TensorPlan, Part]
-    ] = {}  # one of each size, for each combination of stages
+    # one part of each size, for each combination of stages
+    separate_parts: dict[tuple[int, int, int], tuple[TensorPlan, Part]] = {}
     for tensor in plan.tensors:
         if tensor.lockstep:
             by_block.setdefault(tensor.unit, []).extend(size(plan, tensor, part) for part in tensor.parts)
