@@ -189,7 +189,7 @@ def test_two_searches_do_not_write_one_record(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def merge_folder(tmp_path_factory):
+def demo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "demo"
     demo.prepare(folder)
     return folder
