@@ -119,9 +119,11 @@ def _last_line(log: Path) -> str:
 
 def page(setting: gpu_parts.Setting, failures: dict[str, str]) -> str:
     """What is known so far, as Markdown."""
-    lines = [f"# GPU check: {setting.device}, {setting.size}", ""]
+    answers = {part.name: setting.answer(part.name) for part in PARTS}
+    seconds = sum(answer["part seconds"] for answer in answers.values() if answer is not None)
+    lines = [f"# GPU check: {setting.device}, {setting.size}", "", f"All parts together took {seconds:.0f} s.", ""]
     for part in PARTS:
-        answer = setting.answer(part.name)
+        answer = answers[part.name]
         if answer is None and part.name not in failures:
             continue
         lines += [f"## {part.name}", "", f"{part.question[0].upper()}{part.question[1:]}?", ""]

@@ -168,13 +168,24 @@ def test_a_merge_is_shown_by_what_each_input_gave_to_each_layer(merger, folder):
         ("", "cannot be read: "),
         ("[]", "is not of format 1, "),
         ('{"format": 99}', "is not of format 1, "),
-        ('{"format": 1, "recipe": {}}', "lacks calibration, inputs, "),
+        ('{"format": 1, "recipe": {}}', "lacks versions, seed, "),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(folder, content, reason):
     (folder / MERGED / "merger.json").write_text(content)
     with pytest.raises(CheckpointError, match=rf"merger\.json: {reason}"):
         library.inspect_merge(folder / MERGED)
+
+
+@pytest.mark.parametrize("subject", [(MERGED,), ("models/code", "--base", "models/base")], ids=["merge", "fine-tune"])
+@pytest.mark.parametrize(
+    ("device", "code", "reason"),
+    [("gpu", 2, "expected auto, cpu, cuda or cuda:0"), ("cuda:99", 4, "this machine has ")],
+)
+def test_a_device_that_is_none_is_refused(merger, folder, subject, device, code, reason):
+    ran = merger("inspect", *subject, "--device", device)
+    assert ran.code == code
+    assert ran.err.startswith(f"error: --device {device}: {reason}")
 
 
 def test_a_folder_without_a_manifest_asks_for_its_base(merger, folder):

@@ -23,6 +23,7 @@ from merger.inspection.density_map import positions_by_cell
 from merger.inspection.part_counts import ViewCounters
 from merger.inspection.statistics.distinct import ValueCounter
 from merger.inspection.views import statistics_of
+from merger.options import RunOptions
 
 EXPERTS = ("code", "math", "wiki")
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -561,10 +562,29 @@ def test_what_is_seen_is_plain_data(recipe):
     assert content["bytes_read"] > 0
 
 
-def test_what_several_devices_see_is_what_one_sees(recipe, devices, monkeypatch):
+@pytest.mark.parametrize("subject", ["a recipe", "a finished merge", "a fine-tune"])
+def test_what_several_devices_see_is_what_one_sees(recipe, tmp_path, devices, monkeypatch, subject):
+    merge(recipe("ties"))
     devices("cpu")
     monkeypatch.setattr(merger.engine.memory, "SLICE", 192)
-    inspection = inspect(recipe("ties"), rank=True, picture=UP)
-    monkeypatch.setattr(merger.engine.machine, "select_devices", lambda choice: ("cuda:0", "cuda:1"))
-    split_inspection = inspect(recipe("ties"), rank=True, picture=UP)
-    assert (split_inspection.views, split_inspection.pictures) == (inspection.views, inspection.pictures)
+    choices = []
+
+    def use(*names):
+        for module in (merger.engine.machine, merger.inspection):
+            monkeypatch.setattr(module, "select_devices", lambda choice: choices.append(choice) or names)
+
+    def inspection():
+        options = RunOptions(device="cuda")
+        if subject == "a recipe":
+            return inspect(recipe("ties"), options, rank=True, picture=UP)
+        if subject == "a finished merge":
+            return inspect_merge(tmp_path / "out", options, rank=True, picture=UP)
+        return inspect_model(str(tmp_path / "code"), str(tmp_path / "base"), options, rank=True, picture=UP)
+
+    use("cpu")
+    on_cpu = inspection()
+    use("cuda:0", "cuda:1")
+    on_devices = inspection()
+    assert set(choices) == {"cuda"}
+    assert on_cpu.views
+    assert (on_devices.views, on_devices.pictures) == (on_cpu.views, on_cpu.pictures)

@@ -19,7 +19,7 @@ from merger.checkpoint.files import check_replaceable, json_bytes, replace_bytes
 from merger.checkpoint.hashes import config_digest, digest, note, noted, sha256
 from merger.engine.machine import select_devices
 from merger.engine.manifest import Manifest, inexact, portable, sources_of, tensor_records, value_differences, versions
-from merger.errors import CheckpointError, MergerError, RecipeError
+from merger.errors import CheckpointError, MergerError, RecipeError, system_reason
 from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
@@ -176,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         locked = json.loads(path.read_bytes())
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}; make it with `merger lock`") from None
+        raise RecipeError(f"{path}: cannot be read: {system_reason(error)}; make it with `merger lock`") from None
     except (ValueError, RecursionError):
         locked = None
     if not isinstance(locked, dict) or locked.get("format") != FORMAT or not locked.keys() >= set(_PARTS):

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from merger.errors import RecipeError
+from merger.errors import RecipeError, system_reason
 
 KeyPath = tuple[str | int, ...]
 
@@ -113,7 +113,7 @@ def read(path: Path, loader: type[yaml.SafeLoader] = RecipeLoader) -> Document:
             raise RecipeError(f"{path}: is {size:,} bytes; a recipe is a page of YAML")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = system_reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}") from None
     return parse(text, str(path), path.resolve().parent, loader)
 

@@ -42,7 +42,7 @@ class Safetensors(Format):
                 raise ValueError("it is no JSON object")
             header.pop("__metadata__", None)
             tensors = {checked_name(name): _info(entry, path, 8 + length) for name, entry in header.items()}
-            _check_tiling(tensors, 8 + length, size)
+            _check_tiling(header, 8 + length, size)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: its header is broken: {error}") from None
         return tensors
@@ -103,9 +103,9 @@ def _info(entry: Any, path: Path, start: int) -> Info:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"expected dtype, shape and data_offsets, found {str(entry)[:80]!r}") from None
-    numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError(f"shape and data_offsets must be whole numbers, found {str(entry)[:80]!r}")
+    for number in (begin, end, *shape) if isinstance(shape, list) else (None,):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"shape and data_offsets must be whole numbers, found {str(entry)[:80]!r}")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise ValueError(f"the dtype {str(dtype)[:20]!r} is unknown")
     info = Info(dtype, tuple(shape), path, start + begin)
@@ -118,13 +118,15 @@ def _place(tensor: tuple[str, Info]) -> tuple[int, int]:
     return tensor[1].offset, tensor[1].nbytes
 
 
-def _check_tiling(tensors: dict[str, Info], start: int, size: int) -> None:
-    position = start
-    for offset, nbytes, name in sorted((info.offset, info.nbytes, name) for name, info in tensors.items()):
-        if offset != position:
-            problem = "overlaps the one before it" if offset < position else "leaves a gap before it"
+def _check_tiling(header: Mapping[str, Any], start: int, size: int) -> None:
+    """ValueError unless the tensors of a checked header tile the file from byte ``start`` to its end."""
+    position = 0
+    for (begin, end), name in sorted((entry["data_offsets"], name) for name, entry in header.items()):
+        if begin != position:
+            problem = "overlaps the one before it" if begin < position else "leaves a gap before it"
             raise ValueError(f"{name} {problem}; download the file again")
-        position += nbytes
-    if position != size:
-        problem = "the file is truncated" if position > size else "the file is longer than its tensors"
-        raise ValueError(f"{problem}: they end at byte {position:,} and it at {size:,}; download it again")
+        position = end
+    end = start + position
+    if end != size:
+        problem = "the file is truncated" if end > size else "the file is longer than its tensors"
+        raise ValueError(f"{problem}: they end at byte {end:,} and it at {size:,}; download it again")
