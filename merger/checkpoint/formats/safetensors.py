@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,10 +109,9 @@ def _info(entry: Any, path: Path, start: int) -> Info:
             raise ValueError(f"shape and data_offsets must be whole numbers, found {str(entry)[:80]!r}")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise ValueError(f"the dtype {str(dtype)[:20]!r} is unknown")
-    info = Info(dtype, tuple(shape), path, start + begin)
-    if info.nbytes != end - begin:
+    if prod(shape) * ITEM_SIZE[dtype] != end - begin:
         raise ValueError(f"{dtype} {str(shape)[:80]} does not take the {end - begin} bytes that its offsets span")
-    return info
+    return Info(dtype, tuple(shape), path, start + begin)
 
 
 def _place(tensor: tuple[str, Info]) -> tuple[int, int]:
