@@ -87,10 +87,10 @@ def test_a_pickled_model_is_looked_at_too(tmp_path):
 
 
 def test_a_model_is_read_once_and_told_to_its_end(merged):
-    messages = []
-    verify(merged, RunOptions(progress=lambda *value: messages.append(value)))
-    assert {step for step, _, _ in messages} == {"verifying"}
-    assert max(count for _, count, _ in messages) == messages[0][2] == 1616
+    calls = []
+    verify(merged, RunOptions(progress=lambda *call: calls.append(call)))
+    assert {step for step, _, _ in calls} == {"verifying"}
+    assert max(count for _, count, _ in calls) == calls[0][2] == 1616
 
 
 # --- against merger.json --------------------------------------------------------------------------
@@ -362,8 +362,8 @@ def test_what_merger_did_not_make_cannot_be_made_again(foreign):
 
 def test_the_command_says_one_line_or_every_difference_with_exit_code_5(merger, merged):
     ran = merger("verify", merged, "--deep", "--sample", 3)
-    total = f"{merged}: is what merger.json says: 21 tensors, 1.62 kB; 3 tensors merged again are the same bits\n"
-    assert (ran.code, ran.out, ran.err) == (0, total, "")
+    line = f"{merged}: is what merger.json says: 21 tensors, 1.62 kB; 3 tensors merged again are the same bits\n"
+    assert (ran.code, ran.out, ran.err) == (0, line, "")
 
     (merged / FIRST).unlink()
     ran = merger("verify", merged)

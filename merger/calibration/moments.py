@@ -83,9 +83,9 @@ class InputSums:
     def moments(self) -> Moments:
         """The averages, on the CPU in float32; zero where no token came by."""
         share = 1 / self.weight if self.weight else 0.0
-        mean, squares = (self.totals * share).float().cpu(), (self.squares * share).float().cpu()
+        mean, second_moment = (self.totals * share).float().cpu(), (self.squares * share).float().cpu()
         gram = None if self.gram is None else to_host((self.gram * share).float())
-        return Moments(torch.tensor(self.count), squares, mean, gram)
+        return Moments(torch.tensor(self.count), second_moment, mean, gram)
 
 
 def _squares(rows: Tensor, weights: Tensor | None) -> Tensor:

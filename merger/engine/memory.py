@@ -42,9 +42,8 @@ def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan
     """Returns the bytes of ``workers`` slices: the model's largest, or those of one block merged in lockstep."""
     in_lockstep = {id(tensor.stages) for tensor in plan.stage_examples if tensor.lockstep}
     by_block: dict[str, list[int]] = {}
-    separate_parts: dict[
-        tuple[int, int, int], tuple[TensorPlan, Part]
-    ] = {}  # one of each size, for each combination of stages
+    # one part of each size, for each combination of stages
+    separate_parts: dict[tuple[int, int, int], tuple[TensorPlan, Part]] = {}
     for tensor in plan.tensors:
         if id(tensor.stages) in in_lockstep:
             by_block.setdefault(tensor.unit, []).extend(size(plan, tensor, part) for part in tensor.parts)

@@ -186,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _lock_differences(locked: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns the keys in which two locks differ, with both values."""
-    locked_parts, current_parts = ({key: lock[key] for key in _PARTS} for lock in (locked, current))
+    locked_parts, current_parts = ({key: parts[key] for key in _PARTS} for parts in (locked, current))
     return value_differences(
         {**locked_parts, "inputs": _by_commit(locked_parts["inputs"])},
         {**current_parts, "inputs": _by_commit(current_parts["inputs"])},

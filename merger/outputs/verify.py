@@ -286,7 +286,7 @@ class _Comparison:
         ]
         misfits = {difference.tensor for difference in self.misfits}
         self.places = {name: contents.tensors[name] for name in names if name not in misfits}
-        self.value_differences = Counter[str]()
+        self.value_counts = Counter[str]()
         self.lock = Lock()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
@@ -303,7 +303,7 @@ class _Comparison:
                 torch.frombuffer(buffer, dtype=torch.uint8).view(-1, ITEM_SIZE[info.dtype]) for buffer in (stored, data)
             )
             with self.lock:
-                self.value_differences[name] += int((stored_items != merged_items).any(1).sum())
+                self.value_counts[name] += int((stored_items != merged_items).any(1).sum())
 
     def finish_tensor(self, name: str, notes: Sequence[str]) -> None:
         """Does nothing: `write` has compared the tensor."""
@@ -319,6 +319,6 @@ class _Comparison:
         """Yields the differences by tensor."""
         yield from self.misfits
         for name, info in self.places.items():
-            if count := self.value_differences[name]:
+            if count := self.value_counts[name]:
                 message = f"{count:,} of its {info.elements:,} values are not what its inputs make"
                 yield Difference(self.contents.file_of(name), name, message)

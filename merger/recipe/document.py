@@ -124,8 +124,8 @@ def parse(text: str, label: str, folder: Path, loader: type[yaml.SafeLoader] = R
         value, index = _construct(text, label, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        has_more_documents = error.problem == "but found another document"
-        problem = "holds several documents, expected one" if has_more_documents else f"not valid YAML: {error.problem}"
+        has_second_document = error.problem == "but found another document"
+        problem = "holds several documents, expected one" if has_second_document else f"not valid YAML: {error.problem}"
         raise RecipeError(f"{label}:{mark.line + 1 if mark else 1}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from None
