@@ -20,7 +20,7 @@ from merger.ops import kernels
 from merger.ops.rounding import restored
 from merger.ops.transfer import buffer, to_device
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.passes import SampleNotes, Sizes, rehearse
+from merger.pipeline.passes import SampleHints, Sizes, rehearse
 from merger.pipeline.stages import step_rows
 from merger.planning.plan import Part, Plan, TensorPlan
 
@@ -90,7 +90,7 @@ class PartSlices:
         """Lets slice ``i`` go when its flow is at its end."""
         self._values_by_slice.pop(i, None)
 
-    def rehearse(self) -> SampleNotes:
+    def rehearse(self) -> SampleHints:
         """The notes of the stages on a sample: `PLACES` groups of rows, together a share of the part.
 
         There are none where the part has too few slices for a sample to save a pass.

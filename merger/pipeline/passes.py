@@ -1,6 +1,7 @@
-"""Passes over the slices of a tensor: each slice's flow runs until it asks a question that all slices must answer.
+"""Passes over the slices of a tensor, and over the tensors of a model, to answer the questions of stages.
 
-One pass collects every slice's part of the open question; the next pass goes on with the answer.
+In a pass the flow of each slice runs until it asks for a total over all slices. The pass adds up their parts of the
+total, and the next pass resumes the flows with the answer. A total over the model takes a pass over all its tensors.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -25,8 +26,8 @@ ModelTotals = Mapping[Key, "Tensor"]
 """The totals over all tensors that are ranked together, of the questions that are answered so far."""
 EarlierSums = dict[Key, "Tensor"]
 """The prefix sums over all tensors before this one, by question."""
-SampleNotes = Mapping[int, Sequence[object]]
-"""The notes that a flow over a sample of the tensor made, by number."""
+SampleHints = Mapping[int, Sequence[object]]
+"""Values that a flow over a sample of the tensor noted, by number: hints for the flows over its slices."""
 
 
 _NOT_RANKED = (
@@ -45,16 +46,31 @@ class Sizes:
 
 @dataclass(frozen=True)
 class OpenTotal:
-    """A question that flows wait with, and the total of the parts that were collected so far."""
+    """A question that flows wait with, and the sum of the parts that were collected so far."""
 
     key: Key
     question: Total
-    total: Tensor
+    part: Tensor | None  # None while it is in the counters of the threads
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the parts of all slices."""
+        assert self.part is not None, "the counters are not added up yet"
+        return self.part
 
     def joined(self, addition: OpenTotal) -> OpenTotal:
-        """Returns the total together with a later part of it."""
+        """Returns it together with the part of later slices."""
         assert self.key == addition.key, f"flows of one pipeline ask {self.key} and {addition.key}"
-        return OpenTotal(self.key, self.question, self.question.join(self.total, addition.total))
+        if self.part is None or addition.part is None:
+            return self
+        return replace(self, part=self.question.join(self.part, addition.part))
+
+
+def _joined(total: OpenTotal | None, addition: OpenTotal | None) -> OpenTotal | None:
+    """Returns the open totals of two runs of slices together; a flow that has ended has none."""
+    if total is None or addition is None:
+        return addition if total is None else total
+    return total.joined(addition)
 
 
 class PausedFlow:
@@ -108,19 +124,6 @@ class RunningSum:
             self.changed.notify_all()
 
 
-Contribution = tuple[Key, Total, "Tensor | None"]
-"""An open question, and a slice's part of its total; None where the part is in the counters of its thread."""
-
-
-def _joined(total: Contribution | None, addition: Contribution | None) -> Contribution | None:
-    """The contributions of two runs of slices together; a flow that has ended contributes nothing."""
-    if total is None or addition is None:
-        return addition if total is None else total
-    (key, question, part), (added_key, _, added_part) = total, addition
-    assert key == added_key, f"flows of one pipeline ask {key} and {added_key}"
-    return key, question, None if part is None or added_part is None else question.join(part, added_part)
-
-
 @dataclass
 class TensorPasses:
     """The flows of one tensor's slices and the answers to their questions."""
@@ -130,7 +133,7 @@ class TensorPasses:
     model_totals: ModelTotals
     earlier_sums: EarlierSums
     hold: bool
-    rehearse: Callable[[], SampleNotes] = dict
+    rehearse: Callable[[], SampleHints] = dict
     notes: dict[int, Sequence[object]] = field(default_factory=dict)
     paused: dict[int, PausedFlow] = field(default_factory=dict)
     answers: dict[Key, object] = field(default_factory=dict)
@@ -139,13 +142,15 @@ class TensorPasses:
     failed: float = math.inf
     lock: Lock = field(default_factory=Lock)
     sample_lock: Lock = field(default_factory=Lock)
-    _sample_notes: SampleNotes | None = None
+    _sample_hints: SampleHints | None = None
 
     def run(self, count: int, mapper: Mapper) -> OpenTotal | None:
         """Passes over the slices until their flows end, or wait with a question about the whole model."""
         while True:
-            contribution = reduce(_joined, mapper(self._carry, range(count)), None)
-            open_total = self._open_total(contribution)
+            open_total = reduce(_joined, mapper(self._carry, range(count)), None)
+            if self.counters and open_total is not None:
+                open_total = replace(open_total, part=reduce(torch.add, self.counters))
+                self.counters.clear()
             if open_total is None or open_total.key[0] == "global":
                 break
             self.answers[open_total.key] = open_total.question.answer(open_total.total)
@@ -154,7 +159,7 @@ class TensorPasses:
                 self.earlier_sums[key] = torch.tensor(running.sums[-1]) + self.earlier_sums.get(key, 0)
         return open_total
 
-    def _carry(self, i: int) -> Contribution | None:
+    def _carry(self, i: int) -> OpenTotal | None:
         """Carries slice ``i`` to its end, or to a question that needs a pass; returns its part of that question."""
         try:
             flow = self.paused.pop(i, None)
@@ -171,7 +176,7 @@ class TensorPasses:
         if self.hold:
             self.paused[i] = flow
         question = cast("Total", flow.question)  # no other is left unanswered
-        return flow.key, question, question.part(self.counters)
+        return OpenTotal(flow.key, question, question.part(self.counters))
 
     def _reply(self, flow: PausedFlow, i: int) -> object:
         """The answer to the flow's question, or `UNANSWERED`.
@@ -181,16 +186,6 @@ class TensorPasses:
         if flow.question.scope == "global" and self.sizes.model is None:
             flow.steps.throw(ValueError(_NOT_RANKED))
         return flow.question.reply(self, flow.key, i)
-
-    def _open_total(self, contribution: Contribution | None) -> OpenTotal | None:
-        """The open question with the contribution of all slices; None when all flows have ended."""
-        if contribution is None:
-            return None
-        key, question, part = contribution
-        if part is None:
-            part = reduce(torch.add, self.counters)
-            self.counters.clear()
-        return OpenTotal(key, question, part)
 
     def _fail(self, i: int) -> None:
         with self.lock:
@@ -224,9 +219,9 @@ class TensorPasses:
     def sample_note(self, number: int) -> Sequence[object] | None:
         """See `Answers`."""
         with self.sample_lock:
-            if self._sample_notes is None:
-                self._sample_notes = self.rehearse()
-            return self._sample_notes.get(number)
+            if self._sample_hints is None:
+                self._sample_hints = self.rehearse()
+            return self._sample_hints.get(number)
 
     def note(self, number: int, values: Sequence[object]) -> None:
         """See `Answers`."""
@@ -242,7 +237,7 @@ def run_slices(
     earlier_sums: EarlierSums | None = None,
     hold: bool = False,
     mapper: Mapper = map,
-    rehearse: Callable[[], SampleNotes] = dict,
+    rehearse: Callable[[], SampleHints] = dict,
 ) -> OpenTotal | None:
     """Carries the flows of a tensor's ``count`` slices as far as the totals over the model allow.
 
@@ -262,7 +257,7 @@ def run_slices(
     return passes.run(count, mapper)
 
 
-def rehearse(start: Callable[[], Flow[Any]], size: int) -> SampleNotes:
+def rehearse(start: Callable[[], Flow[Any]], size: int) -> SampleHints:
     """Runs a flow over a sample of ``size`` elements as if the sample were the tensor; returns the flow's notes.
 
     It stops at the first question about the whole model.
