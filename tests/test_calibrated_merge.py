@@ -202,7 +202,7 @@ def test_text_is_split_by_the_experts_tokenizer_whatever_the_output_gets(place):
 
 def samples_of(place, task):
     tokenizer = texts.load_tokenizer(place / "models" / task, task, trust_remote_code=False)
-    return texts.load(f"{task}.jsonl", place, tokenizer, Settings(samples=12))
+    return texts.load_samples(f"{task}.jsonl", place, tokenizer, Settings(samples=12))
 
 
 def moments_of(place, task):

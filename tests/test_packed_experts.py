@@ -122,7 +122,7 @@ def rows_by_expert(name, folder, task):
 
 def samples(folder, task):
     tokenizer = texts.load_tokenizer(folder / task, task, trust_remote_code=False)
-    return texts.load(f"{task}.jsonl", folder, tokenizer, Settings(samples=6, max_tokens=LENGTH)).tokens
+    return texts.load_samples(f"{task}.jsonl", folder, tokenizer, Settings(samples=6, max_tokens=LENGTH)).tokens
 
 
 def inputs_of(rows):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from merger.calibration import Moments, Settings
 from merger.calibration.settings import ForwardPass
-from merger.calibration.statistics_files import StatisticsKey, find, load, save
+from merger.calibration.statistics_files import StatisticsKey, find, load_file, save
 from merger.errors import CheckpointError, ResourceError
 
 FORWARD = ForwardPass("cpu", "float32", torch="2.6.0", transformers="5.0.0")
@@ -29,12 +29,12 @@ def path(tmp_path):
 
 def refusal(path, **expected):
     with pytest.raises(CheckpointError) as error:
-        load(path, **expected)
+        load_file(path, **expected)
     return str(error.value)
 
 
 def test_what_was_saved_is_loaded(path):
-    loaded = load(path, layers=MOMENTS, **KEY.fields())
+    loaded = load_file(path, layers=MOMENTS, **KEY.fields())
     assert set(loaded) == set(MOMENTS)
     for name, moments in MOMENTS.items():
         for field in dataclasses.fields(Moments):
@@ -45,7 +45,7 @@ def test_what_was_saved_is_loaded(path):
 def test_gram_matrices_are_not_kept(tmp_path):
     square = Moments(torch.tensor(1), torch.ones(2), torch.ones(2), gram=torch.ones(2, 2))
     save(tmp_path / "a", {"w": square}, KEY)
-    assert load(tmp_path / "a")["w"].gram is None
+    assert load_file(tmp_path / "a")["w"].gram is None
 
 
 def test_the_same_statistics_are_the_same_bytes(tmp_path, path):
@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
 def test_tensors_may_share_their_moments(tmp_path):
     moments = MOMENTS["layers.0.w.weight"]
     save(tmp_path / "a", {"gate.weight": moments, "up.weight": moments}, KEY)
-    assert set(load(tmp_path / "a")) == {"gate.weight", "up.weight"}
+    assert set(load_file(tmp_path / "a")) == {"gate.weight", "up.weight"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from merger.calibration import Settings, batches
 from merger.calibration.samples import (
     Text,
     choose,
-    load,
+    load_samples,
     load_tokenizer,
     pad_samples,
     tokenise,
@@ -58,7 +58,7 @@ def texts(tmp_path, tokenizer):
 
     def texts(name, content, **settings):
         written(tmp_path, name, content)
-        samples = load(name, tmp_path, tokenizer, Settings(**settings))
+        samples = load_samples(name, tmp_path, tokenizer, Settings(**settings))
         return sorted(tokenizer.decode(tokens) for tokens in samples.tokens)
 
     return texts
@@ -98,7 +98,7 @@ def test_a_parquet_file_gives_its_rows(texts, tmp_path, tokenizer):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
-    assert len(load("a.parquet", tmp_path, tokenizer, Settings()).tokens) == 2
+    assert len(load_samples("a.parquet", tmp_path, tokenizer, Settings()).tokens) == 2
 
 
 def test_parquet_without_pyarrow_says_what_to_install(refusal, monkeypatch):
@@ -109,7 +109,7 @@ def test_parquet_without_pyarrow_says_what_to_install(refusal, monkeypatch):
 def test_a_hub_dataset_without_datasets_says_what_to_install(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CheckpointError, match="a dataset of the Hub needs datasets"):
-        load("org/name:train", tmp_path, tokenizer, Settings())
+        load_samples("org/name:train", tmp_path, tokenizer, Settings())
 
 
 def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, monkeypatch):
@@ -125,14 +125,14 @@ def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, mon
             return iter([{"text": "one"}])
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)
-    assert len(load("org/name:small:test", tmp_path, tokenizer, Settings()).tokens) == 1
+    assert len(load_samples("org/name:small:test", tmp_path, tokenizer, Settings()).tokens) == 1
     assert calls == [(("org/name", "small"), {"split": "test", "streaming": True})]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "no such thing"])
 def test_a_missing_file_is_named(tmp_path, tokenizer, name):
     with pytest.raises(CheckpointError, match=r"there is no such file of text"):
-        load(name, tmp_path, tokenizer, Settings())
+        load_samples(name, tmp_path, tokenizer, Settings())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(refusal, name, content
 def test_a_file_that_is_not_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
     with pytest.raises(CheckpointError, match="is not UTF-8 text"):
-        load("a.txt", tmp_path, tokenizer, Settings())
+        load_samples("a.txt", tmp_path, tokenizer, Settings())
 
 
 # --- fields ---------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_a_conversation_goes_through_the_chat_template_up_to_its_answer(texts, r
 def test_messages_need_a_chat_template(tmp_path):
     written(tmp_path, "a.jsonl", lines({"messages": CONVERSATION}))
     with pytest.raises(CheckpointError, match=r"a.jsonl:1: has messages, but the tokenizer has no chat template"):
-        load("a.jsonl", tmp_path, made(), Settings())
+        load_samples("a.jsonl", tmp_path, made(), Settings())
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_the_choice_depends_on_the_seed():
 def test_the_hash_of_the_data_tells_other_texts_apart(tmp_path, tokenizer):
     def digest(name, *texts, **settings):
         written(tmp_path, name, lines(*({"text": text} for text in texts)))
-        return load(name, tmp_path, tokenizer, Settings(**settings)).data
+        return load_samples(name, tmp_path, tokenizer, Settings(**settings)).data
 
     assert digest("a.jsonl", "x", "y") == digest("b.jsonl", "y", "x", "y")
     assert digest("a.jsonl", "x", "y") != digest("a.jsonl", "x", "z")
@@ -224,7 +224,7 @@ def mixed(tmp_path, tokenizer):
 
     def mixed(*sources, **settings):
         text_sources = [source if isinstance(source, str) else TextSource(**source) for source in sources]
-        return load(text_sources, tmp_path, tokenizer, Settings(**settings))
+        return load_samples(text_sources, tmp_path, tokenizer, Settings(**settings))
 
     return mixed
 
@@ -295,14 +295,16 @@ def test_the_hash_of_the_data_covers_every_source_and_its_count(mixed, tmp_path)
 )
 def test_columns_are_taken_for_what_the_recipe_says(tmp_path, tokenizer, record, fields, settings, text):
     written(tmp_path, "a.jsonl", lines(record))
-    (tokens,) = load(TextSource(file="a.jsonl", fields=fields), tmp_path, tokenizer, Settings(**settings)).tokens
+    (tokens,) = load_samples(
+        TextSource(file="a.jsonl", fields=fields), tmp_path, tokenizer, Settings(**settings)
+    ).tokens
     assert tokenizer.decode(tokens).removeprefix("<s>") == text
 
 
 def test_a_column_that_a_record_lacks_is_named_with_its_place(tmp_path, tokenizer):
     written(tmp_path, "a.jsonl", lines({"question": "q"}, {"query": "q", "answer": "a"}))
     with pytest.raises(CheckpointError) as error:
-        load(TextSource(file="a.jsonl", fields={"prompt": "question"}), tmp_path, tokenizer, Settings())
+        load_samples(TextSource(file="a.jsonl", fields={"prompt": "question"}), tmp_path, tokenizer, Settings())
     assert str(error.value) == (
         f"{tmp_path}/a.jsonl:2: has no field question, which `fields` names; found answer, query"
     )

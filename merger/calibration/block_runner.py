@@ -7,9 +7,9 @@ A first round of passes, in which no block is real, keeps what the embedding giv
 positions and whatever else a model prepares for its blocks are made by the model itself, and nothing here knows
 an architecture.
 
-This is right if blocks tell each other nothing but hidden states. What stands in for the embedding and for earlier
-blocks gives other values in every pass, so a block that is told anything else that depends on them is told something
-else in every pass; that is checked on the first batch. A model that fails the check runs whole.
+Blocks may tell each other nothing but hidden states. To check it, on the first batch the stand-ins for the embedding
+and the earlier blocks give other values in every pass; if anything but the hidden states that reach a block changed,
+the model runs whole.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class BlockRunner:
     def __init__(self, blocks: Sequence[nn.Module], observer: InputObserver, hidden_states: HiddenStates) -> None:
         self._observer, self._hidden_states = observer, hidden_states
         self._tuple_lengths: dict[int, int] = {}  # how long a tuple each block returns; 0 for a bare tensor
-        self._first_arguments: list[Any] = []  # of the next block and the first batch, without hidden states
+        self._expected_arguments: list[Any] = []  # of the next block and the first batch, without hidden states
         for index, block in enumerate(blocks):
             block.forward = functools.partial(self._call, index, block.forward)
 
@@ -177,13 +177,13 @@ class BlockRunner:
         self._next += 1
         hidden, arguments = _split_arguments(args, kwargs)
         if index < self._block:
-            return self._as_block(index, hidden)
+            return self._stand_in(index, hidden)
         if index > self._block:
             if self._batch == 0:
-                self._first_arguments = arguments
+                self._expected_arguments = arguments
             self._hidden_states.put(self._batch, hidden)
             raise EndOfPass
-        if self._batch == 0 and not _equal_arguments(arguments, self._first_arguments):
+        if self._batch == 0 and not _equal_arguments(arguments, self._expected_arguments):
             raise UnsupportedBlocks("its blocks depend on one another by more than hidden states")
         args, kwargs = _with_hidden_states(args, kwargs, self._hidden_states.get(self._batch, hidden.device))
         self._observer.on = self._purpose != "carry"
@@ -194,7 +194,8 @@ class BlockRunner:
         self._observer.on = True  # what comes after the last block is not in any
         return output
 
-    def _as_block(self, index: int, hidden: Tensor) -> Any:
+    def _stand_in(self, index: int, hidden: Tensor) -> Any:
+        """The output of a block that is not real in this pass: its input, in the form in which the block returns it."""
         length = self._tuple_lengths[index]
         if self._batch == 0:
             hidden = hidden + self._block  # another value in every pass
@@ -265,11 +266,11 @@ class HiddenStates:
             self._free_bytes = None if self._free_bytes is None else self._free_bytes - size
             return buffer(hidden.shape, hidden.dtype, hidden.device)
         path = self._folder / f"{batch}.bin"
-        _allocate(path, hidden.nbytes)  # a mapped file that the disk has no room for ends the process (SIGBUS)
+        _create_file(path, hidden.nbytes)  # a mapped file that the disk has no room for ends the process (SIGBUS)
         return torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
 
 
-def _allocate(path: Path, size: int) -> None:
+def _create_file(path: Path, size: int) -> None:
     """Creates a file of ``size`` bytes; raises ResourceError if the disk is full."""
     try:
         with path.open("wb") as file:

@@ -52,7 +52,7 @@ class Samples:
     data: str
 
 
-def load(
+def load_samples(
     data: str | TextSource | Sequence[str | TextSource], folder: Path, tokenizer: Any, settings: Settings
 ) -> Samples:
     """The samples that the settings choose from files (relative to ``folder``) and Hub datasets.

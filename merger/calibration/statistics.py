@@ -35,7 +35,7 @@ def calibrate(plan: Plan, options: RunOptions, hidden_memory: int | None) -> dic
     assert calibration is not None, "the recipe was checked for it"
     paths = {name: plan.recipe.folder / Path(path).expanduser() for name, path in calibration.stats.items()}
     for name, path in paths.items():
-        files.load(path, layers=layers(plan, name), checkpoint=fingerprint(plan.models[name]))
+        files.load_file(path, layers=layers(plan, name), checkpoint=fingerprint(plan.models[name]))
     sample_sets = {name: expert_samples(plan, name, options) for name in plan.recipe.experts if name not in paths}
     folder = cache_folder()
     for name, (key, samples) in sample_sets.items():
@@ -63,7 +63,7 @@ def expert_samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.St
         calib_text=calibration.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load(calibration.sources(name), plan.recipe.folder, tokenizer, settings)
+    samples = texts.load_samples(calibration.sources(name), plan.recipe.folder, tokenizer, settings)
     forward = ForwardPass.of(model, options.device)
     return files.StatisticsKey(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
 
@@ -150,9 +150,9 @@ def layers(plan: Plan, expert: str) -> list[str]:
     return sorted({name for name in names if name is not None})
 
 
-def load(plan: Plan, paths: Mapping[str, Path]) -> dict[str, Statistics]:
+def load_statistics(plan: Plan, paths: Mapping[str, Path]) -> dict[str, Statistics]:
     """Reads the experts' statistics files; CheckpointError where they do not fit the plan's tensors."""
-    statistics: dict[str, Statistics] = {name: files.load(path) for name, path in paths.items()}
+    statistics: dict[str, Statistics] = {name: files.load_file(path) for name, path in paths.items()}
     for name, moments in statistics.items():
         check_inputs(plan, name, moments)
     return statistics

@@ -121,10 +121,10 @@ def find(folder: Path, key: StatisticsKey) -> Path | None:
     return path if path.is_file() else None
 
 
-def load(path: Path, *, layers: Iterable[str] = (), **expected: Any) -> dict[str, Moments]:
+def load_file(path: Path, *, layers: Iterable[str] = (), **expected: Any) -> dict[str, Moments]:
     """Reads statistics, but no Gram matrices; about the ``expected`` parts of a key, and covering the ``layers``.
 
-    >>> load(path, layers=["lm_head.weight"], checkpoint=fingerprint)  # doctest: +SKIP
+    >>> load_file(path, layers=["lm_head.weight"], checkpoint=fingerprint)  # doctest: +SKIP
     """
     statistics = {
         name: tensor_moments

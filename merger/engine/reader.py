@@ -91,7 +91,7 @@ class PartSlices:
         self._values_by_slice.pop(i, None)
 
     def rehearse(self) -> SampleHints:
-        """The notes of the stages on a sample: `PLACES` groups of rows, together a share of the part.
+        """The hints of the stages' flows over a sample: `PLACES` groups of rows, together a share of the part.
 
         There are none where the part has too few slices for a sample to save a pass.
         """

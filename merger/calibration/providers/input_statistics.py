@@ -8,7 +8,7 @@ from pathlib import Path
 from merger.calibration.moment_source import MomentSource
 from merger.calibration.origins import sources
 from merger.calibration.provider import Cost, register
-from merger.calibration.statistics import calibrate, load
+from merger.calibration.statistics import calibrate, load_statistics
 from merger.calibration.text_cost import hidden_state_bytes, largest_block_bytes
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput, by_expert, by_feature, by_row
@@ -44,7 +44,7 @@ class InputStatistics:
 
     def open(self, plan: Plan, files: Mapping[str, Path]) -> MomentSource:
         """Reads the statistics files."""
-        return MomentSource(load(plan, files))
+        return MomentSource(load_statistics(plan, files))
 
 
 register(InputStatistics())
