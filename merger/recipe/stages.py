@@ -12,7 +12,7 @@ from pydantic import ValidationError
 import merger.methods  # noqa: F401 registers every method
 from merger.errors import nearest
 from merger.pipeline.parameters import Number, Pinned, Place, resolve
-from merger.pipeline.registry import ENTRIES, SCORES, Stage, checked, parameter_names, parameters
+from merger.pipeline.registry import ENTRIES, SCORES, Stage, checked, nested_parameter, parameter_names, parameters
 from merger.pipeline.stages import bind, expand
 from merger.recipe.document import KeyPath
 from merger.recipe.faults import said
@@ -164,6 +164,7 @@ def _keys(name: str, given: Mapping[str, Any], path: KeyPath) -> set[str]:
         return parameter_names(name)
     if path[0] == "score":  # written as {name: {parameter: value}}
         return {each.rstrip("_") for each in parameters(SCORES[next(iter(given["score"]))].function)}
-    if path[0] == "inner":
-        return parameter_names(next(iter(given["inner"])))
+    nested = nested_parameter(ENTRIES[name].function) if name in ENTRIES else None
+    if nested is not None and path[0] == nested[0]:
+        return parameter_names(next(iter(given[nested[0]])))
     return set(Pinned.model_fields)
