@@ -90,10 +90,10 @@ def naming(place: str) -> Iterator[None]:
 
 
 @contextmanager
-def checkpoint_faults(what: str) -> Iterator[None]:
-    """Turns whatever the code of a model or a tokenizer raises into a CheckpointError that begins with ``what``.
+def checkpoint_faults(subject: str) -> Iterator[None]:
+    """Turns an exception of a model's or a tokenizer's code into a CheckpointError that begins with ``subject``.
 
-    Such code raises anything where files do not fit it. Lack of memory stays what it is.
+    Such code may raise any exception for files that do not fit. A lack of memory is raised unchanged.
     """
     try:
         yield
@@ -103,7 +103,7 @@ def checkpoint_faults(what: str) -> Iterator[None]:
         if lacks_memory(error):
             raise
         message = " ".join(str(error).split())
-        raise CheckpointError(f"{what}: {type(error).__name__}: {message}") from error
+        raise CheckpointError(f"{subject}: {type(error).__name__}: {message}") from error
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -113,8 +113,8 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def printable(text: str) -> str:
-    """The text in one line: breaks, escape sequences and lone surrogates of what it quotes are spelled out."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    """Returns the text in one line, with breaks, escape sequences and lone surrogates escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

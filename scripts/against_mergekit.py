@@ -50,13 +50,13 @@ GIVEN = "given models"
 ROUNDED_ONCE = ", rounded once"
 
 
-def several(*weights: Any, **more: Any) -> dict[str, Any]:
+def several(*weights: Any, **parameters: Any) -> dict[str, Any]:
     """Models a, b, ... with these weights, and a map of other parameters for each."""
-    own = [{"weight": weight} for weight in weights]
-    for name, values in more.items():
-        for each, value in zip(own, values, strict=True):
-            each[name] = value
-    return {"models": [{"model": m, "parameters": p} for m, p in zip(TUNED, own, strict=False)]}
+    entries = [{"weight": weight} for weight in weights]
+    for name, values in parameters.items():
+        for entry, value in zip(entries, values, strict=True):
+            entry[name] = value
+    return {"models": [{"model": m, "parameters": p} for m, p in zip(TUNED, entries, strict=False)]}
 
 
 def plain(*models: str) -> dict[str, Any]:
@@ -145,9 +145,10 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 DRAWN: dict[str, dict[str, Any]] = {
     name: {
-        "merge_method": name.partition(",")[0], **several(1, density=(0.4,)), "base_model": "base", "parameters": more,
+        "merge_method": name.partition(",")[0], **several(1, density=(0.4,)), "base_model": "base",
+        "parameters": extras,
     }
-    for name, more in {
+    for name, extras in {
         "dare_linear": {}, "dare_linear, not rescaled": {"rescale": False}, "dare_ties": {}, "della_linear": {},
         "della": {},
     }.items()
@@ -190,12 +191,12 @@ def make_models(folder: Path, family: str, dtype: torch.dtype) -> None:
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.02  # norms and biases as well
     base = {name: values.clone() for name, values in model.state_dict().items()}
-    shared = {name: torch.randn_like(values) for name, values in base.items()}
+    common_changes = {name: torch.randn_like(values) for name, values in base.items()}
     for label in ("base", *TUNED):
         if label != "base":
             for name, values in model.state_dict().items():
-                own = torch.randn_like(values) * (torch.rand_like(values) < 0.8)
-                values.copy_(base[name] + 0.003 * (own + 0.5 * shared[name]))
+                expert_change = torch.randn_like(values) * (torch.rand_like(values) < 0.8)
+                values.copy_(base[name] + 0.003 * (expert_change + 0.5 * common_changes[name]))
         model.to(dtype).save_pretrained(folder / label)
         model.float()
 
@@ -216,34 +217,34 @@ def configurations(folder: Path, only: list[str]) -> Iterator[tuple[str, dict[st
 class Apart:
     """How far two merges are apart: absolute in float32, in steps of bfloat16 otherwise."""
 
-    most: float = 0
-    beyond: int = 0  # elements that differ by more than 1e-6, or than one step
+    largest: float = 0
+    over_limit: int = 0  # elements that differ by more than 1e-6, or than one step
     elements: int = 0
 
-    def add(self, base: torch.Tensor, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    def add(self, base: torch.Tensor, reference: torch.Tensor, merged: torch.Tensor) -> None:
         """Counts one tensor; a step is that from the base's value, or from a result if that is larger."""
-        apart, allowed = (theirs.double() - ours.double()).abs(), 1e-6
+        distances, allowed = (reference.double() - merged.double()).abs(), 1e-6
         if base.dtype == torch.bfloat16:
-            sizes = torch.stack([each.double().abs() for each in (base, theirs, ours)]).amax(0)
-            apart, allowed = apart / torch.exp2(sizes.clamp(min=1e-30).log2().floor() - 7), 1
-        self.most = max(self.most, apart.max().item())
-        self.beyond += int((apart > allowed).sum())
-        self.elements += apart.numel()
+            sizes = torch.stack([tensor.double().abs() for tensor in (base, reference, merged)]).amax(0)
+            distances, allowed = distances / torch.exp2(sizes.clamp(min=1e-30).log2().floor() - 7), 1
+        self.largest = max(self.largest, distances.max().item())
+        self.over_limit += int((distances > allowed).sum())
+        self.elements += distances.numel()
 
     def __str__(self) -> str:
-        return f"{self.most:.2g}" + (f" ({self.beyond / self.elements:.2%})" if self.beyond else "")
+        return f"{self.largest:.2g}" + (f" ({self.over_limit / self.elements:.2%})" if self.over_limit else "")
 
 
 def differences(folders: list[Path], name: str) -> Apart:
     """Between what both tools made of a configuration in these folders."""
-    found = Apart()
+    distance = Apart()
     for folder in folders:
         base = load_all(folder / "base")
-        theirs, ours = (load_all(folder / f"{name}.{tool}") for tool in ("mergekit", "merger"))
-        assert theirs.keys() == ours.keys(), set(theirs) ^ set(ours)
-        for each in ours:
-            found.add(base[each], theirs[each], ours[each])
-    return found
+        references, merges = (load_all(folder / f"{name}.{tool}") for tool in ("mergekit", "merger"))
+        assert references.keys() == merges.keys(), set(references) ^ set(merges)
+        for tensor_name in merges:
+            distance.add(base[tensor_name], references[tensor_name], merges[tensor_name])
+    return distance
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -252,14 +253,14 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
 
 def drawn_facts(folder: Path, name: str, tool: str) -> tuple[float, float, float]:
     """Of a merge of one fine-tune: the share kept, what that is multiplied with, and its mean over the original's."""
-    base, tuned, merged = (load_all(folder / each) for each in ("base", "a", f"{name}.{tool}"))
-    changed = {each: (tuned[each] - values).double() for each, values in base.items()}
-    left = {each: (merged[each] - values).double() for each, values in base.items()}
-    kept = sum((each.abs() > 1e-9).sum().item() for each in left.values())
-    factors = torch.cat([(left[e] / changed[e])[left[e].abs() > 1e-4].flatten() for e in base])
-    signed = [sum((each[e] * changed[e].sign()).sum() for e in base).item() for each in (left, changed)]
+    base, tuned, merged = (load_all(folder / changes) for changes in ("base", "a", f"{name}.{tool}"))
+    changed = {changes: (tuned[changes] - values).double() for changes, values in base.items()}
+    remainders = {changes: (merged[changes] - values).double() for changes, values in base.items()}
+    count = sum((changes.abs() > 1e-9).sum().item() for changes in remainders.values())
+    factors = torch.cat([(remainders[e] / changed[e])[remainders[e].abs() > 1e-4].flatten() for e in base])
+    signed = [sum((changes[e] * changed[e].sign()).sum() for e in base).item() for changes in (remainders, changed)]
     return (
-        kept / sum((each != 0).sum().item() for each in changed.values()),
+        count / sum((changes != 0).sum().item() for changes in changed.values()),
         factors.median().item(),
         signed[0] / signed[1],
     )
@@ -289,13 +290,13 @@ def folders_of(root: Path, models: list[Path]) -> list[Path]:
         for label, model in zip(("base", *TUNED), models, strict=True):
             (root / GIVEN / label).symlink_to(model.absolute())
         return [root / GIVEN]
-    made = []
+    folders = []
     for family in MODELS:
         for dtype in (torch.float32, torch.bfloat16):
-            made.append(root / f"{family} {str(dtype).removeprefix('torch.')}")
-            made[-1].mkdir(parents=True)
-            make_models(made[-1], family, dtype)
-    return made
+            folders.append(root / f"{family} {str(dtype).removeprefix('torch.')}")
+            folders[-1].mkdir(parents=True)
+            make_models(folders[-1], family, dtype)
+    return folders
 
 
 def main() -> None:
@@ -307,12 +308,12 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="keep everything in this new folder")
     parser.add_argument("--as-it-sorts", action="store_true", help="leave mergekit's choice among equals to torch")
     parser.add_argument("--models", nargs=4, type=Path, default=[], metavar="MODEL", help="a base and three fine-tunes")
-    given = parser.parse_args()
-    program = BY_MERGEKIT if given.as_it_sorts else STABLE + BY_MERGEKIT
-    only = [name for name in given.only.split(",") if name]
+    args = parser.parse_args()
+    program = BY_MERGEKIT if args.as_it_sorts else STABLE + BY_MERGEKIT
+    only = [name for name in args.only.split(",") if name]
     with tempfile.TemporaryDirectory() as temporary:
-        folders = folders_of(given.keep or Path(temporary), given.models)
-        versions = [run_all(folder, given.mergekit.absolute(), program, only) for folder in folders]
+        folders = folders_of(args.keep or Path(temporary), args.models)
+        versions = [run_all(folder, args.mergekit.absolute(), program, only) for folder in folders]
         print_differences(folders, only)
         print_drawn(folders, only)
     print(f"\nmergekit: {versions[0]}. merger: {', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers'))}.")
@@ -322,7 +323,14 @@ def print_differences(folders: list[Path], only: list[str]) -> None:
     exact = [folder for folder in folders if folder.name.endswith("float32")]
     rounded = [folder for folder in folders if folder not in exact]
     print(
-        "|".join(["| merge ", *(f" {each.name} " for each in exact), " bfloat16, computed in float32 ", " as it is |"])
+        "|".join(
+            [
+                "| merge ",
+                *(f" {model_folder.name} " for model_folder in exact),
+                " bfloat16, computed in float32 ",
+                " as it is |",
+            ]
+        )
     )
     print("|---" * (len(exact) + 3) + "|")
     for name in (name for name, _ in configurations(folders[0], only) if name in CASES):
@@ -336,8 +344,8 @@ def print_drawn(folders: list[Path], only: list[str]) -> None:
     for name in (name for name, _ in configurations(folders[0], only) if name in DRAWN):
         for folder in folders:
             facts = [drawn_facts(folder, name, tool) for tool in ("mergekit", "merger")]
-            pairs = zip(*facts, strict=True)
-            print(f"| {name} | {folder.name} | {' | '.join(f'{one:.4f} / {other:.4f}' for one, other in pairs)} |")
+            cells = [f"{reference:.4f} / {result:.4f}" for reference, result in zip(*facts, strict=True)]
+            print(f"| {name} | {folder.name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -78,16 +78,16 @@ class Run:
 def timed(command: list[str], tool: str, scenario: str, experts: int, number: int, log: Path, **env: str) -> Run:
     """Runs a command and has the operating system's own account of it, and what a merge says of the device."""
     with log.open("ab") as output:
-        before = output.tell()
+        log_size = output.tell()
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **env})
         _, status, used = os.wait4(process.pid, 0)
         wall = time.monotonic() - began
     process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for here
-    said = [line for line in log.read_bytes()[before:].splitlines() if line.startswith(b"{")]
-    told = json.loads(said[-1]) if said else {}
-    device = told.get("peak_device_memory_bytes", 0)
-    peak = told.get("peak_memory_bytes", used.ru_maxrss * 1024)  # of the peer, but no less than this process's own
+    report_lines = [line for line in log.read_bytes()[log_size:].splitlines() if line.startswith(b"{")]
+    report = json.loads(report_lines[-1]) if report_lines else {}
+    device = report.get("peak_device_memory_bytes", 0)
+    peak = report.get("peak_memory_bytes", used.ru_maxrss * 1024)  # of the peer, but no less than this process's own
     cpu = used.ru_utime + used.ru_stime
     return Run(tool, scenario, experts, number, wall, cpu, peak, device, process.returncode)
 
@@ -114,23 +114,23 @@ def statistics_of(recipe: dict[str, Any], folder: Path) -> dict[str, str]:
     from merger.calibration.statistics import fingerprint, layers
 
     plan = merger.plan(merger.Recipe.parse({**recipe, "method": "linear"}))
-    wanted = merger.plan(merger.Recipe.parse({**recipe, "method": "obim", "calibration": {"data": str(HERE)}}))
-    found = {}
+    calibrated_plan = merger.plan(merger.Recipe.parse({**recipe, "method": "obim", "calibration": {"data": str(HERE)}}))
+    paths = {}
     for name in recipe["experts"]:
         path = folder / f"{name}.stats.safetensors"
-        found[name] = str(path)
+        paths[name] = str(path)
         if path.exists():
             continue
-        generator = torch.Generator().manual_seed(len(found))
+        generator = torch.Generator().manual_seed(len(paths))
         moments = {}
-        for layer in layers(wanted, name):
+        for layer in layers(calibrated_plan, name):
             columns = plan.models[name].tensors[layer].matrix[1]
             mean = torch.randn(columns, generator=generator)
             moments[layer] = Moments(torch.tensor(1000), mean.square() + mean.exp(), mean)
         model = plan.models[name]
-        key = files.Key(fingerprint(model), "", "", Settings(), ForwardPass.of(model, "cpu"))
+        key = files.StatisticsKey(fingerprint(model), "", "", Settings(), ForwardPass.of(model, "cpu"))
         files.save(path, moments, key)
-    return found
+    return paths
 
 
 def ours(work: Path, experts: int, device: str, scenario: str) -> list[str]:
@@ -163,23 +163,27 @@ def peers(program: str, work: Path, experts: int, scenario: str) -> list[str]:
 
 def table(runs: list[Run], moved: int) -> list[str]:
     """Medians over the rounds of one number of experts, as Markdown; ``moved`` bytes are read and written at least."""
-    every = [run for run in runs if run.tool == "floor"]
-    floors = {n: statistics.median(run.wall for run in every if run.round == n) for n in {run.round for run in every}}
-    floor_ = statistics.median(run.wall for run in every)
+    floor_runs = [run for run in runs if run.tool == "floor"]
+    floors = {
+        n: statistics.median(run.wall for run in floor_runs if run.round == n)
+        for n in {run.round for run in floor_runs}
+    }
+    floor_ = statistics.median(run.wall for run in floor_runs)
     lines = [
         "| scenario | tool | wall | of the floor | GB/s | mergekit takes | CPU | peak memory | of a GPU | runs |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        f"| floor | | {floor_:.2f} s | 1 | {moved / floor_ / 1e9:.2f} | | | | | {len(every)} |",
+        f"| floor | | {floor_:.2f} s | 1 | {moved / floor_ / 1e9:.2f} | | | | | {len(floor_runs)} |",
     ]
     for scenario in SCENARIOS:
         peer = {run.round: run.wall for run in _of(runs, "mergekit", scenario) if run.exit == 0}
         for tool in ("merger", "mergekit"):
-            own = _of(runs, tool, scenario)
-            good = [run for run in own if run.exit == 0]
+            tool_runs = _of(runs, tool, scenario)
+            good = [run for run in tool_runs if run.exit == 0]
             if good:
                 lines.append(f"| {scenario} | {tool} | {_cells(good, floors, peer, moved)} |")
-            elif own:
-                lines.append(f"| {scenario} | {tool} | failed with exit code {own[0].exit} | | | | | | | {len(own)} |")
+            elif tool_runs:
+                failure = f"failed with exit code {tool_runs[0].exit}"
+                lines.append(f"| {scenario} | {tool} | {failure} | | | | | | | {len(tool_runs)} |")
     return lines
 
 
@@ -220,30 +224,30 @@ def _processor() -> str:
         return platform.processor()
 
 
-def report(given: argparse.Namespace, runs: list[Run], first: Run) -> str:
+def report(args: argparse.Namespace, runs: list[Run], first: Run) -> str:
     """The page, of what has run so far."""
-    several = " ".join(map(str, given.experts))
-    flags = f"--size {given.size} --experts {several} --runs {given.runs} --device {given.device}"
+    counts = " ".join(map(str, args.experts))
+    flags = f"--size {args.size} --experts {counts} --runs {args.runs} --device {args.device}"
     lines = [
-        f"# Merges of base and experts of {given.size} parameters",
+        f"# Merges of base and experts of {args.size} parameters",
         "",
         f"`python scripts/bench.py WORK {flags}`; bf16, page cache warm where it fits.",
-        hardware(given.device),
+        hardware(args.device),
         "The floor reads every input byte once and writes and syncs the output's bytes.",
     ]
-    for experts in given.experts:
-        own = [run for run in runs if run.experts == experts]
-        if own:
-            moved = size_of([*models_of(given.work, experts), given.work / "base"])
-            lines += ["", f"## Base + {experts} experts", "", *table(own, moved)]
+    for experts in args.experts:
+        expert_runs = [run for run in runs if run.experts == experts]
+        if expert_runs:
+            moved = size_of([*models_of(args.work, experts), args.work / "base"])
+            lines += ["", f"## Base + {experts} experts", "", *table(expert_runs, moved)]
     lines += ["", f"First merge of these files (linear), which hashes the inputs too: {first.wall:.1f} s."]
     return "\n".join(lines) + "\n"
 
 
-def stored(out: Path, page: str, runs: list[Run]) -> None:
+def stored(stem: Path, page: str, runs: list[Run]) -> None:
     """Writes OUT.md and OUT.json, which holds every run."""
-    Path(f"{out}.md").write_text(page)
-    Path(f"{out}.json").write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    Path(f"{stem}.md").write_text(page)
+    Path(f"{stem}.json").write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
 
 
 def models_of(work: Path, experts: int) -> list[Path]:
@@ -256,19 +260,19 @@ def size_of(models: list[Path]) -> int:
     return sum(file.stat().st_size for model in models for file in model.glob("*.safetensors"))
 
 
-def one_round(given: argparse.Namespace, experts: int, number: int, wanted: list[str], cache: Path) -> Iterator[Run]:
+def one_round(args: argparse.Namespace, experts: int, number: int, scenarios: list[str], cache: Path) -> Iterator[Run]:
     """Every scenario by each tool, with the floor before it."""
-    log, scratch, merged = given.work / "log.txt", given.work / "floor", given.work / "merged"
-    for name in wanted:
+    log, scratch, merged = args.work / "log.txt", args.work / "floor", args.work / "merged"
+    for name in scenarios:
         began = time.monotonic()
-        floor(models_of(given.work, experts), scratch)
+        floor(models_of(args.work, experts), scratch)
         yield Run("floor", name, experts, number, time.monotonic() - began, 0, 0, 0, 0)
         scratch.unlink()
-        command = ours(given.work, experts, given.device, name)
+        command = ours(args.work, experts, args.device, name)
         yield timed(command, "merger", name, experts, number, log, MERGER_CACHE=str(cache))
         shutil.rmtree(merged, ignore_errors=True)
-        if given.mergekit and name in PEER and number < given.peer_runs:
-            yield timed(peers(given.mergekit, given.work, experts, name), "mergekit", name, experts, number, log)
+        if args.mergekit and name in PEER and number < args.peer_runs:
+            yield timed(peers(args.mergekit, args.work, experts, name), "mergekit", name, experts, number, log)
             shutil.rmtree(merged, ignore_errors=True)
 
 
@@ -283,25 +287,25 @@ def main() -> None:
     parser.add_argument("--mergekit", metavar="PROGRAM", help="mergekit-yaml of an environment of its own")
     parser.add_argument("--peer-runs", type=int, default=1)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    most = max(given.experts)
-    for i, model in enumerate(models_of(given.work, most)):
+    args = parser.parse_args()
+    max_experts = max(args.experts)
+    for i, model in enumerate(models_of(args.work, max_experts)):
         if not model.exists():
-            synthesize.write(model, given.size, i, 5_000_000_000)
-    wanted = [name for name in SCENARIOS if name.replace(", ", " ") in given.only.split(",")]
-    cache, log = given.work / "cache", given.work / "log.txt"
+            synthesize.write(model, args.size, i, 5_000_000_000)
+    scenarios = [name for name in SCENARIOS if name.replace(", ", " ") in args.only.split(",")]
+    cache, log = args.work / "cache", args.work / "log.txt"
     shutil.rmtree(cache, ignore_errors=True)
-    linear = ours(given.work, most, given.device, "linear")
-    first = timed(linear, "merger", "linear", most, -1, log, MERGER_CACHE=str(cache))
+    linear = ours(args.work, max_experts, args.device, "linear")
+    first = timed(linear, "merger", "linear", max_experts, -1, log, MERGER_CACHE=str(cache))
     runs: list[Run] = []
-    for number in range(given.runs):
-        for experts in given.experts:
-            for run in one_round(given, experts, number, wanted, cache):
+    for number in range(args.runs):
+        for experts in args.experts:
+            for run in one_round(args, experts, number, scenarios, cache):
                 print(run, flush=True)
                 runs.append(run)
-        page = report(given, runs, first)  # after every round, for a long bench may be stopped
-        if given.out:
-            stored(given.out, page, [first, *runs])
+        page = report(args, runs, first)  # after every round, for a long bench may be stopped
+        if args.out:
+            stored(args.out, page, [first, *runs])
     print(page)
 
 

@@ -56,12 +56,12 @@ def calibration(model: Path, passes: list[Batch], settings: Settings) -> None:
         collect_all(checkpoint, passes, settings)
 
 
-def measured(what: str, given: argparse.Namespace) -> dict[str, float]:
+def measured(kind: str, args: argparse.Namespace) -> dict[str, float]:
     """Seconds and bytes of one run, in a process of its own."""
-    command = [sys.executable, __file__, str(given.model), str(given.text), "--one", what]
-    command += ["--samples", str(given.samples), "--tokens", str(given.tokens)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    result: dict[str, float] = json.loads(told)
+    command = [sys.executable, __file__, str(args.model), str(args.text), "--one", kind]
+    command += ["--samples", str(args.samples), "--tokens", str(args.tokens)]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    result: dict[str, float] = json.loads(line)
     return result
 
 
@@ -73,24 +73,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        passes, settings = prepared(given.model, given.text, given.samples, given.tokens)
+    args = parser.parse_args()
+    if args.one:
+        passes, settings = prepared(args.model, args.text, args.samples, args.tokens)
         began = time.monotonic()
-        if given.one == "calibration":
-            calibration(given.model, passes, settings)
+        if args.one == "calibration":
+            calibration(args.model, passes, settings)
         else:
-            whole(given.model, passes, logits=given.one == "plain")
+            whole(args.model, passes, logits=args.one == "plain")
         seconds = time.monotonic() - began
         print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
         return
-    runs = [{kind: measured(kind, given) for kind in KINDS} for _ in range(given.runs)]
+    runs = [{kind: measured(kind, args) for kind in KINDS} for _ in range(args.runs)]
     print("| kind | seconds of each run | median, of plain | peak memory, median |\n|---|---|---|---|")
     for kind in KINDS:
-        each = ", ".join(f"{run[kind]['seconds']:.1f}" for run in runs)
+        seconds_text = ", ".join(f"{run[kind]['seconds']:.1f}" for run in runs)
         ratio = statistics.median(run[kind]["seconds"] / run["plain"]["seconds"] for run in runs)
         peak = statistics.median(run[kind]["peak"] for run in runs)
-        print(f"| {kind} | {each} | {ratio:.2f} | {peak / 1e6:,.0f} MB |")
+        print(f"| {kind} | {seconds_text} | {ratio:.2f} | {peak / 1e6:,.0f} MB |")
 
 
 if __name__ == "__main__":

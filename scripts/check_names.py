@@ -1,8 +1,9 @@
 """Checks that variables and arguments are named by nouns of the field.
 
-    python scripts/check_names.py FOLDER MAX_PERCENT     # exit status 1 above the limit, with the places
+    python scripts/check_names.py FOLDER... MAX_PERCENT     # exit status 1 above the limit, with the places
 
-A pronoun, a participle or an adverb makes a reader look up what it stands for. `density` and `expert_delta` do not.
+The limit holds for each folder and for each package directly in it. A pronoun, a participle or an adverb makes a reader
+look up what it stands for. `density` and `expert_delta` do not.
 """
 
 from __future__ import annotations
@@ -42,8 +43,13 @@ def is_noun(name: str) -> bool:
     return name.strip("_") not in REFUSED
 
 
-def main() -> int:
-    folder, limit = Path(sys.argv[1]), float(sys.argv[2])
+def packages(folder: Path) -> list[Path]:
+    """The folder, and the packages directly in it."""
+    return [folder, *sorted(file.parent for file in folder.glob("*/__init__.py"))]
+
+
+def exceeds(folder: Path, limit: float) -> bool:
+    """Prints the share of names below a folder that are no nouns, with their places if it is above the limit."""
     names = [
         (name, f"{path}:{line}")
         for path in sorted(folder.rglob("*.py"))
@@ -55,8 +61,14 @@ def main() -> int:
     if percent > limit:
         print("\n".join(places))
     share = f"{len(places)} of {len(names)} names ({percent:.1f} %)"
-    print(f"{share} are pronouns, participles or adverbs; at most {limit:g} % may be")
-    return int(percent > limit)
+    print(f"{folder}: {share} are pronouns, participles or adverbs; at most {limit:g} % may be")
+    return percent > limit
+
+
+def main() -> int:
+    *folders, limit = sys.argv[1:]
+    results = [exceeds(path, float(limit)) for folder in folders for path in packages(Path(folder))]
+    return int(any(results))
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The paths to all that is in a JSON value."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, each in items:
-        yield from places(each, (*path, key))
+    for key, child in items:
+        yield from places(child, (*path, key))
 
 
 def mutated_value(value: Any, draw: random.Random) -> Any:
@@ -117,11 +117,11 @@ def mutated_value(value: Any, draw: random.Random) -> Any:
     elif action == 2 and isinstance(node, dict):
         node[draw.choice(WORDS)] = node.pop(last)
     elif action == 3:
-        other = draw.choice(list(places(value)))
-        taken = value
-        for key in other:
-            taken = taken[key]
-        node[last] = copy.deepcopy(taken)
+        source_path = draw.choice(list(places(value)))
+        source = value
+        for key in source_path:
+            source = source[key]
+        node[last] = copy.deepcopy(source)
     elif isinstance(node, list):
         node.insert(draw.randrange(len(node) + 1), node[last])
     elif isinstance(node[last], int) and not isinstance(node[last], bool):
@@ -180,17 +180,17 @@ SHAPES = {"model.embed_tokens.weight": [8, 4], "model.layers.0.mlp.up_proj.weigh
 
 
 def entries(shapes: dict[str, list[int]]) -> dict[str, Any]:
-    found, end = {}, 0
+    header, end = {}, 0
     for name, shape in shapes.items():
         size = 4 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        found[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
         end += size
-    return {"__metadata__": {"format": "pt"}, **found}
+    return {"__metadata__": {"format": "pt"}, **header}
 
 
 def safetensors(header: Any) -> bytes:
     text = as_json(header)
-    last = max((each["data_offsets"][1] for each in header.values() if "data_offsets" in each), default=0)
+    last = max((entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry), default=0)
     return len(text).to_bytes(8, "little") + text + bytes(last)
 
 
@@ -212,32 +212,32 @@ def indexes(folder: Path, draw: random.Random) -> Callable[[], None]:
     if not model.exists():
         model.mkdir()
         names = list(SHAPES)
-        for file, own in (("a.safetensors", names[:2]), ("b.safetensors", names[2:])):
-            (model / file).write_bytes(safetensors(entries({name: SHAPES[name] for name in own})))
+        for file, file_names in (("a.safetensors", names[:2]), ("b.safetensors", names[2:])):
+            (model / file).write_bytes(safetensors(entries({name: SHAPES[name] for name in file_names})))
         (folder / "secret.safetensors").write_bytes((model / "b.safetensors").read_bytes())
     files = dict(zip(SHAPES, ("a.safetensors", "a.safetensors", "b.safetensors"), strict=True))
     index = {"metadata": {"total_size": 272}, "weight_map": files}
     (model / "model.safetensors.index.json").write_bytes(mutated(index, as_json, draw))
 
     def work() -> None:
-        found = local_folder(model, "code")
-        read_tensors(found, find_weights(found, MODEL))
+        model_folder = local_folder(model, "code")
+        read_tensors(model_folder, find_weights(model_folder, MODEL))
 
     return work
 
 
 def recipes(folder: Path, draw: random.Random) -> Callable[[], None]:
     """A recipe, and the plan that it makes of three models."""
-    here = folder / "recipes"
-    if not here.exists():
+    recipe_folder = folder / "recipes"
+    if not recipe_folder.exists():
         for name in ("base", "code", "math"):
-            (here / name).mkdir(parents=True)
-            (here / name / "config.json").write_text('{"model_type": "llama", "vocab_size": 8}')
-            (here / name / "model.safetensors").write_bytes(safetensors(entries(SHAPES)))
-    (here / "recipe.yaml").write_bytes(mutated(draw.choice(RECIPES), as_yaml, draw))
+            (recipe_folder / name).mkdir(parents=True)
+            (recipe_folder / name / "config.json").write_text('{"model_type": "llama", "vocab_size": 8}')
+            (recipe_folder / name / "model.safetensors").write_bytes(safetensors(entries(SHAPES)))
+    (recipe_folder / "recipe.yaml").write_bytes(mutated(draw.choice(RECIPES), as_yaml, draw))
 
     def work() -> None:
-        recipe = Recipe.load(here / "recipe.yaml")
+        recipe = Recipe.load(recipe_folder / "recipe.yaml")
         with closing(plan(recipe, offline=True)):
             recipe.spelled_out()
 
@@ -271,13 +271,13 @@ class Watch:
     """Hears of every file that is opened, and keeps those outside a folder while there is one."""
 
     folder: Path | None = None
-    outside: list[str] = field(default_factory=list)
+    outside_files: list[str] = field(default_factory=list)
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and self.folder is not None and isinstance(arguments[0], str | bytes | os.PathLike):
             path = os.path.realpath(os.fsdecode(arguments[0]))
             if not path.startswith(f"{self.folder}/") and not path.endswith(CODE):
-                self.outside.append(path)
+                self.outside_files.append(path)
 
 
 WATCH = Watch()
@@ -291,17 +291,17 @@ def limited(folder: Path | None) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise Hang(f"took more than {SECONDS} s of the processor, or {WAITING} s")
 
-    before = [signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)]
+    handlers = [signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)]
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, WAITING)
-    WATCH.folder, WATCH.outside = folder and folder.resolve(), []
+    WATCH.folder, WATCH.outside_files = folder and folder.resolve(), []
     try:
         yield
     finally:
         WATCH.folder = None
         for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)
-        for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
+        for number, handler in zip((signal.SIGPROF, signal.SIGALRM), handlers, strict=True):
             signal.signal(number, handler)
 
 
@@ -313,18 +313,18 @@ def outcome(work: Callable[[], None], folder: Path | None) -> tuple[str, str]:
         ending = "read", ""
     except MergerError as error:
         faults = error.faults if isinstance(error, RecipeError) else [str(error)]
-        unsaid = [each for each in faults if not each or not each.isprintable() or len(each) > 20_000]
+        unsaid = [fault for fault in faults if not fault or not fault.isprintable() or len(fault) > 20_000]
         ending = ("failed", f"said {unsaid[0][:200]!r}") if unsaid else ("refused", "")
     except (Exception, Hang) as error:
         ending = "failed", f"{type(error).__name__}: {error}"[:300]
-    return ("failed", f"opened {WATCH.outside[0]}") if WATCH.outside else ending
+    return ("failed", f"opened {WATCH.outside_files[0]}") if WATCH.outside_files else ending
 
 
 @dataclass
 class Report:
     """What became of all cases of a kind."""
 
-    told: Counter[str] = field(default_factory=Counter)
+    endings: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     slowest: float = 0
 
@@ -337,11 +337,11 @@ def fuzz(kind: str, cases: int, seed: int, folder: Path) -> Report:
     for case in range(cases):
         work = TARGETS[kind](folder, random.Random(f"{seed} {kind} {case}"))
         began = time.process_time()
-        how, why = outcome(work, home)
+        ending, reason = outcome(work, home)
         report.slowest = max(report.slowest, time.process_time() - began)
-        report.told[how] += 1
-        if how == "failed":
-            report.failures.append(f"{kind}, seed {seed}, case {case}: {why}")
+        report.endings[ending] += 1
+        if ending == "failed":
+            report.failures.append(f"{kind}, seed {seed}, case {case}: {reason}")
     return report
 
 
@@ -351,18 +351,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=TARGETS)
     parser.add_argument("--memory", type=int, default=1024, help="MB of address space")
-    chosen = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory << 20, chosen.memory << 20))
+    args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (args.memory << 20, args.memory << 20))
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["MERGER_CACHE"] = os.environ["HF_HOME"] = f"{temporary}/cache"
-        for kind in [chosen.only] if chosen.only else TARGETS:
+        for kind in [args.only] if args.only else TARGETS:
             began = time.monotonic()
-            report = fuzz(kind, chosen.cases, chosen.seed, Path(temporary))
+            report = fuzz(kind, args.cases, args.seed, Path(temporary))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
             print(
-                f"{kind}: {chosen.cases:,} cases in {time.monotonic() - began:.0f} s: {report.told['read']:,} read, "
-                f"{report.told['refused']:,} refused, {report.told['failed']:,} failed; the slowest took "
+                f"{kind}: {args.cases:,} cases in {time.monotonic() - began:.0f} s: {report.endings['read']:,} read, "
+                f"{report.endings['refused']:,} refused, {report.endings['failed']:,} failed; the slowest took "
                 f"{1000 * report.slowest:.0f} ms, and the process had {peak:.0f} MB at most"
             )
             failures += report.failures

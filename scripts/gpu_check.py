@@ -59,16 +59,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/merger-gpu-check"))
     parser.add_argument("--keep", action="store_true", help="leave the models where they are")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    setting = gpu_parts.Setting(given.out.resolve(), given.work, given.device, given.size)
-    if given.part:
-        print(json.dumps(next(part.run(setting) for part in PARTS if part.name == given.part)))
+    args = parser.parse_args()
+    setting = gpu_parts.Setting(args.out.resolve(), args.work, args.device, args.size)
+    if args.part:
+        print(json.dumps(next(part.run(setting) for part in PARTS if part.name == args.part)))
         return
-    given.out.mkdir(parents=True, exist_ok=True)
-    failures = run_all(setting, given.minutes)
-    if not given.keep and not failures:
-        shutil.rmtree(given.work, ignore_errors=True)
-    print((given.out / "page.md").read_text())
+    args.out.mkdir(parents=True, exist_ok=True)
+    failures = run_all(setting, args.minutes)
+    if not args.keep and not failures:
+        shutil.rmtree(args.work, ignore_errors=True)
+    print((args.out / "page.md").read_text())
     sys.exit(1 if failures else 0)
 
 
@@ -77,37 +77,37 @@ def run_all(setting: gpu_parts.Setting, minutes: float) -> dict[str, str]:
     end = time.monotonic() + 60 * minutes - RESERVE
     failures: dict[str, str] = {}
     for part in PARTS:
-        left = end - time.monotonic()
+        seconds_left = end - time.monotonic()
         if setting.answer(part.name) is not None:
             continue
         if part.needs != part.name and setting.answer(part.needs) is None:
             failures[part.name] = f"waits for {part.needs}"
-        elif left < RESERVE:
+        elif seconds_left < RESERVE:
             failures[part.name] = "no time was left; run it again"
         else:
             print(f"{part.name}: {part.question}?", flush=True)
-            failures |= run_part(part, setting, min(part.limit * minutes / 8, left))
-        (setting.out / "page.md").write_text(page(setting, failures))
+            failures |= run_part(part, setting, min(part.limit * minutes / 8, seconds_left))
+        (setting.answers / "page.md").write_text(page(setting, failures))
     return failures
 
 
 def run_part(part: Part, setting: gpu_parts.Setting, seconds: float) -> dict[str, str]:
     """Runs one part as a process; nothing, or why it has no answer."""
-    command = [sys.executable, __file__, str(setting.out), "--part", part.name, "--device", setting.device]
+    command = [sys.executable, __file__, str(setting.answers), "--part", part.name, "--device", setting.device]
     command += ["--size", setting.size, "--work", str(setting.work)]
-    log = setting.out / f"{part.name.replace(' ', '-')}.log"
+    log = setting.answers / f"{part.name.replace(' ', '-')}.log"
     began = time.monotonic()
     with log.open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         try:
-            said, _ = process.communicate(timeout=seconds)
+            output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)  # the part's own processes, which are a group
             process.communicate()
             return {part.name: f"took longer than {seconds:.0f} s"}
     if process.returncode:
         return {part.name: f"exit {process.returncode}: {_last_line(log)}"}
-    answer = {**json.loads(said.splitlines()[-1]), "part seconds": round(time.monotonic() - began, 1)}
+    answer = {**json.loads(output.splitlines()[-1]), "part seconds": round(time.monotonic() - began, 1)}
     setting.file(part.name).write_text(json.dumps(answer, indent=1) + "\n")
     return {}
 

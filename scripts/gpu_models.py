@@ -21,8 +21,8 @@ SHARD_BYTES = 5_000_000_000
 def shapes(size: str, layers: int) -> dict[str, tuple[int, ...]]:
     """The tensors of a model that has so many of the layers."""
     names = synthesize.shapes(size)
-    kept = [name for name in names if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers]
-    return {name: names[name] for name in kept}
+    selection = [name for name in names if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers]
+    return {name: names[name] for name in selection}
 
 
 def model_bytes(size: str, layers: int) -> int:

@@ -32,14 +32,14 @@ MERGES: dict[str, dict[str, Any]] = {
 class Setting:
     """Where answers and models are, and what is measured."""
 
-    out: Path
+    answers: Path
     work: Path
     device: str
     size: str
 
     def file(self, part: str) -> Path:
         """The answer to a part."""
-        return self.out / f"{part.replace(' ', '-')}.json"
+        return self.answers / f"{part.replace(' ', '-')}.json"
 
     def answer(self, part: str) -> dict[str, Any] | None:
         """What was answered, if anything."""
@@ -62,9 +62,9 @@ def environment(setting: Setting) -> dict[str, Any]:
     from merger.engine.memory import CUDA, INTERPRETER
     from merger.ops import kernels
 
-    before = peak_memory()
+    memory_before = peak_memory()
     _compute(setting.device)
-    found = {
+    facts = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -72,14 +72,14 @@ def environment(setting: Setting) -> dict[str, Any]:
         "compiled loops": kernels.compiled(),
         "cores": os.cpu_count(),
         "memory-backed bytes free": shutil.disk_usage(setting.work.parent).free,
-        "host memory before the device computes": before,
+        "host memory before the device computes": memory_before,
         "host memory after it": peak_memory(),
         "host memory that merger counts for both": INTERPRETER + CUDA,
     }
     if setting.device != "cpu":
         free, total = torch.cuda.mem_get_info()
-        found |= {"gpu": torch.cuda.get_device_name(), "gpu bytes free": free, "gpu bytes": total, **_copies()}
-    return found
+        facts |= {"gpu": torch.cuda.get_device_name(), "gpu bytes free": free, "gpu bytes": total, **_copies()}
+    return facts
 
 
 def _compute(device: str) -> None:
@@ -111,9 +111,9 @@ def _copies() -> dict[str, Any]:
 
 
 def tests(setting: Setting) -> dict[str, Any]:
-    absent = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
-    if absent:
-        return {"not run": f"no {' and no '.join(absent)}"}
+    missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
+    if missing:
+        return {"not run": f"no {' and no '.join(missing)}"}
     files = ["tests/test_devices.py", "tests/test_same_bytes.py", "tests/test_precision.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu or precision", "-p", "no:cacheprovider", *files]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -136,7 +136,7 @@ def bytes_of_all(setting: Setting) -> dict[str, Any]:
     gpu_models.write_adapter(folder / "adapter", "tiny", 2)
     gpu_models.write_text(folder / "text.jsonl", 4, 32)
     _keep_statistics(folder)
-    so_far = setting.out / "bytes-so-far.json"  # merges that an earlier run has compared
+    so_far = setting.answers / "bytes-so-far.json"  # merges that an earlier run has compared
     verdicts = json.loads(so_far.read_text()) if so_far.exists() else {}
     for name in [*ENTRIES, *SCORES]:
         if name not in verdicts:
@@ -206,21 +206,21 @@ def models(setting: Setting) -> dict[str, Any]:
     import gpu_models
     import synthesize
 
-    whole, spare = synthesize.SIZES[setting.size][2], gpu_models.model_bytes(setting.size, BLOCKS)
+    all_layers, spare = synthesize.SIZES[setting.size][2], gpu_models.model_bytes(setting.size, BLOCKS)
     copies = len(EXPERTS) + 2  # base, experts, and an output
     setting.work.mkdir(parents=True, exist_ok=True)
     room = 0.9 * shutil.disk_usage(setting.work).free - copies * spare
-    fitting = [n for n in range(1, whole + 1) if copies * gpu_models.model_bytes(setting.size, n) <= room]
+    fitting = [n for n in range(1, all_layers + 1) if copies * gpu_models.model_bytes(setting.size, n) <= room]
     if not fitting:
         sys.exit(f"{setting.work} has no room for one block of {setting.size}; give another --work")
     began = time.monotonic()
-    for folder, layers in ((setting.work / "models", fitting[-1]), (setting.work / "few", min(BLOCKS, whole))):
+    for folder, layers in ((setting.work / "models", fitting[-1]), (setting.work / "few", min(BLOCKS, all_layers))):
         for expert, name in enumerate(("base", *EXPERTS)):
             gpu_models.write_model(folder / name, setting.size, layers, expert, setting.device)
     gpu_models.write_text(setting.work / "text.jsonl", SAMPLES, TOKENS)
     size = gpu_models.model_bytes(setting.size, fitting[-1])
     seconds = time.monotonic() - began
-    return {"blocks": fitting[-1], "of": whole, "bytes of a model": size, "seconds": round(seconds, 1)}
+    return {"blocks": fitting[-1], "of": all_layers, "bytes of a model": size, "seconds": round(seconds, 1)}
 
 
 def floor(setting: Setting) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def floor(setting: Setting) -> dict[str, Any]:
 def _speed(setting: Setting, folder: str, seconds: float) -> dict[str, Any]:
     """Bytes that are read and written at least, and how fast that was."""
     files = {name: list((setting.work / folder / name).glob("*.safetensors")) for name in ("base", *EXPERTS)}
-    sizes = {name: sum(file.stat().st_size for file in several) for name, several in files.items()}
+    sizes = {name: sum(file.stat().st_size for file in shards) for name, shards in files.items()}
     moved = sum(sizes.values()) + sizes["base"]
     return {"seconds": round(seconds, 2), "GB/s": round(moved / seconds / 1e9, 2), "bytes moved": moved}
 

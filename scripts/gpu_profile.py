@@ -32,11 +32,11 @@ def profile(setting: Setting) -> dict[str, Any]:
         merge(Recipe.load(recipe_file(setting, slowest)), RunOptions(device=setting.device), force=True)
     shutil.rmtree(setting.work / "merged", ignore_errors=True)
     total = sum(places.values())
-    found = {"merge": slowest, "threads were in": [f"{n / total:.1%} {place}" for place, n in places.most_common(15)]}
+    result = {"merge": slowest, "threads were in": [f"{n / total:.1%} {place}" for place, n in places.most_common(15)]}
     if profiler is not None:
         events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:15]
-        found["kernels"] = [f"{e.self_device_time_total / 1e3:,.0f} ms in {e.count:,} of {e.key[:90]}" for e in events]
-    return found
+        result["kernels"] = [f"{e.self_device_time_total / 1e3:,.0f} ms in {e.count:,} of {e.key[:90]}" for e in events]
+    return result
 
 
 @contextmanager

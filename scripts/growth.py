@@ -75,11 +75,11 @@ def section(
     title: str, unit: str, cases: list[Case], place: Callable[[Case], float], runs: list[bench.Run], start: Case | None
 ) -> list[str]:
     """A table of medians and its fit, as Markdown."""
-    medians = {each: statistics.median(run.wall for run in runs if run.scenario == name(each)) for each in cases}
-    places, values = [place(each) for each in cases], list(medians.values())
+    medians = {case: statistics.median(run.wall for run in runs if run.scenario == name(case)) for case in cases}
+    places, values = [place(case) for case in cases], list(medians.values())
     fit = Fit.through(places, values)
-    none = fit.intercept if start is None else statistics.median(r.wall for r in runs if r.scenario == name(start))
-    power = exponent(places, values, none)
+    start_up = fit.intercept if start is None else statistics.median(r.wall for r in runs if r.scenario == name(start))
+    power = exponent(places, values, start_up)
     lines = [
         f"## {title}",
         "",
@@ -88,11 +88,11 @@ def section(
     ]
     for place_, value, off, step in zip(places, values, fit.residuals, [None, *fit.steps], strict=True):
         on = fit.intercept + fit.slope * place_
-        told = "" if step is None else f"{step:.2f}"
-        lines.append(f"| {place_:g} | {value:.2f} s | {on:.2f} s | {off:+.1%} | {told} |")
+        step_text = "" if step is None else f"{step:.2f}"
+        lines.append(f"| {place_:g} | {value:.2f} s | {on:.2f} s | {off:+.1%} | {step_text} |")
     lines += [
         "",
-        f"wall = {fit.intercept:.2f} s + {fit.slope:.3f} s x {unit}; without {none:.2f} s of start-up it grows "
+        f"wall = {fit.intercept:.2f} s + {fit.slope:.3f} s x {unit}; without {start_up:.2f} s of start-up it grows "
         f"with the power {power:.3f}.",
         "",
     ]
@@ -104,26 +104,26 @@ def name(case: Case) -> str:
     return f"{case.scenario} {case.size} x {case.experts}"
 
 
-def page(given: argparse.Namespace, cases: list[Case], runs: list[bench.Run]) -> str:
+def page(args: argparse.Namespace, cases: list[Case], runs: list[bench.Run]) -> str:
     """All fits."""
     lines = [
         "# How the cost of a merge grows",
         "",
-        f"`python scripts/growth.py WORK --sizes {' '.join(given.sizes)} --experts {' '.join(map(str, given.experts))} "
-        f"--at {given.at} --runs {given.runs} --device {given.device}`; medians of {given.runs} rounds.",
-        bench.hardware(given.device),
+        f"`python scripts/growth.py WORK --sizes {' '.join(args.sizes)} --experts {' '.join(map(str, args.experts))} "
+        f"--at {args.at} --runs {args.runs} --device {args.device}`; medians of {args.runs} rounds.",
+        bench.hardware(args.device),
         "",
     ]
-    for scenario in given.only.split(","):
-        own = [each for each in cases if each.scenario == scenario]
-        sizes = [each for each in own if each.experts == EXPERTS and each.size in given.sizes]
-        several = [each for each in own if each.size == given.at and each.experts in given.experts]
+    for scenario in args.only.split(","):
+        scenario_cases = [case for case in cases if case.scenario == scenario]
+        sizes = [case for case in scenario_cases if case.experts == EXPERTS and case.size in args.sizes]
+        expert_cases = [case for case in scenario_cases if case.size == args.at and case.experts in args.experts]
         start = Case(scenario, "tiny", EXPERTS)
         lines += section(
-            f"{scenario}: parameters, {EXPERTS} experts", "billions", sizes, lambda each: each.parameters, runs, start
+            f"{scenario}: parameters, {EXPERTS} experts", "billions", sizes, lambda case: case.parameters, runs, start
         )
         lines += section(
-            f"{scenario}: experts of {given.at}", "experts", several, lambda each: each.experts, runs, None
+            f"{scenario}: experts of {args.at}", "experts", expert_cases, lambda case: case.experts, runs, None
         )
     return "\n".join(lines)
 
@@ -138,34 +138,38 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="what the merges run on, as merger run takes it")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    pairs = [("tiny", EXPERTS), *((size, EXPERTS) for size in given.sizes), *((given.at, k) for k in given.experts)]
+    pairs = [
+        ("tiny", EXPERTS),
+        *((size, EXPERTS) for size in args.sizes),
+        *((args.at, k) for k in args.experts),
+    ]
     by_size = sorted(set(pairs), key=lambda pair: (Case("", *pair).parameters, pair[1]))
-    cases = [Case(scenario, *pair) for scenario in given.only.split(",") for pair in by_size]
-    for each in cases:
-        made(given.work, each.size, each.experts)
-    log, cache = given.work / "log.txt", str(given.work / "cache")
+    cases = [Case(scenario, *pair) for scenario in args.only.split(",") for pair in by_size]
+    for case in cases:
+        made(args.work, case.size, case.experts)
+    log, cache = args.work / "log.txt", str(args.work / "cache")
 
-    def run(case: Case, number: int) -> bench.Run:
-        command = bench.ours(given.work / case.size, case.experts, given.device, case.scenario)
-        ran = bench.timed(command, "merger", name(case), case.experts, number, log, MERGER_CACHE=cache)
-        shutil.rmtree(given.work / case.size / "merged", ignore_errors=True)
+    def run(timed_case: Case, number: int) -> bench.Run:
+        command = bench.ours(args.work / timed_case.size, timed_case.experts, args.device, timed_case.scenario)
+        ran = bench.timed(command, "merger", name(timed_case), timed_case.experts, number, log, MERGER_CACHE=cache)
+        shutil.rmtree(args.work / timed_case.size / "merged", ignore_errors=True)
         return ran
 
-    most = {each.size: max(other.experts for other in cases if other.size == each.size) for each in cases}
-    for size, experts in most.items():
+    max_experts = {case.size: max(peer.experts for peer in cases if peer.size == case.size) for case in cases}
+    for size, experts in max_experts.items():
         run(Case("linear", size, experts), -1)  # reads and hashes the inputs
     runs = []
-    for number in range(given.runs):
-        for each in cases:
-            runs.append(run(each, number))
+    for number in range(args.runs):
+        for case in cases:
+            runs.append(run(case, number))
             print(runs[-1], flush=True)
-    if any(each.exit for each in runs):
+    if any(case.exit for case in runs):
         raise SystemExit(f"a merge failed; {log} says why")
-    text = page(given, cases, runs)
-    if given.out:
-        bench.stored(given.out, text, runs)
+    text = page(args, cases, runs)
+    if args.out:
+        bench.stored(args.out, text, runs)
     print(text)
 
 

@@ -43,12 +43,12 @@ def synthesize(folder: Path, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed * 3 + label)
         shapes = {"model.embed_tokens.weight": (512, 128), "lm_head.weight": (512, 128), "model.norm.weight": (128,)}
         for block in range(8):
-            for each in ("q", "k", "v", "o"):
-                shapes[f"model.layers.{block}.self_attn.{each}_proj.weight"] = (128, 128)
-            for each in ("gate", "up"):
-                shapes[f"model.layers.{block}.mlp.{each}_proj.weight"] = (256, 128)
+            for part in ("q", "k", "v", "o"):
+                shapes[f"model.layers.{block}.self_attn.{part}_proj.weight"] = (128, 128)
+            for part in ("gate", "up"):
+                shapes[f"model.layers.{block}.mlp.{part}_proj.weight"] = (256, 128)
             shapes[f"model.layers.{block}.mlp.down_proj.weight"] = (128, 256)
-        tensors = {each: torch.randn(shape, generator=generator) for each, shape in shapes.items()}
+        tensors = {part: torch.randn(shape, generator=generator) for part, shape in shapes.items()}
         (folder / name).mkdir()
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
         (folder / name / "config.json").write_text(json.dumps(CONFIG))
@@ -84,10 +84,10 @@ def start(folder: Path, recipe: str, *, force: bool) -> int:
     """A merge; what it says is in the file ``said``."""
 
     def work() -> None:
-        with (folder / "said").open("w") as said:
+        with (folder / "said").open("w") as log:
             merge(
                 Recipe.load(folder / recipe),
-                RunOptions(device="cpu", notice=lambda line: print(line, file=said, flush=True)),
+                RunOptions(device="cpu", notice=lambda line: print(line, file=log, flush=True)),
                 force=force,
             )
 
@@ -97,32 +97,35 @@ def start(folder: Path, recipe: str, *, force: bool) -> int:
 
 def watch(output: Path, models: Sequence[Mapping[str, bytes]], report: Path) -> None:
     """Looks at the output's name until SIGTERM, and writes what it saw."""
-    sizes = {whole["merger.json"]: {name: len(content) for name, content in whole.items()} for whole in models}
-    told: Counter[str] = Counter()
-    signal.signal(signal.SIGTERM, lambda *_: told.update(stop=1))
-    while not told["stop"]:
-        told["looks"] += 1
+    sizes = {
+        model_files["merger.json"]: {name: len(content) for name, content in model_files.items()}
+        for model_files in models
+    }
+    observations: Counter[str] = Counter()
+    signal.signal(signal.SIGTERM, lambda *_: observations.update(stop=1))
+    while not observations["stop"]:
+        observations["looks"] += 1
         try:
             folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            told["absent"] += 1
+            observations["absent"] += 1
             time.sleep(0.0002)
             continue
-        whole = is_whole(folder, sizes)
-        named = is_at(output, folder)  # one that was replaced while it was looked at may be half deleted
+        model_files = is_whole(folder, sizes)
+        is_current = is_at(output, folder)  # one that was replaced while it was looked at may be half deleted
         os.close(folder)
-        told["seen"] += named
-        told["parts"] += named and not whole
+        observations["seen"] += is_current
+        observations["parts"] += is_current and not model_files
         time.sleep(0.0002)
-    report.write_text(json.dumps(told))
+    report.write_text(json.dumps(observations))
 
 
 def is_whole(folder: int, sizes: Mapping[bytes, Mapping[str, int]]) -> bool:
     """Whether an open folder has all the files, at their sizes, of the model whose merger.json it has."""
     try:
         with open(os.open("merger.json", os.O_RDONLY, dir_fd=folder), "rb") as file:
-            wanted = sizes.get(file.read())
-        return {name: os.stat(name, dir_fd=folder).st_size for name in os.listdir(folder)} == wanted
+            expected_sizes = sizes.get(file.read())
+        return {name: os.stat(name, dir_fd=folder).st_size for name in os.listdir(folder)} == expected_sizes
     except FileNotFoundError:
         return False
 
@@ -146,7 +149,7 @@ def until_writing(folder: Path, process: int) -> None:
         time.sleep(0.0005)
 
 
-def until_done(folder: Path, recipe: str, whole: float, draw: random.Random, *, force: bool) -> Counter[str]:
+def until_done(folder: Path, recipe: str, seconds: float, draw: random.Random, *, force: bool) -> Counter[str]:
     """Runs and kills until a run comes to its end; what happened."""
     did: Counter[str] = Counter(rounds=1)
     kill, status = True, -1
@@ -154,18 +157,18 @@ def until_done(folder: Path, recipe: str, whole: float, draw: random.Random, *, 
         process = start(folder, recipe, force=force)
         if kill:
             until_writing(folder, process)
-            time.sleep(draw.random() * whole)
+            time.sleep(draw.random() * seconds)
             os.kill(process, signal.SIGKILL)
         status = ended(process)
         killed = status == -signal.SIGKILL
         if status and not killed:
             raise SystemExit(f"a run ended with {status}: {(folder / 'said').read_text()}")
-        said = (folder / "said").read_text()
+        log = (folder / "said").read_text()
         did["kills"] += killed
         did["late"] += killed and not force and (folder / "out").exists()
-        if GOES_ON in said:
+        if GOES_ON in log:
             did["resumed"] += 1
-            did["kept"] += int(said.partition(GOES_ON)[2].split()[0])
+            did["kept"] += int(log.partition(GOES_ON)[2].split()[0])
         kill = draw.random() < 0.5
     return did
 
@@ -186,48 +189,48 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="linear")
     parser.add_argument("--force", action="store_true", help="each round replaces the last one's model")
-    chosen = parser.parse_args()
-    draw = random.Random(chosen.seed)
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["MERGER_CACHE"] = str(folder / "cache")
-        synthesize(folder, chosen.seed)
+        synthesize(folder, args.seed)
         for name, weight in (("one.yaml", 1), ("other.yaml", "1/2")):
             (folder / name).write_text(
                 f"base: base\nexperts: {{code: {{model: code, weight: {weight}}}, math: math}}\n"
-                f"method: {chosen.method}\noutput: {{path: out, shard_size: 500kB}}\n"
+                f"method: {args.method}\noutput: {{path: out, shard_size: 500kB}}\n"
             )
         expected = {name: timed(folder, name) for name in ("one.yaml", "other.yaml")}
-        whole = max(seconds for seconds, _ in expected.values())
-        models = [written for _, written in expected.values()]
+        longest = max(seconds for seconds, _ in expected.values())
+        models = [files for _, files in expected.values()]
         watcher = forked(lambda: watch(folder / "out", models, folder / "watched"))
-        told: Counter[str] = Counter()
+        events: Counter[str] = Counter()
         try:
-            while told["kills"] < chosen.kills:
-                recipe = "other.yaml" if chosen.force and told["rounds"] % 2 else "one.yaml"
-                if not chosen.force:
+            while events["kills"] < args.kills:
+                recipe = "other.yaml" if args.force and events["rounds"] % 2 else "one.yaml"
+                if not args.force:
                     # the watcher may still look into the last output, so that is deleted a round later
                     shutil.rmtree(folder / "old", ignore_errors=True)
                     (folder / "out").rename(folder / "old")
                     shutil.rmtree(folder / "out.partial", ignore_errors=True)  # of a kill after the end
-                told += until_done(folder, recipe, whole, draw, force=chosen.force)
+                events += until_done(folder, recipe, longest, draw, force=args.force)
                 if contents(folder / "out") != expected[recipe][1]:
-                    raise SystemExit(f"round {told['rounds']}: the bytes differ from those of an uninterrupted run")
+                    raise SystemExit(f"round {events['rounds']}: the bytes differ from those of an uninterrupted run")
         finally:
             os.kill(watcher, signal.SIGTERM)
             ended(watcher)
         saw = Counter(json.loads((folder / "watched").read_text()))
     if saw["parts"]:
         raise SystemExit(f"the output was there {saw['parts']} times with only a part of a model")
-    if chosen.force and saw["absent"]:
+    if args.force and saw["absent"]:
         raise SystemExit(f"the output was not there {saw['absent']} times")
-    absent = ", nor its absence" if chosen.force else ""
+    absence_remark = ", nor its absence" if args.force else ""
     print(
-        f"{chosen.method}: {told['kills']} kills in {told['rounds']} rounds, each within {whole:.2f} s of writing; "
-        f"every round ended in the same bytes ({len(models[0])} files). {told['resumed']} runs kept finished shards "
-        f"({told['kept']} in all); {told['late']} kills came after the end. The watcher looked {saw['looks']:,} "
-        f"times, saw the output {saw['seen']:,} times, and never a part of it{absent}."
+        f"{args.method}: {events['kills']} kills in {events['rounds']} rounds, each within {longest:.2f} s of writing; "
+        f"every round ended in the same bytes ({len(models[0])} files). {events['resumed']} runs kept finished shards "
+        f"({events['kept']} in all); {events['late']} kills came after the end. The watcher looked {saw['looks']:,} "
+        f"times, saw the output {saw['seen']:,} times, and never a part of it{absence_remark}."
     )
 
 

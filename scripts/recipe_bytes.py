@@ -64,21 +64,21 @@ def recipe_hash(path: Path, models: Path, scratch: Path) -> str:
     return digest.hexdigest()
 
 
-def expert(written: object, model: Path) -> dict[str, object]:
+def expert(entry: object, model: Path) -> dict[str, object]:
     """An expert of a recipe with another model; its weight stays."""
-    weight = {"weight": written["weight"]} if isinstance(written, dict) and "weight" in written else {}
+    weight = {"weight": entry["weight"]} if isinstance(entry, dict) and "weight" in entry else {}
     return {"model": str(model), **weight}
 
 
-def compare(before: Path, after: Path) -> int:
+def compare(old_file: Path, new_file: Path) -> int:
     """Prints what differs; the exit status is 1 if anything does."""
-    hashes = [json.loads(path.read_text()) for path in (before, after)]
+    hashes = [json.loads(path.read_text()) for path in (old_file, new_file)]
     names = sorted(hashes[0].keys() | hashes[1].keys())
-    differing = [name for name in names if hashes[0].get(name) != hashes[1].get(name)]
-    for name in differing:
+    changed_names = [name for name in names if hashes[0].get(name) != hashes[1].get(name)]
+    for name in changed_names:
         print(f"{name}: {hashes[0].get(name)} before, {hashes[1].get(name)} after")
-    print(f"{len(names) - len(differing)} of {len(names)} the same")
-    return 1 if differing else 0
+    print(f"{len(names) - len(changed_names)} of {len(names)} the same")
+    return 1 if changed_names else 0
 
 
 if __name__ == "__main__":

@@ -30,64 +30,64 @@ import merger
 KINDS = ("plain", "own", "merged", "kept")
 
 
-def experts(given: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
+def experts(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
     """Each expert's model and text."""
-    named = (each.partition("=") for each in given.experts)
-    return {name: tuple(map(Path, where.split(":"))) for name, _, where in named}
+    entries = (entry.partition("=") for entry in args.experts)
+    return {name: tuple(map(Path, paths.split(":"))) for name, _, paths in entries}
 
 
-def long_texts(model: Path, text: Path, given: argparse.Namespace, to: Path) -> None:
+def long_texts(model: Path, text: Path, args: argparse.Namespace, to: Path) -> None:
     """Writes as many texts as there are samples, each of a few more tokens than a sample has."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     joined = "\n\n".join(json.loads(line)["text"] for line in text.read_text().splitlines())
-    ids, size = tokenizer(joined).input_ids, given.tokens + given.tokens // 4
-    while len(ids) < given.samples * size:
+    ids, size = tokenizer(joined).input_ids, args.tokens + args.tokens // 4
+    while len(ids) < args.samples * size:
         ids = ids + ids
-    pieces = (tokenizer.decode(ids[i * size : (i + 1) * size]) for i in range(given.samples))
+    pieces = (tokenizer.decode(ids[i * size : (i + 1) * size]) for i in range(args.samples))
     to.write_text("\n".join(json.dumps({"text": f"{i} {piece}"}) for i, piece in enumerate(pieces)))
 
 
-def recipe(given: argparse.Namespace, folder: Path, inputs: str) -> merger.Recipe:
+def recipe(args: argparse.Namespace, folder: Path, inputs: str) -> merger.Recipe:
     """RegMean of the experts on the texts in ``folder``."""
-    named = experts(given)
-    data = {name: str(folder / f"{name}.jsonl") for name in named}
-    written = {
-        "base": str(given.base.resolve()),
-        "experts": {name: str(model.resolve()) for name, (model, _) in named.items()},
+    inputs_by_expert = experts(args)
+    data = {name: str(folder / f"{name}.jsonl") for name in inputs_by_expert}
+    content = {
+        "base": str(args.base.resolve()),
+        "experts": {name: str(model.resolve()) for name, (model, _) in inputs_by_expert.items()},
         "method": "regmean",
         "parameters": {"inputs": inputs},
-        "calibration": {"data": data, "samples": given.samples, "max_tokens": given.tokens},
+        "calibration": {"data": data, "samples": args.samples, "max_tokens": args.tokens},
         "output": {"path": str(folder / "out")},
     }
-    return merger.Recipe.parse(written)
+    return merger.Recipe.parse(content)
 
 
-def plain(given: argparse.Namespace) -> None:
-    for model, text in experts(given).values():
-        passes, _ = prepared(model, text, given.samples, given.tokens)
+def plain(args: argparse.Namespace) -> None:
+    for model, text in experts(args).values():
+        passes, _ = prepared(model, text, args.samples, args.tokens)
         whole(model, passes, logits=False)
 
 
-def one(given: argparse.Namespace) -> None:
+def one(args: argparse.Namespace) -> None:
     """One row, in this process."""
-    folder = Path(given.folder)
+    folder = Path(args.folder)
     began = time.monotonic()
-    if given.one == "plain":
-        plain(given)
-    elif given.one == "keep":
-        merger.calibrate(recipe(given, folder, "own"), gram=True)
+    if args.one == "plain":
+        plain(args)
+    elif args.one == "keep":
+        merger.calibrate(recipe(args, folder, "own"), gram=True)
     else:
-        merger.merge(recipe(given, folder, "merged" if given.one == "merged" else "own"), force=True)
+        merger.merge(recipe(args, folder, "merged" if args.one == "merged" else "own"), force=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": time.monotonic() - began, "peak": peak}))
 
 
-def measured(what: str, given: argparse.Namespace, folder: str, cache: str) -> dict[str, float]:
-    command = [sys.executable, __file__, str(given.base), *given.experts, "--one", what, "--folder", folder]
-    command += ["--samples", str(given.samples), "--tokens", str(given.tokens)]
+def measured(kind: str, args: argparse.Namespace, folder: str, cache: str) -> dict[str, float]:
+    command = [sys.executable, __file__, str(args.base), *args.experts, "--one", kind, "--folder", folder]
+    command += ["--samples", str(args.samples), "--tokens", str(args.tokens)]
     environment = {**os.environ, "MERGER_CACHE": cache}
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
-    result: dict[str, float] = json.loads(told[-1])
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
+    result: dict[str, float] = json.loads(lines[-1])
     return result
 
 
@@ -99,22 +99,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--one", choices=(*KINDS, "keep"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        one(given)
+    args = parser.parse_args()
+    if args.one:
+        one(args)
         return
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
-        for name, (model, text) in experts(given).items():
-            long_texts(model, text, given, Path(folder) / f"{name}.jsonl")
+        for name, (model, text) in experts(args).items():
+            long_texts(model, text, args, Path(folder) / f"{name}.jsonl")
         rows = {}
         for kind in ("plain", "own", "merged", "keep", "kept"):  # what is kept would be found by `own`
-            rows[kind] = measured(kind, given, folder, cache)
+            rows[kind] = measured(kind, args, folder, cache)
             print(kind, rows[kind], file=sys.stderr, flush=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| row | seconds | of plain | without the regressions, of plain | peak memory |\n|---|---|---|---|---|")
     for kind in (*KINDS, "keep"):
-        seconds, base, rest = (rows[each]["seconds"] for each in (kind, "plain", "kept"))
-        share = f"{(seconds - rest) / base:.2f}" if kind in ("own", "merged") else ""
+        seconds, base, baseline = (rows[row]["seconds"] for row in (kind, "plain", "kept"))
+        share = f"{(seconds - baseline) / base:.2f}" if kind in ("own", "merged") else ""
         print(f"| {kind} | {seconds:.1f} | {seconds / base:.2f} | {share} | {rows[kind]['peak'] / 1e6:,.0f} MB |")
 
 

@@ -25,42 +25,42 @@ from merger.recipe.recipe import overridden, search_of
 
 
 def main() -> None:
-    given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    given.add_argument("recipe", type=Path)
-    given.add_argument("--variants", nargs="+", required=True)
-    given.add_argument("--samples", type=int, default=40, help="texts of each task that a trial is judged by")
-    given.add_argument("--trials", type=int, default=2, help="merges of each variant")
-    given.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    asked = given.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--variants", nargs="+", required=True)
+    parser.add_argument("--samples", type=int, default=40, help="texts of each task that a trial is judged by")
+    parser.add_argument("--trials", type=int, default=2, help="merges of each variant")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    args = parser.parse_args()
 
-    document = overridden(read(asked.recipe), asked.overrides)
-    variants = spaces(document, search_of(document).variants, asked.overrides)
+    document = overridden(read(args.recipe), args.overrides)
+    variants = spaces(document, search_of(document).variants, args.overrides)
     family = families.of({name: example(space) for name, space in variants.items()})
     section = family.evaluation
     assert section is not None
-    held_out = tasks.load(section.data, family.folder, asked.samples)
-    judged: list[float] = []
+    held_out = tasks.load(section.data, family.folder, args.samples)
+    judging_seconds: list[float] = []
     print("| variant | merges, s | median | judging, s | merge / judging |\n|---|---|---|---|---|")
     with ModelHost(RunOptions()) as model_host:
         evaluator = Evaluator(model_host, family, held_out, section.max_tokens)
-        for name in asked.variants:
+        for name in args.variants:
             merged = []
-            for seconds, model in merges(model_host, variants[name], asked.trials):
+            for seconds, model in merges(model_host, variants[name], args.trials):
                 merged.append(seconds)
-                if name == asked.variants[0]:
+                if name == args.variants[0]:
                     began = time.monotonic()
                     evaluator.outcomes(model, name)
-                    judged.append(time.monotonic() - began)
-            each = ", ".join(f"{seconds:.1f}" for seconds in merged)
-            cost, judging = median(merged), median(judged)
-            print(f"| {name} | {each} | {cost:.1f} | {judging:.1f} | {cost / judging:.2f} |", flush=True)
+                    judging_seconds.append(time.monotonic() - began)
+            seconds_text = ", ".join(f"{seconds:.1f}" for seconds in merged)
+            cost, judging = median(merged), median(judging_seconds)
+            print(f"| {name} | {seconds_text} | {cost:.1f} | {judging:.1f} | {cost / judging:.2f} |", flush=True)
 
 
 def merges(model_host: ModelHost, space: Space, trials: int):
     """The seconds of each merge, and its model, which the next one overwrites."""
     rng = random.Random(0)
     for _ in range(trials):
-        recipe = space.recipe({each.name: each.draw(rng) for each in space.dimensions})
+        recipe = space.recipe({dimension.name: dimension.draw(rng) for dimension in space.dimensions})
         began = time.monotonic()
         model, _ = model_host.merged(recipe)
         yield time.monotonic() - began, model

@@ -36,24 +36,24 @@ SHAPES = {
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = values > max(matrix.shape) * 2.0**-23 * values[0]
-    return left[:, kept], values[kept], right[kept]
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    strong = s > max(matrix.shape) * 2.0**-23 * s[0]
+    return u[:, strong], s[strong], v[strong]
 
 
 def full_tsv_m(deltas: Tensor) -> Tensor:
     rank = min(deltas.shape[1:]) // len(deltas)
     parts = [svd(delta) for delta in deltas]
-    left = torch.cat([u[:, :rank] for u, _, _ in parts], 1)
-    values = torch.cat([s[:rank] for _, s, _ in parts])
-    right = torch.cat([v[:rank] for _, _, v in parts])
-    (u, _, v), (p, _, q) = svd(left), svd(right)
-    return u @ v * values @ p @ q
+    all_u = torch.cat([u[:, :rank] for u, _, _ in parts], 1)
+    all_s = torch.cat([s[:rank] for _, s, _ in parts])
+    all_v = torch.cat([v[:rank] for _, _, v in parts])
+    (u, _, v), (p, _, q) = svd(all_u), svd(all_v)
+    return u @ v * all_s @ p @ q
 
 
 def full_iso_c(deltas: Tensor) -> Tensor:
-    left, values, right = svd(deltas.sum(0))
-    return left @ right * values.mean()
+    u, s, v = svd(deltas.sum(0))
+    return u @ v * s.mean()
 
 
 METHODS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -74,39 +74,39 @@ def task_vectors(experts: int, shape: tuple[int, int], seed: int) -> Tensor:
 
 def timed(work: Callable[[], list[Tensor]]) -> tuple[float, float, list[Tensor]]:
     """Seconds by the clock, and of all cores together."""
-    began, before = time.monotonic(), time.process_time()
-    found = work()
-    return time.monotonic() - began, time.process_time() - before, found
+    began, cpu_start = time.monotonic(), time.process_time()
+    results = work()
+    return time.monotonic() - began, time.process_time() - cpu_start, results
 
 
-def side_by_side(method: Callable[[Tensor], Tensor], several: list[Tensor]) -> list[Tensor]:
+def side_by_side(method: Callable[[Tensor], Tensor], stacks: list[Tensor]) -> list[Tensor]:
     with tuned(), ThreadPoolExecutor(2) as pool:
-        return list(pool.map(method, several))
+        return list(pool.map(method, stacks))
 
 
-def measured(name: str, given: argparse.Namespace, several: list[Tensor]) -> list[tuple[str, float, float, float]]:
+def measured(name: str, args: argparse.Namespace, stacks: list[Tensor]) -> list[tuple[str, float, float, float]]:
     """Seconds of each way by both clocks, and how far its results are from the float64 SVD's."""
-    slow, ours = METHODS[name]
+    slow, fast = METHODS[name]
     ways = {
-        "full SVD, float64": lambda: [slow(each.double()) for each in several],
-        "full SVD, float32": lambda: [slow(each) for each in several],
-        "merger": lambda: side_by_side(ours, several),
+        "full SVD, float64": lambda: [slow(timings.double()) for timings in stacks],
+        "full SVD, float32": lambda: [slow(timings) for timings in stacks],
+        "merger": lambda: side_by_side(fast, stacks),
     }
-    runs = {way: [timed(work) for _ in range(given.runs)] for way, work in ways.items()}
+    runs = {way: [timed(work) for _ in range(args.runs)] for way, work in ways.items()}
     exact = runs["full SVD, float64"][0][2]
     return [
         (
             way,
-            statistics.median(seconds for seconds, _, _ in each),
-            statistics.median(cpu for _, cpu, _ in each),
-            max(map(difference, each[0][2], exact)),
+            statistics.median(seconds for seconds, _, _ in timings),
+            statistics.median(cpu for _, cpu, _ in timings),
+            max(map(difference, timings[0][2], exact)),
         )
-        for way, each in runs.items()
+        for way, timings in runs.items()
     ]
 
 
-def difference(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).abs().max() / exact.abs().max())
+def difference(result: Tensor, exact: Tensor) -> float:
+    return float((result - exact).abs().max() / exact.abs().max())
 
 
 def main() -> None:
@@ -116,18 +116,19 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the full SVDs")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {given.threads} threads\n")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {args.threads} threads\n")
     print("| shapes | method | way | seconds | of merger's | CPU seconds | of merger's | difference |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for shapes in given.shapes:
-        several = [task_vectors(given.experts, shape, seed) for seed, shape in enumerate(SHAPES[shapes] * given.blocks)]
+    for shapes in args.shapes:
+        stacks = [task_vectors(args.experts, shape, seed) for seed, shape in enumerate(SHAPES[shapes] * args.blocks)]
         for name in METHODS:
-            rows = measured(name, given, several)
-            _, own, own_cpu, _ = rows[-1]
-            for way, seconds, cpu, far in rows:
-                cells = f"{seconds:.2f} | {seconds / own:.1f} | {cpu:.2f} | {cpu / own_cpu:.1f} | {far:.0e}"
+            rows = measured(name, args, stacks)
+            _, merger_seconds, merger_cpu, _ = rows[-1]
+            for way, seconds, cpu, distance in rows:
+                ratios = seconds / merger_seconds, cpu / merger_cpu
+                cells = f"{seconds:.2f} | {ratios[0]:.1f} | {cpu:.2f} | {ratios[1]:.1f} | {distance:.0e}"
                 print(f"| {shapes} | {name} | {way} | {cells} |", flush=True)
 
 

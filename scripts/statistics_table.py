@@ -32,12 +32,12 @@ def row(entry: Statistic, about: str) -> str:
 
 def main() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    written = f"{before}{BEGIN}{table()}{END}{after}"
+    head, _, tail = text.partition(BEGIN)
+    _, _, foot = tail.partition(END)
+    page = f"{head}{BEGIN}{table()}{END}{foot}"
     if "--check" not in sys.argv[1:]:
-        DOCS.write_text(written, encoding="utf-8")
-    elif written != text:
+        DOCS.write_text(page, encoding="utf-8")
+    elif page != text:
         sys.exit(f"{DOCS} differs from the declared statistics; run python {Path(__file__).name}")
 
 

@@ -36,8 +36,8 @@ SIZES = {
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model, by name."""
-    hidden, inner, layers, heads, shared, vocabulary = SIZES[size]
-    narrow = hidden // heads * shared
+    hidden, inner, layers, heads, key_heads, vocabulary = SIZES[size]
+    narrow = hidden // heads * key_heads
     block = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (narrow, hidden),
@@ -56,7 +56,7 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 def config(size: str) -> dict[str, object]:
     """config.json of the model."""
-    hidden, inner, layers, heads, shared, vocabulary = SIZES[size]
+    hidden, inner, layers, heads, key_heads, vocabulary = SIZES[size]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -64,7 +64,7 @@ def config(size: str) -> dict[str, object]:
         "intermediate_size": inner,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": shared,
+        "num_key_value_heads": key_heads,
         "vocab_size": vocabulary,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
@@ -102,10 +102,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="1.1B")
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--shard-size", type=byte_size, default=5_000_000_000)
-    given = parser.parse_args()
-    for expert in range(given.experts + 1):
-        path = given.out / (f"expert{expert}" if expert else "base")
-        write(path, given.size, expert, given.shard_size)
+    args = parser.parse_args()
+    for expert in range(args.experts + 1):
+        path = args.out / (f"expert{expert}" if expert else "base")
+        write(path, args.size, expert, args.shard_size)
         print(path, flush=True)
 
 

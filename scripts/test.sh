@@ -6,5 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/lint-imports --no-cache
-.venv/bin/python scripts/check_names.py merger 7
+.venv/bin/python scripts/check_names.py merger scripts 1.5
 exec .venv/bin/python -m pytest "$@"

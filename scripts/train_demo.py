@@ -82,22 +82,22 @@ def save(network: LlamaForCausalLM, words: PreTrainedTokenizerFast, path: Path) 
     """A bf16 checkpoint with its tokenizer, and a line on what it can do."""
     copy.deepcopy(network).to(torch.bfloat16).save_pretrained(path)
     words.save_pretrained(path)
-    right = {task: accuracy(network, words, examples(task, "heldout", 200)) for task in TASKS}
-    print(path.name, right, flush=True)
+    accuracies = {task: accuracy(network, words, examples(task, "heldout", 200)) for task in TASKS}
+    print(path.name, accuracies, flush=True)
 
 
 def main() -> None:
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("merger/demo/models")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("merger/demo/models")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     words = tokenizer()
     base = model(words)
     train(base, words, SHARES, BASE_STEPS, BASE_RATE)
-    save(base, words, out / "base")
+    save(base, words, folder / "base")
     for task in TASKS:
         expert = copy.deepcopy(base)
         train(expert, words, {task: BATCH}, EXPERT_STEPS, EXPERT_RATE)
-        save(expert, words, out / task)
+        save(expert, words, folder / task)
 
 
 if __name__ == "__main__":

@@ -120,23 +120,24 @@ class Judge:
             weights |= load_file(file)
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not {*missing, *unexpected} - {"lm_head.weight"}, (missing, unexpected)  # the head is tied
-        found = {}
+        losses = {}
         for domain, rows in held_out.items():
             sums = [self._loss(rows[start : start + 8]) for start in range(0, len(rows), 8)]
-            found[domain] = sum(sums) / sum(len(row) - 1 for row in rows)
-        return found
+            losses[domain] = sum(sums) / sum(len(row) - 1 for row in rows)
+        return losses
 
     def _loss(self, rows: list[list[int]]) -> float:
         """The summed cross-entropy of a batch; logits are made only for tokens that have a next one."""
         longest = max(map(len, rows))
-        inside = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        hidden = self.model.model(input_ids=ids, attention_mask=inside).last_hidden_state
-        judged = inside[:, 1:].bool()
-        logits, target = self.model.lm_head(hidden[:, :-1][judged]), ids[:, 1:][judged]
+        hidden = self.model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        target_mask = mask[:, 1:].bool()
+        logits, target = self.model.lm_head(hidden[:, :-1][target_mask]), ids[:, 1:][target_mask]
         pieces = zip(torch.split(logits, 512), torch.split(target, 512), strict=True)
         return sum(
-            torch.nn.functional.cross_entropy(some.float(), which, reduction="sum").item() for some, which in pieces
+            torch.nn.functional.cross_entropy(logit_piece.float(), target_piece, reduction="sum").item()
+            for logit_piece, target_piece in pieces
         )
 
 
@@ -147,23 +148,23 @@ def weights_of(checkpoint: Path) -> int:
 
 def calibrated(method: str, parameters: Parameters) -> bool:
     """Whether some method or stage of a recipe looks at text."""
-    said = json.dumps([method, parameters])
-    return any(f'"{name}"' in said for name in CALIBRATED)
+    text = json.dumps([method, parameters])
+    return any(f'"{name}"' in text for name in CALIBRATED)
 
 
 def recipe(zoo: Path, data: Path, method: str, parameters: Parameters, output: Path, samples: int) -> merger.Recipe:
     """The merge of the three experts by one method, by the stages of a ``pipeline``, or as a ``recipe``'s keys say."""
-    chosen: Any = {"pipeline": parameters} if method == "pipeline" else {"method": method, "parameters": parameters}
-    written: dict[str, Any] = {
+    choice: Any = {"pipeline": parameters} if method == "pipeline" else {"method": method, "parameters": parameters}
+    content: dict[str, Any] = {
         "base": str(zoo / "base"),
         "experts": {name: str(zoo / name) for name in DOMAINS},
-        **(parameters if method == "recipe" and isinstance(parameters, dict) else chosen),
+        **(parameters if method == "recipe" and isinstance(parameters, dict) else choice),
         "output": {"path": str(output)},
     }
     if calibrated(method, parameters):
         sources = {name: str(data / f"{name}.calibration.jsonl") for name in DOMAINS}
-        written["calibration"] = {"data": sources, "samples": samples, "max_tokens": TOKENS}
-    return merger.Recipe.parse(written)
+        content["calibration"] = {"data": sources, "samples": samples, "max_tokens": TOKENS}
+    return merger.Recipe.parse(content)
 
 
 class Table:
@@ -172,10 +173,15 @@ class Table:
     def __init__(self, zoo: Path, data: Path, record: Path, select: int, report: int) -> None:
         self.zoo, self.data, self.record = zoo, data, record
         self.judge = Judge(zoo / "base")
-        every = {domain: texts(data, domain) for domain in DOMAINS}
+        texts_by_domain = {domain: texts(data, domain) for domain in DOMAINS}
         self.parts = {
-            "select": {domain: self.judge.tokens(each[:select]) for domain, each in every.items()},
-            "report": {domain: self.judge.tokens(each[select : select + report]) for domain, each in every.items()},
+            "select": {
+                domain: self.judge.tokens(domain_texts[:select]) for domain, domain_texts in texts_by_domain.items()
+            },
+            "report": {
+                domain: self.judge.tokens(domain_texts[select : select + report])
+                for domain, domain_texts in texts_by_domain.items()
+            },
         }
         self.lines: dict[str, dict[str, Any]] = {}
         if record.exists():
@@ -189,20 +195,20 @@ class Table:
 
     def merged(self, part: str, method: str, parameters: Parameters, samples: int = 100) -> dict[str, float]:
         """The losses of a merge."""
-        said = json.dumps(parameters, sort_keys=True) + (
+        setting = json.dumps(parameters, sort_keys=True) + (
             f" samples={samples}" if calibrated(method, parameters) else ""
         )
 
         def compute() -> dict[str, float]:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "merged"
-                asked = recipe(self.zoo, self.data, method, parameters, output, samples)
-                if any(tensor.gram and not tensor.fed_by_merged for tensor in merger.plan(asked).tensors):
-                    merger.calibrate(asked, gram=True)  # which the next merge of the same text finds
-                merger.merge(asked)
+                merge_recipe = recipe(self.zoo, self.data, method, parameters, output, samples)
+                if any(tensor.gram and not tensor.fed_by_merged for tensor in merger.plan(merge_recipe).tensors):
+                    merger.calibrate(merge_recipe, gram=True)  # which the next merge of the same text finds
+                merger.merge(merge_recipe)
                 return self.judge.losses(output, self.parts[part])
 
-        return self._line(f"{part} {method} {said}", compute)
+        return self._line(f"{part} {method} {setting}", compute)
 
     def several(self, method: str, parameters: Parameters) -> dict[str, Any]:
         """Each expert's losses on its own domain as an output that holds all gives it back, and the output's size."""
@@ -210,20 +216,20 @@ class Table:
         def compute() -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 packed = Path(folder) / "packed"
-                own: dict[str, float] = {}
+                losses: dict[str, float] = {}
                 merger.merge(recipe(self.zoo, self.data, method, parameters, packed, 0))
                 for domain in DOMAINS:
                     expert = Path(folder) / domain
                     merger.extract(packed, domain, expert, base=str(self.zoo / "base"))
-                    own |= self.judge.losses(expert, {domain: self.parts["report"][domain]})
-                whole = sum(weights_of(self.zoo / domain) for domain in DOMAINS)
-                return {"losses": own, "size": weights_of(packed) / whole}
+                    losses |= self.judge.losses(expert, {domain: self.parts["report"][domain]})
+                total_size = sum(weights_of(self.zoo / domain) for domain in DOMAINS)
+                return {"losses": losses, "size": weights_of(packed) / total_size}
 
         return self._entry(f"report several {method} {json.dumps(parameters, sort_keys=True)}", compute)
 
     def _line(self, key: str, compute: Any) -> dict[str, float]:
-        found: dict[str, float] = self._entry(key, lambda: {"losses": compute()})["losses"]
-        return found
+        losses: dict[str, float] = self._entry(key, lambda: {"losses": compute()})["losses"]
+        return losses
 
     def _entry(self, key: str, compute: Any) -> dict[str, Any]:
         if key not in self.lines:
@@ -234,10 +240,10 @@ class Table:
             print(key, self.lines[key]["losses"], flush=True)
         return self.lines[key]
 
-    def kept(self, part: str, found: Mapping[str, float]) -> float:
+    def kept(self, part: str, losses: Mapping[str, float]) -> float:
         """The mean share of the experts' gains."""
         base = self.loss(part, "base")
-        return sum((base[d] - found[d]) / (base[d] - self.loss(part, d)[d]) for d in DOMAINS) / len(DOMAINS)
+        return sum((base[d] - losses[d]) / (base[d] - self.loss(part, d)[d]) for d in DOMAINS) / len(DOMAINS)
 
     def best(self, method: str, settings: Sequence[P]) -> P:
         """The setting that keeps most on the selection texts; nothing is chosen from one."""
@@ -245,9 +251,9 @@ class Table:
             return settings[0]
         return max(settings, key=lambda p: self.kept("select", self.merged("select", method, p)))
 
-    def row(self, name: str, setting: str, found: Mapping[str, float]) -> str:
-        cells = " | ".join(f"{found[d]:.4f}" for d in DOMAINS)
-        return f"| {name} | {setting} | {cells} | {self.kept('report', found):.3f} |"
+    def row(self, name: str, setting: str, losses: Mapping[str, float]) -> str:
+        cells = " | ".join(f"{losses[d]:.4f}" for d in DOMAINS)
+        return f"| {name} | {setting} | {cells} | {self.kept('report', losses):.3f} |"
 
 
 def report(table: Table) -> Iterator[str]:
@@ -259,23 +265,23 @@ def report(table: Table) -> Iterator[str]:
     rows = []
     for method in GRID:
         setting = table.best(method, GRID[method])
-        found = table.merged("report", method, setting)
-        rows.append((table.kept("report", found), table.row(method, json.dumps(setting), found)))
-    yield from (row for _, row in sorted(rows, key=lambda each: -each[0]))
+        losses = table.merged("report", method, setting)
+        rows.append((table.kept("report", losses), table.row(method, json.dumps(setting), losses)))
+    yield from (line for _, line in sorted(rows, key=lambda row: -row[0]))
     density = table.best("obim", GRID["obim"])
     yield "\n## OBIM: order of the experts\n\n" + head
     for order in ORDERS:
-        found = table.merged("report", "obim", {**density, "order": order})
-        yield table.row("obim", json.dumps({**density, "order": order}), found)
+        losses = table.merged("report", "obim", {**density, "order": order})
+        yield table.row("obim", json.dumps({**density, "order": order}), losses)
     yield "\n## OBIM: calibration samples of each expert\n\n" + head
     for samples in SAMPLES:
         yield table.row("obim", f"{samples} samples", table.merged("report", "obim", density, samples))
     yield "\n## CABS: its two halves\n\n" + head
-    both = table.best("cabs", [{"n": 64, "m": 256, "lambda": factor} for factor in LAMBDAS])
-    yield table.row("both: CABS", json.dumps(both), table.merged("report", "cabs", both))
+    best_setting = table.best("cabs", [{"n": 64, "m": 256, "lambda": factor} for factor in LAMBDAS])
+    yield table.row("both: CABS", json.dumps(best_setting), table.merged("report", "cabs", best_setting))
     for name, stages in HALVES.items():
-        chosen = table.best("pipeline", [[*stages, {"sum": {"weight": factor}}] for factor in LAMBDAS])
-        yield table.row(name, json.dumps(chosen), table.merged("report", "pipeline", chosen))
+        stages_setting = table.best("pipeline", [[*stages, {"sum": {"weight": factor}}] for factor in LAMBDAS])
+        yield table.row(name, json.dumps(stages_setting), table.merged("report", "pipeline", stages_setting))
     yield "\n## CABS: blocks of one density\n\n" + head
     for n, m in BLOCKS:
         setting = {"n": n, "m": m, "lambda": 1}
@@ -295,19 +301,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--select", type=int, default=16)
     parser.add_argument("--report", type=int, default=40)
-    given = parser.parse_args()
+    args = parser.parse_args()
     table = Table(
-        given.zoo.resolve(), given.data.resolve(), given.out.with_suffix(".jsonl"), given.select, given.report
+        args.zoo.resolve(),
+        args.data.resolve(),
+        args.out.with_suffix(".jsonl"),
+        args.select,
+        args.report,
     )
     lines = list(report(table))
     settings = "\n".join(f"- `{method}`: {json.dumps(row)}" for method, row in GRID.items())
-    given.out.with_suffix(".md").write_text(
+    args.out.with_suffix(".md").write_text(
         f"# What merges of a real model keep of its fine-tunes\n\n"
-        f"`python scripts/zoo_table.py ZOO DATA --out {given.out.name} "
-        f"--select {given.select} --report {given.report}`, "
+        f"`python scripts/zoo_table.py ZOO DATA --out {args.out.name} "
+        f"--select {args.select} --report {args.report}`, "
         f"merger {merger.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()} CPU, {os.cpu_count()} cores. Loss on {given.report} held-out texts a domain "
-        f"(first {TOKENS} tokens); each method's setting is the best of its grid on {given.select} other texts.\n\n"
+        f"{platform.machine()} CPU, {os.cpu_count()} cores. Loss on {args.report} held-out texts a domain "
+        f"(first {TOKENS} tokens); each method's setting is the best of its grid on {args.select} other texts.\n\n"
         + "\n".join(lines)
         + f"\n\n## The grid\n\n{settings}\n"
     )

@@ -50,8 +50,8 @@ def devices(monkeypatch):
             def __init__(self, workers, name):
                 super().__init__(workers, name, initializer=lambda: pretence().__enter__())
 
-        monkeypatch.setattr("merger.engine.machine.chosen_devices", lambda wanted: names)
-        monkeypatch.setattr("merger.outputs.lock.chosen_devices", lambda wanted: names)
+        monkeypatch.setattr("merger.engine.machine.select_devices", lambda choice: names)
+        monkeypatch.setattr("merger.outputs.lock.select_devices", lambda choice: names)
         monkeypatch.setattr("merger.engine.machine.free_memory", lambda device: memory)
         monkeypatch.setattr("merger.engine.memory.SLICE", 24)
         monkeypatch.setattr("merger.engine.schedule.ThreadPoolExecutor", Slices)

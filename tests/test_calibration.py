@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from merger.calibration import Settings, collect, collect_all
-from merger.calibration.samples import padded
+from merger.calibration.samples import pad_samples
 from merger.checkpoint.opening import open_checkpoint
 from merger.errors import CheckpointError
 
@@ -90,13 +90,13 @@ def opened(folder):
     return open_checkpoint(str(folder), None, label="math", folder=Path("/"))
 
 
-def grouped(size):
+def group_by_length(size):
     """All samples in batches of this many, padded to the longest."""
-    return [padded(SAMPLES[i : i + size]) for i in range(0, len(SAMPLES), size)]
+    return [pad_samples(SAMPLES[i : i + size]) for i in range(0, len(SAMPLES), size)]
 
 
 def collected(folder, size=4, settings=None, **options):
-    return collect_all(opened(folder), grouped(size), settings or Settings(), **options)
+    return collect_all(opened(folder), group_by_length(size), settings or Settings(), **options)
 
 
 @functools.cache
@@ -274,7 +274,7 @@ class Recorded:
 
 def test_a_block_is_read_when_its_turn_comes_and_every_tensor_once(build):
     checkpoint = Recorded(opened(build("qwen2-moe")[1]))
-    blocks = collect(checkpoint, grouped(4), Settings())
+    blocks = collect(checkpoint, group_by_length(4), Settings())
     for index in range(3):
         unit, moments = next(blocks)
         assert unit == f"model.layers.{index}"
@@ -340,7 +340,7 @@ def test_names_without_the_base_models_prefix_are_kept(build, tmp_path):
     )
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     expected = collected(folder)
-    found = dict(collect(opened(tmp_path), grouped(4), Settings()))
+    found = dict(collect(opened(tmp_path), group_by_length(4), Settings()))
     assert list(found) == ["h.0", "h.1", "h.2", ""]
     assert torch.equal(
         found["h.1"]["h.1.mlp.c_fc.weight"].second_moment, expected["transformer.h.1.mlp.c_fc.weight"].second_moment
@@ -388,14 +388,14 @@ def test_a_tensor_of_another_shape_is_refused(build, tmp_path):
 
 def test_tokens_beyond_the_embedding_are_refused(build):
     with pytest.raises(CheckpointError, match=r"gives token 96, but model.embed_tokens.weight has 96 rows"):
-        collect_all(opened(build("llama")[1]), [padded([(3, 96)])], Settings())
+        collect_all(opened(build("llama")[1]), [pad_samples([(3, 96)])], Settings())
 
 
 def test_samples_are_cut_to_the_positions_that_the_model_has(build):
     checkpoint, notices = opened(build("gpt2")[1]), []
     sample = (SAMPLES[0] * 4)[:70]
-    moments = collect_all(checkpoint, [padded([sample])], Settings(), notice=notices.append)
-    expected = collect_all(checkpoint, [padded([sample[:64]])], Settings())
+    moments = collect_all(checkpoint, [pad_samples([sample])], Settings(), notice=notices.append)
+    expected = collect_all(checkpoint, [pad_samples([sample[:64]])], Settings())
     name = "transformer.h.2.attn.c_attn.weight"
     assert torch.equal(moments[name].second_moment, expected[name].second_moment)
     assert notices == ["math: samples are cut to 64 tokens, the positions that the model has"]

@@ -235,12 +235,12 @@ def test_a_plan_tells_what_is_dropped_and_what_differs(merger, folder):
     tied = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
     body = {"model.embed_tokens.weight": (8, 4), "model.layers.0.w.weight": (4, 4)}
     save_headers(folder / "base", body, tied)
-    save_headers(folder / "code", {**body, "lm_head.weight": (8, 4)}, {**tied, "rope_theta": 7})
+    save_headers(folder / "code", {**body, "model.value_head.weight": (8, 4)}, {**tied, "rope_theta": 7})
     save_headers(folder / "math", body, tied)
 
-    ran = merger("plan", "recipe.yaml", "--set", "rules=[{tensors: lm_head, use: base}]")
+    ran = merger("plan", "recipe.yaml", "--set", "rules=[{tensors: value_head, use: base}]")
 
-    assert "dropped from code: lm_head.weight: rule 1 keeps the base, which has none\n" in ran.out
+    assert "dropped from code: model.value_head.weight: rule 1 keeps the base, which has none\n" in ran.out
     assert "note: code: config differs from the base: rope_theta None -> 7\n" in ran.out
 
 

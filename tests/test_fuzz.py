@@ -22,8 +22,8 @@ def fuzz():
 def test_what_is_mutated_is_read_or_refused_in_a_line(fuzz, tmp_path, kind, cases):
     report = fuzz.fuzz(kind, cases, seed=1, folder=tmp_path)
     assert report.failures == []
-    assert report.told["read"] > 0
-    assert report.told["refused"] > cases / 2
+    assert report.endings["read"] > 0
+    assert report.endings["refused"] > cases / 2
 
 
 def test_a_file_outside_the_models_folder_would_be_noticed(fuzz, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from checkpoints import save_headers
 from test_input_cost import planned  # noqa: F401 a fixture
 
-from merger.engine.machine import Machine, Room, chosen_devices, dealt, free_memory
+from merger.engine.machine import Machine, Room, assign_sizes, free_memory, select_devices
 from merger.engine.memory import CUDA, memory_needed
 from merger.errors import ResourceError
 
@@ -30,24 +30,24 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize("wanted", ["cuda", "auto"])
 def test_a_machine_with_gpus_uses_all_of_them(gpus, wanted):
     gpus(3)
-    assert chosen_devices(wanted) == ("cuda:0", "cuda:1", "cuda:2")
+    assert select_devices(wanted) == ("cuda:0", "cuda:1", "cuda:2")
 
 
 def test_a_number_chooses_one_gpu(gpus):
     gpus(3)
-    assert chosen_devices("cuda:1") == ("cuda:1",)
+    assert select_devices("cuda:1") == ("cuda:1",)
 
 
 def test_a_machine_without_gpus_uses_the_cpu(gpus):
     gpus(0)
-    assert chosen_devices("auto") == chosen_devices("cpu") == ("cpu",)
+    assert select_devices("auto") == select_devices("cpu") == ("cpu",)
 
 
 @pytest.mark.parametrize(("count", "wanted", "there"), [(2, "cuda:3", "2"), (2, "cuda:2", "2"), (0, "cuda", "no")])
 def test_a_gpu_that_is_not_there_is_told_in_one_line(gpus, count, wanted, there):
     gpus(count)
     with pytest.raises(ResourceError, match=f"^--device {wanted}: this machine has {there} CUDA devices") as refused:
-        chosen_devices(wanted)
+        select_devices(wanted)
     assert "\n" not in str(refused.value)
 
 
@@ -113,14 +113,14 @@ BLOCK = [4096 * 4096] * 4 + [4096 * 11008] * 3 + [4096] * 2  # as a 7B Llama has
 
 @pytest.mark.parametrize("hands", [1, 2, 3, 4, 7, 8, 9])
 def test_matrices_of_a_model_are_dealt_out_evenly(hands):
-    whose = dealt(BLOCK * 32, hands)
+    whose = assign_sizes(BLOCK * 32, hands)
     shares = [sum(size for size, own in zip(BLOCK * 32, whose, strict=True) if own == hand) for hand in range(hands)]
     assert max(shares) - min(shares) <= max(BLOCK)
     assert Fraction(max(shares) * hands, sum(shares)) < Fraction(105, 100)
 
 
 def test_equal_work_goes_round():
-    assert dealt([5] * 7, 3) == [0, 1, 2, 0, 1, 2, 0]
+    assert assign_sizes([5] * 7, 3) == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_a_plan_says_the_devices_where_one_asks(gpus, merger, tmp_path):

@@ -146,7 +146,7 @@ def test_a_plot_replaces_a_plot_and_nothing_else(tmp_path, kind):
 
 
 def test_calibration_copies_statistics_over_statistics_and_nothing_else(tmp_path):
-    key = statistics_files.Key(
+    key = statistics_files.StatisticsKey(
         "checkpoint", "data", "tokenizer", Settings(), ForwardPass("cpu", "float32", torch="2", transformers="5")
     )
     source = tmp_path / "cache" / "a"

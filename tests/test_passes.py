@@ -66,7 +66,7 @@ def test_a_guess_is_what_a_sample_found_after_it(threads):
     def ask(number):
         yield Sum(torch.tensor([number]))
         guess = yield SampleHint("tensor")
-        told = yield Sum(torch.tensor([number]), then=int)
+        told = yield Sum(torch.tensor([number]), finish=int)
         yield SampleNote([told], "tensor")
         return guess, told
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import llama, load, same_bits, save, trio
 
-from merger.calibration.block_runner import Carried
+from merger.calibration.block_runner import HiddenStates
 from merger.checkpoint.open_files import OpenFiles
 from merger.checkpoint.output import Output
 from merger.checkpoint.placement import is_mount_point
@@ -217,4 +217,4 @@ def test_hidden_states_that_the_disk_has_no_room_for_end_no_process(tmp_path, mo
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ResourceError, match=r"0\.bin: the disk is full \(24 bytes are needed for it\)"):
-        Carried(0, tmp_path).put(0, torch.zeros(2, 3))
+        HiddenStates(0, tmp_path).put(0, torch.zeros(2, 3))

@@ -812,7 +812,7 @@ def test_an_input_is_never_overwritten_even_by_force(drawn):
 
 
 def test_a_disk_too_small_is_told_before_the_work(drawn, monkeypatch):
-    monkeypatch.setattr(merger.engine.preflight, "_free", lambda path: 1000)
+    monkeypatch.setattr(merger.engine.preflight, "_free_bytes", lambda path: 1000)
     with pytest.raises(ResourceError, match="needs 1,616 bytes, but its disk has 1,000 free"):
         drawn.run()
     assert not (drawn.folder / "out.partial").exists()

@@ -72,7 +72,7 @@ def models(tmp_path_factory):
                 for n, i in model.tensors.items()
                 if len(i.shape) == 2
             }
-            key = files.Key(fingerprint(model), "text", "tokenizer", Settings(), ForwardPass.of(model, "cpu"))
+            key = files.StatisticsKey(fingerprint(model), "text", "tokenizer", Settings(), ForwardPass.of(model, "cpu"))
             files.save(folder / f"{name}.stats", moments, key)
     return folder
 

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 
 from merger.calibration import Moments, Settings
 from merger.calibration.settings import ForwardPass
-from merger.calibration.statistics_files import Key, find, load, save
+from merger.calibration.statistics_files import StatisticsKey, find, load, save
 from merger.errors import CheckpointError, ResourceError
 
 FORWARD = ForwardPass("cpu", "float32", torch="2.6.0", transformers="5.0.0")
-KEY = Key(checkpoint="c0ffee", data="da7a", tokenizer="70ken", settings=Settings(samples=10), forward=FORWARD)
+KEY = StatisticsKey(checkpoint="c0ffee", data="da7a", tokenizer="70ken", settings=Settings(samples=10), forward=FORWARD)
 MOMENTS = {
     "layers.0.w.weight": Moments(torch.tensor(7), torch.tensor([1.0, 2.0]), torch.tensor([-0.5, 0.5])),
     "layers.0.experts.w": Moments(torch.tensor([3, 0]), torch.ones(2, 4), torch.zeros(2, 4)),

@@ -15,7 +15,7 @@ from merger.calibration.samples import (
     choose,
     load,
     load_tokenizer,
-    padded,
+    pad_samples,
     tokenise,
 )
 from merger.errors import CheckpointError
@@ -344,7 +344,7 @@ def test_a_sample_longer_than_a_batch_has_one_to_itself():
 
 
 def test_padding_is_on_the_right_and_masked():
-    batch = padded([(5, 6, 7), (8,)])
+    batch = pad_samples([(5, 6, 7), (8,)])
     assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
     assert torch.equal(batch.counted(1), torch.tensor([[False, True, True], [False, False, False]]))

@@ -3,7 +3,7 @@
 import torch
 from pretended import Pretence
 
-from merger.calibration.block_runner import Carried
+from merger.calibration.block_runner import HiddenStates
 from merger.ops.transfer import buffer, buffer_bytes, fetched, sent, sent_together
 
 
@@ -37,7 +37,7 @@ def test_a_buffer_for_a_gpu_is_counted_as_torch_rounds_it():
 
 def test_hidden_states_come_back_to_the_device_from_memory_and_from_files(tmp_path):
     with Pretence():
-        carried = Carried(100, tmp_path)  # bytes: room for one batch
+        carried = HiddenStates(100, tmp_path)  # bytes: room for one batch
         for batch in range(2):
             carried.put(batch, torch.full((2, 8), float(batch)).to("cuda:0"))
         there = [carried.get(batch, torch.device("cuda:0")) for batch in range(2)]

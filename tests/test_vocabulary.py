@@ -9,7 +9,7 @@ from checkpoints import CONFIG, load, same_bits, save, save_headers
 from safetensors.torch import save_file
 from vocabularies import WORDS, bpe_json, save_tokenizer, sentencepiece, tokenizer_json, write
 
-from merger.calibration.statistics import Onward
+from merger.calibration.statistics import PartlyMergedModel
 from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge import merge
 from merger.engine.recorded_recipe import recipe_with_merge
@@ -608,7 +608,7 @@ def test_behind_merged_blocks_an_expert_keeps_rows_that_are_another_token(clash)
     made = clash.plan(output=named("a"))
     merged = {EMBEDDING: torch.zeros(N + 2, 8)}
     models = {name: made.models[name].read(EMBEDDING) for name in ("a", "b")}
-    seen = {name: Onward(made, name, merged.get).read(EMBEDDING) for name in models}
+    seen = {name: PartlyMergedModel(made, name, merged.get).read(EMBEDDING) for name in models}
     assert same_bits(seen["a"], merged[EMBEDDING])
     assert same_bits(seen["b"], torch.cat([merged[EMBEDDING][:N], models["b"][N:]]))
     made.close()

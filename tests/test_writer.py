@@ -102,8 +102,8 @@ tensors_of_some_sizes = st.lists(
 def test_a_shard_holds_at_most_its_size_or_one_larger_tensor_in_order(tensors, size):
     shards = layout(tensors, size)
 
-    dealt = [name for shard in shards for name in sorted(shard.offsets, key=lambda name: int(name[1:]))]
-    assert dealt == [name for name, _ in tensors]
+    assign_sizes = [name for shard in shards for name in sorted(shard.offsets, key=lambda name: int(name[1:]))]
+    assert assign_sizes == [name for name, _ in tensors]
     for shard in shards:
         held = [info.nbytes for name, info in tensors if name in shard.offsets]
         assert sum(held) <= size or len([n for n in held if n]) == 1

@@ -1,4 +1,4 @@
-"""Calibration: what enters each matrix of a model when text goes through it, found one block at a time."""
+"""Calibration: statistics of the inputs of each matrix of a model that runs on text, one block at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merger.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from merger.calibration.weights import Readable
+    from merger.calibration.weights import TensorSource
     from merger.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["Batch", "Moments", "Samples", "Settings", "batches", "collect", "collect_all"]
@@ -30,49 +30,53 @@ def collect(
     dtype: torch.dtype | None = None,
     gram: bool = False,
     host_memory: int | None = None,
-    onward: Readable | None = None,
-    known: Container[str] = (),
+    merged_weights: TensorSource | None = None,
+    finished_units: Container[str] = (),
     trust_remote_code: bool = False,
     notice: Callable[[str], None] = warnings.warn,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda finished_names, total: None,
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
-    """Runs a checkpoint on batches of tokens, block by block: (block, moments of its tensors' inputs).
+    """Runs a checkpoint on batches of tokens and yields each block's name with the moments of its tensors' inputs.
 
-    Names are the checkpoint's own. What lies outside the blocks comes last, under the name ``""``: the head's
-    input, and for the embedding the share of each token. ``dtype`` is that of the computation: by default float32
-    on a CPU, else that of the checkpoint. Hidden states above ``host_memory`` bytes wait in files. ``notice`` is
-    told what did not go as it should; ``progress`` how many of how many batch passes are done.
+    Names are the checkpoint's own. Modules outside the blocks come last, under the name ``""``: the head's input, and
+    the share of each token for the embedding. ``dtype`` is the dtype of the computation: by default float32 on a
+    CPU, else the checkpoint's. Hidden states above ``host_memory`` bytes wait in files. ``notice`` receives warnings,
+    ``progress`` the number of batch passes that are done and their total.
 
-    With ``onward`` each block is watched with the checkpoint's weights, but hidden states go on through that model's:
-    a block of it is read when the next is asked for, and what is outside the blocks at the start. Blocks that are
-    ``known`` already are gone through and not given.
+    With ``merged_weights`` each block is observed with the checkpoint's weights, but hidden states continue through the
+    merged block, which is read when the caller asks for the next block; modules outside the blocks are read at the
+    start. Blocks in ``finished_units`` only carry hidden states and are not yielded.
 
     Raises CheckpointError where the model cannot be run, or an activation is not finite.
     """
-    from merger.calibration.block_runner import Unfit, by_block, whole
-    from merger.calibration.model_host import Rig
+    from merger.calibration.block_runner import UnsupportedBlocks, run_blocks, run_whole_model
+    from merger.calibration.observed_model import ObservedModel
 
-    say = functools.cache(notice)  # each thing once
+    notice_once = functools.cache(notice)  # repeats no warning
 
-    def rig() -> Rig:
-        return Rig(weights, onward or weights, batches, settings, device, dtype, gram, trust_remote_code, say)
+    def observed_model() -> ObservedModel:
+        return ObservedModel(
+            weights, merged_weights or weights, batches, settings, device, dtype, gram, trust_remote_code, notice_once
+        )
 
-    done: set[str] = set()
+    finished_names: set[str] = set()
     try:
-        for unit, moments in by_block(rig(), host_memory, progress, onward, known):
-            done.update(moments)
+        for unit, moments in run_blocks(observed_model(), host_memory, progress, merged_weights, finished_units):
+            finished_names.update(moments)
             yield unit, moments
         return
-    except Unfit as error:
+    except UnsupportedBlocks as error:
         reason = str(error)  # and let go of the error, whose frames hold the model
-    if onward is not None:
+    if merged_weights is not None:
         raise CheckpointError(
             f"{weights.label}: its blocks cannot be run one at a time ({reason}), so there are no merged ones before "
             "the next; write inputs: own"
         )
-    say(f"{weights.label}: its blocks cannot be run one at a time ({reason}), so each batch runs the whole model")
-    for unit, moments in whole(rig(), progress):
-        yield unit, {name: each for name, each in moments.items() if name not in done}
+    notice_once(
+        f"{weights.label}: its blocks cannot be run one at a time ({reason}), so each batch runs the whole model"
+    )
+    for unit, moments in run_whole_model(observed_model(), progress):
+        yield unit, {name: tensor_moments for name, tensor_moments in moments.items() if name not in finished_names}
 
 
 def collect_all(
@@ -80,5 +84,7 @@ def collect_all(
 ) -> dict[str, Moments]:
     """The moments of all tensors at once; ``options`` are those of `collect`."""
     return {
-        name: each for _, moments in collect(weights, batches, settings, **options) for name, each in moments.items()
+        name: tensor_moments
+        for _, moments in collect(weights, batches, settings, **options)
+        for name, tensor_moments in moments.items()
     }

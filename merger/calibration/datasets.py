@@ -24,7 +24,7 @@ _HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}")
 class Record:
     """One record, and its place for messages."""
 
-    where: str
+    place: str
     fields: dict[str, Any]
 
 
@@ -36,26 +36,26 @@ def records(source: TextSource, folder: Path) -> Iterator[Record]:
 
     Columns have the names that the source maps them to.
     """
-    stored = _stored(source.file, folder)
-    yield from (_mapped(record, source.fields) for record in stored) if source.fields else stored
+    stored = _read_source(source.file, folder)
+    yield from (_map_fields(record, source.fields) for record in stored) if source.fields else stored
 
 
-def _mapped(record: Record, fields: Mapping[Role, str]) -> Record:
+def _map_fields(record: Record, fields: Mapping[Role, str]) -> Record:
     """The record with its columns under the names of their roles; a mapped role hides columns of the same role."""
-    absent = [column for column in fields.values() if column not in record.fields]
-    if absent:
+    missing = [column for column in fields.values() if column not in record.fields]
+    if missing:
         columns = ", ".join(sorted(map(str, record.fields))) or "no field at all"
-        raise CheckpointError(f"{record.where}: has no field {absent[0]}, which `fields` names; found {columns}")
-    hidden = {name for names in _SAME_ROLE if not fields.keys().isdisjoint(names) for name in names}
-    others = {name: value for name, value in record.fields.items() if name not in hidden}
-    return Record(record.where, {**others, **{role: record.fields[column] for role, column in fields.items()}})
+        raise CheckpointError(f"{record.place}: has no field {missing[0]}, which `fields` names; found {columns}")
+    replaced_names = {name for names in _SAME_ROLE if not fields.keys().isdisjoint(names) for name in names}
+    unmapped_fields = {name: value for name, value in record.fields.items() if name not in replaced_names}
+    return Record(record.place, {**unmapped_fields, **{role: record.fields[column] for role, column in fields.items()}})
 
 
-def _stored(source: str, folder: Path) -> Iterator[Record]:
+def _read_source(source: str, folder: Path) -> Iterator[Record]:
     path = folder / Path(source).expanduser()
     if path.is_file():
         try:
-            yield from _READERS.get(path.suffix.lower(), _paragraphs)(path)
+            yield from _READERS.get(path.suffix.lower(), _read_paragraphs)(path)
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
         except OSError as error:
@@ -63,34 +63,34 @@ def _stored(source: str, folder: Path) -> Iterator[Record]:
     elif path.suffix.lower() in _READERS or not _HUB.fullmatch(source):
         raise CheckpointError(f"{path}: there is no such file of text")
     else:
-        yield from _hub(source)
+        yield from _read_hub(source)
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
+def _read_json_lines(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _record(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
+                yield _record(_parse_json(line, f"{path}:{number}"), f"{path}:{number}")
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _read_json(path: Path) -> Iterator[Record]:
     """A list of records, or an object with one list in it."""
-    value = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
-    lists = [each for each in value.values() if isinstance(each, list)] if isinstance(value, dict) else [value]
+    content = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
+    lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else [content]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise CheckpointError(f"{path}: expected a list of records, or an object that holds one list of them")
-    for number, each in enumerate(lists[0], 1):
-        yield _record(each, f"{path}: record {number}")
+    for number, value in enumerate(lists[0], 1):
+        yield _record(value, f"{path}: record {number}")
 
 
-def _paragraphs(path: Path) -> Iterator[Record]:
+def _read_paragraphs(path: Path) -> Iterator[Record]:
     """Plain text: one sample per paragraph; blank lines part them."""
     for number, text in enumerate(re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig")), 1):
         if text.strip():
             yield Record(f"{path}: paragraph {number}", {"text": text.strip()})
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path) -> Iterator[Record]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -104,17 +104,17 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise CheckpointError(f"{path}: is not a Parquet file: {error}") from None
 
 
-def _hub(source: str) -> Iterator[Record]:
+def _read_hub(source: str) -> Iterator[Record]:
     try:
         import datasets
     except ImportError:
         raise CheckpointError(
             f"{source}: is no file, and a dataset of the Hub needs datasets: pip install 'merger[data]'"
         ) from None
-    name, *rest = source.split(":")
-    split = rest[-1] if rest else "train"
+    name, *qualifiers = source.split(":")
+    split = qualifiers[-1] if qualifiers else "train"
     try:
-        rows = datasets.load_dataset(name, *rest[:-1], split=split, streaming=True)
+        rows = datasets.load_dataset(name, *qualifiers[:-1], split=split, streaming=True)
         for number, row in enumerate(islice(rows, HUB_RECORDS), 1):
             yield Record(f"{source}: row {number}", row)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -122,26 +122,26 @@ def _hub(source: str) -> Iterator[Record]:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".parquet": _parquet,
-    ".txt": _paragraphs,
-    ".md": _paragraphs,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".txt": _read_paragraphs,
+    ".md": _read_paragraphs,
 }
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: is not valid JSON: {error}") from None
+        raise CheckpointError(f"{place}: is not valid JSON: {error}") from None
 
 
-def _record(value: Any, where: str) -> Record:
+def _record(value: Any, place: str) -> Record:
     """A record; a bare string is its text."""
     if isinstance(value, str):
-        return Record(where, {"text": value})
+        return Record(place, {"text": value})
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: expected an object or a string, found a {type(value).__name__}")
-    return Record(where, value)
+        raise CheckpointError(f"{place}: expected an object or a string, found a {type(value).__name__}")
+    return Record(place, value)

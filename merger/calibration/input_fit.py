@@ -22,21 +22,21 @@ def check_inputs(plan: Plan, expert: str, statistics: Mapping[str, Moments]) -> 
     """Raises CheckpointError naming a tensor whose inputs have another axis, or another size, than the plan says."""
     for name, tensor in judged_tensors(plan, expert).items():
         if name in statistics:
-            _check(tensor, f"{expert}: {name}", statistics[name])
+            _check_tensor(tensor, f"{expert}: {name}", statistics[name])
 
 
-def checked_blocks(
+def check_blocks(
     plan: Plan, expert: str, blocks: Iterator[tuple[str, dict[str, Moments]]]
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
     """The same statistics, block by block, each checked as `check_inputs` does when it comes."""
-    judged = judged_tensors(plan, expert)
+    tensors = judged_tensors(plan, expert)
     for unit, statistics in blocks:
-        for name in judged.keys() & statistics.keys():
-            _check(judged[name], f"{expert}: {name}", statistics[name])
+        for name in tensors.keys() & statistics.keys():
+            _check_tensor(tensors[name], f"{expert}: {name}", statistics[name])
         yield unit, statistics
 
 
-def _check(tensor: TensorPlan, label: str, moments: Moments) -> None:
+def _check_tensor(tensor: TensorPlan, label: str, moments: Moments) -> None:
     if moments.second_moment is None:  # no input was seen
         return
     part = tensor.parts[0]
@@ -44,9 +44,9 @@ def _check(tensor: TensorPlan, label: str, moments: Moments) -> None:
     expected = (*((len(tensor.parts),) if tensor.kind == "expert3d" else ()), part.features)
     if tuple(moments.second_moment.shape) == expected and moments.axis in (None, axis):
         return
-    found = "" if moments.axis is None else f" along its {_AXES[moments.axis]}"
+    observed_axis = "" if moments.axis is None else f" along its {_AXES[moments.axis]}"
     raise CheckpointError(
         f"{label} {list(tensor.info.shape)}: the model multiplies it by inputs of {moments.second_moment.shape[-1]} "
-        f"features{found}, but by its name and shape they should be {part.features} along its {_AXES[axis]}; keep it "
-        "with a rule {tensors: REGEX, use: base}, or merge it by a method that looks at no inputs"
+        f"features{observed_axis}, but by its name and shape they should be {part.features} along its {_AXES[axis]}; "
+        "keep it with a rule {tensors: REGEX, use: base}, or merge it by a method that looks at no inputs"
     )

@@ -1,4 +1,4 @@
-"""Seeing every product of activations with a stored weight, whichever module computes it.
+"""Observes every product of activations with a stored weight, whichever module computes the product.
 
 A layer is not asked what it is. ``torch`` is asked, function by function, what a forward pass does: where
 the second factor of a product lies in the memory of a loaded parameter, the first factor is that
@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from merger.calibration.moments import Sums
+from merger.calibration.moments import InputSums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,17 +36,17 @@ _SPLITS = (torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk)
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 
 
-class Key(NamedTuple):
+class MatrixKey(NamedTuple):
     """A matrix: a parameter's name, and which of its slices if it packs several."""
 
     name: str
     slot: int | None = None
 
 
-class Watch(TorchFunctionMode):
-    """Sums what enters each matrix while it is active and ``on``.
+class InputObserver(TorchFunctionMode):
+    """Sums the inputs of each matrix while the observer is active and ``on``.
 
-    ``find`` tells the parameter that a tensor is, or is a part of, by its name and itself.
+    ``find`` returns the name and the parameter that a tensor is, or is a view of.
     """
 
     def __init__(
@@ -60,37 +60,40 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.on = False
         self.axes: dict[str, int | None] = {}  # of each parameter, the one that its inputs met: -1, -2, or 0 for both
-        self._sums: dict[Key, Sums] = {}
-        self._others: dict[Key, Sums] = {}  # of what is no token, such as a table of relative positions
+        self._sums: dict[MatrixKey, InputSums] = {}
+        self._other_sums: dict[MatrixKey, InputSums] = {}  # of what is no token, such as a table of relative positions
         self.gram = gram
         self._find, self._settings, self._notice = find, settings, notice
-        self._last: tuple[Tensor, Sums, bool] | None = None
-        self._cast: MutableMapping[Tensor, tuple[str, Tensor]] = WeakTensorKeyDictionary()
+        self._last_reduction: tuple[Tensor, InputSums, bool] | None = None
+        self._casts: MutableMapping[Tensor, tuple[str, Tensor]] = WeakTensorKeyDictionary()
 
     def begin(self, batch: Batch, device: torch.device) -> None:
-        """Says which tokens the next forward pass is about."""
-        counted = batch.counted(self._settings.skip_first_tokens)
-        self._samples, self._length = counted.shape
-        self._counted = counted.flatten().to(device)
-        self._all = torch.arange(len(self._counted), device=device)
-        self._plain = self._settings.weighting == "token" and bool(counted.all())
+        """Sets the tokens of the next forward pass."""
+        token_mask = batch.counted(self._settings.skip_first_tokens)
+        self._samples, self._length = token_mask.shape
+        self._token_mask = token_mask.flatten().to(device)
+        self._all = torch.arange(len(self._token_mask), device=device)
+        self._plain = self._settings.weighting == "token" and bool(token_mask.all())
         self._lengths = batch.mask.sum(1).to(device)
         # of an activation: which token each of its rows is
         self._ids: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-        self._last = None
+        self._last_reduction = None
 
-    def take(self, prefix: str) -> dict[Key, Sums]:
-        """Hands over the sums of the parameters whose names begin so: those of tokens, or else of what there was."""
-        taken = {}
-        for key in [key for key in self._sums | self._others if key.name.startswith(prefix)]:
-            tokens, others = self._sums.pop(key, None), self._others.pop(key, None)
+    def take(self, prefix: str) -> dict[MatrixKey, InputSums]:
+        """Removes and returns the sums of the parameters whose names begin with ``prefix``.
+
+        Sums over rows that are no tokens stand in where a parameter met no tokens.
+        """
+        sums_by_key = {}
+        for key in [key for key in self._sums | self._other_sums if key.name.startswith(prefix)]:
+            tokens, other_rows = self._sums.pop(key, None), self._other_sums.pop(key, None)
             if tokens is None:
                 self._notice(
                     f"what enters {key.name} is not tokens; each row counts once, and padding is not told apart"
                 )
-            if sums := tokens or others:
-                taken[key] = sums
-        return taken
+            if key_sums := tokens or other_rows:
+                sums_by_key[key] = key_sums
+        return sums_by_key
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -101,65 +104,65 @@ class Watch(TorchFunctionMode):
         if func in _PRODUCTS:
             place, axis = _PRODUCTS[func]
             inputs, weight = (*args, *kwargs.values())[place:][:2]
-            self._see(inputs, weight, axis)
+            self._observe_product(inputs, weight, axis)
         result = func(*args, **kwargs)
-        if func in _CASTS and result is not args[0] and (found := self._find(args[0])):
-            self._cast[result] = found
+        if func in _CASTS and result is not args[0] and (parameter := self._find(args[0])):
+            self._casts[result] = parameter
         if args and isinstance(args[0], torch.Tensor):
-            self._follow(func, args, result)
+            self._track_rows(func, args, result)
         elif func in _JOINS:
-            self._join(args[0], result)
+            self._track_joined_rows(args[0], result)
         return result
 
     # --- products ---------------------------------------------------------------------------------
 
-    def _see(self, inputs: Tensor, weight: Any, axis: int) -> None:
+    def _observe_product(self, inputs: Tensor, weight: Any, axis: int) -> None:
         if not isinstance(weight, torch.Tensor):
             return
-        found = self._cast.get(weight) or self._find(weight)
-        if found is None:
+        parameter_entry = self._casts.get(weight) or self._find(weight)
+        if parameter_entry is None:
             return
-        name, parameter = found
-        axis_met = _axis_met(parameter, weight, axis)
+        name, parameter = parameter_entry
+        axis_met = _parameter_axis(parameter, weight, axis)
         if parameter.dim() < 3:
-            self.record(Key(name), inputs, axis_met)
+            self.record(MatrixKey(name), inputs, axis_met)
         elif weight.dim() < 3:
-            self.record(Key(name, weight.storage_offset() // parameter.stride(0)), inputs, axis_met)
+            self.record(MatrixKey(name, weight.storage_offset() // parameter.stride(0)), inputs, axis_met)
         else:
             for slot, part in enumerate(inputs):  # all experts at once: zeros are sent to those not chosen
-                self.record(Key(name, slot), part, axis_met, part.any(-1))
+                self.record(MatrixKey(name, slot), part, axis_met, part.any(-1))
 
-    def record(self, key: Key, inputs: Tensor, axis: int | None, sent: Tensor | None = None) -> None:
-        """Adds the rows of ``inputs``, or those that are ``sent``, to what entered a matrix along one of its axes."""
-        before = self.axes.get(key.name)
-        if axis is not None and before not in (None, axis):
+    def record(self, key: MatrixKey, inputs: Tensor, axis: int | None, row_mask: Tensor | None = None) -> None:
+        """Adds the rows of ``inputs``, or those in ``row_mask``, to the sums of a matrix that they meet by ``axis``."""
+        recorded_axis = self.axes.get(key.name)
+        if axis is not None and recorded_axis not in (None, axis):
             self.axes[key.name] = 0
             return
-        self.axes[key.name] = before if axis is None else axis
-        if self._last is None or self._last[0] is not inputs:  # q, k and v share one, which is reduced once
-            known_by_count = (
-                key.slot is None or sent is not None
-            )  # an expert's rows are some of the tokens, in any order
-            self._last = inputs, *self._reduce(inputs, sent, known_by_count)
-        _, sums, are_tokens = self._last
-        total = self._sums if are_tokens else self._others
+        self.axes[key.name] = recorded_axis if axis is None else axis
+        # q, k and v share one input, which is reduced once
+        if self._last_reduction is None or self._last_reduction[0] is not inputs:
+            # the rows of one packed expert are some of the tokens, in any order
+            rows_are_all_tokens = key.slot is None or row_mask is not None
+            self._last_reduction = inputs, *self._reduce(inputs, row_mask, rows_are_all_tokens)
+        _, sums, are_tokens = self._last_reduction
+        total = self._sums if are_tokens else self._other_sums
         if key not in total:
-            total[key] = Sums.zero(inputs.shape[-1], gram=self.gram, device=inputs.device)
+            total[key] = InputSums.zero(inputs.shape[-1], gram=self.gram, device=inputs.device)
         total[key].add(sums)
 
-    def _reduce(self, inputs: Tensor, sent: Tensor | None, known_by_count: bool) -> tuple[Sums, bool]:
-        ids = self._tokens(inputs) if known_by_count else self._ids.get(inputs)
-        rows, kept = inputs.reshape(-1, inputs.shape[-1]), sent
+    def _reduce(self, inputs: Tensor, row_mask: Tensor | None, rows_are_all_tokens: bool) -> tuple[InputSums, bool]:
+        ids = self._tokens(inputs) if rows_are_all_tokens else self._ids.get(inputs)
+        rows, mask = inputs.reshape(-1, inputs.shape[-1]), row_mask
         if ids is None:
-            return Sums.of(rows, None, gram=self.gram), False
+            return InputSums.of(rows, None, gram=self.gram), False
         if not self._plain:
-            kept = self._counted[ids] if sent is None else self._counted[ids] & sent
-        if kept is not None and not kept.all():
-            rows, ids = rows[kept], ids[kept]
-        return Sums.of(rows, self._weights(ids), gram=self.gram), True
+            mask = self._token_mask[ids] if row_mask is None else self._token_mask[ids] & row_mask
+        if mask is not None and not mask.all():
+            rows, ids = rows[mask], ids[mask]
+        return InputSums.of(rows, self._weights(ids), gram=self.gram), True
 
     def _weights(self, ids: Tensor) -> Tensor | None:
-        """What each of these tokens counts: a sample's tokens count 1 together, or each of them does."""
+        """Returns the weights of tokens when samples count alike, or None when tokens do."""
         if self._settings.weighting == "token":
             return None
         samples = ids // self._length
@@ -168,40 +171,40 @@ class Watch(TorchFunctionMode):
     # --- rows: which token is which -----------------------------------------------------------------
 
     def _tokens(self, inputs: Tensor) -> Tensor | None:
-        """The tokens that the rows of an activation are, or None if they are something else."""
-        known = self._ids.get(inputs)
+        """Returns the token numbers of an activation's rows, or None if the rows are no tokens."""
+        ids = self._ids.get(inputs)
         rows = inputs[..., 0].numel()
-        if known is not None:
-            return known
+        if ids is not None:
+            return ids
         if rows == len(self._all):
             return self._all
         if rows == self._samples:  # one vector per sample, such as a pooler's: let it stand for its last token
             return self._all[:: self._length] + self._lengths - 1
         return None
 
-    def _follow(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Keeps track of tokens that were picked out of a batch, as a router does, through what is computed of them."""
+    def _track_rows(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Tracks the tokens that a router selects from a batch through the results of ``func``."""
         ids = self._ids.get(args[0])
         if func in _PICKS:
-            ids = self._picked(args, ids, result)
+            ids = self._selected_tokens(args, ids, result)
         if ids is None:
             return
-        tensors = [each for each in (result if isinstance(result, (tuple, list)) else (result,)) if _has_rows(each)]
+        tensors = [value for value in (result if isinstance(result, (tuple, list)) else (result,)) if _has_rows(value)]
         sizes = [tensor[..., 0].numel() for tensor in tensors]
         if func in _SPLITS and sum(sizes) == len(ids):  # as where each expert is given its own rows
             self._ids.update(zip(tensors, torch.split(ids, sizes), strict=True))
             return
         self._ids.update((tensor, ids) for tensor, size in zip(tensors, sizes, strict=True) if size == len(ids))
 
-    def _join(self, tensors: Sequence[Any], result: Tensor) -> None:
-        """Keeps track of the tokens of activations that are put together, row below row."""
+    def _track_joined_rows(self, tensors: Sequence[Any], result: Tensor) -> None:
+        """Tracks the tokens of activations that are concatenated along their rows."""
         ids = [self._ids.get(tensor) for tensor in tensors if _has_rows(tensor)]
-        known = [each for each in ids if each is not None]
-        if known and len(known) == len(tensors) and result[..., 0].numel() == sum(map(len, known)):
-            self._ids[result] = torch.cat(known)
+        row_ids = [tensor_ids for tensor_ids in ids if tensor_ids is not None]
+        if row_ids and len(row_ids) == len(tensors) and result[..., 0].numel() == sum(map(len, row_ids)):
+            self._ids[result] = torch.cat(row_ids)
 
-    def _picked(self, args: tuple[Any, ...], ids: Tensor | None, result: Tensor) -> Tensor | None:
-        """What ``source[index]`` gives where the source holds tokens: the same index, put to their numbers."""
+    def _selected_tokens(self, args: tuple[Any, ...], ids: Tensor | None, result: Tensor) -> Tensor | None:
+        """Applies the index of ``source[index]`` to the token numbers of the source's rows."""
         source, index = args[0], args[-1]
         if not source.is_floating_point() or source.dim() < 2 or result.shape[-1:] != source.shape[-1:]:
             return ids
@@ -220,8 +223,8 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 1
 
 
-def _axis_met(parameter: Tensor, weight: Tensor, axis: int) -> int | None:
-    """The axis of a parameter's matrices, -1 or -2, that ``axis`` of a view of it is; None if strides do not tell."""
+def _parameter_axis(parameter: Tensor, weight: Tensor, axis: int) -> int | None:
+    """Returns the axis of a parameter, -1 or -2, behind ``axis`` of its view; None if the strides are ambiguous."""
     if parameter.dim() < 2 or weight.dim() < 2 or parameter.stride(-1) == parameter.stride(-2):
         return None
-    return next((own for own in (-1, -2) if parameter.stride(own) == weight.stride(axis)), None)
+    return next((candidate for candidate in (-1, -2) if parameter.stride(candidate) == weight.stride(axis)), None)

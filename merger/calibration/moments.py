@@ -1,4 +1,4 @@
-"""Moments of what enters a matrix: summed over tokens in float64, averaged and kept in float32."""
+"""Moments of a matrix's inputs: summed over tokens in float64, averaged and stored in float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRAM_ROWS = 2048
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of the inputs of one stored tensor: i in-features, for each of e packed experts if it is 3-D."""
+    """Moments of the inputs of one stored tensor: i in-features, for each of e packed experts if the tensor is 3-D."""
 
     count: Tensor  # [] or [e], the tokens that reached it
     second_moment: Tensor | None = None  # [i] or [e i], E[x^2]
@@ -38,57 +38,57 @@ class Moments:
 
 
 @dataclass
-class Sums:
-    """Running sums over the inputs of one matrix; ``weight`` is what they are to be divided by."""
+class InputSums:
+    """Running sums over the inputs of one matrix; a mean is a sum divided by ``weight``."""
 
     count: int
     weight: float
-    first: Tensor  # [i]
-    second: Tensor  # [i]
+    totals: Tensor  # [i]
+    squares: Tensor  # [i]
     gram: Tensor | None = None  # [i i], float32 where a single product made it
 
     @classmethod
-    def zero(cls, features: int, *, gram: bool, device: torch.device) -> Sums:
-        """Sums over no token at all."""
-        first, second = torch.zeros(2, features, dtype=torch.float64, device=device)
+    def zero(cls, features: int, *, gram: bool, device: torch.device) -> InputSums:
+        """Returns the sums over no token."""
+        totals, squares = torch.zeros(2, features, dtype=torch.float64, device=device)
         square = torch.zeros(features, features, dtype=torch.float64, device=device) if gram else None
-        return cls(0, 0.0, first, second, square)
+        return cls(0, 0.0, totals, squares, square)
 
     @classmethod
-    def of(cls, rows: Tensor, weights: Tensor | None, *, gram: bool) -> Sums:
-        """Sums over some ``rows`` [n i], each counted once or with its weight [n]."""
+    def of(cls, rows: Tensor, weights: Tensor | None, *, gram: bool) -> InputSums:
+        """Returns the sums over ``rows`` [n i], each counted once or with its weight [n]."""
         sums = cls.zero(rows.shape[1], gram=False, device=rows.device)
         for values, weighted in _pieces(rows, weights, PIECE // rows.shape[1]):
-            sums.first += weighted.sum(0)
-            sums.second += (weighted * values).sum(0)
+            sums.totals += weighted.sum(0)
+            sums.squares += (weighted * values).sum(0)
         sums.gram = _squares(rows, weights) if gram else None
         sums.count = len(rows)
         sums.weight = float(len(rows)) if weights is None else float(weights.sum())
         return sums
 
-    def add(self, other: Sums) -> None:
-        """Takes other sums into these."""
-        self.count += other.count
-        self.weight += other.weight
-        self.first += other.first
-        self.second += other.second
-        if self.gram is not None and other.gram is not None:
-            self.gram += other.gram
+    def add(self, summand: InputSums) -> None:
+        """Adds the sums over further rows."""
+        self.count += summand.count
+        self.weight += summand.weight
+        self.totals += summand.totals
+        self.squares += summand.squares
+        if self.gram is not None and summand.gram is not None:
+            self.gram += summand.gram
 
     def moments(self) -> Moments:
         """The averages, on the CPU in float32; zero where no token came by."""
         share = 1 / self.weight if self.weight else 0.0
-        mean, second = (self.first * share).float().cpu(), (self.second * share).float().cpu()
+        mean, squares = (self.totals * share).float().cpu(), (self.squares * share).float().cpu()
         gram = None if self.gram is None else fetched((self.gram * share).float())
-        return Moments(torch.tensor(self.count), second, mean, gram)
+        return Moments(torch.tensor(self.count), squares, mean, gram)
 
 
 def _squares(rows: Tensor, weights: Tensor | None) -> Tensor:
     """The Gram matrix [i i] of some rows [n i], each counted once or with its weight [n]."""
     rooted = rows.float() if weights is None else rows.float() * weights.sqrt()[:, None]
-    first, *others = torch.split(rooted, GRAM_ROWS)
-    squares = gram(first.T)
-    for piece in others:
+    head, *pieces = torch.split(rooted, GRAM_ROWS)
+    squares = gram(head.T)
+    for piece in pieces:
         squares = squares.double().add_(gram(piece.T))
     return squares
 
@@ -101,18 +101,18 @@ def _pieces(rows: Tensor, weights: Tensor | None, size: int) -> Iterator[tuple[T
         yield values, values if weights is None else values * weights[start : start + size, None]
 
 
-def stacked(slices: Sequence[Moments]) -> Moments:
+def stack_moments(slices: Sequence[Moments]) -> Moments:
     """The moments of a packed tensor from those of its experts."""
 
     def stack(parts: Sequence[Tensor | None]) -> Tensor | None:
-        known = [part for part in parts if part is not None]
-        return torch.stack(known) if known else None
+        tensors = [part for part in parts if part is not None]
+        return torch.stack(tensors) if tensors else None
 
     return Moments(
-        torch.stack([each.count for each in slices]),
-        stack([each.second_moment for each in slices]),
-        stack([each.mean for each in slices]),
-        stack([each.gram for each in slices]),
+        torch.stack([moments.count for moments in slices]),
+        stack([moments.second_moment for moments in slices]),
+        stack([moments.mean for moments in slices]),
+        stack([moments.gram for moments in slices]),
     )
 
 

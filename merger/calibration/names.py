@@ -1,4 +1,4 @@
-"""Names: what a checkpoint calls its tensors, and the parameters that transformers makes of them."""
+"""The names of a checkpoint's tensors, and the parameters that transformers makes of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Renamed = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
-class Group:
+class WeightGroup:
     """Checkpoint tensors that together make a parameter, or several of them with a converter."""
 
     target: str
@@ -38,53 +38,60 @@ class Group:
         """All parameters that it makes."""
         if self.converter is None:
             return [self.target]
-        first, *others = self.converter.target_patterns
-        return [self.target, *(self.target.replace(first, other) for other in others)]
+        first_pattern, *more_patterns = self.converter.target_patterns
+        return [self.target, *(self.target.replace(first_pattern, pattern) for pattern in more_patterns)]
 
 
-def locate(model: Any, names: Iterable[str]) -> dict[str, Group]:
-    """What each parameter and stored buffer of a model is made of."""
-    known = model.state_dict()
-    rename, converters = _transformers_5(model, known) or (_transformers_4(model, known), {})
-    found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+def locate(model: Any, names: Iterable[str]) -> dict[str, WeightGroup]:
+    """Returns the checkpoint tensors that make each parameter and stored buffer of a model."""
+    parameters = model.state_dict()
+    rename, converters = _transformers_5(model, parameters) or (_transformers_4(model, parameters), {})
+    names_by_target: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(names, key=natural):
         target, pattern = rename(name)
-        if target in known:
-            found[target][pattern].append(name)
+        if target in parameters:
+            names_by_target[target][pattern].append(name)
     groups = [
-        Group(target, {pattern: tuple(each) for pattern, each in sources.items()}, converters.get(next(iter(sources))))
-        for target, sources in found.items()
+        WeightGroup(
+            target,
+            {pattern: tuple(source_names) for pattern, source_names in sources.items()},
+            converters.get(next(iter(sources))),
+        )
+        for target, sources in names_by_target.items()
     ]
     return {target: group for group in groups for target in group.targets}
 
 
-def _transformers_4(model: Any, known: Container[str]) -> Callable[[str], Renamed]:
+def _transformers_4(model: Any, parameters: Container[str]) -> Callable[[str], Renamed]:
     """Before version 5 a parameter is stored under its own name, with or without the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
 
     def rename(name: str) -> Renamed:
         spellings = (name, prefix + name, name.removeprefix(prefix))
-        return next((each for each in spellings if each in known), name), None
+        return next((spelling for spelling in spellings if spelling in parameters), name), None
 
     return rename
 
 
-def _transformers_5(model: Any, known: Mapping[str, Any]) -> tuple[Callable[[str], Renamed], dict[Any, Any]] | None:
-    """The renaming that transformers itself does, and its converters by pattern; None if it has no such thing."""
+def _transformers_5(
+    model: Any, parameters: Mapping[str, Any]
+) -> tuple[Callable[[str], Renamed], dict[Any, Any]] | None:
+    """Returns transformers' own renaming and its converters by pattern; None before transformers 5."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, rename_source_key
     except ImportError:
         return None
     mapping = get_model_conversion_mapping(model)
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
+    converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
+    renamings = [conversion for conversion in mapping if not isinstance(conversion, WeightConverter)]
     prefix = model.base_model_prefix
 
     def rename(name: str) -> Renamed:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:  # as in from_pretrained: what was renamed in vain keeps its name
-            target, pattern = rename_source_key(name, [], [], prefix, known)
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        # as in from_pretrained: a name stays if its renaming leads to no parameter
+        if target not in parameters and name in parameters:
+            target, pattern = rename_source_key(name, [], [], prefix, parameters)
         return target, pattern
 
-    return rename, {pattern: each for each in converters for pattern in each.source_patterns}
+    return rename, {pattern: conversion for conversion in converters for pattern in conversion.source_patterns}

@@ -36,7 +36,7 @@ class Batch:
     mask: Tensor  # [b t], true where a token is
 
     def counted(self, skip_first_tokens: int) -> Tensor:
-        """Which tokens are part of the statistics: [b t]."""
+        """Returns the mask of the tokens that are part of the statistics: [b t]."""
         return self.mask & (torch.arange(self.mask.shape[1]) >= skip_first_tokens)
 
     def cut(self, length: int) -> Batch:
@@ -61,25 +61,25 @@ def load(
     """
     sources = text_sources(data)
     pool: list[Text] = []
-    chosen: dict[Text, None] = {}
+    selection: dict[Text, None] = {}
     for source in sources:
-        texts = _texts(source, folder, tokenizer, settings.calib_text)
+        texts = _source_texts(source, folder, tokenizer, settings.calib_text)
         if source.samples is None:
             pool += texts
         else:
-            chosen |= dict.fromkeys(choose(texts, source.samples, settings.seed))
-    chosen |= dict.fromkeys(choose(pool, settings.samples, settings.seed))
+            selection |= dict.fromkeys(choose(texts, source.samples, settings.seed))
+    selection |= dict.fromkeys(choose(pool, settings.samples, settings.seed))
     with checkpoint_faults(f"{', '.join(source.file for source in sources)}: its text cannot be tokenised"):
-        tokens = tokenise(chosen, tokenizer, settings.max_tokens)
+        tokens = tokenise(selection, tokenizer, settings.max_tokens)
     if not tokens:
         files = ", ".join(source.file for source in sources)
-        raise CheckpointError(f"{files}: the {len(chosen)} texts that were chosen hold no token at all")
-    return Samples(tokens, _digest(chosen))
+        raise CheckpointError(f"{files}: the {len(selection)} texts that were chosen hold no token at all")
+    return Samples(tokens, _digest(selection))
 
 
-def _texts(source: TextSource, folder: Path, tokenizer: Any, calib_text: str) -> list[Text]:
+def _source_texts(source: TextSource, folder: Path, tokenizer: Any, calib_text: str) -> list[Text]:
     """All texts of one source; CheckpointError where there is none."""
-    texts = [text for record in records(source, folder) if (text := _text(record, tokenizer, calib_text))]
+    texts = [text for record in records(source, folder) if (text := _record_text(record, tokenizer, calib_text))]
     if not texts:
         raise CheckpointError(f"{source.file}: has no text; all its records are empty")
     return texts
@@ -101,38 +101,43 @@ def load_tokenizer(directory: Path, label: str, *, trust_remote_code: bool = Fal
 # --- from records to tokens -----------------------------------------------------------------------
 
 
-def _text(record: Record, tokenizer: Any, calib_text: str) -> Text | None:
-    """What of a record goes through the model: its input, and only if asked for its target; None if it is empty."""
-    whole = calib_text == "input+target"
+def _record_text(record: Record, tokenizer: Any, calib_text: str) -> Text | None:
+    """Returns the text of a record that runs through the model; None if it is empty.
+
+    The target is part of the text only with ``calib_text`` input+target.
+    """
+    with_target = calib_text == "input+target"
     fields = record.fields
-    target = next((fields[name] for name in TARGETS if fields.get(name)), None) if whole else None
+    target = next((fields[name] for name in TARGETS if fields.get(name)), None) if with_target else None
     for name in ("messages", "prompt", "text"):
         match fields.get(name):
             case list() as turns:
-                return _conversation(record, turns + target if isinstance(target, list) else turns, tokenizer, whole)
+                return _chat_text(record, turns + target if isinstance(target, list) else turns, tokenizer, with_target)
             case str() as text if name == "prompt" and isinstance(target, str):
                 return Text(text + target) if text + target else None
             case str() as text:
                 return Text(text) if text else None
-    found = ", ".join(sorted(map(str, fields))) or "no field at all"
-    raise CheckpointError(f"{record.where}: needs a field messages, prompt or text; found {found}")
+    columns = ", ".join(sorted(map(str, fields))) or "no field at all"
+    raise CheckpointError(f"{record.place}: needs a field messages, prompt or text; found {columns}")
 
 
-def _conversation(record: Record, turns: Sequence[Any], tokenizer: Any, whole: bool) -> Text | None:
-    """A chat through the tokenizer's template: up to the answer it ends in, or with it."""
+def _chat_text(record: Record, turns: Sequence[Any], tokenizer: Any, with_target: bool) -> Text | None:
+    """Renders a chat by the tokenizer's template, without or with the answer in which the chat ends."""
     if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        raise CheckpointError(f"{record.where}: messages need to be objects with role and content")
+        raise CheckpointError(f"{record.place}: messages need to be objects with role and content")
     end = len(turns)
-    while not whole and end and turns[end - 1]["role"] == "assistant":
+    while not with_target and end and turns[end - 1]["role"] == "assistant":
         end -= 1
     if not end:
         return None
     if not getattr(tokenizer, "chat_template", None):
-        raise CheckpointError(f"{record.where}: has messages, but the tokenizer has no chat template")
+        raise CheckpointError(f"{record.place}: has messages, but the tokenizer has no chat template")
     try:
-        content = tokenizer.apply_chat_template(list(turns[:end]), tokenize=False, add_generation_prompt=not whole)
+        content = tokenizer.apply_chat_template(
+            list(turns[:end]), tokenize=False, add_generation_prompt=not with_target
+        )
     except Exception as error:  # a template may raise anything
-        raise CheckpointError(f"{record.where}: the tokenizer's chat template refuses it: {error}") from None
+        raise CheckpointError(f"{record.place}: the tokenizer's chat template refuses it: {error}") from None
     return Text(content, templated=True) if content else None
 
 
@@ -149,13 +154,13 @@ def choose(texts: Iterable[Text], samples: int, seed: int) -> list[Text]:
 
 
 def tokenise(texts: Iterable[Text], tokenizer: Any, max_tokens: int) -> tuple[tuple[int, ...], ...]:
-    """The token ids of each text, cut to ``max_tokens`` and to what the tokenizer says the model takes."""
+    """Returns the token ids of each text, cut to ``max_tokens`` and to the tokenizer's ``model_max_length``."""
     limit = min(max_tokens, tokenizer.model_max_length)
-    found = []
+    token_ids = []
     for text in texts:
-        given = tokenizer(text.content, add_special_tokens=not text.templated, truncation=True, max_length=limit)
-        found.append(tuple(given["input_ids"]))
-    return tuple(ids for ids in found if ids)
+        encoding = tokenizer(text.content, add_special_tokens=not text.templated, truncation=True, max_length=limit)
+        token_ids.append(tuple(encoding["input_ids"]))
+    return tuple(ids for ids in token_ids if ids)
 
 
 def _digest(texts: Iterable[Text]) -> str:
@@ -175,11 +180,13 @@ def batches(tokens: Iterable[Sequence[int]], batch_tokens: int = 2048) -> list[B
     Padding is at most a quarter of a batch, or 16 tokens a sample where samples are short.
     """
     ordered = sorted(tokens, key=lambda ids: (-len(ids), ids))
-    return [padded([ordered[i] for i in group]) for group in grouped(list(map(len, ordered)), batch_tokens)]
+    return [
+        pad_samples([ordered[i] for i in group]) for group in group_by_length(list(map(len, ordered)), batch_tokens)
+    ]
 
 
-def grouped(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """The numbers of samples that make a batch each, given their lengths; as `batches` describes, longest first."""
+def group_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Groups sample numbers by length into batches, the longest first; `batches` describes the limits."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[groups[-1][0]] if groups else 0
@@ -191,7 +198,7 @@ def grouped(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return groups
 
 
-def padded(samples: Sequence[Sequence[int]]) -> Batch:
+def pad_samples(samples: Sequence[Sequence[int]]) -> Batch:
     """One batch of these samples, in this order."""
     ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
     mask = torch.zeros_like(ids, dtype=torch.bool)

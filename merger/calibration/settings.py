@@ -1,4 +1,4 @@
-"""What, besides a model and its data, decides the result of a calibration."""
+"""The settings that decide, with a model and its data, the result of a calibration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What decides the rounding of a forward pass: where and in what it is computed, and by which code."""
+    """What decides the rounding of a forward pass: device, dtype, and versions of the libraries."""
 
     device: str  # cpu or cuda
     dtype: str

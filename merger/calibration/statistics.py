@@ -1,4 +1,4 @@
-"""The statistics that a merge's saliency needs: read from files, found from an earlier run, or made by calibration."""
+"""The statistics that saliency needs: read from the recipe's files, from an earlier run, or made by calibration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merger._lazy import torch
 from merger.calibration import Settings, batches, collect
 from merger.calibration import samples as texts
 from merger.calibration import statistics_files as files
-from merger.calibration.input_fit import check_inputs, checked_blocks
+from merger.calibration.input_fit import check_blocks, check_inputs
 from merger.calibration.moments import Moments
 from merger.calibration.settings import ForwardPass
 from merger.checkpoint.cache import cache_folder
@@ -27,12 +27,11 @@ from merger.recipe.recipe import Recipe, portable_location
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merger.calibration.provider import MergedTensors
     from merger.checkpoint.checkpoint import Checkpoint
 
-Merged = Callable[[str], "Tensor | None"]
-"""Gives a merged tensor by its name in the output, or None as long as it is not made."""
 Statistics = Mapping[str, Moments]
-"""What enters each matrix of one expert, by the expert's own tensor names."""
+"""The moments of each matrix's inputs of one expert, by the expert's own tensor names."""
 
 
 def calibrate(plan: Plan, options: RunOptions, hidden_memory: int | None) -> dict[str, Path]:
@@ -42,64 +41,70 @@ def calibrate(plan: Plan, options: RunOptions, hidden_memory: int | None) -> dic
     wait in files. All experts' data and tokenizers are looked at before the first forward pass. Raises
     CheckpointError for data or statistics that cannot be used, or an activation that is not finite.
     """
-    given = plan.recipe.calibration
-    assert given is not None, "the recipe was checked for it"
-    found = {name: plan.recipe.folder / Path(path).expanduser() for name, path in given.stats.items()}
-    for name, path in found.items():
+    calibration = plan.recipe.calibration
+    assert calibration is not None, "the recipe was checked for it"
+    paths = {name: plan.recipe.folder / Path(path).expanduser() for name, path in calibration.stats.items()}
+    for name, path in paths.items():
         files.load(path, layers=layers(plan, name), checkpoint=fingerprint(plan.models[name]))
-    wanted = {name: _samples(plan, name, options) for name in plan.recipe.experts if name not in found}
+    sample_sets = {name: _expert_samples(plan, name, options) for name in plan.recipe.experts if name not in paths}
     folder = cache_folder()
-    for name, (key, samples) in wanted.items():
-        found[name] = folder / key.file_name()
+    for name, (key, samples) in sample_sets.items():
+        paths[name] = folder / key.file_name()
         if files.find(folder, key) is None:
             options.notice(
                 f"calibrating {name}: {len(samples.tokens)} samples, {sum(map(len, samples.tokens)):,} tokens"
             )
-            files.save(found[name], _run(plan, name, key, samples, options, hidden_memory), key)
-    return {name: found[name] for name in plan.recipe.experts}
+            files.save(paths[name], _collect_statistics(plan, name, key, samples, options, hidden_memory), key)
+    return {name: paths[name] for name in plan.recipe.experts}
 
 
-def _samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.Key, texts.Samples]:
-    """An expert's own text as its own tokens, and the key of what will be found from it."""
-    given = plan.recipe.calibration
-    assert given is not None, "the recipe was checked for it"
+def _expert_samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.StatisticsKey, texts.Samples]:
+    """Returns the key of an expert's statistics, and the samples of its own text in its own tokens."""
+    calibration = plan.recipe.calibration
+    assert calibration is not None, "the recipe was checked for it"
     model = plan.models[name]
     folder = tokenizer_folder(model)
     tokenizer = texts.load_tokenizer(folder, name, trust_remote_code=options.trust_remote_code)
     settings = Settings(
-        samples=given.samples_of(name),
-        max_tokens=given.max_tokens,
-        weighting=given.weighting,
-        skip_first_tokens=given.skip_first_tokens,
-        calib_text=given.calib_text,
+        samples=calibration.samples_of(name),
+        max_tokens=calibration.max_tokens,
+        weighting=calibration.weighting,
+        skip_first_tokens=calibration.skip_first_tokens,
+        calib_text=calibration.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load(given.sources(name), plan.recipe.folder, tokenizer, settings)
+    samples = texts.load(calibration.sources(name), plan.recipe.folder, tokenizer, settings)
     forward = ForwardPass.of(model, options.device)
-    return files.Key(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
+    return files.StatisticsKey(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
 
 
-def _run(plan: Plan, name: str, key: files.Key, samples: texts.Samples, *how: Any) -> dict[str, Moments]:
-    moments = {own: each for _, block in _blocks(plan, name, key, samples, *how) for own, each in block.items()}
+def _collect_statistics(
+    plan: Plan, name: str, key: files.StatisticsKey, samples: texts.Samples, *run_arguments: Any
+) -> dict[str, Moments]:
+    moments = {
+        tensor_name: tensor_moments
+        for _, block in _blocks(plan, name, key, samples, *run_arguments)
+        for tensor_name, tensor_moments in block.items()
+    }
     # a layer that the text never reached is on record as such, so that a file that lacks one is known to be damaged
-    unreached = Moments(count=torch.zeros((), dtype=torch.int64))
-    return {**dict.fromkeys(layers(plan, name), unreached), **moments}
+    empty_moments = Moments(count=torch.zeros((), dtype=torch.int64))
+    return {**dict.fromkeys(layers(plan, name), empty_moments), **moments}
 
 
 def _blocks(
     plan: Plan,
     name: str,
-    key: files.Key,
+    key: files.StatisticsKey,
     samples: texts.Samples,
     options: RunOptions,
     hidden_memory: int | None,
     *,
     gram: bool = False,
-    onward: Onward | None = None,
-    known: Container[str] = (),
+    merged_weights: PartlyMergedModel | None = None,
+    finished_units: Container[str] = (),
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
-    """What enters an expert's matrices, block by block; CheckpointError where it does not fit them."""
-    found = collect(
+    """Yields the moments of an expert's inputs block by block; raises CheckpointError if a matrix has another shape."""
+    blocks = collect(
         plan.models[name],
         batches(samples.tokens),
         key.settings,
@@ -107,24 +112,26 @@ def _blocks(
         host_memory=hidden_memory,
         trust_remote_code=options.trust_remote_code,
         gram=gram,
-        onward=onward,
-        known=known,
+        merged_weights=merged_weights,
+        finished_units=finished_units,
         notice=options.notice,
         progress=partial(options.progress, f"calibrating {name}"),
     )
-    return checked_blocks(plan, name, found)
+    return check_blocks(plan, name, blocks)
 
 
-class Onward:
-    """The merged model as far as it is made, by an expert's names: what is not merged yet is the expert's own."""
+class PartlyMergedModel:
+    """The merged model under an expert's names; tensors that are not merged yet are the expert's own."""
 
-    def __init__(self, plan: Plan, expert: str, merged: Merged) -> None:
+    def __init__(self, plan: Plan, expert: str, merged: MergedTensors) -> None:
         self._own, self._merged = plan.models[expert], merged
-        self._tensors = {own: tensor for tensor in plan.tensors if (own := tensor.reads.get(expert)) is not None}
+        self._tensors = {
+            own_name: tensor for tensor in plan.tensors if (own_name := tensor.reads.get(expert)) is not None
+        }
         self._expert = expert
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor in the expert's own shape.
+        """Returns a whole tensor in the expert's own shape.
 
         Rows of its vocabulary that were dropped, or that are another token in the output, stay its own.
         """
@@ -135,73 +142,79 @@ class Onward:
         foreign = [rows for rows in (tensor.extra if tensor else ()) if self._expert not in rows.models]
         if merged.shape == self._own.tensors[name].shape and not foreign:
             return merged
-        own = self._own.read(name).to(merged.dtype)
-        values = own.clone()
-        common = min(len(own), len(merged))
+        expert_values = self._own.read(name).to(merged.dtype)
+        values = expert_values.clone()
+        common = min(len(expert_values), len(merged))
         values[:common] = merged[:common]
         for rows in foreign:
-            values[rows.start : rows.stop] = own[rows.start : rows.stop]
+            values[rows.start : rows.stop] = expert_values[rows.start : rows.stop]
         return values
 
 
 def grams(
-    plan: Plan, options: RunOptions, hidden_memory: int | None, merged: Merged
+    plan: Plan, options: RunOptions, hidden_memory: int | None, merged: MergedTensors
 ) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
-    """The tensors that take Gram matrices, as those become known: all experts advance together, block by block.
+    """Yields the tensors that take Gram matrices, with these matrices; all experts advance together, block by block.
 
-    What a block's tensors were given is dropped when the next is asked for. Where stages ask for inputs behind the
-    merged blocks, ``merged`` gives their tensors by then. Tensors whose inputs were never seen come last, with
-    nothing. Raises as `calibrate` does.
+    A block's matrices are dropped when the caller asks for the next block. Where stages need inputs that follow the
+    merged blocks, ``merged`` returns the tensors of these blocks by then. Tensors that no input reached come last,
+    without matrices. Raises as `calibrate` does.
     """
     waiting = [tensor for tensor in plan.tensors if tensor.lockstep]
     experts = tuple(plan.recipe.experts) if waiting else ()
-    fed = any(item.follows_merge for tensor in waiting for item in tensor.inputs)
-    onward = {name: Onward(plan, name, merged) if fed else None for name in plan.recipe.experts}
-    kept = _kept_grams(plan, options) if waiting and not fed else {}
+    follows_merge = any(item.follows_merge for tensor in waiting for item in tensor.inputs)
+    merged_models = {
+        name: PartlyMergedModel(plan, name, merged) if follows_merge else None for name in plan.recipe.experts
+    }
+    gram_folders = _gram_folders(plan, options) if waiting and not follows_merge else {}
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
-    wanted = {name: _samples(plan, name, options) for name in experts if name not in kept}
+    sample_sets = {name: _expert_samples(plan, name, options) for name in experts if name not in gram_folders}
     streams = [
-        checked_blocks(plan, name, files.blocks(kept[name], checkpoint=fingerprint(plan.models[name])))
-        if name in kept
-        else _blocks(plan, name, *wanted[name], options, memory, gram=True, onward=onward[name])
+        check_blocks(plan, name, files.blocks(gram_folders[name], checkpoint=fingerprint(plan.models[name])))
+        if name in gram_folders
+        else _blocks(plan, name, *sample_sets[name], options, memory, gram=True, merged_weights=merged_models[name])
         for name in experts
     ]
-    known: dict[str, dict[str, Moments]] = {name: {} for name in experts}
-    for several in zip_longest(*streams, fillvalue=("", {})):
-        for have, (_, moments) in zip(known.values(), several, strict=True):
-            have.update(moments)
-        ready = [t for t in waiting if all(t.reads[name] in have for name, have in known.items())]
-        yield ready, known
-        for tensor in ready:
+    moments_by_expert: dict[str, dict[str, Moments]] = {name: {} for name in experts}
+    for expert_blocks in zip_longest(*streams, fillvalue=("", {})):
+        for expert_moments, (_, moments) in zip(moments_by_expert.values(), expert_blocks, strict=True):
+            expert_moments.update(moments)
+        complete_tensors = [
+            t
+            for t in waiting
+            if all(t.reads[name] in expert_moments for name, expert_moments in moments_by_expert.items())
+        ]
+        yield complete_tensors, moments_by_expert
+        for tensor in complete_tensors:
             waiting.remove(tensor)
-            for name, have in known.items():
-                have.pop(tensor.reads[name] or "", None)
-    yield waiting, {name: {} for name in known}
+            for name, expert_moments in moments_by_expert.items():
+                expert_moments.pop(tensor.reads[name] or "", None)
+    yield waiting, {name: {} for name in moments_by_expert}
 
 
-def _kept_grams(plan: Plan, options: RunOptions) -> dict[str, Path]:
-    """The folders of Gram matrices that the recipe names, or that `keep_grams` has made of the same text."""
-    given = plan.recipe.calibration
-    assert given is not None, "the recipe was checked for it"
-    found = {}
+def _gram_folders(plan: Plan, options: RunOptions) -> dict[str, Path]:
+    """Returns the folders of Gram matrices that the recipe names, or that `keep_grams` made from the same text."""
+    calibration = plan.recipe.calibration
+    assert calibration is not None, "the recipe was checked for it"
+    folders = {}
     for name in plan.recipe.experts:
-        if name in given.stats:
-            found[name] = plan.recipe.folder / Path(given.stats[name]).expanduser()
+        if name in calibration.stats:
+            folders[name] = plan.recipe.folder / Path(calibration.stats[name]).expanduser()
         else:
-            key, _ = _samples(plan, name, options)
+            key, _ = _expert_samples(plan, name, options)
             folder = cache_folder() / key.folder_name()
-            if files.is_whole(folder):
-                found[name] = folder
-    return found
+            if files.is_complete(folder):
+                folders[name] = folder
+    return folders
 
 
-def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.Key]:
-    """The key of the statistics of every expert whose model is run for a plan."""
-    given = plan.recipe.calibration
-    if given is None or not plan.runs_models:
+def statistics_keys(plan: Plan, options: RunOptions) -> dict[str, files.StatisticsKey]:
+    """Returns the statistics key of every expert whose model runs for a plan."""
+    calibration = plan.recipe.calibration
+    if calibration is None or not plan.runs_models:
         return {}
-    in_files = {} if plan.follows_merge else given.stats
-    return {name: _samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
+    in_files = {} if plan.follows_merge else calibration.stats
+    return {name: _expert_samples(plan, name, options)[0] for name in plan.recipe.experts if name not in in_files}
 
 
 def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: Path | None) -> dict[str, Path]:
@@ -211,28 +224,30 @@ def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: P
     """
     folders = {}
     for name in plan.recipe.experts:
-        key, samples = _samples(plan, name, options)
+        key, samples = _expert_samples(plan, name, options)
         folder = to / f"{name}{files.GRAMS}" if to else cache_folder() / key.folder_name()
         folders[name] = folder
-        done = files.kept_units(folder, key)
-        if files.is_whole(folder):
+        finished_units = files.finished_units(folder, key)
+        if files.is_complete(folder):
             continue
-        options.notice(f"calibrating {name}: {len(samples.tokens)} samples; {len(done)} blocks are there already")
-        found = _blocks(plan, name, key, samples, options, hidden_memory, gram=True, known=done)
-        for number, (unit, moments) in enumerate(found, len(done)):
+        options.notice(
+            f"calibrating {name}: {len(samples.tokens)} samples; {len(finished_units)} blocks are there already"
+        )
+        blocks = _blocks(plan, name, key, samples, options, hidden_memory, gram=True, finished_units=finished_units)
+        for number, (unit, moments) in enumerate(blocks, len(finished_units)):
             files.save_block(folder, number, unit, moments, key)
     return folders
 
 
 def layers(plan: Plan, expert: str) -> list[str]:
-    """The expert's tensors whose inputs some stage looks at."""
-    wanted = (t for t in plan.tensors if t.inputs and not t.lockstep)
-    read = (t.reads[expert] for t in wanted if t.is_layer)
-    return sorted({name for name in read if name is not None})
+    """Returns the names of the expert's tensors whose inputs a stage uses."""
+    tensors = (t for t in plan.tensors if t.inputs and not t.lockstep)
+    names = (t.reads[expert] for t in tensors if t.is_layer)
+    return sorted({name for name in names if name is not None})
 
 
 def fingerprint(model: Checkpoint) -> str:
-    """The SHA-256 of a checkpoint's weight files, by their names, and of what its config says of the forward pass."""
+    """The SHA-256 of a checkpoint's weight files with their names, and of the config keys of the forward pass."""
     lines = [*sorted(f"{file.name} {sha256(file)}\n" for file in model.files), f"config {config_digest(model)}\n"]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -261,7 +276,9 @@ class MomentSource:
             return {}
         by_expert = [self.statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
         experts = [_of_part(moments, tensor, part) for moments in by_expert if moments is not None]
-        if len(experts) < len(by_expert) or (tensor.is_layer and any(each.second_moment is None for each in experts)):
+        if len(experts) < len(by_expert) or (
+            tensor.is_layer and any(expert_moments.second_moment is None for expert_moments in experts)
+        ):
             _note_unseen(tensor, note)
             return {}
         shares = [moments.token_share for moments in experts if moments.token_share is not None]
@@ -276,8 +293,8 @@ class MomentSource:
         grams = [moments.gram for moments in experts if moments.gram is not None]
         second_moment = torch.stack(second_moments)
         return {
-            "second_moment": _ones_for_zeros(second_moment),
-            "mean_input": _ones_for_zeros(torch.stack(means)),
+            "second_moment": _replace_zeros(second_moment),
+            "mean_input": _replace_zeros(torch.stack(means)),
             "reached": (second_moment != 0).any(1, keepdim=True),
             **({self.gram: torch.stack(grams)} if len(grams) == len(experts) else {}),
         }
@@ -307,26 +324,26 @@ def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
     return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
 
 
-def _ones_for_zeros(values: Tensor) -> Tensor:
+def _replace_zeros(values: Tensor) -> Tensor:
     """The values [k c], with ones for an expert that has only zeros: its text never reached the matrix."""
     return values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
 
 
 def _note_unseen(tensor: TensorPlan, note: Callable[[str], None]) -> None:
-    """Notes layers that no forward pass met, such as those of an image tower; once for each list of blocks."""
+    """Notes layers that no forward pass reached, such as an image tower's, once for each list of blocks."""
     if tensor.is_layer:
-        where = tensor.name if tensor.unit == tensor.name else f"some layers of {tensor.unit.rpartition('.')[0]}"
-        note(f"{where}: calibration saw no input; their changes are judged without it")
+        label = tensor.name if tensor.unit == tensor.name else f"some layers of {tensor.unit.rpartition('.')[0]}"
+        note(f"{label}: calibration saw no input; their changes are judged without it")
 
 
 def _note_unreached(
     second_moments: Sequence[Tensor], tensor: TensorPlan, part: Part, note: Callable[[str], None]
 ) -> None:
     """Notes the experts whose text sent no token to a matrix; a stage sees them by its input `reached`."""
-    experts = zip(tensor.place.experts, second_moments, strict=True)
-    unreached = [name for name, moments in experts if not moments.any()]
-    if unreached:
-        note(f"{part.name}: no input ever reached it in {', '.join(unreached)}; its changes are judged without it")
+    expert_moments = zip(tensor.place.experts, second_moments, strict=True)
+    experts = [name for name, moments in expert_moments if not moments.any()]
+    if experts:
+        note(f"{part.name}: no input ever reached it in {', '.join(experts)}; its changes are judged without it")
 
 
 def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -336,11 +353,11 @@ def origin(paths: Mapping[str, Path]) -> dict[str, Any]:
 
 def sources(plan: Plan) -> dict[str, str | None]:
     """The SHA-256 of what calibration starts from: files of text and statistics, tokenizers; None for a Hub dataset."""
-    given = plan.recipe.calibration
-    if given is None or not plan.inputs:
+    calibration = plan.recipe.calibration
+    if calibration is None or not plan.inputs:
         return {}
-    run = [name for name in plan.recipe.experts if name not in given.stats]
-    tokenizers = {f"tokenizer of {name}": tokenizer_digest(plan.models[name]) for name in run}
+    calibrated_experts = [name for name in plan.recipe.experts if name not in calibration.stats]
+    tokenizers = {f"tokenizer of {name}": tokenizer_digest(plan.models[name]) for name in calibrated_experts}
     return {**tokenizers, **calibration_files(plan.recipe)}
 
 

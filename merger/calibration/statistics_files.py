@@ -1,4 +1,4 @@
-"""Statistics files: what was found of one expert's inputs, kept for the next run and for other machines.
+"""Statistics files: the moments of one expert's inputs, stored for later runs and for other machines.
 
 Gram matrices are as large as the model, so where they are kept at all it is in a folder, a file for each block
 that is written when the block is done: `00000.safetensors` on, and `outside.safetensors` last, which says that all
@@ -37,8 +37,8 @@ _METADATA = "merger.statistics"  # a single entry, since safetensors writes seve
 
 
 @dataclass(frozen=True)
-class Key:
-    """All that decides what a statistics file holds."""
+class StatisticsKey:
+    """Everything that decides the content of a statistics file."""
 
     checkpoint: str  # a fingerprint of the expert's weights and config
     data: str
@@ -48,7 +48,7 @@ class Key:
     format: int = FORMAT
 
     def fields(self) -> dict[str, Any]:
-        """Its parts by name, those of the settings and of the forward pass included."""
+        """Returns the parts of the key by name, with the settings and the forward pass flattened."""
         return {
             "format": self.format,
             "checkpoint": self.checkpoint,
@@ -59,38 +59,38 @@ class Key:
         }
 
     def file_name(self) -> str:
-        """The name by which a folder of statistics files knows it."""
+        """Returns the name of the statistics file of this key."""
         text = json.dumps(self.fields(), sort_keys=True)
         return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.stats.safetensors"
 
     def folder_name(self) -> str:
-        """The name of the folder that holds the same with Gram matrices."""
+        """Returns the name of the folder of the same statistics with Gram matrices."""
         return self.file_name().replace(".stats.safetensors", GRAMS)
 
 
-def save(path: Path, moments: Mapping[str, Moments], key: Key) -> None:
-    """Writes a statistics file; it is whole or absent."""
-    _write(path, _plain(moments), key.fields())
+def save(path: Path, moments: Mapping[str, Moments], key: StatisticsKey) -> None:
+    """Writes a statistics file atomically."""
+    _write(path, _small_tensors(moments), key.fields())
 
 
-def _plain(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """All but Gram matrices, by tensor and field."""
+def _small_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Returns the tensors of all moments except Gram matrices, by tensor name and field."""
     return {
         f"{name}.{field}": value.clone()  # safetensors refuses tensors that share memory, as those of gate and up do
-        for name, each in moments.items()
+        for name, tensor_moments in moments.items()
         for field in _FIELDS
-        if (value := getattr(each, field)) is not None
+        if (value := getattr(tensor_moments, field)) is not None
     }
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     make_folder(path.parent)
     try:
-        with replacing(path) as new:
-            save_file(dict(tensors), new, metadata={_METADATA: json.dumps(said, sort_keys=True)})
+        with replacing(path) as partial_file:
+            save_file(dict(tensors), partial_file, metadata={_METADATA: json.dumps(metadata, sort_keys=True)})
     except SafetensorError as error:  # which does not say whether the disk is full
         raise ResourceError(f"{path}: cannot be written: {error}") from None
 
@@ -115,7 +115,7 @@ def _is_statistics(path: Path) -> bool:
     return True
 
 
-def find(folder: Path, key: Key) -> Path | None:
+def find(folder: Path, key: StatisticsKey) -> Path | None:
     """The file in a folder that holds the statistics of this key."""
     path = folder / key.file_name()
     return path if path.is_file() else None
@@ -126,12 +126,16 @@ def load(path: Path, *, layers: Iterable[str] = (), **expected: Any) -> dict[str
 
     >>> load(path, layers=["lm_head.weight"], checkpoint=fingerprint)  # doctest: +SKIP
     """
-    found = {name: each for file in _files(path) for name, each in _moments(file, False, **expected).items()}
-    missing = [layer for layer in layers if layer not in found]
+    statistics = {
+        name: tensor_moments
+        for file in _files(path)
+        for name, tensor_moments in _moments(file, False, **expected).items()
+    }
+    missing = [layer for layer in layers if layer not in statistics]
     if missing:
-        more = f", nor of {len(missing) - 1} others" if missing[1:] else ""
-        raise CheckpointError(f"{path}: has no statistics of {missing[0]}{more}; calibrate again")
-    return found
+        remainder = f", nor of {len(missing) - 1} others" if missing[1:] else ""
+        raise CheckpointError(f"{path}: has no statistics of {missing[0]}{remainder}; calibrate again")
+    return statistics
 
 
 def _files(path: Path) -> list[Path]:
@@ -144,60 +148,62 @@ def _files(path: Path) -> list[Path]:
 
 
 def _moments(path: Path, gram: bool, **expected: Any) -> dict[str, Moments]:
-    """What one file holds, with Gram matrices or without."""
-    found, tensors = _read(path, gram)
+    """Reads the moments of one file, with Gram matrices or without."""
+    metadata, tensors = _read(path, gram)
     for name, value in {"format": FORMAT, **expected}.items():
-        if found.get(name) != value:
-            raise CheckpointError(f"{path}: {_mismatch(name)}: its {name} is {found.get(name)}, expected {value}")
+        if metadata.get(name) != value:
+            raise CheckpointError(f"{path}: {_mismatch(name)}: its {name} is {metadata.get(name)}, expected {value}")
     parts: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, tensor in tensors.items():
         layer, _, field = name.rpartition(".")
         parts[layer][field] = tensor
-    same = found.get("same", {})
-    whole = {name: _unfolded(fields.pop("gram")) for name, fields in parts.items() if "gram" in fields}
-    return {name: Moments(**fields, gram=whole.get(same.get(name, name))) for name, fields in parts.items()}
+    twins = metadata.get("same", {})
+    grams = {name: _symmetric_matrix(fields.pop("gram")) for name, fields in parts.items() if "gram" in fields}
+    return {name: Moments(**fields, gram=grams.get(twins.get(name, name))) for name, fields in parts.items()}
 
 
 # --- with Gram matrices ---------------------------------------------------------------------------
 
 
-def save_block(folder: Path, number: int, unit: str, moments: Mapping[str, Moments], key: Key) -> None:
-    """Writes what was found of one block, Gram matrices and all; what is outside the blocks has no ``unit``."""
-    same: dict[str, str] = {}
-    kept: dict[str, Tensor] = {}
-    for name, each in moments.items():
-        if each.gram is None:
+def save_block(folder: Path, number: int, unit: str, moments: Mapping[str, Moments], key: StatisticsKey) -> None:
+    """Writes the moments of one block with Gram matrices; modules outside the blocks have an empty ``unit``."""
+    twins: dict[str, str] = {}
+    grams: dict[str, Tensor] = {}
+    for name, tensor_moments in moments.items():
+        if tensor_moments.gram is None:
             continue
-        twin = next((other for other, gram in kept.items() if torch.equal(gram, each.gram)), None)
+        twin = next(
+            (earlier_name for earlier_name, gram in grams.items() if torch.equal(gram, tensor_moments.gram)), None
+        )
         if twin is None:
-            kept[name] = each.gram
+            grams[name] = tensor_moments.gram
         else:
-            same[name] = twin
-    triangles = {f"{name}.gram": _folded(gram) for name, gram in kept.items()}
+            twins[name] = twin
+    triangles = {f"{name}.gram": _upper_triangle(gram) for name, gram in grams.items()}
     path = folder / (f"{number:05}.safetensors" if unit else _LAST)
-    _write(path, {**_plain(moments), **triangles}, {**key.fields(), "unit": unit, "same": same})
+    _write(path, {**_small_tensors(moments), **triangles}, {**key.fields(), "unit": unit, "same": twins})
 
 
-def kept_units(folder: Path, key: Key) -> set[str]:
-    """The blocks that an earlier run has finished; a folder of another key is none of ours."""
-    found = set()
+def finished_units(folder: Path, key: StatisticsKey) -> set[str]:
+    """Returns the blocks that an earlier run finished; raises CheckpointError for a folder of another key."""
+    units = set()
     for path in folder.glob("*.safetensors"):
-        said, _ = _read(path, False)
-        if {name: said.get(name) for name in key.fields()} != key.fields():
+        metadata, _ = _read(path, False)
+        if {name: metadata.get(name) for name in key.fields()} != key.fields():
             raise CheckpointError(
                 f"{path}: was made from another model, data or settings; remove it, or write elsewhere"
             )
-        found.add(said["unit"])
-    return found
+        units.add(metadata["unit"])
+    return units
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a folder holds the Gram matrices of a whole model."""
     return (folder / _LAST).is_file()
 
 
 def blocks(folder: Path, **expected: Any) -> Iterator[tuple[str, dict[str, Moments]]]:
-    """What a folder holds, a block at a time: (block, moments of its tensors' inputs)."""
+    """Yields each block of a folder with the moments of its tensors' inputs."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: has no Gram matrices; merger calibrate --gram makes a folder of them")
     for path in _files(folder):
@@ -212,13 +218,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _folded(gram: Tensor) -> Tensor:
+def _upper_triangle(gram: Tensor) -> Tensor:
     """The upper triangle of a symmetric matrix [.. i i], row by row: [.. i(i+1)/2]."""
     rows, columns = torch.triu_indices(gram.shape[-1], gram.shape[-1])
     return gram[..., rows, columns].contiguous()
 
 
-def _unfolded(triangle: Tensor) -> Tensor:
+def _symmetric_matrix(triangle: Tensor) -> Tensor:
     """The matrix of an upper triangle."""
     size = (math.isqrt(8 * triangle.shape[-1] + 1) - 1) // 2
     rows, columns = torch.triu_indices(size, size)

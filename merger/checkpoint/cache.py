@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """MERGER_CACHE, or merger's part of the user's cache."""
-    chosen = os.environ.get("MERGER_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    """Returns MERGER_CACHE, or merger's folder in the user's cache."""
+    path = os.environ.get("MERGER_CACHE")
+    if path:
+        return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "merger"
 
 

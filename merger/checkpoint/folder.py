@@ -57,23 +57,23 @@ def local_folder(directory: Path, label: str, commit: str | None = None) -> Fold
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """A JSON object from a file of the folder."""
-    where = f"{folder.label}: {folder.source}/{name}"
+    """Reads a JSON object from a file of the folder."""
+    label = f"{folder.label}: {folder.source}/{name}"
     try:
         value = json.loads((folder.directory / name).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{folder.label}: {folder.source} has no {name}; is it a model's folder?") from None
     except OSError as error:
-        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{label}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: is not valid JSON: {error}") from None
+        raise CheckpointError(f"{label}: is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: expected a JSON object")
+        raise CheckpointError(f"{label}: expected a JSON object")
     return value
 
 
 def find_weights(folder: Folder, names: tuple[str, ...]) -> Weights:
-    """The files of the first of ``names`` that is there, in one file or in the shards of NAME.index.json."""
+    """Returns the files of the first existing name: one file, or the shards of NAME.index.json."""
     for name in names:
         if name in folder.names:
             return Weights((name,), {})
@@ -84,30 +84,31 @@ def find_weights(folder: Folder, names: tuple[str, ...]) -> Weights:
         raise CheckpointError(
             f"{folder.label}: {folder.source} holds several experts, and no model; `merger extract` writes one of them"
         )
-    others = sorted(name for name in folder.names if name.endswith(_OTHER_WEIGHTS))
-    found = f", only {', '.join(others[:3])}" if others else ""
+    candidates = sorted(name for name in folder.names if name.endswith(_OTHER_WEIGHTS))
+    remark = f", only {', '.join(candidates[:3])}" if candidates else ""
     raise CheckpointError(
-        f"{folder.label}: {folder.source} has no {' or '.join(names)}{found}; save the model there with save_pretrained"
+        f"{folder.label}: {folder.source} has no {' or '.join(names)}{remark}; "
+        "save the model there with save_pretrained"
     )
 
 
 def _read_index(folder: Folder, index_name: str) -> dict[str, str]:
-    where = f"{folder.label}: {folder.source}/{index_name}"
+    label = f"{folder.label}: {folder.source}/{index_name}"
     index = read_json(folder, index_name).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise CheckpointError(f"{where}: has no weight_map; download it again")
+        raise CheckpointError(f"{label}: has no weight_map; download it again")
     for name, file in index.items():
         # A plain name beside the index, never a way out of the folder.
         if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
-            raise CheckpointError(f"{where}: names {str(file)[:80]!r}, which is not a file in its folder")
+            raise CheckpointError(f"{label}: names {str(file)[:80]!r}, which is not a file in its folder")
         if file not in folder.names:
-            raise CheckpointError(f"{where}: names {file!r}, which is missing; download it")
+            raise CheckpointError(f"{label}: names {file!r}, which is missing; download it")
         if format_of(file) is None:
-            raise CheckpointError(f"{where}: names {file!r}, expected files that end in {' or '.join(SUFFIXES)}")
+            raise CheckpointError(f"{label}: names {file!r}, expected files that end in {' or '.join(SUFFIXES)}")
         try:
             checked_name(name)
         except ValueError as error:
-            raise CheckpointError(f"{where}: {error}") from None
+            raise CheckpointError(f"{label}: {error}") from None
     return index
 
 
@@ -147,5 +148,5 @@ def _header(folder: Folder, file: str) -> dict[str, Info]:
     with folder.remote(file) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
-        tensors = format_.parse(stream, size, Path(folder.source) / file, placed=False)
+        tensors = format_.parse(stream, size, Path(folder.source) / file, with_offsets=False)
     return {name: replace(info, file=None, offset=0) for name, info in tensors.items()}

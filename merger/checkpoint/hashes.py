@@ -25,25 +25,25 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content.
+    """Returns the SHA-256 of a file's content.
 
-    It is not read where the Hub's cache names it, nor where it was hashed before and its place, size,
-    inode and times are the same since, which is how version control tells an unchanged file.
+    The file is not read if the Hub's cache names its hash, nor if it was hashed before and its path, size, inode and
+    times have not changed since, which is how version control detects an unchanged file.
     """
     stored = path.resolve()
     if stored.parent.name == "blobs" and _DIGEST.fullmatch(stored.name):
         return stored.name
     try:
         identity = _identity(stored)
-        known = recall("sha256", identity)
-        if known is not None and _DIGEST.fullmatch(known):
-            return known
-        found = digest(stored)
+        recorded_hash = recall("sha256", identity)
+        if recorded_hash is not None and _DIGEST.fullmatch(recorded_hash):
+            return recorded_hash
+        file_hash = digest(stored)
         if _identity(stored) == identity and time.time() - stored.stat().st_ctime > SETTLED:
-            remember("sha256", identity, found)
+            remember("sha256", identity, file_hash)
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
-    return found
+    return file_hash
 
 
 RUN_ALIKE = frozenset({"_name_or_path", "transformers_version", "use_cache"})
@@ -60,20 +60,20 @@ def config_digest(model: Checkpoint) -> str:
 
 
 def _without(value: Any, keys: Set[str]) -> Any:
-    """A JSON value without these keys of its objects, at any depth."""
+    """Returns a JSON value without ``keys`` in its objects, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _without(each, keys) for key, each in value.items() if key not in keys}
-    return [_without(each, keys) for each in value] if isinstance(value, list) else value
+        return {key: _without(child, keys) for key, child in value.items() if key not in keys}
+    return [_without(child, keys) for child in value] if isinstance(value, list) else value
 
 
 def digest(path: Path, tell: Callable[[int], None] = lambda count: None) -> str:
-    """The SHA-256 of a file, which is read for it; ``tell`` hears how many bytes each step was."""
-    found = hashlib.sha256()
+    """Reads a file and returns its SHA-256; ``tell`` receives the number of bytes of each step."""
+    file_hash = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            found.update(chunk)
+            file_hash.update(chunk)
             tell(len(chunk))
-    return found.hexdigest()
+    return file_hash.hexdigest()
 
 
 def note(path: Path, sha256: str) -> None:
@@ -104,5 +104,5 @@ def stamp(path: Path) -> str:
 
 def _identity(path: Path) -> str:
     status = os.stat(path)
-    told = [str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    fields = [str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()

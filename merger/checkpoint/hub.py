@@ -215,26 +215,26 @@ def _explain(error: BaseException, source: str, label: str) -> NoReturn:
         error = error.__cause__
     repository, _, revision = source.partition("@")
     if isinstance(error, hub.GatedRepoError):
-        said = f"{repository} is gated; ask for access on its page, then `hf auth login`"
+        reason = f"{repository} is gated; ask for access on its page, then `hf auth login`"
     elif isinstance(error, hub.RepositoryNotFoundError):
-        said = (
+        reason = (
             f"there is no folder {source}, and no repository {repository} that the Hub shows you; "
             "mend the name, or `hf auth login` if it is private"
         )
     elif isinstance(error, hub.RevisionNotFoundError):
-        said = f"{repository} has no revision {revision}; give a branch, a tag or a whole commit hash"
+        reason = f"{repository} has no revision {revision}; give a branch, a tag or a whole commit hash"
     elif isinstance(error, hub.HFValidationError):
-        said = f"{source} is neither a folder nor org/name[@revision]"
+        reason = f"{source} is neither a folder nor org/name[@revision]"
     elif isinstance(error, hub.HfHubHTTPError):
-        said = f"the Hub answered {error.response.status_code} for {repository}; try again, or `hf auth login`"
+        reason = f"the Hub answered {error.response.status_code} for {repository}; try again, or `hf auth login`"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise ResourceError(f"{label}: the disk of {constants.HF_HUB_CACHE} is full; set HF_HOME elsewhere") from None
     elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-        said = f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}"
+        reason = f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}"
     else:
         host = urlsplit(constants.ENDPOINT).hostname
-        said = (
+        reason = (
             f"{repository} could not be fetched from {host} ({type(error).__name__}); check the connection, "
             "or use what is in the cache with --offline"
         )
-    raise CheckpointError(f"{label}: {said}") from None
+    raise CheckpointError(f"{label}: {reason}") from None

@@ -23,7 +23,8 @@ class _Open:
     users: int = 0
 
 
-_opened: OrderedDict[tuple[OpenFiles, Path], _Open] = OrderedDict()  # the files of all instances, the latest used last
+# the open files of all instances, the least recently used first
+_open_entries: OrderedDict[tuple[OpenFiles, Path], _Open] = OrderedDict()
 _lock = Lock()
 
 
@@ -42,8 +43,8 @@ class OpenFiles:
     def use(self, path: Path, flags: int = 0) -> Iterator[int]:
         """The descriptor of a file, which stays open meanwhile; ``flags`` are added if it must be opened for this."""
         with _lock:
-            file = _opened.get((self, path)) or self._open(path, flags)
-            _opened.move_to_end((self, path))
+            file = _open_entries.get((self, path)) or self._open(path, flags)
+            _open_entries.move_to_end((self, path))
             file.users += 1
         try:
             yield file.descriptor
@@ -54,18 +55,18 @@ class OpenFiles:
     def close(self) -> None:
         """Closes the files of this instance."""
         with _lock:
-            for owner, path in [key for key in _opened if key[0] is self]:
-                os.close(_opened.pop((owner, path)).descriptor)
+            for owner, path in [key for key in _open_entries if key[0] is self]:
+                os.close(_open_entries.pop((owner, path)).descriptor)
 
     def _open(self, path: Path, flags: int) -> _Open:
         limit = _limit()
-        while len(_opened) >= limit and _close_one():
+        while len(_open_entries) >= limit and _close_one():
             pass
         descriptor = self._descriptor(path, flags)
         if self._identities.setdefault(path, _identity(descriptor)) != _identity(descriptor):
             os.close(descriptor)
             raise OSError(errno.ESTALE, "it was replaced meanwhile", str(path))
-        file = _opened[self, path] = _Open(descriptor)
+        file = _open_entries[self, path] = _Open(descriptor)
         return file
 
     def _descriptor(self, path: Path, flags: int) -> int:
@@ -79,9 +80,9 @@ class OpenFiles:
 
 def _close_one() -> bool:
     """Closes the file that was used longest ago; False if all are in use."""
-    key = next((key for key, file in _opened.items() if not file.users), None)
+    key = next((key for key, file in _open_entries.items() if not file.users), None)
     if key is not None:
-        os.close(_opened.pop(key).descriptor)
+        os.close(_open_entries.pop(key).descriptor)
     return key is not None
 
 

@@ -35,23 +35,23 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens the checkpoint ``model`` (with ``adapter`` on top), relative to ``folder`` if it is a path.
 
-    ``headers_only`` is for a plan: of a Hub repository only configs and headers are fetched. ``base`` is
-    what the checkpoint will be compared with: an adapter that sits on it differs from it by B·A exactly.
+    With ``headers_only``, for a plan, only configs and headers of a Hub repository are fetched. ``base`` is the
+    checkpoint of the comparison: an adapter on it differs from it by B·A exactly.
     """
-    found = _find(model, label, folder, offline)
+    model_folder = _find(model, label, folder, offline)
     if adapter is None:
-        _refuse_adapter(found, model)
-    config = read_json(found, "config.json")
-    refuse_quantised_config(label, found.source, config)
-    weights = find_weights(found, MODEL)
+        _refuse_adapter(model_folder, model)
+    config = read_json(model_folder, "config.json")
+    refuse_quantised_config(label, model_folder.source, config)
+    weights = find_weights(model_folder, MODEL)
     if not headers_only:
-        found = hub.download(found, weights.files)
-    tensors = read_tensors(found, weights)
+        model_folder = hub.download(model_folder, weights.files)
+    tensors = read_tensors(model_folder, weights)
     refuse_quantised_tensors(label, tensors)
-    opened = Checkpoint(label, found.directory, tensors, config, commit=found.commit)
+    checkpoint = Checkpoint(label, model_folder.directory, tensors, config, commit=model_folder.commit)
     if adapter is None:
-        return opened
-    adapted = Adapted(opened, _open_adapter(adapter, label, folder, offline, headers_only), base)
+        return checkpoint
+    adapted = Adapted(checkpoint, _open_adapter(adapter, label, folder, offline, headers_only), base)
     adapted.remarks = tuple(_remarks(adapted, model, adapter))
     return adapted
 
@@ -67,16 +67,16 @@ def _remarks(adapted: Adapted, model: str, adapter: str) -> Iterator[str]:
 
 
 def _open_adapter(adapter: str, label: str, folder: Path, offline: bool, headers_only: bool) -> Checkpoint:
-    """An adapter's own tensors and config, by the names that peft gave them."""
-    found = _find(adapter, label, folder, offline)
-    config = read_json(found, CONFIG)
-    weights = find_weights(found, ADAPTER)
+    """Opens an adapter's tensors and config, by peft's names."""
+    adapter_folder = _find(adapter, label, folder, offline)
+    config = read_json(adapter_folder, CONFIG)
+    weights = find_weights(adapter_folder, ADAPTER)
     if not headers_only:
-        found = hub.download(found, weights.files)
-    named = f"{label}: the adapter {found.source}"
-    tensors = read_tensors(found, weights)
-    refuse_quantised_tensors(named, tensors)
-    return Checkpoint(named, found.directory, tensors, config, commit=found.commit)
+        adapter_folder = hub.download(adapter_folder, weights.files)
+    adapter_label = f"{label}: the adapter {adapter_folder.source}"
+    tensors = read_tensors(adapter_folder, weights)
+    refuse_quantised_tensors(adapter_label, tensors)
+    return Checkpoint(adapter_label, adapter_folder.directory, tensors, config, commit=adapter_folder.commit)
 
 
 def _find(source: str, label: str, folder: Path, offline: bool) -> Folder:
@@ -91,17 +91,18 @@ def _find(source: str, label: str, folder: Path, offline: bool) -> Folder:
     return hub.open_repository(source, label=label, offline=offline)
 
 
-def _refuse_adapter(found: Folder, model: str) -> None:
-    """CheckpointError if what is given as a model is an adapter, or a model with an adapter beside it."""
-    if CONFIG not in found.names:
+def _refuse_adapter(model_folder: Folder, model: str) -> None:
+    """Raises CheckpointError if the folder of a model holds an adapter, alone or beside the model."""
+    if CONFIG not in model_folder.names:
         return
-    if not any(name in found.names or f"{name}.index.json" in found.names for name in MODEL):
-        on = read_json(found, CONFIG).get("base_model_name_or_path") or "the model it was trained on"
+    if not any(name in model_folder.names or f"{name}.index.json" in model_folder.names for name in MODEL):
+        on = read_json(model_folder, CONFIG).get("base_model_name_or_path") or "the model it was trained on"
         raise CheckpointError(
-            f"{found.label}: {model} is a PEFT adapter, not a model; write {{model: {on}, adapter: {model}}}"
+            f"{model_folder.label}: {model} is a PEFT adapter, not a model; write {{model: {on}, adapter: {model}}}"
         )
-    if any(name in found.names for name in ADAPTER):
+    if any(name in model_folder.names for name in ADAPTER):
         raise CheckpointError(
-            f"{found.label}: {model} holds a model and beside it a PEFT adapter, which transformers loads on top; "
-            f"write {{model: {model}, adapter: {model}}} to merge the two, or move {CONFIG} elsewhere to leave it out"
+            f"{model_folder.label}: {model} holds a model and beside it a PEFT adapter, which transformers "
+            f"loads on top; write {{model: {model}, adapter: {model}}} to merge the two, or move {CONFIG} elsewhere to "
+            "leave it out"
         )

@@ -27,11 +27,11 @@ class Output:
         self.folder = self.journal.folder / MODEL
         self._missing = [folder for folder in (self.journal.folder, *path.parents) if not folder.exists()]
 
-    def open(self, *, force: bool = False, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Makes the folder, or takes over that of an earlier run, of which complete files are kept.
+    def open(self, *, force: bool = False, tell: Callable[[int, int], None] = lambda count, total: None) -> None:
+        """Creates the folder, or continues in the folder of an earlier run and keeps its complete files.
 
-        ``tell`` hears how many bytes of finished files were hashed again, of how many. Raises RecipeError where
-        another run or another plan has the folder, and ResourceError where the disk fails.
+        ``tell`` receives the number of bytes of finished files that were hashed again, and their total. Raises
+        RecipeError if another run or another plan has the folder, and ResourceError if the disk fails.
         """
         self.journal.open(force=force)
         self._check_finished(tell)

@@ -20,15 +20,15 @@ COLUMNS, ROWS = -1, -2
 
 
 def packed_experts(tensors: Mapping[str, Info], config: Mapping[str, Any], width: int | None) -> dict[str, int | None]:
-    """The tensors [E, ., .] of packed experts, each with its input axis, or None where nothing shows it.
+    """Returns the tensors [E, ., .] of packed experts, each with its input axis, or None if the axis is unknown.
 
-    ``width`` is that of the hidden states.
+    ``width`` is the width of the hidden states.
     """
     counts = set(_numbers_of_experts(config))
     names = [name for name, info in tensors.items() if len(info.shape) == 3 and _is_packed(name, info, counts)]
     axes = {name: _axis_by_bias(name, tensors) or _axis_by_width(name, tensors[name], width) for name in names}
-    shown = set(axes.values()) - {None}
-    common = shown.pop() if len(shown) == 1 else None
+    evident_axes = set(axes.values()) - {None}
+    common = evident_axes.pop() if len(evident_axes) == 1 else None
     return {name: axis or common for name, axis in axes.items()}
 
 
@@ -54,18 +54,18 @@ def _axis_by_bias(name: str, tensors: Mapping[str, Info]) -> int | None:
     stem = name.removesuffix("weight")
     biases = (tensors.get(f"{stem}{suffix}") for suffix in ("bias", "_bias", ".bias"))
     length = next((bias.shape[-1] for bias in biases if bias is not None and bias.shape), None)
-    return _axis_beside(tensors[name], length)
+    return _other_axis(tensors[name], length)
 
 
 def _axis_by_width(name: str, info: Info, width: int | None) -> int | None:
-    """The input axis of matrices of which one axis alone has the length of the hidden states."""
-    place, beside = role(name), _axis_beside(info, width)
-    if place == UNNAMED or beside is None:
+    """Returns the input axis of matrices if exactly one axis has the width of the hidden states."""
+    place, width_axis = role(name), _other_axis(info, width)
+    if place == UNNAMED or width_axis is None:
         return None
-    return beside if place == LAST else COLUMNS + ROWS - beside
+    return width_axis if place == LAST else COLUMNS + ROWS - width_axis
 
 
-def _axis_beside(info: Info, length: int | None) -> int | None:
+def _other_axis(info: Info, length: int | None) -> int | None:
     """The axis of matrices beside the only one of this length."""
     rows, columns = info.shape[1:]
     if (rows == length) == (columns == length):

@@ -20,11 +20,11 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def check_output(path: Path, inputs: Iterable[Path], *, beside: Iterable[Path] = (), force: bool) -> None:
+def check_output(path: Path, inputs: Iterable[Path], *, neighbours: Iterable[Path] = (), force: bool) -> None:
     """Refuses an output that is occupied, or that would touch an input; symbolic links are followed first.
 
-    Nothing may be written to an ``inputs`` folder or take its place; ``beside`` are files and folders
-    that an output may lie in or next to, but not replace. A mount point cannot be replaced by any folder.
+    An output must not lie in a folder of ``inputs`` nor replace it. ``neighbours`` are files and folders that an output
+    may lie in or next to, but must not replace. No folder can replace a mount point.
     """
     try:
         real = path.resolve()
@@ -32,7 +32,7 @@ def check_output(path: Path, inputs: Iterable[Path], *, beside: Iterable[Path] =
             directory = folder.resolve()
             if real == directory or directory in real.parents or real in directory.parents:
                 raise RecipeError(f"output.path: {path} is, holds or lies in the input {folder}; choose another folder")
-        for neighbour in beside:
+        for neighbour in neighbours:
             if real in (neighbour.resolve(), *neighbour.resolve().parents):
                 raise RecipeError(f"output.path: {path} is or holds {neighbour}; choose another folder")
         if is_occupied(path) and not force:

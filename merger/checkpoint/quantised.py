@@ -68,10 +68,10 @@ def _holds_codes(name: str, info: Info, scaled: set[str]) -> bool:
     return name.rpartition(".")[0] in scaled or (info.dtype in _SMALL and is_matrix)
 
 
-def _refusal(label: str, evidence: str, how: str = "with the library that quantised it") -> CheckpointError:
+def _refusal(label: str, evidence: str, remedy: str = "with the library that quantised it") -> CheckpointError:
     return CheckpointError(
         f"{label}: is quantised ({evidence}); merge the 16- or 32-bit checkpoint it was made from and quantise the "
-        f"result, or dequantise it first {how}"
+        f"result, or dequantise it first {remedy}"
     )
 
 

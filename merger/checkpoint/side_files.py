@@ -97,12 +97,12 @@ _PACKED = "It holds several experts and is no model by itself: `merger extract` 
 def card(
     title: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any], tensors: Mapping[str, int], packed: bool
 ) -> str:
-    """README.md: what the Hub shows of a merged model, or of several ``packed`` experts."""
+    """Returns README.md, the card of a merged model or of ``packed`` experts on the Hub."""
     # Only what came from the Hub has a name there: the path of a folder is refused, or taken for someone's repository.
-    models = dict.fromkeys(each["source"].partition("@")[0] for each in inputs.values() if "commit" in each)
+    models = dict.fromkeys(source["source"].partition("@")[0] for source in inputs.values() if "commit" in source)
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "merger"]}
     front |= {"base_model": list(models), "base_model_relation": "merge"} if models else {}
-    counts = ", ".join(f"{count} {what}" for what, count in tensors.items())
+    counts = ", ".join(f"{count} {action}" for action, count in tensors.items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
         f"Merged with `merger`. Tensors: {counts}. {_PACKED if packed else ''}"

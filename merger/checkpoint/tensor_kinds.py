@@ -128,12 +128,12 @@ class TensorKinds:
 
 
 def tensor_kinds(tensors: Mapping[str, Info], config: Mapping[str, Any], equal: Equal = unknown) -> TensorKinds:
-    """The kinds of a checkpoint's tensors; ``equal`` tells of two of them whether they hold the same bits."""
-    outside = {name: info for name, info in tensors.items() if _BLOCK.match(name) is None}
-    embedding = _input_embedding(outside, config)
-    head = _language_head(outside, embedding)
+    """Returns the kinds of a checkpoint's tensors; ``equal`` compares the bits of two of them."""
+    outer_tensors = {name: info for name, info in tensors.items() if _BLOCK.match(name) is None}
+    embedding = _input_embedding(outer_tensors, config)
+    head = _language_head(outer_tensors, embedding)
     tied = is_tied(tensors, config, embedding, head, equal)
-    copies = stored_copies(tensors, _with_row_per_token(outside, embedding), equal)
+    copies = stored_copies(tensors, _with_row_per_token(outer_tensors, embedding), equal)
     if tied and head is not None and embedding is not None:
         copies[head] = embedding
     return TensorKinds(tensors, tied, head, embedding, copies, config)

@@ -58,8 +58,8 @@ class Writer(Output):
             for name, (file, offset) in self._places.items()
         }
 
-    def open(self, *, force: bool = False, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Opens the output and makes the unfinished shards at their full size; hashing begins."""
+    def open(self, *, force: bool = False, tell: Callable[[int, int], None] = lambda count, total: None) -> None:
+        """Opens the output, creates the unfinished shards at their full size and starts the hashing thread."""
         super().open(force=force, tell=tell)
         for shard in self._shards:
             if shard.file not in self.journal.finished:
@@ -69,9 +69,9 @@ class Writer(Output):
 
     @property
     def unfinished(self) -> frozenset[str]:
-        """The tensors that are still to be written."""
-        done = self.journal.finished
-        return frozenset(name for shard in self._shards if shard.file not in done for name in shard.offsets)
+        """Returns the tensors that are not written yet."""
+        finished_files = self.journal.finished
+        return frozenset(name for shard in self._shards if shard.file not in finished_files for name in shard.offsets)
 
     def _create(self, shard: Shard) -> None:
         """Makes a file at its full size, so that a full disk is found before the work; its header is in it."""

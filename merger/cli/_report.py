@@ -132,6 +132,8 @@ def print_methods(name: str | None, console: Console) -> None:
     console.print(inspect.getdoc(entry.function) or "", markup=False)
     if entry.paper:
         console.print(f"paper: {entry.paper}", markup=False)
+    if entry.package:
+        console.print(f"package: {entry.package}", markup=False)
     expansion = _expansion(entry)
     if expansion:
         console.print("\nexpands to:")
@@ -162,6 +164,7 @@ def _described(entry: Entry) -> dict[str, Any]:
         "kind": entry.kind,
         "summary": entry.summary,
         "paper": entry.paper,
+        "package": None if entry.package is None else str(entry.package),
         "parameters": _parameters(entry),
         "expands_to": [written(stage) for stage in _expansion(entry)],
     }

@@ -102,12 +102,12 @@ def progress_bar(quiet: bool) -> Iterator[tuple[Progress, Notice]]:
     tasks: dict[str, Any] = {}
     with Bar(*columns, console=console, transient=True) as bar:
 
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, amount="")
-            speed = next(task.speed for task in bar.tasks if task.id == tasks[what]) or 0
-            counted = f"{size_text(done)} of {size_text(total)}, {size_text(int(speed))}/s"
-            amount = "" if what.startswith(("calibrating", "factoring", "judging", "searching")) else counted
-            bar.update(tasks[what], completed=done, total=total, amount=amount)
+        def tell(step: str, count: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, amount="")
+            speed = next(task.speed for task in bar.tasks if task.id == tasks[step]) or 0
+            summary = f"{size_text(count)} of {size_text(total)}, {size_text(int(speed))}/s"
+            amount = "" if step.startswith(("calibrating", "factoring", "judging", "searching")) else summary
+            bar.update(tasks[step], completed=count, total=total, amount=amount)
 
         yield tell, notice

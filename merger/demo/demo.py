@@ -64,10 +64,10 @@ def prepare(folder: Path, *, force: bool = False) -> Path:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not force:
             raise RecipeError(f"{folder}: is there already; choose another folder, or replace it with --force")
-        present = [name for name in contents if (folder / name).is_file()]
-        if not present:
+        existing = [name for name in contents if (folder / name).is_file()]
+        if not existing:
             raise RecipeError(f"{folder}: holds something else than a demo; choose another folder")
-        for name in present:
+        for name in existing:
             if (folder / name).read_bytes() != contents[name]:
                 raise RecipeError(f"{folder / name}: is not as the demo wrote it; move it, or choose another folder")
     for name, content in contents.items():

@@ -32,14 +32,14 @@ class Machine:
 
     @classmethod
     def of(cls, device: str, max_memory: int | None, plan: Plan) -> Machine:
-        """Settles the device and shares the memory out; ResourceError if it is too little."""
-        chosen = chosen_devices(device)
-        workers = max(len(chosen), min(os.cpu_count() or 1, 16))
-        gpu = chosen != ("cpu",)
+        """Chooses the devices and divides the memory; raises ResourceError if the memory is too small."""
+        devices = select_devices(device)
+        workers = max(len(devices), min(os.cpu_count() or 1, 16))
+        gpu = devices != ("cpu",)
         need = memory_needed(plan, workers, gpu=gpu)
-        rooms = {device: Room(device) for device in chosen}
+        rooms = {device: Room(device) for device in devices}
         if max_memory is None:
-            return cls(chosen, workers, HOLD, rooms=rooms)
+            return cls(devices, workers, HOLD, rooms=rooms)
         while workers > 1 and need > max_memory:
             workers -= 1
             need = memory_needed(plan, workers, gpu=gpu)
@@ -48,14 +48,14 @@ class Machine:
                 f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
             )
         hidden = (max_memory - need) // 2 if plan.inputs else 0
-        return cls(chosen, workers, min(HOLD, max_memory - need - hidden), hidden, rooms)
+        return cls(devices, workers, min(HOLD, max_memory - need - hidden), hidden, rooms)
 
     @property
     def device(self) -> str:
         """The first device, and the one of what is not dealt out, which is calibration."""
         return self.devices[0]
 
-    def each(self) -> list[Machine]:
+    def per_device(self) -> list[Machine]:
         """This machine with each of its devices alone."""
         return [replace(self, devices=(device,)) for device in self.devices]
 
@@ -104,14 +104,14 @@ def free_memory(device: str) -> float:
     return USABLE * (free + unused)
 
 
-def dealt(sizes: Iterable[int], hands: int) -> list[int]:
-    """Deals work of these sizes out in order, each to the hand that has the least so far: whose each is."""
-    held = [0] * hands
-    whose = []
+def assign_sizes(sizes: Iterable[int], hands: int) -> list[int]:
+    """Assigns sizes in order to the least loaded of ``hands`` workers; returns the worker of each size."""
+    loads = [0] * hands
+    assignment = []
     for size in sizes:
-        whose.append(held.index(min(held)))
-        held[whose[-1]] += size
-    return whose
+        assignment.append(loads.index(min(loads)))
+        loads[assignment[-1]] += size
+    return assignment
 
 
 def _keep_freed_memory() -> None:
@@ -129,18 +129,18 @@ def _keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
-def chosen_devices(wanted: str) -> tuple[str, ...]:
-    """The devices that ``--device`` asks for, as torch calls them; a `MergerError` where there is none such."""
-    kind, _, number = wanted.partition(":")
+def select_devices(choice: str) -> tuple[str, ...]:
+    """Returns torch's names of the devices that ``--device`` selects; raises `MergerError` if there is none."""
+    kind, _, number = choice.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
-        raise RecipeError(f"--device {wanted}: expected auto, cpu, cuda or cuda:0")
+        raise RecipeError(f"--device {choice}: expected auto, cpu, cuda or cuda:0")
     if kind == "cpu":
         return ("cpu",)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) >= count:
         first = ", from cuda:0 on" if count else ""
         raise ResourceError(
-            f"--device {wanted}: this machine has {count or 'no'} CUDA devices that torch can use{first}"
+            f"--device {choice}: this machine has {count or 'no'} CUDA devices that torch can use{first}"
         )
     if kind == "cuda" and number:
         return (f"cuda:{int(number)}",)
@@ -162,18 +162,18 @@ def peak_memory() -> int:
 
 
 def peak_device_memory(devices: Iterable[str]) -> int:
-    """The most that torch has had of one of these GPUs, in bytes; 0 on the CPU."""
-    return max(torch.cuda.max_memory_reserved(each) if each.startswith("cuda") else 0 for each in devices)
+    """Returns the peak memory that torch reserved on one of these GPUs, in bytes; 0 on the CPU."""
+    return max(torch.cuda.max_memory_reserved(device) if device.startswith("cuda") else 0 for device in devices)
 
 
 @contextmanager
 def tuned() -> Iterator[None]:
-    """Within it torch works on one thread, for slices run side by side and no sum may depend on the cores; no TF32."""
+    """Limits torch to one thread and disables TF32: slices run in parallel, and no sum may depend on the cores."""
     _keep_freed_memory()
-    before = torch.get_num_threads()
+    thread_count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with full_float32():
             yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(thread_count)

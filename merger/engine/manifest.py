@@ -19,7 +19,8 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import write_json
 from merger.checkpoint.hashes import config_digest, stamp
 from merger.errors import CheckpointError
-from merger.recipe.recipe import portable_location
+from merger.pipeline.stages import entries_of
+from merger.recipe.recipe import Recipe, portable_location
 
 if TYPE_CHECKING:
     from merger.checkpoint.tensor_info import Info
@@ -74,16 +75,16 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes) -> Manifest:
-        """The manifest of a file's bytes; ValueError with the reason, to follow the file's name, if it is none."""
+        """Parses a manifest; raises ValueError with a reason that follows the file's name in a message."""
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"cannot be read: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"is not of format {FORMAT}, the only one that this version reads; merge again")
-        lacking = [section for section in _SECTIONS if not isinstance(content.get(section), dict)]
-        if lacking:
-            raise ValueError(f"lacks {', '.join(lacking)}")
+        missing = [section for section in _SECTIONS if not isinstance(content.get(section), dict)]
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
         damaged = next(_damaged_parts(content), None)
         if damaged is not None:
             raise ValueError(f"{damaged} is not as a merge writes it; merge again")
@@ -269,7 +270,7 @@ def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
     record |= {"merged by": method} if tensor.stages else {"copied from": tensor.source}
     if tensor.packed is not None:
         stored = {name: stored_as(info) for name, info in tensor.packed.infos.items()}
-        record |= {"packed": tensor.packed.recorded(), "stored as": stored}
+        record |= {"packed": tensor.packed.as_record(), "stored as": stored}
     if tensor.tied_to is not None:
         return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
     if tensor.extra:
@@ -312,19 +313,28 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "base": source(recipe["base"]), "experts": experts, "calibration": calibration, "output": output}
 
 
-def differing(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """The keys, as in experts.math.weight, whose values differ between two plain objects; both values of each."""
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return {} if one == other else {"": (one, other)}
-    keys = dict.fromkeys((*one, *other))
-    found = ((key, differing(one.get(key), other.get(key))) for key in keys)
-    return {f"{key}.{rest}" if rest else key: pair for key, each in found for rest, pair in each.items()}
+def value_differences(recorded: Any, current: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys, such as experts.math.weight, whose values differ between two objects, with both values."""
+    if not isinstance(recorded, Mapping) or not isinstance(current, Mapping):
+        return {} if recorded == current else {"": (recorded, current)}
+    keys = dict.fromkeys((*recorded, *current))
+    differences = ((key, value_differences(recorded.get(key), current.get(key))) for key in keys)
+    return {
+        f"{key}.{subkey}" if subkey else key: pair for key, nested in differences for subkey, pair in nested.items()
+    }
 
 
 def versions(plan: Plan) -> dict[str, str]:
     """The versions that decide the bytes of a merge; that of transformers where models are run for it."""
     run = {"transformers": version("transformers")} if plan.runs_models else {}
-    return {**merge_versions(), **run}
+    return {**merge_versions(), **run, **method_versions(plan.recipe)}
+
+
+def method_versions(recipe: Recipe) -> dict[str, str]:
+    """The versions of the installed packages, other than merger, that the methods of a recipe come from."""
+    stages = [stage for choice in recipe.choices() for stage in choice.stages]
+    packages = {entry.package for stage in stages for entry in entries_of(stage, tuple(recipe.experts))}
+    return dict(sorted(package for package in packages if package is not None))
 
 
 def merge_versions() -> dict[str, str]:

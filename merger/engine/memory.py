@@ -39,15 +39,17 @@ def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
 
 
 def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
-    """Bytes of so many slices together: the largest of the model, or those of one block that is merged by itself."""
+    """Returns the bytes of ``workers`` slices: the model's largest, or those of one block merged in lockstep."""
     by_block: dict[str, list[int]] = {}
-    alone: dict[tuple[int, int, int], tuple[TensorPlan, Part]] = {}  # one of each size, for each combination of stages
+    separate_parts: dict[
+        tuple[int, int, int], tuple[TensorPlan, Part]
+    ] = {}  # one of each size, for each combination of stages
     for tensor in plan.tensors:
         if tensor.lockstep:
             by_block.setdefault(tensor.unit, []).extend(size(plan, tensor, part) for part in tensor.parts)
         else:
-            alone |= {(id(tensor.stages), part.rows, part.columns): (tensor, part) for part in tensor.parts}
-    largest = max((size(plan, tensor, part) for tensor, part in alone.values()), default=0)
+            separate_parts |= {(id(tensor.stages), part.rows, part.columns): (tensor, part) for part in tensor.parts}
+    largest = max((size(plan, tensor, part) for tensor, part in separate_parts.values()), default=0)
     return max(workers * largest, *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
 
 

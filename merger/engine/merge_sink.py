@@ -71,21 +71,23 @@ class MergeSink(Sink):
         slices.release(i)
 
     def copy(self, tensor: TensorPlan, part: Part) -> None:
-        """Copies a part row by row; a note names the models in which it differs."""
+        """Copies a part row by row; notes the models whose values differ."""
         dtype = torch_dtype(tensor.info)
         step = slice_rows(tensor, part)
         source = tensor.reads[tensor.source]
         assert source is not None, "a tensor is copied from a model that has it"
         shape = self.plan.models[tensor.source].tensors[source].shape
-        others = {label: name for label, name in tensor.reads.items() if label != tensor.source and name}
-        differing = set()
+        stored_names = {label: name for label, name in tensor.reads.items() if label != tensor.source and name}
+        changed_labels = set()
         for start in range(0, part.rows if part.columns else 0, step):
             rows = range(start, min(start + step, part.rows))
             values = self.plan.models[tensor.source].read_rows(source, rows.start, rows.stop)
-            differing |= {label for label, name in others.items() if not self._has(label, name, shape, rows, values)}
+            changed_labels |= {
+                label for label, name in stored_names.items() if not self._has(label, name, shape, rows, values)
+            }
             self._write(self.plan.written_names(tensor), start, _cast(values, dtype, tensor))
-        if differing:
-            labels = ", ".join(sorted(differing))
+        if changed_labels:
+            labels = ", ".join(sorted(changed_labels))
             self.notes.add(tensor, f"{tensor.name}: copied from {tensor.source}, but differs in {labels}")
 
     def end_tensor(self, tensor: TensorPlan) -> None:

@@ -16,23 +16,25 @@ from merger.planning.plan import Plan
 
 
 def check_place(plan: Plan, output: Path, *, force: bool) -> None:
-    """RecipeError if the output would take the place of anything that the merge or a person needs."""
+    """Raises RecipeError if the output would replace inputs of the merge or files of the user."""
     models = plan.models.values()
-    inputs = [each.directory for model in models for each in (model, model.adapter) if each is not None]
-    check_output(output, inputs, beside=plan.recipe.surroundings(), force=force)
+    inputs = [
+        checkpoint.directory for model in models for checkpoint in (model, model.adapter) if checkpoint is not None
+    ]
+    check_output(output, inputs, neighbours=plan.recipe.surroundings(), force=force)
 
 
 def check_disk(plan: Plan, output: Path) -> None:
     """ResourceError if the output cannot fit the disk it goes to."""
-    free = _free(output)
+    free = _free_bytes(output)
     if plan.bytes_written > free:
         raise ResourceError(f"{output}: needs {plan.bytes_written:,} bytes, but its disk has {free:,} free")
 
 
-def _free(output: Path) -> int:
-    """Bytes of disk that the output may take."""
-    there = next(folder for folder in (output, *output.parents) if folder.exists())
-    return shutil.disk_usage(there).free + unfinished_bytes(output)
+def _free_bytes(output: Path) -> int:
+    """Returns the bytes of disk that the output may take."""
+    ancestor = next(path for path in (output, *output.parents) if path.exists())
+    return shutil.disk_usage(ancestor).free + unfinished_bytes(output)
 
 
 @dataclass(frozen=True)
@@ -55,4 +57,4 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     inputs = cost(plan)
     memory = memory_needed(plan, machine.workers, gpu=machine.device != "cpu") + machine.hold
     memory += inputs.hidden_states if machine.hidden is None else min(machine.hidden, inputs.hidden_states)
-    return Forecast(memory, _free(output), ranked, inputs.files, machine.devices if device else None)
+    return Forecast(memory, _free_bytes(output), ranked, inputs.files, machine.devices if device else None)

@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, options: RunOptions, output: Path | None = None, *, 
     Raises a `MergerError` for whatever the user can mend.
     """
     if output is not None:
-        check_output(output, recipe.folders(), beside=recipe.surroundings(), force=force)
+        check_output(output, recipe.folders(), neighbours=recipe.surroundings(), force=force)
     plan = make_plan(recipe, offline=options.offline, headers_only=False)
     try:
         if output is not None:

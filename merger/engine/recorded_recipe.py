@@ -96,9 +96,9 @@ def expert_name(source: str) -> str:
     return unused_name(re.sub(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]", "", last) or "model", ["base"])
 
 
-def unused_name(name: str, taken: Iterable[str]) -> str:
-    """The name, lengthened until it is not taken."""
-    taken_names = set(taken)
-    while name in taken_names:
+def unused_name(name: str, used_names: Iterable[str]) -> str:
+    """Appends underscores to a name until it is not in ``used_names``."""
+    used = set(used_names)
+    while name in used:
         name += "_"
     return name

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from merger.calibration.provider import MergedTensors, Source, block_providers
-from merger.engine.machine import dealt, tuned
+from merger.engine.machine import assign_sizes, tuned
 from merger.engine.memory import slice_rows
 from merger.engine.prepare import Prepared
 from merger.engine.reader import PartSlices, Reader
@@ -85,11 +85,11 @@ class ByteProgress:
         self._report = partial(progress, step)
         self._lock = Lock()
 
-    def add(self, size: int, *, again: bool = False) -> None:
-        """Counts bytes that were read; bytes that will be read ``again`` add to the total."""
+    def add(self, size: int, *, is_reread: bool = False) -> None:
+        """Counts bytes that were read; with ``is_reread`` they will be read again and add to the total."""
         with self._lock:
             self.done += size
-            self.total += size if again else 0
+            self.total += size if is_reread else 0
             self._report(self.done, self.total)
 
 
@@ -150,8 +150,8 @@ class Schedule:
         self, units: Sequence[Unit], reader: Reader, sink: Sink
     ) -> list[Callable[[], OpenTotal | None]]:
         """Visits that each take one thread, dealt out to the devices by size."""
-        readers = [replace(reader, machine=machine) for machine in self.machine.each()]
-        hands = dealt([part.rows * part.columns for _, part in units], len(readers))
+        readers = [replace(reader, machine=machine) for machine in self.machine.per_device()]
+        hands = assign_sizes([part.rows * part.columns for _, part in units], len(readers))
         return [
             partial(self._visit, unit, readers[hand], sink, {}, {}, map)
             for unit, hand in zip(units, hands, strict=True)
@@ -184,7 +184,7 @@ class Schedule:
     def _end_pass(self, unit: Unit, sink: Sink, *, is_last: bool) -> None:
         tensor, part = unit
         sink.end_pass(tensor, part)
-        self.progress.add(self.plan.bytes_of(tensor, part.rows * part.columns), again=not is_last)
+        self.progress.add(self.plan.bytes_of(tensor, part.rows * part.columns), is_reread=not is_last)
         with self._lock:
             self._parts_left[tensor.name] -= is_last
             is_complete = self._parts_left[tensor.name] == 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from merger.calibration.samples import grouped, padded
+from merger.calibration.samples import group_by_length, pad_samples
 from merger.evaluation.tasks import Example, Task
 from merger.ops.precision import full_float32
 
@@ -122,7 +122,7 @@ class TaskEvaluator:
         answers = [example.replies[0].strip() for example in examples]
         longest = max(len(ids) for ids in self.tokenizer(answers, add_special_tokens=False)["input_ids"]) + SLACK
         is_right = np.zeros(len(examples), dtype=bool)
-        for group in grouped(list(map(len, tokenized.sequences)), BATCH_TOKENS):
+        for group in group_by_length(list(map(len, tokenized.sequences)), BATCH_TOKENS):
             replies = generate(model, [tokenized.sequences[i] for i in group], longest, self.ends)
             for i, text in zip(group, self.tokenizer.batch_decode(replies, skip_special_tokens=True), strict=True):
                 reply = text if "\n" in answers[i] else text.lstrip().partition("\n")[0]
@@ -147,8 +147,8 @@ def _likeliest_is_right(tokenized: TokenizedTask, likelihoods: np.ndarray) -> np
 def log_likelihoods(model: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> np.ndarray:
     """The summed log-probability of each sequence's tokens from its start on, given those before: [n], float64."""
     likelihoods = np.zeros(len(sequences))
-    for group in grouped(list(map(len, sequences)), BATCH_TOKENS):
-        batch = padded([sequences[i] for i in group])
+    for group in group_by_length(list(map(len, sequences)), BATCH_TOKENS):
+        batch = pad_samples([sequences[i] for i in group])
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
         logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
         first = torch.tensor([[starts[i]] for i in group], device=ids.device)
@@ -174,7 +174,7 @@ def _losses(logits_BTV: Tensor, ids_BT: Tensor, scored_BT: Tensor) -> Tensor:
 def generate(model: Any, prompts: Sequence[Sequence[int]], longest: int, ends: Iterable[int]) -> Tensor:
     """Greedy replies to prompts of similar length, up to ``longest`` tokens each: [b t], filled up with an end."""
     stop = list(ends)
-    turned = padded([ids[::-1] for ids in prompts])  # so that padding comes first, and each prompt ends at the end
+    turned = pad_samples([ids[::-1] for ids in prompts])  # so that padding comes first, and each prompt ends at the end
     ids, mask = turned.ids.flip(1).to(model.device), turned.mask.flip(1).long().to(model.device)
     output: Tensor = model.generate(
         input_ids=ids,

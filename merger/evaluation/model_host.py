@@ -18,7 +18,7 @@ from merger.calibration.model import build
 from merger.calibration.weights import Loader
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.tensor_info import Info, torch_dtype
-from merger.engine.machine import chosen_devices
+from merger.engine.machine import select_devices
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
 from merger.errors import RecipeError
@@ -105,7 +105,7 @@ class ModelHost:
     @property
     def device(self) -> torch.device:
         """The device of the models."""
-        return torch.device(chosen_devices(self.options.device)[0])
+        return torch.device(select_devices(self.options.device)[0])
 
     def dtype_for(self, weights: Checkpoint) -> torch.dtype:
         """The dtype of a model's forward passes."""

@@ -98,7 +98,7 @@ def _read_tasks(data: Data, folder: Path) -> Iterator[tuple[str, list[PlacedExam
 
 def _read(source: TextSource, folder: Path) -> list[PlacedExample]:
     """The examples of one source: all of them, or as many as it has a count of, chosen by content."""
-    read = [(record.where, *_example(record)) for record in records(source, folder)]
+    read = [(record.place, *_example(record)) for record in records(source, folder)]
     if not read:
         raise CheckpointError(f"{source.file}: holds no example")
     return read if source.samples is None else _select_examples(read, source.samples)
@@ -128,14 +128,14 @@ def _example(record: Record) -> tuple[Kind, Example]:
     fields = record.fields
     match fields:
         case {"prompt": str(prompt), "choices": [_, _, *_] as choices, "answer": answer}:
-            return "choices", Example(prompt, tuple(map(str, choices)), _correct_choice(record.where, choices, answer))
+            return "choices", Example(prompt, tuple(map(str, choices)), _correct_choice(record.place, choices, answer))
         case {"prompt": str(prompt), "answer": str(answer)} if "choices" not in fields and answer.strip():
             return "answer", Example(prompt, (answer,))
         case {"text": str(text)} if text and "prompt" not in fields:
             return "text", Example("", (text,))
     field_names = ", ".join(sorted(map(str, fields))) or "no field at all"
     raise CheckpointError(
-        f"{record.where}: expected text, or prompt and answer, or prompt, choices (2 or more) and answer; "
+        f"{record.place}: expected text, or prompt and answer, or prompt, choices (2 or more) and answer; "
         f"found {field_names}"
     )
 

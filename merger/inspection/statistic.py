@@ -32,11 +32,11 @@ Request = Literal["rank", "subspaces"]
 
 @dataclass(frozen=True)
 class Form:
-    """What the numbers of a statistic are about, and how they are named."""
+    """The subject of a statistic's numbers, and their rendering for JSON."""
 
     about: str
     annotation: Any  # the type of the value in JSON
-    named: Callable[[Any, Sequence[str]], Any]  # of the numbers and the experts' names: the value
+    render: Callable[[Any, Sequence[str]], Any]  # from the numbers and the experts' names
 
 
 def _number(value: Any, experts: Sequence[str]) -> float:
@@ -108,7 +108,7 @@ class Statistic:
         if any(counter not in sums for counter in self.counters):
             return None
         numbers = self.compute(*(sums[counter] for counter in self.counters))
-        return None if numbers is None else self.form.named(numbers, experts)
+        return None if numbers is None else self.form.render(numbers, experts)
 
     def applies(self, view: str, requests: Iterable[str]) -> bool:
         """Whether it is computed in a view, given what the user asks for."""

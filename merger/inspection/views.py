@@ -70,11 +70,11 @@ def curve_of(sums: CurveSums, experts: Sequence[str]) -> Curve:
     positions = array(sums.positions)[:, None]
 
     def by_pair(joint: Any) -> CurvesByPair:
-        curves: CurvesByPair = BY_PAIR.named(share(array(joint), positions), experts)
+        curves: CurvesByPair = BY_PAIR.render(share(array(joint), positions), experts)
         return curves
 
     def by_expert(unevenness: Any) -> CurvesByExpert:
-        curves: CurvesByExpert = BY_EXPERT.named(share(array(unevenness), sums.matrix_elements), experts)
+        curves: CurvesByExpert = BY_EXPERT.render(share(array(unevenness), sums.matrix_elements), experts)
         return curves
 
     return Curve(

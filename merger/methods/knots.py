@@ -35,11 +35,11 @@ def knots(
     the head, unless `head`) gets `inner` as it stands.
     """
     exact = deltas.double()
-    left = svd(torch.cat(list(exact), 1)).left
-    if not left.shape[1]:
+    left_vectors = svd(torch.cat(list(exact), 1)).left
+    if not left_vectors.shape[1]:
         return torch.zeros_like(deltas[0])
-    turned = left.T @ exact
+    turned = left_vectors.T @ exact
     # an expert has nothing in another's directions, but rounding would give it a vote there
-    nothing = turned.abs() <= 2.0**-24 * exact.norm(dim=1, keepdim=True)
-    merged = inside(turned.masked_fill_(nothing, 0).to(deltas))
-    return (left @ merged.double()).to(deltas)
+    negligible = turned.abs() <= 2.0**-24 * exact.norm(dim=1, keepdim=True)
+    merged = inside(turned.masked_fill_(negligible, 0).to(deltas))
+    return (left_vectors @ merged.double()).to(deltas)

@@ -43,16 +43,16 @@ def opcm(
     terms = weighted(deltas, weight)
     total = terms[order[0]].clone()
     for k in order[1:]:
-        total += _beside(terms[k], total, alpha)
+        total += _orthogonal_change(terms[k], total, alpha)
     return (yield from at_mean_norm(total, terms, scope)).to(deltas)
 
 
-def _beside(delta: Tensor, total: Tensor, alpha: Fraction) -> Tensor:
-    """``delta`` without its part among the strongest directions of ``total``, and along each single one."""
-    left, values, right = svd(total)
+def _orthogonal_change(delta: Tensor, total: Tensor, alpha: Fraction) -> Tensor:
+    """Removes the strongest directions of ``total`` from ``delta``, and its part along each single direction."""
+    left_vectors, values, right_vectors = svd(total)
     sums = values.cumsum(0)
     strongest = 1 + int((sums <= float(alpha) * sums[-1:] * (1 + 1e-12)).sum())  # an exact hit is not more
-    rotated = left.T @ delta @ right
+    rotated = left_vectors.T @ delta @ right_vectors
     removed = rotated.diagonal().diag()
     removed[:strongest, :strongest] = rotated[:strongest, :strongest]
-    return delta - left @ removed @ right.T
+    return delta - left_vectors @ removed @ right_vectors.T

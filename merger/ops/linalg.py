@@ -59,7 +59,7 @@ class Factors(NamedTuple):
 
 
 def side_by_side(parts: Sequence[Factors]) -> Factors:
-    """The directions of several matrices as one list; orthonormal only within each."""
+    """Concatenates the directions of matrices, which stay orthonormal only within each matrix."""
     left, values, right = zip(*parts, strict=True)
     return Factors(torch.cat(left, 1), torch.cat(values), torch.cat(right, 1))
 
@@ -81,10 +81,10 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def svd(matrix: Tensor, *, rank: int | None = None, rounding: float = 0.0) -> Factors:
-    """The ``rank`` strongest directions of a matrix [m n] of any float dtype, or all that it has.
+    """Returns the ``rank`` strongest directions of a matrix [m n] of any float dtype, by default all directions.
 
-    ``rounding`` is the size of a singular value that comes of the matrix's own making, where it is the
-    small difference of larger ones; directions up to it do not exist either.
+    ``rounding`` bounds the singular values that are rounding errors of a matrix that is a small difference of larger
+    ones; directions up to this bound are omitted.
     """
     wide, tall = _laid_wide(matrix)
     span = _span(wide)

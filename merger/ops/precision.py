@@ -22,8 +22,8 @@ def full_float32() -> Iterator[None]:
     try:
         yield
     finally:
-        for place, name, before, _ in choices:
-            setattr(place, name, before)
+        for place, name, setting, _ in choices:
+            setattr(place, name, setting)
 
 
 def _tf32_choices() -> list[tuple[Any, str, Any, Any]]:

@@ -114,13 +114,13 @@ class Total(Question):
 class Sum(Total):
     """Asks for the sum of a value over all slices, in their order.
 
-    A value that takes a pass over the slice to compute is given as a function. With ``then`` the answer is the result
+    A value that takes a pass over the slice to compute is given as a function. With ``finish`` the answer is the result
     of that function on the sum; it is computed once for all slices of a tensor.
     """
 
     of: Tensor | Callable[[], Tensor]
     scope: Whole = "tensor"
-    then: Callable[[Tensor], Any] | None = None
+    finish: Callable[[Tensor], Any] | None = None
 
     @cached_property
     def value(self) -> Tensor:
@@ -132,8 +132,8 @@ class Sum(Total):
         return self.value.cpu()
 
     def answer(self, total: Tensor) -> Any:
-        """Returns the sum, or the result of ``then``."""
-        return total if self.then is None else self.then(total)
+        """Returns the sum, or the result of ``finish``."""
+        return total if self.finish is None else self.finish(total)
 
 
 @dataclass(frozen=True)

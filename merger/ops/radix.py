@@ -35,13 +35,13 @@ NEAR = 10
 class Tally(Total):
     """Asks for counts over all slices, which ``add`` adds to int64 counters of this shape.
 
-    The answer is the result of ``then`` on the counts.
+    The answer is the result of ``finish`` on the counts.
     """
 
     add: Callable[[Tensor], None]
     counters: tuple[int, ...]
     scope: Whole
-    then: Callable[[Tensor], Any]
+    finish: Callable[[Tensor], Any]
 
     def part(self, counters: list[Tensor]) -> None:
         """Adds this slice's counts to counters that no other thread uses meanwhile."""
@@ -53,8 +53,8 @@ class Tally(Total):
         counters.append(free)
 
     def answer(self, total: Tensor) -> Any:
-        """Returns the result of ``then``."""
-        return self.then(total)
+        """Returns the result of ``finish``."""
+        return self.finish(total)
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,17 @@ def top(scores: Tensor, free: Tensor | None, counts: list[int], scope: Whole) ->
 
 
 def nested_tops(scores: Tensor, counts: Sequence[Sequence[int]]) -> Flow[Tensor]:
-    """How many of several selections take each position of a slice [k r c]: uint8.
+    """Counts the selections that take each position of a slice [k r c]: uint8.
 
     Selection i takes the ``counts[i][k]`` largest scores of the tensor, as `top` does; one walk serves all.
     """
     loops = kernels.of(scores.float())
     keys = loops.keys_of(scores)
     cuts, _ = yield from _cuts(loops, keys, None, counts, "tensor")
-    before = yield PrefixSum(lambda: torch.stack([loops.count_equal(keys, None, cut.last) for cut in cuts]))
+    counts_before = yield PrefixSum(lambda: torch.stack([loops.count_equal(keys, None, cut.last) for cut in cuts]))
     levels = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
-    for cut, earlier in zip(cuts, before.tolist(), strict=True):
-        room = [space - taken for space, taken in zip(cut.room, earlier, strict=True)]
+    for cut, cut_counts in zip(cuts, counts_before.tolist(), strict=True):
+        room = [space - count for space, count in zip(cut.room, cut_counts, strict=True)]
         levels += loops.mark_top(keys, None, cut.last, room)
     return levels
 

@@ -38,11 +38,11 @@ def sent(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 def sent_together(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Host tensors of one shape and dtype, stacked [k ..] on ``device``."""
+    """Stacks host tensors of one shape and dtype on ``device``: [k ..]."""
     if device.type == "cpu":
         return torch.stack(list(tensors))
-    stacked = buffer((len(tensors), *tensors[0].shape), tensors[0].dtype, device)
-    return sent(torch.stack(list(tensors), out=stacked), device)
+    stack = buffer((len(tensors), *tensors[0].shape), tensors[0].dtype, device)
+    return sent(torch.stack(list(tensors), out=stack), device)
 
 
 def fetched(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from merger.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as the files say it is."""
+    """One fault: a file or a tensor that differs from its description in another file."""
 
     file: str
     tensor: str | None
@@ -33,16 +33,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint's folder, as far as it can be read, and what is wrong with the rest."""
+    """A checkpoint's folder: its readable headers and config, and the faults of unreadable files."""
 
     folder: Folder
     headers: Mapping[str, Mapping[str, Info]]  # of every weight file that can be read
     config: Mapping[str, Any]
-    broken: tuple[Difference, ...]
+    faults: tuple[Difference, ...]
 
     @property
     def directory(self) -> Path:
-        """Where the files are."""
+        """The directory of the files."""
         return self.folder.directory
 
     @cached_property
@@ -67,62 +67,62 @@ class Contents:
         return file.name
 
 
-def look(directory: Path) -> Contents:
-    """Reads config, index and headers; what cannot be read is a difference."""
+def read_contents(directory: Path) -> Contents:
+    """Reads config, index and headers; an unreadable file is a fault."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: there is no such folder")
     folder = local_folder(directory, "model")
-    broken: list[Difference] = []
-    config = _object(folder, "config.json", broken)
+    faults: list[Difference] = []
+    config = _read_object(folder, "config.json", faults)
     headers: dict[str, Mapping[str, Info]] = {}
-    for file in _weight_files(folder, broken):
+    for file in _weight_files(folder, faults):
         try:
-            headers[file] = _header(directory / file)
+            headers[file] = _read_header(directory / file)
         except CheckpointError as error:
-            broken.append(Difference(file, None, _said(error, directory / file)))
-    return Contents(folder, headers, config, tuple(broken))
+            faults.append(Difference(file, None, _message_without_path(error, directory / file)))
+    return Contents(folder, headers, config, tuple(faults))
 
 
-def _header(path: Path) -> Mapping[str, Info]:
+def _read_header(path: Path) -> Mapping[str, Info]:
     format_ = format_of(path.name)
     if format_ is None:
         raise CheckpointError(f"{path}: is of no format that a model is read from")
     return format_.header(path)
 
 
-def _weight_files(folder: Folder, broken: list[Difference]) -> list[str]:
-    """The weight files that transformers would load, or `extract`: one whole, or those that an index names."""
+def _weight_files(folder: Folder, faults: list[Difference]) -> list[str]:
+    """Returns the weight files that transformers or `extract` would load: a single file, or the files of an index."""
     for name in (*MODEL, PACKED):
         if name in folder.names:
             return [name]
         if (index := f"{name}.index.json") in folder.names:
-            named = _weight_map(_object(folder, index, broken), index, broken)
-            missing = sorted({file for file in named.values() if file not in folder.names})
-            broken += [Difference(file, None, f"is missing, though {index} names it") for file in missing]
-            return sorted(set(named.values()) - set(missing))
-    broken.append(Difference(MODEL[0], None, f"is missing, and there is no {' or '.join(MODEL[1:])} nor an index"))
+            weight_map = _weight_map(_read_object(folder, index, faults), index, faults)
+            missing = sorted({file for file in weight_map.values() if file not in folder.names})
+            faults += [Difference(file, None, f"is missing, though {index} names it") for file in missing]
+            return sorted(set(weight_map.values()) - set(missing))
+    faults.append(Difference(MODEL[0], None, f"is missing, and there is no {' or '.join(MODEL[1:])} nor an index"))
     return []
 
 
-def _weight_map(index: Mapping[str, Any], name: str, broken: list[Difference]) -> dict[str, str]:
-    found = index.get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        broken.append(Difference(name, None, "has no weight_map of names to files"))
+def _weight_map(index: Mapping[str, Any], name: str, faults: list[Difference]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        faults.append(Difference(name, None, "has no weight_map of names to files"))
         return {}
-    return found
+    return weight_map
 
 
-def _object(folder: Folder, name: str, broken: list[Difference]) -> dict[str, Any]:
-    """A JSON object of the folder; an empty one, and a difference, where it cannot be read."""
+def _read_object(folder: Folder, name: str, faults: list[Difference]) -> dict[str, Any]:
+    """Reads a JSON object of the folder; for an unreadable file, appends a fault and returns an empty object."""
     try:
         return read_json(folder, name)
     except CheckpointError as error:
-        where = f"{folder.label}: {folder.source}"
-        broken.append(Difference(name, None, str(error).removeprefix(f"{where}/{name}: ").removeprefix(f"{where} ")))
+        label = f"{folder.label}: {folder.source}"
+        faults.append(Difference(name, None, str(error).removeprefix(f"{label}/{name}: ").removeprefix(f"{label} ")))
         return {}
 
 
-def _said(error: CheckpointError, path: Path) -> str:
+def _message_without_path(error: CheckpointError, path: Path) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
@@ -130,7 +130,7 @@ def _said(error: CheckpointError, path: Path) -> str:
 
 
 def index_differences(contents: Contents) -> Iterator[Difference]:
-    """Where the index and the headers name different tensors, or two files hold the same one."""
+    """Yields tensors that only the index or only a header names, and tensors in more than one file."""
     holders: dict[str, list[str]] = {}
     for file, header in contents.headers.items():
         for name in header:
@@ -138,16 +138,16 @@ def index_differences(contents: Contents) -> Iterator[Difference]:
     for name, files in holders.items():
         if len(files) > 1:
             yield Difference(files[1], name, f"is in {files[0]} as well")
-    every = (*MODEL, PACKED)
-    index = next((f"{name}.index.json" for name in every if f"{name}.index.json" in contents.folder.names), None)
-    if index is None or set(contents.headers) & set(every):
+    weight_files = (*MODEL, PACKED)
+    index = next((f"{name}.index.json" for name in weight_files if f"{name}.index.json" in contents.folder.names), None)
+    if index is None or set(contents.headers) & set(weight_files):
         return
-    named = _weight_map(_object(contents.folder, index, []), index, [])
-    for name, file in named.items():
+    weight_map = _weight_map(_read_object(contents.folder, index, []), index, [])
+    for name, file in weight_map.items():
         if file in contents.headers and name not in contents.headers[file]:
             yield Difference(file, name, f"is not there, though {index} says so")
     for name, files in holders.items():
-        if name not in named:
+        if name not in weight_map:
             yield Difference(index, name, f"is not named, though {files[0]} holds it")
 
 
@@ -155,7 +155,7 @@ def index_differences(contents: Contents) -> Iterator[Difference]:
 
 
 def scan(path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> tuple[str | None, list[Difference]]:
-    """The SHA-256 of a weight file, where its format is hashed by the way, and its values that are not finite."""
+    """Returns a weight file's SHA-256, if a scan of its format computes one, and the tensors that are not finite."""
     format_ = format_of(path.name)
     assert format_ is not None, "its header was read"
     report = format_.scan(path, header, tell)
@@ -170,116 +170,117 @@ def _not_finite(file: str, tensor: str, count: int) -> Difference:
 
 
 def config_differences(contents: Contents) -> Iterator[Difference]:
-    """Where config.json and the tensors say different things of vocabulary, head, dtype and blocks."""
+    """Yields contradictions between config.json and the tensors: vocabulary, head, dtype and blocks."""
     if not contents.config or not contents.tensors:
         return
-    yield from _vocabulary(contents)
-    yield from _head(contents)
-    yield from _dtype(contents)
-    yield from _blocks(contents)
+    yield from _vocabulary_differences(contents)
+    yield from _head_differences(contents)
+    yield from _dtype_differences(contents)
+    yield from _block_differences(contents)
 
 
-def _vocabulary(contents: Contents) -> Iterator[Difference]:
+def _vocabulary_differences(contents: Contents) -> Iterator[Difference]:
     size = text_config(contents.config).get("vocab_size")
     for name in (contents.kinds.embedding, contents.kinds.head):
         if type(size) is int and name is not None and (rows := contents.tensors[name].shape[0]) != size:
             yield Difference("config.json", name, f"has {rows:,} rows, but vocab_size is {size:,}")
 
 
-def _head(contents: Contents) -> Iterator[Difference]:
+def _head_differences(contents: Contents) -> Iterator[Difference]:
     config, head, embedding = contents.config, contents.kinds.head, contents.kinds.embedding
     word = tie_word(config)
     causal = "ForCausalLM" in str(config.get("architectures")) or "LMHead" in str(config.get("architectures"))
     if word is False and head is None and causal and embedding is not None:
         yield Difference("config.json", None, "says tie_word_embeddings: false, but there is no head")
     elif word is True and head is not None and embedding is not None and not config.get("is_encoder_decoder"):
-        with Checkpoint("model", contents.directory, contents.tensors, {}) as opened:
-            same = opened.equal(head, embedding)
-        if not same:
-            what = f"is not {embedding}, though config.json says tie_word_embeddings: true"
-            yield Difference(contents.file_of(head), head, what)
+        with Checkpoint("model", contents.directory, contents.tensors, {}) as checkpoint:
+            is_tied = checkpoint.equal(head, embedding)
+        if not is_tied:
+            message = f"is not {embedding}, though config.json says tie_word_embeddings: true"
+            yield Difference(contents.file_of(head), head, message)
 
 
-def _dtype(contents: Contents) -> Iterator[Difference]:
-    """A config names the dtype in which a model is loaded; most of its numbers should be of it."""
-    said = str(contents.config.get("dtype") or contents.config.get("torch_dtype")).removeprefix("torch.")
+def _dtype_differences(contents: Contents) -> Iterator[Difference]:
+    """Yields a difference if config.json names another dtype than that of most values."""
+    config_dtype = str(contents.config.get("dtype") or contents.config.get("torch_dtype")).removeprefix("torch.")
     stored: Counter[str] = Counter()
     for info in contents.tensors.values():
         stored[info.dtype] += info.elements if info.is_float else 0
-    if said not in SAFETENSORS_NAMES or not stored.total() or contents.config.get("quantization_config"):
+    if config_dtype not in SAFETENSORS_NAMES or not stored.total() or contents.config.get("quantization_config"):
         return
-    most = stored.most_common(1)[0][0]
-    if most != SAFETENSORS_NAMES[said]:
-        yield Difference("config.json", None, f"says dtype {said}, but most numbers are {most}")
+    main_dtype = stored.most_common(1)[0][0]
+    if main_dtype != SAFETENSORS_NAMES[config_dtype]:
+        yield Difference("config.json", None, f"says dtype {config_dtype}, but most numbers are {main_dtype}")
 
 
-def _blocks(contents: Contents) -> Iterator[Difference]:
-    """The blocks beside the embedding, as in model.embed_tokens and model.layers, of which none may be missing."""
+def _block_differences(contents: Contents) -> Iterator[Difference]:
+    """Yields the missing blocks of the list next to the embedding, as in model.embed_tokens and model.layers."""
     embedding = contents.kinds.embedding or ""
     blocks = f"{embedding.removesuffix('weight').rstrip('.').rpartition('.')[0]}.layers".lstrip(".")
-    wanted = text_config(contents.config).get("num_hidden_layers")
-    if type(wanted) is not int or blocks not in contents.kinds.blocks:
+    block_count = text_config(contents.config).get("num_hidden_layers")
+    if type(block_count) is not int or blocks not in contents.kinds.blocks:
         return
-    there = {block_of(name) for name in contents.tensors if name.startswith(f"{blocks}.")}
-    for missing in sorted(set(range(wanted)) - there):
-        yield Difference("config.json", f"{blocks}.{missing}", f"is missing, but num_hidden_layers is {wanted}")
+    block_numbers = {block_of(name) for name in contents.tensors if name.startswith(f"{blocks}.")}
+    for missing in sorted(set(range(block_count)) - block_numbers):
+        yield Difference("config.json", f"{blocks}.{missing}", f"is missing, but num_hidden_layers is {block_count}")
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
 
 
 def tokenizer_differences(contents: Contents) -> Iterator[Difference]:
-    """Tokens whose number is beyond the embedding's rows."""
+    """Yields the files with token numbers beyond the embedding's rows."""
     embedding = contents.kinds.embedding
     if embedding is None:
         return
     rows = contents.tensors[embedding].shape[0]
     for file, numbers in _TOKENS.items():
-        broken: list[Difference] = []
-        said = _object(contents.folder, file, broken) if file in contents.folder.names else {}
-        yield from broken if file != "config.json" else ()  # which is told of already
-        beyond = {number: token for token, number in numbers(said) if type(number) is int and number >= rows}
-        if beyond:
-            what = f"{beyond[min(beyond)]!r} is number {min(beyond):,}, but {embedding} has {rows:,} rows"
-            more = f"; so are {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
-            yield Difference(file, None, what + more)
+        faults: list[Difference] = []
+        content = _read_object(contents.folder, file, faults) if file in contents.folder.names else {}
+        yield from faults if file != "config.json" else ()  # read_contents reports config.json
+        tokens_beyond = {number: token for token, number in numbers(content) if type(number) is int and number >= rows}
+        if tokens_beyond:
+            lowest = min(tokens_beyond)
+            message = f"{tokens_beyond[lowest]!r} is number {lowest:,}, but {embedding} has {rows:,} rows"
+            remainder = f"; so are {len(tokens_beyond) - 1:,} more" if len(tokens_beyond) > 1 else ""
+            yield Difference(file, None, message + remainder)
 
 
-def _of_tokenizer(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    model, added = said.get("model"), said.get("added_tokens")
+def _tokenizer_tokens(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    model, added_tokens = content.get("model"), content.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
         yield from vocabulary.items()
     elif isinstance(vocabulary, list):  # Unigram: pairs of token and score
-        yield from ((str(each[:1]), i) for i, each in enumerate(vocabulary) if isinstance(each, list))
-    for each in added if isinstance(added, list) else ():
-        if isinstance(each, dict):
-            yield str(each.get("content")), each.get("id")
+        yield from ((str(entry[:1]), i) for i, entry in enumerate(vocabulary) if isinstance(entry, list))
+    for entry in added_tokens if isinstance(added_tokens, list) else ():
+        if isinstance(entry, dict):
+            yield str(entry.get("content")), entry.get("id")
 
 
-def _of_tokenizer_config(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    added = said.get("added_tokens_decoder")
-    for number, each in added.items() if isinstance(added, dict) else ():
-        if number.isdecimal() and isinstance(each, dict):
-            yield str(each.get("content")), int(number)
+def _tokenizer_config_tokens(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    added_tokens = content.get("added_tokens_decoder")
+    for number, entry in added_tokens.items() if isinstance(added_tokens, dict) else ():
+        if number.isdecimal() and isinstance(entry, dict):
+            yield str(entry.get("content")), int(number)
 
 
-def _of_config(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _config_tokens(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = text_config(said).get(key)
+        value = text_config(content).get(key)
         for number in value if isinstance(value, list) else [value]:
             yield key, number
 
 
-def _of_vocabulary(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from said.items()
+def _vocabulary_tokens(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from content.items()
 
 
 _TOKENS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, Any]]]] = {
-    "tokenizer.json": _of_tokenizer,
-    "tokenizer_config.json": _of_tokenizer_config,
-    "added_tokens.json": _of_vocabulary,
-    "vocab.json": _of_vocabulary,
-    "config.json": _of_config,
-    "generation_config.json": _of_config,
+    "tokenizer.json": _tokenizer_tokens,
+    "tokenizer_config.json": _tokenizer_config_tokens,
+    "added_tokens.json": _vocabulary_tokens,
+    "vocab.json": _vocabulary_tokens,
+    "config.json": _config_tokens,
+    "generation_config.json": _config_tokens,
 }

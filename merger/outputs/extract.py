@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What was written."""
+    """The result of `extract`."""
 
     output: str
     expert: str
@@ -62,8 +62,8 @@ def extract(
 ) -> Extraction:
     """Writes one expert of a packed output as a checkpoint, which appears whole or not at all.
 
-    It is rebuilt from the packed files and the base they were made with: ``base`` where that is no longer where the
-    manifest says. Raises a `MergerError` for whatever the user can mend.
+    The expert is rebuilt from the packed files and their base; ``base`` is the place of a base that has moved since
+    the merge. Raises a `MergerError` for every fault that the user can mend.
     """
     began = time.monotonic()
     source, target = Path(folder), Path(output)
@@ -93,11 +93,11 @@ def extract(
     return Extraction(str(target), expert, round(time.monotonic() - began, 3), size)
 
 
-# --- what it is made of ---------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def _manifest(folder: Path, expert: str) -> Manifest:
-    """The manifest of an output that holds this expert."""
+    """Reads the manifest of an output; raises RecipeError if the output does not hold the expert."""
     manifest = Manifest.read(folder)
     if not manifest.is_packed:
         raise CheckpointError(f"{folder}: is one model, not several experts; there is nothing to extract")
@@ -106,32 +106,38 @@ def _manifest(folder: Path, expert: str) -> Manifest:
     return manifest
 
 
-def _base(folder: Path, manifest: Manifest, given: str | None, offline: bool) -> Checkpoint:
-    """The base that the experts were packed against; CheckpointError if it is gone, or another one by now."""
-    said = base_source(manifest, folder, given)
-    model = open_checkpoint(said["model"], said.get("adapter"), label="base", folder=Path.cwd(), offline=offline)
-    if (wrong := changed_file(manifest, "base", model)) is not None:
+def _base(folder: Path, manifest: Manifest, path: str | None, offline: bool) -> Checkpoint:
+    """Opens the base of the packed experts; raises CheckpointError if it is missing or has changed."""
+    source = base_source(manifest, folder, path)
+    model = open_checkpoint(source["model"], source.get("adapter"), label="base", folder=Path.cwd(), offline=offline)
+    if (fault := changed_file(manifest, "base", model)) is not None:
         model.close()
-        raise CheckpointError(f"{wrong}, and no expert can be rebuilt on another; --base says where it is")
+        raise CheckpointError(f"{fault}, and no expert can be rebuilt on another; --base says where it is")
     return model
 
 
 def _tensors(manifest: Manifest, packed: Checkpoint) -> Iterator[_Tensor]:
-    """All tensors of the expert, and what they are made of."""
-    fates = manifest.tensors
-    for name, said in fates.items():
-        of = said.get("tied to", name)
-        how = fates[of].get("packed")
-        made = None if how is None else Packed.of(of, manifest.experts, how)
-        stored = {name: packed.tensors.get(name)} if made is None else made.infos
-        if made is not None:
-            _unpack(made)  # is there, which is to be known before anything is written
-        for each, info in stored.items():
-            there = packed.tensors.get(each)
-            if there is None or info is None or (there.dtype, there.shape) != (info.dtype, info.shape):
-                raise CheckpointError(f"{packed.directory}: {each} is not there as merger.json says; verify it")
-        read = fates[of].get("reads", {}).get("base", of)
-        yield _Tensor(name, packed.tensors[name] if made is None else made.info, read, made)
+    """Yields all tensors of the expert with the packed tensors that they are rebuilt from."""
+    records = manifest.tensors
+    for name, record in records.items():
+        owner = record.get("tied to", name)
+        packing = records[owner].get("packed")
+        packed_tensor = None if packing is None else Packed.of(owner, manifest.experts, packing)
+        stored = {name: packed.tensors.get(name)} if packed_tensor is None else packed_tensor.infos
+        if packed_tensor is not None:
+            _unpack(packed_tensor)  # raises before the first write if the pack is unknown
+        for stored_name, info in stored.items():
+            stored_info = packed.tensors.get(stored_name)
+            if (
+                stored_info is None
+                or info is None
+                or (stored_info.dtype, stored_info.shape) != (info.dtype, info.shape)
+            ):
+                raise CheckpointError(f"{packed.directory}: {stored_name} is not there as merger.json says; verify it")
+        base_name = records[owner].get("reads", {}).get("base", owner)
+        yield _Tensor(
+            name, packed.tensors[name] if packed_tensor is None else packed_tensor.info, base_name, packed_tensor
+        )
 
 
 def _digest(folder: Path) -> str:
@@ -139,7 +145,7 @@ def _digest(folder: Path) -> str:
 
 
 def _write(sources: _Sources, tensors: Sequence[_Tensor], writer: Writer, tell: Progress) -> None:
-    done, total = 0, sum(tensor.info.nbytes for tensor in tensors)
+    bytes_written, total = 0, sum(tensor.info.nbytes for tensor in tensors)
     with tuned():
         for tensor in tensors:
             position = 0
@@ -147,19 +153,19 @@ def _write(sources: _Sources, tensors: Sequence[_Tensor], writer: Writer, tell: 
                 data = values.contiguous().flatten().view(torch.uint8).numpy().data
                 writer.write(tensor.name, position, data)
                 position += len(data)
-                done += len(data)
-                tell("extracting", done, total)
+                bytes_written += len(data)
+                tell("extracting", bytes_written, total)
             writer.done(tensor.name)
 
 
 def _values(sources: _Sources, tensor: _Tensor) -> Iterator[Tensor]:
     if tensor.packed is None:
-        return _copied(sources.packed, tensor.name)
-    return _rebuilt(sources, tensor.packed, tensor.read)
+        return _read_slices(sources.packed, tensor.name)
+    return _rebuild(sources, tensor.packed, tensor.read)
 
 
-def _copied(packed: Checkpoint, name: str) -> Iterator[Tensor]:
-    """A tensor that all experts share, as it lies in the files."""
+def _read_slices(packed: Checkpoint, name: str) -> Iterator[Tensor]:
+    """Yields slices of a tensor that all experts share."""
     rows, columns = packed.tensors[name].matrix
     step = max(1, SLICE // max(1, columns))
     for start in range(0, rows if columns else 0, step):
@@ -167,7 +173,7 @@ def _copied(packed: Checkpoint, name: str) -> Iterator[Tensor]:
 
 
 def _write_side_files(source: Path, title: str, expert: str, manifest: Manifest, folder: Path) -> None:
-    """Config, tokenizer and the rest as they lie beside the packed files, and a card."""
+    """Copies config, tokenizer and the other side files of the packed output, and writes a card."""
     names = (name for name in manifest.files if side_files.is_inside(name))
     side_files.write_side_files({name: source / name for name in names}, folder)
     base = manifest.inputs["base"]["source"]
@@ -179,11 +185,11 @@ def _write_side_files(source: Path, title: str, expert: str, manifest: Manifest,
 
 @dataclass(frozen=True)
 class _Sources:
-    """The open files that an expert is rebuilt from."""
+    """The open checkpoints that an expert is rebuilt from."""
 
     expert: str
     packed: Checkpoint
-    flat: Checkpoint  # the same, every tensor as one column of numbers
+    flat: Checkpoint  # the packed tensors, each as one column of numbers
     base: Checkpoint
 
 
@@ -193,28 +199,28 @@ class _Tensor:
 
     name: str
     info: Info
-    read: str  # what it is called in the base
-    packed: Packed | None  # what it is rebuilt of; None where all experts have it as it lies in the files
+    read: str  # its name in the base
+    packed: Packed | None  # None for a tensor that all experts share
 
 
 def _slices(packed: Packed) -> Iterator[range]:
-    """Rows of a matrix that are rebuilt together: all where another orientation or factors need them."""
-    whole = packed.transposed or any(form.holds == "factors" for form in packed.forms.values())
+    """Yields the row ranges that are rebuilt together: all rows of a transposed or factored matrix."""
+    is_single_slice = packed.transposed or any(form.holds == "factors" for form in packed.forms.values())
     unit = 8 // math.gcd(8, packed.columns)  # so that bits begin with a byte
-    step = packed.rows if whole else max(1, SLICE // max(1, packed.columns * unit)) * unit
+    step = packed.rows if is_single_slice else max(1, SLICE // max(1, packed.columns * unit)) * unit
     for start in range(0, packed.rows if packed.columns else 0, step):
         yield range(start, min(start + step, packed.rows))
 
 
-def _rebuilt(sources: _Sources, packed: Packed, read: str) -> Iterator[Tensor]:
-    """A tensor's numbers as the expert has them, from the first on; it is called ``read`` in the base."""
+def _rebuild(sources: _Sources, packed: Packed, read: str) -> Iterator[Tensor]:
+    """Yields an expert's values of a tensor in order; ``read`` is the tensor's name in the base."""
     for matrix in range(packed.matrices):
         skipped = Counter[str]()  # numbers of each result that earlier slices have had
         for rows in _slices(packed):
-            yield _rebuilt_slice(sources, packed, read, matrix, rows, skipped)
+            yield _rebuild_slice(sources, packed, read, matrix, rows, skipped)
 
 
-def _rebuilt_slice(
+def _rebuild_slice(
     sources: _Sources, packed: Packed, read: str, matrix: int, rows: range, skipped: Counter[str]
 ) -> Tensor:
     first, last = matrix * packed.rows + rows.start, matrix * packed.rows + rows.stop
@@ -223,13 +229,15 @@ def _rebuilt_slice(
     weights = [result for result, form in packed.forms.items() if form.holds == "weights"]
     names = [packed.stored_name(result, sources.expert) for result in weights]
     width = packed.rows if packed.transposed else packed.columns
-    several = [sources.base.read_rows(read, first, last)[:, :width]]  # of a longer vocabulary its beginning
-    several += [sources.packed.read_rows(name, first, last) for name in names]
-    stored = torch.stack([each.to(reduce(torch.promote_types, (one.dtype for one in several))) for each in several])
+    tensors = [sources.base.read_rows(read, first, last)[:, :width]]  # of a longer vocabulary its beginning
+    tensors += [sources.packed.read_rows(name, first, last) for name in names]
+    stored = torch.stack(
+        [tensor.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors))) for tensor in tensors]
+    )
     values = stored.float()
     base, deltas = values[0], values[1:] - values[0]
     results = dict(zip(weights, deltas.transpose(1, 2) if packed.transposed else deltas, strict=True))
-    results |= _others(sources, packed, matrix, rows, skipped)
+    results |= _packed_results(sources, packed, matrix, rows, skipped)
     delta = _unpack(packed)(**results).float()
     try:
         return restored(stored, base, deltas, delta.T if packed.transposed else delta, torch_dtype(packed.info))
@@ -238,31 +246,33 @@ def _rebuilt_slice(
 
 
 def _unpack(packed: Packed) -> Callable[..., Tensor]:
-    """What makes a task vector of one expert's results; CheckpointError where no pack of that name takes these."""
+    """Returns the function that rebuilds a task vector; raises CheckpointError for an unknown pack or its results."""
     entry = ENTRIES.get(packed.by)
     if entry is None or entry.packing is None or {*signature(entry.packing.unpack).parameters} != packed.forms.keys():
         raise CheckpointError(f"{packed.name}: was packed by {packed.by!r} in a way that this version does not know")
     return entry.packing.unpack
 
 
-def _others(sources: _Sources, packed: Packed, matrix: int, rows: range, skipped: Counter[str]) -> dict[str, Tensor]:
-    """The results of one slice that are no weights."""
-    found: dict[str, Tensor] = {}
+def _packed_results(
+    sources: _Sources, packed: Packed, matrix: int, rows: range, skipped: Counter[str]
+) -> dict[str, Tensor]:
+    """Reads the results of one slice, except weights: bits, selected values, factors and scalars."""
+    results: dict[str, Tensor] = {}
     for result, form in packed.forms.items():
         name = packed.stored_name(result, sources.expert)
         size = packed.infos[name].elements // packed.matrices
         start = matrix * size + skipped[result]
         if form.holds == "bits":
             count = -(-len(rows) * packed.columns // 8)
-            found[result] = mask_of(sources.flat.read_rows(name, start, start + count), len(rows), packed.columns)
+            results[result] = mask_of(sources.flat.read_rows(name, start, start + count), len(rows), packed.columns)
             skipped[result] += count
         elif form.holds == "chosen":
-            mask = found[form.at]
+            mask = results[form.at]
             count = int(mask.sum())
-            found[result] = torch.zeros(mask.shape)
-            found[result][mask] = sources.flat.read_rows(name, start, start + count).float().flatten()
+            results[result] = torch.zeros(mask.shape)
+            results[result][mask] = sources.flat.read_rows(name, start, start + count).float().flatten()
             skipped[result] += count
         elif form.holds != "weights":
             numbers = sources.flat.read_rows(name, start, start + size).float()
-            found[result] = numbers.view(form.shape)
-    return found
+            results[result] = numbers.view(form.shape)
+    return results

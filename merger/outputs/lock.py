@@ -1,4 +1,4 @@
-"""recipe.lock: what a recipe comes to on the day it is locked, and whether it still does."""
+"""recipe.lock: the resolved inputs and versions of a recipe, and checks against them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from merger.checkpoint import hub, side_files
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import check_replaceable, json_bytes, replace_bytes
 from merger.checkpoint.hashes import config_digest, digest, note, noted, sha256
-from merger.engine.machine import chosen_devices
-from merger.engine.manifest import Manifest, differing, inexact, portable, sources_of, tensor_records, versions
+from merger.engine.machine import select_devices
+from merger.engine.manifest import Manifest, inexact, portable, sources_of, tensor_records, value_differences, versions
 from merger.errors import CheckpointError, MergerError, RecipeError
 from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
@@ -31,19 +31,19 @@ _PARTS = ("versions", "device", "recipe", "inputs", "calibration", "files", "ten
 
 
 def lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
-    """Writes to ``path`` what the recipe comes to: defaults spelled out, inputs by commit and SHA-256, versions.
+    """Writes the resolved recipe to ``path``: all defaults, inputs by commit and SHA-256, versions.
 
-    Of a Hub repository only configs and headers are fetched. A file that is there is replaced if it is a lock.
+    Only configs and headers of a Hub repository are fetched. An existing file is replaced only if it is a lock.
     """
     target = Path(path)
     check_replaceable(target, is_ours=_is_lock)
-    content = _resolved(recipe, options)
+    content = _lock_content(recipe, options)
     replace_bytes(target, json_bytes(content))
     return content
 
 
 def lock_of(recipe: str | Path) -> Path:
-    """The lock of a recipe's file: recipe.lock beside recipe.yaml."""
+    """Returns the path of a recipe's lock: recipe.lock beside recipe.yaml."""
     path = Path(recipe).with_suffix(".lock")
     if path == Path(recipe):
         raise RecipeError(f"{recipe}: is named as its own lock would be; name it {path.stem}.yaml")
@@ -51,20 +51,20 @@ def lock_of(recipe: str | Path) -> Path:
 
 
 def check_lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> None:
-    """RecipeError if the recipe comes to anything else than the lock at ``path`` says, naming all of it."""
-    locked, now = _read(Path(path)), _resolved(recipe, options)
+    """Raises RecipeError with all differences between the resolved recipe and the lock at ``path``."""
+    locked, current = _read(Path(path)), _lock_content(recipe, options)
     faults = [
-        f"{path}: {key} was {_said(one)} when it was locked, and is {_said(other)}"
-        for key, (one, other) in _differing(locked, now).items()
+        f"{path}: {key} was {_render_value(locked_value)} when it was locked, and is {_render_value(current_value)}"
+        for key, (locked_value, current_value) in _lock_differences(locked, current).items()
     ]
     if faults:
         raise RecipeError([*faults, f"{path}: lock the recipe again if that is meant"])
 
 
 def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions(), *, trust_mtime: bool = False) -> bool:
-    """Whether the output is there, was made of what the lock at ``path`` says, and is whole: one pass of hashing.
+    """Whether the output exists, is complete, and was made from the locked inputs at ``path``: one pass of hashing.
 
-    ``trust_mtime`` takes a shard for what it was when it last had this size and time of change, and reads only headers.
+    With ``trust_mtime`` a shard with unchanged size and modification time is not hashed again; only headers are read.
     """
     output = recipe.folder / Path(recipe.output.path).expanduser()
     try:
@@ -72,8 +72,8 @@ def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()
     except CheckpointError:
         return False
     device = manifest.content["device"] if manifest.content["device-dependent"] else None
-    made = {**{key: manifest.content[key] for key in _PARTS}, "tensors": _hash(manifest.tensors), "device": device}
-    if _differing(_read(Path(path)), made):
+    content = {**{key: manifest.content[key] for key in _PARTS}, "tensors": _hash(manifest.tensors), "device": device}
+    if _lock_differences(_read(Path(path)), content):
         return False
     try:
         whole_merge(output)
@@ -81,78 +81,78 @@ def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()
         return False
     shards = {output / file: str(sha) for file, sha in manifest.shards.items()}
     unread = {file: sha for file, sha in shards.items() if not (trust_mtime and noted(file) == sha)}
-    return _have(unread, options.progress)
+    return _hashes_match(unread, options.progress)
 
 
-def _have(shards: Mapping[Path, str], tell: Progress) -> bool:
-    """Whether files have these SHA-256; those that have are noted."""
-    total, done, lock = sum(file.stat().st_size for file in shards), Counter[str](), Lock()
+def _hashes_match(shards: Mapping[Path, str], tell: Progress) -> bool:
+    """Whether all files have their SHA-256 in ``shards``; notes each matching file."""
+    total, progress, lock = sum(file.stat().st_size for file in shards), Counter[str](), Lock()
 
     def count(size: int) -> None:
         with lock:
-            done["bytes"] += size
-            tell("verifying", done["bytes"], total)
+            progress["bytes"] += size
+            tell("verifying", progress["bytes"], total)
 
     def has(file: Path) -> bool:
-        same = digest(file, count) == shards[file]
-        if same:
+        is_equal = digest(file, count) == shards[file]
+        if is_equal:
             note(file, shards[file])
-        return same
+        return is_equal
 
     try:
         with ThreadPoolExecutor(4, "merger-verify") as pool:
             return all(list(pool.map(has, shards)))
     except OSError:
-        return False  # whoever replaces it need not read it
+        return False  # an unreadable output is not done
 
 
-# --- what a lock holds ----------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------
 
 
-def _resolved(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    """What merger.json will say of a merge, as far as it is known before it; the device where it decides the bytes."""
-    with closing(plan(recipe, offline=options.offline)) as made:
-        device = chosen_devices(options.device)[0].partition(":")[0] if inexact(made) else None
+def _lock_content(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """Returns the parts of merger.json that are known before the merge; the device only if bytes depend on it."""
+    with closing(plan(recipe, offline=options.offline)) as merge_plan:
+        device = select_devices(options.device)[0].partition(":")[0] if inexact(merge_plan) else None
         content = {
             "format": FORMAT,
-            "versions": versions(made),
+            "versions": versions(merge_plan),
             "device": device,
             "recipe": portable(recipe.spelled_out()),
-            "inputs": {label: _input(made, label, offline=options.offline) for label in made.models},
-            "calibration": origins(made),
-            "files": _files(made),
-            "tensors": _hash(tensor_records(made)),
+            "inputs": {label: _input(merge_plan, label, offline=options.offline) for label in merge_plan.models},
+            "calibration": origins(merge_plan),
+            "files": _files(merge_plan),
+            "tensors": _hash(tensor_records(merge_plan)),
         }
-    unknown = [name for name, sha in origins(made).items() if sha is None]
+    unknown = [name for name, sha in origins(merge_plan).items() if sha is None]
     if unknown:
         raise RecipeError(f"calibration: {', '.join(unknown)} is no file here, and may change; save it to lock it")
-    plain: dict[str, Any] = json.loads(json.dumps(content))
-    return plain
+    resolved: dict[str, Any] = json.loads(json.dumps(content))
+    return resolved
 
 
-def _input(made: Plan, label: str, *, offline: bool) -> dict[str, Any]:
-    source = {"base": made.recipe.base, **made.recipe.experts}[label]
-    model = made.models[label]
+def _input(merge_plan: Plan, label: str, *, offline: bool) -> dict[str, Any]:
+    source = {"base": merge_plan.recipe.base, **merge_plan.recipe.experts}[label]
+    model = merge_plan.models[label]
     adapter = model.adapter
-    on_top = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
-    own = [file for file in model.files if file not in on_top]
-    said = {**sources_of(source), **_content(model, source.model, own, label, offline=offline)}
-    said["config"] = config_digest(model)
+    adapter_files = [file for file in model.files if adapter is not None and file.parent == adapter.directory]
+    model_files = [file for file in model.files if file not in adapter_files]
+    record = {**sources_of(source), **_content(model, source.model, model_files, label, offline=offline)}
+    record["config"] = config_digest(model)
     if adapter is None or source.adapter is None:
-        return said
-    return {**said, "adapter": _content(adapter, source.adapter, on_top, label, offline=offline)}
+        return record
+    return {**record, "adapter": _content(adapter, source.adapter, adapter_files, label, offline=offline)}
 
 
 def _content(model: Checkpoint, source: str, files: list[Path], label: str, *, offline: bool) -> dict[str, Any]:
     if model.commit is None:
         return {"files": {file.name: sha256(file) for file in files}}
-    known = {file.name: sha256(file) for file in files} if offline else hub.weight_hashes(source, model.commit, label)
-    return {"commit": model.commit, "files": known}
+    hashes = {file.name: sha256(file) for file in files} if offline else hub.weight_hashes(source, model.commit, label)
+    return {"commit": model.commit, "files": hashes}
 
 
-def _files(made: Plan) -> dict[str, str]:
-    """The SHA-256 of each file that will stand beside the weights."""
-    contents = {name: side_files.side_file_content(source) for name, source in made.side_files.items()}
+def _files(merge_plan: Plan) -> dict[str, str]:
+    """Returns the SHA-256 of each side file of the output."""
+    contents = {name: side_files.side_file_content(source) for name, source in merge_plan.side_files.items()}
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
@@ -160,11 +160,11 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# --- what differs from it -------------------------------------------------------------------------
+# --- differences ----------------------------------------------------------------------------------
 
 
 def _is_lock(path: Path) -> bool:
-    """Whether a file is a lock, also of another version of merger."""
+    """Whether a file is a lock of any version of merger."""
     try:
         locked = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -184,18 +184,21 @@ def _read(path: Path) -> dict[str, Any]:
     return locked
 
 
-def _differing(locked: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two locks differ."""
-    one, two = ({key: each[key] for key in _PARTS} for each in (locked, other))
-    return differing({**one, "inputs": _by_commit(one["inputs"])}, {**two, "inputs": _by_commit(two["inputs"])})
+def _lock_differences(locked: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys in which two locks differ, with both values."""
+    locked_parts, current_parts = ({key: lock[key] for key in _PARTS} for lock in (locked, current))
+    return value_differences(
+        {**locked_parts, "inputs": _by_commit(locked_parts["inputs"])},
+        {**current_parts, "inputs": _by_commit(current_parts["inputs"])},
+    )
 
 
 def _by_commit(content: Any) -> Any:
-    """Inputs without the files that a commit decides: which of them were looked at depends on the cache."""
+    """Removes files from inputs with a commit: which of these files were hashed depends on the cache."""
     if not isinstance(content, Mapping):
         return content
-    return {key: _by_commit(each) for key, each in content.items() if key != "files" or "commit" not in content}
+    return {key: _by_commit(value) for key, value in content.items() if key != "files" or "commit" not in content}
 
 
-def _said(value: Any) -> str:
+def _render_value(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter keeps of the changes in one transformer block, or of one matrix outside them."""
+    """The share of the changes that an adapter holds, for one transformer block or one matrix outside the blocks."""
 
     matrices: int
     ranks: tuple[int, int]  # the least and the largest
@@ -45,7 +45,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LoraExtraction:
-    """An adapter that was written, and what it leaves out."""
+    """The result of `lora`: an adapter, and the share of the changes that it omits."""
 
     output: str
     parameters: int
@@ -60,7 +60,7 @@ class LoraExtraction:
 
 
 class _Cut(NamedTuple):
-    """What one matrix's factors keep: their rank, and squared norms of its change and of what they leave out."""
+    """The rank of one matrix's factors, and the squared norms of its change and of the omitted part."""
 
     rank: int
     change: float
@@ -112,7 +112,7 @@ def extract_lora(
 def _write(
     folder: Path, source: str, models: Sequence[Checkpoint], modules: Mapping[str, str], cut: Cutter, progress: Progress
 ) -> dict[str, Any]:
-    """Writes the two files of an adapter for the base ``source``; the fields of a `LoraExtraction` about them."""
+    """Writes the two files of an adapter for the base ``source``; returns their fields of a `LoraExtraction`."""
     base, model = models
     with tuned(), closing(GrowingFile(folder / ADAPTER[0], _room(modules.values()))) as file:
         report = _extract(base, model, modules, file, cut, progress)
@@ -123,7 +123,7 @@ def _write(
 
 
 def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
-    """The linear layers that an adapter can change: the checkpoint's name of the weight, and the module's own."""
+    """Returns the linear layers that an adapter can change: the module's name by the checkpoint's weight name."""
     from merger.calibration.model import build
     from merger.calibration.names import locate
 
@@ -165,7 +165,7 @@ def _extract(
     cut: Cutter,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Sends every matrix's factors to the file, several side by side; the fields of a `LoraExtraction` about them."""
+    """Writes every matrix's factors to the file, in parallel; returns their fields of a `LoraExtraction`."""
     kinds = _kinds(base)
     other_tensors = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
     other_changes = {name: _square(_change(base, model, name, kinds)) for name in other_tensors}
@@ -199,7 +199,7 @@ def _share(part: float, of: float) -> float:
 
 
 def _change(base: Checkpoint, model: Checkpoint, name: str, kinds: TensorKinds) -> Tensor:
-    """model - base in float32, a matrix as [out, in]."""
+    """Returns model - base in float32, a matrix as [out, in]."""
     change = model.read(name).float() - base.read(name).float()
     if not torch.isfinite(change).all():
         raise CheckpointError(f"model: {name} holds NaN or infinity, or the base does")
@@ -207,7 +207,7 @@ def _change(base: Checkpoint, model: Checkpoint, name: str, kinds: TensorKinds) 
 
 
 def _cut(factor: Callable[[Tensor], Factors], min_rank: int, change: Tensor) -> tuple[Tensor, Tensor, _Cut]:
-    """lora_A [r in] and lora_B [out r] as they are stored, of rank ``min_rank`` at least, with their norms."""
+    """Returns lora_A [r in] and lora_B [out r] as stored, of rank ``min_rank`` or more, with their norms."""
     factors = factor(change)
     root = factors.values.sqrt()
     down, up = (factors.right * root).T.float().contiguous(), (factors.left * root).float().contiguous()
@@ -232,7 +232,7 @@ def _of_energy(change: Tensor, share: float) -> Factors:
 
 
 def _factor_name(module: str, factor: str) -> str:
-    """What peft calls lora_A or lora_B of a module."""
+    """Returns peft's name of lora_A or lora_B of a module."""
     return f"base_model.model.{module}.lora_{factor}.weight"
 
 

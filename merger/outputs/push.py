@@ -1,4 +1,4 @@
-"""A finished merge on its way to a repository of the Hub, by huggingface_hub's own upload of large folders."""
+"""Uploads a finished merge to a repository of the Hub."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _MESSAGE = "A merge, with its manifest in merger.json"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a model is now."""
+    """The result of `push`."""
 
     repository: str
     commit: str
     private: bool
-    unchanged: bool  # it was there already, file by file
+    unchanged: bool  # the repository held the same files before
     shards: int
 
     def as_json(self) -> dict[str, Any]:
@@ -47,11 +47,11 @@ def push(
     public: bool = False,
     quiet: bool = False,
 ) -> Pushed:
-    """Uploads a finished merge with its card and manifest; a push that broke off goes on when it is run again.
+    """Uploads a finished merge with its card and manifest; a second push resumes an interrupted one.
 
-    The repository is made if it is not there, private unless ``public``. What the Hub holds in the end is
-    compared with the manifest. ``quiet`` draws no progress bar of the Hub. Raises CheckpointError or VerifyError for a
-    folder that is no whole merge, RecipeError for what the Hub refuses, and ResourceError where it cannot be reached.
+    A missing repository is created, private unless ``public``. After the upload the files on the Hub are compared
+    with the manifest. ``quiet`` hides the Hub's progress bar. Raises CheckpointError or VerifyError for a folder that
+    is no complete merge, RecipeError if the Hub refuses the upload, and ResourceError if it cannot be reached.
     """
     from huggingface_hub import HfApi, constants
 
@@ -64,50 +64,52 @@ def push(
     if options.offline:
         raise RecipeError(f"{repository}: nothing is uploaded offline; push without the option offline")
     api = HfApi()
-    with _explained(repository), _without_log(), quiet_when_piped(always=quiet):
-        before = _made(api, repository, public=public)
-        _refuse_strangers(before, folder)
+    with _translated_errors(repository), _without_log(), quiet_when_piped(always=quiet):
+        info = _ensure_repository(api, repository, public=public)
+        _refuse_foreign_weights(info, folder)
         _upload(api, folder, repository)
-        after = _looked_up(api, repository)
-    _compare(after, manifest.shards)
-    return Pushed(repository, after.sha or "", bool(after.private), after.sha == before.sha, len(manifest.shards))
+        pushed_info = _model_info(api, repository)
+    _check_shards(pushed_info, manifest.shards)
+    return Pushed(
+        repository, pushed_info.sha or "", bool(pushed_info.private), pushed_info.sha == info.sha, len(manifest.shards)
+    )
 
 
-def _looked_up(api: HfApi, repository: str) -> ModelInfo:
+def _model_info(api: HfApi, repository: str) -> ModelInfo:
     return api.model_info(repository, files_metadata=True)
 
 
-def _made(api: HfApi, repository: str, *, public: bool) -> ModelInfo:
-    """The repository as it is before the upload; it is made if need be, and is never more public than was asked for."""
+def _ensure_repository(api: HfApi, repository: str, *, public: bool) -> ModelInfo:
+    """Returns the repository before the upload and creates it if missing; refuses a public one unless ``public``."""
     from huggingface_hub import errors as hub
 
     try:
-        found = _looked_up(api, repository)
+        info = _model_info(api, repository)
     except hub.GatedRepoError:
         raise
     except hub.RepositoryNotFoundError:
         api.create_repo(repository, private=not public, exist_ok=True)
-        found = _looked_up(api, repository)
-    if not found.private and not public:
+        info = _model_info(api, repository)
+    if not info.private and not public:
         raise RecipeError(f"{repository}: everyone can see it; say --public if that is meant, or name another one")
-    return found
+    return info
 
 
-def _refuse_strangers(found: ModelInfo, folder: Path) -> None:
-    """Weights of another model would be loaded instead of this one's, or beside them."""
-    there = {file.rfilename for file in found.siblings or () if "/" not in file.rfilename}
-    own = {path.name for path in folder.iterdir()}
-    strangers = sorted(name for name in there - own if name.endswith((*SUFFIXES, _INDEX)))
+def _refuse_foreign_weights(info: ModelInfo, folder: Path) -> None:
+    """Raises RecipeError if the repository holds weight files of another model, which loaders would mix in."""
+    remote_files = {file.rfilename for file in info.siblings or () if "/" not in file.rfilename}
+    local_files = {path.name for path in folder.iterdir()}
+    strangers = sorted(name for name in remote_files - local_files if name.endswith((*SUFFIXES, _INDEX)))
     if strangers:
-        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        remainder = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         raise RecipeError(
-            f"{found.id}: holds {', '.join(strangers[:3])}{more}, which this model has not, and which would be "
+            f"{info.id}: holds {', '.join(strangers[:3])}{remainder}, which this model has not, and which would be "
             "taken for a part of it; delete them there, or push to another repository"
         )
 
 
 def _upload(api: HfApi, folder: Path, repository: str) -> None:
-    """Every file of the folder; a file that is there already is not sent again.
+    """Uploads every file of the folder that the repository does not hold yet.
 
     upload_folder streams a large one in several commits, which upload_large_folder was for in older versions. That one
     is not used there: whatever the Hub answers, it tries for ever, and it keeps its notes in the model's folder.
@@ -115,14 +117,14 @@ def _upload(api: HfApi, folder: Path, repository: str) -> None:
     api.upload_folder(repo_id=repository, folder_path=folder, commit_message=_MESSAGE)
 
 
-def _compare(found: ModelInfo, shards: Mapping[str, str]) -> None:
-    """VerifyError where the Hub has other shards than the manifest names."""
-    there = {file.rfilename: file.lfs for file in found.siblings or ()}
-    faults = [f"{found.id}: {file}: did not arrive" for file in shards if file not in there]
+def _check_shards(info: ModelInfo, shards: Mapping[str, str]) -> None:
+    """Raises VerifyError if shards on the Hub differ from those in the manifest."""
+    remote_files = {file.rfilename: file.lfs for file in info.siblings or ()}
+    faults = [f"{info.id}: {file}: did not arrive" for file in shards if file not in remote_files]
     for file, sha256 in shards.items():
-        stored = there.get(file)
+        stored = remote_files.get(file)
         if stored is not None and stored.sha256 != sha256:
-            faults.append(f"{found.id}: {file}: its SHA-256 is {stored.sha256}, but {sha256} in merger.json")
+            faults.append(f"{info.id}: {file}: its SHA-256 is {stored.sha256}, but {sha256} in merger.json")
     if faults:
         raise VerifyError("\n".join(faults))
 
@@ -132,29 +134,29 @@ def _compare(found: ModelInfo, shards: Mapping[str, str]) -> None:
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """Without huggingface_hub's own remarks: those on what it tries again hold URLs, and these may hold credentials."""
+    """Silences huggingface_hub's log: its remarks on retries hold URLs, which may hold credentials."""
     from huggingface_hub.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity(ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
 
 
 @contextmanager
-def _explained(repository: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line, without its URLs: they may hold credentials."""
+def _translated_errors(repository: str) -> Iterator[None]:
+    """Translates huggingface_hub's exceptions into one line without URLs, which may hold credentials."""
     # ValueError: an answer that it does not understand
     expected: tuple[type[BaseException], ...] = (*connection_errors(), ValueError)
     try:
         yield
     except expected as error:
-        _explain(error, repository)
+        _raise_translated(error, repository)
 
 
-def _explain(error: BaseException, repository: str) -> NoReturn:
+def _raise_translated(error: BaseException, repository: str) -> NoReturn:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
@@ -163,28 +165,28 @@ def _explain(error: BaseException, repository: str) -> NoReturn:
         error = error.__cause__  # uploads side by side wrap what went wrong
     status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else 0
     if isinstance(error, hub.GatedRepoError):
-        said = "is gated; ask for access on its page, then `hf auth login`"
+        reason = "is gated; ask for access on its page, then `hf auth login`"
     elif status == 401:
-        said = f"{host} does not know you; `hf auth login`, or set HF_TOKEN to a token that may write"
+        reason = f"{host} does not know you; `hf auth login`, or set HF_TOKEN to a token that may write"
     elif status == 403:
-        said = "your token may not write there; take one that may, or another name"
+        reason = "your token may not write there; take one that may, or another name"
     elif isinstance(error, hub.RepositoryNotFoundError):
-        said = f"is not on {host}, or not for you; mend the name, or `hf auth login`"
+        reason = f"is not on {host}, or not for you; mend the name, or `hf auth login`"
     elif 400 <= status < 500 and status not in (408, 429):
-        said = f"{host} refuses it ({status}{_reason(error)})"
+        reason = f"{host} refuses it ({status}{_reason(error)})"
     elif isinstance(error, FileNotFoundError | PermissionError) and error.filename:
         raise ResourceError(f"{error.filename}: cannot be read: {error.strerror}") from None
     else:
-        what = str(status) if status else type(error).__name__
+        cause = str(status) if status else type(error).__name__
         raise ResourceError(
-            f"{repository}: {host} could not be reached, or broke off ({what}); "
+            f"{repository}: {host} could not be reached, or broke off ({cause}); "
             "push again, and it goes on with what is missing"
         ) from None
-    raise RecipeError(f"{repository}: {said}") from None
+    raise RecipeError(f"{repository}: {reason}") from None
 
 
 def _reason(error: BaseException) -> str:
-    """What the Hub says of it, in a line, and not a word of it if the token is among that."""
+    """Returns the Hub's message in one line, or nothing if the message holds the token."""
     from huggingface_hub import get_token
 
     words = " ".join(str(getattr(error, "server_message", None) or "").split())[:300]

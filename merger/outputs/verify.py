@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what it says: its files agree with each other, with merger.json, and with its inputs."""
+"""Checks a checkpoint: its files against each other, against merger.json, and against its inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from merger.checkpoint.formats import SUFFIXES
 from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.side_files import is_inside
 from merger.checkpoint.tensor_info import ITEM_SIZE
-from merger.engine.manifest import RECORD, Manifest, differing, inputs_of, portable, stored_as, versions
+from merger.engine.manifest import RECORD, Manifest, inputs_of, portable, stored_as, value_differences, versions
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import recipe_folder
@@ -30,7 +30,7 @@ from merger.outputs.consistency import (
     Difference,
     config_differences,
     index_differences,
-    look,
+    read_contents,
     scan,
     tokenizer_differences,
 )
@@ -40,13 +40,13 @@ from merger.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at, and all that is not as it is said to be."""
+    """The result of `verify`."""
 
     directory: str
     tensors: int
     bytes: int
-    recorded: bool  # whether merger made it, and says so in merger.json
-    recomputed: tuple[str, ...]  # tensors that were made again from the inputs
+    recorded: bool  # whether the folder has a readable merger.json
+    recomputed: tuple[str, ...]  # tensors that were merged again from the inputs
     differences: tuple[Difference, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -64,65 +64,64 @@ class DeepCheck:
 
 
 def verify(directory: str | Path, options: RunOptions = RunOptions(), *, deep: DeepCheck | None = None) -> Verification:
-    """Checks the folder of a checkpoint, whoever wrote it, and returns every difference.
+    """Checks the folder of any checkpoint and returns every difference.
 
-    With ``deep`` some tensors of a merge are merged again from its inputs, and compared bit for bit; the device auto is
-    then the kind that the merge was made on. Raises a `MergerError` only where there is nothing to check, or not what
-    is needed for it.
+    With ``deep`` a sample of tensors is merged again from the inputs and compared bit for bit; the device auto is then
+    the kind of device of the merge. Raises a `MergerError` only if the folder or the inputs of the check are missing.
     """
-    contents = look(Path(directory))
-    found = [*contents.broken, *index_differences(contents)]
-    hashes, values = _scan(contents, options.progress)
-    found += values
-    if not contents.packed:  # in which no tensor needs to be what config and tokenizer say of a model's
-        found += [*config_differences(contents), *tokenizer_differences(contents)]
-    manifest = _manifest(contents, found)
+    contents = read_contents(Path(directory))
+    differences = [*contents.faults, *index_differences(contents)]
+    hashes, values = _scan_files(contents, options.progress)
+    differences += values
+    if not contents.packed:  # config and tokenizer do not describe packed tensors
+        differences += [*config_differences(contents), *tokenizer_differences(contents)]
+    manifest = _manifest(contents, differences)
     recomputed: tuple[str, ...] = ()
     if manifest is not None:
-        found += _recorded(contents, manifest, hashes)
+        differences += _record_differences(contents, manifest, hashes)
     if deep is not None:
         if manifest is None:
             raise RecipeError(f"{directory}: has no {RECORD} that says from what it could be made again")
-        recomputed, differences = _recompute(contents, manifest, deep, options)
-        found += differences
+        recomputed, recomputed_differences = _recompute(contents, manifest, deep, options)
+        differences += recomputed_differences
     return Verification(
         directory=str(directory),
         tensors=len(contents.tensors),
         bytes=sum(info.nbytes for info in contents.tensors.values()),
         recorded=manifest is not None,
         recomputed=recomputed,
-        differences=tuple(dict.fromkeys(found)),
+        differences=tuple(dict.fromkeys(differences)),
     )
 
 
 def whole_merge(directory: str | Path) -> Manifest:
-    """The manifest of a folder that holds all it names, told by names and headers: no weight is read for it.
+    """Returns the manifest of a complete merge, checked by names and headers; reads no weights.
 
-    Raises CheckpointError for a folder without merger.json, and VerifyError where files are not as it says.
+    Raises CheckpointError for a folder without merger.json, and VerifyError if files differ from it.
     """
-    contents = look(Path(directory))
+    contents = read_contents(Path(directory))
     if RECORD not in contents.folder.names:
         raise CheckpointError(f"{directory}: has no {RECORD}, so it is no finished merge")
-    found = [*contents.broken, *index_differences(contents)]
-    manifest = _manifest(contents, found)
+    differences = [*contents.faults, *index_differences(contents)]
+    manifest = _manifest(contents, differences)
     if manifest is not None:
-        found += _recorded(contents, manifest, {})
-    if found or manifest is None:
-        raise VerifyError("\n".join(f"{directory}: {each}" for each in dict.fromkeys(found)))
+        differences += _record_differences(contents, manifest, {})
+    if differences or manifest is None:
+        raise VerifyError("\n".join(f"{directory}: {difference}" for difference in dict.fromkeys(differences)))
     return manifest
 
 
-def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Difference]]:
-    """The SHA-256 of each file whose format is hashed by the way, and its faulty values; files side by side."""
+def _scan_files(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Difference]]:
+    """Scans weight files in parallel; returns the SHA-256 of files whose format computes one, and the differences."""
     total = sum(info.nbytes for header in contents.headers.values() for info in header.values())
-    done, lock = Counter[str](), Lock()
+    progress, lock = Counter[str](), Lock()
 
     def count(size: int) -> None:
         with lock:
-            done["bytes"] += size
-            tell("verifying", done["bytes"], total)
+            progress["bytes"] += size
+            tell("verifying", progress["bytes"], total)
 
-    def one(file: str) -> tuple[str | None, list[Difference]]:
+    def scan_file(file: str) -> tuple[str | None, list[Difference]]:
         path, header = contents.directory / file, contents.headers[file]
         try:
             return scan(path, header, count)
@@ -130,34 +129,34 @@ def _scan(contents: Contents, tell: Progress) -> tuple[dict[str, str], list[Diff
             return None, [Difference(file, None, f"cannot be read: {error.strerror}")]
 
     with ThreadPoolExecutor(4, "merger-verify") as pool:
-        results = list(pool.map(one, contents.headers))
+        results = list(pool.map(scan_file, contents.headers))
     hashes = {file: sha for file, (sha, _) in zip(contents.headers, results, strict=True) if sha is not None}
     return hashes, [difference for _, differences in results for difference in differences]
 
 
-# --- what merger.json says ------------------------------------------------------------------------
+# --- merger.json ----------------------------------------------------------------------------------
 
 
-def _manifest(contents: Contents, found: list[Difference]) -> Manifest | None:
-    """The manifest, if there is one and it can be understood; if it cannot, ``found`` gets the reason."""
+def _manifest(contents: Contents, differences: list[Difference]) -> Manifest | None:
+    """Reads the manifest; for an invalid one, appends the reason to ``differences`` and returns None."""
     if RECORD not in contents.folder.names:
         return None
     try:
         return Manifest.parse((contents.directory / RECORD).read_bytes())
     except OSError as error:
-        found.append(Difference(RECORD, None, f"cannot be read: {error.strerror}"))
+        differences.append(Difference(RECORD, None, f"cannot be read: {error.strerror}"))
     except ValueError as error:
-        found.append(Difference(RECORD, None, str(error)))
+        differences.append(Difference(RECORD, None, str(error)))
     return None
 
 
-def _recorded(contents: Contents, manifest: Manifest, hashes: Mapping[str, str]) -> Iterator[Difference]:
-    """Where shards, side files and tensors are not those of merger.json."""
+def _record_differences(contents: Contents, manifest: Manifest, hashes: Mapping[str, str]) -> Iterator[Difference]:
+    """Yields shards, side files and tensors that differ from merger.json."""
     for file, sha in manifest.shards.items():
         if file not in contents.folder.names:
             yield Difference(file, None, f"is missing, though {RECORD} names it")
         elif file in hashes and hashes[file] != sha:
-            yield _other_hash(file, hashes[file], sha)
+            yield _hash_difference(file, hashes[file], sha)
     for file in sorted(contents.folder.names - manifest.shards.keys()):
         if file.endswith(SUFFIXES):
             yield Difference(file, None, f"holds weights that {RECORD} does not name")
@@ -165,42 +164,42 @@ def _recorded(contents: Contents, manifest: Manifest, hashes: Mapping[str, str])
         if not is_inside(file) or not (contents.directory / file).is_file():
             yield Difference(file, None, f"is missing, though {RECORD} names it")
         else:
-            yield from _side_file(contents.directory, file, sha)
+            yield from _side_file_differences(contents.directory, file, sha)
     recorded = manifest.stored_tensors
-    for name, wanted in recorded.items():
+    for name, record in recorded.items():
         info = contents.tensors.get(name)
         if info is None:
             yield Difference(RECORD, name, "is in no file")
-        elif stored_as(info) != wanted:
-            yield Difference(contents.file_of(name), name, f"is {stored_as(info)}, but {wanted} in {RECORD}")
+        elif stored_as(info) != record:
+            yield Difference(contents.file_of(name), name, f"is {stored_as(info)}, but {record} in {RECORD}")
     for name in contents.tensors:
         if name not in recorded:
             yield Difference(contents.file_of(name), name, f"is not in {RECORD}")
 
 
-def _side_file(folder: Path, name: str, sha: str) -> Iterator[Difference]:
+def _side_file_differences(folder: Path, name: str, sha: str) -> Iterator[Difference]:
     try:
-        own = digest(folder / name)
+        file_hash = digest(folder / name)
     except OSError as error:
         yield Difference(name, None, f"cannot be read: {error.strerror}")
     else:
-        if own != sha:
-            yield _other_hash(name, own, sha)
+        if file_hash != sha:
+            yield _hash_difference(name, file_hash, sha)
 
 
-def _other_hash(file: str, own: str, said: str) -> Difference:
-    return Difference(file, None, f"its SHA-256 is {own}, but {said} in {RECORD}")
+def _hash_difference(file: str, file_hash: str, recorded_hash: str) -> Difference:
+    return Difference(file, None, f"its SHA-256 is {file_hash}, but {recorded_hash} in {RECORD}")
 
 
-# --- what the inputs say --------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def _recompute(
     contents: Contents, manifest: Manifest, deep: DeepCheck, options: RunOptions
 ) -> tuple[tuple[str, ...], list[Difference]]:
-    """Makes a sample of tensors again by the same merge; their names, and where they differ."""
+    """Merges a sample of tensors again; returns their names and the differences."""
     device = str(manifest.content.get("device")) if options.device == "auto" else options.device
-    recipe = _recipe(contents, manifest, deep.recipe)
+    recipe = _load_recipe(contents, manifest, deep.recipe)
     options = replace(options, device=device, progress=_as_recomputing(options.progress))
     with prepare(recipe, options) as prepared:
         plan = prepared.plan
@@ -208,28 +207,33 @@ def _recompute(
         changed = list(_changed_inputs(manifest, plan))
         if changed:  # what is made of other inputs says nothing
             return (), changed
-        names = _chosen(plan, deep)
+        names = _sample_names(plan, deep)
         comparison = _Comparison(contents, plan, names)
         schedule = merge_schedule(prepared, comparison.places.keys())
         schedule.run(MergeSink(schedule, comparison))
         statistics = origin(prepared.inputs.files)
-    other = differing(manifest.content["statistics"], statistics)
-    found = [Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now") for name in other]
-    return tuple(names), [*found, *comparison.differences()]
+    statistics_differences = value_differences(manifest.content["statistics"], statistics)
+    differences = [
+        Difference(RECORD, None, f"statistics.{name}: another SHA-256 than what was found now")
+        for name in statistics_differences
+    ]
+    return tuple(names), [*differences, *comparison.differences()]
 
 
 def _note_other_versions(manifest: Manifest, plan: Plan, notice: Notice) -> None:
-    """Tells of versions that decide the bytes and are not those of the merge."""
-    here = versions(plan)
-    others = [name for name, version in manifest.content["versions"].items() if here.get(name) != version]
-    if others:
-        notice(f"merged with another {', '.join(others)} than it is checked with; last bits may differ for that")
+    """Notes versions that decide the bytes and differ from those of the merge."""
+    current_versions = versions(plan)
+    changed_names = [
+        name for name, version in manifest.content["versions"].items() if current_versions.get(name) != version
+    ]
+    if changed_names:
+        notice(f"merged with another {', '.join(changed_names)} than it is checked with; last bits may differ for that")
 
 
-def _recipe(contents: Contents, manifest: Manifest, given: Path | None) -> Recipe:
-    """The recorded recipe, with its folder; or the one that is given, if it is the same."""
+def _load_recipe(contents: Contents, manifest: Manifest, path: Path | None) -> Recipe:
+    """Returns the recorded recipe with its folder, or the recipe at ``path``; raises RecipeError if they differ."""
     recorded, directory = manifest.recipe, contents.directory
-    if given is None:
+    if path is None:
         output = str(recorded["output"]["path"])
         folder = recipe_folder(directory, output)
         if folder is None:
@@ -237,36 +241,40 @@ def _recipe(contents: Contents, manifest: Manifest, given: Path | None) -> Recip
                 f"{directory}: does not lie where its recipe wrote it ({output}); give the recipe, for its inputs"
             )
         return Recipe.parse(recorded, folder)
-    recipe = Recipe.load(given, manifest.content.get("set", []))
-    own = json.loads(json.dumps(portable(recipe.spelled_out())))
-    others = [key for key in differing(recorded, own) if key != "output.path"]
-    if others:
-        raise RecipeError(f"{given}: is not the recipe of {contents.directory}: they differ in {', '.join(others)}")
+    recipe = Recipe.load(path, manifest.content.get("set", []))
+    content = json.loads(json.dumps(portable(recipe.spelled_out())))
+    changed_keys = [key for key in value_differences(recorded, content) if key != "output.path"]
+    if changed_keys:
+        raise RecipeError(
+            f"{path}: is not the recipe of {contents.directory}: they differ in {', '.join(changed_keys)}"
+        )
     return recipe
 
 
 def _changed_inputs(manifest: Manifest, plan: Plan) -> Iterator[Difference]:
     hashes = {file: sha256(file) for model in plan.models.values() for file in model.files}
-    for key, (recorded, _) in differing(manifest.inputs, json.loads(json.dumps(inputs_of(plan, hashes)))).items():
+    for key, (recorded, _) in value_differences(
+        manifest.inputs, json.loads(json.dumps(inputs_of(plan, hashes)))
+    ).items():
         if recorded is None and key.endswith(".config"):  # an earlier version did not record it
             continue
         yield Difference(RECORD, None, f"inputs.{key}: is not what it was when it was merged")
 
 
 def _as_recomputing(progress: Progress) -> Progress:
-    """The same progress with the step ``merging`` called ``recomputing``."""
-    return lambda step, done, total: progress("recomputing" if step == "merging" else step, done, total)
+    """Returns a progress callback that renames the step ``merging`` to ``recomputing``."""
+    return lambda step, count, total: progress("recomputing" if step == "merging" else step, count, total)
 
 
-def _chosen(plan: Plan, deep: DeepCheck) -> list[str]:
-    """Some tensors, as good as drawn: those whose hash with the seed is smallest."""
+def _sample_names(plan: Plan, deep: DeepCheck) -> list[str]:
+    """Returns a random sample of tensor names: those whose hash with the seed is smallest."""
     names = list(plan.stored)
     drawn = sorted(names, key=lambda name: hashlib.sha256(f"{deep.seed} {name}".encode()).digest())
     return sorted(drawn[: deep.sample], key=names.index)
 
 
 class _Comparison:
-    """Takes the bytes of a merge, and compares them with those of the output."""
+    """A sink that compares the bytes of a merge with those of the output."""
 
     def __init__(self, contents: Contents, plan: Plan, names: Sequence[str]) -> None:
         self.contents = contents
@@ -276,13 +284,13 @@ class _Comparison:
             for name in names
             if name not in contents.tensors or stored_as(contents.tensors[name]) != planned[name]
         ]
-        misfits = {each.tensor for each in self.misfits}
+        misfits = {difference.tensor for difference in self.misfits}
         self.places = {name: contents.tensors[name] for name in names if name not in misfits}
-        self.differing = Counter[str]()
+        self.value_differences = Counter[str]()
         self.lock = Lock()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Compares ``data`` with what stands from byte ``start`` of the tensor on."""
+        """Compares ``data`` with the bytes of the output's tensor from ``start`` on."""
         if name not in self.places:
             return
         info = self.places[name]
@@ -291,26 +299,26 @@ class _Comparison:
             file.seek(info.offset + start)
             file.readinto(stored)
         if stored != data:
-            own, other = (
-                torch.frombuffer(each, dtype=torch.uint8).view(-1, ITEM_SIZE[info.dtype]) for each in (stored, data)
+            stored_items, merged_items = (
+                torch.frombuffer(buffer, dtype=torch.uint8).view(-1, ITEM_SIZE[info.dtype]) for buffer in (stored, data)
             )
             with self.lock:
-                self.differing[name] += int((own != other).any(1).sum())
+                self.value_differences[name] += int((stored_items != merged_items).any(1).sum())
 
     def done(self, name: str, notes: Sequence[str]) -> None:
-        """A tensor that is whole was compared already."""
+        """Does nothing: `write` has compared the tensor."""
 
     def read(self, name: str) -> torch.Tensor | None:
-        """What the output has for it."""
+        """Reads a tensor of the output; None if the output does not hold it."""
         if name not in self.contents.tensors:
             return None
         with Checkpoint("output", self.contents.directory, self.contents.tensors, {}) as output:
             return output.read(name)
 
     def differences(self) -> Iterator[Difference]:
-        """What was found, by tensor."""
+        """Yields the differences by tensor."""
         yield from self.misfits
         for name, info in self.places.items():
-            if count := self.differing[name]:
-                what = f"{count:,} of its {info.elements:,} values are not what its inputs make"
-                yield Difference(self.contents.file_of(name), name, what)
+            if count := self.value_differences[name]:
+                message = f"{count:,} of its {info.elements:,} values are not what its inputs make"
+                yield Difference(self.contents.file_of(name), name, message)

@@ -56,8 +56,8 @@ def stage_input(name: str) -> StageInput:
     if name not in INPUTS:
         import_module(PROVIDERS)
     if name not in INPUTS:
-        near = nearest(name, [*SLICE_SUPPLIES, *INPUTS])
-        raise ValueError(f"nothing supplies {name!r}, which stands before the * of a stage; {near}")
+        suggestion = nearest(name, [*SLICE_SUPPLIES, *INPUTS])
+        raise ValueError(f"nothing supplies {name!r}, which stands before the * of a stage; {suggestion}")
     return INPUTS[name]
 
 

@@ -215,10 +215,10 @@ def order_of(value: Any, place: Place) -> tuple[int, ...]:
     _same_names(pinned, names, complete=False)
     if len(set(pinned)) < len(pinned):
         raise ValueError(f"{pin.first} cannot be both first and last")
-    others = [name for name in names if name not in pinned]
-    if pin.rest == "rotate" and others:
-        turn = (place.block if pin.unit == "block" else place.linear) % len(others)
-        others = others[turn:] + others[:turn]
+    movable = [name for name in names if name not in pinned]
+    if pin.rest == "rotate" and movable:
+        turn = (place.block if pin.unit == "block" else place.linear) % len(movable)
+        movable = movable[turn:] + movable[:turn]
     first = [pin.first] if pin.first is not None else []
     last = [pin.last] if pin.last is not None else []
-    return tuple(names.index(name) for name in first + others + last)
+    return tuple(names.index(name) for name in first + movable + last)

@@ -90,10 +90,10 @@ class RunningSum:
             self.changed.wait_for(lambda: len(self.sums) > i or i > self.failed)
             if len(self.sums) <= i:
                 raise RuntimeError("an earlier slice failed")  # whose own error is raised first
-            before = torch.tensor(self.sums[i])
-            self.sums.append((before + value.cpu()).tolist())
+            prefix = torch.tensor(self.sums[i])
+            self.sums.append((prefix + value.cpu()).tolist())
             self.changed.notify_all()
-            return before
+            return prefix
 
     def fail(self, i: int) -> None:
         """Releases the slices that wait for slice ``i``."""
@@ -200,8 +200,8 @@ class TensorPasses:
         """See `Answers`."""
         with self.lock:
             running = self.running_sums.setdefault(key, RunningSum(failed=self.failed))
-        before = running.before(i, question.counts)
-        return before + self.earlier_sums[key] if key in self.earlier_sums else before
+        prefix = running.before(i, question.counts)
+        return prefix + self.earlier_sums[key] if key in self.earlier_sums else prefix
 
     def sample_note(self, number: int) -> Sequence[Any] | None:
         """See `Answers`."""
@@ -288,11 +288,11 @@ class ModelPasses:
         return self._earlier_sums[self._groups[i]]
 
     def record(self, i: int, open_total: OpenTotal | None) -> None:
-        """Joins the open question of tensor ``i`` to that of its group; None where the tensor is finished."""
+        """Adds the open question of tensor ``i`` to that of its group; None means that the tensor is finished."""
         if open_total is not None:
             group = self._groups[i]
-            earlier = self._open_totals.get(group)
-            self._open_totals[group] = open_total if earlier is None else earlier.joined(open_total)
+            group_total = self._open_totals.get(group)
+            self._open_totals[group] = open_total if group_total is None else group_total.joined(open_total)
             self._unfinished.append(i)
 
 

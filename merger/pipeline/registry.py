@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -107,6 +107,20 @@ class Packing:
     """Of one expert's results, by name: its task vector [r c] again."""
 
 
+class Package(NamedTuple):
+    """An installed package, other than merger, that methods come from."""
+
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+PACKAGES: dict[str, Package] = {}
+"""The packages with methods, by the module that their entry point names; it and the modules below hold the methods."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered function."""
@@ -134,6 +148,19 @@ class Entry:
         return {name: name for name in supplied(self.function) if name not in SLICE_SUPPLIES}
 
     @property
+    def root(self) -> str | None:
+        """The module among `PACKAGES` that the function's module is, or is below; None for a method of merger."""
+        module = self.function.__module__
+        while module and module not in PACKAGES:
+            module = module.rpartition(".")[0]
+        return module or None
+
+    @property
+    def package(self) -> Package | None:
+        """The installed package that it comes from; None for a method of merger."""
+        return None if self.root is None else PACKAGES[self.root]
+
+    @property
     def summary(self) -> str:
         """The docstring's first line."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
@@ -155,19 +182,26 @@ def _register(kind: Kind, table: dict[str, Entry], **traits: Any) -> Callable[[F
     def keep(function: F) -> F:
         name = function.__name__.rstrip("_")
         if (rival := table.get(name)) is not None:
-            _check_rival(function, name, rival.function)
+            _check_rival(function, rival)
         table[name] = Entry(name, kind, function, **traits)
         return function
 
     return keep
 
 
-def _check_rival(function: Callable[..., Any], name: str, rival: Callable[..., Any]) -> None:
-    """Settles whose a name is that two files register: that of the file which is called so."""
-    if function.__module__.rpartition(".")[2] != name:
-        raise ValueError(f"there is another {name} in {rival.__module__}; give this one another name")
+def _check_rival(function: Callable[..., Any], rival: Entry) -> None:
+    """Settles whose a name is that two files of one folder register: that of the file which is called so.
+
+    ValueError where it is not this file, or where the name is taken by another package.
+    """
+    folder, _, file = function.__module__.rpartition(".")
+    rival_module = rival.function.__module__
+    if file != rival.name or rival_module.rpartition(".")[0] != folder:
+        origin = rival_module if rival.package is None else f"{rival_module} of {rival.package}"
+        raise ValueError(f"there is another {rival.name} in {origin}; give this one another name")
     warnings.warn(
-        f"{rival.__code__.co_filename}: its {name} is left out, for {function.__module__} is the file of that name",
+        f"{rival.function.__code__.co_filename}: its {rival.name} is left out, "
+        f"for {function.__module__} is the file of that name",
         BrokenMethodWarning,
         stacklevel=2,
     )
@@ -224,11 +258,11 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
 
 
 def _annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
-    """The type of a parameter, also where the file says ``from __future__ import annotations``."""
+    """Returns the type of a parameter, also in a file with ``from __future__ import annotations``."""
     if parameter.annotation is parameter.empty:
         raise TypeError(f"{parameter.name} of {function.__name__} has no type, such as float")
-    written = parameter.annotation
-    return eval(written, function.__globals__) if isinstance(written, str) else written
+    annotation = parameter.annotation
+    return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
 
 
 @cache

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import naming
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+KINDS = ("linear", "conv1d", "expert3d", "head", "tied", "embedding", "vector", "other")
+"""All kinds of tensors."""
+
 # --- stages ---------------------------------------------------------------------------------------
 
 
@@ -48,6 +51,13 @@ def expand(stage: Stage, kind: str, experts: Sequence[str]) -> list[Stage]:
             supplies = {"kind": kind, "experts": tuple(experts)}
             stages = stage(**{name: supplies[name] for name in supplied(stage.func)})
     return [inner_stage for stage in stages for inner_stage in expand(stage, kind, experts)]
+
+
+def entries_of(stage: Stage, experts: Sequence[str]) -> set[Entry]:
+    """The entries of a stage, of its score and inner method, and of what it expands to for any kind of tensor."""
+    nested = [value for value in stage.keywords.values() if isinstance(value, partial)]
+    expanded = [inner for kind in KINDS for inner in expand(stage, kind, experts) if inner.func is not stage.func]
+    return {entry_of(stage.func)}.union(*(entries_of(inner, experts) for inner in (*nested, *expanded)))
 
 
 @dataclass(frozen=True)

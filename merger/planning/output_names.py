@@ -26,14 +26,17 @@ class OutputNames:
             self.dropped[label][name] = reason
 
 
-def output_names(recipe: Recipe, kinds: Mapping[str, TensorKinds], shared: SharedTensors) -> OutputNames:
-    """The base's names first; an expert's tensor that the base lacks is taken, dropped with a reason, or a fault."""
+def output_names(recipe: Recipe, kinds: Mapping[str, TensorKinds], shared_tensors: SharedTensors) -> OutputNames:
+    """Returns the names of the output: the base's, then those of experts' tensors that rules or copies add.
+
+    An expert's tensor that the base lacks is added, dropped with a reason, or a fault.
+    """
     output = OutputNames(list(kinds["base"].tensors), {label: {} for label in kinds})
     extra = dict.fromkeys(n for kind in kinds.values() for n in kind.tensors if n not in kinds["base"].tensors)
     for name in extra:
         holders = [label for label, kind in kinds.items() if name in kind.tensors]
         rule = matching_rule(recipe, name, kinds[holders[0]])
-        if original := shared.repeated(name, holders):
+        if original := shared_tensors.repeated(name, holders):
             output.repeated[name] = original
             output.drop(name, holders, f"is {original}, stored once more")
         elif rule is not None and rule.use in holders:
@@ -41,7 +44,7 @@ def output_names(recipe: Recipe, kinds: Mapping[str, TensorKinds], shared: Share
         elif rule is not None and rule.use == "base":
             number = recipe.rules.index(rule) + 1
             output.drop(name, holders, f"rule {number} keeps the base, which has none")
-        elif shared.stored_name("base", name) is not None:
+        elif shared_tensors.stored_name("base", name) is not None:
             output.names.append(name)
         else:
             output.faults.append(

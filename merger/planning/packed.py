@@ -56,24 +56,24 @@ class Packed:
         return self.name if form.holds == "weights" else f"{self.name}:{result}"
 
     def _info(self, form: Form) -> Info:
-        several = () if self.matrices == 1 else (self.matrices,)
+        leading_shape = () if self.matrices == 1 else (self.matrices,)
         if form.holds == "weights":
             return Info(self.info.dtype, self.info.shape)
         if form.holds == "bits":
-            return Info("U8", (*several, self.bytes_of_bits))
+            return Info("U8", (*leading_shape, self.bytes_of_bits))
         if form.holds == "chosen":
-            return Info(self.info.dtype, (*several, form.count))
-        return Info("F32" if form.holds == "floats" else self.info.dtype, (*several, *form.shape))
+            return Info(self.info.dtype, (*leading_shape, form.count))
+        return Info("F32" if form.holds == "floats" else self.info.dtype, (*leading_shape, *form.shape))
 
     @property
     def bytes_of_bits(self) -> int:
         """Bytes that a bit for every element of a matrix takes."""
         return -(-self.rows * self.columns // 8)
 
-    def recorded(self) -> dict[str, Any]:
-        """What the manifest says of it, for whoever rebuilds an expert."""
+    def as_record(self) -> dict[str, Any]:
+        """Returns the entry of the manifest from which an expert is rebuilt."""
         results = {
-            result: {key: each for key, each in asdict(form).items() if each} for result, form in self.forms.items()
+            result: {key: value for key, value in asdict(form).items() if value} for result, form in self.forms.items()
         }
         return {
             "by": self.by,
@@ -87,14 +87,14 @@ class Packed:
         }
 
     @classmethod
-    def of(cls, name: str, experts: Sequence[str], said: Mapping[str, Any]) -> Packed:
-        """What `recorded` says of the tensor ``name``; CheckpointError where that cannot be understood."""
+    def of(cls, name: str, experts: Sequence[str], record: Mapping[str, Any]) -> Packed:
+        """Parses the manifest's entry of the tensor ``name``; raises CheckpointError for an invalid entry."""
         try:
-            results = said["results"].items()
+            results = record["results"].items()
             forms = {result: Form(**{**form, "shape": tuple(form.get("shape", ()))}) for result, form in results}
-            info = Info(said["dtype"], tuple(said["shape"]))
-            sizes = {key: int(said[key]) for key in ("rows", "columns", "matrices")}
-            return cls(name, said["by"], tuple(experts), forms, info, **sizes, transposed=bool(said["transposed"]))
+            info = Info(record["dtype"], tuple(record["shape"]))
+            sizes = {key: int(record[key]) for key in ("rows", "columns", "matrices")}
+            return cls(name, record["by"], tuple(experts), forms, info, **sizes, transposed=bool(record["transposed"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CheckpointError(f"merger.json: what it says of {name} cannot be understood; run it again") from None
 
@@ -102,12 +102,12 @@ class Packed:
         """The task vectors that are stored as weights, by stored name."""
         for result, form in self.forms.items():
             if form.holds == "weights":
-                yield from self.each(result, results[result])
+                yield from self.stored_parts(result, results[result])
 
-    def each(self, result: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """A result as it is stored: its one tensor, or every expert's, by stored name."""
-        several = (values,) if self.forms[result].shared else values
-        yield from zip(self.stored_names(result), several, strict=True)
+    def stored_parts(self, result: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors of a result with their stored names: one shared tensor, or one for each expert."""
+        parts = (values,) if self.forms[result].shared else values
+        yield from zip(self.stored_names(result), parts, strict=True)
 
 
 Piece = tuple[str, int, "Tensor"]
@@ -115,20 +115,20 @@ Piece = tuple[str, int, "Tensor"]
 
 
 def pieces(packed: Packed, results: Mapping[str, Tensor], matrix: int, first: int) -> Flow[list[Piece]]:
-    """What is stored of a slice that begins with element ``first`` of a tensor's matrix, all but the weights."""
-    found: list[Piece] = []
+    """Returns the stored pieces of a slice, except weights; ``first`` is the slice's first element in the matrix."""
+    pieces: list[Piece] = []
     for result, form in packed.forms.items():
-        several = list(packed.each(result, results[result]))
+        parts = list(packed.stored_parts(result, results[result]))
         if form.holds == "bits":
-            found += [(name, matrix * packed.bytes_of_bits + first // 8, bits_of(mask)) for name, mask in several]
+            pieces += [(name, matrix * packed.bytes_of_bits + first // 8, bits_of(mask)) for name, mask in parts]
         elif form.holds == "chosen":
             masks = results[form.at]
-            before = (yield PrefixSum(partial(_row_counts, masks))).tolist()
-            for (name, values), mask, skipped in zip(several, masks, before, strict=True):
-                found.append((name, matrix * form.count + skipped, values[mask]))
+            offsets = (yield PrefixSum(partial(_row_counts, masks))).tolist()
+            for (name, values), mask, skipped in zip(parts, masks, offsets, strict=True):
+                pieces.append((name, matrix * form.count + skipped, values[mask]))
         elif form.holds in ("floats", "factors") and first == 0:
-            found += [(name, matrix * values.numel(), values) for name, values in several]
-    return found
+            pieces += [(name, matrix * values.numel(), values) for name, values in parts]
+    return pieces
 
 
 def _row_counts(masks: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ def _row_counts(masks: Tensor) -> Tensor:
 
 
 def open_packed(folder: Path) -> Checkpoint:
-    """The stored tensors of an output that holds several experts; CheckpointError if they cannot be read."""
-    found = local_folder(folder, "packed")
-    tensors = read_tensors(found, find_weights(found, (PACKED,)))
+    """Opens the stored tensors of a packed output; raises CheckpointError if they cannot be read."""
+    packed_folder = local_folder(folder, "packed")
+    tensors = read_tensors(packed_folder, find_weights(packed_folder, (PACKED,)))
     return Checkpoint("packed", folder, tensors, {})
 
 

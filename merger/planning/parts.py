@@ -35,10 +35,11 @@ def needs_input_axis(stages: Sequence[Bound]) -> str | None:
 
 
 def describe_unknown_axes(names: Sequence[str], stage: str) -> str:
-    """Says that nothing shows how packed experts are stored, of which a stage must know it, and what to do."""
-    more = f" and of {len(names) - 1} more packed experts" if names[1:] else ""
+    """Returns the fault of packed experts whose orientation is unknown to a stage that needs it."""
+    remainder = f" and of {len(names) - 1} more packed experts" if names[1:] else ""
     return (
-        f"{names[0]}: no shape shows whether its matrices{more} are stored [in, out] or [out, in], which {stage} must "
-        "know; add a rule that keeps them, {tensors: REGEX, use: base}, or one that merges them by a method that looks "
+        f"{names[0]}: no shape shows whether its matrices{remainder} are stored [in, out] or [out, in], which "
+        f"{stage} must know; "
+        "add a rule that keeps them, {tensors: REGEX, use: base}, or one that merges them by a method that looks "
         "at neither rows nor inputs, {tensors: REGEX, method: ties}"
     )

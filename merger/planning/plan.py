@@ -196,10 +196,10 @@ class Plan:
         return elements * sum(sizes)
 
     def bytes_of_rows(self, tensor: TensorPlan, rows: ExtraRows) -> int:
-        """Bytes of rows that only some models have."""
-        several = (self.models[label].tensors[tensor.reads[label] or tensor.name] for label in rows.models)
+        """Returns the bytes of rows that only some models have."""
+        infos = (self.models[label].tensors[tensor.reads[label] or tensor.name] for label in rows.models)
         elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
-        return sum(elements * ITEM_SIZE[info.dtype] for info in several)
+        return sum(elements * ITEM_SIZE[info.dtype] for info in infos)
 
     @cached_property
     def inputs(self) -> frozenset[StageInput]:

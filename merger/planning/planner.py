@@ -34,16 +34,16 @@ from merger.recipe.recipe import Recipe
 
 
 def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) -> Plan:
-    """Opens the inputs' headers and decides what happens to every tensor; nothing is written.
+    """Opens the inputs' headers and plans every tensor; writes nothing.
 
-    With ``headers_only`` a Hub repository's weights are not downloaded; without, they are once the plan stands.
-    Raises CheckpointError for inputs that do not fit together, all misfits of a kind at once.
+    Without ``headers_only`` a Hub repository's weights are downloaded after the plan succeeds. Raises CheckpointError
+    for inputs that do not fit together, with all misfits of a kind at once.
     """
-    made = _plan(recipe, offline=offline, headers_only=True)
-    opened = [part for model in made.models.values() for part in (model, model.adapter) if part is not None]
-    if headers_only or all(info.file is not None for part in opened for info in part.tensors.values()):
-        return made
-    made.close()
+    draft = _plan(recipe, offline=offline, headers_only=True)
+    checkpoints = [part for model in draft.models.values() for part in (model, model.adapter) if part is not None]
+    if headers_only or all(info.file is not None for part in checkpoints for info in part.tensors.values()):
+        return draft
+    draft.close()
     return _plan(recipe, offline=offline, headers_only=False)
 
 
@@ -124,12 +124,12 @@ class _Planner:
                 planned[name] = tensor
         self.faults += [describe_unknown_axes(names, stage) for stage, names in self.unoriented.items()]
         if self.faults:
-            raise CheckpointError("\n".join(_shortened(self.faults)))
+            raise CheckpointError("\n".join(_shorten(self.faults)))
         for name, original in originals.items():
             planned[name] = replace(planned[original], name=name, parts=(), extra=(), tied_to=original)
         tensors = [planned[name] for name in names]
-        config, chosen = self._config(tensors, own_head), self.vocabulary.tokenizer
-        base, model, tokenizer = self.models["base"], self.models[chosen], self.tokenizers[chosen]
+        config, tokenizer_label = self._config(tensors, own_head), self.vocabulary.tokenizer
+        base, model, tokenizer = self.models["base"], self.models[tokenizer_label], self.tokenizers[tokenizer_label]
         return Plan(
             recipe=self.recipe,
             models=self.models,
@@ -142,11 +142,11 @@ class _Planner:
                 *_remarks(tensors),
                 *self._aliased_orders(names),
                 *config_differences(self.models),
-                *tokenizer_differences(self.tokenizers, chosen),
+                *tokenizer_differences(self.tokenizers, tokenizer_label),
                 *uncopied_notes(base.directory, tokenizer.folder),
             ),
             config=config,
-            tokenizer=chosen,
+            tokenizer=tokenizer_label,
             side_files=plan_side_files(base, model, tokenizer, config),
         )
 
@@ -176,18 +176,18 @@ class _Planner:
         if not self._complete(name, reads):
             return None
         infos = {label: self.models[label].tensors[read] for label, read in reads.items() if read is not None}
-        fitted = self._fit(name, kind, infos)
-        if fitted is None:
+        shapes = self._fit(name, kind, infos)
+        if shapes is None:
             return None
-        shape, common, extra = fitted
+        shape, common, extra = shapes
         group = 0 if rule is None else self.recipe.rules.index(rule) + 1
         unit = kinds.unit(name)
         place = self._place(name, unit, kinds, number % self.turns[group])
         stages = self._stages(group, kind, unit, place)
         if extra and stages[-1].entry.packing is not None:
-            pack, whose = stages[-1].entry.name, " and ".join(extra[-1].models)
-            remedy = "set extra_rows: drop" if extra[0].start >= common[0] else f"add a rule that uses {whose} for it"
-            self.faults.append(f"{name}: {pack} cannot hold rows that only {whose} has; {remedy}")
+            pack, labels = stages[-1].entry.name, " and ".join(extra[-1].models)
+            remedy = "set extra_rows: drop" if extra[0].start >= common[0] else f"add a rule that uses {labels} for it"
+            self.faults.append(f"{name}: {pack} cannot hold rows that only {labels} has; {remedy}")
             return None
         dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
         axis = kinds.input_axis(name)
@@ -233,7 +233,11 @@ class _Planner:
             SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype and info.is_float else info.dtype
         )
         # an expert's buffer is read only to tell whether it differs
-        needed = {label: each for label, each in reads.items() if label == source or (kind == "buffer" and each)}
+        needed = {
+            label: stored_name
+            for label, stored_name in reads.items()
+            if label == source or (kind == "buffer" and stored_name)
+        }
         return TensorPlan(
             name=name,
             info=Info(dtype, info.shape),
@@ -248,10 +252,10 @@ class _Planner:
         )
 
     def _complete(self, name: str, reads: Mapping[str, str | None]) -> bool:
-        absent = [label for label, read in reads.items() if read is None]
-        if not absent or ("base" not in absent and self.recipe.missing == "zero"):
+        missing = [label for label, read in reads.items() if read is None]
+        if not missing or ("base" not in missing and self.recipe.missing == "zero"):
             return True
-        for label in absent:
+        for label in missing:
             self.faults.append(
                 f"{label}: has no {name}; set `missing: zero` to leave such tensors at the base, "
                 f"or name them in a rule {{tensors: ..., use: base}}"
@@ -261,12 +265,14 @@ class _Planner:
     def _fit(
         self, name: str, kind: str, infos: Mapping[str, Info]
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[ExtraRows, ...]] | None:
-        """The output's shape, the shape that all models share, and rows beyond that."""
+        """Returns the output's shape, the shape that all models share, and rows beyond it."""
         shapes = {label: info.shape for label, info in infos.items()}
         base = shapes["base"]
-        whole = [label for label, info in infos.items() if not info.is_float]
-        if whole:
-            self.faults.append(f"{whole[0]}: {name} holds {infos[whole[0]].dtype}, but {infos['base'].dtype} in base")
+        integer_labels = [label for label, info in infos.items() if not info.is_float]
+        if integer_labels:
+            self.faults.append(
+                f"{integer_labels[0]}: {name} holds {infos[integer_labels[0]].dtype}, but {infos['base'].dtype} in base"
+            )
             return None
         if len(set(shapes.values())) == 1 and name not in self.tables:
             return base, base, ()
@@ -303,7 +309,7 @@ class _Planner:
         return [note for turn in turns for note in describe_aliasing(names, self.kinds_of, turn)]
 
     def _config(self, tensors: list[TensorPlan], own_head: str | None) -> dict[str, Any]:
-        """The base's config, agreeing with the tensors: dtype, tied head, rows of the vocabulary."""
+        """Returns the base's config, adjusted to the tensors: dtype, tied head, rows of the vocabulary."""
         config = self.shared.config(own_head)
         inner = dict(text_config(config)) if text_config(config) is not config else config
         by_name = {tensor.name: tensor for tensor in tensors}
@@ -315,9 +321,11 @@ class _Planner:
                 config[key] = self.recipe.output.dtype
         if inner is not config:
             config["text_config"] = inner
-        chosen = self.vocabulary.tokenizer
-        if chosen != "base":
-            config = with_special_ids(config, special_ids(self.tokenizers[chosen], self.models[chosen].config))
+        tokenizer_label = self.vocabulary.tokenizer
+        if tokenizer_label != "base":
+            config = with_special_ids(
+                config, special_ids(self.tokenizers[tokenizer_label], self.models[tokenizer_label].config)
+            )
         return config
 
     def _rows(self, label: str) -> int:
@@ -325,30 +333,30 @@ class _Planner:
         return self.kinds[label].tensors[name].shape[0] if name else 0
 
 
-def _bind(chosen: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:
-    """The stages of a method for tensors of a kind at a place; RecipeError names the method whose parameters clash."""
+def _bind(stages: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:
+    """Binds the stages of a method for tensors of a kind at a place; raises RecipeError if parameters conflict."""
     try:
-        return tuple(bind(each, place) for stage in chosen for each in expand(stage, kind, place.experts))
+        return tuple(bind(expansion, place) for stage in stages for expansion in expand(stage, kind, place.experts))
     except ValueError as error:
-        raise RecipeError(f"{entry_of(chosen[0].func).name}: {error}") from None
+        raise RecipeError(f"{entry_of(stages[0].func).name}: {error}") from None
 
 
 def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
-    """What there is to say of the stages' parameters, each thing once."""
-    said: dict[str, None] = {}
+    """Returns the distinct remarks on the stages' parameters."""
+    notes: dict[str, None] = {}
     for tensor in {(id(tensor.stages), tensor.place.weights): tensor for tensor in tensors}.values():
         remarks = {
             stage.entry.name: stage.entry.remark(len(tensor.place.experts), **stage.values) for stage in tensor.stages
         }
-        said |= dict.fromkeys(f"{name}: {remark}" for name, remark in remarks.items() if remark)
+        notes |= dict.fromkeys(f"{name}: {remark}" for name, remark in remarks.items() if remark)
         if (
             remarks
             and set(tensor.place.weights) != {1}
             and not any("weight" in stage.values for stage in tensor.stages)
         ):
-            said[f"{', '.join(remarks)}: takes no weight, so the experts' own have no effect"] = None
-    return said
+            notes[f"{', '.join(remarks)}: takes no weight, so the experts' own have no effect"] = None
+    return notes
 
 
-def _shortened(faults: list[str], most: int = 20) -> list[str]:
-    return faults if len(faults) <= most else [*faults[:most], f"... and {len(faults) - most} more like these"]
+def _shorten(faults: list[str], limit: int = 20) -> list[str]:
+    return faults if len(faults) <= limit else [*faults[:limit], f"... and {len(faults) - limit} more like these"]

@@ -46,22 +46,22 @@ class SampledChange:
 
 
 def sample_changes(plan: Plan) -> dict[str, SampledChange]:
-    """The sampled change of each expert whose weights are on this machine; an adapter changes its base by design.
+    """Returns the sampled change of each expert whose weights are on this machine.
 
-    Empty where the sample would be too small, or the base's weights are elsewhere.
+    The result is empty if the sample would be too small, or the base's weights are not on this machine.
     """
     local = [label for label, model in plan.models.items() if _is_local(model)]
     tensors = [tensor for tensor in plan.tensors if _is_comparable(plan, tensor, local)]
     count = min(MATRICES, len(tensors))
-    chosen = [tensors[i * len(tensors) // count] for i in range(count)]
-    if "base" not in local or sum(min(ELEMENTS, tensor.info.elements) for tensor in chosen) < FEWEST:
+    sample = [tensors[i * len(tensors) // count] for i in range(count)]
+    if "base" not in local or sum(min(ELEMENTS, tensor.info.elements) for tensor in sample) < FEWEST:
         return {}
-    base = [_middle(plan.base, tensor.reads["base"]) for tensor in chosen]
+    base = [_middle(plan.base, tensor.reads["base"]) for tensor in sample]
     squares = sum(sum(map(mul, values, values)) for values in base)
     if not squares or not isfinite(squares):
         return {}
     changes = {
-        expert: _change(plan, chosen, base, squares, expert) for expert in plan.recipe.experts if expert in local
+        expert: _change(plan, sample, base, squares, expert) for expert in plan.recipe.experts if expert in local
     }
     return {expert: change for expert, change in changes.items() if isfinite(change.relative_size)}
 
@@ -104,12 +104,12 @@ def _change(
     surplus: dict[tuple[object, ...], float] = defaultdict(float)  # claims beyond the changes, by what is ranked
     for tensor, base_values in zip(tensors, base, strict=True):
         delta = list(map(sub, _middle(plan.models[expert], tensor.reads[expert]), base_values))
-        differing = len(delta) - delta.count(0.0)
+        changed_count = len(delta) - delta.count(0.0)
         squares += sum(map(mul, delta, delta))
-        changed += differing
+        changed += changed_count
         elements += len(delta)
         ranked_together = (tensor.group,) if tensor.ranked else (tensor.group, tensor.name)
-        surplus[ranked_together] += _claim(tensor, k) * len(delta) - differing
+        surplus[ranked_together] += _claim(tensor, k) * len(delta) - changed_count
     claimed = sum(excess for excess in surplus.values() if excess > 0)
     return SampledChange(sqrt(squares / base_squares), changed / elements, claimed / elements)
 

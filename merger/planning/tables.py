@@ -14,15 +14,15 @@ from merger.recipe.recipe import Recipe
 
 
 def vocabulary_tables(
-    recipe: Recipe, names: Iterable[str], kinds: Mapping[str, TensorKinds], shared: SharedTensors
+    recipe: Recipe, names: Iterable[str], kinds: Mapping[str, TensorKinds], shared_tensors: SharedTensors
 ) -> dict[str, Table]:
-    """The output's tensors that have a row for each token in all models, by name."""
+    """Returns the output's tensors with a row for each token in all models, by name."""
     tables: dict[str, Table] = {}
     for name in names:
         holder = next(kind for kind in kinds.values() if name in kind.tensors)
         if not holder.has_vocabulary(name):
             continue
-        stored = {label: tensor for label in kinds if (tensor := shared.stored_name(label, name)) is not None}
+        stored = {label: tensor for label in kinds if (tensor := shared_tensors.stored_name(label, name)) is not None}
         if all(kinds[label].has_vocabulary(tensor) for label, tensor in stored.items()):
             rule, kind = matching_rule(recipe, name, holder), holder.kind(name)
             rows = {label: kinds[label].tensors[tensor].shape[0] for label, tensor in stored.items()}

@@ -123,10 +123,10 @@ def _clash(case: _Case) -> str | None:
     if not clashes:
         return None
     examples = [
-        f"{i} is {' and '.join(f'{token!r} in {_listed(models)}' for token, models in labels.items())}"
+        f"{i} is {' and '.join(f'{token!r} in {_enumerate(models)}' for token, models in labels.items())}"
         for i, labels in list(clashes.items())[:3]
     ]
-    return f"the models' tokenizers give one id to different tokens: {_listed(examples, len(clashes), 'and')}"
+    return f"the models' tokenizers give one id to different tokens: {_enumerate(examples, len(clashes), 'and')}"
 
 
 def _misfits(case: _Case, label: str) -> Iterator[str]:
@@ -190,15 +190,15 @@ def _rule(tables: Sequence[Table], label: str) -> str:
 
 
 def _others(names: Sequence[str]) -> str:
-    return f" (or {_listed(names[1:], word='or')})" if len(names) > 1 else ""
+    return f" (or {_enumerate(names[1:], word='or')})" if len(names) > 1 else ""
 
 
 def _tokens(tokens: Tokens) -> str:
-    return _listed([f"{token!r} ({i})" for i, token in sorted(tokens.items())[:3]], len(tokens))
+    return _enumerate([f"{token!r} ({i})" for i, token in sorted(tokens.items())[:3]], len(tokens))
 
 
-def _listed(items: Sequence[str], count: int | None = None, word: str = "and") -> str:
-    """The items, and how many more there are of ``count``."""
-    rest = 0 if count is None else count - len(items)
-    *head, tail = [*items, f"{rest:,} more"] if rest else items
+def _enumerate(items: Sequence[str], count: int | None = None, word: str = "and") -> str:
+    """Joins the items, with the number of further items up to ``count``."""
+    remainder = 0 if count is None else count - len(items)
+    *head, tail = [*items, f"{remainder:,} more"] if remainder else items
     return f"{', '.join(head)} {word} {tail}" if head else tail

@@ -25,7 +25,7 @@ MAX_DEPTH = 50
 
 @dataclass(frozen=True)
 class Document:
-    """The content of a YAML file, and the line on which each key stands."""
+    """The content of a YAML file, and the line of each key."""
 
     label: str  # the file's name, for messages
     folder: Path  # where relative paths start
@@ -38,42 +38,42 @@ class Document:
         return _fault(f"{self.label}:{line}" if line else self.label, path, message)
 
     def line(self, path: KeyPath) -> int:
-        """The line of a key, or of the nearest key around it that is in the file; 0 where none is."""
+        """Returns the line of a key, or of its nearest parent in the file; 0 if there is none."""
         return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 0)
 
     def changed(self, path: KeyPath, value: Any) -> Document:
-        """The same document with one key set, as `--set` does; missing maps on the way are created."""
+        """Returns the document with one key set, as `--set` does; creates missing maps on the way."""
         return Document(self.label, self.folder, _set(self.value, path, value), self.lines)
 
 
-def _fault(where: str, path: KeyPath, message: str) -> str:
+def _fault(place: str, path: KeyPath, message: str) -> str:
     key = ".".join(map(str, path))
-    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
 
 
 def _set(node: Any, path: KeyPath, value: Any) -> Any:
-    """A copy of a tree with one value replaced; KeyError for a place that a list does not have."""
+    """Returns a copy of a tree with one value replaced; raises KeyError for an index outside a list."""
     if not path:
         return value
-    key, rest = path[0], path[1:]
+    key, tail = path[0], path[1:]
     if isinstance(node, list):
         if not str(key).isdecimal() or int(key) >= len(node):
             raise KeyError(key)
-        return [_set(item, rest, value) if i == int(key) else item for i, item in enumerate(node)]
+        return [_set(item, tail, value) if i == int(key) else item for i, item in enumerate(node)]
     entries = node if isinstance(node, dict) else {}
     for n in range(len(path), 1, -1):  # a key of the document may hold dots, as the name of an expert does
         dotted = ".".join(map(str, path[:n]))
         if dotted in entries:
-            key, rest = dotted, path[n:]
+            key, tail = dotted, path[n:]
             break
-    return {**entries, str(key): _set(entries.get(str(key), {}), rest, value)}
+    return {**entries, str(key): _set(entries.get(str(key), {}), tail, value)}
 
 
 _KEY = r"""(?:"[^"]*"|'[^']*'|[^."']+)"""
 
 
 def key_path(text: str) -> KeyPath:
-    """``rules.0.method`` or ``experts."v1.5".weight`` as the keys on the way; ValueError for text that is no path."""
+    """Splits ``rules.0.method`` or ``experts."v1.5".weight`` into keys; raises ValueError for text that is no path."""
     if not re.fullmatch(rf"{_KEY}(\.{_KEY})*", text):
         raise ValueError(text)
     return tuple(key.strip("\"'") for key in re.findall(_KEY, text))
@@ -124,8 +124,8 @@ def parse(text: str, label: str, folder: Path, loader: type[yaml.SafeLoader] = R
         value, index = _construct(text, label, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        several = error.problem == "but found another document"
-        problem = "holds several documents, expected one" if several else f"not valid YAML: {error.problem}"
+        has_more_documents = error.problem == "but found another document"
+        problem = "holds several documents, expected one" if has_more_documents else f"not valid YAML: {error.problem}"
         raise RecipeError(f"{label}:{mark.line + 1 if mark else 1}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from None
@@ -138,7 +138,7 @@ def parse(text: str, label: str, folder: Path, loader: type[yaml.SafeLoader] = R
 
 
 def value_of(text: str, label: str) -> Any:
-    """One YAML value written on the command line; what is no YAML, such as a regular expression, is text."""
+    """Parses one YAML value of the command line; text that is not YAML, such as a regular expression, stays text."""
     try:
         value, index = _construct(text, label, RecipeLoader)
     except (yaml.YAMLError, ValueError):
@@ -149,7 +149,7 @@ def value_of(text: str, label: str) -> Any:
 
 
 def _construct(text: str, label: str, loader_type: type[yaml.SafeLoader]) -> tuple[Any, _Index]:
-    """The value of one YAML document, or None where the index of its nodes shows faults."""
+    """Returns the value of one YAML document and the index of its nodes; None if the index holds faults."""
     loader, index = None, _Index(label)
     try:
         loader = loader_type(text)
@@ -174,7 +174,7 @@ class _Index:
         self.nodes = 0  # with anchors expanded
 
     def visit(self, node: yaml.Node, path: KeyPath) -> None:
-        """Notes the keys of a node and makes them text; RecipeError where it is larger or deeper than any recipe."""
+        """Indexes the keys of a node and makes them text; raises RecipeError beyond MAX_NODES or MAX_DEPTH."""
         self.nodes += 1
         if self.nodes > MAX_NODES:
             raise RecipeError(f"{self.label}: its anchors expand to more than {MAX_NODES:,} values")
@@ -192,7 +192,7 @@ class _Index:
             self._fault(node, path, _UNLIKE.format(text=node.value))
 
     def _key(self, key: yaml.Node, path: KeyPath) -> yaml.Node:
-        """The key as text, as written; one that stands here already, or is null or a boolean, is a fault."""
+        """Returns the key as text, as written; a repeated key, null or a boolean is a fault."""
         if path in self.lines and key.value != "<<":
             self._fault(key, path, "stands here a second time")
         self.lines.setdefault(path, key.start_mark.line + 1)

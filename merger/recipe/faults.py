@@ -1,4 +1,4 @@
-"""pydantic's errors in this tool's words: where in the file, what stands there, what was expected."""
+"""Translates pydantic's errors into faults: the key path, the value, and what was expected."""
 
 from __future__ import annotations
 
@@ -24,16 +24,21 @@ _FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert
 _LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
 
 
-def said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]], value: Any) -> Iterator[tuple[KeyPath, str]]:
-    """Each error's key path in the validated ``value``, and one sentence; ``keys`` gives the valid ones at a path."""
+def translate_errors(
+    error: ValidationError, keys: Callable[[KeyPath], Iterable[str]], value: Any
+) -> Iterator[tuple[KeyPath, str]]:
+    """Yields each error's key path in the validated ``value``, and one sentence.
+
+    ``keys`` returns the valid keys at a path.
+    """
     sentences: dict[KeyPath, str] = {}
     unquoted: set[KeyPath] = set()
     for detail in error.errors(include_url=False):
         path = _path(detail["loc"], value, last_is_a_key=detail["type"] == "extra_forbidden")
         sentence = _sentence(dict(detail), path, keys)
-        earlier = sentences.get(path, "").partition(", expected ")[0]
-        if earlier and sentence.startswith(f"{earlier}, expected "):  # the branches of a union
-            sentence = sentence.replace(f"{earlier}, expected", f"{sentences[path]} or", 1)
+        prefix = sentences.get(path, "").partition(", expected ")[0]
+        if prefix and sentence.startswith(f"{prefix}, expected "):  # the branches of a union
+            sentence = sentence.replace(f"{prefix}, expected", f"{sentences[path]} or", 1)
         sentences[path] = sentence
         if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float):
             unquoted.add(path)
@@ -42,7 +47,7 @@ def said(error: ValidationError, keys: Callable[[KeyPath], Iterable[str]], value
 
 
 def _path(parts: KeyPath, value: Any, *, last_is_a_key: bool) -> KeyPath:
-    """The keys alone of a path of pydantic's: a tag has the name of a union's branch and is no key of ``value``."""
+    """Removes tags from pydantic's path: a tag names the branch of a union and is no key of ``value``."""
     path: list[str | int] = []
     for i, part in enumerate(parts):
         is_key = isinstance(value, Mapping) and part in value
@@ -54,42 +59,42 @@ def _path(parts: KeyPath, value: Any, *, last_is_a_key: bool) -> KeyPath:
 
 
 def _is_tag(part: Any) -> bool:
-    """Names that pydantic puts into a path for a branch of a union, such as dict[str,str]."""
+    """Whether a part of a path is pydantic's name of a union's branch, such as dict[str,str]."""
     types = ("str", "int", "constrained-int", "function-before")
     return isinstance(part, str) and (part in _TAGS or "[" in part or part in types)
 
 
-def _sentence(each: dict[str, Any], path: KeyPath, keys: Callable[[KeyPath], Iterable[str]]) -> str:
-    kind, given, context = each["type"], each["input"], each.get("ctx", {})
-    found = "is empty" if given in (None, "") else f"is {_short(given)}"
+def _sentence(detail: dict[str, Any], path: KeyPath, keys: Callable[[KeyPath], Iterable[str]]) -> str:
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    state = "is empty" if value in (None, "") else f"is {_excerpt(value)}"
     if kind == "extra_forbidden":
         return f"unknown key; {nearest(str(path[-1]), keys(path[:-1]))}"
     if kind == "missing":
         return "is missing"
     if kind == "literal_error":
         expected = [word.strip("' ") for word in re.split(r", | or ", context["expected"])]
-        return f"{found}, expected {context['expected']}{_close(given, expected)}"
+        return f"{state}, expected {context['expected']}{_suggestion(value, expected)}"
     if kind == "value_error":
         return str(context["error"])
     if kind == "too_short":
-        return f"{found}, expected at least {context['min_length']} of them"
+        return f"{state}, expected at least {context['min_length']} of them"
     if kind in _LIMITS:
         limit, words = _LIMITS[kind]
-        return f"{found}, expected {words} {context[limit]}"
+        return f"{state}, expected {words} {context[limit]}"
     if kind == "union_tag_invalid":
         forms = [_FORMS.get(tag.strip("'"), tag) for tag in context["expected_tags"].split(", ")]
-        return f"{found}, expected {', '.join(forms[:-1])} or {forms[-1]}"
+        return f"{state}, expected {', '.join(forms[:-1])} or {forms[-1]}"
     if path[-1:] == ("shard_size",):
-        return f"{found}, expected a size such as 5GB, 500MiB or a number of bytes"
-    return f"{found}, expected {_EXPECTED[kind]}" if kind in _EXPECTED else f"{found}: {each['msg']}"
+        return f"{state}, expected a size such as 5GB, 500MiB or a number of bytes"
+    return f"{state}, expected {_EXPECTED[kind]}" if kind in _EXPECTED else f"{state}: {detail['msg']}"
 
 
-def _short(given: Any) -> str:
-    """A value as a recipe has it, cut where it is long."""
-    text = repr(float(given) if isinstance(given, Fraction) else given)
+def _excerpt(value: Any) -> str:
+    """Returns a value as a recipe writes it, cut to 80 characters."""
+    text = repr(float(value) if isinstance(value, Fraction) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _close(given: Any, expected: list[str]) -> str:
-    near = nearest(str(given), expected)
-    return f"; {near}" if near.startswith("did") else ""
+def _suggestion(value: Any, expected: list[str]) -> str:
+    suggestion = nearest(str(value), expected)
+    return f"; {suggestion}" if suggestion.startswith("did") else ""

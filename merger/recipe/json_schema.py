@@ -12,21 +12,26 @@ from merger.recipe.stages import stage_table
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe: each method's parameters are checked as the method's own."""
-    whole = Recipe.model_json_schema()
-    whole["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    whole["title"] = "merger recipe"
-    definitions = whole.setdefault("$defs", {})
+    """Returns the JSON Schema of a recipe; the parameters of a method have that method's own schema."""
+    recipe_schema = Recipe.model_json_schema()
+    recipe_schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    recipe_schema["title"] = "merger recipe"
+    definitions = recipe_schema.setdefault("$defs", {})
     for entry in (*ENTRIES.values(), *SCORES.values()):
-        one = schema(entry).model_json_schema(ref_template="#/$defs/{model}")
-        definitions |= one.pop("$defs", {})
-        one["properties"] = {name: _or_mark(each) for name, each in one.get("properties", {}).items()}
-        definitions[f"parameters.{entry.name}"] = one
+        parameters = schema(entry).model_json_schema(ref_template="#/$defs/{model}")
+        definitions |= parameters.pop("$defs", {})
+        parameters["properties"] = {
+            name: _allow_mark(value_schema) for name, value_schema in parameters.get("properties", {}).items()
+        }
+        definitions[f"parameters.{entry.name}"] = parameters
     of_top = definitions["parameters.top"]["properties"]
     for name in SCORES:  # a score's name stands for `top` with that score
-        own = definitions[f"parameters.{name}"]
+        definition = definitions[f"parameters.{name}"]
         ranked = {**of_top, "scope": {**of_top["scope"], "default": SCORES[name].scope}}
-        own["properties"] = {**{key: each for key, each in ranked.items() if key != "score"}, **own["properties"]}
+        definition["properties"] = {
+            **{key: value_schema for key, value_schema in ranked.items() if key != "score"},
+            **definition["properties"],
+        }
     definitions["search mark"] = MARK
     definitions["stage"] = {
         "anyOf": [
@@ -45,9 +50,9 @@ def json_schema() -> dict[str, Any]:
         "description": "A stage's name, or {stage: {parameter: value}}.",
     }
     methods = sorted({**ENTRIES, **SCORES})
-    for holder in (whole, definitions["Rule"]):
-        named = {"enum": methods, "description": "A method, or a single stage."}
-        holder["properties"]["method"] = _or_mark(named)
+    for holder in (recipe_schema, definitions["Rule"]):
+        entries_by_name = {"enum": methods, "description": "A method, or a single stage."}
+        holder["properties"]["method"] = _allow_mark(entries_by_name)
         holder["properties"]["pipeline"] = {"type": "array", "items": {"$ref": "#/$defs/stage"}}
         holder["allOf"] = [
             {
@@ -56,25 +61,25 @@ def json_schema() -> dict[str, Any]:
             }
             for name in methods
         ]
-    return whole
+    return recipe_schema
 
 
 _OPEN = {"$ref": "#/$defs/search mark"}
 
 
-def _or_mark(schema: dict[str, Any]) -> dict[str, Any]:
-    """A value, or the mark that leaves it, or one expert's, to a search."""
-    for several in ("anyOf", "oneOf"):
-        if several in schema:
-            return {**schema, several: [*map(_with_open_entries, schema[several]), _OPEN]}
-    return {"anyOf": [_with_open_entries(schema), _OPEN], **{k: schema[k] for k in _SHOWN if k in schema}}
+def _allow_mark(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a value or a search mark, also for the entries of a map."""
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            return {**schema, keyword: [*map(_allow_marked_entries, schema[keyword]), _OPEN]}
+    return {"anyOf": [_allow_marked_entries(schema), _OPEN], **{k: schema[k] for k in _SHOWN if k in schema}}
 
 
 _SHOWN = ("default", "description", "title")
-"""What editors look for at the top of a value's schema."""
+"""The keys that editors read at the top of a value's schema."""
 
 
-def _with_open_entries(schema: dict[str, Any]) -> dict[str, Any]:
-    """The same, where each value of a map may be left open."""
+def _allow_marked_entries(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a map in which each value may be a search mark."""
     entries = schema.get("additionalProperties")
-    return {**schema, "additionalProperties": _or_mark(entries)} if isinstance(entries, dict) else schema
+    return {**schema, "additionalProperties": _allow_mark(entries)} if isinstance(entries, dict) else schema

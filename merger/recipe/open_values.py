@@ -1,4 +1,4 @@
-"""The marks {search: ...} in a recipe, which stand where a value is yet to be found."""
+"""The marks {search: ...} in a recipe, which leave values to `merger search`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from merger.recipe.document import KeyPath
 
 
 def is_mark(node: Any) -> bool:
-    """Whether a value of a recipe is left open."""
+    """Whether a value of a recipe is a search mark."""
     return isinstance(node, dict) and set(node) == {"search"}
 
 
 def marks(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Where a document is marked, and what each mark says; the section ``search`` is none."""
+    """Yields the path and the content of each mark in a document; the section ``search`` is no mark."""
     if path and is_mark(node):
         yield path, node["search"]
         return
     pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, each in pairs:
+    for key, value in pairs:
         if path or key != "search":
-            yield from marks(each, (*path, key))
+            yield from marks(value, (*path, key))
 
 
 _VALUES = {"type": "array", "minItems": 1, "description": "The values to try."}

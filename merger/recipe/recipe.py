@@ -1,4 +1,4 @@
-"""The recipe: what was asked, validated and frozen, with every fault told by file, line and key."""
+"""The recipe: validated and frozen, with file, line and key of every fault."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from merger.pipeline.parameters import Place
 from merger.pipeline.registry import written
 from merger.pipeline.stages import Bound, bind, expand
 from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
-from merger.recipe.faults import said
+from merger.recipe.faults import translate_errors
 from merger.recipe.open_values import marks
 from merger.recipe.sections import (
     Calibration,
@@ -57,44 +57,44 @@ class Recipe(Choice):
 
     @property
     def folder(self) -> Path:
-        """What relative paths are relative to: the recipe's own folder."""
+        """The recipe's folder, where relative paths start."""
         return self._folder
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """The `--set` arguments that changed it."""
+        """The `--set` arguments that changed the recipe."""
         return self._overrides
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Reads and checks a recipe; RecipeError with all faults at once, each with its line and key."""
+        """Reads and checks a recipe; raises RecipeError with all faults at once, each with its line and key."""
         return cls.of(overridden(read(Path(path)), overrides), overrides)
 
     @classmethod
     def of(cls, document: Document, overrides: Sequence[str] = ()) -> Recipe:
-        """The recipe that a document says, in which ``overrides`` are made already."""
+        """Builds the recipe of a document to which ``overrides`` have been applied."""
         return _build(document, overrides)
 
     @classmethod
     def parse(cls, text: str | Mapping[str, Any], folder: str | Path = ".") -> Recipe:
-        """A recipe from YAML text or from a dictionary; relative paths start at ``folder``."""
+        """Builds a recipe from YAML text or from a dictionary; relative paths start at ``folder``."""
         if isinstance(text, str):
             return _build(parse(text, "recipe", Path(folder).resolve()), ())
         return _build(Document("recipe", Path(folder).resolve(), dict(text)), ())
 
     def folders(self) -> list[Path]:
-        """The models' and adapters' folders, as far as they are on this machine."""
+        """Returns the folders of models and adapters that exist on this machine."""
         sources = [self.base, *self.experts.values()]
-        return self._here(name for source in sources for name in (source.model, source.adapter))
+        return self._existing_paths(name for source in sources for name in (source.model, source.adapter))
 
     def surroundings(self) -> list[Path]:
-        """The paths that an output may lie beside but never replace: the recipe's folder, texts, statistics."""
+        """Returns the paths that an output must not replace: the recipe's folder, texts, statistics."""
         texts = [source.file for source in self._text_sources()]
         statistics = [] if self.calibration is None else self.calibration.stats.values()
-        return [self._folder, *self._here([*texts, *statistics])]
+        return [self._folder, *self._existing_paths([*texts, *statistics])]
 
     def _text_sources(self) -> Iterator[TextSource]:
-        """All sources of text, of calibration and of evaluation."""
+        """Yields the sources of text of calibration and of evaluation."""
         if self.calibration is not None:
             data = self.calibration.data
             for value in data.values() if isinstance(data, dict) else [data or ()]:
@@ -103,33 +103,33 @@ class Recipe(Choice):
             for value in self.evaluation.data.values():
                 yield from text_sources(value)
 
-    def _here(self, names: Iterable[str | None]) -> list[Path]:
+    def _existing_paths(self, names: Iterable[str | None]) -> list[Path]:
         paths = [self._folder / os.path.expanduser(name) for name in names if name is not None]
         return [path for path in paths if path.exists()]
 
     def spelled_out(self) -> dict[str, Any]:
-        """The recipe with every default written down, as the manifest keeps it: all that decides the merge."""
-        apart = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
-        plain = self.model_dump(mode="json", by_alias=True, exclude=apart)
-        first = {key: plain.pop(key) for key in ("base", "experts")}
-        return {**first, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **plain}
+        """Returns the recipe with all defaults, as the manifest stores it: everything that decides the merge."""
+        separate_keys = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
+        sections = self.model_dump(mode="json", by_alias=True, exclude=separate_keys)
+        models = {key: sections.pop(key) for key in ("base", "experts")}
+        return {**models, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **sections}
 
     def choices(self) -> Iterator[Choice]:
-        """The recipe's own choice, then each rule's."""
+        """Yields the recipe's own choice, then the choice of each rule."""
         yield self
         yield from self.rules
 
 
 def _spelled_rule(rule: Rule) -> dict[str, Any]:
-    plain = rule.model_dump(mode="json", include={"tensors", "kinds", "use"}, exclude_none=True)
-    return plain if rule.use else {**plain, **_spelled_choice(rule)}
+    entry = rule.model_dump(mode="json", include={"tensors", "kinds", "use"}, exclude_none=True)
+    return entry if rule.use else {**entry, **_spelled_choice(rule)}
 
 
 def _spelled_choice(choice: Choice) -> dict[str, Any]:
     if choice.pipeline is not None:
         return {"pipeline": [written(stage) for stage in choice.stages]}
-    ((name, given),) = written(choice.stages[0]).items()
-    return {"method": name, "parameters": given}
+    ((name, parameters),) = written(choice.stages[0]).items()
+    return {"method": name, "parameters": parameters}
 
 
 # --- building: every fault at once ----------------------------------------------------------------
@@ -138,16 +138,16 @@ _UNDECIDED = "is left open for `merger search`, which writes a recipe with the b
 
 
 def search_of(document: Document) -> Search:
-    """The section ``search`` alone, of a recipe that is still open."""
+    """Parses the section ``search`` alone, of a recipe that still holds search marks."""
     try:
         return Search.model_validate(document.value.get("search") or {})
     except ValidationError as error:
-        told = said(error, lambda path: Search.model_fields, document.value["search"])
-        raise RecipeError([document.fault(("search", *path), message) for path, message in told]) from None
+        faults = translate_errors(error, lambda path: Search.model_fields, document.value["search"])
+        raise RecipeError([document.fault(("search", *path), message) for path, message in faults]) from None
 
 
 def overridden(document: Document, overrides: Iterable[str]) -> Document:
-    """The document with the changes of `--set`; RecipeError for an argument that is no change."""
+    """Applies the changes of `--set` to a document; raises RecipeError for an invalid argument."""
     for override in overrides:
         key, equals, value = override.partition("=")
         try:
@@ -171,7 +171,7 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     try:
         recipe = Recipe(**document.value)
     except ValidationError as error:
-        faults += said(error, _fields, document.value)
+        faults += translate_errors(error, _valid_fields, document.value)
     except TypeError:
         faults += [((str(key),), "is no text; quote it") for key in document.value if not isinstance(key, str)]
     raw = document.value
@@ -179,53 +179,57 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     weights = {str(name): recipe.experts[name].weight if recipe else Fraction(1) for name in experts}
     rules = raw["rules"] if isinstance(raw.get("rules"), list) else []
     places: list[tuple[KeyPath, Any]] = [((), raw), *((("rules", i), rule) for i, rule in enumerate(rules))]
-    chosen = [stages_of(node, path, weights, faults) for path, node in places if isinstance(node, Mapping)]
+    stage_lists = [stages_of(node, path, weights, faults) for path, node in places if isinstance(node, Mapping)]
     if recipe is not None:
-        for choice, stages in zip(recipe.choices(), chosen, strict=True):
+        for choice, stages in zip(recipe.choices(), stage_lists, strict=True):
             choice._stages = tuple(stages)
         faults += _conflicts(recipe)
         recipe._folder, recipe._overrides = document.folder, tuple(overrides)
     if faults or recipe is None:
-        placed = sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
-        raise RecipeError([document.fault(path, message) for path, message in placed])
+        ordered_faults = sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
+        raise RecipeError([document.fault(path, message) for path, message in ordered_faults])
     return recipe
 
 
 def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
-    """What is wrong between the parts of a recipe that is well formed."""
-    found: list[tuple[KeyPath, str]] = []
+    """Returns the faults between the sections of a well-formed recipe."""
+    faults: list[tuple[KeyPath, str]] = []
     if recipe.output.tokenizer not in (None, "base", *recipe.experts):
-        near = nearest(str(recipe.output.tokenizer), ["base", *recipe.experts])
-        found.append((("output", "tokenizer"), f"there is no expert {recipe.output.tokenizer!r}; {near}"))
-    return found + _calibration_faults(recipe)
+        suggestion = nearest(str(recipe.output.tokenizer), ["base", *recipe.experts])
+        faults.append((("output", "tokenizer"), f"there is no expert {recipe.output.tokenizer!r}; {suggestion}"))
+    return faults + _calibration_faults(recipe)
 
 
 def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
-    found: list[tuple[KeyPath, str]] = []
-    experts, given = tuple(recipe.experts), recipe.calibration
-    if given is not None:
-        by_expert = {"data": given.data, "stats": given.stats, "samples": given.samples}
+    faults: list[tuple[KeyPath, str]] = []
+    experts, calibration = tuple(recipe.experts), recipe.calibration
+    if calibration is not None:
+        by_expert = {"data": calibration.data, "stats": calibration.stats, "samples": calibration.samples}
         for key, value in by_expert.items():
             for name in value if isinstance(value, dict) else ():
                 if name not in experts:
-                    found.append((("calibration", key, name), f"there is no such expert; {nearest(name, experts)}"))
+                    faults.append((("calibration", key, name), f"there is no such expert; {nearest(name, experts)}"))
     if not is_calibrated(recipe):
-        return found
-    if given is None:
-        return [_without_text(recipe), *found]
+        return faults
+    if calibration is None:
+        return [_without_text(recipe), *faults]
     if len({source.follows_merge for source in _inputs(recipe) if source.granularity == "block"}) > 1:
-        found.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
-    with_data = set(given.data) if isinstance(given.data, dict) else set(experts if given.data else ())
+        faults.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
+    with_data = (
+        set(calibration.data) if isinstance(calibration.data, dict) else set(experts if calibration.data else ())
+    )
     from_text = any(source.follows_merge for source in _inputs(recipe))
-    lacking = [name for name in experts if name not in (with_data if from_text else with_data | set(given.stats))]
-    if lacking:
-        what = "no data, as inputs behind merged blocks need it," if from_text else "no data and no stats"
-        found.append((("calibration",), f"{what} for {', '.join(lacking)}"))
-    return found
+    experts_without_text = [
+        name for name in experts if name not in (with_data if from_text else with_data | set(calibration.stats))
+    ]
+    if experts_without_text:
+        reason = "no data, as inputs behind merged blocks need it," if from_text else "no data and no stats"
+        faults.append((("calibration",), f"{reason} for {', '.join(experts_without_text)}"))
+    return faults
 
 
 def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
-    """The fault of the first choice that needs text where the recipe has none."""
+    """Returns the fault of the first choice that needs text, for a recipe without text."""
     places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
     choices = zip(places, recipe.choices(), strict=True)
     place, choice = next(
@@ -239,17 +243,17 @@ def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
 
 
 def is_calibrated(recipe: Recipe) -> bool:
-    """Whether a stage takes an input that is made from calibration text."""
+    """Whether a stage needs an input that is made from calibration text."""
     return any(source.needs_text for source in _inputs(recipe))
 
 
 def _inputs(recipe: Recipe, *choices: Choice) -> set[StageInput]:
-    """The inputs that the stages of some choices, or of all, take beside the weights."""
+    """Returns the inputs besides weights that the stages of ``choices`` need, by default of all choices."""
     return {source for bound in _bounds(recipe, *choices) for source in bound.inputs}
 
 
 def _bounds(recipe: Recipe, *choices: Choice) -> list[Bound]:
-    """The stages of some choices, or of all, as they are for a matrix."""
+    """Binds the stages of ``choices``, by default of all choices, for a matrix."""
     place = Place(tuple(recipe.experts))
     try:
         return [
@@ -258,7 +262,7 @@ def _bounds(recipe: Recipe, *choices: Choice) -> list[Bound]:
             for stage in choice.stages
             for expanded in expand(stage, "linear", place.experts)
         ]
-    except ValueError:  # already told as a fault of its own
+    except ValueError:  # is a fault already
         return []
 
 
@@ -273,8 +277,8 @@ _SECTIONS: dict[str | int, Any] = {
 }
 
 
-def _fields(path: KeyPath) -> set[str]:
-    """The keys that are valid at ``path`` of the recipe."""
+def _valid_fields(path: KeyPath) -> set[str]:
+    """Returns the valid keys at ``path`` of the recipe."""
     is_text = len(path) > 2 and path[1] == "data" and path[0] in ("calibration", "evaluation")
     section = TextSource if is_text else _SECTIONS.get(path[0], Recipe) if path else Recipe
     return set(section.model_fields)
@@ -284,5 +288,5 @@ def _fields(path: KeyPath) -> set[str]:
 
 
 def portable_location(source: str) -> str:
-    """A model's name without the machine's folders: an absolute path keeps only its last part."""
+    """Returns a model's name without folders of this machine: the last part of an absolute path."""
     return Path(source).name if Path(source).expanduser().is_absolute() else source

@@ -69,9 +69,9 @@ def source_of(value: Any) -> Any:
 
 def byte_size(value: Any) -> Any:
     """5GB, 500 MiB or a plain number of bytes, as a number of bytes; anything else as it is."""
-    if isinstance(value, str) and (found := _SIZE.match(value)):
-        step = 1024 if found[3] else 1000
-        return int(Fraction(found[1]) * step ** (" kmgt".index(found[2].lower() or " ")))
+    if isinstance(value, str) and (match := _SIZE.match(value)):
+        step = 1024 if match[3] else 1000
+        return int(Fraction(match[1]) * step ** (" kmgt".index(match[2].lower() or " ")))
     return value
 
 
@@ -220,5 +220,5 @@ class Rule(Choice):
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether this rule is about the tensor ``name``."""
-        named = self.tensors is None or re.search(self.tensors, name) is not None
-        return named and (self.kinds is None or kind in self.kinds)
+        name_matches = self.tensors is None or re.search(self.tensors, name) is not None
+        return name_matches and (self.kinds is None or kind in self.kinds)

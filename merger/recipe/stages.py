@@ -1,4 +1,4 @@
-"""From what a recipe writes under method or pipeline to stages, with all that is wrong on the way."""
+"""Builds the stages of a recipe's method or pipeline, and collects their faults."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ from merger.pipeline.parameters import Number, Pinned, Place, resolve
 from merger.pipeline.registry import ENTRIES, SCORES, Stage, checked, nested_parameter, parameter_names, parameters
 from merger.pipeline.stages import bind, expand
 from merger.recipe.document import KeyPath
-from merger.recipe.faults import said
+from merger.recipe.faults import translate_errors
 
 
 def stages_of(
     node: Mapping[str, Any], path: KeyPath, experts: Mapping[str, Number], faults: list[tuple[KeyPath, str]]
 ) -> list[Stage]:
-    """The stages of one choice for experts of these weights; what is wrong with it goes to ``faults``."""
-    asked = [key for key in ("method", "pipeline", "use") if node.get(key) is not None]
-    if len(asked) != 1:
+    """Returns the stages of one choice for experts with these weights; appends its faults to ``faults``."""
+    keys = [key for key in ("method", "pipeline", "use") if node.get(key) is not None]
+    if len(keys) != 1:
         expected = "one of method, pipeline, use" if path else "a method or a pipeline"
-        faults.append(((*path, *asked[-1:]), f"expected {expected}, found {' and '.join(asked) or 'none'}"))
+        faults.append(((*path, *keys[-1:]), f"expected {expected}, found {' and '.join(keys) or 'none'}"))
         return []
-    if asked == ["use"]:
+    if keys == ["use"]:
         if isinstance(node["use"], str) and node["use"] not in ("base", *experts):
-            near = nearest(node["use"], ["base", *experts])
-            faults.append(((*path, "use"), f"there is no expert {node['use']!r}; {near}"))
+            suggestion = nearest(node["use"], ["base", *experts])
+            faults.append(((*path, "use"), f"there is no expert {node['use']!r}; {suggestion}"))
         return []
-    before = len(faults)
+    fault_count = len(faults)
     stages = []
-    for where, name, given in _named(node, path, faults):
-        table = {**ENTRIES, **SCORES} if asked == ["method"] else stage_table()
+    for place, name, arguments in _written_stages(node, path, faults):
+        table = {**ENTRIES, **SCORES} if keys == ["method"] else stage_table()
         if name not in table:
-            here = (*path, "method") if asked == ["method"] else where
-            faults.append((here, _no_such(name, table, asked[0])))
+            fault_path = (*path, "method") if keys == ["method"] else place
+            faults.append((fault_path, _unknown_name(name, table, keys[0])))
             continue
         try:
-            stages.append(checked(name, given))
+            stages.append(checked(name, arguments))
         except ValidationError as error:
             faults += [
-                ((*where, *inner), message) for inner, message in said(error, partial(_keys, name, given), given)
+                ((*place, *inner), message)
+                for inner, message in translate_errors(error, partial(_valid_keys, name, arguments), arguments)
             ]
             continue
-        faults += [((*where, key), message) for key, message in _unsuited(stages[-1], experts)]
-    if len(faults) == before and experts and (stages or isinstance(node.get("pipeline"), list)):
-        faults += _sequence_faults(stages, path, asked[0], experts)
+        faults += [((*place, key), message) for key, message in _expert_faults(stages[-1], experts)]
+    if len(faults) == fault_count and experts and (stages or isinstance(node.get("pipeline"), list)):
+        faults += _sequence_faults(stages, path, keys[0], experts)
     return stages
 
 
-def _unsuited(stage: Stage, experts: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Parameters that name no expert of this recipe, or leave one out."""
+def _expert_faults(stage: Stage, experts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields the parameters that name an unknown expert or omit one, each with the fault."""
     for name, (annotation, _) in parameters(stage.func).items():
         try:
             if stage.keywords[name] != "auto":
@@ -64,84 +65,84 @@ def _unsuited(stage: Stage, experts: Iterable[str]) -> Iterator[tuple[str, str]]
 
 
 def stage_table() -> dict[str, Any]:
-    """What may stand in a pipeline: every stage, and every score."""
+    """Returns the valid entries of a pipeline: every stage, and every score."""
     return {**{name: e for name, e in ENTRIES.items() if e.kind != "method"}, **SCORES}
 
 
-def _no_such(name: str, table: Mapping[str, Any], where: str) -> str:
-    if where == "pipeline" and name in ENTRIES:
+def _unknown_name(name: str, table: Mapping[str, Any], key: str) -> str:
+    if key == "pipeline" and name in ENTRIES:
         return f"{name} is a method; a pipeline is made of stages (`merger methods {name}` shows which)"
-    return f"there is no {'method' if where == 'method' else 'stage'} {name!r}; {nearest(name, table)}"
+    return f"there is no {'method' if key == 'method' else 'stage'} {name!r}; {nearest(name, table)}"
 
 
-def _named(
+def _written_stages(
     node: Mapping[str, Any], path: KeyPath, faults: list[tuple[KeyPath, str]]
 ) -> Iterator[tuple[KeyPath, str, dict[str, Any]]]:
-    """Where each stage's parameters stand, its name, and the parameters."""
+    """Yields the path of each stage's parameters, the stage's name, and the parameters."""
     if node.get("pipeline") is None:
-        given = node.get("parameters") or {}
-        if isinstance(node["method"], str) and isinstance(given, Mapping):
-            yield (*path, "parameters"), node["method"], dict(given)
+        arguments = node.get("parameters") or {}
+        if isinstance(node["method"], str) and isinstance(arguments, Mapping):
+            yield (*path, "parameters"), node["method"], dict(arguments)
         return
     if node.get("parameters"):
         faults.append(((*path, "parameters"), "belongs to a method; in a pipeline each stage has its own"))
-    for i, each in enumerate(node["pipeline"] if isinstance(node["pipeline"], list) else []):
-        here = (*path, "pipeline", i)
-        if isinstance(each, str):
-            yield here, each, {}
-        elif isinstance(each, Mapping) and len(each) == 1 and isinstance(next(iter(each)), str):
-            ((name, given),) = each.items()
-            if given is None or isinstance(given, Mapping):
-                yield (*here, name), name, dict(given or {})
+    for i, entry in enumerate(node["pipeline"] if isinstance(node["pipeline"], list) else []):
+        place = (*path, "pipeline", i)
+        if isinstance(entry, str):
+            yield place, entry, {}
+        elif isinstance(entry, Mapping) and len(entry) == 1 and isinstance(next(iter(entry)), str):
+            ((name, arguments),) = entry.items()
+            if arguments is None or isinstance(arguments, Mapping):
+                yield (*place, name), name, dict(arguments or {})
             else:
-                faults.append(((*here, name), "expected parameters, as in {density: 0.5}"))
+                faults.append(((*place, name), "expected parameters, as in {density: 0.5}"))
         else:
-            faults.append((here, "expected a stage's name, or {stage: {parameter: value}}"))
+            faults.append((place, "expected a stage's name, or {stage: {parameter: value}}"))
 
 
 def _sequence_faults(
-    stages: Sequence[Stage], path: KeyPath, where: str, experts: Mapping[str, Number]
+    stages: Sequence[Stage], path: KeyPath, key: str, experts: Mapping[str, Number]
 ) -> list[tuple[KeyPath, str]]:
-    """Whether the stages make one task vector of K, and their parameters go together for these experts."""
-    here = (*path, where)
-    found: list[str] = []
+    """Returns the faults of a sequence: stages that do not make one task vector, parameters that conflict."""
+    place = (*path, key)
+    messages: list[str] = []
     for kind in ("linear", "vector", "embedding", "head"):
         for depth in (Fraction(0), Fraction(1, 2), Fraction(1)):
             try:
                 weights = tuple(resolve(Number, weight, Place((), depth=depth)) for weight in experts.values())
-                place = Place(tuple(experts), weights, depth)
-                expanded = [each for stage in stages for each in expand(stage, kind, place.experts)]
-                bounds = [bind(stage, place) for stage in expanded]
+                merge_place = Place(tuple(experts), weights, depth)
+                expanded = [expansion for stage in stages for expansion in expand(stage, kind, merge_place.experts)]
+                bounds = [bind(stage, merge_place) for stage in expanded]
             except ValueError as error:
-                found.append(str(error))
+                messages.append(str(error))
                 continue
-            found += _order_faults([bound.entry.kind for bound in bounds])
-            found += [
+            messages += _order_faults([bound.entry.kind for bound in bounds])
+            messages += [
                 f"{b.entry.name} merges exactly {b.entry.experts} experts, not {len(experts)}"
                 for b in bounds
                 if b.entry.experts not in (None, len(experts))
             ]
             by_block = [f"{b.entry.name} takes {s.name}" for b in bounds for s in b.inputs if s.granularity == "block"]
             if by_block and any(s.keywords.get("scope") == "global" for s in expanded):
-                found.append(f"scope: global ranks the whole model at once, but {by_block[0]}, made block by block")
-            found += [
+                messages.append(f"scope: global ranks the whole model at once, but {by_block[0]}, made block by block")
+            messages += [
                 f"{b.entry.name} merges at least {b.entry.fewest} experts, not {len(experts)}"
                 for b in bounds
                 if len(experts) < b.entry.fewest
             ]
-            found += [
+            messages += [
                 f"scope: global ranks the whole model at once, so {name} cannot vary over depth"
                 for stage in expanded
                 if stage.keywords.get("scope") == "global"
                 for name, value in stage.keywords.items()
-                if _varies(value)
+                if _varies_over_depth(value)
             ]
-    return [(here, message) for message in dict.fromkeys(found)]
+    return [(place, message) for message in dict.fromkeys(messages)]
 
 
-def _varies(value: Any) -> bool:
-    several = value.values() if isinstance(value, Mapping) else [value]
-    return any(isinstance(each, list) and isinstance(each[0], Fraction) for each in several)
+def _varies_over_depth(argument: Any) -> bool:
+    values = argument.values() if isinstance(argument, Mapping) else [argument]
+    return any(isinstance(value, list) and isinstance(value[0], Fraction) for value in values)
 
 
 def _order_faults(kinds: Sequence[str]) -> list[str]:
@@ -158,13 +159,13 @@ def _order_faults(kinds: Sequence[str]) -> list[str]:
     return []
 
 
-def _keys(name: str, given: Mapping[str, Any], path: KeyPath) -> set[str]:
-    """The keys that are valid at ``path`` of the parameters that were given to the stage ``name``."""
+def _valid_keys(name: str, arguments: Mapping[str, Any], path: KeyPath) -> set[str]:
+    """Returns the valid keys at ``path`` of the parameters of the stage ``name``."""
     if not path:
         return parameter_names(name)
     if path[0] == "score":  # written as {name: {parameter: value}}
-        return {each.rstrip("_") for each in parameters(SCORES[next(iter(given["score"]))].function)}
+        return {parameter.rstrip("_") for parameter in parameters(SCORES[next(iter(arguments["score"]))].function)}
     nested = nested_parameter(ENTRIES[name].function) if name in ENTRIES else None
     if nested is not None and path[0] == nested[0]:
-        return parameter_names(next(iter(given[nested[0]])))
+        return parameter_names(next(iter(arguments[nested[0]])))
     return set(Pinned.model_fields)

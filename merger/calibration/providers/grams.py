@@ -26,7 +26,7 @@ class Grams:
         self.supplies = frozenset({name, "second_moment", "mean_input", "reached", "token_share"})
 
     def cost(self, plan: Plan) -> Cost:
-        """Sums in float64 for one expert at a time; those of the others wait in float32, as does a block's result."""
+        """Counts sums in float64 for one expert; the other experts' sums and a block's results wait in float32."""
         experts = len(plan.recipe.experts)
         squares, triangles = Counter[str](), 0
         for tensor in plan.tensors:

@@ -47,11 +47,11 @@ class Format(ABC):
     """The file of a PEFT adapter."""
 
     @abstractmethod
-    def parse(self, file: IO[bytes], size: int, path: Path, *, placed: bool = True) -> dict[str, Info]:
+    def parse(self, file: IO[bytes], size: int, path: Path, *, with_offsets: bool = True) -> dict[str, Info]:
         """Reads and checks the header of an open file of ``size`` bytes: all its tensors by name.
 
-        ``path`` is what messages call it. Unless ``placed``, only dtypes and shapes are needed, of a file that is
-        not on this machine. Raises CheckpointError.
+        ``path`` names the file in messages. Without ``with_offsets`` only dtypes and shapes are needed, of a file that
+        is not on this machine. Raises CheckpointError.
         """
 
     @abstractmethod

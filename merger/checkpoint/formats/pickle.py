@@ -80,12 +80,12 @@ class Pickle(Format):
     model = "pytorch_model.bin"
     adapter = "adapter_model.bin"
 
-    def parse(self, file: IO[bytes], size: int, path: Path, *, placed: bool = True) -> dict[str, Info]:
-        """Reads and checks names, dtypes and shapes; unless ``placed``, the bytes between tensors are not visited."""
+    def parse(self, file: IO[bytes], size: int, path: Path, *, with_offsets: bool = True) -> dict[str, Info]:
+        """Reads and checks names, dtypes and shapes; reads no bytes between tensors without ``with_offsets``."""
         try:
-            read = _zipped if zipfile.is_zipfile(file) else _legacy
+            read = _read_archive if zipfile.is_zipfile(file) else _read_legacy
             file.seek(0)
-            views, starts = read(file, size, placed)
+            views, starts = read(file, size, with_offsets)
             return {checked_name(name): _info(view, path, starts) for name, view in views.items()}
         except _STUMBLES as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -147,21 +147,21 @@ def _in_row_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 # --- the two forms of file: a zip archive since torch 1.6, one pickle after another before it ---
 
 
-def _zipped(file: IO[bytes], size: int, placed: bool) -> tuple[dict[str, _View], dict[str, int]]:
-    """An archive of NAME/data.pkl and one member NAME/data/KEY for each storage."""
-    members = {each.filename.partition("/")[2]: each for each in zipfile.ZipFile(file).infolist()}
-    if any(each.compress_type != zipfile.ZIP_STORED for each in members.values()):
+def _read_archive(file: IO[bytes], size: int, with_offsets: bool) -> tuple[dict[str, _View], dict[str, int]]:
+    """Reads an archive of NAME/data.pkl and one member NAME/data/KEY for each storage."""
+    members = {member.filename.partition("/")[2]: member for member in zipfile.ZipFile(file).infolist()}
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
         raise ValueError("its members are compressed")
     if "byteorder" in members and _content(file, members["byteorder"], size) != b"little":
         raise ValueError("its numbers are big-endian")
     views = _state_dict(BytesIO(_content(file, members["data.pkl"], size)))
     starts = {}
     for key, count, width in _storages(views):
-        member = members[f"data/{key}"]
-        if member.file_size != count * width:
-            raise ValueError(f"storage {key} should have {count * width:,} bytes, but has {member.file_size:,}")
-        if placed:
-            starts[key] = _start(file, member, size)
+        storage_member = members[f"data/{key}"]
+        if storage_member.file_size != count * width:
+            raise ValueError(f"storage {key} should have {count * width:,} bytes, but has {storage_member.file_size:,}")
+        if with_offsets:
+            starts[key] = _start(file, storage_member, size)
     return views, starts
 
 
@@ -182,8 +182,8 @@ def _content(file: IO[bytes], member: zipfile.ZipInfo, size: int) -> bytes:
     return file.read(member.file_size)
 
 
-def _legacy(file: IO[bytes], size: int, placed: bool) -> tuple[dict[str, _View], dict[str, int]]:
-    """Five pickles (magic number, protocol, system, tensors, keys), then each storage behind its length."""
+def _read_legacy(file: IO[bytes], size: int, with_offsets: bool) -> tuple[dict[str, _View], dict[str, int]]:
+    """Reads five pickles (magic number, protocol, system, tensors, keys), then each storage behind its length."""
     head = BytesIO(file.read(MAX_PICKLE))
     if _unpickled(head) != _LEGACY_MAGIC or _unpickled(head) != _LEGACY_PROTOCOL:
         raise ValueError("it does not begin as one")
@@ -195,7 +195,7 @@ def _legacy(file: IO[bytes], size: int, placed: bool) -> tuple[dict[str, _View],
     for key in _unpickled(head):
         position = position or head.tell()
         count, width = sizes[key]
-        if placed:
+        if with_offsets:
             file.seek(position)
             if int.from_bytes(file.read(8), "little") != count:
                 raise ValueError(f"storage {key} does not have the length that its tensors ask for")
@@ -210,16 +210,16 @@ def _legacy(file: IO[bytes], size: int, placed: bool) -> tuple[dict[str, _View],
 
 
 def _state_dict(head: BytesIO) -> dict[str, _View]:
-    """The tensors by name; anything else in it is refused, by name."""
-    found = _unpickled(head)
-    if type(found) not in (dict, OrderedDict):
-        raise ValueError(f"it holds no state dict, but an object of type {type(found).__name__}")
-    for name, value in found.items():
+    """Returns the tensors by name; raises ValueError with the name of an entry that is no tensor."""
+    state_dict = _unpickled(head)
+    if type(state_dict) not in (dict, OrderedDict):
+        raise ValueError(f"it holds no state dict, but an object of type {type(state_dict).__name__}")
+    for name, value in state_dict.items():
         if type(name) is not str:
             raise ValueError(f"it holds an entry that is named by an object of type {type(name).__name__}")
         if type(value) is not _View:
             raise ValueError(f"its entry {name[:80]!r} is no tensor, but an object of type {type(value).__name__}")
-    return dict(found)
+    return dict(state_dict)
 
 
 def _storages(views: Mapping[str, _View]) -> list[tuple[str, int, int]]:
@@ -261,7 +261,7 @@ class _Unpickler(pickle.Unpickler):
         # Types first: to print or to hash what a pickle has nested may take forever.
         if (type(kind), type(dtype), type(key)) != (str, str, str) or kind != "storage":
             raise ValueError("it refers to something that is no storage")
-        if dtype not in ITEM_SIZE or any(each is not None for each in view):
+        if dtype not in ITEM_SIZE or any(field is not None for field in view):
             raise ValueError("it refers to a storage of an unknown kind")
         return _Storage(key, dtype, _whole(count))
 

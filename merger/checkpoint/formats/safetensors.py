@@ -24,7 +24,7 @@ class Safetensors(Format):
     model = "model.safetensors"
     adapter = "adapter_model.safetensors"
 
-    def parse(self, file: IO[bytes], size: int, path: Path, *, placed: bool = True) -> dict[str, Info]:
+    def parse(self, file: IO[bytes], size: int, path: Path, *, with_offsets: bool = True) -> dict[str, Info]:
         """Reads and checks the header: length, JSON, dtypes, and offsets that tile the file without gap or overlap."""
         if size < 8:
             raise CheckpointError(f"{path}: is {size} bytes, too short for a safetensors file; download it again")

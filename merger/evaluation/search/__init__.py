@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.checkpoint.files import make_folder
+from merger.engine.manifest import method_versions
 from merger.errors import RecipeError
 from merger.evaluation import tasks
 from merger.evaluation.references import family_of
@@ -151,15 +152,17 @@ class _Search:
         finally:
             for model in models.values():
                 model.close()
+        recipes = {name: example(space) for name, space in variants.items()}
+        packages = {name: version for recipe in recipes.values() for name, version in method_versions(recipe).items()}
         return {
             "recipe": hashlib.sha256(json.dumps(decisive_recipe, default=str).encode()).hexdigest(),
             "inputs": inputs,
-            "calibration": {name: calibration_files(example(space)) for name, space in variants.items()},
+            "calibration": {name: calibration_files(recipe) for name, recipe in recipes.items()},
             "ends of replies": list(self.evaluator.task_evaluator.ends),
             "search data": {task.name: task.sha256 for task in self.split.search},
             "report data": {task.name: task.sha256 for task in self.split.report},
             "forward passes": f"{self.evaluator.dtype} on {self.model_host.device.type}",
-            "versions": versions(),
+            "versions": {**versions(), **packages},
         }
 
     def trials(self, variant: str, space: Space, references: Sequence[Entry], record: Record) -> Iterator[Trial]:

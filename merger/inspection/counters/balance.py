@@ -37,7 +37,7 @@ class Balance:
 
         None where there are fewer than two rows, columns or blocks. A shorter last block is left out.
         """
-        totals = counts.both.diagonal()
+        totals = counts.joint.diagonal()
         blocks, tail = divmod(self.rows * self.columns, self.block)
         tail_positions = self._split_blocks.pop(blocks) if tail else torch.zeros_like(totals)
         block_squares = sum((block.square() for block in self._split_blocks.values()), counts.block_squares)

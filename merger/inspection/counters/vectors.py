@@ -68,7 +68,7 @@ class VectorCounter(Counter):
         no_lines = (0.0,) * self.shape.experts
         return VectorSums(
             elements=elements,
-            joint=as_tuples(counts.both),
+            joint=as_tuples(counts.joint),
             conflicts=as_tuples(counts.opposed),
             holders=as_tuples(counts.holders),
             products=as_tuples(in_order.cumsum(0)[-1]),

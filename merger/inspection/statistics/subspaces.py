@@ -77,16 +77,16 @@ def task_interference_of(grams: Tensor, experts: Sequence[Directions]) -> float:
     ``grams`` [K s K s] are those of the matrices. With U and V in the places of F and N, or the other way round, the
     norm is the same.
     """
-    near = torch.cat([expert.vectors for expert in experts], 1)
+    smaller = torch.cat([expert.vectors for expert in experts], 1)
     values = torch.cat([expert.values for expert in experts])
-    near_gram = near.T @ near
+    near_gram = smaller.T @ smaller
     near_gram.diagonal().sub_(1)
     total, row = 0.0, 0
     for i, expert in enumerate(experts):  # the rows of one expert at a time bound the memory of the product
-        far = torch.cat([expert.vectors.T @ grams[i, :, j] @ peer.vectors for j, peer in enumerate(experts)], 1)
-        far = far / expert.values.view(-1, 1) / values
-        far.diagonal(row).sub_(1)
-        total += float(((far * values) @ near_gram).abs().sum())
+        larger = torch.cat([expert.vectors.T @ grams[i, :, j] @ peer.vectors for j, peer in enumerate(experts)], 1)
+        larger = larger / expert.values.view(-1, 1) / values
+        larger.diagonal(row).sub_(1)
+        total += float(((larger * values) @ near_gram).abs().sum())
         row += len(expert.values)
     return total
 

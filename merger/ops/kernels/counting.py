@@ -23,46 +23,48 @@ MOST = 254
 
 @dataclass
 class Counts:
-    """Counts of k task vectors of c columns, added up over slices in any order; of each thread, or of all."""
+    """Counts of k task vectors of c columns; sums over slices in any order, by thread or for all threads."""
 
-    both: Tensor  # [k k] positions that both keep
-    opposed: Tensor  # [k k] positions that both keep with different signs
-    holders: Tensor  # [k+1] positions that exactly 0, 1, .. k keep
-    row_squares: Tensor  # [k] of what each row keeps
-    block_squares: Tensor  # [k] of what each block keeps that lies in one slice
+    joint: Tensor  # [k k] positions where both vectors are nonzero
+    opposed: Tensor  # [k k] positions where both vectors are nonzero with different signs
+    holders: Tensor  # [k+1] positions where exactly 0, 1, .. k vectors are nonzero
+    row_squares: Tensor  # [k] sums of squared nonzero counts by row
+    block_squares: Tensor  # [k] sums of squared nonzero counts by block, for blocks within one slice
     by_column: Tensor  # [k c] int32, all others int64
 
     @classmethod
     def none(cls, k: int, c: int) -> Counts:
-        """Nothing counted yet."""
-        both, opposed = torch.zeros(2, k, k, dtype=torch.int64)
+        """Returns counts of zero."""
+        joint, opposed = torch.zeros(2, k, k, dtype=torch.int64)
         row_squares, block_squares = torch.zeros(2, k, dtype=torch.int64)
         holders, by_column = torch.zeros(k + 1, dtype=torch.int64), torch.zeros(k, c, dtype=torch.int32)
-        return cls(both, opposed, holders, row_squares, block_squares, by_column)
+        return cls(joint, opposed, holders, row_squares, block_squares, by_column)
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(one + more for one, more in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, counts: Counts) -> Counts:
+        return Counts(
+            *(total + increment for total, increment in zip(vars(self).values(), vars(counts).values(), strict=True))
+        )
 
 
 class Counting:
     """The loops in torch, where the tensors are; only counts come back."""
 
     def vectors(self, deltas: Tensor, first: int, size: int, into: Counts) -> tuple[Tensor, Tensor]:
-        """Counts task vectors [k r c] into ``into``; inner products [k k] and what is kept of blocks cut off [k 2].
+        """Adds the counts of task vectors [k r c] to ``into``.
 
-        Blocks are ``size`` elements; element 0 is number ``first`` of the first block, so the first and the last may
-        lie in other slices too.
+        Returns inner products [k k], and nonzero counts of the first and last block where the slice cuts them [k 2].
+        Blocks are ``size`` elements; element 0 has the number ``first`` in the tensor.
         """
-        kept = deltas != 0
-        k, _, columns = kept.shape
-        flat, positive = kept.flatten(1), (deltas > 0).flatten(1).double()  # whole numbers, which no sum rounds
+        mask = deltas != 0
+        k, _, columns = mask.shape
+        flat, positive = mask.flatten(1), (deltas > 0).flatten(1).double()  # whole numbers, which no sum rounds
         negative = flat.double() - positive
         against = positive @ negative.T
-        into.both += _whole(flat.double() @ flat.double().T)
+        into.joint += _whole(flat.double() @ flat.double().T)
         into.opposed += _whole(against + against.T)
         into.holders += torch.bincount(flat.sum(0), minlength=k + 1).cpu()
-        into.row_squares += kept.sum(2).square().sum(1).cpu()
-        into.by_column += kept.sum(1, dtype=torch.int32).view(k, columns).cpu()
+        into.row_squares += mask.sum(2).square().sum(1).cpu()
+        into.by_column += mask.sum(1, dtype=torch.int32).view(k, columns).cpu()
         head, tail = min(-first % size, flat.shape[1]), (first + flat.shape[1]) % size
         if first and first + flat.shape[1] < size:
             head, tail = 0, flat.shape[1]  # all of it lies in one block that ends elsewhere
@@ -72,28 +74,28 @@ class Counting:
         return _products(deltas, deltas), cut.cpu()
 
     def merged(self, merged: Tensor, deltas: Tensor) -> tuple[int, Tensor]:
-        """Positions that a merged vector [r c] keeps; its inner products with itself and with deltas [k r c]: [1+k]."""
-        alone = merged.unsqueeze(0)
-        return int(merged.count_nonzero()), torch.cat([_products(alone, alone), _products(alone, deltas)], 1)[0]
+        """Returns the nonzero count of a merged vector [r c], and its inner products with itself and deltas: [1+k]."""
+        vectors = merged.unsqueeze(0)
+        return int(merged.count_nonzero()), torch.cat([_products(vectors, vectors), _products(vectors, deltas)], 1)[0]
 
     def different(self, deltas: Tensor) -> list[Tensor]:
-        """Each vector's [k r c] different float32 bit patterns other than those of zeros, in any order: int32."""
+        """Returns the distinct nonzero float32 bit patterns of each vector of [k r c], in any order: int32."""
         patterns = deltas.flatten(1).contiguous().view(torch.int32)
-        return [torch.unique(own[own & 0x7FFFFFFF != 0]).cpu() for own in patterns]
+        return [torch.unique(vector[vector & 0x7FFFFFFF != 0]).cpu() for vector in patterns]
 
     def endings(self, result: Tensor, base: Tensor | None, experts: Tensor) -> Tensor:
-        """Positions of [n] that have the value of base [n], or 0, of each expert [k n], of none: [k+2].
+        """Counts the positions of [n] with the value of base [n] (or 0), of each expert [k n], of none: [k+2].
 
-        Where several have it, the first of them counts.
+        A position that has the value of more than one input counts for the first.
         """
         ends, *inputs = (values.flatten().float() for values in (result, *experts))
-        left = ends != (0 if base is None else base.flatten().float())
-        counts = [left.numel() - left.sum()]
+        unassigned = ends != (0 if base is None else base.flatten().float())
+        counts = [unassigned.numel() - unassigned.sum()]
         for values in inputs:
-            equal = left & (ends == values)
+            equal = unassigned & (ends == values)
             counts.append(equal.sum())
-            left = left ^ equal
-        return torch.stack([*counts, left.sum()]).cpu()
+            unassigned = unassigned ^ equal
+        return torch.stack([*counts, unassigned.sum()]).cpu()
 
 
 class NativeCounting(Counting):
@@ -114,25 +116,25 @@ class NativeCounting(Counting):
         """As `Counting.merged`."""
         products = torch.empty(1 + len(deltas), dtype=torch.float64)
         arrays = merged.contiguous(), deltas.contiguous()
-        kept = call("count_merged", *arrays, len(deltas), merged.numel(), products)
-        if kept < 0:
+        count = call("count_merged", *arrays, len(deltas), merged.numel(), products)
+        if count < 0:
             raise MemoryError
-        return kept, products
+        return count, products
 
     def different(self, deltas: Tensor) -> list[Tensor]:
-        """As `Counting.different`; in a table that is made larger whenever it may be taken by more than half."""
+        """As `Counting.different`, by a hash table that grows when it is half full."""
         deltas = deltas.contiguous()
         k, n = len(deltas), deltas[0].numel()
-        found, known = torch.empty(k, n, dtype=torch.int32), torch.empty(k, dtype=torch.int64)
+        distinct, counts = torch.empty(k, n, dtype=torch.int32), torch.empty(k, dtype=torch.int64)
         high, bits = torch.empty(1 << 16, dtype=torch.uint8), 14
-        while not call("different", deltas, k, n, high, _table(bits), bits, found, known):
+        while not call("different", deltas, k, n, high, _table(bits), bits, distinct, counts):
             bits += 2
-        return [own[:count] for own, count in zip(found, known.tolist(), strict=True)]
+        return [values[:count] for values, count in zip(distinct, counts.tolist(), strict=True)]
 
     def endings(self, result: Tensor, base: Tensor | None, experts: Tensor) -> Tensor:
         """As `Counting.endings`."""
         ends = torch.zeros(len(experts) + 2, dtype=torch.int64)
-        arrays = (None if each is None else each.contiguous() for each in (result, base, experts))
+        arrays = (None if values is None else values.contiguous() for values in (result, base, experts))
         call(f"endings_{STORED[str(result.dtype)]}", *arrays, len(experts), result.numel(), ends)
         return ends
 
@@ -147,10 +149,10 @@ def _whole(counts: Tensor) -> Tensor:
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of float32 vectors [k n] and [m n] in float64, in host memory: [k m].
+    """Returns inner products of float32 vectors [k n] and [m n] in float64, in host memory: [k m].
 
-    On the CPU each lane is summed up from the first number to the last, and so are the lanes, as the compiled loops do;
-    a GPU adds in another order, so its last bits may be others.
+    On the CPU each lane is summed from its first number to its last, then the lanes, as in the compiled loops; a GPU
+    adds in another order, so its last bits may differ.
     """
     sides = []
     for side in (left, right):
@@ -160,7 +162,10 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
         sides.append(padded.view(len(values), rows, LANES))
     if not len(sides[1]):
         return torch.zeros(len(sides[0]), 0, dtype=torch.float64)
-    rows_of_sums = [torch.stack([_last_sum(_last_sum(one * other)) for other in sides[1]]) for one in sides[0]]
+    rows_of_sums = [
+        torch.stack([_last_sum(_last_sum(left_vector * right_vector)) for right_vector in sides[1]])
+        for left_vector in sides[0]
+    ]
     return torch.stack(rows_of_sums).cpu()
 
 
@@ -173,7 +178,7 @@ _NATIVE, _TORCH = NativeCounting(), Counting()
 
 
 def of(*values: Tensor) -> Counting:
-    """The loops for these tensors, compiled where all of them are of one dtype in memory that C can read."""
+    """Returns the loops for these tensors, compiled if all of them have one dtype in memory that C can read."""
     first = values[0]
-    plain = all(each.device.type == "cpu" and each.dtype == first.dtype for each in values)
-    return _NATIVE if plain and stored_as(first.dtype) is not None else _TORCH
+    is_readable = all(tensor.device.type == "cpu" and tensor.dtype == first.dtype for tensor in values)
+    return _NATIVE if is_readable and stored_as(first.dtype) is not None else _TORCH

@@ -117,10 +117,10 @@ class Native(Reference):
     def anchored_sum(self, deltas: Any, weights: Tensor) -> Any:
         """As `Reference.anchored_sum`."""
         deltas = Lazy.of(deltas)
-        first, *rest = deltas.steps
-        total = first
-        for delta, weight in zip(rest, weights[1:].tolist(), strict=True):
-            total = Step("ADD_PRODUCT", total, Step("SUBTRACT", delta, first), constant(weight))
+        anchor, *tail = deltas.steps
+        total = anchor
+        for delta, weight in zip(tail, weights[1:].tolist(), strict=True):
+            total = Step("ADD_PRODUCT", total, Step("SUBTRACT", delta, anchor), constant(weight))
         return Lazy([total], deltas.shape[1:])
 
     def mean_of_agreeing(self, deltas: Any, elected: Any, weights: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Models as mergekit names them: ``model@revision+adapter@revision``, or the same as keys and values."""
+"""mergekit's references to models: ``model@revision+adapter@revision``, or the same as keys and values."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Reference:
 
     @property
     def written(self) -> Any:
-        """As a recipe has it."""
+        """The reference as a recipe writes it."""
         return self.model if self.adapter is None else {"model": self.model, "adapter": self.adapter}
 
 
 def reference(value: Any, path: KeyPath, faults: Faults) -> Reference | None:
-    """The model that a value of the file names; None where it names none, which goes to ``faults``."""
+    """Parses a reference; for an invalid one, appends to ``faults`` and returns None."""
     if isinstance(value, str):
         model, *adapters = value.split("+")
         if model and len(adapters) <= 1 and all(adapters):
@@ -54,13 +54,15 @@ def _location(value: Any, path: KeyPath, faults: Faults) -> str | None:
 
 
 def expert_names(references: Iterable[Reference]) -> dict[Reference, str]:
-    """A short name for each: its folder's or repository's own, told apart by numbers where two are the same."""
+    """Returns a short name for each reference: the name of its folder or repository, numbered if it is not unique."""
     names: dict[Reference, str] = {}
-    for each in references:
-        last = (each.adapter or each.model).partition("@")[0].replace("\\", "/").rstrip("/").rpartition("/")[2]
+    for reference in references:
+        last = (
+            (reference.adapter or reference.model).partition("@")[0].replace("\\", "/").rstrip("/").rpartition("/")[2]
+        )
         stem = re.sub(r"[^A-Za-z0-9_.-]", "_", last).lstrip(".-") or "model"
         stem = "base_model" if stem == "base" else stem
-        taken = set(names.values())
-        numbered = (f"{stem}-{i}" for i in range(2, len(taken) + 3))
-        names[each] = stem if stem not in taken else next(name for name in numbered if name not in taken)
+        used_names = set(names.values())
+        numbered = (f"{stem}-{i}" for i in range(2, len(used_names) + 3))
+        names[reference] = stem if stem not in used_names else next(name for name in numbered if name not in used_names)
     return names

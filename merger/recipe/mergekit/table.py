@@ -1,4 +1,4 @@
-"""mergekit's merge methods, and for each the stages of ours that come to the same. Facts are those of mergekit 0.1.5.
+"""mergekit's merge methods and the equivalent stages, as of mergekit 0.1.5.
 
 A number stands for a list over depth as well; a parameter of each model is a map by expert.
 """
@@ -19,39 +19,39 @@ NEEDED: Any = ...
 
 @dataclass(frozen=True)
 class Method:
-    """What a method takes, with defaults, and what it comes to."""
+    """A method's parameters with their defaults, and its equivalent stages."""
 
     base: Base
-    shared: Values  # parameters of the merge
-    each: Values  # parameters of each model
+    merge_parameters: Values
+    model_parameters: Values
     stages: Callable[[Values], Stages]  # ValueError for values that have no equivalent
     idle: Sequence[str] = ()  # what changes nothing in the result
     remark: str = ""  # what is not the same, in a line
 
 
 def share(value: Any) -> Any:
-    """A density: what is beyond 0 or 1 is as good as it; over the depth it must stay between."""
+    """Clamps a density to 0 and 1; a list over depth stays as it is."""
     return value if isinstance(value, list) else min(max(value, 0), 1)
 
 
-def _by_model(values: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+def _map_models(values: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     return {model: change(value) for model, value in values.items()}
 
 
-def _doubled(value: Any) -> Any:
-    return [2 * each for each in value] if isinstance(value, list) else 2 * value
+def _double(value: Any) -> Any:
+    return [2 * item for item in value] if isinstance(value, list) else 2 * value
 
 
 # --- on the sphere --------------------------------------------------------------------------------
 
 
-def _across(p: Values, across: bool) -> str:
-    """Rows or columns as this tool counts them, where mergekit takes those that are stored."""
+def _scope(p: Values, across: bool) -> str:
+    """Returns the scope row or column; mergekit counts rows as stored, merger by output neuron."""
     return "column" if across != p["stored_transposed"] else "row"
 
 
 def _nuslerp(p: Values) -> Stages:
-    scope = "tensor" if p["nuslerp_flatten"] else _across(p, p["nuslerp_row_wise"])
+    scope = "tensor" if p["nuslerp_flatten"] else _scope(p, p["nuslerp_row_wise"])
     return [{"nuslerp": {"weight": p["weight"], "space": p["space"], "scope": scope}}]
 
 
@@ -65,56 +65,56 @@ def _multislerp(p: Values) -> Stages:
 
 
 def _top(p: Values) -> Stages:
-    return [{"top": {"density": _by_model(p["density"], share), "at_least": 1}}]
+    return [{"top": {"density": _map_models(p["density"], share), "at_least": 1}}]
 
 
 def _middle(p: Values) -> Stages:
-    return [{"middle": {"density": _by_model(p["density"], share), "drop_high": p["gamma"]}}]
+    return [{"middle": {"density": _map_models(p["density"], share), "drop_high": p["gamma"]}}]
 
 
 def _random(p: Values) -> Stages:
-    return [{"random": {"density": _by_model(p["density"], share), "rescale": "none"}}]
+    return [{"random": {"density": _map_models(p["density"], share), "rescale": "none"}}]
 
 
 def _magprune(p: Values) -> Stages:
-    density = _by_model(p["density"], share)
-    width = {model: 0 if density[model] in (0, 1) else _doubled(value) for model, value in p["epsilon"].items()}
+    density = _map_models(p["density"], share)
+    width = {model: 0 if density[model] in (0, 1) else _double(value) for model, value in p["epsilon"].items()}
     return [{"magprune": {"density": density, "epsilon": width, "rank_norm": "n-1", "rescale": "none"}}]
 
 
-def _no_negative(weights: Mapping[str, Any]) -> None:
-    if any(each < 0 for weight in weights.values() for each in (weight if isinstance(weight, list) else [weight])):
+def _check_no_negative(weights: Mapping[str, Any]) -> None:
+    if any(item < 0 for weight in weights.values() for item in (weight if isinstance(weight, list) else [weight])):
         raise ValueError(
             "has no equivalent with a negative weight: mergekit elects by the signs of weighted changes, merger by the "
             "changes' own"
         )
 
 
-def _general(
+def _generalised_arithmetic(
     sparsify: Callable[[Values], Stages] | None,
     *,
     elect: bool,
     normalize: bool,
     rescale: bool,
-    more: Values | None = None,
+    extra_parameters: Values | None = None,
     remark: str = "",
 ) -> Method:
     def stages(p: Values) -> Stages:
-        whole = sparsify is None or all(density == 1 for density in p["density"].values())
-        thinned = [] if sparsify is None or whole else sparsify(p)
+        is_dense = sparsify is None or all(density == 1 for density in p["density"].values())
+        thinned = [] if sparsify is None or is_dense else sparsify(p)
         rescaled: Stages = [{"rescale": {"by": "l1"}}] if thinned and p["rescale"] else []
         if elect:
-            _no_negative(p["weight"])
-            how = "mean" if p["normalize"] else "sum"
-            merged: Stages = [{"sign_elect": {"weight": p["weight"], "merge": how, "zero_sign": "positive"}}]
+            _check_no_negative(p["weight"])
+            operation = "mean" if p["normalize"] else "sum"
+            merged: Stages = [{"sign_elect": {"weight": p["weight"], "merge": operation, "zero_sign": "positive"}}]
         else:
             merged = [{"mean" if p["normalize"] else "sum": {"weight": p["weight"]}}]
         scaled: Stages = [] if p["lambda"] == 1 else [{"scale": {"lambda": p["lambda"]}}]
         return [*thinned, *rescaled, *merged, *scaled]
 
-    shared = {"normalize": normalize, "rescale": rescale, "lambda": 1}
-    each = {"weight": NEEDED, "density": 1, **(more or {})}
-    return Method("origin", shared, each, stages, idle=("int8_mask",), remark=remark)
+    merge_parameters = {"normalize": normalize, "rescale": rescale, "lambda": 1}
+    model_parameters = {"weight": NEEDED, "density": 1, **(extra_parameters or {})}
+    return Method("origin", merge_parameters, model_parameters, stages, idle=("int8_mask",), remark=remark)
 
 
 _DRAWN = "draws other random numbers than mergekit does"
@@ -141,18 +141,24 @@ METHODS: dict[str, Method] = {
         "input", {"max_iter": 10, "tol": 1e-5}, {},
         lambda p: [{"karcher": {"space": "weights", "max_iter": p["max_iter"], "tol": p["tol"]}}],
     ),
-    "task_arithmetic": _general(None, elect=False, normalize=False, rescale=False),
-    "ties": _general(_top, elect=True, normalize=True, rescale=False),
-    "dare_linear": _general(_random, elect=False, normalize=False, rescale=True, remark=_DRAWN),
-    "dare_ties": _general(_random, elect=True, normalize=False, rescale=True, remark=_DRAWN),
-    "della_linear": _general(
-        _magprune, elect=False, normalize=False, rescale=True, more={"epsilon": 0.15}, remark=_BY_ROW
+    "task_arithmetic": _generalised_arithmetic(None, elect=False, normalize=False, rescale=False),
+    "ties": _generalised_arithmetic(_top, elect=True, normalize=True, rescale=False),
+    "dare_linear": _generalised_arithmetic(_random, elect=False, normalize=False, rescale=True, remark=_DRAWN),
+    "dare_ties": _generalised_arithmetic(_random, elect=True, normalize=False, rescale=True, remark=_DRAWN),
+    "della_linear": _generalised_arithmetic(
+        _magprune, elect=False, normalize=False, rescale=True, extra_parameters={"epsilon": 0.15},
+        remark=_BY_ROW,
     ),
-    "della": _general(
-        _magprune, elect=True, normalize=True, rescale=True, more={"epsilon": 0.15}, remark=_BY_ROW
+    "della": _generalised_arithmetic(
+        _magprune, elect=True, normalize=True, rescale=True, extra_parameters={"epsilon": 0.15},
+        remark=_BY_ROW,
     ),
-    "breadcrumbs": _general(_middle, elect=False, normalize=False, rescale=False, more={"gamma": 0.01}),
-    "breadcrumbs_ties": _general(_middle, elect=True, normalize=False, rescale=False, more={"gamma": 0.01}),
+    "breadcrumbs": _generalised_arithmetic(
+        _middle, elect=False, normalize=False, rescale=False, extra_parameters={"gamma": 0.01},
+    ),
+    "breadcrumbs_ties": _generalised_arithmetic(
+        _middle, elect=True, normalize=False, rescale=False, extra_parameters={"gamma": 0.01},
+    ),
     "sce": Method(
         "origin", {"select_topk": 1}, {},
         lambda p: [{"sce": {"select_topk": share(p["select_topk"]), "even_below": 1e-6}}],
@@ -160,7 +166,7 @@ METHODS: dict[str, Method] = {
     ),
     "model_stock": Method(
         "origin", {"filter_wise": False}, {},
-        lambda p: [{"model_stock": {"scope": _across(p, False) if p["filter_wise"] else "tensor"}}],
+        lambda p: [{"model_stock": {"scope": _scope(p, False) if p["filter_wise"] else "tensor"}}],
     ),
     "nearswap": Method("origin", {"t": NEEDED}, {}, lambda p: [{"nearswap": {"t": p["t"]}}]),
     "ram": Method("origin", {"epsilon": 1e-5}, {}, lambda p: [{"ram": {"epsilon": p["epsilon"]}}]),

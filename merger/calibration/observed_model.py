@@ -1,4 +1,4 @@
-"""A model made ready to be watched: loaded but for its blocks, with a head that computes nothing."""
+"""A model whose inputs are observed: loaded except for its blocks, with a head that computes nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from merger.calibration.input_observer import Key, Watch
+from merger.calibration.input_observer import InputObserver, MatrixKey
 from merger.calibration.model import block_list, build, outer_lists
-from merger.calibration.moments import Moments, Sums, token_share
+from merger.calibration.moments import InputSums, Moments, token_share
 from merger.calibration.settings import default_dtype
 from merger.calibration.weights import Loader
 from merger.errors import CheckpointError
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
     from merger.calibration.samples import Batch
     from merger.calibration.settings import Settings
-    from merger.calibration.weights import Readable
+    from merger.calibration.weights import TensorSource
     from merger.checkpoint.checkpoint import Checkpoint
 
 
-class Stop(Exception):
-    """All that was wanted of a forward pass is done."""
+class EndOfPass(Exception):
+    """Ends a forward pass early, when its purpose is fulfilled."""
 
 
-class Rig:
-    """A checkpoint's model, its weights and what watches it. Blocks are loaded by who runs them.
+class ObservedModel:
+    """A checkpoint's model with its weights and its input observer; whoever runs a block loads it.
 
     What is outside the blocks comes from ``onward``, the model that hidden states go through.
     """
@@ -42,7 +42,7 @@ class Rig:
     def __init__(
         self,
         weights: Checkpoint,
-        onward: Readable,
+        merged_weights: TensorSource,
         batches: Sequence[Batch],
         settings: Settings,
         device: str | torch.device,
@@ -52,103 +52,105 @@ class Rig:
         notice: Callable[[str], None],
     ) -> None:
         self.label, self._settings = weights.label, settings
-        self.weights, self.onward = weights, onward
+        self.weights, self.merged_weights = weights, merged_weights
         self.model = build(weights, trust_remote_code=trust_remote_code)
-        self.batches = self._that_fit(batches, notice)
-        where = torch.device(device)
-        self.loader = Loader(self.model, weights, where, dtype or default_dtype(weights, where))
-        self.watch = Watch(self.loader.find, settings, gram=gram, notice=lambda text: notice(f"{self.label}: {text}"))
-        self._list = block_list(self.model)
-        self._names = {module: name for name, module in self.model.named_modules()}
+        self.batches = self._cut_batches(batches, notice)
+        torch_device = torch.device(device)
+        self.loader = Loader(self.model, weights, torch_device, dtype or default_dtype(weights, torch_device))
+        self.watch = InputObserver(
+            self.loader.find, settings, gram=gram, notice=lambda text: notice(f"{self.label}: {text}")
+        )
+        self._block_list = block_list(self.model)
+        self._module_names = {module: name for name, module in self.model.named_modules()}
         self._embedding = self._input_embedding()
         self._embedding_stays = False
         self._check_tokens()
         self._skip_head()
-        self._load_outside()
+        self._load_outer_modules()
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks."""
-        return [] if self._list is None else list(self.model.get_submodule(self._list))
+        return [] if self._block_list is None else list(self.model.get_submodule(self._block_list))
 
     @property
     def block_names(self) -> list[str]:
-        """Their names in the model."""
-        return [f"{self._list}.{index}" for index in range(len(self.blocks))]
+        """The names of the blocks in the model."""
+        return [f"{self._block_list}.{index}" for index in range(len(self.blocks))]
 
     def forward(self, batch: Batch) -> None:
-        """Runs the model on a batch, to its end or until something raises Stop."""
+        """Runs the model on a batch, to its end or until something raises EndOfPass."""
         device = self.loader.device
         self.watch.begin(batch, device)
         try:
             with torch.no_grad(), full_float32(), self.watch:
                 self.model(input_ids=batch.ids.to(device), attention_mask=batch.mask.long().to(device))
-        except Stop:
+        except EndOfPass:
             pass
 
     def take(self, prefix: str) -> dict[str, Moments]:
-        """The moments that were summed of the parameters below ``prefix``, by the checkpoint's names."""
+        """Removes and returns the moments of the parameters below ``prefix``, by the checkpoint's names."""
         sums = self.watch.take(f"{prefix}." if prefix else "")
-        for key, each in sums.items():  # in the order of the forward pass, so the first is the cause
-            if not torch.isfinite(each.second).all():
+        for key, key_sums in sums.items():  # in the order of the forward pass, so the first is the cause
+            if not torch.isfinite(key_sums.squares).all():
                 name = next((source for source, _ in self.loader.stored(key.name)), key.name)
                 raise CheckpointError(f"{self.label}: what enters {name} is not finite: NaN or infinite activations")
         return self.loader.named(self._unreached(prefix) | sums, self.watch.axes)
 
-    def rest(self) -> dict[str, Moments]:
-        """The moments of what is outside the blocks, and how often each token occurs."""
+    def outer_moments(self) -> dict[str, Moments]:
+        """Returns the moments of the modules outside the blocks, and how often each token occurs."""
         moments = self.take("")
         if self._embedding is not None:
-            share = token_share(self.batches, self._vocabulary(), self._settings)
+            share = token_share(self.batches, self._vocabulary_size(), self._settings)
             count = sum(int(batch.counted(self._settings.skip_first_tokens).sum()) for batch in self.batches)
             for name, _ in self.loader.stored(self._embedding):
-                known = moments.get(name, Moments(torch.tensor(count)))
-                moments[name] = replace(known, token_share=share)
+                embedding_moments = moments.get(name, Moments(torch.tensor(count)))
+                moments[name] = replace(embedding_moments, token_share=share)
         return moments
 
-    def _unreached(self, prefix: str) -> dict[Key, Sums]:
-        """Empty sums for the linear layers of a block that no token came to, such as an expert never routed to."""
+    def _unreached(self, prefix: str) -> dict[MatrixKey, InputSums]:
+        """Returns empty sums for the linear layers of a block that no token reached, such as an unused expert."""
         if not prefix:
             return {}
         modules = self.model.get_submodule(prefix).named_modules(prefix=prefix)
         return {
-            Key(self.loader.first_name(f"{name}.weight")): Sums.zero(
+            MatrixKey(self.loader.first_name(f"{name}.weight")): InputSums.zero(
                 module.in_features, gram=self.watch.gram, device=self.loader.device
             )
             for name, module in modules
             if isinstance(module, nn.Linear)
         }
 
-    def unit(self, name: str) -> str:
-        """What the checkpoint calls a block: the part that its tensors' names begin with."""
+    def unit_name(self, name: str) -> str:
+        """Returns the checkpoint's name of a block: the prefix that its tensors' names have in common."""
         parameters = self.model.get_submodule(name).named_parameters(prefix=name)
         stored = [source.split(".") for parameter, _ in parameters for source, _ in self.loader.stored(parameter)]
-        shared = takewhile(lambda column: len(set(column)) == 1, zip(*stored, strict=False))
-        return ".".join(column[0] for column in shared)
+        common_parts = takewhile(lambda column: len(set(column)) == 1, zip(*stored, strict=False))
+        return ".".join(column[0] for column in common_parts)
 
     # --- what is outside the blocks -----------------------------------------------------------------
 
-    def _load_outside(self) -> None:
+    def _load_outer_modules(self) -> None:
         """Loads all but blocks and head. Other lists of layers, such as an image tower's, wait for their first call."""
         lists = outer_lists(self.model)
         for name, module in self.model.named_modules():
-            around = next((each for each in lists if f"{name}.".startswith(f"{each}.")), None)
-            if around is None and module is not self.model.get_output_embeddings():
-                self.loader.load(name, self.onward, recurse=False)
-            elif around is not None and around != self._list:
+            outer_list = next((list_name for list_name in lists if f"{name}.".startswith(f"{list_name}.")), None)
+            if outer_list is None and module is not self.model.get_output_embeddings():
+                self.loader.load(name, self.merged_weights, recurse=False)
+            elif outer_list is not None and outer_list != self._block_list:
                 module.register_forward_pre_hook(functools.partial(self._enter, set(), name))
 
     def _enter(self, entered: set[str], name: str, *_: Any) -> None:
         if name not in entered:
             entered.add(name)
-            self.loader.load(name, self.onward, recurse=False)
+            self.loader.load(name, self.merged_weights, recurse=False)
 
     def _skip_head(self) -> None:
-        """Shows the head its input and leaves it at that: a product with the vocabulary costs more than a block."""
+        """Records the head's input without computing logits: a product with the vocabulary costs more than a block."""
         head = self.model.get_output_embeddings()
         if head is None:
             return
-        key = Key(self.loader.first_name(f"{self._names[head]}.weight"))
+        key = MatrixKey(self.loader.first_name(f"{self._module_names[head]}.weight"))
         rows = head.weight.shape[0]
 
         def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -165,9 +167,9 @@ class Rig:
             module = self.model.get_input_embeddings()
         except NotImplementedError:
             return None
-        return f"{self._names[module]}.weight" if isinstance(module, nn.Embedding) else None
+        return f"{self._module_names[module]}.weight" if isinstance(module, nn.Embedding) else None
 
-    def _that_fit(self, batches: Sequence[Batch], notice: Callable[[str], None]) -> list[Batch]:
+    def _cut_batches(self, batches: Sequence[Batch], notice: Callable[[str], None]) -> list[Batch]:
         """The batches, with samples cut to the number of positions that the model has."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not positions or all(batch.ids.shape[1] <= positions for batch in batches):
@@ -178,17 +180,17 @@ class Rig:
     def _check_tokens(self) -> None:
         if self._embedding is None:
             return
-        rows, top = self._vocabulary(), max(int(batch.ids.max()) for batch in self.batches)
+        rows, top = self._vocabulary_size(), max(int(batch.ids.max()) for batch in self.batches)
         if top >= rows:
             raise CheckpointError(
                 f"{self.label}: its tokenizer gives token {top:,}, but {self._embedding} has {rows:,} rows"
             )
 
-    def _vocabulary(self) -> int:
+    def _vocabulary_size(self) -> int:
         assert self._embedding is not None
         return len(self.model.get_parameter(self._embedding))
 
-    def forget_embedding(self, *, seed: int) -> None:
+    def randomise_embedding(self, *, seed: int) -> None:
         """Gives every token the same random vector: a table of the same shape that takes a single row of memory."""
         if self._embedding is None or self._embedding_stays:
             return
@@ -197,10 +199,10 @@ class Rig:
         table = row.to(self.loader.device, self.loader.dtype).expand(rows, columns)
         self.loader.place(self._embedding, nn.Parameter(table, requires_grad=False))
 
-    def recall_embedding(self) -> bool:
+    def restore_embedding(self) -> bool:
         """Puts the true embedding back for good; False if it was not forgotten."""
         if self._embedding is None or self._embedding_stays:
             return False
         self._embedding_stays = True
-        self.loader.load(self._embedding.rpartition(".")[0], self.onward, recurse=False)
+        self.loader.load(self._embedding.rpartition(".")[0], self.merged_weights, recurse=False)
         return True
