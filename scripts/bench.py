@@ -110,8 +110,9 @@ def statistics_of(recipe: dict[str, Any], folder: Path) -> dict[str, str]:
     from merger.calibration import Settings
     from merger.calibration import statistics_files as files
     from merger.calibration.moments import Moments
+    from merger.calibration.origins import fingerprint
     from merger.calibration.settings import ForwardPass
-    from merger.calibration.statistics import fingerprint, layers
+    from merger.calibration.statistics import layers
 
     plan = merger.plan(merger.Recipe.parse({**recipe, "method": "linear"}))
     calibrated_plan = merger.plan(merger.Recipe.parse({**recipe, "method": "obim", "calibration": {"data": str(HERE)}}))

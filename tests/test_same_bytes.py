@@ -16,8 +16,8 @@ import merger.engine.machine
 import merger.methods
 from merger.calibration import Moments, Settings
 from merger.calibration import statistics_files as files
+from merger.calibration.origins import fingerprint
 from merger.calibration.settings import ForwardPass
-from merger.calibration.statistics import fingerprint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
 from merger.engine.merge import merge

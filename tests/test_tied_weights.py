@@ -10,8 +10,8 @@ from tiny_models import bert, gpt2, llama, llava, t5
 
 from merger import merge
 from merger.calibration.model import build
+from merger.calibration.moment_source import MomentSource
 from merger.calibration.moments import Moments
-from merger.calibration.statistics import MomentSource
 from merger.checkpoint.opening import open_checkpoint
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe

@@ -9,7 +9,7 @@ from checkpoints import CONFIG, load, same_bits, save, save_headers
 from safetensors.torch import save_file
 from vocabularies import WORDS, bpe_json, save_tokenizer, sentencepiece, tokenizer_json, write
 
-from merger.calibration.statistics import PartlyMergedModel
+from merger.calibration.block_grams import PartlyMergedModel
 from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge import merge
 from merger.engine.recorded_recipe import recipe_with_merge

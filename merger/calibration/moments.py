@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,10 @@ class Moments:
     gram: Tensor | None = None  # [i i] or [e i i], E[x x^T], where it was asked for
     token_share: Tensor | None = None  # [v], how often each token occurs, where it is the embedding
     axis: int | None = None  # of the stored tensor, that met the inputs: -1, -2, 0 for both; None where it is not known
+
+
+Statistics = Mapping[str, Moments]
+"""The moments of each matrix's inputs of one expert, by the expert's own tensor names."""
 
 
 @dataclass

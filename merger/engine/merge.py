@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merger.calibration.origins import origin
 from merger.calibration.provider import block_providers, origins
-from merger.calibration.statistics import origin, statistics_keys
+from merger.calibration.statistics import statistics_keys
 from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.files import write_text

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 
 from merger._lazy import torch
-from merger.calibration.statistics import origin
+from merger.calibration.origins import origin
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.formats import SUFFIXES
 from merger.checkpoint.hashes import digest, sha256

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from merger.calibration.block_grams import grams
+from merger.calibration.moment_source import MomentSource
+from merger.calibration.origins import sources
 from merger.calibration.provider import Block, Cost, MergedTensors, register
-from merger.calibration.statistics import MomentSource, grams, sources
 from merger.calibration.text_cost import hidden_state_bytes, largest_block_bytes
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput, uncut

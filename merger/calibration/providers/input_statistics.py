@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from merger.calibration.moment_source import MomentSource
+from merger.calibration.origins import sources
 from merger.calibration.provider import Cost, register
-from merger.calibration.statistics import MomentSource, calibrate, load, sources
+from merger.calibration.statistics import calibrate, load
 from merger.calibration.text_cost import hidden_state_bytes, largest_block_bytes
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput, by_expert, by_feature, by_row

@@ -137,7 +137,7 @@ class _Search:
 
         And all that is read for it: models, tokenizers, text and statistics, held-out examples.
         """
-        from merger.calibration.statistics import calibration_files, fingerprint, tokenizer_digest
+        from merger.calibration.origins import calibration_files, fingerprint, tokenizer_digest
         from merger.planning.planner import open_models
 
         output = {**document.value["output"], "path": None, "shard_size": None}

@@ -1,0 +1,112 @@
+"""Gram matrices of each block's inputs, made for all experts together while the model is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merger.calibration import statistics_files as files
+from merger.calibration.input_fit import check_blocks
+from merger.calibration.moments import Moments, Statistics
+from merger.calibration.origins import fingerprint
+from merger.calibration.statistics import expert_blocks, expert_samples
+from merger.checkpoint.cache import cache_folder
+from merger.options import RunOptions
+from merger.planning.plan import Plan, TensorPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merger.calibration.provider import MergedTensors
+
+
+class PartlyMergedModel:
+    """The merged model under an expert's names; tensors that are not merged yet are the expert's own."""
+
+    def __init__(self, plan: Plan, expert: str, merged: MergedTensors) -> None:
+        self._own, self._merged = plan.models[expert], merged
+        self._tensors = {
+            own_name: tensor for tensor in plan.tensors if (own_name := tensor.reads.get(expert)) is not None
+        }
+        self._expert = expert
+
+    def read(self, name: str) -> Tensor:
+        """Returns a whole tensor in the expert's own shape.
+
+        Rows of its vocabulary that were dropped, or that are another token in the output, stay its own.
+        """
+        tensor = self._tensors.get(name)
+        merged = self._merged(name if tensor is None else tensor.name)
+        if merged is None:
+            return self._own.read(name)
+        foreign = [rows for rows in (tensor.extra if tensor else ()) if self._expert not in rows.models]
+        if merged.shape == self._own.tensors[name].shape and not foreign:
+            return merged
+        expert_values = self._own.read(name).to(merged.dtype)
+        values = expert_values.clone()
+        common = min(len(expert_values), len(merged))
+        values[:common] = merged[:common]
+        for rows in foreign:
+            values[rows.start : rows.stop] = expert_values[rows.start : rows.stop]
+        return values
+
+
+def grams(
+    plan: Plan, options: RunOptions, hidden_memory: int | None, merged: MergedTensors
+) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
+    """Yields the tensors that take Gram matrices, with these matrices; all experts advance together, block by block.
+
+    A block's matrices are dropped when the caller asks for the next block. Where stages need inputs that follow the
+    merged blocks, ``merged`` returns the tensors of these blocks by then. Tensors that no input reached come last,
+    without matrices. Raises as `calibrate` does.
+    """
+    waiting = [tensor for tensor in plan.tensors if tensor.lockstep]
+    experts = tuple(plan.recipe.experts) if waiting else ()
+    follows_merge = any(item.follows_merge for tensor in waiting for item in tensor.inputs)
+    merged_models = {
+        name: PartlyMergedModel(plan, name, merged) if follows_merge else None for name in plan.recipe.experts
+    }
+    gram_folders = _gram_folders(plan, options) if waiting and not follows_merge else {}
+    memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
+    sample_sets = {name: expert_samples(plan, name, options) for name in experts if name not in gram_folders}
+    streams = [
+        check_blocks(plan, name, files.blocks(gram_folders[name], checkpoint=fingerprint(plan.models[name])))
+        if name in gram_folders
+        else expert_blocks(
+            plan, name, *sample_sets[name], options, memory, gram=True, merged_weights=merged_models[name]
+        )
+        for name in experts
+    ]
+    moments_by_expert: dict[str, dict[str, Moments]] = {name: {} for name in experts}
+    for next_blocks in zip_longest(*streams, fillvalue=("", {})):
+        for expert_moments, (_, moments) in zip(moments_by_expert.values(), next_blocks, strict=True):
+            expert_moments.update(moments)
+        complete_tensors = [
+            t
+            for t in waiting
+            if all(t.reads[name] in expert_moments for name, expert_moments in moments_by_expert.items())
+        ]
+        yield complete_tensors, moments_by_expert
+        for tensor in complete_tensors:
+            waiting.remove(tensor)
+            for name, expert_moments in moments_by_expert.items():
+                expert_moments.pop(tensor.reads[name] or "", None)
+    yield waiting, {name: {} for name in moments_by_expert}
+
+
+def _gram_folders(plan: Plan, options: RunOptions) -> dict[str, Path]:
+    """Returns the folders of Gram matrices that the recipe names, or that `keep_grams` made from the same text."""
+    calibration = plan.recipe.calibration
+    assert calibration is not None, "the recipe was checked for it"
+    folders = {}
+    for name in plan.recipe.experts:
+        if name in calibration.stats:
+            folders[name] = plan.recipe.folder / Path(calibration.stats[name]).expanduser()
+        else:
+            key, _ = expert_samples(plan, name, options)
+            folder = cache_folder() / key.folder_name()
+            if files.is_complete(folder):
+                folders[name] = folder
+    return folders

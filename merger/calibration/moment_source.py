@@ -1,0 +1,97 @@
+"""From statistics of experts to the inputs of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from merger._lazy import torch
+from merger.calibration.moments import Moments, Statistics
+from merger.planning.plan import Part, TensorPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MomentSource:
+    """Statistics of all experts as inputs of stages; ``gram`` is the name under which stages take Gram matrices."""
+
+    statistics: Mapping[str, Statistics]
+    gram: str = "gram"
+
+    def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
+        """The inputs of one matrix, [k ...]; none where an expert has none."""
+        if not tensor.inputs or not (tensor.is_layer or tensor.kind == "embedding"):
+            return {}
+        by_expert = [self.statistics[name].get(tensor.reads[name] or "") for name in tensor.place.experts]
+        experts = [_of_part(moments, tensor, part) for moments in by_expert if moments is not None]
+        if len(experts) < len(by_expert) or (
+            tensor.is_layer and any(expert_moments.second_moment is None for expert_moments in experts)
+        ):
+            _note_unseen(tensor, note)
+            return {}
+        shares = [moments.token_share for moments in experts if moments.token_share is not None]
+        if tensor.kind == "embedding":  # an expert that ties its own has the moments of its head as well
+            complete = len(shares) == len(experts)
+            return {"token_share": torch.stack([share[: part.rows] for share in shares])} if complete else {}
+        second_moments = [moments.second_moment for moments in experts if moments.second_moment is not None]
+        means = [moments.mean for moments in experts if moments.mean is not None]
+        if not len(second_moments) == len(means) == len(experts):
+            return {}
+        _note_unreached(second_moments, tensor, part, note)
+        grams = [moments.gram for moments in experts if moments.gram is not None]
+        second_moment = torch.stack(second_moments)
+        return {
+            "second_moment": _replace_zeros(second_moment),
+            "mean_input": _replace_zeros(torch.stack(means)),
+            "reached": (second_moment != 0).any(1, keepdim=True),
+            **({self.gram: torch.stack(grams)} if len(grams) == len(experts) else {}),
+        }
+
+    def only(self, tensors: Sequence[TensorPlan]) -> MomentSource:
+        """The statistics of these tensors alone."""
+        statistics = {
+            expert: {name: moments[name] for tensor in tensors if (name := tensor.reads[expert] or "") in moments}
+            for expert, moments in self.statistics.items()
+        }
+        return MomentSource(statistics, self.gram)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the Gram matrices; layers that share an input share one matrix."""
+        moments = (layer for expert in self.statistics.values() for layer in expert.values())
+        grams = [layer.gram for layer in moments if layer.gram is not None]
+        return sum({gram.untyped_storage().data_ptr(): gram.nbytes for gram in grams}.values())
+
+
+def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
+    """The moments of the matrix of one packed expert, or of the whole tensor where it is a single matrix."""
+    if tensor.kind != "expert3d" or moments.second_moment is None or moments.mean is None:
+        return moments
+    e = tensor.parts.index(part)
+    gram = None if moments.gram is None else moments.gram[e]
+    return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
+
+
+def _replace_zeros(values: Tensor) -> Tensor:
+    """The values [k c], with ones for an expert that has only zeros: its text never reached the matrix."""
+    return values.masked_fill(~(values != 0).any(1, keepdim=True), 1)
+
+
+def _note_unseen(tensor: TensorPlan, note: Callable[[str], None]) -> None:
+    """Notes layers that no forward pass reached, such as an image tower's, once for each list of blocks."""
+    if tensor.is_layer:
+        label = tensor.name if tensor.unit == tensor.name else f"some layers of {tensor.unit.rpartition('.')[0]}"
+        note(f"{label}: calibration saw no input; their changes are judged without it")
+
+
+def _note_unreached(
+    second_moments: Sequence[Tensor], tensor: TensorPlan, part: Part, note: Callable[[str], None]
+) -> None:
+    """Notes the experts whose text sent no token to a matrix; a stage sees them by its input `reached`."""
+    expert_moments = zip(tensor.place.experts, second_moments, strict=True)
+    experts = [name for name, moments in expert_moments if not moments.any()]
+    if experts:
+        note(f"{part.name}: no input ever reached it in {', '.join(experts)}; its changes are judged without it")
