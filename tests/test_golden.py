@@ -1,6 +1,7 @@
 """Every golden value, each on the whole tensor and on slices of one row."""
 
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -425,7 +426,9 @@ def test_regmean(golden, alpha, base):
     weights, grams = (
         torch.stack([tensor(each) for each in case["inputs"][key].values()]) for key in ("weights", "gram")
     )
-    got = base + regmean(weights - base, lambda deltas: deltas.mean(0), grams, alpha=Fraction(alpha), weight=[Fraction(1)] * 2)
+    got = base + regmean(
+        weights - base, lambda deltas: deltas.mean(0), grams, alpha=Fraction(alpha), weight=[Fraction(1)] * 2
+    )
     assert_close(got, case["outputs"]["merged"])
 
 

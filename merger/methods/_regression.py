@@ -48,19 +48,20 @@ class Evidence:
         gradient descent stopped early; with `rank` fully above the ridge and not at all below it.
         """
         if filter_ == "ridge":
-            factor, failed = torch.linalg.cholesky_ex(_with_ridge(self.total, ridge))
-            if failed:
-                ridge += RIDGE * float(self.total.diagonal().mean())
-                factor = torch.linalg.cholesky(_with_ridge(self.total, ridge))
-            difference = self.products + ridge * (target - self.first)
-            solved: Tensor = torch.cholesky_solve(difference.T, factor)
-            return self.first + solved.T
+            return self._solve_with_ridge(target, ridge)
         values, vectors = torch.linalg.eigh(self.total)
         values = values.clamp(min=0)
         gain = -torch.expm1(-values / ridge) if filter_ == "exp" else (values > ridge).to(values)
         inverse = vectors * (gain / values.where(gain > 0, 1)) @ vectors.T
-        difference: Tensor = self.products + (self.first - target) @ self.total
-        return target + difference @ inverse
+        return target + (self.products + (self.first - target) @ self.total).mm(inverse)
+
+    def _solve_with_ridge(self, target: Tensor, ridge: float) -> Tensor:
+        factor, failed = torch.linalg.cholesky_ex(_with_ridge(self.total, ridge))
+        if failed:
+            ridge += RIDGE * float(self.total.diagonal().mean())
+            factor = torch.linalg.cholesky(_with_ridge(self.total, ridge))
+        difference = self.products + ridge * (target - self.first)
+        return self.first + torch.cholesky_solve(difference.T, factor).t()
 
 
 def _with_ridge(matrix: Tensor, ridge: float) -> Tensor:
