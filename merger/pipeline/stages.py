@@ -158,7 +158,8 @@ def _bind_nested(parameter: str, nested: Nested, method: Stage, place: Place) ->
             )
         if stage.values.get("scope") == "global":
             raise ValueError(
-                f"{parameter}: scope: global ranks the whole model at once, and this method sees one matrix"
+                f"{parameter}: scope: global ranks the whole model at once, but {name} sees one matrix here; "
+                "write scope: tensor"
             )
     return stages
 
