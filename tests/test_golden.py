@@ -427,7 +427,9 @@ def test_regmean(golden, alpha, base):
         torch.stack([tensor(each) for each in case["inputs"][key].values()]) for key in ("weights", "gram")
     )
     mean = partial(torch.mean, dim=0)
-    got = base + regmean(weights - base, mean, grams, alpha=Fraction(alpha), weight=[Fraction(1)] * 2)
+    start = torch.full_like(weights[0], base)
+    settings = {"alpha": Fraction(alpha), "weight": [Fraction(1)] * 2}
+    got = base + regmean(weights - base, start, mean, grams, None, **settings)
     assert_close(got, case["outputs"]["merged"])
 
 

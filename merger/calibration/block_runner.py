@@ -63,41 +63,46 @@ def run_blocks(
     merged weights, after the caller has received the block's moments. Blocks in ``finished_units`` only carry hidden
     states.
     """
+    check_blocks_are_separate(model)
     names = model.block_names
-    if not names:
-        raise UnsupportedBlocks("it has no list of blocks")
-    weights = [weight for block in model.blocks for weight in block.parameters()]
-    if len(weights) > len(set(weights)):
-        raise UnsupportedBlocks("its blocks share weights")
     with tempfile.TemporaryDirectory(prefix="merger-") as folder:
         runner = BlockRunner(model.blocks, model.watch, HiddenStates(host_memory, Path(folder)))
         for number, batch in enumerate(model.batches):
-            _run_batch(model, runner, EMBEDDING, number, batch, "both")
+            run_batch(model, runner, EMBEDDING, number, batch, "both")
         for block, name in enumerate(names):
             model.randomise_embedding(seed=block)
             unit = model.unit_name(name)
             if unit not in finished_units:
-                _run_block(model, runner, block, model.weights, "both" if merged_weights is None else "watch", progress)
+                run_block(model, runner, block, model.weights, "both" if merged_weights is None else "watch", progress)
                 moments = model.take(name)
                 model.loader.drop(name)
                 yield unit, moments
             if merged_weights is not None or unit in finished_units:
-                _run_block(model, runner, block, merged_weights or model.weights, "carry", progress)
+                run_block(model, runner, block, merged_weights or model.weights, "carry", progress)
                 model.loader.drop(name)
         yield "", model.outer_moments()
 
 
-def _run_block(
+def check_blocks_are_separate(model: ObservedModel) -> None:
+    """Raises UnsupportedBlocks if a model has no blocks, or if they share weights."""
+    if not model.block_names:
+        raise UnsupportedBlocks("it has no list of blocks")
+    weights = [weight for block in model.blocks for weight in block.parameters()]
+    if len(weights) > len(set(weights)):
+        raise UnsupportedBlocks("its blocks share weights")
+
+
+def run_block(
     model: ObservedModel, runner: BlockRunner, block: int, source: TensorSource, purpose: Purpose, progress: Progress
 ) -> None:
     """Runs all batches through one block with the block's weights from ``source``."""
     model.loader.load(model.block_names[block], source)
     for number, batch in enumerate(model.batches):
-        _run_batch(model, runner, block, number, batch, purpose)
+        run_batch(model, runner, block, number, batch, purpose)
         progress(block * len(model.batches) + number + 1, len(model.block_names) * len(model.batches))
 
 
-def _run_batch(
+def run_batch(
     model: ObservedModel, runner: BlockRunner, block: int, number: int, batch: Batch, purpose: Purpose
 ) -> None:
     """Runs one batch through one block; restores the true embedding if the first block depends on it too."""

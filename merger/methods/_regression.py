@@ -25,11 +25,16 @@ class Evidence:
         self.total = first.new_zeros(first.shape[1], first.shape[1])
         self.products = torch.zeros_like(first)
 
-    def add(self, delta: Tensor, gram: Tensor) -> None:
-        """Adds one expert."""
+    def add(self, delta: Tensor, gram: Tensor, drift: Tensor | None = None) -> None:
+        """Adds one expert.
+
+        ``drift`` [r c] is what its outputs on other inputs y add to the products: weights times E[(y - x) x^T].
+        """
         self.total += gram
         if delta is not self.first:  # it differs from itself by nothing, and these products take most of the time
             self.products += (delta - self.first) @ gram
+        if drift is not None:
+            self.products += drift
 
     def stretch(self, target: Tensor) -> float:
         """Returns the factor on ``target`` [r c] that brings it closest to the evidence.

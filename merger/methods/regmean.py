@@ -25,23 +25,30 @@ def _averaged(kind: str, *, weight: Any, lambda_: Any, **_: object) -> list[Stag
 
 
 def _inputs(*, inputs: str, **_: object) -> Mapping[str, str]:
+    if inputs == "draft":
+        return {"gram": "draft_gram", "cross_moment": "cross_moment"}
     return {"gram": "merged_gram" if inputs == "merged" else "gram"}
 
 
-def _check(*, ridge: Fraction, weight: Any, **_: object) -> None:
+def _check(*, ridge: Fraction, target: Fraction, inputs: str, weight: Any, **_: object) -> None:
     a_share_each(weight)
     if ridge < 0:
         raise ValueError(f"ridge is {float(ridge):g}, but a ridge cannot be negative")
+    if target and inputs != "draft":
+        raise ValueError("target: needs the inputs of the merge and of the expert side by side; write inputs: draft")
 
 
 @merger(exact=False, takes=whole, inputs=_inputs, check=_check, elsewhere=_averaged)
 def regmean(
     deltas: Tensor,
+    base: Tensor,
     inside: Callable[[Tensor], Tensor],
     gram: Tensor | None,
+    cross_moment: Tensor | None,
     *,
     alpha: Share = 0.9,
-    inputs: Literal["own", "merged"] = "own",
+    inputs: Literal["own", "merged", "draft"] = "own",
+    target: Share = 0,
     normalize: Literal["none", "frobenius", "trace"] = "none",
     ridge: Number = 0,
     anchor: Anchor = "mean",
@@ -58,34 +65,37 @@ def regmean(
     expert that no input reached has no say; where none was reached it is the anchor; embeddings, norms and biases
     get the plain mean. Needs calibration text; the Gram matrices of a block are made and used before those of the next,
     so none are kept. With `inputs: merged` an expert's text comes to its block through the merged blocks before it, and
-    not through its own.
+    not through its own; with `draft` also the block is not the expert's, but the anchor, and the outputs to come
+    close to are those on the share `target` of the expert's own inputs and the rest of the draft's.
     """
-    target = inside(deltas).double()
+    anchored = inside(deltas).double()
     if gram is None or not gram.any():
-        return (target * float(lambda_)).to(deltas)
+        return (anchored * float(lambda_)).to(deltas)
     evidence = Evidence(deltas[0].double())
     for number, (delta, expert_gram, share) in enumerate(zip(deltas, gram, weight, strict=True)):
-        shrunk = _shrunk(expert_gram, float(alpha)).mul_(float(share) / _size(expert_gram, normalize))
-        evidence.add(delta.double() if number else evidence.first, shrunk)
+        factor = float(share) / _size(expert_gram, normalize)
+        exact = delta.double() if number else evidence.first
+        drift = None
+        if cross_moment is not None and target:
+            change = _shrunk(cross_moment[number] - expert_gram, float(alpha)).mul_(float(target) * factor)
+            drift = (base + exact) @ change
+        evidence.add(exact, _shrunk(expert_gram, float(alpha)).mul_(factor), drift)
     if stretch == "fit":
-        target *= evidence.stretch(target)
+        anchored *= evidence.stretch(anchored)
     elif stretch != 1:
-        target *= float(stretch)
-    return (evidence.solve(target, float(ridge)) * float(lambda_)).to(deltas)
+        anchored *= float(stretch)
+    return (evidence.solve(anchored, float(ridge)) * float(lambda_)).to(deltas)
 
 
-def _shrunk(gram: Tensor, alpha: float) -> Tensor:
-    """A copy of a Gram matrix in float64, with the share ``alpha`` of what is off its diagonal."""
-    shrunk = gram.to(torch.float64, copy=True).mul_(alpha)
-    shrunk.diagonal().copy_(gram.diagonal())
+def _shrunk(moments: Tensor, alpha: float) -> Tensor:
+    """A copy of a moment matrix [c c] in float64, with the share ``alpha`` of what is off its diagonal."""
+    shrunk = moments.to(torch.float64, copy=True).mul_(alpha)
+    shrunk.diagonal().copy_(moments.diagonal())
     return shrunk
 
 
 def _size(gram: Tensor, normalize: str) -> float:
     """What a Gram matrix is divided by; 1 for one of zeros."""
-    sizes = {
-        "none": lambda: 1.0,
-        "frobenius": lambda: float(gram.double().norm()),
-        "trace": lambda: float(gram.trace()),
-    }
-    return sizes[normalize]() or 1.0
+    if normalize == "frobenius":
+        return float(gram.double().norm()) or 1.0
+    return float(gram.trace()) or 1.0 if normalize == "trace" else 1.0
