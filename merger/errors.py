@@ -38,7 +38,7 @@ class MergerError(Exception):
 
 
 class ConditionError(MergerError):
-    """What an inspection found is what it was told to fail for."""
+    """An inspection meets a condition of its --fail-if."""
 
 
 class RecipeError(MergerError):
@@ -62,7 +62,7 @@ class UnreadableError(CheckpointError):
 
 
 class ResourceError(MergerError):
-    """The machine has too little disk or memory for what was asked."""
+    """The machine has too little disk or memory for the command."""
 
     exit_code = 4
 

@@ -85,7 +85,7 @@ def write(path: Path, size: str, expert: int, shard_size: int) -> None:
             if expert:
                 weights = weights.bfloat16() + _cut(pool, i * 104729 + start * 17 + expert * 1299709, count) * 0.001
             writer.write(name, start * 2, memoryview(weights.bfloat16().view(torch.uint8).numpy()))
-        writer.done(name)
+        writer.finish_tensor(name)
     (writer.folder / "config.json").write_text(json.dumps(config(size), indent=2))
     writer.digests()
     writer.finish(force=True)

@@ -6,5 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/lint-imports --no-cache
-.venv/bin/python scripts/check_names.py merger scripts 1.5
-exec .venv/bin/python -m pytest "$@"
+.venv/bin/python scripts/check_names.py merger scripts tests 1.5
+if (($#)); then
+  exec .venv/bin/python -m pytest "$@"
+fi
+exec .venv/bin/python -m pytest -n auto --cov=merger --cov-report=term:skip-covered --cov-fail-under=90

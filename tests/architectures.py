@@ -19,10 +19,10 @@ def conv1d(name, rows, columns):
     return {f"{name}.weight": ((rows, columns), "conv1d"), f"{name}.bias": ((columns,), "vector")}
 
 
-def norm(name, *where, bias=True):
+def norm(name, *location, bias=True):
     """A norm of 8 features."""
     parts = ("weight", "bias") if bias else ("weight",)
-    return {f"{name}.{part}": ((8,), "vector", *where) for part in parts}
+    return {f"{name}.{part}": ((8,), "vector", *location) for part in parts}
 
 
 GPT2 = {
@@ -193,16 +193,16 @@ def shapes(architecture, blocks=2):
 
 def described(architecture, blocks=2):
     """The header's tensors and the config, as they are studied."""
-    found = {
-        name: Info(*(given if given and isinstance(given[0], str) else ("BF16", given)))
-        for name, given in shapes(architecture, blocks).items()
+    result = {
+        name: Info(*(shape if shape and isinstance(shape[0], str) else ("BF16", shape)))
+        for name, shape in shapes(architecture, blocks).items()
     }
-    return found, config(architecture)
+    return result, config(architecture)
 
 
-def expected(architecture, what, blocks=2):
+def expected(architecture, column, blocks=2):
     """For every tensor its kind, its unit, or where it is: a block's number, BEFORE or AFTER."""
     return {
-        name: {"kind": row[1], "unit": unit, "where": row[2] if i is None else i}[what]
+        name: {"kind": row[1], "unit": unit, "where": row[2] if i is None else i}[column]
         for name, row, i, unit in expanded(architecture, blocks)
     }

@@ -22,8 +22,8 @@ def llama(seed=0, *, rows=8, hidden=4, layers=2, dtype=torch.float32):
     tensors = {"model.embed_tokens.weight": drawn(rows, hidden)}
     for i in range(layers):
         block = f"model.layers.{i}"
-        for each in "qkvo":
-            tensors[f"{block}.self_attn.{each}_proj.weight"] = drawn(hidden, hidden)
+        for projection in "qkvo":
+            tensors[f"{block}.self_attn.{projection}_proj.weight"] = drawn(hidden, hidden)
         tensors |= {
             f"{block}.mlp.gate_proj.weight": drawn(2 * hidden, hidden),
             f"{block}.mlp.up_proj.weight": drawn(2 * hidden, hidden),
@@ -46,9 +46,9 @@ def save(folder, tensors, config=CONFIG, *, shards=1):
     weight_map = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        own = {name: tensors[name] for name in names[i::shards]}
-        save_file(own, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(own, file)
+        shard = {name: tensors[name] for name in names[i::shards]}
+        save_file(shard, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": 0}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
@@ -71,8 +71,8 @@ def save_headers(folder, shapes, config=CONFIG, *, dtype="BF16", distinct=()):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
-    for name, given in shapes.items():
-        kind, shape = given if given and isinstance(given[0], str) else (dtype, given)
+    for name, arguments in shapes.items():
+        kind, shape = arguments if arguments and isinstance(arguments[0], str) else (dtype, arguments)
         start, end = end, end + ITEM[kind] * torch.Size(shape).numel()
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     write_raw(folder / "model.safetensors", header, size=end)
@@ -94,9 +94,9 @@ def write_raw(path, header, *, size=0, data=b"", length=None):
             file.truncate(8 + len(text) + size)
 
 
-def trio(folder, *, experts=("code", "math"), **more):
+def trio(folder, *, experts=("code", "math"), **options):
     """A base and experts of it in folders of these names, and their tensors."""
-    models = {label: llama(seed, **more) for seed, label in enumerate(("base", *experts))}
+    models = {label: llama(seed, **options) for seed, label in enumerate(("base", *experts))}
     for label, tensors in models.items():
         save(Path(folder) / label, tensors)
     return models
@@ -108,8 +108,14 @@ def bits(tensor):
     return (flat if tensor.dim() else flat.clone()).view(torch.uint8)
 
 
-def same_bits(one, other):
+def same_bits(first_value, second_value):
     """Whether two tensors, or two dictionaries of them, hold the same bytes in the same shapes."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+    if isinstance(first_value, dict):
+        return first_value.keys() == second_value.keys() and all(
+            same_bits(first_value[name], second_value[name]) for name in first_value
+        )
+    return (
+        first_value.dtype == second_value.dtype
+        and first_value.shape == second_value.shape
+        and torch.equal(bits(first_value), bits(second_value))
+    )

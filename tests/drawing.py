@@ -13,17 +13,17 @@ NUMBERS = st.sampled_from([0, 1, 2, -1, 0.3, "1/3", 1.2])
 SHARES = st.sampled_from([0, 1, 0.5, "1/3", 0.29, 0.2, "1/8"])
 
 
-def numbers(one, experts):
+def numbers(number, experts):
     """A number as recipes write it: one, several over the depth, or by expert."""
-    several = st.lists(one, min_size=2, max_size=3)
-    return one | several | st.fixed_dictionaries(dict.fromkeys(experts, one | several))
+    groups = st.lists(number, min_size=2, max_size=3)
+    return number | groups | st.fixed_dictionaries(dict.fromkeys(experts, number | groups))
 
 
 def values_of(annotation, default, experts):
     """What a recipe may write for a parameter; its default alone for a kind that is not known here."""
     if annotation in (Number, Share):
-        one = SHARES if annotation == Share else NUMBERS
-        return one | st.lists(one, min_size=2, max_size=3)
+        number = SHARES if annotation == Share else NUMBERS
+        return number | st.lists(number, min_size=2, max_size=3)
     if annotation in (Numbers, Shares):
         return numbers(SHARES if annotation == Shares else NUMBERS, experts)
     if annotation == SharesOrAuto:
@@ -46,20 +46,21 @@ def values_of(annotation, default, experts):
         return st.sampled_from(get_args(annotation))
     if get_origin(annotation) is Annotated and get_args(annotation)[0] is int:
         bounds = [bound for mark in get_args(annotation)[1:] for bound in mark.metadata]
-        least = max((bound.ge for bound in bounds if hasattr(bound, "ge")), default=0)
-        return st.integers(least, min((bound.le for bound in bounds if hasattr(bound, "le")), default=least + 8))
+        minimum = max((bound.ge for bound in bounds if hasattr(bound, "ge")), default=0)
+        return st.integers(minimum, min((bound.le for bound in bounds if hasattr(bound, "le")), default=minimum + 8))
     return st.just(default)
 
 
 def parameters_of(name, experts):
     """Valid values for some of a function's parameters; the others are left out."""
-    own = {} if name in ENTRIES else dict(parameters(SCORES[name].function))
-    own |= parameters(ENTRIES[name if name in ENTRIES else "top"].function)
+    annotations = {} if name in ENTRIES else dict(parameters(SCORES[name].function))
+    annotations |= parameters(ENTRIES[name if name in ENTRIES else "top"].function)
     if name in SCORES:
-        del own["score"]
+        del annotations["score"]
     return st.fixed_dictionaries(
         {},
         optional={
-            key.rstrip("_"): values_of(annotation, default, experts) for key, (annotation, default) in own.items()
+            key.rstrip("_"): values_of(annotation, default, experts)
+            for key, (annotation, default) in annotations.items()
         },
     )

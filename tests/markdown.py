@@ -36,20 +36,20 @@ def blocks(path, language=None):
 
 def commands(block):
     """The commands of a console, without their comments, each with the lines of output that are shown."""
-    shown = []
+    console = []
     for line in block.text.splitlines():
         if line.startswith("$ "):
-            shown.append((shlex.split(line[2:], comments=True), []))
-        elif shown and line.strip():
-            shown[-1][1].append(line)
-    return shown
+            console.append((shlex.split(line[2:], comments=True), []))
+        elif console and line.strip():
+            console[-1][1].append(line)
+    return console
 
 
 def assert_shown(lines, output):
     """Asserts that lines of a document are in an output in this order; `...` stands for anything."""
-    printed = [" ".join(line.split()) for line in output.splitlines()]
+    output_lines = [" ".join(line.split()) for line in output.splitlines()]
     for line in lines:
         pattern = re.escape(" ".join(line.split())).replace(re.escape("..."), ".*")
-        while printed and not re.fullmatch(pattern, printed[0]):
-            printed.pop(0)
-        assert printed, f"{line!r} is not in this output, or not in this order:\n{output}"
+        while output_lines and not re.fullmatch(pattern, output_lines[0]):
+            output_lines.pop(0)
+        assert output_lines, f"{line!r} is not in this output, or not in this order:\n{output}"

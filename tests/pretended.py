@@ -82,63 +82,63 @@ def quotient(function, dividend, divisor):
 
 def is_whole(args):
     """Whether all numbers are whole and small, so that no order of a sum rounds."""
-    tensors = [plain(each) for each in tree_leaves(args) if isinstance(each, Tensor)]
-    return all(not each.is_floating_point() or bool((each == each.round()).all()) for each in tensors)
+    tensors = [plain(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    return all(not leaf.is_floating_point() or bool((leaf == leaf.round()).all()) for leaf in tensors)
 
 
 def shifted(result):
     """Floating-point results a thousandth larger, but for zeros."""
-    return tree_map_only(Tensor, lambda each: each.mul_(1.001) if each.is_floating_point() else each, result)
+    return tree_map_only(Tensor, lambda value: value.mul_(1.001) if value.is_floating_point() else value, result)
 
 
 def carried_out(function, args, kwargs, compute=Pretence.compute):
     """One call of torch, if the devices of its tensors allow it."""
     with torch._C.DisableTorchFunction():
         args, kwargs = lazy.plain(args), lazy.plain(kwargs)
-        own = device_of(args[0]) if args else CPU
+        tensor_device = device_of(args[0]) if args else CPU
         if function == Tensor.device.__get__:
-            return own
+            return tensor_device
         if function == Tensor.is_cpu.__get__:
-            return own == CPU
-        if function in LOOKS and own != CPU:
-            raise TypeError(f"{function.__name__}: the tensor is on {own}, not in the memory of the CPU")
+            return tensor_device == CPU
+        if function in LOOKS and tensor_device != CPU:
+            raise TypeError(f"{function.__name__}: the tensor is on {tensor_device}, not in the memory of the CPU")
         if function is Tensor.cpu:
             return copied(args[0], CPU)
         if function is Tensor.to:
             return sent(*args, **kwargs)
-        where = own if function in COPIES else meeting_place(function, args, kwargs)
+        device = tensor_device if function in COPIES else meeting_place(function, args, kwargs)
         if kwargs.get("device") is not None:
-            where, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": CPU}
+            device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": CPU}
         if "pin_memory" in kwargs:
             kwargs = {**kwargs, "pin_memory": False}
-        made = Pretence.compute(function, args, kwargs) if where == CPU else compute(function, args, kwargs)
-        return tree_map_only(Tensor, lambda each: said_to_be(each, where), made)
+        result = Pretence.compute(function, args, kwargs) if device == CPU else compute(function, args, kwargs)
+        return tree_map_only(Tensor, lambda value: said_to_be(value, device), result)
 
 
 def meeting_place(function, args, kwargs):
     """The device of a call's tensors; RuntimeError where they are on several."""
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    found = {device_of(each) for each in tensors} - {CPU}
-    if found and any(device_of(each) == CPU and each.ndim for each in tensors):
-        found.add(CPU)
-    if len(found) > 1:
-        raise RuntimeError(f"{function.__name__}: tensors on {' and '.join(sorted(map(str, found)))} meet")
-    return found.pop() if found else CPU
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    result = {device_of(leaf) for leaf in tensors} - {CPU}
+    if result and any(device_of(leaf) == CPU and leaf.ndim for leaf in tensors):
+        result.add(CPU)
+    if len(result) > 1:
+        raise RuntimeError(f"{function.__name__}: tensors on {' and '.join(sorted(map(str, result)))} meet")
+    return result.pop() if result else CPU
 
 
-def sent(tensor, *given, device=None, non_blocking=False, **others):
+def sent(tensor, *arguments, device=None, non_blocking=False, **peers):
     """Tensor.to: another device, dtype, or those of another tensor."""
-    where = device_of(tensor) if device is None else torch.device(device)
-    for each in given:
-        where = torch.device(each) if isinstance(each, str | torch.device) else device_of(each, where)
-    left = [each for each in plain(given) if not isinstance(each, str | torch.device)]
-    changed = said_to_be(plain(tensor).to(*left, **others), device_of(tensor)) if left or others else tensor
-    return copied(changed, where)
+    location = device_of(tensor) if device is None else torch.device(device)
+    for entry in arguments:
+        location = torch.device(entry) if isinstance(entry, str | torch.device) else device_of(entry, location)
+    options = [entry for entry in plain(arguments) if not isinstance(entry, str | torch.device)]
+    changed = said_to_be(plain(tensor).to(*options, **peers), device_of(tensor)) if options or peers else tensor
+    return copied(changed, location)
 
 
-def copied(tensor, where):
+def copied(tensor, location):
     """A tensor on another device; itself where it is there."""
-    return tensor if device_of(tensor) == where else said_to_be(plain(tensor).clone(), where)
+    return tensor if device_of(tensor) == location else said_to_be(plain(tensor).clone(), location)
 
 
 def device_of(value, otherwise=CPU):
@@ -146,16 +146,16 @@ def device_of(value, otherwise=CPU):
     return value.home if isinstance(value, Away) else CPU if isinstance(value, Tensor) else otherwise
 
 
-def said_to_be(tensor, where):
+def said_to_be(tensor, location):
     """The same memory on another device."""
     bare = tensor.as_subclass(Tensor)
-    if where == CPU:
+    if location == CPU:
         return bare
-    away = bare.as_subclass(Away)
-    away.home = where
-    return away
+    remote = bare.as_subclass(Away)
+    remote.home = location
+    return remote
 
 
 def plain(value):
     """Arguments as what they are."""
-    return tree_map_only(Away, lambda each: each.as_subclass(Tensor), value)
+    return tree_map_only(Away, lambda item: item.as_subclass(Tensor), value)

@@ -20,20 +20,20 @@ def demo_folder(tmp_path_factory):
     for task in TASKS:
         lines = [{"prompt": p, "answer": a} for p, a in demo_tasks.examples(task, "heldout", 40)]
         write(folder / "data" / f"{task}.answers.jsonl", lines)
-        write(folder / "data" / f"{task}.texts.jsonl", [{"text": each["prompt"] + each["answer"]} for each in lines])
+        write(folder / "data" / f"{task}.texts.jsonl", [{"text": line["prompt"] + line["answer"]} for line in lines])
     return folder
 
 
 def write(path, records):
     """Puts records into a file of JSON Lines."""
-    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 def text_of(folder, kind="answers", tasks=TASKS, **changes):
     """A recipe for the demo's models, with data of a kind to judge by."""
     data = folder / "data"
-    written = {
+    content = {
         "base": str(folder / "models" / "base"),
         "experts": {task: str(folder / "models" / task) for task in tasks},
         "method": "ties",
@@ -46,7 +46,7 @@ def text_of(folder, kind="answers", tasks=TASKS, **changes):
         "output": {"path": "merged"},
         **changes,
     }
-    return {key: value for key, value in written.items() if value is not None}
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def recipe_of(folder, kind="answers", **changes):
@@ -54,7 +54,7 @@ def recipe_of(folder, kind="answers", **changes):
     return Recipe.parse(text_of(folder, kind, **changes), folder)
 
 
-def file_of(path, written):
+def file_of(path, parameters):
     """The same, as a file."""
-    path.write_text(yaml.safe_dump(written, sort_keys=False))
+    path.write_text(yaml.safe_dump(parameters, sort_keys=False))
     return path

@@ -25,12 +25,14 @@ def step(tmp_path, monkeypatch):
     command = tmp_path / "bin" / "merger"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m merger "$@"\n')
     command.chmod(0o755)
-    given = {"RECIPE": "my recipe.yaml", "OUTPUT": "out", "LOCKED": "true", "SAMPLE": "2"}
+    parameters = {"RECIPE": "my recipe.yaml", "OUTPUT": "out", "LOCKED": "true", "SAMPLE": "2"}
     search = {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def run(name, **inputs):
         script = ["bash", "-e", "-o", "pipefail", "-c", STEPS[name]["run"]]
-        ran = subprocess.run(script, cwd=tmp_path, env={**os.environ, **search, **given, **inputs}, capture_output=True)
+        ran = subprocess.run(
+            script, cwd=tmp_path, env={**os.environ, **search, **parameters, **inputs}, capture_output=True
+        )
         return ran.returncode, ran.stderr.decode()
 
     subprocess.run([command, "lock", "my recipe.yaml"], cwd=tmp_path, env={**os.environ, **search}, check=True)
@@ -41,9 +43,9 @@ def test_a_locked_recipe_is_merged_and_verified(step, tmp_path):
     assert step("Merge") == (0, "")
     assert step("Verify") == (0, "")
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
-    code, said = step("Verify", SAMPLE="0")
+    code, message = step("Verify", SAMPLE="0")
     assert code == 5
-    assert "model.safetensors: is 0 bytes" in said
+    assert "model.safetensors: is 0 bytes" in message
 
 
 def test_what_is_not_as_it_was_locked_ends_the_job(step, tmp_path):
@@ -55,5 +57,5 @@ def test_what_is_not_as_it_was_locked_ends_the_job(step, tmp_path):
 
 def test_every_input_reaches_its_step_as_a_variable_and_never_as_shell_text():
     assert not any("${{" in step["run"] for step in STEPS.values())
-    named = {value for step in STEPS.values() for value in step["env"].values()}
-    assert named == {"${{ github.action_path }}", *(f"${{{{ inputs.{name} }}}}" for name in ACTION["inputs"])}
+    names = {value for step in STEPS.values() for value in step["env"].values()}
+    assert names == {"${{ github.action_path }}", *(f"${{{{ inputs.{name} }}}}" for name in ACTION["inputs"])}

@@ -81,8 +81,8 @@ def value(label, number):
     return tensors(label, Q=weight)
 
 
-def header(content, **more):
-    return lambda: write_raw(WEIGHTS, content, **more)
+def header(content, **options):
+    return lambda: write_raw(WEIGHTS, content, **options)
 
 
 def entry(dtype, shape, begin, end):
@@ -95,9 +95,9 @@ def index(**changed):
     def write():
         os.unlink(WEIGHTS)
         save("models/code", llama(1), shards=2)
-        known = json.loads(Path(INDEX).read_text())["weight_map"]
-        named = {name.replace("Q", Q): file for name, file in changed.items()}
-        Path(INDEX).write_text(json.dumps({"weight_map": {**known, **named}}))
+        inputs = json.loads(Path(INDEX).read_text())["weight_map"]
+        names = {name.replace("Q", Q): file for name, file in changed.items()}
+        Path(INDEX).write_text(json.dumps({"weight_map": {**inputs, **names}}))
 
     return write
 
@@ -418,31 +418,31 @@ ROWS = [(code, *row) for code, rows in ((2, RECIPES), (3, CHECKPOINTS), (4, RESO
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with a sound recipe and its models; the current one."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
+    local = tmp_path / "here"
+    local.mkdir()
+    monkeypatch.chdir(local)
     trio("models")
     recipe(RECIPE)()
-    return here
+    return local
 
 
 def everything(folder):
     return sorted((str(path), path.is_symlink() or path.is_dir() or path.read_bytes()) for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize(("code", "break_it", "message"), [pytest.param(c, b, m, id=what) for c, what, b, m in ROWS])
+@pytest.mark.parametrize(("code", "break_it", "message"), [pytest.param(c, b, m, id=label) for c, label, b, m in ROWS])
 def test_what_is_wrong_is_said_in_a_line_and_nothing_is_left(merger, folder, code, break_it, message):
-    more = break_it() or ()
-    before = everything(folder.parent)
+    options = break_it() or ()
+    contents_before = everything(folder.parent)
 
-    ran = merger("run", "recipe.yaml", *more)
+    ran = merger("run", "recipe.yaml", *options)
 
     assert ran.code == code
     assert any(message in line for line in ran.err.splitlines()), ran.err
     assert "Usage:" in ran.err or all(line.startswith(("error: ", "note: ")) for line in ran.err.splitlines())
     assert "Traceback" not in ran.err + ran.out
     assert ran.out == ""
-    assert everything(folder.parent) == before
+    assert everything(folder.parent) == contents_before
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -455,16 +455,16 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_left(merger, folder, cod
     ],
 )
 def test_a_process_of_its_own_ends_in_the_same_code(folder, command, code, break_it, message):
-    more = break_it() or ()
-    before = everything(folder)
+    options = break_it() or ()
+    contents_before = everything(folder)
 
-    ran = subprocess.run([PYTHON, "-m", "merger", command, "recipe.yaml", *more], capture_output=True, text=True)
+    ran = subprocess.run([PYTHON, "-m", "merger", command, "recipe.yaml", *options], capture_output=True, text=True)
 
     assert ran.returncode == code
     assert ran.stderr.startswith(message)
     assert len(ran.stderr.splitlines()) == 1
     assert ran.stdout == ""
-    assert everything(folder) == before
+    assert everything(folder) == contents_before
 
 
 def test_the_same_recipe_unbroken_merges(merger, folder):

@@ -35,17 +35,17 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def recipe(place, method="obim", *, output="out", dtype="bfloat16", shard_size=10**9, **more):
+def recipe(place, method="obim", *, output="out", dtype="bfloat16", shard_size=10**9, **options):
     calibration = {"data": {task: f"{task}.jsonl" for task in EXPERTS}, "samples": 12}
-    written = {
+    content = {
         "base": "models/base",
         "experts": {task: f"models/{task}" for task in EXPERTS},
         "method": method,
         "calibration": calibration,
         "output": {"path": output, "dtype": dtype, "shard_size": shard_size},
-        **more,
+        **options,
     }
-    return merger.Recipe.parse(written, folder=place)
+    return merger.Recipe.parse(content, folder=place)
 
 
 def weights(place, output="out"):
@@ -77,20 +77,20 @@ def sources(*counts):
 
 def test_several_sources_of_text_are_calibrated_together_and_kept_under_their_counts(place):
     merger.merge(recipe(place, calibration=sources(2, 3, 4)))
-    kept = set((place / "cache").glob("*.safetensors"))
+    names = set((place / "cache").glob("*.safetensors"))
     merger.merge(recipe(place, output="same", calibration=sources(2, 3, 4)))
-    assert set((place / "cache").glob("*.safetensors")) == kept
+    assert set((place / "cache").glob("*.safetensors")) == names
     assert weights(place, "same") == weights(place)
 
     merger.merge(recipe(place, output="other", calibration=sources(2, 4, 3)))
-    assert len(set((place / "cache").glob("*.safetensors")) - kept) == 3
+    assert len(set((place / "cache").glob("*.safetensors")) - names) == 3
     assert weights(place, "other") != weights(place)
 
 
 def test_a_source_alone_gives_the_bytes_of_a_plain_file(place):
     merger.merge(recipe(place))
-    one = {task: {"file": f"{task}.jsonl", "samples": 12} for task in EXPERTS}
-    merger.merge(recipe(place, output="one", calibration={"data": one}))
+    source = {task: {"file": f"{task}.jsonl", "samples": 12} for task in EXPERTS}
+    merger.merge(recipe(place, output="one", calibration={"data": source}))
     assert weights(place, "one") == weights(place)
 
 
@@ -103,12 +103,12 @@ def test_the_manifest_names_every_source_by_its_hash(place):
 
 def test_statistics_are_made_again_for_weights_with_another_activation(place):
     merger.merge(recipe(place))
-    before = {path.name for path in (place / "cache").glob("*.stats.safetensors")}
+    files_before = {path.name for path in (place / "cache").glob("*.stats.safetensors")}
     config = place / "models" / "upper" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_bytes()), "hidden_act": "gelu"}))
     merger.merge(recipe(place, output="again"))
-    made = {path.name for path in (place / "cache").glob("*.stats.safetensors")} - before
-    assert len(made) == 1
+    result = {path.name for path in (place / "cache").glob("*.stats.safetensors")} - files_before
+    assert len(result) == 1
     assert weights(place, "again") != weights(place)
 
 
@@ -155,13 +155,13 @@ def test_every_position_of_an_obim_merge_is_one_experts_or_the_bases(place):
     merged, base = load(place / "out"), load(MODELS / "base")
     experts = [load(MODELS / task) for task in EXPERTS]
     for name, value in merged.items():
-        sources = torch.stack([base[name], *(each[name] for each in experts)])
+        sources = torch.stack([base[name], *(item[name] for item in experts)])
         assert (value == sources).any(0).all(), name
 
 
 def test_statistics_of_another_model_are_refused_before_anything_is_written(place):
     merger.calibrate(recipe(place), to=place / "stats")
-    stats = {task: f"stats/{other}.stats.safetensors" for task, other in zip(EXPERTS, EXPERTS[::-1], strict=True)}
+    stats = {task: f"stats/{expert}.stats.safetensors" for task, expert in zip(EXPERTS, EXPERTS[::-1], strict=True)}
     with pytest.raises(CheckpointError, match="was made for another model"):
         merger.merge(recipe(place, calibration={"stats": stats}))
     assert not list(place.glob("out*"))
@@ -188,8 +188,8 @@ def test_text_is_split_by_the_experts_tokenizer_whatever_the_output_gets(place):
     file.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match="the models' tokenizers give one id to different tokens"):
         merger.merge(recipe(place))
-    written = {**recipe(place).spelled_out(), "output": {"path": "out", "tokenizer": "base"}}
-    merger.merge(merger.Recipe.parse(written, folder=place))
+    parameters = {**recipe(place).spelled_out(), "output": {"path": "out", "tokenizer": "base"}}
+    merger.merge(merger.Recipe.parse(parameters, folder=place))
     embedding, a, b = load(place / "out")["model.embed_tokens.weight"], vocabulary["a"], vocabulary["b"]
     expected = [load(MODELS / task)["model.embed_tokens.weight"] for task in ("upper", "double")]
     for i in (a, b):
@@ -218,10 +218,10 @@ def test_regmean_block_by_block_is_the_regression_over_whole_models(place):
     matrices = [name for name in base if ".mlp." in name or "_proj" in name]
     assert len(matrices) == 3 * 7
     for name, value in base.items():
-        deltas = [(each[name].double() - value.double()) for each in experts]
+        deltas = [(moment[name].double() - value.double()) for moment in experts]
         expected = sum(deltas) / 3
         if name in matrices:
-            grams = [each[name].gram.double() for each in moments]
+            grams = [moment[name].gram.double() for moment in moments]
             grams = [0.7 * gram + 0.3 * gram.diagonal().diag() for gram in grams]
             solved = torch.linalg.solve(sum(grams), sum(g @ d.T for g, d in zip(grams, deltas, strict=True)))
             expected = solved.T
@@ -238,12 +238,12 @@ def grams_behind(place, task, weights, block):
     """E[x x^T] of the inputs of a block's matrices, for an expert's text and a model of these weights: run whole."""
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "models" / task, dtype=torch.float32).eval()
     model.load_state_dict(weights, strict=False)
-    seen = {}
+    records = {}
 
-    def see(name, mask, module, given):
-        rows = given[0][mask].double()
-        total, count = seen.get(name, (0, 0))
-        seen[name] = total + rows.T @ rows, count + len(rows)
+    def see(name, mask, module, arguments):
+        rows = arguments[0][mask].double()
+        total, count = records.get(name, (0, 0))
+        records[name] = total + rows.T @ rows, count + len(rows)
 
     for batch in batches(samples_of(place, task).tokens):
         hooks = [
@@ -255,23 +255,25 @@ def grams_behind(place, task, weights, block):
             model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
         for hook in hooks:
             hook.remove()
-    return {name: total / count for name, (total, count) in seen.items()}
+    return {name: total / count for name, (total, count) in records.items()}
 
 
 def regmean_behind_merged_blocks(place, alpha):
     """RegMean++ as it is written, on whole models: each expert's block behind all that is merged by then."""
     base = {name: value.double() for name, value in load(MODELS / "base").items()}
     experts = [{name: value.double() for name, value in load(MODELS / task).items()} for task in EXPERTS]
-    merged = {name: sum(each[name] for each in experts) / 3 for name in base}
+    merged = {name: sum(gram[name] for gram in experts) / 3 for name in base}
     for block in range(3):
         grams = []
-        for task, own in zip(EXPERTS, experts, strict=True):
-            weights = {name: (own if block_of(name) == block else merged)[name].float() for name in base}
+        for task, expert_weights in zip(EXPERTS, experts, strict=True):
+            weights = {name: (expert_weights if block_of(name) == block else merged)[name].float() for name in base}
             grams.append(grams_behind(place, task, weights, block))
         for name in grams[0]:
-            several = [alpha * each[name] + (1 - alpha) * each[name].diagonal().diag() for each in grams]
-            wanted = sum(g @ (own[name] - base[name]).T for g, own in zip(several, experts, strict=True))
-            merged[name] = base[name] + torch.linalg.solve(sum(several), wanted).T
+            groups = [alpha * gram[name] + (1 - alpha) * gram[name].diagonal().diag() for gram in grams]
+            target = sum(
+                g @ (expert_weights[name] - base[name]).T for g, expert_weights in zip(groups, experts, strict=True)
+            )
+            merged[name] = base[name] + torch.linalg.solve(sum(groups), target).T
     return merged
 
 
@@ -353,32 +355,32 @@ def test_a_target_without_a_draft_is_refused(place):
 def test_merged_inputs_are_other_inputs_than_own_ones(place):
     for inputs in ("own", "merged"):
         merger.merge(recipe(place, "regmean", output=inputs, parameters={"inputs": inputs}, dtype="float32"))
-    own, merged = load(place / "own"), load(place / "merged")
-    far = {name for name in own if not torch.allclose(own[name], merged[name], rtol=1e-3, atol=1e-6)}
-    assert {block_of(name) for name in far} >= {1, 2}
+    tensors, merged = load(place / "own"), load(place / "merged")
+    changed_names = {name for name in tensors if not torch.allclose(tensors[name], merged[name], rtol=1e-3, atol=1e-6)}
+    assert {block_of(name) for name in changed_names} >= {1, 2}
 
 
 @pytest.mark.parametrize("parameters", [{"inputs": "merged"}, DRAFT])
 def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch, parameters):
     """What earlier blocks became is read back from the output, whichever run wrote it."""
-    behind = {"parameters": parameters}
-    done = Writer.done
+    lag = {"parameters": parameters}
+    count = Writer.finish_tensor
 
     def stop(self, name, notes=()):
         if block_of(name) == 2 and "proj" in name:
             raise KeyboardInterrupt
-        done(self, name, notes)
+        count(self, name, notes)
 
-    monkeypatch.setattr(Writer, "done", stop)
+    monkeypatch.setattr(Writer, "finish_tensor", stop)
     with pytest.raises(KeyboardInterrupt):
-        merger.merge(recipe(place, "regmean", shard_size=20_000, **behind))
-    monkeypatch.setattr(Writer, "done", done)
-    heard = []
-    merger.merge(recipe(place, "regmean", shard_size=20_000, **behind), merger.RunOptions(notice=heard.append))
-    assert any("goes on where an earlier run stopped" in line for line in heard)
-    merger.merge(recipe(place, "regmean", output="whole", **behind))
-    resumed, whole = load(place / "out"), load(place / "whole")
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+        merger.merge(recipe(place, "regmean", shard_size=20_000, **lag))
+    monkeypatch.setattr(Writer, "finish_tensor", count)
+    messages = []
+    merger.merge(recipe(place, "regmean", shard_size=20_000, **lag), merger.RunOptions(notice=messages.append))
+    assert any("goes on where an earlier run stopped" in line for line in messages)
+    merger.merge(recipe(place, "regmean", output="whole", **lag))
+    resumed, tensors = load(place / "out"), load(place / "whole")
+    assert all(torch.equal(resumed[name], value) for name, value in tensors.items())
     assert merger.verify(place / "whole", deep=DeepCheck(sample=6)).differences == ()
 
 
@@ -393,19 +395,19 @@ def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
         merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
 
 
-def kept_grams(place, **more):
+def kept_grams(place, **options):
     """A recipe that takes the Gram matrices that were kept in `stats`."""
     merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
-    return recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}, **more)
+    return recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}, **options)
 
 
 def test_with_kept_gram_matrices_a_merge_needs_no_text_and_no_forward_pass(place, monkeypatch):
     merger.merge(recipe(place, "regmean"))
-    kept = kept_grams(place, output="again")
+    recipe_with_grams = kept_grams(place, output="again")
     for task in EXPERTS:
         (place / f"{task}.jsonl").unlink()
     forbid_forward_passes(monkeypatch)
-    merger.merge(kept)
+    merger.merge(recipe_with_grams)
     assert weights(place, "again") == weights(place)
 
 
@@ -438,13 +440,13 @@ def test_a_kept_gram_matrix_is_a_float32_triangle_and_shared_ones_are_there_once
 
 def test_a_calibration_that_was_stopped_goes_on_with_the_blocks_that_it_lacks(place, monkeypatch):
     merger.calibrate(recipe(place, "regmean"), to=place / "whole", gram=True)
-    write, written = files.save_block, []
+    write, parameters = files.save_block, []
 
-    def stop(folder, number, unit, *rest):
-        written.append((folder.name, unit))
-        if len(written) == 2:
+    def stop(folder, number, unit, *tail):
+        parameters.append((folder.name, unit))
+        if len(parameters) == 2:
             raise KeyboardInterrupt
-        write(folder, number, unit, *rest)
+        write(folder, number, unit, *tail)
 
     monkeypatch.setattr(files, "save_block", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -452,7 +454,7 @@ def test_a_calibration_that_was_stopped_goes_on_with_the_blocks_that_it_lacks(pl
     with pytest.raises(CheckpointError, match=r"upper\.grams: its Gram matrices are not all there"):
         merger.merge(recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}))
     merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
-    assert len(written) == len(set(written)) + 1  # only the one that failed was made twice
+    assert len(parameters) == len(set(parameters)) + 1  # only the one that failed was made twice
     for task in EXPERTS:
         for file in (place / "whole" / f"{task}.grams").iterdir():
             assert (place / "stats" / f"{task}.grams" / file.name).read_bytes() == file.read_bytes()
@@ -503,16 +505,20 @@ def test_there_is_nothing_to_calibrate_where_nothing_is_kept(place):
 
 @pytest.mark.parametrize("method", ["obim", "regmean"])
 def test_an_inspection_foretells_where_a_calibrated_merge_ends(place, method):
-    before = merger.inspect(recipe(place, method)).view("result")
+    facts_before = merger.inspect(recipe(place, method)).view("result")
     merger.merge(recipe(place, method))
-    after = merger.inspect_merge(place / "out").view("result")
-    assert before.tensors.keys() == after.tensors.keys()
-    for name, foretold in before.tensors.items():
-        found = after.tensors[name]
-        assert (foretold.at_base, foretold.at_expert, foretold.blend) == (found.at_base, found.at_expert, found.blend)
+    facts_after = merger.inspect_merge(place / "out").view("result")
+    assert facts_before.tensors.keys() == facts_after.tensors.keys()
+    for name, foretold in facts_before.tensors.items():
+        result = facts_after.tensors[name]
+        assert (foretold.at_base, foretold.at_expert, foretold.blend) == (
+            result.at_base,
+            result.at_expert,
+            result.blend,
+        )
 
 
 def test_what_obim_keeps_of_each_expert_never_overlaps(place):
-    kept = merger.inspect(recipe(place)).view("top").whole
-    assert all(value == 0 for row in kept.overlap.values() for value in row.values())
-    assert sum(kept.holders[1:]) == pytest.approx(sum(kept.density.values()))
+    facts = merger.inspect(recipe(place)).view("top").whole
+    assert all(value == 0 for row in facts.overlap.values() for value in row.values())
+    assert sum(facts.holders[1:]) == pytest.approx(sum(facts.density.values()))

@@ -102,15 +102,15 @@ def collected(folder, size=4, settings=None, **options):
 @functools.cache
 def inputs_by_hooks(model):
     """What enters each linear layer of the whole model, sample by sample: {parameter: [[n i], ...]}."""
-    seen = {}
+    records = {}
 
     def see(name, rows):
-        seen.setdefault(name, []).append(rows.detach().reshape(-1, rows.shape[-1]).double())
+        records.setdefault(name, []).append(rows.detach().reshape(-1, rows.shape[-1]).double())
 
     def experts(name, module, args):
-        hidden, chosen = args[:2]
+        hidden, routes = args[:2]
         for expert, (up, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
-            rows = hidden[(chosen == expert).any(-1)]
+            rows = hidden[(routes == expert).any(-1)]
             projected = rows @ up + module.gate_up_proj_bias[expert] if up.shape[0] == rows.shape[1] else rows @ up.T
             see(f"{name}.{expert}.gate_up_proj", rows)
             see(f"{name}.{expert}.down_proj", module._apply_gate(projected))
@@ -128,7 +128,7 @@ def inputs_by_hooks(model):
     with torch.no_grad():
         for sample in SAMPLES:
             model(input_ids=torch.tensor([sample]), attention_mask=torch.ones(1, len(sample), dtype=torch.long))
-    return seen
+    return records
 
 
 def stored_names(name, moments):
@@ -137,19 +137,19 @@ def stored_names(name, moments):
         return [(name, None)]
     prefix, _, leaf = name.rpartition(".")
     if leaf in ("gate_up_proj", "down_proj"):  # packed: in the checkpoint too, or one by one
-        before, _, expert = prefix.rpartition(".")
-        if f"{before}.{leaf}" in moments:
-            return [(f"{before}.{leaf}", int(expert))]
+        state_before, _, expert = prefix.rpartition(".")
+        if f"{state_before}.{leaf}" in moments:
+            return [(f"{state_before}.{leaf}", int(expert))]
         leaves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else ["down_proj"]
-        return [(f"{prefix}.{each}.weight", None) for each in leaves]
+        return [(f"{prefix}.{value}.weight", None) for value in leaves]
     if "embed_out.weight" in moments:  # GPT-NeoX's own name for its head
         return [("embed_out.weight", None)]
     return [(tied, None) for tied in moments if moments[tied].token_share is not None]
 
 
-def assert_close(found, expected, tolerance=1e-5):
+def assert_close(result, expected, tolerance=1e-5):
     scale = expected.abs().max().clamp(min=1e-30)
-    assert ((found.double() - expected).abs().max() / scale) <= tolerance
+    assert ((result.double() - expected).abs().max() / scale) <= tolerance
 
 
 # --- the same as the whole model ------------------------------------------------------------------
@@ -164,11 +164,11 @@ def test_blocks_give_what_hooks_on_the_whole_model_see(build, name, size):
     for parameter, rows in inputs_by_hooks(model).items():
         rows = torch.cat(rows)
         for stored, slot in stored_names(parameter, moments):
-            found = [moments[stored].count, moments[stored].second_moment, moments[stored].mean]
-            count, second, mean = found if slot is None else [each[slot] for each in found]
+            result = [moments[stored].count, moments[stored].second_moment, moments[stored].mean]
+            count, second_moment, mean = result if slot is None else [value[slot] for value in result]
             assert count == len(rows)
             if len(rows):
-                assert_close(second, rows.square().mean(0))
+                assert_close(second_moment, rows.square().mean(0))
                 assert_close(mean, rows.mean(0))
     assert bool(notices) == (name == "albert")
 
@@ -178,19 +178,19 @@ def test_every_matrix_of_the_checkpoint_has_statistics(build, name):
     _, folder = build(name)
     moments = collected(folder, notice=lambda text: None)
     tensors = opened(folder).tensors
-    matrices = {each for each, info in tensors.items() if len(info.shape) > 1 and not each.endswith("_bias")}
-    positions = {each for each in matrices if "wpe" in each or "position_emb" in each or "token_type" in each}
+    matrices = {value for value, info in tensors.items() if len(info.shape) > 1 and not value.endswith("_bias")}
+    positions = {value for value in matrices if "wpe" in value or "position_emb" in value or "token_type" in value}
     assert set(moments) == matrices - positions
 
 
 @every
 def test_batches_and_padding_change_nothing(build, name):
     _, folder = build(name)
-    alone, together = (collected(folder, size, notice=lambda text: None) for size in (1, len(SAMPLES)))
-    for each, moments in alone.items():
-        assert torch.equal(moments.count, together[each].count)
+    solo, joint = (collected(folder, size, notice=lambda text: None) for size in (1, len(SAMPLES)))
+    for value, moments in solo.items():
+        assert torch.equal(moments.count, joint[value].count)
         if moments.second_moment is not None:
-            assert_close(together[each].second_moment, moments.second_moment.double(), 1e-6)
+            assert_close(joint[value].second_moment, moments.second_moment.double(), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-moe", "bert"])
@@ -198,22 +198,22 @@ def test_batches_and_padding_change_nothing(build, name):
 def test_a_sample_can_count_as_one_and_first_tokens_not_at_all(build, name, skip):
     model, folder = build(name)
     moments = collected(folder, 4, Settings(weighting="sample", skip_first_tokens=skip))
-    parameter = next(each for each in inputs_by_hooks(model) if each.endswith(("o_proj.weight", "output.dense.weight")))
-    rows = [each[skip:] for each in inputs_by_hooks(model)[parameter] if len(each) > skip]
+    parameter = next(hook for hook in inputs_by_hooks(model) if hook.endswith(("o_proj.weight", "output.dense.weight")))
+    rows = [hook[skip:] for hook in inputs_by_hooks(model)[parameter] if len(hook) > skip]
     assert moments[parameter].count == sum(map(len, rows))
-    assert_close(moments[parameter].second_moment, torch.stack([each.square().mean(0) for each in rows]).mean(0))
+    assert_close(moments[parameter].second_moment, torch.stack([hook.square().mean(0) for hook in rows]).mean(0))
 
 
 def test_samples_count_as_one_among_the_tokens_routed_to_an_expert(build):
     _, folder = build("qwen2-moe")
-    alone, together = (
+    solo, joint = (
         collected(folder, size, Settings(weighting="sample", skip_first_tokens=2)) for size in (1, len(SAMPLES))
     )
-    routed = [name for name in alone if ".experts." in name]
+    routed = [name for name in solo if ".experts." in name]
     assert routed
     for name in routed:
-        assert torch.equal(alone[name].count, together[name].count)
-        assert_close(together[name].second_moment, alone[name].second_moment.double())
+        assert torch.equal(solo[name].count, joint[name].count)
+        assert_close(joint[name].second_moment, solo[name].second_moment.double())
 
 
 def test_the_gram_matrix_is_of_the_inputs_and_its_diagonal_their_second_moment(build):
@@ -287,19 +287,19 @@ def test_a_block_is_read_when_its_turn_comes_and_every_tensor_once(build):
 
 def test_hidden_states_can_wait_in_files(build):
     _, folder = build("llama")
-    held, filed = collected(folder), collected(folder, host_memory=0)
-    assert all(torch.equal(held[name].count, filed[name].count) for name in held)
+    in_memory, in_files = collected(folder), collected(folder, host_memory=0)
+    assert all(torch.equal(in_memory[name].count, in_files[name].count) for name in in_memory)
     assert all(
-        torch.equal(held[name].second_moment, filed[name].second_moment)
-        for name in held
-        if held[name].second_moment is not None
+        torch.equal(in_memory[name].second_moment, in_files[name].second_moment)
+        for name in in_memory
+        if in_memory[name].second_moment is not None
     )
 
 
 def test_progress_is_told_for_each_block_and_batch(build):
-    told = []
-    collected(build("llama")[1], 4, progress=lambda done, total: told.append((done, total)))
-    assert told == [(done, 9) for done in range(1, 10)]
+    messages = []
+    collected(build("llama")[1], 4, progress=lambda count, total: messages.append((count, total)))
+    assert messages == [(count, 9) for count in range(1, 10)]
 
 
 def test_a_model_that_cannot_be_run_block_by_block_runs_whole_and_says_so(build):
@@ -318,10 +318,10 @@ def test_blocks_that_share_weights_run_whole_and_all_their_inputs_count(build):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of DeBERTa's own code
 def test_a_table_of_positions_through_the_same_matrix_is_no_token(build):
-    alone, together = (collected(build("deberta")[1], size) for size in (1, len(SAMPLES)))
+    solo, joint = (collected(build("deberta")[1], size) for size in (1, len(SAMPLES)))
     name = "deberta.encoder.layer.1.attention.self.query_proj.weight"
-    assert alone[name].count == together[name].count == sum(LENGTHS)
-    assert_close(together[name].second_moment, alone[name].second_moment.double(), 1e-6)
+    assert solo[name].count == joint[name].count == sum(LENGTHS)
+    assert_close(joint[name].second_moment, solo[name].second_moment.double(), 1e-6)
 
 
 def test_half_precision_is_close(build):
@@ -336,14 +336,14 @@ def test_names_without_the_base_models_prefix_are_kept(build, tmp_path):
     _, folder = build("gpt2")
     tensors = load_file(folder / "model.safetensors")
     save_file(
-        {name.removeprefix("transformer."): each for name, each in tensors.items()}, tmp_path / "model.safetensors"
+        {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors"
     )
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     expected = collected(folder)
-    found = dict(collect(opened(tmp_path), group_by_length(4), Settings()))
-    assert list(found) == ["h.0", "h.1", "h.2", ""]
+    result = dict(collect(opened(tmp_path), group_by_length(4), Settings()))
+    assert list(result) == ["h.0", "h.1", "h.2", ""]
     assert torch.equal(
-        found["h.1"]["h.1.mlp.c_fc.weight"].second_moment, expected["transformer.h.1.mlp.c_fc.weight"].second_moment
+        result["h.1"]["h.1.mlp.c_fc.weight"].second_moment, expected["transformer.h.1.mlp.c_fc.weight"].second_moment
     )
 
 
@@ -358,8 +358,10 @@ def test_importing_waits_for_neither_torch_nor_transformers():
 
 def changed(folder, to, config=None, **tensors):
     """A copy of a checkpoint with some tensors replaced, or left out where None is given."""
-    stored = load_file(folder / "model.safetensors") | {name.replace("__", "."): each for name, each in tensors.items()}
-    save_file({name: each for name, each in stored.items() if each is not None}, to / "model.safetensors")
+    stored = load_file(folder / "model.safetensors") | {
+        name.replace("__", "."): tensor for name, tensor in tensors.items()
+    }
+    save_file({name: tensor for name, tensor in stored.items() if tensor is not None}, to / "model.safetensors")
     (to / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | (config or {})))
     return to
 

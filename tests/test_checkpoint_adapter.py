@@ -61,12 +61,12 @@ CASES = {
 def bases(tmp_path_factory):
     """The folder and the model of each base."""
     torch.manual_seed(0)
-    found = {}
+    result = {}
     for name, model in {"llama": LlamaForCausalLM(LLAMA), "gpt2": GPT2LMHeadModel(GPT2)}.items():
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
-        found[name] = folder, type(model)
-    return found
+        result[name] = folder, type(model)
+    return result
 
 
 def adapted(bases, folder, base, **config):
@@ -81,8 +81,8 @@ def adapted(bases, folder, base, **config):
     return {name: tensor.clone() for name, tensor in merged.state_dict().items()}
 
 
-def opened(bases, name, adapter, **more):
-    return open_checkpoint(str(bases[name][0]), str(adapter), label="math", folder=adapter, **more)
+def opened(bases, name, adapter, **options):
+    return open_checkpoint(str(bases[name][0]), str(adapter), label="math", folder=adapter, **options)
 
 
 def agrees(model, expected):
@@ -174,8 +174,10 @@ def test_the_adapter_can_be_asked_for_its_files_and_commit(bases, tmp_path):
         assert model.directory == bases["llama"][0]
         assert model.adapter.directory == tmp_path
         assert model.adapter.commit is None
-        own = {model.adapter.directory / name for name in ("adapter_config.json", "adapter_model.safetensors")}
-        assert set(model.files) == {*own, model.directory / "model.safetensors"}
+        adapter_files = {
+            model.adapter.directory / name for name in ("adapter_config.json", "adapter_model.safetensors")
+        }
+        assert set(model.files) == {*adapter_files, model.directory / "model.safetensors"}
 
 
 # --- bits ---
@@ -190,9 +192,9 @@ def on_base(bases, tmp_path_factory):
         yield base, model
 
 
-def base_of(bases, name, adapter=None, **more):
+def base_of(bases, name, adapter=None, **options):
     folder, _ = bases[name]
-    return open_checkpoint(str(folder), adapter, label="base", folder=folder, **more)
+    return open_checkpoint(str(folder), adapter, label="base", folder=folder, **options)
 
 
 def test_on_its_own_base_the_delta_is_the_product_alone(on_base):
@@ -236,11 +238,11 @@ def test_a_tensor_without_a_change_keeps_its_dtype_and_bits(bases, on_base):
 
 @given(data=st.data())
 def test_bits_do_not_depend_on_how_a_tensor_is_cut(large, data):
-    model, whole = large
-    name = data.draw(st.sampled_from(sorted(whole)))
-    cuts = sorted([0, len(whole[name]), *data.draw(st.lists(st.integers(0, len(whole[name])), max_size=6))])
+    model, total = large
+    name = data.draw(st.sampled_from(sorted(total)))
+    cuts = sorted([0, len(total[name]), *data.draw(st.lists(st.integers(0, len(total[name])), max_size=6))])
     rows = [model.read_rows(name, start, stop) for start, stop in pairwise(cuts)]
-    assert torch.equal(torch.cat(rows), whole[name])
+    assert torch.equal(torch.cat(rows), total[name])
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +255,7 @@ def large(tmp_path_factory):
     write_adapter(
         folder / "adapter",
         {f"{m}.lora_A.weight": torch.randn(4, into) for m, (into, _) in factors.items()}
-        | {f"{m}.lora_B.weight": torch.randn(out, 4) for m, (_, out) in factors.items()},
+        | {f"{m}.lora_B.weight": torch.randn(output, 4) for m, (_, output) in factors.items()},
     )
     with open_checkpoint(".", "adapter", label="m", folder=folder) as model:
         yield model, {name: model.read(name) for name in model.tensors}
@@ -264,8 +266,8 @@ def large(tmp_path_factory):
 
 def write_adapter(folder, tensors, **config):
     folder.mkdir(exist_ok=True)
-    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
+    message = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(message))
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
     )
@@ -274,8 +276,8 @@ def write_adapter(folder, tensors, **config):
 def store(folder, tensors):
     """Stores further tensors in an adapter, or others of the same names."""
     stored = load_file(folder / "adapter_model.safetensors")
-    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file({**stored, **named}, folder / "adapter_model.safetensors")
+    names = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file({**stored, **names}, folder / "adapter_model.safetensors")
 
 
 def rename(folder, old, new):
@@ -373,23 +375,23 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_added_is_one_line(bases, tmp_path, name):
-    tensors, config, said = REFUSED[name]
+    tensors, config, message = REFUSED[name]
     write_adapter(tmp_path, tensors, **config)
     with pytest.raises(CheckpointError) as caught:
         opened(bases, "llama", tmp_path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith(f"math: the adapter {tmp_path}")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"),
+    ("missing", "message"),
     [("adapter_config.json", "has no adapter_config.json"), ("adapter_model.safetensors", "has no adapter_model.saf")],
 )
-def test_half_an_adapter_is_one_line(bases, tmp_path, missing, said):
+def test_half_an_adapter_is_one_line(bases, tmp_path, missing, message):
     write_adapter(tmp_path, PAIR)
     (tmp_path / missing).unlink()
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         opened(bases, "llama", tmp_path)
 
 

@@ -24,8 +24,8 @@ COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 WEIGHT = torch.arange(600_000.0).view(300, 2000)
 
 
-def config(**more):
-    return json.dumps({"model_type": "llama", **more}).encode()
+def config(**options):
+    return json.dumps({"model_type": "llama", **options}).encode()
 
 
 def pickled(tensors, folder):
@@ -99,8 +99,8 @@ class Hub(Handler):
         repository = next((name for name in self.server.repositories if path.startswith(name)), None)
         if repository is None:
             return self.answer(404, error="RepoNotFound")
-        rest = path.removeprefix(repository).strip("/").split("/", 2)
-        revision = rest[1] if len(rest) > 1 else "main"
+        tail = path.removeprefix(repository).strip("/").split("/", 2)
+        revision = tail[1] if len(tail) > 1 else "main"
         name = next((name for name, commit in COMMITS.items() if revision in (name, commit)), None)
         files = self.server.repositories[repository].get(name)
         if files is None:
@@ -108,21 +108,21 @@ class Hub(Handler):
         if api:
             tree = [{"type": "file", "path": f, "size": len(d), "oid": "0" * 40} for f, d in files.items()]
             siblings = [{"rfilename": f} | ({"size": len(d)} if self.server.sizes else {}) for f, d in files.items()]
-            for each in siblings:
-                digest = hashlib.sha256(files[each["rfilename"]]).hexdigest()
-                large = each["rfilename"].endswith((".safetensors", ".bin"))
-                each |= {"lfs": {"sha256": digest, "size": 1, "pointerSize": 1}} if large else {}
-            found = {"id": repository, "sha": COMMITS[name], "siblings": siblings}
-            return self.answer(200, json.dumps(tree if rest[0] == "tree" else found).encode())
+            for sibling in siblings:
+                digest = hashlib.sha256(files[sibling["rfilename"]]).hexdigest()
+                large = sibling["rfilename"].endswith((".safetensors", ".bin"))
+                sibling |= {"lfs": {"sha256": digest, "size": 1, "pointerSize": 1}} if large else {}
+            result = {"id": repository, "sha": COMMITS[name], "siblings": siblings}
+            return self.answer(200, json.dumps(tree if tail[0] == "tree" else result).encode())
         if repository == "org/gated":
             return self.answer(403, error="GatedRepo")
-        return self.send_file(files[rest[2]], COMMITS[name])
+        return self.send_file(files[tail[2]], COMMITS[name])
 
     def send_file(self, data, commit):
-        wanted = self.headers.get("Range")
-        if self.command == "HEAD" or wanted is None:
+        target = self.headers.get("Range")
+        if self.command == "HEAD" or target is None:
             return self.answer(200, data, commit=commit)
-        first, last = wanted.removeprefix("bytes=").split("-")
+        first, last = target.removeprefix("bytes=").split("-")
         return self.answer(206, data[int(first) : int(last or len(data)) + 1], commit=commit)
 
 
@@ -141,8 +141,8 @@ def hub(server, tmp_path, monkeypatch):
     return server.log
 
 
-def opened(source, tmp_path, adapter=None, **more):
-    return open_checkpoint(source, adapter, label="math", folder=tmp_path, **more)
+def opened(source, tmp_path, adapter=None, **options):
+    return open_checkpoint(source, adapter, label="math", folder=tmp_path, **options)
 
 
 def fetched(log):
@@ -187,8 +187,8 @@ def test_a_plan_reads_headers_and_not_weights(hub, tmp_path, repositories, sourc
     assert 0 < read < weights
     assert planned.files == []
     run = opened(source, tmp_path)
-    shown = {name: (info.dtype, info.shape) for name, info in run.tensors.items()}
-    assert {name: (info.dtype, info.shape) for name, info in planned.tensors.items()} == shown
+    display = {name: (info.dtype, info.shape) for name, info in run.tensors.items()}
+    assert {name: (info.dtype, info.shape) for name, info in planned.tensors.items()} == display
 
 
 def test_a_plan_of_what_is_in_the_cache_reads_it_there(hub, tmp_path):
@@ -211,8 +211,8 @@ def test_models_that_do_not_fit_are_refused_before_their_weights_are_fetched(hub
     )
     with pytest.raises(CheckpointError, match="2 is '<tool>' in base and a and '<think>' in b"):
         merge(recipe)
-    whole = [path for _, path, part in hub if path.endswith("model.safetensors") and part is None]
-    assert whole == []
+    total = [path for _, path, part in hub if path.endswith("model.safetensors") and part is None]
+    assert total == []
     assert not (tmp_path / "out").exists()
 
 
@@ -295,7 +295,7 @@ def one_line_without_secrets(caught):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("org/absent", "no repository org/absent that the Hub shows you"),
         ("org/sharded@v9", "org/sharded has no revision v9"),
@@ -305,10 +305,10 @@ def one_line_without_secrets(caught):
     ],
 )
 @pytest.mark.parametrize("headers_only", [False, True])
-def test_failures_say_what_to_do(hub, tmp_path, source, said, headers_only):
+def test_failures_say_what_to_do(hub, tmp_path, source, message, headers_only):
     with pytest.raises(CheckpointError) as caught:
         opened(source, tmp_path, headers_only=headers_only)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     one_line_without_secrets(caught)
 
 
@@ -320,7 +320,7 @@ def test_a_hub_that_cannot_be_reached_is_named_without_its_credentials(hub, tmp_
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "said"),
+    ("error", "kind", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), ResourceError, r"the disk of \S+ is full; set HF_HOME"),
         (PermissionError(errno.EACCES, "Permission denied", "/cache"), CheckpointError, "/cache: Permission denied"),
@@ -328,12 +328,12 @@ def test_a_hub_that_cannot_be_reached_is_named_without_its_credentials(hub, tmp_
         (TimeoutError(), CheckpointError, r"\(TimeoutError\); check the connection"),
     ],
 )
-def test_a_download_that_breaks_is_one_line(hub, tmp_path, monkeypatch, error, kind, said):
+def test_a_download_that_breaks_is_one_line(hub, tmp_path, monkeypatch, error, kind, message):
     def breaks(*_, **__):
         raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", breaks)
-    with pytest.raises(kind, match=said) as caught:
+    with pytest.raises(kind, match=message) as caught:
         opened("org/sharded", tmp_path)
     one_line_without_secrets(caught)
 
@@ -356,14 +356,14 @@ def test_the_environment_alone_sets_endpoint_and_offline(server, tmp_path):
         "HF_HOME": str(tmp_path),
     }
     for offline in ("0", "1"):
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", program],
             env=environment | {"HF_HUB_OFFLINE": offline},
             capture_output=True,
             text=True,
             check=True,
         )
-        assert done.stdout.strip() == COMMITS["main"]
+        assert completed.stdout.strip() == COMMITS["main"]
         assert server.log or offline == "1"
         server.log.clear()
 
@@ -385,8 +385,8 @@ def test_a_lock_holds_commits_and_hashes_and_downloads_no_weights(hub, tmp_path,
     assert locked["base"]["commit"] == locked["math"]["adapter"]["commit"] == COMMITS["main"]
     for name in ("model-1.safetensors", "model-2.safetensors"):
         assert locked["base"]["files"][name] == hashlib.sha256(files[name]).hexdigest()
-    whole = [path for method, path, part in hub if method == "GET" and "/model-" in path and not part]
-    assert whole == []
+    total = [path for method, path, part in hub if method == "GET" and "/model-" in path and not part]
+    assert total == []
 
     check_lock(recipe, tmp_path / "recipe.lock")
     merge(recipe)
@@ -394,5 +394,5 @@ def test_a_lock_holds_commits_and_hashes_and_downloads_no_weights(hub, tmp_path,
     monkeypatch.setitem(COMMITS, "main", "c" * 40)
     with pytest.raises(RecipeError) as caught:
         check_lock(recipe, tmp_path / "recipe.lock")
-    named = {fault.split(" was ")[0].rpartition(": ")[2] for fault in caught.value.faults[:-1]}
-    assert named == {"inputs.base.commit", "inputs.math.commit", "inputs.math.adapter.commit"}
+    names = {fault.split(" was ")[0].rpartition(": ")[2] for fault in caught.value.faults[:-1]}
+    assert names == {"inputs.base.commit", "inputs.math.commit", "inputs.math.adapter.commit"}

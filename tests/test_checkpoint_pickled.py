@@ -39,8 +39,8 @@ STATE = {
 }
 
 
-def saved(path, state, legacy=False, **more):
-    torch.save(state, path, _use_new_zipfile_serialization=not legacy, **more)
+def saved(path, state, legacy=False, **options):
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy, **options)
     return path
 
 
@@ -56,9 +56,9 @@ def test_every_tensor_is_what_torch_loads(tmp_path, legacy, protocol):
     with checkpoint(path) as model:
         assert list(model.tensors) == list(loaded)
         for name, expected in loaded.items():
-            found = model.read(name)
-            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-            assert torch.equal(found, expected), name
+            result = model.read(name)
+            assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+            assert torch.equal(result, expected), name
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float64", "part", "transposed", "permuted", "columns"])
@@ -67,10 +67,10 @@ def test_rows_are_rows_of_the_whole(tmp_path_factory, name, data):
     folder = tmp_path_factory.getbasetemp() / "rows"
     folder.mkdir(exist_ok=True)
     with checkpoint(saved(folder / "m.bin", STATE)) as model:
-        whole = STATE[name].reshape(model.tensors[name].matrix)
-        start = data.draw(st.integers(0, len(whole)))
-        stop = data.draw(st.integers(start, len(whole)))
-        assert torch.equal(model.read_rows(name, start, stop), whole[start:stop])
+        total = STATE[name].reshape(model.tensors[name].matrix)
+        start = data.draw(st.integers(0, len(total)))
+        stop = data.draw(st.integers(start, len(total)))
+        assert torch.equal(model.read_rows(name, start, stop), total[start:stop])
 
 
 def test_a_module_saved_with_its_metadata_is_read(tmp_path):
@@ -100,8 +100,8 @@ def test_reading_needs_neither_torch_nor_memory_for_the_file(tmp_path):
         "for name in model.tensors: model.read(name)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 20_000  # KB
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(completed.stdout) < 20_000  # KB
 
 
 # --- what is refused ---
@@ -187,10 +187,10 @@ BROKEN = {
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_one_line(tmp_path, name):
-    make, said = BROKEN[name]
+    make, message = BROKEN[name]
     path = tmp_path / "m.bin"
     make(path)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         FORMAT.header(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -50,8 +50,8 @@ def write_shards(folder, **index):
     return folder
 
 
-def opened(folder, **more):
-    return open_checkpoint(".", None, label="math", folder=folder, **more)
+def opened(folder, **options):
+    return open_checkpoint(".", None, label="math", folder=folder, **options)
 
 
 def refusal(folder, source="."):
@@ -64,9 +64,9 @@ def refusal(folder, source="."):
 @pytest.mark.parametrize("name", STATE)
 def test_a_tensor_is_read_as_it_was_written(single, name):
     with opened(single) as model:
-        found = model.read(name)
-        assert (found.dtype, found.shape) == (STATE[name].dtype, STATE[name].shape)
-        assert torch.equal(found, STATE[name])
+        result = model.read(name)
+        assert (result.dtype, result.shape) == (STATE[name].dtype, STATE[name].shape)
+        assert torch.equal(result, STATE[name])
 
 
 @given(data=st.data(), name=st.sampled_from(sorted(STATE)))
@@ -101,9 +101,9 @@ def test_shards_are_read_by_their_index(sharded):
 
 def test_what_an_index_forgets_is_a_tensor_of_the_model_all_the_same(sharded):
     index = sharded / "model.safetensors.index.json"
-    known = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": {name: file for name, file in known.items() if name != "one"}}))
-    assert set(opened(sharded).tensors) == set(known)
+    inputs = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {name: file for name, file in inputs.items() if name != "one"}}))
+    assert set(opened(sharded).tensors) == set(inputs)
 
 
 def test_links_to_files_elsewhere_are_followed_as_in_a_hub_cache(sharded, tmp_path_factory):
@@ -137,8 +137,8 @@ def test_a_file_that_shrinks_while_it_is_open_is_a_sentence(single):
 def test_opening_imports_no_heavy_library():
     heavy = "torch", "numpy", "huggingface_hub", "transformers", "safetensors"
     program = f"import sys, merger.checkpoint.opening; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "[]"
 
 
 # --- bad folders ---
@@ -156,8 +156,8 @@ def directory(file):
     return lambda folder: ((folder / file).unlink(missing_ok=True), (folder / file).mkdir())
 
 
-def config(**more):
-    return written("config.json", json.dumps(more))
+def config(**options):
+    return written("config.json", json.dumps(options))
 
 
 INDEX = "model.safetensors.index.json"
@@ -197,15 +197,15 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_folder_is_one_line_that_says_what_is_wrong(sharded, name):
-    spoil, said = BAD[name]
+    spoil, text = BAD[name]
     spoil(sharded)
     message = refusal(sharded)
-    assert said in message
+    assert text in message
     assert str(sharded) in message or "is quantised" in message
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ([], "has no model.safetensors or pytorch_model.bin; save the model there with save_pretrained"),
         (["tf_model.h5"], "pytorch_model.bin, only tf_model.h5;"),
@@ -213,11 +213,11 @@ def test_a_bad_folder_is_one_line_that_says_what_is_wrong(sharded, name):
         (["consolidated.00.pth"], "only consolidated.00.pth;"),
     ],
 )
-def test_a_folder_without_readable_weights_says_what_it_has(tmp_path, files, said):
+def test_a_folder_without_readable_weights_says_what_it_has(tmp_path, files, message):
     (tmp_path / "config.json").write_text("{}")
     for file in files:
         (tmp_path / file).touch()
-    assert said in refusal(tmp_path)
+    assert message in refusal(tmp_path)
 
 
 def test_a_file_in_place_of_a_folder_is_a_sentence(single):

@@ -119,23 +119,23 @@ def test_json_is_exactly_one_object(merger, folder):
 
     assert (ran.code, ran.err) == (0, "")
     assert len(ran.out.splitlines()) == 1
-    said = json.loads(ran.out)
+    content = json.loads(ran.out)
     assert {
         "output", "seconds", "bytes_read", "bytes_written", "tensors", "peak_memory_bytes",
         "peak_device_memory_bytes", "device", "seed",
-    } <= said.keys()  # fmt: skip
-    assert said["tensors"] == {"merged": 21, "copied": 0, "dropped": 0}
-    assert said["seed"] == 5
+    } <= content.keys()  # fmt: skip
+    assert content["tensors"] == {"merged": 21, "copied": 0, "dropped": 0}
+    assert content["seed"] == 5
 
 
 def test_remarks_go_to_stderr_whole_unless_quiet(merger, folder):
     pattern = "a.pattern.so.long.that.it.would.not.fit.a.line.of.a.terminal.and.matches.no.tensor.of.any.model"
     extra = ["--set", f"rules=[{{tensors: {pattern}, use: base}}]"]
 
-    told = merger("run", "recipe.yaml", *extra)
+    calls = merger("run", "recipe.yaml", *extra)
     quiet = merger("run", "recipe.yaml", "--force", "--quiet", *extra)
 
-    assert told.err == f"note: rule 1 ({pattern}) matches no tensor\n"
+    assert calls.err == f"note: rule 1 ({pattern}) matches no tensor\n"
     assert (quiet.code, quiet.err) == (0, "")
 
 
@@ -145,30 +145,30 @@ def on_a_terminal(*command):
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=follower, env=environment)
     os.close(follower)
-    shown = b""
+    display = b""
     while True:
         try:
-            shown += os.read(leader, 4096)
+            display += os.read(leader, 4096)
         except OSError:  # the other end is closed
             break
-    out, _ = process.communicate()
+    output, _ = process.communicate()
     os.close(leader)
     assert process.returncode == 0
-    return shown, out
+    return display, output
 
 
 def test_the_json_of_an_unchanged_output_goes_to_stdout_beside_a_terminal(merger, folder):
     merger("lock", "recipe.yaml")
     merger("run", "recipe.yaml", "--quiet")
-    _, out = on_a_terminal("-m", "merger", "run", "recipe.yaml", "--locked", "--json")
-    assert json.loads(out)["unchanged"] is True
+    _, output = on_a_terminal("-m", "merger", "run", "recipe.yaml", "--locked", "--json")
+    assert json.loads(output)["unchanged"] is True
 
 
 def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
-    shown, out = on_a_terminal("-c", SLOW.replace("0.2", "0.02"))
-    assert len(out.splitlines()) == 1
+    display, output = on_a_terminal("-c", SLOW.replace("0.2", "0.02"))
+    assert len(output.splitlines()) == 1
     for sign in (rb"merging", rb"[\d.]+ kB of [\d.]+ kB, [\d.]+ k?B/s", rb"\d+%", rb"ETA", rb"\d:\d\d:\d\d"):
-        assert re.search(sign, shown)
+        assert re.search(sign, display)
 
 
 # --- stopping it ----------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_130_and_nothing_left(folder, number):
-    before = sorted(folder.rglob("*"))
+    names = sorted(folder.rglob("*"))
     process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     began = time.monotonic()
     while not Path("out.partial/model/model.safetensors").exists():
@@ -185,11 +185,11 @@ def test_a_signal_ends_a_run_with_130_and_nothing_left(folder, number):
         time.sleep(0.02)
 
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    output, err = process.communicate(timeout=60)
 
     assert process.returncode == 130
-    assert (out, err) == ("", "interrupted; nothing was left half-written\n")
-    assert sorted(folder.rglob("*")) == before
+    assert (output, err) == ("", "interrupted; nothing was left half-written\n")
+    assert sorted(folder.rglob("*")) == names
 
 
 def test_a_closed_pipe_is_met_in_silence(folder):
@@ -205,12 +205,12 @@ def test_a_closed_pipe_is_met_in_silence(folder):
 
 
 def test_a_plan_writes_nothing_and_says_what_would_be_done(merger, folder):
-    before = sorted(folder.rglob("*"))
+    names = sorted(folder.rglob("*"))
 
     ran = merger("plan", "recipe.yaml", "--set", "rules=[{tensors: norm, use: math}]")
 
     assert (ran.code, ran.err) == (0, "")
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == names
     rows = [line.split() for line in ran.out.splitlines()]
     assert ["model.layers.*.mlp.up_proj.weight", "2", "8x4", "F32", "linear", "ties"] in rows
     assert ["model.norm.weight", "1", "4", "F32", "vector", "copy", "from", "math"] in rows
@@ -221,14 +221,14 @@ def test_a_plan_writes_nothing_and_says_what_would_be_done(merger, folder):
 def test_a_plan_in_json_has_the_same_facts(merger, folder):
     ran = merger("plan", "recipe.yaml", "--json")
 
-    said = json.loads(ran.out)
+    content = json.loads(ran.out)
     assert len(ran.out.splitlines()) == 1
-    assert (said["tensors"], said["experts"]) == (21, ["code", "math"])
-    assert said["bytes_read"] == 3 * said["bytes_written"] == 4848
-    assert said["passes_over_model"] is True
-    assert said["calibrated"] is False
-    assert sum(group["count"] for group in said["groups"]) == 21
-    assert {"memory", "disk_free", "notes", "dropped"} <= said.keys()
+    assert (content["tensors"], content["experts"]) == (21, ["code", "math"])
+    assert content["bytes_read"] == 3 * content["bytes_written"] == 4848
+    assert content["passes_over_model"] is True
+    assert content["calibrated"] is False
+    assert sum(group["count"] for group in content["groups"]) == 21
+    assert {"memory", "disk_free", "notes", "dropped"} <= content.keys()
 
 
 def test_a_plan_tells_what_is_dropped_and_what_differs(merger, folder):
@@ -284,9 +284,9 @@ def test_every_method_shows_its_parameters_and_paper(merger, name):
     entry = {**SCORES, **ENTRIES}[name]
     assert entry.summary in ran.out
     assert entry.paper in ran.out
-    said = json.loads(merger("methods", name, "--json").out)
-    assert (said["name"], said["kind"], said["summary"]) == (name, entry.kind, entry.summary)
-    assert all(f" {parameter} " in ran.out for parameter in said["parameters"])
+    content = json.loads(merger("methods", name, "--json").out)
+    assert (content["name"], content["kind"], content["summary"]) == (name, entry.kind, entry.summary)
+    assert all(f" {parameter} " in ran.out for parameter in content["parameters"])
 
 
 def test_what_a_method_expands_to_can_be_pasted_into_a_recipe(merger, folder):
@@ -294,21 +294,21 @@ def test_what_a_method_expands_to_can_be_pasted_into_a_recipe(merger, folder):
     stages = yaml.safe_load("\n".join(line for line in listing.splitlines() if line.startswith("  - ")))
     assert [next(iter(stage)) for stage in stages] == ["top", "sign_elect", "scale"]
 
-    named = merger("run", "recipe.yaml")
-    spelled = {**yaml.safe_load(RECIPE), "pipeline": stages, "output": {"path": "spelled"}}
-    del spelled["method"]
-    Path("spelled.yaml").write_text(yaml.safe_dump(spelled))
+    names = merger("run", "recipe.yaml")
+    spelling = {**yaml.safe_load(RECIPE), "pipeline": stages, "output": {"path": "spelled"}}
+    del spelling["method"]
+    Path("spelled.yaml").write_text(yaml.safe_dump(spelling))
     pasted = merger("run", "spelled.yaml")
 
-    assert (named.code, pasted.code) == (0, 0)
+    assert (names.code, pasted.code) == (0, 0)
     assert Path("out/model.safetensors").read_bytes() == Path("spelled/model.safetensors").read_bytes()
 
 
 def test_methods_in_json_are_one_object_by_kind(merger):
     ran = merger("methods", "--json")
-    said = json.loads(ran.out)
-    assert set(said) == {"method", "sparsifier", "merger", "pack", "filter", "scale", "score"}
-    assert {"linear", "sum"} <= {each["name"] for each in said["merger"]}
+    content = json.loads(ran.out)
+    assert set(content) == {"method", "sparsifier", "merger", "pack", "filter", "scale", "score"}
+    assert {"linear", "sum"} <= {value["name"] for value in content["merger"]}
 
 
 def test_an_unknown_method_offers_the_near_one(merger):

@@ -20,10 +20,10 @@ def drawn(seed, dtype, output, experts=3, count=4096):
     """Base and experts of any bit patterns at all; experts near the base, near zero, and -0 among them."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(1 << 15), 1 << 15, (1 + experts, 1, count), generator=generator)
-    near = bits[0] + torch.randint(-300, 300, (experts, 1, count), generator=generator)
+    close = bits[0] + torch.randint(-300, 300, (experts, 1, count), generator=generator)
     small = torch.randint(0, 2, (experts, 1, count), generator=generator) << 15
     kind = torch.randint(0, 4, (experts, 1, count), generator=generator)
-    bits[1:] = torch.where(kind == 0, near.clamp(-(1 << 15), (1 << 15) - 1), bits[1:])
+    bits[1:] = torch.where(kind == 0, close.clamp(-(1 << 15), (1 << 15) - 1), bits[1:])
     bits[1:] = torch.where(kind == 1, small, bits[1:])
     return finite(bits, dtype, output), generator
 
@@ -31,8 +31,8 @@ def drawn(seed, dtype, output, experts=3, count=4096):
 def by_definition(stored, base, deltas, delta, dtype):
     """The rule at every position, one at a time."""
     merged = (base + delta).to(dtype)
-    for expert, own in zip(stored[1:], deltas, strict=True):
-        merged = torch.where(delta == own, expert.to(dtype), merged)
+    for expert, expert_delta in zip(stored[1:], deltas, strict=True):
+        merged = torch.where(delta == expert_delta, expert.to(dtype), merged)
     return torch.where(delta == 0, stored[0].to(dtype), merged)
 
 
@@ -47,9 +47,9 @@ def test_copies_have_the_bits_of_what_they_are_copies_of(dtype, output, seed):
     options = torch.stack([*deltas, torch.zeros_like(base), (deltas[0] + deltas[1]) / 2])
     delta = options.gather(0, choice.unsqueeze(0))[0]
     expected = by_definition(stored, base, deltas, delta, output)
-    found = restored(stored, base, deltas, delta, output)
+    restored_values = restored(stored, base, deltas, delta, output)
     bits = {2: torch.int16, 4: torch.int32}[expected.element_size()]
-    assert torch.equal(found.view(bits), expected.view(bits))
+    assert torch.equal(restored_values.view(bits), expected.view(bits))
 
 
 @pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32], ids=str)
@@ -76,5 +76,5 @@ def test_minus_zero_keeps_its_sign(values):
     deltas = stored[1:].float() - base
     for delta, expected in ((deltas[0], stored[1]), (torch.zeros(1, 1), stored[0])):
         expected = stored[0] if delta == 0 else expected
-        found = restored(stored, base, deltas, delta, torch.float16)
-        assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+        restored_values = restored(stored, base, deltas, delta, torch.float16)
+        assert torch.equal(restored_values.view(torch.int16), expected.view(torch.int16))

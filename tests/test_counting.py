@@ -34,10 +34,10 @@ def test_what_c_can_read_is_counted_in_c() -> None:
 
 def counted(loops: Counting, deltas: torch.Tensor, first: int) -> list[torch.Tensor]:
     """All that is counted of task vectors, twice for it is added up."""
-    counts = Counts.none(len(deltas), deltas.shape[2])
+    counts = Counts.zeros(len(deltas), deltas.shape[2])
     for _ in range(2):
-        found = loops.vectors(deltas, first, 8, counts)
-    return [*vars(counts).values(), *found]
+        result = loops.vectors(deltas, first, 8, counts)
+    return [*vars(counts).values(), *result]
 
 
 @given(stacks(), st.integers(0, 7))
@@ -47,8 +47,8 @@ def test_task_vectors_have_the_same_counts_and_products_to_the_bit(deltas: torch
 
 @given(stacks())
 def test_a_merged_vector_has_the_same_counts_and_products_to_the_bit(deltas: torch.Tensor) -> None:
-    (kept, products), (same_kept, same_products) = (each.merged(deltas[0], deltas) for each in (native, twin))
-    assert kept == same_kept
+    (count, products), (same_count, same_products) = (value.merged(deltas[0], deltas) for value in (native, twin))
+    assert count == same_count
     assert torch.equal(products, same_products)
 
 
@@ -56,15 +56,17 @@ def test_a_merged_vector_has_the_same_counts_and_products_to_the_bit(deltas: tor
 @given(deltas=stacks())
 def test_the_same_values_are_found_once_each(deltas: torch.Tensor, bits: int) -> None:
     deltas = deltas.bfloat16().float() if bits == 16 else deltas
-    for own, same, values in zip(native.different(deltas), twin.different(deltas), deltas, strict=True):
-        assert sorted(own.tolist()) == sorted(same.tolist())
-        assert len(own) == len(set(values.flatten().tolist()) - {0.0})
+    for compiled, twin_values, values in zip(
+        native.distinct_values(deltas), twin.distinct_values(deltas), deltas, strict=True
+    ):
+        assert sorted(compiled.tolist()) == sorted(twin_values.tolist())
+        assert len(compiled) == len(set(values.flatten().tolist()) - {0.0})
 
 
 def test_a_table_that_fills_up_is_made_larger() -> None:
     values = torch.arange(1, 100_001, dtype=torch.float32) / 3
-    (found,) = native.different(values.repeat(3).unsqueeze(0))
-    assert torch.equal(found.view(torch.float32).sort().values, values)
+    (result,) = native.distinct_values(values.repeat(3).unsqueeze(0))
+    assert torch.equal(result.view(torch.float32).sort().values, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -92,11 +94,14 @@ def test_vectors_on_a_device_are_counted_there_and_only_counts_come_back() -> No
         native.merged(deltas[0], deltas),
     )
     with Pretence():
-        away = deltas.to("cuda:0")
-        loops = counting.of(away)
-        found = counted(loops, away, 3), loops.endings(away[0], away[1], away), loops.merged(away[0], away)
-        assert all(str(each.device) == "cpu" for each in [*found[0], found[1], found[2][1], *loops.different(away)])
-    assert all(map(torch.equal, found[0], expected[0]))
-    assert torch.equal(found[1], expected[1])
-    assert found[2][0] == expected[2][0]
-    assert torch.equal(found[2][1], expected[2][1])
+        remote = deltas.to("cuda:0")
+        loops = counting.of(remote)
+        result = counted(loops, remote, 3), loops.endings(remote[0], remote[1], remote), loops.merged(remote[0], remote)
+        assert all(
+            str(value.device) == "cpu"
+            for value in [*result[0], result[1], result[2][1], *loops.distinct_values(remote)]
+        )
+    assert all(map(torch.equal, result[0], expected[0]))
+    assert torch.equal(result[1], expected[1])
+    assert result[2][0] == expected[2][0]
+    assert torch.equal(result[2][1], expected[2][1])

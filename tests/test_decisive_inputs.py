@@ -63,8 +63,8 @@ def adapter(folder):
     factors = {f"{name}.lora_A.weight": torch.ones(2, size), f"{name}.lora_B.weight": torch.ones(size, 2)}
     folder.mkdir()
     save_file(factors, folder / "adapter_model.safetensors")
-    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
+    message = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(message))
 
 
 def write(path, records):
@@ -83,9 +83,9 @@ def kept(folder, tmp_path, changes=()):
 
 def record_of(folder, changes):
     """The first line of a search's record; nothing is merged for it."""
-    written = {**RECIPE, "search": SEARCH, **changes}
-    written["parameters"] = {"lambda": {"search": {"low": 0, "high": 1}}, **written.get("parameters", {})}
-    (folder / "search.yaml").write_text(json.dumps(written))
+    parameters = {**RECIPE, "search": SEARCH, **changes}
+    parameters["parameters"] = {"lambda": {"search": {"low": 0, "high": 1}}, **parameters.get("parameters", {})}
+    (folder / "search.yaml").write_text(json.dumps(parameters))
     shutil.rmtree(folder / "search.search", ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Search, "references", stop)
@@ -102,8 +102,8 @@ def stop(*_):
     raise Stopped
 
 
-def noticed(before, after):
-    return {name for name in before if before[name] != after[name]}
+def noticed(state_before, state_after):
+    return {name for name in state_before if state_before[name] != state_after[name]}
 
 
 def edited(path, **changes):
@@ -216,8 +216,8 @@ def test_a_setting_of_calibration_that_changed_is_noticed(original, unchanged, t
 
 @pytest.mark.parametrize("name", MERGING)
 def test_a_setting_of_the_merge_that_changed_is_noticed(original, unchanged, tmp_path, name):
-    found = noticed(unchanged, kept(original, tmp_path, MERGING[name]))
-    assert found >= {SHARDS, LOCK, RECORD}
+    result = noticed(unchanged, kept(original, tmp_path, MERGING[name]))
+    assert result >= {SHARDS, LOCK, RECORD}
 
 
 def test_every_setting_of_calibration_is_changed_here():
@@ -230,8 +230,8 @@ def test_every_setting_of_calibration_is_changed_here():
 def test_statistics_of_one_kind_of_device_are_not_those_of_another(original, device):
     recipe = Recipe.parse(RECIPE, original)
     with prepare(recipe, CPU) as prepared:
-        here, there = (
+        cpu_names, device_names = (
             {name: key.file_name() for name, key in statistics_keys(prepared.plan, RunOptions(device=kind)).items()}
             for kind in ("cpu", device)
         )
-    assert (here == there) == (device == "cpu")
+    assert (cpu_names == device_names) == (device == "cpu")

@@ -20,8 +20,8 @@ Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 8, "tie_word_embeddings": False}
 
 
-def written(folder, seed, dtype=torch.bfloat16, **more):
-    return save(folder, llama(seed, layers=1, dtype=dtype, **more))
+def written(folder, seed, dtype=torch.bfloat16, **options):
+    return save(folder, llama(seed, layers=1, dtype=dtype, **options))
 
 
 def adapter(folder, seed):
@@ -99,9 +99,9 @@ def test_every_form_of_input_is_merged_on_devices_as_on_the_cpu(tmp_path, device
 
 def recipe_of(folder, inputs, method):
     written(folder / "base", 0)
-    said = {"base": "base", "experts": inputs(folder), "method": method, "output": {"path": "out"}}
-    said |= {"extra_rows": "drop"} if method in PACKS else {}  # which hold no rows that only some experts have
-    return Recipe.parse(said, folder)
+    content = {"base": "base", "experts": inputs(folder), "method": method, "output": {"path": "out"}}
+    content |= {"extra_rows": "drop"} if method in PACKS else {}  # which hold no rows that only some experts have
+    return Recipe.parse(content, folder)
 
 
 def merged(recipe, device):
@@ -121,14 +121,14 @@ def test_a_gpu_merges_every_form_of_input_as_the_cpu_does(tmp_path, inputs, meth
 def test_matrices_are_merged_one_at_a_time_where_a_device_has_room_for_one(tmp_path, devices, monkeypatch):
     for seed, name in enumerate(("base", "code")):
         written(tmp_path / name, seed)
-    running, most, lock, read_rows = [], [], Lock(), Reader.read_rows
+    running, maximum, lock, read_rows = [], [], Lock(), Reader.read_rows
 
     def observed(reader, tensor, part, rows, device):
         if len(rows) < part.rows:  # a slice, which needs no leave
             return read_rows(reader, tensor, part, rows, device)
         with lock:
             running.append(part)
-            most.append(len(running))
+            maximum.append(len(running))
         stored = read_rows(reader, tensor, part, rows, device)
         with lock:
             running.remove(part)
@@ -137,6 +137,6 @@ def test_matrices_are_merged_one_at_a_time_where_a_device_has_room_for_one(tmp_p
     monkeypatch.setattr(Reader, "read_rows", observed)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     devices("cuda:0", memory=1)
-    said = {"base": "base", "experts": {"code": "code"}, "method": "iso_c", "output": {"path": "out"}}
-    merge(Recipe.parse(said, tmp_path))
-    assert max(most) == 1
+    content = {"base": "base", "experts": {"code": "code"}, "method": "iso_c", "output": {"path": "out"}}
+    merge(Recipe.parse(content, tmp_path))
+    assert max(maximum) == 1

@@ -76,10 +76,10 @@ def test_maps_by_expert_take_names_that_look_like_numbers():
     assert load(text).spelled_out()["parameters"]["weight"] == {"1": 2, "b": 3}
 
 
-@pytest.mark.parametrize(("one", "other"), [("1", "'1'"), ("no", '"no"'), ("a", "a")])
-def test_two_spellings_of_a_key_are_the_same_key(one, other):
-    assert fault_of(f"experts: {{\n {one}: x,\n {other}: y}}\n") == [
-        f"recipe.yaml:3: experts.{one}: stands here a second time"
+@pytest.mark.parametrize(("key", "spelling"), [("1", "'1'"), ("no", '"no"'), ("a", "a")])
+def test_two_spellings_of_a_key_are_the_same_key(key, spelling):
+    assert fault_of(f"experts: {{\n {key}: x,\n {spelling}: y}}\n") == [
+        f"recipe.yaml:3: experts.{key}: stands here a second time"
     ]
 
 
@@ -96,7 +96,7 @@ def test_merge_keys_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("written", "value"),
+    ("text", "value"),
     [
         ("0", 0), ("-3", -3), ("+3", 3), ("1_000", 1000), ("12_000_000", 12_000_000), ("0x1F", 31),
         ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("01.5", 1.5), ("1.0e+3", 1000.0), (".inf", float("inf")),
@@ -105,33 +105,33 @@ def test_merge_keys_work(tmp_path):
         ("2026-01-01", "2026-01-01"), ("1e3", "1e3"), ("1/3", "1/3"), ("=", "="), ("truest", "truest"),
     ],
 )  # fmt: skip
-def test_a_plain_value_is_what_a_reader_takes_it_for(written, value, tmp_path):
-    found = values(f"key: {written}\n", tmp_path)["key"]
-    assert (found, type(found)) == (value, type(value))
+def test_a_plain_value_is_what_a_reader_takes_it_for(text, value, tmp_path):
+    result = values(f"key: {text}\n", tmp_path)["key"]
+    assert (result, type(result)) == (value, type(value))
 
 
-@pytest.mark.parametrize("written", UNLIKE)
-def test_a_number_that_yamls_versions_read_differently_is_refused_with_its_line(written):
-    (fault,) = fault_of(RECIPE.format(name="a") + f"seed: {written}\n")
+@pytest.mark.parametrize("text", UNLIKE)
+def test_a_number_that_yamls_versions_read_differently_is_refused_with_its_line(text):
+    (fault,) = fault_of(RECIPE.format(name="a") + f"seed: {text}\n")
     assert fault == (
-        f"recipe.yaml:7: seed: YAML 1.1 and 1.2 read {written} differently; write a number in plain digits, or put it "
+        f"recipe.yaml:7: seed: YAML 1.1 and 1.2 read {text} differently; write a number in plain digits, or put it "
         "in quotes if it is text"
     )
 
 
-@pytest.mark.parametrize("written", ["08", "0o10", "2026-01-01", "1e3", "no"])
-def test_text_in_place_of_a_number_is_refused_with_its_line(written):
-    (fault,) = fault_of(RECIPE.format(name="a") + f"seed: {written}\n")
-    assert fault == f"recipe.yaml:7: seed: is {written!r}, expected a whole number"
+@pytest.mark.parametrize("text", ["08", "0o10", "2026-01-01", "1e3", "no"])
+def test_text_in_place_of_a_number_is_refused_with_its_line(text):
+    (fault,) = fault_of(RECIPE.format(name="a") + f"seed: {text}\n")
+    assert fault == f"recipe.yaml:7: seed: is {text!r}, expected a whole number"
 
 
 def test_an_explicit_tag_does_not_let_such_a_number_in():
     assert "read 010 differently" in fault_of(RECIPE.format(name="a") + "seed: !!int '010'\n")[0]
 
 
-@pytest.mark.parametrize("written", UNLIKE)
-def test_such_a_number_in_quotes_is_text(written, tmp_path):
-    assert values(f"key: '{written}'\n", tmp_path) == {"key": written}
+@pytest.mark.parametrize("text", UNLIKE)
+def test_such_a_number_in_quotes_is_text(text, tmp_path):
+    assert values(f"key: '{text}'\n", tmp_path) == {"key": text}
 
 
 def test_all_of_them_are_told_at_once():
@@ -167,9 +167,9 @@ def test_names_that_only_yaml_1_1_takes_for_booleans_need_no_quotes():
     assert recipe.spelled_out()["parameters"]["order"] == ["no", "b"]
 
 
-@pytest.mark.parametrize(("written", "value"), [("no", False), ("off", False), ("yes", True), ("true", True)])
-def test_a_switch_takes_either_words(written, value):
-    text = RECIPE.format(name="a") + f"parameters: {{normalize: {written}, weight: 0.5}}\n"
+@pytest.mark.parametrize(("parameters", "value"), [("no", False), ("off", False), ("yes", True), ("true", True)])
+def test_a_switch_takes_either_words(parameters, value):
+    text = RECIPE.format(name="a") + f"parameters: {{normalize: {parameters}, weight: 0.5}}\n"
     assert load(text).spelled_out()["parameters"]["normalize"] is value
 
 
@@ -183,8 +183,8 @@ def test_a_switch_of_a_search_takes_true_or_false():
 
 @pytest.mark.parametrize("text", [*UNTOUCHED, *UNLIKE, "null", "true", "~", "", "a: b", "1.0e+3", "=", "<<"])
 def test_text_that_yaml_writes_is_read_as_the_same_text(text, tmp_path):
-    written = yaml.safe_dump({"key": text, "by_name": {text or "none": 1}})
-    assert values(written, tmp_path) == {"key": text, "by_name": {text or "none": 1}}
+    parameters = yaml.safe_dump({"key": text, "by_name": {text or "none": 1}})
+    assert values(parameters, tmp_path) == {"key": text, "by_name": {text or "none": 1}}
 
 
 # --- overrides ------------------------------------------------------------------------------------

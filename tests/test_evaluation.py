@@ -41,12 +41,12 @@ def test_losses_are_those_of_transformers_for_the_same_batch(demo_folder, expert
     (task,) = load({"shift": "data/shift.texts.jsonl"}, demo_folder, 30)
     prepared = tokenize_task(task, tokenizer, 64)
 
-    found = TaskEvaluator((prepared,), tokenizer).outcomes(model)["shift"]
+    result = TaskEvaluator((prepared,), tokenizer).outcomes(model)["shift"]
 
     batch = tokenizer([example.replies[0] for example in task.examples], return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     with torch.no_grad():
-        assert found.value == pytest.approx(model(**batch, labels=labels).loss.item(), abs=1e-4)
+        assert result.value == pytest.approx(model(**batch, labels=labels).loss.item(), abs=1e-4)
 
 
 def test_each_texts_loss_is_its_own_whatever_stands_beside_it(demo_folder, expert):  # noqa: F811
@@ -54,10 +54,10 @@ def test_each_texts_loss_is_its_own_whatever_stands_beside_it(demo_folder, exper
     texts = ["shift: ab -> bc", "shift: abcdef -> bcdefg", "upper: q"]
     sequences = [tokenizer(text)["input_ids"] for text in texts]
 
-    together = log_likelihoods(model, sequences, [1, 1, 1])
+    joint = log_likelihoods(model, sequences, [1, 1, 1])
 
-    alone = [log_likelihoods(model, [ids], [1])[0] for ids in sequences]
-    assert together == pytest.approx(alone, abs=1e-4)
+    solo = [log_likelihoods(model, [ids], [1])[0] for ids in sequences]
+    assert joint == pytest.approx(solo, abs=1e-4)
 
 
 def test_exact_answers_are_counted_as_one_prompt_at_a_time_would(demo_folder, expert):  # noqa: F811
@@ -81,11 +81,13 @@ def test_the_likeliest_choice_is_taken(expert):
         for prompt, answer in demo_tasks.examples("shift", "heldout", 12)
         if answer != answer[::-1]
     )
-    wrong = tuple(Example(each.prompt, each.replies, 2) for each in examples)
-    right, other = (tokenize_task(Task("c", "choices", each), tokenizer, 64) for each in (examples, wrong))
+    fault = tuple(Example(example.prompt, example.replies, 2) for example in examples)
+    likely_task, unlikely_task = (
+        tokenize_task(Task("c", "choices", example), tokenizer, 64) for example in (examples, fault)
+    )
 
-    assert TaskEvaluator((right,), tokenizer).outcomes(model)["c"].value == 1
-    assert TaskEvaluator((other,), tokenizer).outcomes(model)["c"].value == 0
+    assert TaskEvaluator((likely_task,), tokenizer).outcomes(model)["c"].value == 1
+    assert TaskEvaluator((unlikely_task,), tokenizer).outcomes(model)["c"].value == 0
 
 
 def test_a_choice_is_scored_without_its_prompt(expert):
@@ -113,23 +115,23 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def bench():
-    with ModelHost(RunOptions(device="cpu"), "float32") as opened:
-        yield opened
+    with ModelHost(RunOptions(device="cpu"), "float32") as host:
+        yield host
 
 
 @pytest.mark.parametrize("name", [*METHODS, "regmean"])  # and once more with Gram matrices that are there already
 def test_a_merge_in_memory_has_the_bits_of_one_on_disk(demo_folder, tmp_path, bench, name):  # noqa: F811
-    chosen = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out"), "dtype": "bfloat16"})
-    library.merge(chosen, RunOptions(device="cpu"))
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    recipe = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out"), "dtype": "bfloat16"})
+    library.merge(recipe, RunOptions(device="cpu"))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
 
-    model, held = bench.merged(chosen)
+    model, checkpoint = bench.merged(recipe)
 
-    assert held.tensors.keys() == written.keys()
-    for tensor, expected in written.items():
-        assert torch.equal(held.read(tensor).view(torch.uint8), expected.view(torch.uint8)), tensor
+    assert checkpoint.tensors.keys() == tensors.keys()
+    for tensor, expected in tensors.items():
+        assert torch.equal(checkpoint.read(tensor).view(torch.uint8), expected.view(torch.uint8)), tensor
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    assert all(torch.equal(parameters[tensor], each.float()) for tensor, each in written.items())
+    assert all(torch.equal(parameters[tensor], entry.float()) for tensor, entry in tensors.items())
 
 
 @pytest.mark.parametrize("name", ["obim", "regmean"])  # statistics before the merge, and Gram matrices with it
@@ -146,27 +148,27 @@ def test_a_merge_in_memory_gives_hidden_states_the_memory_that_one_on_disk_gives
         return collect(*arguments, host_memory=host_memory, **options)
 
     monkeypatch.setattr("merger.calibration.statistics.collect", recorded)
-    chosen = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out")})
+    recipe = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out")})
     options = RunOptions(device="cpu", max_memory=2 << 30)
     monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "one"))
-    library.merge(chosen, options)
+    library.merge(recipe, options)
     on_disk, budgets = budgets, []
 
     monkeypatch.setenv("MERGER_CACHE", str(tmp_path / "other"))
     with ModelHost(options) as bench:
-        bench.merged(chosen)
+        bench.merged(recipe)
 
     assert len(on_disk) == 3
     assert budgets == on_disk
 
 
 def test_a_merge_in_memory_answers_as_transformers_does_with_the_one_on_disk(demo_folder, tmp_path, bench):  # noqa: F811
-    chosen = recipe_of(demo_folder, output={"path": str(tmp_path / "out")})
-    library.merge(chosen, RunOptions(device="cpu"))
+    recipe = recipe_of(demo_folder, output={"path": str(tmp_path / "out")})
+    library.merge(recipe, RunOptions(device="cpu"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").eval()
     ids = torch.tensor([[1, 5, 9, 12, 4]])
 
-    model, _ = bench.merged(chosen)
+    model, _ = bench.merged(recipe)
 
     with torch.no_grad():
         assert torch.equal(model(ids).logits, loaded(ids).logits)
@@ -177,10 +179,10 @@ def test_a_merge_in_memory_answers_as_transformers_does_with_the_one_on_disk(dem
 
 def test_the_same_examples_are_chosen_however_a_file_orders_them(tmp_path):
     records = [{"text": f"text {i}"} for i in range(20)]
-    one = load({"t": str(write(tmp_path / "one.jsonl", records))}, tmp_path, 5)
-    other = load({"t": str(write(tmp_path / "other.jsonl", [*records[::-1], records[3]]))}, tmp_path, 5)
-    assert one == other
-    assert one[0].sha256 == other[0].sha256
+    tensors = load({"t": str(write(tmp_path / "one.jsonl", records))}, tmp_path, 5)
+    values = load({"t": str(write(tmp_path / "other.jsonl", [*records[::-1], records[3]]))}, tmp_path, 5)
+    assert tensors == values
+    assert tensors[0].sha256 == values[0].sha256
 
 
 def test_search_and_report_share_no_example_and_the_report_stays(tmp_path):
@@ -215,7 +217,7 @@ def test_examples_that_cannot_be_used_are_told_with_their_place(tmp_path, record
 
 
 @pytest.mark.parametrize(
-    ("choices", "answer", "right"),
+    ("choices", "answer", "correct"),
     [
         (["x", "y"], 1, 1),
         (["x", "y"], "1", 1),
@@ -225,9 +227,9 @@ def test_examples_that_cannot_be_used_are_told_with_their_place(tmp_path, record
         ([5, 0], 5, 0),
     ],
 )
-def test_the_right_choice_is_told_by_its_number_or_its_text(tmp_path, choices, answer, right):
+def test_the_right_choice_is_told_by_its_number_or_its_text(tmp_path, choices, answer, correct):
     write(tmp_path / "t.jsonl", [{"prompt": "p", "choices": choices, "answer": answer}])
-    assert load({"t": "t.jsonl"}, tmp_path, 5)[0].examples[0].correct == right
+    assert load({"t": "t.jsonl"}, tmp_path, 5)[0].examples[0].correct == correct
 
 
 @pytest.fixture
@@ -260,16 +262,16 @@ def test_calibration_text_of_any_source_is_no_held_out_text(tmp_path):
     write(tmp_path / "a.jsonl", [{"question": f"a{i}", "answer": "1"} for i in range(4)])
     write(tmp_path / "b.jsonl", [{"text": "b"}])
     source = {"file": "a.jsonl", "fields": {"prompt": "question"}}
-    written = {"base": "b", "experts": {"e": "e"}, "method": "linear", "output": {"path": "out"}}
-    recipe = Recipe.parse({**written, "calibration": {"data": {"e": ["b.jsonl", source]}}}, tmp_path)
+    content = {"base": "b", "experts": {"e": "e"}, "method": "linear", "output": {"path": "out"}}
+    recipe = Recipe.parse({**content, "calibration": {"data": {"e": ["b.jsonl", source]}}}, tmp_path)
     with pytest.raises(RecipeError, match=r"t: 4 of 4 examples are calibration text too \(a.jsonl\)"):
         check_apart(recipe, load({"t": TextSource(**source)}, tmp_path, 5))
 
 
 def test_calibration_text_is_no_held_out_text(demo_folder):  # noqa: F811
-    same = tasks.load({"upper": "data/upper.jsonl"}, demo_folder, 5)
+    tensors = tasks.load({"upper": "data/upper.jsonl"}, demo_folder, 5)
     with pytest.raises(RecipeError, match=r"5 of 5 examples are calibration text too .*--allow-calibration-text"):
-        check_apart(recipe_of(demo_folder), same)
+        check_apart(recipe_of(demo_folder), tensors)
     check_apart(recipe_of(demo_folder), tasks.load({"upper": "data/upper.texts.jsonl"}, demo_folder, 5))
 
 
@@ -310,9 +312,9 @@ def test_shares_ideal_and_mean_are_as_by_hand():
 
 def test_the_same_examples_are_drawn_for_all_models():
     entries = (*ENTRIES, Entry("again", "merge", did(a=2.2, b=3.6)))
-    again = compare(TWO, entries, "float32").rows[-1]
-    assert (again.behind.low, again.behind.high) == (0, 0)
-    assert again.kept.low < again.kept.value < again.kept.high
+    best_row = compare(TWO, entries, "float32").rows[-1]
+    assert (best_row.behind.low, best_row.behind.high) == (0, 0)
+    assert best_row.kept.low < best_row.kept.value < best_row.kept.high
 
 
 def test_an_interval_covers_what_a_formula_says():
@@ -325,9 +327,9 @@ def test_an_interval_covers_what_a_formula_says():
 
 def test_an_expert_without_a_gain_has_no_share_and_is_told():
     entries = [Entry("base", "base", did(a=2.0, b=4.0)), *ENTRIES[1:]]
-    found = compare(TWO, entries, "float32")
-    assert found.rows[-1].kept_of.keys() == {"b"}
-    assert found.notes == (
+    comparison = compare(TWO, entries, "float32")
+    assert comparison.rows[-1].kept_of.keys() == {"b"}
+    assert comparison.notes == (
         "a: is not better than the base on its own task, so there is no gain that a merge could keep",
     )
 
@@ -352,14 +354,14 @@ def test_a_recipe_and_its_finished_merge_are_judged_alike(merger, recipe_file):
     ran = merger("eval", recipe_file, recipe_file.parent / "merged", "--json", "-q")
     assert (ran.code, ran.err) == (0, "")
 
-    found = json.loads(ran.out)
+    content = json.loads(ran.out)
 
-    jsonschema.validate(found, json_schema())
-    rows = {row["model"]: row for row in found["rows"]}
+    jsonschema.validate(content, json_schema())
+    rows = {row["model"]: row for row in content["rows"]}
     assert list(rows) == ["base", *TASKS, "ideal", "recipe", "merged"]
     assert rows["merged"]["tasks"] == rows["recipe"]["tasks"]
     assert rows["upper"]["tasks"]["upper"]["value"] == 1
-    assert found["tasks"]["upper"]["measure"] == "accuracy"
+    assert content["tasks"]["upper"]["measure"] == "accuracy"
 
 
 def test_a_finished_merge_alone_names_its_base_and_experts(merger, recipe_file, demo_folder):  # noqa: F811
@@ -374,30 +376,30 @@ def test_a_finished_merge_alone_names_its_base_and_experts(merger, recipe_file, 
 
 
 def test_what_cannot_be_judged_is_told_in_a_line(merger, recipe_file, demo_folder, tmp_path):  # noqa: F811
-    wrong = {
+    fault = {
         ("--set", "evaluation=null"): "there is nothing to judge by",
         ("--data", f"{demo_folder}/data/upper.jsonl", "--data", f"upper={demo_folder}"): "expected TASK=FILE",
         ("--data", f"{demo_folder}/data/upper.jsonl"): "are calibration text too",
         ("--plot", f"{tmp_path}/nowhere/x.png"): "expected a file in a folder that is there",
         ("--set", "evaluation.smaples=3"): "did you mean 'samples'?",
     }
-    for arguments, said in wrong.items():
+    for arguments, message in fault.items():
         ran = merger("eval", recipe_file, *arguments, "-q")
-        assert (ran.code, said in ran.err) == (2, True), ran.err
+        assert (ran.code, message in ran.err) == (2, True), ran.err
     ran = merger("eval", demo_folder / "models" / "base", "-q")
     assert "give the recipe too, which names base and experts" in ran.err
 
 
 def test_recipes_of_other_experts_are_judged_apart(demo_folder):  # noqa: F811
-    one = recipe_of(demo_folder)
-    other = recipe_of(
+    recipe = recipe_of(demo_folder)
+    other_recipe = recipe_of(
         demo_folder, experts={"upper": text_of(demo_folder)["experts"]["upper"]}, method="linear", calibration=None
     )
     with pytest.raises(RecipeError, match="other: has another base or other experts than one"):
-        evaluate({"one": one, "other": other})
+        evaluate({"one": recipe, "other": other_recipe})
 
 
 def test_what_judges_a_merge_decides_no_byte_of_it(demo_folder):  # noqa: F811
-    with_it, without = recipe_of(demo_folder), recipe_of(demo_folder, evaluation=None)
-    assert with_it.spelled_out() == without.spelled_out()
+    with_it, plain_recipe = recipe_of(demo_folder), recipe_of(demo_folder, evaluation=None)
+    assert with_it.spelled_out() == plain_recipe.spelled_out()
     assert yaml.safe_load(yaml.safe_dump(with_it.spelled_out())).keys().isdisjoint({"evaluation", "search"})

@@ -70,9 +70,9 @@ def function(owner, name, argument=0):
     def install(patch, fault):
         original = getattr(owner, name)
 
-        def failing(*arguments, **more):
+        def failing(*arguments, **options):
             fault.met(arguments[argument])
-            return original(*arguments, **more)
+            return original(*arguments, **options)
 
         patch.setattr(owner, name, failing)
 
@@ -85,21 +85,21 @@ def ours(path):
 
 
 def reading(patch, fault):
-    opened = Path.open
+    open_file = Path.open
 
-    def wrapped(path, mode="r", *arguments, **more):
-        file = opened(path, mode, *arguments, **more)
+    def wrapped(path, mode="r", *arguments, **options):
+        file = open_file(path, mode, *arguments, **options)
         return Reading(file, path, fault) if mode == "rb" and ours(path) else file
 
     patch.setattr(Path, "open", wrapped)
 
 
 def writing(patch, fault):
-    written = Path.write_bytes
+    parameters = Path.write_bytes
 
     def failing(path, content):
         fault.met(path)
-        return written(path, content)
+        return parameters(path, content)
 
     patch.setattr(Path, "write_bytes", failing)
 
@@ -107,16 +107,16 @@ def writing(patch, fault):
 def exchanging(patch, fault):
     exchange = placement._exchange
 
-    def failing(one, other):
-        fault.met(other)
-        return exchange(one, other)
+    def failing(source, target):
+        fault.met(target)
+        return exchange(source, target)
 
     patch.setattr(placement, "_exchange", failing)
 
 
 def swapping(patch, fault):
     """As on a system without renameat2: two renames, of which the second may fail."""
-    patch.setattr(placement, "_exchange", lambda one, other: False)
+    patch.setattr(placement, "_exchange", lambda source, target: False)
     function(os, "rename")(patch, fault)
 
 
@@ -172,7 +172,7 @@ def prepared(folder, old):
         (folder / "out" / "old").write_bytes(old["old"])
 
 
-def problem(ran, fault, left, old):
+def problem(ran, fault, content, old):
     """What is wrong with the end of a run that met a fault, if anything."""
     if "cache" in fault.path.parts:
         return "" if ran.code == 0 else "a cache only saves time"
@@ -181,7 +181,7 @@ def problem(ran, fault, left, old):
         return f"it ended with {ran.code}"
     if not re.search(rf"error: .*\b{re.escape(file)}: ", ran.err):
         return f"{file} is not named: {ran.err}"
-    return "" if left == old else "the output is another"
+    return "" if content == old else "the output is another"
 
 
 OLD = {"old": b"an old model"}
@@ -192,8 +192,8 @@ def test_whichever_call_fails_the_old_output_or_none_is_left_and_the_file_is_nam
     merger, folder, monkeypatch, kind, old
 ):
     assert merger("run", "recipe.yaml").code == 0
-    whole = contents(folder / "out")
-    found = {}
+    total = contents(folder / "out")
+    result = {}
     with failing(monkeypatch, kind, at=0) as sound:
         prepared(folder, old)
         assert merger("run", "recipe.yaml", "--force").code == 0
@@ -203,11 +203,11 @@ def test_whichever_call_fails_the_old_output_or_none_is_left_and_the_file_is_nam
         with failing(monkeypatch, kind, at) as fault:
             ran = merger("run", "recipe.yaml", "--force")
         if fault.path is not None:  # which thread makes a call, and whether another one is left to, is chance
-            found[at] = problem(ran, fault, contents(folder / "out"), old)
+            result[at] = problem(ran, fault, contents(folder / "out"), old)
         assert merger("run", "recipe.yaml", "--force").code == 0
-        assert contents(folder / "out") == whole
-    assert {at: what for at, what in found.items() if what} == {}
-    assert found
+        assert contents(folder / "out") == total
+    assert {at: value for at, value in result.items() if value} == {}
+    assert result
 
 
 @pytest.mark.parametrize("old", [None, OLD], ids=["none", "an old one"])
@@ -227,10 +227,10 @@ def test_a_disk_that_is_full_leaves_the_old_output_or_none(merger, folder, old):
 
 
 @contextmanager
-def file_size(most):
+def file_size(maximum):
     """No file of this process may be larger: what is beyond is refused as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (maximum, hard))
     try:
         yield
     finally:
@@ -240,7 +240,7 @@ def file_size(most):
 def test_what_was_finished_before_an_input_could_not_be_read_is_kept(merger, folder, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert merger("run", "recipe.yaml").code == 0
-    whole = contents(folder / "out")
+    total = contents(folder / "out")
     prepared(folder, None)
     read = os.preadv
 
@@ -262,4 +262,4 @@ def test_what_was_finished_before_an_input_could_not_be_read_is_kept(merger, fol
     assert "math/model.safetensors: cannot be read: Input/output error" in ran.err
     assert "out.partial keeps the finished shards; the same run goes on from there" in ran.err
     assert "note: goes on where an earlier run stopped: 1 of " in merger("run", "recipe.yaml").err
-    assert contents(folder / "out") == whole
+    assert contents(folder / "out") == total

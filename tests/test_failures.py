@@ -95,16 +95,16 @@ INSIDE = {
 def test_an_error_inside_a_method_names_tensor_and_stage(merger, folder, failing, kind):
     code, work, reason = INSIDE[kind]
     failing(work)
-    before = sorted(folder.rglob("*"))
+    names = sorted(folder.rglob("*"))
 
     ran = merger("run", "recipe.yaml", "--set", "method=failing")
 
     assert (ran.code, ran.out) == (code, "")
     (line,) = ran.err.splitlines()
-    tensor, _, rest = line.removeprefix("error: ").partition(": stage failing: ")
+    tensor, _, tail = line.removeprefix("error: ").partition(": stage failing: ")
     assert tensor in ("lm_head.weight", "model.embed_tokens.weight") or tensor.startswith("model.layers.0.")
-    assert rest.startswith(reason)
-    assert sorted(folder.rglob("*")) == before
+    assert tail.startswith(reason)
+    assert sorted(folder.rglob("*")) == names
 
 
 def test_an_error_inside_a_method_names_the_line_of_its_file(merger, folder, failing):

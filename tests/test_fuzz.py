@@ -29,8 +29,8 @@ def test_what_is_mutated_is_read_or_refused_in_a_line(fuzz, tmp_path, kind, case
 def test_a_file_outside_the_models_folder_would_be_noticed(fuzz, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "secret").touch()
-    how, why = fuzz.outcome(lambda: (tmp_path / "secret").read_bytes(), tmp_path / "model")
-    assert (how, why) == ("failed", f"opened {tmp_path}/secret")
+    ending, reason = fuzz.outcome(lambda: (tmp_path / "secret").read_bytes(), tmp_path / "model")
+    assert (ending, reason) == ("failed", f"opened {tmp_path}/secret")
 
 
 def test_a_traceback_would_be_noticed(fuzz, tmp_path):

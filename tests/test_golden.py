@@ -30,16 +30,16 @@ def slice_elements(request):
 def merged(golden, slice_elements):
     """Merges a golden case's experts with a method of ours."""
 
-    def run(case, method, written, **more):
+    def run(case, method, parameters, **options):
         inputs = golden[case]["inputs"]
-        known = inputs_of(inputs["X"].values()) if "X" in inputs else None
+        statistics = inputs_of(inputs["X"].values()) if "X" in inputs else None
         return merge(
-            checked(method, written),
+            checked(method, parameters),
             inputs["deltas"],
             base=inputs["base"],
-            inputs=known,
+            inputs=statistics,
             slice_elements=slice_elements,
-            **more,
+            **options,
         )
 
     return run
@@ -49,7 +49,7 @@ def merged(golden, slice_elements):
 def claimed(golden, slice_elements):
     """The masks of iterative merging, which `sparse` cannot tell where a claimed delta is 0."""
 
-    def run(case, density, order, **more):
+    def run(case, density, order, **options):
         inputs = golden[case]["inputs"]
         deltas = stacked(inputs["deltas"])
         scores = deltas.abs()
@@ -58,7 +58,7 @@ def claimed(golden, slice_elements):
         shares = [Fraction(density[name]) for name in inputs["deltas"]]
         indices = [list(inputs["deltas"]).index(name) for name in order]
         rows = 2 if slice_elements > 4 else 1
-        flow = lambda i, part: select(scores[:, part], shares, order=indices, **more)  # noqa: E731
+        flow = lambda i, part: select(scores[:, part], shares, order=indices, **options)  # noqa: E731
         (masks,) = sliced(flow, [scores], rows)
         return dict(zip(inputs["deltas"], masks, strict=True))
 
@@ -69,12 +69,12 @@ def stacked(by_expert):
     return torch.stack([tensor(values) for values in by_expert.values()])
 
 
-def assert_close(got, expected):
-    torch.testing.assert_close(got, tensor(expected), rtol=0, atol=2e-6)
+def assert_close(result, expected):
+    torch.testing.assert_close(result, tensor(expected), rtol=0, atol=2e-6)
 
 
-def assert_masks(got, expected):
-    assert {name: mask.tolist() for name, mask in got.items()} == expected
+def assert_masks(result, expected):
+    assert {name: mask.tolist() for name, mask in result.items()} == expected
 
 
 # --- basic merging --------------------------------------------------------------------------------
@@ -87,13 +87,13 @@ def test_average(golden, merged):
 
 def test_weighted_average(golden, merged):
     weight = dict(zip(EXPERTS, golden["linear_weighted"]["params"]["weights"], strict=True))
-    got = merged("linear_weighted", "linear", {"weight": weight})
-    assert_close(got, golden["linear_weighted"]["outputs"]["merged"])
+    result = merged("linear_weighted", "linear", {"weight": weight})
+    assert_close(result, golden["linear_weighted"]["outputs"]["merged"])
 
 
 def test_task_arithmetic(golden, merged):
-    got = merged("task_arithmetic", "task_arithmetic", {"lambda": 0.5})
-    assert_close(got, golden["task_arithmetic"]["outputs"]["merged"])
+    result = merged("task_arithmetic", "task_arithmetic", {"lambda": 0.5})
+    assert_close(result, golden["task_arithmetic"]["outputs"]["merged"])
 
 
 @pytest.mark.parametrize("case", ["slerp_right_angle", "slerp_quarter", "slerp_colinear"])
@@ -102,14 +102,14 @@ def test_slerp_of_weights(golden, slice_elements, case, base):
     inputs, start = golden[case]["inputs"], torch.full((2, 1), float(base))
     deltas = {name: tensor(inputs[name]).view(2, 1) - base for name in ("v0", "v1")}
     stage = checked("slerp", {"t": golden[case]["params"]["t"], "space": "weights"})
-    got = merge(stage, deltas, base=start, slice_elements=slice_elements // 4)
-    assert_close(got.flatten(), golden[case]["outputs"]["merged"])
+    result = merge(stage, deltas, base=start, slice_elements=slice_elements // 4)
+    assert_close(result.flatten(), golden[case]["outputs"]["merged"])
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_slerp_of_task_vectors(golden, merged, scope):
-    got = merged("slerp_delta_space", "slerp", {"scope": scope})
-    assert_close(got, golden["slerp_delta_space"]["outputs"]["merged"])
+    result = merged("slerp_delta_space", "slerp", {"scope": scope})
+    assert_close(result, golden["slerp_delta_space"]["outputs"]["merged"])
 
 
 @pytest.mark.parametrize("method", ["multislerp", "karcher"])
@@ -119,30 +119,30 @@ def test_means_on_the_sphere(golden, slice_elements, method, vectors, base):
     case = golden[f"{method}_{vectors}"]
     deltas = {e: tensor(v).view(3, 1) - base for e, v in zip(EXPERTS, case["inputs"]["v"], strict=True)}
     stage = checked(method, {"space": "weights"})
-    got = merge(stage, deltas, base=torch.full((3, 1), float(base)), slice_elements=slice_elements // 4)
-    assert_close(got.flatten(), case["outputs"]["merged"])
+    result = merge(stage, deltas, base=torch.full((3, 1), float(base)), slice_elements=slice_elements // 4)
+    assert_close(result.flatten(), case["outputs"]["merged"])
 
 
 # --- TIES, DARE, DELLA, Breadcrumbs ---------------------------------------------------------------
 
 
 def test_ties_at_half_density(golden, merged):
-    got = merged("ties_tensor_half", "ties", {"density": 0.5, "scope": "tensor"})
-    assert_close(got, golden["ties_tensor_half"]["outputs"]["merged"])
-    assert (got - 1).sign().tolist() == golden["ties_tensor_half"]["outputs"]["sign"]
+    result = merged("ties_tensor_half", "ties", {"density": 0.5, "scope": "tensor"})
+    assert_close(result, golden["ties_tensor_half"]["outputs"]["merged"])
+    assert (result - 1).sign().tolist() == golden["ties_tensor_half"]["outputs"]["sign"]
 
 
 def test_ties_trims_equal_magnitudes_by_lower_index(golden, slice_elements):
     inputs, outputs = golden["ties_tensor_half"]["inputs"], golden["ties_tensor_half"]["outputs"]
-    got = sparse(checked("top", {"density": 0.5}), inputs["deltas"], slice_elements=slice_elements)
-    assert {name: left.tolist() for name, left in got.items()} == outputs["trimmed"]
+    sparse_deltas = sparse(checked("top", {"density": 0.5}), inputs["deltas"], slice_elements=slice_elements)
+    assert {name: value.tolist() for name, value in sparse_deltas.items()} == outputs["trimmed"]
 
 
 @pytest.mark.parametrize("zero_sign", ["zero", "positive", "majority"])
 def test_ties_settles_cancelled_positions(golden, merged, zero_sign):
     case = f"ties_zero_sign_{zero_sign}"
-    got = merged(case, "ties", {"density": 1, "zero_sign": zero_sign})
-    assert_close(got, golden[case]["outputs"]["merged"])
+    result = merged(case, "ties", {"density": 1, "zero_sign": zero_sign})
+    assert_close(result, golden[case]["outputs"]["merged"])
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
@@ -151,8 +151,8 @@ def test_trimming_by_tensor_and_over_the_whole_model(golden, slice_elements, sco
     deltas = {name: tensor(delta) for name, delta in case["inputs"]["delta"].items()}
     zero = {name: torch.zeros(2, 2) for name in deltas}
     stages = [checked("top", {"density": 0.5, "scope": scope}), checked("sum", {})]
-    got = merge_tensors(stages, zero, {"a": deltas}, slice_elements=slice_elements // 2)
-    assert_masks({name: left != 0 for name, left in got.items()}, case["outputs"][scope])
+    result = merge_tensors(stages, zero, {"a": deltas}, slice_elements=slice_elements // 2)
+    assert_masks({name: value != 0 for name, value in result.items()}, case["outputs"][scope])
 
 
 @pytest.mark.parametrize(("divisor", "output"), [("inverse", "sparse"), ("none", "sparse_no_rescale")])
@@ -160,16 +160,16 @@ def test_dare_with_a_given_mask(golden, divisor, output):
     case = golden["dare_given_mask"]
     draws = tensor(case["inputs"]["keep"]) * 0.5  # 0.5 is kept at a drop rate of 0.5, 0 is not
     deltas = tensor(case["inputs"]["delta"])[None]
-    got = random(deltas, lambda purpose: draws[None], density=[Fraction(1, 2)], rescale=divisor)
-    assert_close(got[0], case["outputs"][output])
+    result = random(deltas, lambda purpose: draws[None], density=[Fraction(1, 2)], rescale=divisor)
+    assert_close(result[0], case["outputs"][output])
 
 
 def test_l1_rescaling_after_a_given_mask(golden, slice_elements):
     case = golden["dare_given_mask"]
     delta, keep = tensor(case["inputs"]["delta"])[None], tensor(case["inputs"]["keep"])
     flow = lambda i, part: rescale(delta[:, part] * keep[part], delta[:, part], by="l1")  # noqa: E731
-    (got,) = sliced(flow, [delta], slice_elements // 4)
-    assert_close(got[0], case["outputs"]["sparse_l1"])
+    (result,) = sliced(flow, [delta], slice_elements // 4)
+    assert_close(result[0], case["outputs"]["sparse_l1"])
 
 
 def test_random_stream_of_float32(golden):
@@ -181,17 +181,17 @@ def test_random_stream_of_float32(golden):
 def test_random_stream_decides_what_dare_keeps(golden):
     case = golden["rng_stream"]
     name, expert = case["params"]["tensor"], case["params"]["expert"]
-    ones, zeros = {name: torch.ones(2, 4)}, {name: torch.zeros(2, 4)}
+    unit_values, zeros = {name: torch.ones(2, 4)}, {name: torch.zeros(2, 4)}
     stages = [checked("random", {"density": 0.5}), checked("sum", {})]
     for size in (8, 4):
-        got = merge_tensors(stages, zeros, {expert: ones}, seed=0, slice_elements=size)[name]
-        assert (got != 0).flatten().tolist() == case["outputs"]["keep_at_drop_0.5"]
+        result = merge_tensors(stages, zeros, {expert: unit_values}, seed=0, slice_elements=size)[name]
+        assert (result != 0).flatten().tolist() == case["outputs"]["keep_at_drop_0.5"]
 
 
 def test_random_stream_of_float64(golden):
     case = golden["rng_stream_f64"]
-    got = uniforms(tuple(case["params"].values()), 0, 4, double=True)
-    assert got.tolist() == pytest.approx(case["outputs"]["first4_float64"], abs=1e-11)
+    result = uniforms(tuple(case["params"].values()), 0, 4, double=True)
+    assert result.tolist() == pytest.approx(case["outputs"]["first4_float64"], abs=1e-11)
 
 
 @pytest.mark.parametrize(("rank_norm", "output"), [("n", "drop_n"), ("n-1", "drop_n_minus_1")])
@@ -210,29 +210,29 @@ def test_della_drop_probabilities(golden, rank_norm, output):
 
 
 def test_breadcrumbs(golden, merged):
-    got = merged("breadcrumbs", "breadcrumbs", {"drop_low": 0.5, "drop_high": 0.125})
-    assert_close(got, golden["breadcrumbs"]["outputs"]["merged"])
+    result = merged("breadcrumbs", "breadcrumbs", {"drop_low": 0.5, "drop_high": 0.125})
+    assert_close(result, golden["breadcrumbs"]["outputs"]["merged"])
 
 
 def test_breadcrumbs_masks(golden, slice_elements):
     case = golden["breadcrumbs"]
     stage = checked("band", {"drop_low": 0.5, "drop_high": 0.125})
-    got = kept(stage, case["inputs"]["deltas"], slice_elements=slice_elements)
-    assert_masks(got, case["outputs"]["masks"])
+    masks = kept(stage, case["inputs"]["deltas"], slice_elements=slice_elements)
+    assert_masks(masks, case["outputs"]["masks"])
 
 
 def test_consensus_of_task_vectors(golden, merged):
-    got = merged("consensus_ta", "consensus_ta", {"lambda_t": 0.4, "k": 2, "lambda": 0.3})
-    assert_close(got, golden["consensus_ta"]["outputs"]["merged"])
+    result = merged("consensus_ta", "consensus_ta", {"lambda_t": 0.4, "k": 2, "lambda": 0.3})
+    assert_close(result, golden["consensus_ta"]["outputs"]["merged"])
 
 
 @pytest.mark.parametrize("k", range(5))
 def test_consensus_counts_the_experts_that_hold_a_position(golden, slice_elements, k):
     case = golden["consensus_ta"]
     stages = [checked("sum", {}), checked("consensus", {"k": k, "lambda_t": case["params"]["lambda_t"]})]
-    got = merge(stages, case["inputs"]["deltas"], slice_elements=slice_elements)
+    result = merge(stages, case["inputs"]["deltas"], slice_elements=slice_elements)
     summed = stacked(case["inputs"]["deltas"]).sum(0)
-    assert torch.equal(got, summed * (tensor(case["outputs"]["count"]) >= k))
+    assert torch.equal(result, summed * (tensor(case["outputs"]["count"]) >= k))
 
 
 # --- Localize-and-Stitch, SCE ---------------------------------------------------------------------
@@ -240,16 +240,16 @@ def test_consensus_counts_the_experts_that_hold_a_position(golden, slice_element
 
 def test_localize_and_stitch(golden, merged, slice_elements):
     case = golden["localize_stitch_dataless"]
-    got = merged("localize_stitch_dataless", "localize_stitch", case["params"])
-    assert_close(got, case["outputs"]["merged"])
+    result = merged("localize_stitch_dataless", "localize_stitch", case["params"])
+    assert_close(result, case["outputs"]["merged"])
     masks = kept(checked("top", {"density": 0.25}), case["inputs"]["deltas"], slice_elements=slice_elements)
     assert_masks(masks, case["outputs"]["masks"])
 
 
 @pytest.mark.parametrize(("in_merge", "output"), [(True, "merged"), (False, "merged_authors_code")])
 def test_sce(golden, merged, in_merge, output):
-    got = merged("sce", "sce", {**golden["sce"]["params"], "select_in_merge": in_merge})
-    assert_close(got, golden["sce"]["outputs"][output])
+    result = merged("sce", "sce", {**golden["sce"]["params"], "select_in_merge": in_merge})
+    assert_close(result, golden["sce"]["outputs"][output])
 
 
 # --- PCB ------------------------------------------------------------------------------------------
@@ -258,8 +258,8 @@ def test_sce(golden, merged, in_merge, output):
 @pytest.mark.parametrize(("case", "share"), [("pcb_paper", "keep"), ("pcb_official", "ratio")])
 def test_pcb(golden, merged, case, share):
     params = golden[case]["params"]
-    got = merged(case, "pcb", {"variant": params["variant"], "density": params[share], "scope": params["scope"]})
-    assert_close(got - 1, golden[case]["outputs"]["merged_delta"])
+    result = merged(case, "pcb", {"variant": params["variant"], "density": params[share], "scope": params["scope"]})
+    assert_close(result - 1, golden[case]["outputs"]["merged_delta"])
 
 
 # --- weights from norms and angles ----------------------------------------------------------------
@@ -273,8 +273,8 @@ def test_weights_from_norms(golden, merged, method):
 
 def test_model_stock(golden, slice_elements):
     case = golden["model_stock"]
-    got = merge(checked("model_stock", {}), case["inputs"]["deltas"], slice_elements=slice_elements // 2)
-    assert_close(got, case["outputs"]["merged_delta"])
+    result = merge(checked("model_stock", {}), case["inputs"]["deltas"], slice_elements=slice_elements // 2)
+    assert_close(result, case["outputs"]["merged_delta"])
 
 
 # --- OBIM -----------------------------------------------------------------------------------------
@@ -285,24 +285,24 @@ def test_model_stock(golden, slice_elements):
 )
 def test_obm_saliency(golden, hessian, output):
     case = golden["obm_saliency"]
-    known = inputs_of(case["inputs"]["X"].values())
+    inputs = inputs_of(case["inputs"]["X"].values())
     deltas = stacked(case["inputs"]["deltas"])
-    got = obm(deltas, known.second_moment[:, None], known.mean[:, None], None, None, "linear", hessian=hessian)
-    assert_close(got, stacked(case["outputs"][output]))
+    result = obm(deltas, inputs.second_moment[:, None], inputs.mean[:, None], None, None, "linear", hessian=hessian)
+    assert_close(result, stacked(case["outputs"][output]))
 
 
 def test_second_moments_of_the_tokens(golden):
     case = golden["obm_saliency"]
-    known = inputs_of(case["inputs"]["X"].values())
-    assert_close(known.second_moment, stacked(case["outputs"]["h"]))
-    assert_close(known.mean.square(), stacked(case["outputs"]["h_mean_square"]))
+    inputs = inputs_of(case["inputs"]["X"].values())
+    assert_close(inputs.second_moment, stacked(case["outputs"]["h"]))
+    assert_close(inputs.mean.square(), stacked(case["outputs"]["h_mean_square"]))
 
 
 def test_obim_in_a_fixed_order(golden, merged, claimed):
     case = golden["obim_fixed_order"]
     n, order = case["params"]["n"], case["params"]["order"]
-    got = merged("obim_fixed_order", "obim", {"density": n, "order": order})
-    assert_close(got, case["outputs"]["merged"])
+    result = merged("obim_fixed_order", "obim", {"density": n, "order": order})
+    assert_close(result, case["outputs"]["merged"])
     assert_masks(claimed("obim_fixed_order", n, order), case["outputs"]["masks"])
 
 
@@ -310,16 +310,16 @@ def test_obim_in_a_fixed_order(golden, merged, claimed):
 def test_obim_rotates_by_block(golden, merged, claimed, index):
     case = golden["obim_rotation"]
     expected = case["outputs"]["by_rotation_index"][str(index)]
-    got = merged("obim_rotation", "obim", {"density": case["params"]["n"]}, place=Place(EXPERTS, block=index))
-    assert_close(got, expected["merged"])
+    result = merged("obim_rotation", "obim", {"density": case["params"]["n"]}, place=Place(EXPERTS, block=index))
+    assert_close(result, expected["merged"])
     masks = claimed("obim_rotation", case["params"]["n"], expected["order"])
     assert_masks(masks, expected["masks"])
 
 
 def test_obim_with_even_shares_leaves_what_does_not_divide_at_the_base(golden, merged, claimed):
     case = golden["obim_one_over_k"]
-    got = merged("obim_one_over_k", "obim", {"density": "auto", "order": "listed"})
-    assert_close(got, case["outputs"]["merged"])
+    result = merged("obim_one_over_k", "obim", {"density": "auto", "order": "listed"})
+    assert_close(result, case["outputs"]["merged"])
     masks = claimed("obim_one_over_k", dict.fromkeys(EXPERTS, "1/3"), EXPERTS)
     assert_masks(masks, case["outputs"]["masks"])
     assert {name: int(mask.sum()) for name, mask in masks.items()} == case["outputs"]["counts"]
@@ -331,13 +331,13 @@ def test_im_with_shares_of_what_remains(golden, merged, claimed):
     masks = claimed("im_ratio_of_remaining", dict.fromkeys(EXPERTS, "1/2"), EXPERTS, ratio_of="remaining")
     assert_masks(masks, case["outputs"]["masks"])
     assert {name: int(mask.sum()) for name, mask in masks.items()} == case["outputs"]["sizes"]
-    got = merged(
+    result = merged(
         "im_ratio_of_remaining",
         "im",
         {"density": 0.5, "ratio_of": "remaining", "order": "listed", "score": "obm"},
     )
     deltas = {name: tensor(delta) for name, delta in case["inputs"]["deltas"].items()}
-    assert_close(got, 1 + sum(deltas[name] * masks[name] for name in EXPERTS))
+    assert_close(result, 1 + sum(deltas[name] * masks[name] for name in EXPERTS))
 
 
 @pytest.mark.parametrize(
@@ -347,29 +347,29 @@ def test_im_with_shares_of_what_remains(golden, merged, claimed):
 def test_orders(golden, output, order):
     expected = golden["im_orders"]["outputs"][output]
     indices = [order_of(order, Place(EXPERTS, block=block)) for block in range(len(expected))]
-    assert [[EXPERTS[k] for k in each] for each in indices] == expected
+    assert [[EXPERTS[k] for k in index] for index in indices] == expected
 
 
 def test_ties_obm(golden, merged):
-    got = merged("ties_obm", "ties_obm", {"density": 0.5})
-    assert_close(got, golden["ties_obm"]["outputs"]["merged"])
-    assert (got - 1).sign().tolist() == golden["ties_obm"]["outputs"]["sign"]
+    result = merged("ties_obm", "ties_obm", {"density": 0.5})
+    assert_close(result, golden["ties_obm"]["outputs"]["merged"])
+    assert (result - 1).sign().tolist() == golden["ties_obm"]["outputs"]["sign"]
 
 
 def test_ties_obm_trims_by_saliency(golden, slice_elements):
     inputs, outputs = golden["ties_obm"]["inputs"], golden["ties_obm"]["outputs"]
-    known = inputs_of(inputs["X"].values())
+    statistics = inputs_of(inputs["X"].values())
     stage = checked("obm", {"density": 0.5})
-    got = sparse(stage, inputs["deltas"], inputs=known, slice_elements=slice_elements)
-    assert {name: left.tolist() for name, left in got.items()} == outputs["trimmed"]
+    sparse_deltas = sparse(stage, inputs["deltas"], inputs=statistics, slice_elements=slice_elements)
+    assert {name: value.tolist() for name, value in sparse_deltas.items()} == outputs["trimmed"]
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_ties_im(golden, merged, claimed, scope):
     case = golden["ties_im"]
     n, order = case["params"]["n"], case["params"]["order"]
-    got = merged("ties_im", "ties_im", {"density": n, "order": order, "scope": scope})
-    assert_close(got, case["outputs"]["merged"])
+    result = merged("ties_im", "ties_im", {"density": n, "order": order, "scope": scope})
+    assert_close(result, case["outputs"]["merged"])
     assert_masks(claimed("ties_im", n, order, scope=scope), case["outputs"]["masks"])
 
 
@@ -379,16 +379,16 @@ def test_ties_im(golden, merged, claimed, scope):
 def test_balanced_sparsification(golden, slice_elements):
     case = golden["cabs_bs"]
     delta = {"a": case["inputs"]["delta"]}
-    got = sparse(checked("bs", case["params"]), delta, slice_elements=slice_elements)["a"]
-    assert got.tolist() == case["outputs"]["sparse"]
-    assert (got != 0).tolist() == case["outputs"]["mask"]
+    result = sparse(checked("bs", case["params"]), delta, slice_elements=slice_elements)["a"]
+    assert result.tolist() == case["outputs"]["sparse"]
+    assert (result != 0).tolist() == case["outputs"]["mask"]
 
 
 def test_cabs(golden, merged):
     case = golden["cabs_2_of_4"]
-    shared = {key: case["params"][key] for key in ("n", "m", "order")}
+    common = {key: case["params"][key] for key in ("n", "m", "order")}
     weights = dict(zip("ab", case["params"]["lambda"], strict=True))
-    assert_close(merged("cabs_2_of_4", "cabs", {**shared, "lambda": weights}), case["outputs"]["merged"])
+    assert_close(merged("cabs_2_of_4", "cabs", {**common, "lambda": weights}), case["outputs"]["merged"])
 
 
 def test_cabs_masks(golden, slice_elements):
@@ -400,11 +400,11 @@ def test_cabs_masks(golden, slice_elements):
 
 def test_cabs_with_the_least_overlap(golden, merged, slice_elements):
     case = golden["cabs_low_overlap_3_of_4"]
-    written = {key: case["params"][key] for key in ("n", "m", "order")}
+    parameters = {key: case["params"][key] for key in ("n", "m", "order")}
     weights = dict(zip("ab", case["params"]["lambda"], strict=True))
-    got = merged("cabs_low_overlap_3_of_4", "cabs_low_overlap", {**written, "lambda": weights})
-    assert_close(got, case["outputs"]["merged"])
-    masks = kept(checked("low_overlap", written), case["inputs"]["deltas"], slice_elements=slice_elements)
+    result = merged("cabs_low_overlap_3_of_4", "cabs_low_overlap", {**parameters, "lambda": weights})
+    assert_close(result, case["outputs"]["merged"])
+    masks = kept(checked("low_overlap", parameters), case["inputs"]["deltas"], slice_elements=slice_elements)
     assert_masks(masks, case["outputs"]["masks"])
 
 
@@ -412,8 +412,8 @@ def test_cabs_with_the_least_overlap(golden, merged, slice_elements):
 def test_a_short_last_block(golden, tail):
     case = golden["cabs_tail"]
     stage = checked("bs", {**case["params"], "tail": tail})
-    got = kept(stage, {"a": case["inputs"]["delta"]})["a"]
-    assert got.tolist() == case["outputs"][f"tail_{tail}"]
+    result = kept(stage, {"a": case["inputs"]["delta"]})["a"]
+    assert result.tolist() == case["outputs"][f"tail_{tail}"]
 
 
 # --- regression -----------------------------------------------------------------------------------
@@ -424,13 +424,14 @@ def test_a_short_last_block(golden, tail):
 def test_regmean(golden, alpha, base):
     case = golden[f"regmean_alpha_{alpha}"]
     weights, grams = (
-        torch.stack([tensor(each) for each in case["inputs"][key].values()]) for key in ("weights", "gram")
+        torch.stack([tensor(input_values) for input_values in case["inputs"][key].values()])
+        for key in ("weights", "gram")
     )
     mean = partial(torch.mean, dim=0)
     start = torch.full_like(weights[0], base)
     settings = {"alpha": Fraction(alpha), "weight": [Fraction(1)] * 2}
-    got = base + regmean(weights - base, start, mean, grams, None, **settings)
-    assert_close(got, case["outputs"]["merged"])
+    result = base + regmean(weights - base, start, mean, grams, None, **settings)
+    assert_close(result, case["outputs"]["merged"])
 
 
 # --- singular values ------------------------------------------------------------------------------
@@ -440,49 +441,49 @@ def test_regmean(golden, alpha, base):
 def matrix(golden, slice_elements):
     """The matrix that a method of ours makes of a golden case's task vectors, on a base of zeros."""
 
-    def run(case, method, written, deltas="deltas"):
-        return merge(checked(method, written), golden[case]["inputs"][deltas], slice_elements=slice_elements)
+    def run(case, method, parameters, deltas="deltas"):
+        return merge(checked(method, parameters), golden[case]["inputs"][deltas], slice_elements=slice_elements)
 
     return run
 
 
 @pytest.mark.parametrize("case", ["tsv_m_orthogonal", "tsv_m_overlap", "tsv_m_general", "tsv_m_low_rank"])
 def test_tsv_m(golden, matrix, case):
-    got = matrix(case, "tsv_m", {"lambda": golden[case]["params"]["alpha"]})
-    assert_close(got, golden[case]["outputs"]["merged_delta"])
+    result = matrix(case, "tsv_m", {"lambda": golden[case]["params"]["alpha"]})
+    assert_close(result, golden[case]["outputs"]["merged_delta"])
 
 
 @pytest.mark.parametrize("case", ["iso_c", "iso_c_rank_deficient"])
 def test_iso_c(golden, matrix, case):
-    got = matrix(case, "iso_c", {"lambda": golden[case]["params"]["alpha"]})
-    assert_close(got, golden[case]["outputs"]["merged_delta"])
+    result = matrix(case, "iso_c", {"lambda": golden[case]["params"]["alpha"]})
+    assert_close(result, golden[case]["outputs"]["merged_delta"])
 
 
 def test_iso_cts(golden, matrix):
     params, outputs = golden["iso_cts"]["params"], golden["iso_cts"]["outputs"]
-    got = matrix("iso_cts", "iso_cts", {"common": params["common_space_fraction"], "lambda": params["alpha"]})
-    assert_close(got, outputs["merged_delta"])
-    assert torch.linalg.matrix_norm(got, 2) == pytest.approx(outputs["sigma_bar"], rel=1e-6)
+    result = matrix("iso_cts", "iso_cts", {"common": params["common_space_fraction"], "lambda": params["alpha"]})
+    assert_close(result, outputs["merged_delta"])
+    assert torch.linalg.matrix_norm(result, 2) == pytest.approx(outputs["sigma_bar"], rel=1e-6)
 
 
 def test_cart(golden, matrix):
     rank = golden["cart"]["params"]["rank"]
-    got = matrix("cart", "cart", {"rank_share": f"{rank}/4", "lambda": golden["cart"]["params"]["lambda"]}, "thetas")
-    assert_close(got, golden["cart"]["outputs"]["merged"])
+    result = matrix("cart", "cart", {"rank_share": f"{rank}/4", "lambda": golden["cart"]["params"]["lambda"]}, "thetas")
+    assert_close(result, golden["cart"]["outputs"]["merged"])
 
 
 @pytest.mark.parametrize("eta", [40, 60])
 def test_star(golden, slice_elements, eta):
     case = golden["star"]
-    got = merge(checked("star", {"eta": eta}), {"a": case["inputs"]["delta"]}, slice_elements=slice_elements)
-    assert_close(got, case["outputs"][f"eta{eta}"]["delta"])
+    result = merge(checked("star", {"eta": eta}), {"a": case["inputs"]["delta"]}, slice_elements=slice_elements)
+    assert_close(result, case["outputs"][f"eta{eta}"]["delta"])
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_opcm(golden, matrix, scope):
     params, outputs = golden["opcm_two_tasks"]["params"], golden["opcm_two_tasks"]["outputs"]
-    got = matrix("opcm_two_tasks", "opcm", {**params, "scope": scope})
-    assert_close(got, outputs["merged_delta"])
+    result = matrix("opcm_two_tasks", "opcm", {**params, "scope": scope})
+    assert_close(result, outputs["merged_delta"])
 
 
 def test_knots_around_a_sum(golden, matrix):
@@ -492,10 +493,13 @@ def test_knots_around_a_sum(golden, matrix):
 def test_knots_around_ties(golden, matrix):
     """But for the second column, of which expert a has nothing: there its 1e-17 of rounding had a vote and halved b."""
     case = golden["knots_ties"]
-    written = {key: case["params"][key] for key in ("density", "scope")}
-    got, expected = matrix("knots_ties", "knots", {"inner": {"ties": written}}), tensor(case["outputs"]["merged_delta"])
+    parameters = {key: case["params"][key] for key in ("density", "scope")}
+    result, expected = (
+        matrix("knots_ties", "knots", {"inner": {"ties": parameters}}),
+        tensor(case["outputs"]["merged_delta"]),
+    )
     expected[:, 1] = tensor(case["inputs"]["deltas"]["b"])[:, 1]
-    assert_close(got, expected)
+    assert_close(result, expected)
 
 
 # --- regression -----------------------------------------------------------------------------------
@@ -503,18 +507,18 @@ def test_knots_around_ties(golden, matrix):
 
 def test_regmean_without_what_is_off_the_diagonal(golden, slice_elements):
     case = golden["regmean_alpha_0.0"]
-    known = Inputs(second_moment=torch.stack([tensor(gram).diagonal() for gram in case["inputs"]["gram"].values()]))
+    inputs = Inputs(second_moment=torch.stack([tensor(gram).diagonal() for gram in case["inputs"]["gram"].values()]))
     stage = checked("regmean_diag", {})
-    got = merge(stage, case["inputs"]["weights"], inputs=known, slice_elements=slice_elements // 2)
-    assert_close(got, case["outputs"]["merged"])
+    result = merge(stage, case["inputs"]["weights"], inputs=inputs, slice_elements=slice_elements // 2)
+    assert_close(result, case["outputs"]["merged"])
 
 
 def test_wudi(golden, matrix):
     case = golden["wudi_closed_form"]
-    got = matrix("wudi_closed_form", "wudi", {"omega": case["params"]["omega"]})
-    assert_close(got, case["outputs"]["merged_delta"])
+    result = matrix("wudi_closed_form", "wudi", {"omega": case["params"]["omega"]})
+    assert_close(result, case["outputs"]["merged_delta"])
     deltas = stacked(case["inputs"]["deltas"])
-    assert interference(got, deltas) == pytest.approx(case["outputs"]["loss"], rel=1e-6)
+    assert interference(result, deltas) == pytest.approx(case["outputs"]["loss"], rel=1e-6)
     assert interference(deltas.sum(0), deltas) == pytest.approx(case["outputs"]["loss_of_sum"], rel=1e-6)
 
 

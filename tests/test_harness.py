@@ -32,16 +32,16 @@ QUESTIONS = [
 
 @pytest.fixture
 def recipe_file(demo_folder, tmp_path):  # noqa: F811
-    written = text_of(demo_folder)
-    written["evaluation"]["samples"] = 2  # the harness takes its own
-    return file_of(tmp_path / "recipe.yaml", written)
+    parameters = text_of(demo_folder)
+    parameters["evaluation"]["samples"] = 2  # the harness takes its own
+    return file_of(tmp_path / "recipe.yaml", parameters)
 
 
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
     """A folder with two tasks: demo_choices, and demo_texts whose likelihoods are rolled over whole texts."""
-    known = pytest.importorskip("lm_eval.tasks").TaskManager
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(known, include_defaults=False))  # 14,000 names: 10 s
+    inputs = pytest.importorskip("lm_eval.tasks").TaskManager
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(inputs, include_defaults=False))  # 14,000 names: 10 s
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -70,8 +70,8 @@ def own_tasks(tmp_path, monkeypatch):
 
 def task(folder, name, records, **settings):
     data = write(folder / f"{name}.jsonl", records)
-    given = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    file_of(folder / f"{name}.yaml", {"task": name, **given, **settings})
+    parameters = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    file_of(folder / f"{name}.yaml", {"task": name, **parameters, **settings})
 
 
 # --- its figures ----------------------------------------------------------------------------------
@@ -81,9 +81,9 @@ def test_models_in_memory_have_the_harness_figures_that_transformers_gives(merge
     merger("run", recipe_file, "-q")
     ran = merger("eval", recipe_file, "--lm-eval", "demo_choices,demo_texts", "--include-path", own_tasks, "--json")
     assert (ran.code, ran.err) == (0, "")
-    found = json.loads(ran.out)
-    jsonschema.validate(found, json_schema())
-    rows = {row["model"]: row["lm_eval"] for row in found["rows"]}
+    content = json.loads(ran.out)
+    jsonschema.validate(content, json_schema())
+    rows = {row["model"]: row["lm_eval"] for row in content["rows"]}
 
     for label, path in {"recipe": recipe_file.parent / "merged", "shift": demo_folder / "models" / "shift"}.items():
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
@@ -96,40 +96,40 @@ def test_models_in_memory_have_the_harness_figures_that_transformers_gives(merge
             "demo_texts bits_per_byte": -total / size / math.log(2),
         }
         assert {name: score["value"] for name, score in rows[label].items()} == pytest.approx(expected, rel=1e-4)
-        right = expected["demo_choices acc"]
-        error = math.sqrt(right * (1 - right) / (len(QUESTIONS) - 1))
+        accuracy_value = expected["demo_choices acc"]
+        error = math.sqrt(accuracy_value * (1 - accuracy_value) / (len(QUESTIONS) - 1))
         assert rows[label]["demo_choices acc"]["stderr"] == pytest.approx(error)
     assert 0 < min(row["demo_choices acc"]["value"] for row in rows.values()) < 1
 
 
 def accuracy(model, tokenizer):
-    chosen = []
-    for each in QUESTIONS:
-        values = [likelihood(model, tokenizer, each["prompt"], choice) for choice in each["choices"]]
-        chosen.append(values.index(max(values)) == each["answer"])
-    return sum(chosen) / len(chosen)
+    hits = []
+    for question in QUESTIONS:
+        values = [likelihood(model, tokenizer, question["prompt"], choice) for choice in question["choices"]]
+        hits.append(values.index(max(values)) == question["answer"])
+    return sum(hits) / len(hits)
 
 
 @torch.no_grad()
 def likelihood(model, tokenizer, prompt, text):
     """The summed log-probability of a text after a prompt, or after the token that begins a text."""
-    known = tokenizer(prompt.rstrip())["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
-    ids = torch.tensor([[*known, *tokenizer(prompt + text)["input_ids"][len(known) if prompt else 0 :]]])
+    inputs = tokenizer(prompt.rstrip())["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+    ids = torch.tensor([[*inputs, *tokenizer(prompt + text)["input_ids"][len(inputs) if prompt else 0 :]]])
     steps = model(ids).logits[0].log_softmax(-1)
-    return sum(steps[at - 1, ids[0, at]].item() for at in range(len(known), ids.shape[1]))
+    return sum(steps[at - 1, ids[0, at]].item() for at in range(len(inputs), ids.shape[1]))
 
 
 def test_the_harness_and_merger_agree_on_the_same_questions(merger, recipe_file, own_tasks):
-    chosen = ("--lm-eval", "demo_*", "--include-path", own_tasks)
+    flags = ("--lm-eval", "demo_*", "--include-path", own_tasks)
     data = ("--data", f"shift={own_tasks}/demo_choices.jsonl", "--samples", 100)
-    ran = merger("eval", recipe_file, *data, *chosen, "--json", "-q")
+    ran = merger("eval", recipe_file, *data, *flags, "--json", "-q")
     for row in json.loads(ran.out)["rows"]:
         assert row["lm_eval"]["demo_choices acc"]["value"] == row["tasks"]["shift"]["value"]
 
 
 def test_only_the_first_examples_are_read_if_there_is_a_limit(merger, recipe_file, own_tasks):
-    chosen = ("--lm-eval", "demo_choices", "--include-path", own_tasks, "--limit", 3, "--num-fewshot", 1)
-    ran = merger("eval", recipe_file, *chosen)
+    flags = ("--lm-eval", "demo_choices", "--include-path", own_tasks, "--limit", 3, "--num-fewshot", 1)
+    ran = merger("eval", recipe_file, *flags)
     assert (ran.code, ran.err) == (0, "")
     assert "3 of demo_choices; forward passes in float32" in ran.out
     assert "± its own standard error" in ran.out
@@ -164,10 +164,10 @@ def _known_version(monkeypatch):
 @pytest.mark.usefixtures("_known_version")
 def test_figures_of_the_harness_stand_beside_the_others_with_its_standard_error():
     quiz = Task("t", "choices", (Example("p", ("a", "b")), Example("q", ("a", "b"))))
-    found = compare([quiz], entries({"t": Outcome(torch.ones(2).numpy(), torch.ones(2).numpy())}), "float32")
-    assert headings(found)[-3:] == ["quiz acc", "prose word_perplexity", "odd length (first)"]
-    assert cells(found, found.rows[-1])[-3:] == ["0.6000 ± 0.0700", "25.0000", "3.0000"]
-    assert "examples: 2 of t, 50 of quiz, 7 of prose, 7 of odd; forward passes in float32" in legend(found)
+    comparison = compare([quiz], entries({"t": Outcome(torch.ones(2).numpy(), torch.ones(2).numpy())}), "float32")
+    assert headings(comparison)[-3:] == ["quiz acc", "prose word_perplexity", "odd length (first)"]
+    assert cells(comparison, comparison.rows[-1])[-3:] == ["0.6000 ± 0.0700", "25.0000", "3.0000"]
+    assert "examples: 2 of t, 50 of quiz, 7 of prose, 7 of odd; forward passes in float32" in legend(comparison)
 
 
 @pytest.mark.usefixtures("_known_version")
@@ -178,9 +178,9 @@ def test_the_ideal_is_the_better_expert_where_the_harness_says_what_is_better():
 
 @pytest.mark.usefixtures("_known_version")
 def test_the_harness_alone_leaves_no_mean_and_no_share():
-    found = compare([], entries({}), "float32")
-    assert (found.rows[-1].mean, found.rows[-1].kept, found.notes) == (None, None, ())
-    assert headings(found) == list(found.lm_eval)
+    comparison = compare([], entries({}), "float32")
+    assert (comparison.rows[-1].mean, comparison.rows[-1].kept, comparison.notes) == (None, None, ())
+    assert headings(comparison) == list(comparison.lm_eval)
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -212,18 +212,18 @@ def test_what_the_harness_does_not_know_or_cannot_load_is_told_before_any_model_
         ("--lm-eval", "gone"): ["--lm-eval gone: cannot be loaded: FileNotFoundError"],
         ("--lm-eval", "demo_choices", "--include-path", own_tasks / "nowhere"): ["there is no such folder"],
     }
-    for arguments, said in cases.items():
+    for arguments, case in cases.items():
         ran = merger("eval", recipe_file, "--include-path", own_tasks, *arguments)
         assert ran.code in (2, 3), ran.err
-        assert len(ran.err.splitlines()) == len(said)
-        for part, line in zip(said, ran.err.splitlines(), strict=True):
+        assert len(ran.err.splitlines()) == len(case)
+        for part, line in zip(case, ran.err.splitlines(), strict=True):
             assert part in line
 
 
 def test_data_that_is_not_in_the_cache_is_not_fetched_offline(merger, recipe_file, own_tasks):
-    written = yaml.safe_load((own_tasks / "demo_texts.yaml").read_text())
-    far = {"task": "far", "dataset_path": "someone/far-away", "dataset_kwargs": {}}
-    file_of(own_tasks / "far.yaml", {**written, **far})
+    content = yaml.safe_load((own_tasks / "demo_texts.yaml").read_text())
+    remote_task = {"task": "far", "dataset_path": "someone/far-away", "dataset_kwargs": {}}
+    file_of(own_tasks / "far.yaml", {**content, **remote_task})
     ran = merger("eval", recipe_file, "--lm-eval", "far", "--include-path", own_tasks, "--offline")
     assert ran.code == 3
     assert ran.err.startswith("error: --lm-eval far: cannot be loaded: ")
@@ -231,7 +231,7 @@ def test_data_that_is_not_in_the_cache_is_not_fetched_offline(merger, recipe_fil
 
 
 def test_what_stops_the_harness_on_the_way_is_told_in_a_line(merger, recipe_file, own_tasks):
-    chosen = ("--lm-eval", "demo_choices", "--include-path", own_tasks, "--num-fewshot", 99)
-    ran = merger("eval", recipe_file, *chosen)
+    flags = ("--lm-eval", "demo_choices", "--include-path", own_tasks, "--num-fewshot", 99)
+    ran = merger("eval", recipe_file, *flags)
     assert ran.code == 3
     assert ran.err.startswith("error: --lm-eval: the harness stopped at base: ValueError")

@@ -27,8 +27,8 @@ def file(tmp_path, monkeypatch):
 
 def swap_remembered(tmp_path):
     """Replaces every remembered digest, so that one that is used shows."""
-    for each in (tmp_path / "cache" / "sha256").iterdir():
-        each.write_text("f" * 64)
+    for value in (tmp_path / "cache" / "sha256").iterdir():
+        value.write_text("f" * 64)
 
 
 def test_it_is_the_digest_of_the_content(file):
@@ -43,12 +43,12 @@ def test_a_file_that_did_not_change_is_not_read_again(file, tmp_path):
 
 @pytest.mark.parametrize("times", [None, (0, 0)], ids=["another time", "its old time put back"])
 def test_a_file_that_changed_is(file, tmp_path, times):
-    before = os.stat(file)
+    stat_before = os.stat(file)
     sha256(file)
     swap_remembered(tmp_path)
     file.write_bytes(CONTENT[::-1])
     if times is not None:
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(file, ns=(stat_before.st_atime_ns, stat_before.st_mtime_ns))
     assert sha256(file) == hashlib.sha256(CONTENT[::-1]).hexdigest()
 
 
@@ -61,8 +61,8 @@ def test_a_file_that_was_written_a_moment_ago_is_not_remembered(file, tmp_path, 
 
 def test_what_is_remembered_wrongly_is_not_believed(file, tmp_path):
     sha256(file)
-    for each in (tmp_path / "cache" / "sha256").iterdir():
-        each.write_text("../x")
+    for value in (tmp_path / "cache" / "sha256").iterdir():
+        value.write_text("../x")
     assert sha256(file) == DIGEST
 
 

@@ -20,16 +20,18 @@ def imported(text, tmp_path="."):
     return import_mergekit(parse(text, "m.yml", tmp_path))
 
 
-def config(method, more="", models="{a: {weight: 1}, b: {weight: 1}}", base="base_model: base"):
+def config(method, options="", models="{a: {weight: 1}, b: {weight: 1}}", base="base_model: base"):
     """A configuration with a list of models and their parameters."""
-    listed = "".join(f"  - {{model: {name}, parameters: {own}}}\n" for name, own in yaml.safe_load(models).items())
-    return f"merge_method: {method}\nmodels:\n{listed}{base}\n{more}\n"
+    listed = "".join(
+        f"  - {{model: {name}, parameters: {parameters}}}\n" for name, parameters in yaml.safe_load(models).items()
+    )
+    return f"merge_method: {method}\nmodels:\n{listed}{base}\n{options}\n"
 
 
 def stages(recipe):
     """The pipeline of a recipe or of a rule, one stage or several."""
     if "pipeline" in recipe:
-        return [each if isinstance(each, dict) else {each: {}} for each in recipe["pipeline"]]
+        return [stage if isinstance(stage, dict) else {stage: {}} for stage in recipe["pipeline"]]
     return [{recipe["method"]: recipe.get("parameters", {})}]
 
 
@@ -130,8 +132,8 @@ def test_a_model_that_della_does_not_thin_has_no_window():
 
 @pytest.mark.parametrize(("row_wise", "scope", "stored"), [("false", "row", "column"), ("true", "column", "row")])
 def test_rows_of_gpt2s_conv1d_are_columns_here(row_wise, scope, stored):
-    more = f"parameters: {{nuslerp_flatten: false, nuslerp_row_wise: {row_wise}}}"
-    recipe = imported(config("nuslerp", more)).recipe
+    options = f"parameters: {{nuslerp_flatten: false, nuslerp_row_wise: {row_wise}}}"
+    recipe = imported(config("nuslerp", options)).recipe
     assert recipe["parameters"]["scope"] == scope
     assert [(rule["kinds"], rule["parameters"]["scope"]) for rule in recipe["rules"]] == [(["conv1d"], stored)]
 
@@ -162,7 +164,7 @@ def test_slerp_starts_at_the_base_wherever_it_is_listed(models):
 
 
 @pytest.mark.parametrize(
-    ("written", "expected"),
+    ("parameters", "expected"),
     [
         ("org/a@v1", {"a": "org/a@v1"}),
         ("org/a+org/lora", {"lora": {"model": "org/a", "adapter": "org/lora"}}),
@@ -176,8 +178,8 @@ def test_slerp_starts_at_the_base_wherever_it_is_listed(models):
         ("other/base", {"base_model": "other/base"}),
     ],
 )
-def test_a_model_is_named_as_the_recipe_names_it(written, expected):
-    text = f"merge_method: linear\nmodels: [{{model: {written}, parameters: {{weight: 1}}}}]\n"
+def test_a_model_is_named_as_the_recipe_names_it(parameters, expected):
+    text = f"merge_method: linear\nmodels: [{{model: {parameters}, parameters: {{weight: 1}}}}]\n"
     assert imported(text).recipe["experts"] == expected
 
 
@@ -190,7 +192,7 @@ def test_models_of_one_name_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("more", "expected"),
+    ("options", "expected"),
     [
         ("", {}),
         ("dtype: bfloat16", {"dtype": "bfloat16"}),
@@ -200,8 +202,8 @@ def test_models_of_one_name_are_told_apart():
         ("tokenizer: {source: b}", {"tokenizer": "b"}),
     ],
 )
-def test_the_output_has_the_dtype_and_the_tokenizer(more, expected):
-    assert imported(config("task_arithmetic", more)).recipe["output"] == {"path": "out/merged", **expected}
+def test_the_output_has_the_dtype_and_the_tokenizer(options, expected):
+    assert imported(config("task_arithmetic", options)).recipe["output"] == {"path": "out/merged", **expected}
 
 
 def test_what_mergekit_does_not_look_at_is_noted():
@@ -239,18 +241,20 @@ def mergekit_t(name, layers=4):
     return Fraction(3, 4) if "layernorm" in name else Fraction(1, 10) + at / 2
 
 
-def planned(text, folder, **more):
+def planned(text, folder, **options):
     """The plan of an imported configuration on tiny models, by tensor."""
-    trio(folder, **more)
+    trio(folder, **options)
     recipe = Recipe.parse(imported(text).recipe, folder)
-    made = plan(recipe)
-    made.close()
-    return {tensor.name: tensor for tensor in made.tensors}
+    merge_plan = plan(recipe)
+    merge_plan.close()
+    return {tensor.name: tensor for tensor in merge_plan.tensors}
 
 
 def test_filters_and_gradients_give_every_tensor_the_value_that_mergekit_gives(tmp_path):
     tensors = planned(GRADED, tmp_path, layers=4)
-    assert {name: each.stages[0].values["t"] for name, each in tensors.items()} == {n: mergekit_t(n) for n in tensors}
+    assert {name: tensor.stages[0].values["t"] for name, tensor in tensors.items()} == {
+        n: mergekit_t(n) for n in tensors
+    }
 
 
 def test_rules_are_as_few_as_can_be():
@@ -284,8 +288,8 @@ def test_the_nearer_parameter_wins_and_a_filter_that_fits_nothing_leaves_it_to_t
 
 
 def test_a_switch_may_depend_on_the_name():
-    more = "parameters: {normalize: [{filter: mlp, value: false}, {value: 1.0}]}"
-    recipe = imported(config("linear", more, base="")).recipe
+    options = "parameters: {normalize: [{filter: mlp, value: false}, {value: 1.0}]}"
+    recipe = imported(config("linear", options, base="")).recipe
     assert recipe["parameters"]["normalize"] is True
     assert recipe["rules"][0]["parameters"]["normalize"] is False
 
@@ -308,15 +312,15 @@ slices:
 
 def test_slices_of_one_whole_model_become_values_by_layer(tmp_path):
     tensors = planned(SLICED, tmp_path, layers=4)
-    half, before, after = Fraction(1, 2), "model.embed_tokens.weight", "model.norm.weight"
+    half, state_before, state_after = Fraction(1, 2), "model.embed_tokens.weight", "model.norm.weight"
     weights = {0: [1, 0, 0], 1: [half, half, 0], 2: [0, 1, 0], 3: [0, half, Fraction(3, 4)]}
     for name, tensor in tensors.items():
         expected = (
             weights[int(name.split(".")[2])] if ".layers." in name
-            else [1, 0, 0] if name == before else [0, half, Fraction(1, 4)]
+            else [1, 0, 0] if name == state_before else [0, half, Fraction(1, 4)]
         )  # fmt: skip
         assert tensor.stages[0].values["weight"] == expected, name
-    assert after in tensors
+    assert state_after in tensors
 
 
 def test_passthrough_of_slices_takes_each_layer_from_its_model(tmp_path):
@@ -429,7 +433,7 @@ def test_a_configuration_that_cannot_be_said_is_refused_with_the_place(text, fau
     ],
 )
 def test_layers_that_move_have_no_equivalent(ranges, fault):
-    slices = "".join(f"  - sources: [{{model: a, layer_range: {each}}}]\n" for each in ranges)
+    slices = "".join(f"  - sources: [{{model: a, layer_range: {value}}}]\n" for value in ranges)
     assert faults(f"merge_method: passthrough\nslices:\n{slices}")[0].startswith(fault)
 
 
@@ -448,8 +452,8 @@ def places(node, path=()):
     """Every place in a tree of maps and lists."""
     yield path
     pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, each in pairs:
-        yield from places(each, (*path, key))
+    for key, value in pairs:
+        yield from places(value, (*path, key))
 
 
 def changed(node, path, value):
@@ -457,8 +461,8 @@ def changed(node, path, value):
     if not path:
         return value
     pairs = node.items() if isinstance(node, dict) else enumerate(node)
-    several = {key: changed(each, path[1:], value) if key == path[0] else each for key, each in pairs}
-    return several if isinstance(node, dict) else list(several.values())
+    groups = {key: changed(item, path[1:], value) if key == path[0] else item for key, item in pairs}
+    return groups if isinstance(node, dict) else list(groups.values())
 
 
 @given(st.sampled_from([text for text, _ in TRANSLATED] + [GRADED, SLICED]), st.data())

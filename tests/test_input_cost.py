@@ -24,18 +24,18 @@ def planned(tmp_path):
         config = {**CAUSAL, "hidden_size": HIDDEN}
         for name in ("base", "lm", "math"):
             save_headers(tmp_path / name, blocks(HIDDEN, INNER, 2) | vocabulary(ROWS, HIDDEN), config)
-        written = {"base": "base", "experts": {"lm": "lm", "math": "math"}, "method": method, "output": {"path": "out"}}
+        content = {"base": "base", "experts": {"lm": "lm", "math": "math"}, "method": method, "output": {"path": "out"}}
         text = {"data": "text.jsonl", "samples": samples, "max_tokens": 512}
-        made = plan(Recipe.parse({**written, "calibration": text}, tmp_path))
-        made.close()
-        return made
+        merge_plan = plan(Recipe.parse({**content, "calibration": text}, tmp_path))
+        merge_plan.close()
+        return merge_plan
 
     return make
 
 
 def test_without_calibration_nothing_is_taken(planned):
-    made = planned("linear")
-    assert cost(made) == Cost()
+    result = planned("linear")
+    assert cost(result) == Cost()
 
 
 def test_a_saliency_takes_the_embedding_or_a_block_whichever_is_larger(planned):
@@ -43,10 +43,10 @@ def test_a_saliency_takes_the_embedding_or_a_block_whichever_is_larger(planned):
 
 
 def test_gram_matrices_take_float64_for_the_expert_that_runs_and_float32_for_all(planned):
-    made = planned("regmean")
-    assert cost(made).making == 4 * BLOCK + (8 + 4 * 2) * SQUARES
-    assert cost(made).merging == 4 * 2 * SQUARES
-    assert cost(made).files == 2 * 2 * 4 * (6 * HIDDEN * (HIDDEN + 1) // 2 + INNER * (INNER + 1) // 2 + 0) + (
+    result = planned("regmean")
+    assert cost(result).making == 4 * BLOCK + (8 + 4 * 2) * SQUARES
+    assert cost(result).merging == 4 * 2 * SQUARES
+    assert cost(result).files == 2 * 2 * 4 * (6 * HIDDEN * (HIDDEN + 1) // 2 + INNER * (INNER + 1) // 2 + 0) + (
         2 * 4 * HIDDEN * (HIDDEN + 1) // 2  # of the head
     )
 
@@ -62,15 +62,15 @@ def test_hidden_states_of_all_experts_wait_only_for_gram_matrices(planned, metho
 
 
 def test_a_preview_counts_hidden_states_unless_memory_is_capped(planned, tmp_path):
-    few, many = planned("regmean"), planned("regmean", samples=1000)
-    grown = preview(many, tmp_path / "out", None).memory - preview(few, tmp_path / "out", None).memory
+    subset, seeds = planned("regmean"), planned("regmean", samples=1000)
+    grown = preview(seeds, tmp_path / "out", None).memory - preview(subset, tmp_path / "out", None).memory
     assert grown == 2 * 990 * 512 * HIDDEN * 4
-    assert preview(many, tmp_path / "out", 24 * GB).memory <= 24 * GB
+    assert preview(seeds, tmp_path / "out", 24 * GB).memory <= 24 * GB
 
 
 def test_a_cap_below_a_block_is_refused_and_one_above_leaves_room_for_hidden_states(planned):
-    made = planned("regmean")
-    least = INTERPRETER + cost(made).making
+    result = planned("regmean")
+    minimum = INTERPRETER + cost(result).making
     with pytest.raises(ResourceError, match="too little"):
-        Machine.of("cpu", least - 1, made)
-    assert Machine.of("cpu", 24 * GB, made).hidden > GB
+        Machine.of("cpu", minimum - 1, result)
+    assert Machine.of("cpu", 24 * GB, result).hidden > GB

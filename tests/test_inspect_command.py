@@ -28,8 +28,8 @@ def folder(tmp_path, monkeypatch):
     for seed, name in enumerate(("base", "code", "math", "wiki")):
         tensors = llama(seed, hidden=16)
         if name == "math":
-            other = llama(1, hidden=16)
-            tensors = {each: other[each] if "layers.1." in each else v for each, v in tensors.items()}
+            changed = llama(1, hidden=16)
+            tensors = {value: changed[value] if "layers.1." in value else v for value, v in tensors.items()}
         save(tmp_path / name, base if name == "base" else tensors)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path
@@ -42,20 +42,20 @@ def test_json_is_one_object_of_the_documented_form(merger, folder):
     ran = merger("inspect", "recipe.yaml", "--json")
     schema = json.loads(merger("schema", "inspection").out)
     assert (ran.code, ran.err) == (0, "")
-    said = json.loads(ran.out)
+    content = json.loads(ran.out)
     jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.Draft202012Validator(schema).validate(said)
-    assert said["format"] == 1
-    assert [view["name"] for view in said["views"]] == ["task_vectors", "top", "result"]
+    jsonschema.Draft202012Validator(schema).validate(content)
+    assert content["format"] == 1
+    assert [view["name"] for view in content["views"]] == ["task_vectors", "top", "result"]
 
 
 def test_every_key_of_the_json_is_described(merger, folder):
-    said = json.loads(merger("inspect", "recipe.yaml", "--json").out)
+    content = json.loads(merger("inspect", "recipe.yaml", "--json").out)
     schema = json.loads(merger("schema", "inspection").out)
-    assert said.keys() == schema["properties"].keys()
-    assert said["views"][0].keys() == schema["$defs"]["View"]["properties"].keys()
-    assert said["views"][0]["whole"].keys() == schema["$defs"]["Facts"]["properties"].keys()
-    assert said["views"][-1]["whole"].keys() == schema["$defs"]["Merged"]["properties"].keys()
+    assert content.keys() == schema["properties"].keys()
+    assert content["views"][0].keys() == schema["$defs"]["View"]["properties"].keys()
+    assert content["views"][0]["whole"].keys() == schema["$defs"]["Facts"]["properties"].keys()
+    assert content["views"][-1]["whole"].keys() == schema["$defs"]["Merged"]["properties"].keys()
     assert schema["$defs"]["Facts"]["properties"]["overlap"]["description"].startswith("``overlap[A][B]``: Share of")
 
 
@@ -77,14 +77,14 @@ def test_tables_name_every_expert_pair_and_projection(merger, folder):
 
 def test_the_worst_layer_comes_first(merger, folder):
     lines = merger("inspect", "recipe.yaml").out.splitlines()
-    below = next(i for i, line in enumerate(lines) if "layer (top)" in line) + 2
-    assert lines[below].split()[:2] == ["model.layers.1", "1.000"]
+    next_row = next(i for i, line in enumerate(lines) if "layer (top)" in line) + 2
+    assert lines[next_row].split()[:2] == ["model.layers.1", "1.000"]
 
 
 def test_tables_fit_80_columns(folder):
-    seen = library.inspect(library.Recipe.load("recipe.yaml"))
+    inspection = library.inspect(library.Recipe.load("recipe.yaml"))
     terminal = Console(width=80, record=True, file=io.StringIO())
-    console.print_inspection(seen, terminal)
+    console.print_inspection(inspection, terminal)
     lines = terminal.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.split()[:1] == ["post_attention_layernorm"] for line in lines)  # whole, on a line of its own
@@ -95,30 +95,30 @@ def test_only_the_first_dozen_of_a_long_table_is_shown_unless_all_are_asked_for(
     for seed, name in enumerate(("base", "code", "math", "wiki")):
         save(tmp_path / name, llama(seed, layers=14))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    short, whole = merger("inspect", "recipe.yaml"), merger("inspect", "recipe.yaml", "--all")
+    short, total = merger("inspect", "recipe.yaml"), merger("inspect", "recipe.yaml", "--all")
     assert "... and 5 more; --all shows them" in short.out
-    assert "more;" not in whole.out
-    assert len(whole.out.splitlines()) == len(short.out.splitlines()) + 5 - 1
+    assert "more;" not in total.out
+    assert len(total.out.splitlines()) == len(short.out.splitlines()) + 5 - 1
 
 
 def test_curves_are_a_table_and_ranks_a_column_that_fit_80_columns(merger, folder, monkeypatch):
-    seen = library.inspect(library.Recipe.load("recipe.yaml"), rank=True, curves=True)
+    inspection = library.inspect(library.Recipe.load("recipe.yaml"), rank=True, curves=True)
     terminal = Console(width=80, record=True, file=io.StringIO())
-    console.print_inspection(seen, terminal)
+    console.print_inspection(inspection, terminal)
     lines = terminal.export_text().splitlines()
     assert max(map(len, lines)) <= 80
-    below = next(i for i, line in enumerate(lines) if line.split() == ["largest", "by", "overlap", "uneven", "rows"])
-    assert [line.split()[0] for line in lines[below + 3 :][:3]] == ["0.05", "0.10", "0.20"]
+    next_row = next(i for i, line in enumerate(lines) if line.split() == ["largest", "by", "overlap", "uneven", "rows"])
+    assert [line.split()[0] for line in lines[next_row + 3 :][:3]] == ["0.05", "0.10", "0.20"]
     assert any({"overlap", "rank"} <= set(line.split()) for line in lines)
 
 
 def test_options_ask_for_curves_and_ranks(merger, folder):
-    said = json.loads(merger("inspect", "recipe.yaml", "--json", "--curves", "--rank").out)
+    content = json.loads(merger("inspect", "recipe.yaml", "--json", "--curves", "--rank").out)
     schema = json.loads(merger("schema", "inspection").out)
-    jsonschema.Draft202012Validator(schema).validate(said)
-    assert said["curves"].keys() == schema["$defs"]["Curves"]["properties"].keys()
-    assert said["curves"]["whole"].keys() == schema["$defs"]["Curve"]["properties"].keys()
-    assert said["views"][0]["whole"]["effective_rank"].keys() == {"code", "math", "wiki"}
+    jsonschema.Draft202012Validator(schema).validate(content)
+    assert content["curves"].keys() == schema["$defs"]["Curves"]["properties"].keys()
+    assert content["curves"]["whole"].keys() == schema["$defs"]["Curve"]["properties"].keys()
+    assert content["views"][0]["whole"]["effective_rank"].keys() == {"code", "math", "wiki"}
 
 
 # --- conditions -----------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def test_options_ask_for_curves_and_ranks(merger, folder):
     ],
 )
 def test_a_condition_is_a_metric_a_sign_and_a_number(text, parts):
-    found = conditions.parse(text)
-    assert (found.view, found.place, found.metric, found.sign, found.limit) == parts
+    condition = conditions.parse(text)
+    assert (condition.view, condition.place, condition.metric, condition.sign, condition.limit) == parts
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_a_condition_is_a_metric_a_sign_and_a_number(text, parts):
     ],
 )
 def test_a_malformed_condition_is_told_with_the_nearest_name(text, words):
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RecipeError) as calls:
         conditions.parse(text)
-    assert str(told.value) == f"--fail-if {text!r}: {words}" + (
+    assert str(calls.value) == f"--fail-if {text!r}: {words}" + (
         ": 'overlap > 0.3'" if words.endswith("a number") else ""
     )
 
@@ -170,11 +170,11 @@ def test_a_malformed_condition_ends_in_2_before_anything_is_read(merger, tmp_pat
 
 def test_a_condition_that_holds_ends_in_1_with_the_worst_offender(merger, folder):
     ran = merger("inspect", "recipe.yaml", "--json", "--fail-if", "overlap > 0.4")
-    said = json.loads(ran.out)["views"][1]["whole"]["overlap"]
-    pair = max(((a, b) for a in said for b in said[a]), key=lambda pair: said[pair[0]][pair[1]])
+    message = json.loads(ran.out)["views"][1]["whole"]["overlap"]
+    pair = max(((a, b) for a in message for b in message[a]), key=lambda pair: message[pair[0]][pair[1]])
     assert ran.code == 1
     assert ran.err.startswith(
-        f"error: overlap > 0.4: {said[pair[0]][pair[1]]:.4g} ({pair[0]}, {pair[1]}) in the whole model (top); "
+        f"error: overlap > 0.4: {message[pair[0]][pair[1]]:.4g} ({pair[0]}, {pair[1]}) in the whole model (top); "
         "of all tensors 1 (code, math) in model.layers.1."
     )
     assert len(ran.err.splitlines()) == 1
@@ -193,24 +193,24 @@ def test_every_fact_can_be_a_condition(merger, folder, text):
 
 
 def test_less_than_looks_for_the_smallest(folder):
-    seen = library.inspect(library.Recipe.load("recipe.yaml"))
-    smallest = min((facts.at_base, name) for name, facts in seen.view("result").layers.items())
-    with pytest.raises(ConditionError) as told:
-        conditions.check([conditions.parse("layer.at_base < 0.9")], seen)
-    assert str(told.value).startswith(
+    inspection = library.inspect(library.Recipe.load("recipe.yaml"))
+    smallest = min((facts.at_base, name) for name, facts in inspection.view("result").layers.items())
+    with pytest.raises(ConditionError) as calls:
+        conditions.check([conditions.parse("layer.at_base < 0.9")], inspection)
+    assert str(calls.value).startswith(
         f"layer.at_base < 0.9: {smallest[0]:.4g} in {smallest[1]} (result); of all tensors "
     )
 
 
 def test_equal_limits_hold_only_where_the_sign_says_so(folder):
-    seen = library.inspect(library.Recipe.load("recipe.yaml"))
-    conditions.check([conditions.parse("layer.overlap > 1")], seen)
+    inspection = library.inspect(library.Recipe.load("recipe.yaml"))
+    conditions.check([conditions.parse("layer.overlap > 1")], inspection)
     with pytest.raises(ConditionError):
-        conditions.check([conditions.parse("layer.overlap >= 1")], seen)
+        conditions.check([conditions.parse("layer.overlap >= 1")], inspection)
 
 
 def test_every_condition_that_holds_has_its_line(merger, folder):
-    held = ("--fail-if", "overlap > 0.1", "--fail-if", "overlap > 0.99", "--fail-if", "blend < 0.999")
-    ran = merger("inspect", "recipe.yaml", *held)
+    conditions = ("--fail-if", "overlap > 0.1", "--fail-if", "overlap > 0.99", "--fail-if", "blend < 0.999")
+    ran = merger("inspect", "recipe.yaml", *conditions)
     assert ran.code == 1
     assert [line.split(": ")[1] for line in ran.err.splitlines()] == ["overlap > 0.1", "blend < 0.999"]

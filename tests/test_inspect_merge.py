@@ -35,12 +35,16 @@ def folder(tmp_path, monkeypatch):
 
 def shares(names, of=MERGED, labels=("base", "code", "math")):
     """Where the values of some tensors of a merge come from, by a loop over all of them."""
-    written, *inputs = (load(each) for each in (of, *(f"models/{label}" for label in labels)))
+    parameters, *inputs = (load(item) for item in (of, *(f"models/{label}" for label in labels)))
     ends = dict.fromkeys((*labels, "blend"), 0)
     for name in names:
-        for i, value in enumerate(written[name].flatten().tolist()):
-            same = (label for label, own in zip(labels, inputs, strict=True) if own[name].flatten()[i].item() == value)
-            ends[next(same, "blend")] += 1
+        for i, value in enumerate(parameters[name].flatten().tolist()):
+            equal = (
+                label
+                for label, input_values in zip(labels, inputs, strict=True)
+                if input_values[name].flatten()[i].item() == value
+            )
+            ends[next(equal, "blend")] += 1
     size = sum(ends.values())
     return [count / size for count in ends.values()]
 
@@ -53,20 +57,20 @@ def said(facts):
 
 
 def test_a_merges_shares_are_told_from_its_weights(folder):
-    seen = library.inspect_merge(folder / MERGED)
+    inspection = library.inspect_merge(folder / MERGED)
     merged = [name for name in load(MERGED) if "norm" not in name and "lm_head" not in name]
     layer = [name for name in merged if name.startswith("model.layers.1.")]
-    result = seen.view("result")
+    result = inspection.view("result")
     assert said(result.layers["model.layers.1"]) == pytest.approx(shares(layer))
     assert said(result.whole) == pytest.approx(shares(merged))
     assert result.whole.blend == 0
 
 
 def test_a_merges_task_vectors_are_those_of_its_experts(folder):
-    seen = library.inspect_merge(folder / MERGED)
-    before = library.inspect(library.Recipe.load("recipe.yaml"))
-    assert seen.view("task_vectors") == before.view("task_vectors")
-    assert seen.experts == ["code", "math"]
+    inspection = library.inspect_merge(folder / MERGED)
+    facts_before = library.inspect(library.Recipe.load("recipe.yaml"))
+    assert inspection.view("task_vectors") == facts_before.view("task_vectors")
+    assert inspection.experts == ["code", "math"]
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "im", "della", "slerp"])
@@ -75,20 +79,20 @@ def test_a_recipe_foretells_where_the_positions_of_its_merge_end(folder, method,
     recipe = library.Recipe.load(
         "recipe.yaml", [f"method={method}", "parameters={}", f"output.dtype={dtype}", "output.path=foretold"]
     )
-    before = library.inspect(recipe).view("result")
+    facts_before = library.inspect(recipe).view("result")
     library.merge(recipe)
-    after = library.inspect_merge(folder / "foretold").view("result")
-    assert {name: said(facts) for name, facts in before.tensors.items()} == {
-        name: said(facts) for name, facts in after.tensors.items()
+    facts_after = library.inspect_merge(folder / "foretold").view("result")
+    assert {name: said(facts) for name, facts in facts_before.tensors.items()} == {
+        name: said(facts) for name, facts in facts_after.tensors.items()
     }
 
 
 def test_what_a_merge_copied_is_named(folder):
-    seen = library.inspect_merge(folder / MERGED)
-    assert seen.copied["lm_head.weight"] == "math"
-    assert seen.copied["model.norm.weight"] == "base"
-    assert seen.made["method"] == "im"
-    assert seen.made["tensors"] == {"copied from math": 1, "merged by recipe": 15, "copied from base": 5}
+    inspection = library.inspect_merge(folder / MERGED)
+    assert inspection.copied["lm_head.weight"] == "math"
+    assert inspection.copied["model.norm.weight"] == "base"
+    assert inspection.made["method"] == "im"
+    assert inspection.made["tensors"] == {"copied from math": 1, "merged by recipe": 15, "copied from base": 5}
 
 
 def test_a_value_that_was_changed_by_hand_is_a_blend(folder):
@@ -187,8 +191,8 @@ def test_only_a_recipe_can_be_overridden(merger, folder):
 def test_an_expert_may_be_called_merged(folder):
     (folder / "recipe.yaml").write_text(RECIPE.replace("code: models/code", "merged: models/code"))
     library.merge(library.Recipe.load("recipe.yaml", ["output.path=again"]))
-    seen = library.inspect_merge(folder / "again")
-    assert list(seen.view("result").whole.at_expert) == ["merged", "math"]
+    inspection = library.inspect_merge(folder / "again")
+    assert list(inspection.view("result").whole.at_expert) == ["merged", "math"]
 
 
 # --- one fine-tune --------------------------------------------------------------------------------
@@ -210,8 +214,8 @@ def test_a_fine_tune_is_shown_with_the_layer_that_changed_most_first(merger, fol
     save(folder / "tune", {**base, touched: base[touched] + 1})
     ran = merger("inspect", "tune", "--base", "models/base")
     lines = ran.out.splitlines()
-    below = next(i for i, line in enumerate(lines) if "layer (task_vectors)" in line) + 2
-    assert lines[below].split()[0] == "model.layers.1"
+    next_row = next(i for i, line in enumerate(lines) if "layer (task_vectors)" in line) + 2
+    assert lines[next_row].split()[0] == "model.layers.1"
     assert "A, B" not in ran.out
 
 

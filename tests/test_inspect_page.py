@@ -63,16 +63,16 @@ def cells(text):
 
 
 @pytest.fixture
-def seen(tmp_path):
+def inspection(tmp_path):
     """What is seen of a small recipe, with a picture."""
     trio(tmp_path, hidden=16)
-    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "output": {"path": "out"}}
-    recipe = Recipe.parse({**written, "pipeline": [{"top": {"density": 0.5}}, "sum"]}, tmp_path)
+    content = {"base": "base", "experts": {"code": "code", "math": "math"}, "output": {"path": "out"}}
+    recipe = Recipe.parse({**content, "pipeline": [{"top": {"density": 0.5}}, "sum"]}, tmp_path)
     return library.inspect(recipe, picture=UP, curves=True)
 
 
-def test_a_page_needs_nothing_but_itself(seen):
-    text = page(seen)
+def test_a_page_needs_nothing_but_itself(inspection):
+    text = page(inspection)
     read = Reader(text)
     assert not {"script", "link", "img", "iframe", "object"} & set(read.tags)
     assert not {"src", "href"} & {name for name, _ in read.attributes}
@@ -80,37 +80,37 @@ def test_a_page_needs_nothing_but_itself(seen):
     assert "url(" not in text
 
 
-def test_a_page_has_a_section_for_every_view(seen):
-    headings = re.findall("<h2>(.*?)</h2>", page(seen))
+def test_a_page_has_a_section_for_every_view(inspection):
+    headings = re.findall("<h2>(.*?)</h2>", page(inspection))
     assert headings == ["task_vectors", "top", "result"]
 
 
-def test_a_heatmap_has_the_number_of_every_layer_and_projection(seen):
-    numbers = cells(page(seen))
-    expected = [f"{facts.at_base:.3f}" for facts in seen.view("result").cells["model.layers.1"].values()]
+def test_a_heatmap_has_the_number_of_every_layer_and_projection(inspection):
+    numbers = cells(page(inspection))
+    expected = [f"{facts.at_base:.3f}" for facts in inspection.view("result").cells["model.layers.1"].values()]
     assert numbers["at base", "model.layers.1"] == expected
     assert numbers["at base outside the blocks", "lm_head"] == [
-        f"{seen.view('result').tensors['lm_head.weight'].at_base:.3f}"
+        f"{inspection.view('result').tensors['lm_head.weight'].at_base:.3f}"
     ]
 
 
 def test_small_tensors_have_a_chart_and_so_colours_of_their_own(tmp_path):
     trio(tmp_path, hidden=64, layers=1)
-    seen = library.inspect_model(str(tmp_path / "code"), str(tmp_path / "base"))
-    numbers = cells(page(seen))
+    inspection = library.inspect_model(str(tmp_path / "code"), str(tmp_path / "base"))
+    numbers = cells(page(inspection))
     assert len(numbers["norm", "model.layers.0"]) == 7
     assert len(numbers["norm of small tensors", "model.layers.0"]) == 2
 
 
-def test_an_overlap_matrix_has_both_ways_of_every_pair(seen):
-    numbers = cells(page(seen))
+def test_an_overlap_matrix_has_both_ways_of_every_pair(inspection):
+    numbers = cells(page(inspection))
     for expert, peer in (("code", "math"), ("math", "code")):
-        both_views = [f"{seen.view(view).whole.overlap[expert][peer]:.3f}" for view in ("task_vectors", "top")]
+        both_views = [f"{inspection.view(view).whole.overlap[expert][peer]:.3f}" for view in ("task_vectors", "top")]
         assert numbers["overlap", expert] == both_views
 
 
-def test_a_map_paints_every_cell_once(seen):
-    maps = [chart for title, chart in charts(page(seen)) if title in ("code", "math")]
+def test_a_map_paints_every_cell_once(inspection):
+    maps = [chart for title, chart in charts(page(inspection)) if title in ("code", "math")]
     assert len(maps) == 4  # two experts in two views
     for chart in maps:
         cells = next(group for group in chart.iter("g") if group.get("class") == "cells")
@@ -119,38 +119,38 @@ def test_a_map_paints_every_cell_once(seen):
 
 def lines(chart):
     """The dashes and the points of every line of a series: [(dashes, [(x, y), ..]), ..]."""
-    found = []
+    result = []
     for group in chart.iter("g"):
         style = dict(item.split(":") for item in (group.get("style") or "").split(";") if ":" in item)
         if "--series" in style.get("stroke", "") and style["fill"] == "none":
             for path in group.iter("path"):
                 points = [tuple(map(float, point.split())) for point in path.get("d")[1:].split("L")]
-                found.append((style.get("stroke-dasharray"), points))
-    return [line for line in found if len(line[1]) > 2]
+                result.append((style.get("stroke-dasharray"), points))
+    return [line for line in result if len(line[1]) > 2]
 
 
-def test_a_curve_is_a_line_for_magnitude_and_a_dashed_one_for_random_masks_of_every_pair_and_expert(seen):
-    (_, overlap), (_, uneven) = charts(page(seen))[:2]
+def test_a_curve_is_a_line_for_magnitude_and_a_dashed_one_for_random_masks_of_every_pair_and_expert(inspection):
+    (_, overlap), (_, uneven) = charts(page(inspection))[:2]
     assert [dashes for dashes, _ in lines(overlap)] == ["7 5", None]
     assert [dashes for dashes, _ in lines(uneven)] == ["7 5", None, "7 5", None]
     assert all(len(points) == 11 for chart in (overlap, uneven) for _, points in lines(chart))
 
 
-def test_a_curve_goes_through_its_numbers(seen):
-    points = lines(charts(page(seen))[0][1])[1][1]
+def test_a_curve_goes_through_its_numbers(inspection):
+    points = lines(charts(page(inspection))[0][1])[1][1]
     height = points[0][1] - points[-1][1]
-    expected = seen.curves.whole.overlap["code"]["math"]
+    expected = inspection.curves.whole.overlap["code"]["math"]
     assert height / 300 == pytest.approx(expected[-1] - expected[0], abs=1e-3)
 
 
-def test_the_whole_model_and_every_kind_of_matrix_have_curves(seen):
-    titles = [title for title, _ in charts(page(seen)) if title.startswith("overlap against density")]
+def test_the_whole_model_and_every_kind_of_matrix_have_curves(inspection):
+    titles = [title for title, _ in charts(page(inspection)) if title.startswith("overlap against density")]
     kinds = ("", ", kind embedding", ", kind head", ", kind linear")
     assert sorted(titles) == [f"overlap against density{of}" for of in kinds]
 
 
-def test_a_page_without_curves_has_no_chart_against_density(seen):
-    assert "against density" not in page(replace(seen, curves=None))
+def test_a_page_without_curves_has_no_chart_against_density(inspection):
+    assert "against density" not in page(replace(inspection, curves=None))
 
 
 def test_names_are_text_and_never_markup(tmp_path):
@@ -164,10 +164,10 @@ def test_names_are_text_and_never_markup(tmp_path):
     Reader(text)
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_a_model_that_changed_nothing_still_has_a_page(tmp_path, same):
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_model_that_changed_nothing_still_has_a_page(tmp_path, equal):
     save(tmp_path / "base", llama(0))
-    save(tmp_path / "tune", llama(0 if same else 1))
+    save(tmp_path / "tune", llama(0 if equal else 1))
     text = page(library.inspect_model(str(tmp_path / "tune"), str(tmp_path / "base")))
     assert "Where a fine-tune changed" in text
     assert "sign conflict" not in Reader(text).words

@@ -17,13 +17,13 @@ RECIPE = {"base": "base", "experts": {"code": "code", "math": "math"}, "output":
 
 
 @pytest.fixture
-def seen(tmp_path):
+def inspection(tmp_path):
     """What is seen of a small recipe: curves of the whole, one view, one picture."""
     trio(tmp_path, hidden=16)
     recipe = Recipe.parse({**RECIPE, "pipeline": [{"top": {"density": 0.5}}, "sum"]}, tmp_path)
-    every = library.inspect(recipe, curves=True, picture=UP)
-    curves = replace(every.curves, kinds={})
-    return replace(every, views=every.views[1:2], curves=curves, pictures=every.pictures[1:])
+    inspection = library.inspect(recipe, curves=True, picture=UP)
+    curves = replace(inspection.curves, kinds={})
+    return replace(inspection, views=inspection.views[1:2], curves=curves, pictures=inspection.pictures[1:])
 
 
 def words(file):
@@ -31,8 +31,8 @@ def words(file):
     return {text for text in xml.etree.ElementTree.parse(file).getroot().itertext() if text.strip()}
 
 
-def test_every_figure_is_drawn_as_png_and_svg(seen, tmp_path):
-    files = plots.write(seen, tmp_path / "new" / "plots")
+def test_every_figure_is_drawn_as_png_and_svg(inspection, tmp_path):
+    files = plots.write(inspection, tmp_path / "new" / "plots")
     declared = [entry for entry in statistics("experts") if entry.view is None and entry.request is None]
     figures = [
         "overlap-against-density",
@@ -49,9 +49,11 @@ def test_every_figure_is_drawn_as_png_and_svg(seen, tmp_path):
     )
 
 
-def test_the_same_plot_has_the_same_bytes(seen, tmp_path):
-    one, two = (plots.write(replace(seen, views=[], pictures=[]), tmp_path / name) for name in ("one", "two"))
-    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
+def test_the_same_plot_has_the_same_bytes(inspection, tmp_path):
+    files, repeated_files = (
+        plots.write(replace(inspection, views=[], pictures=[]), tmp_path / name) for name in ("one", "two")
+    )
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in repeated_files]
 
 
 def test_the_command_draws_the_figures_of_a_fine_tune(merger, tmp_path, monkeypatch):

@@ -71,10 +71,10 @@ def test_one_file_is_enough_for_tables_json_page_plots_and_conditions(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    shown = run("--html", "page.html", "--plot", "plots", "--fail-if", "layer.loneliness >= 0")
-    assert "loneliness" in shown.stdout
-    assert shown.returncode == 1
-    assert shown.stderr.startswith("error: layer.loneliness >= 0: ")
+    completed = run("--html", "page.html", "--plot", "plots", "--fail-if", "layer.loneliness >= 0")
+    assert "loneliness" in completed.stdout
+    assert completed.returncode == 1
+    assert completed.stderr.startswith("error: layer.loneliness >= 0: ")
     page = (tmp_path / "page.html").read_text()
     assert "Share of an expert&#x27;s positions that the other does not have." in page
     assert (tmp_path / "plots" / "task_vectors.loneliness.png").exists()
@@ -106,13 +106,13 @@ def models(tmp_path):
 @pytest.fixture
 def recipe(tmp_path, models):
     """A recipe that adds the three experts up."""
-    named = {name: name for name in EXPERTS}
+    names = {name: name for name in EXPERTS}
     choice = {"method": "task_arithmetic", "parameters": {"lambda": 1}}
-    return Recipe.parse({"base": "base", "experts": named, "output": {"path": "out"}, **choice}, tmp_path)
+    return Recipe.parse({"base": "base", "experts": names, "output": {"path": "out"}, **choice}, tmp_path)
 
 
 @pytest.fixture(params=[None, 48])
-def seen(recipe, request, monkeypatch):
+def inspection(recipe, request, monkeypatch):
     """The inspection with subspaces, of whole tensors and cut into slices."""
     if request.param is not None:
         monkeypatch.setattr(merger.engine.memory, "SLICE", request.param)
@@ -123,13 +123,17 @@ MATRICES = ("tall.weight", "wide.weight", "square.weight")
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_singular_task_interference_is_the_one_norm_of_both_overlaps_around_the_singular_values(models, seen, name):
+def test_singular_task_interference_is_the_one_norm_of_both_overlaps_around_the_singular_values(
+    models, inspection, name
+):
     factors = [np.linalg.svd(delta, full_matrices=False) for delta in models[name]]
-    left, right = (np.concatenate(side, 1) for side in ([u for u, _, _ in factors], [v.T for _, _, v in factors]))
+    left_vectors, right_vectors = (
+        np.concatenate(side, 1) for side in ([u for u, _, _ in factors], [v.T for _, _, v in factors])
+    )
     values = np.diag(np.concatenate([s for _, s, _ in factors]))
     unit = np.eye(len(values))
-    expected = np.abs((left.T @ left - unit) @ values @ (right.T @ right - unit)).sum()
-    assert seen.view("task_vectors").tensors[name].task_interference == pytest.approx(expected, rel=1e-6)
+    expected = np.abs((left_vectors.T @ left_vectors - unit) @ values @ (right_vectors.T @ right_vectors - unit)).sum()
+    assert inspection.view("task_vectors").tensors[name].task_interference == pytest.approx(expected, rel=1e-6)
 
 
 def centred(deltas):
@@ -141,17 +145,17 @@ def ranks(delta):
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_row_space_interference_is_summed_over_pairs_of_centred_experts_at_each_rank(models, seen, name):
+def test_row_space_interference_is_summed_over_pairs_of_centred_experts_at_each_rank(models, inspection, name):
     factors = [np.linalg.svd(delta, full_matrices=False) for delta in centred(models[name])]
     expected = []
     for k in ranks(models[name][0]):
         weighted = [np.diag(s[:k] / np.linalg.norm(s[:k])) @ v[:k] for _, s, v in factors]
         expected.append(sum(np.linalg.norm(a @ b.T) for a, b in itertools.permutations(weighted, 2)))
-    assert seen.view("task_vectors").tensors[name].row_interference == pytest.approx(expected, rel=1e-5)
+    assert inspection.view("task_vectors").tensors[name].row_interference == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_the_reconstruction_error_is_what_truncation_leaves_of_centred_experts(models, seen, name):
+def test_the_reconstruction_error_is_what_truncation_leaves_of_centred_experts(models, inspection, name):
     expected = []
     for k in ranks(models[name][0]):
         error = 0.0
@@ -159,45 +163,45 @@ def test_the_reconstruction_error_is_what_truncation_leaves_of_centred_experts(m
             u, s, v = np.linalg.svd(delta, full_matrices=False)
             error += np.linalg.norm(delta - u[:, :k] @ np.diag(s[:k]) @ v[:k]) ** 2
         expected.append(error)
-    found = seen.view("task_vectors").tensors[name].reconstruction_error
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    result = inspection.view("task_vectors").tensors[name].reconstruction_error
+    assert result == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_the_alignment_ratio_is_the_length_of_an_expert_in_the_directions_of_the_merge(models, seen, name):
+def test_the_alignment_ratio_is_the_length_of_an_expert_in_the_directions_of_the_merge(models, inspection, name):
     merged = sum(models[name])
     u, s, _ = np.linalg.svd(merged)
     residuals = [np.sqrt((s[k:] ** 2).sum()) for k in range(len(s) + 1)]
     k = next(k for k, residual in enumerate(residuals) if residual <= 0.05 * np.linalg.norm(merged))
     expected = [np.linalg.norm(u[:, :k].T @ delta) / np.linalg.norm(delta) for delta in models[name]]
     assert 0 < k < len(s)
-    found = seen.view("result").tensors[name].alignment
-    assert list(found.values()) == pytest.approx(expected, rel=1e-5)
+    result = inspection.view("result").tensors[name].alignment
+    assert list(result.values()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_finished_merge_has_the_alignment_that_its_recipe_foretold(recipe, seen):
+def test_a_finished_merge_has_the_alignment_that_its_recipe_foretold(recipe, inspection):
     merge(recipe)
-    found = inspect_merge(recipe.folder / "out", subspaces=True).view("result").whole.alignment
-    assert list(found.values()) == pytest.approx(list(seen.view("result").whole.alignment.values()), rel=1e-3)
+    result = inspect_merge(recipe.folder / "out", subspaces=True).view("result").whole.alignment
+    assert list(result.values()) == pytest.approx(list(inspection.view("result").whole.alignment.values()), rel=1e-3)
 
 
-def test_a_model_has_the_mean_of_interference_by_size_and_the_sum_of_errors(seen):
-    tensors = [seen.view("task_vectors").tensors[name] for name in MATRICES]
-    whole = seen.view("task_vectors").whole
+def test_a_model_has_the_mean_of_interference_by_size_and_the_sum_of_errors(inspection):
+    tensors = [inspection.view("task_vectors").tensors[name] for name in MATRICES]
+    total = inspection.view("task_vectors").whole
     weights = [values.elements for values in tensors]
-    assert whole.task_interference == pytest.approx(np.average([v.task_interference for v in tensors], weights=weights))
-    assert whole.row_interference == pytest.approx(
+    assert total.task_interference == pytest.approx(np.average([v.task_interference for v in tensors], weights=weights))
+    assert total.row_interference == pytest.approx(
         np.average([v.row_interference for v in tensors], axis=0, weights=weights)
     )
-    assert whole.reconstruction_error == pytest.approx(np.sum([v.reconstruction_error for v in tensors], axis=0))
+    assert total.reconstruction_error == pytest.approx(np.sum([v.reconstruction_error for v in tensors], axis=0))
 
 
-def test_a_vector_has_no_subspaces_and_nobody_waits_for_those_that_were_not_asked_for(recipe, seen):
-    assert seen.view("task_vectors").tensors["norm.weight"].task_interference is None
-    assert seen.view("result").tensors["norm.weight"].alignment is None
-    plain = inspect(recipe)
-    assert plain.view("task_vectors").whole.task_interference is None
-    assert plain.view("result").whole.alignment is None
+def test_a_vector_has_no_subspaces_and_nobody_waits_for_those_that_were_not_asked_for(recipe, inspection):
+    assert inspection.view("task_vectors").tensors["norm.weight"].task_interference is None
+    assert inspection.view("result").tensors["norm.weight"].alignment is None
+    inspection = inspect(recipe)
+    assert inspection.view("task_vectors").whole.task_interference is None
+    assert inspection.view("result").whole.alignment is None
 
 
 def saved(tmp_path, base, *experts, method="linear", parameters=None):
@@ -206,15 +210,15 @@ def saved(tmp_path, base, *experts, method="linear", parameters=None):
     for name, matrix in zip(("base", *names), (base, *experts), strict=True):
         save(tmp_path / name, {"x.weight": matrix})
     choice = {"method": method, "parameters": parameters or {}}
-    named = {name: name for name in names}
-    return Recipe.parse({"base": "base", "experts": named, "output": {"path": "out"}, **choice}, tmp_path)
+    by_name = {name: name for name in names}
+    return Recipe.parse({"base": "base", "experts": by_name, "output": {"path": "out"}, **choice}, tmp_path)
 
 
 def test_orthogonal_experts_do_not_interfere(tmp_path):
     base = torch.zeros(6, 4)
-    first, second = base.clone(), base.clone()
-    first[0, 0], second[1, 1] = 1, 2
-    facts = inspect(saved(tmp_path, base, first, second), subspaces=True).view("task_vectors").whole
+    changed_first, changed_second = base.clone(), base.clone()
+    changed_first[0, 0], changed_second[1, 1] = 1, 2
+    facts = inspect(saved(tmp_path, base, changed_first, changed_second), subspaces=True).view("task_vectors").whole
     assert facts.task_interference == pytest.approx(0)
 
 
@@ -227,9 +231,9 @@ def test_experts_that_are_one_leave_nothing_when_centred(tmp_path):
 
 def test_an_expert_that_changed_nothing_has_no_alignment(tmp_path):
     base = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    seen = inspect(saved(tmp_path, base, base + 1, base), subspaces=True)
-    assert seen.view("result").whole.alignment == {"a": pytest.approx(1), "b": 0}
-    assert seen.view("task_vectors").whole.task_interference == 0
+    inspection = inspect(saved(tmp_path, base, base + 1, base), subspaces=True)
+    assert inspection.view("result").whole.alignment == {"a": pytest.approx(1), "b": 0}
+    assert inspection.view("task_vectors").whole.task_interference == 0
 
 
 def test_a_condition_about_alignment_asks_for_subspaces(merger, recipe, monkeypatch):
@@ -250,16 +254,16 @@ def test_a_condition_about_alignment_asks_for_subspaces(merger, recipe, monkeypa
 def test_cabs_meets_its_target(tmp_path, method, parameters):
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(8, 8, generator=generator) for _ in range(3)]
-    seen = inspect(saved(tmp_path, *matrices, method=method, parameters=parameters))
-    excess = seen.merging()[0].whole.overlap_excess
+    inspection = inspect(saved(tmp_path, *matrices, method=method, parameters=parameters))
+    excess = inspection.merging()[0].whole.overlap_excess
     assert [value for row in excess.values() for value in row.values()] == pytest.approx([0, 0])
 
 
 def test_the_excess_is_the_overlap_above_the_least_that_the_densities_allow(tmp_path):
     base = torch.zeros(2, 5)
     first = torch.tensor([[1.0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])  # 8 of 10
-    second = torch.tensor([[1.0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])  # 4 of 10, all of them the first's; 2 would do
-    excess = inspect(saved(tmp_path, base, first, second)).view("task_vectors").whole.overlap_excess
+    contained = torch.tensor([[1.0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])  # 4 of 10, all of them the first's; 2 would do
+    excess = inspect(saved(tmp_path, base, first, contained)).view("task_vectors").whole.overlap_excess
     assert excess == {"a": {"b": pytest.approx((4 - 2) / 8)}, "b": {"a": pytest.approx((4 - 2) / 4)}}
 
 
@@ -271,29 +275,29 @@ def test_the_relative_size_is_the_length_of_the_change_by_that_of_the_base(tmp_p
     base = torch.randn(40, 30, generator=generator)
     change = 0.02 * torch.randn(40, 30, generator=generator)
     monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
-    seen = inspect(saved(tmp_path, base, base + change))
+    inspection = inspect(saved(tmp_path, base, base + change))
     expected = np.linalg.norm((base + change - base).double()) / np.linalg.norm(base.double())
-    assert seen.view("task_vectors").whole.relative_size == {"a": pytest.approx(expected, rel=1e-9)}
+    assert inspection.view("task_vectors").whole.relative_size == {"a": pytest.approx(expected, rel=1e-9)}
 
 
-def printed(seen):
+def printed(records):
     terminal = Console(width=200, record=True, file=io.StringIO())
-    console.print_inspection(seen, terminal)
+    console.print_inspection(records, terminal)
     return terminal.export_text()
 
 
 @pytest.mark.parametrize(("scale", "sentence"), [(0.02, "as fine-tunes do"), (2.0, "check that a was trained from")])
 def test_a_sentence_reads_the_relative_size_in_tables_and_page(tmp_path, scale, sentence):
     generator = torch.Generator().manual_seed(0)
-    base, other = (torch.randn(40, 30, generator=generator) for _ in range(2))
-    seen = inspect(saved(tmp_path, base, base + scale * other))
-    assert sentence in printed(seen)
-    assert sentence in html.page(seen)
+    base, second_value = (torch.randn(40, 30, generator=generator) for _ in range(2))
+    inspection = inspect(saved(tmp_path, base, base + scale * second_value))
+    assert sentence in printed(inspection)
+    assert sentence in html.page(inspection)
 
 
 def test_an_unrelated_model_is_larger_than_any_fine_tune(tmp_path):
     generator = torch.Generator().manual_seed(0)
     for name in ("base", "tune"):
         save(tmp_path / name, {"x.weight": torch.randn(40, 30, generator=generator)})
-    seen = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"))
-    assert seen.view("task_vectors").whole.relative_size["tune"] > 1
+    inspection = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"))
+    assert inspection.view("task_vectors").whole.relative_size["tune"] > 1

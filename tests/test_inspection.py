@@ -35,11 +35,13 @@ def models(tmp_path):
     for seed, name in enumerate(EXPERTS, 1):
         generator = torch.Generator().manual_seed(seed)
         tensors[name] = {
-            each: torch.where(torch.rand(v.shape, generator=generator) < 0.5, v, other)
-            for (each, v), other in zip(tensors["base"].items(), llama(seed, rows=24, hidden=16).values(), strict=True)
+            tensor: torch.where(torch.rand(v.shape, generator=generator) < 0.5, v, values)
+            for (tensor, v), values in zip(
+                tensors["base"].items(), llama(seed, rows=24, hidden=16).values(), strict=True
+            )
         }
-    for name, each in tensors.items():
-        save(tmp_path / name, each)
+    for name, tensor in tensors.items():
+        save(tmp_path / name, tensor)
     return tensors
 
 
@@ -47,10 +49,12 @@ def models(tmp_path):
 def recipe(tmp_path, models):
     """Makes recipes of a method, or of a pipeline, for these models."""
 
-    def make(method=None, parameters=None, **more):
+    def make(method=None, parameters=None, **options):
         choice = {"method": method, "parameters": parameters or {}} if method else {}
-        named = {name: name for name in EXPERTS}
-        return Recipe.parse({"base": "base", "experts": named, "output": {"path": "out"}, **choice, **more}, tmp_path)
+        names = {name: name for name in EXPERTS}
+        return Recipe.parse(
+            {"base": "base", "experts": names, "output": {"path": "out"}, **choice, **options}, tmp_path
+        )
 
     return make
 
@@ -64,31 +68,31 @@ def largest(values, share):
     """The largest of an array by magnitude, the rest zero; equal ones by their place."""
     flat = values.ravel()
     order = sorted(range(flat.size), key=lambda i: (-abs(flat[i]), i))[: int(share * flat.size)]
-    kept = np.zeros_like(flat)
-    kept[order] = flat[order]
-    return kept.reshape(values.shape)
+    result = np.zeros_like(flat)
+    result[order] = flat[order]
+    return result.reshape(values.shape)
 
 
-def slowly(several):
+def slowly(groups):
     """All that facts say of task vectors, each given as a list of arrays, by loops over positions."""
-    flat = [[float(x) for array in arrays for x in array.ravel()] for arrays in several]
+    flat = [[float(x) for array in arrays for x in array.ravel()] for arrays in groups]
     size = len(flat[0])
-    said = {
-        "density": [sum(x != 0 for x in one) / size for one in flat],
-        "norm": [math.sqrt(sum(x * x for x in one)) for one in flat],
+    message = {
+        "density": [sum(x != 0 for x in vector) / size for vector in flat],
+        "norm": [math.sqrt(sum(x * x for x in vector)) for vector in flat],
         "holders": [sum(sum(x != 0 for x in at) == n for at in zip(*flat, strict=True)) / size for n in range(4)],
     }
     for i, j in itertools.permutations(range(3), 2):
         pairs = [(x, y) for x, y in zip(flat[i], flat[j], strict=True) if x != 0 and y != 0]
         either = sum(x != 0 or y != 0 for x, y in zip(flat[i], flat[j], strict=True))
         dot = sum(x * y for x, y in zip(flat[i], flat[j], strict=True))
-        said[i, j] = {
+        message[i, j] = {
             "overlap": len(pairs) / sum(x != 0 for x in flat[i]),
             "jaccard": len(pairs) / either,
             "sign_conflict": sum(x * y < 0 for x, y in pairs) / max(len(pairs), 1),
-            "cosine": dot / (said["norm"][i] * said["norm"][j]),
+            "cosine": dot / (message["norm"][i] * message["norm"][j]),
         }
-    return said
+    return message
 
 
 def spread(array):
@@ -97,15 +101,15 @@ def spread(array):
     return counts.std() / counts.mean()
 
 
-def agree(found, arrays):
+def agree(result, arrays):
     """Whether facts are what loops over positions find."""
-    said = slowly(arrays)
-    assert list(found.density.values()) == pytest.approx(said["density"])
-    assert list(found.norm.values()) == pytest.approx(said["norm"])
-    assert found.holders == pytest.approx(said["holders"])
-    for (i, one), (j, other) in itertools.permutations(enumerate(EXPERTS), 2):
-        for key, value in said[i, j].items():
-            assert getattr(found, key)[one][other] == pytest.approx(value)
+    message = slowly(arrays)
+    assert list(result.density.values()) == pytest.approx(message["density"])
+    assert list(result.norm.values()) == pytest.approx(message["norm"])
+    assert result.holders == pytest.approx(message["holders"])
+    for (i, expert), (j, peer) in itertools.permutations(enumerate(EXPERTS), 2):
+        for key, value in message[i, j].items():
+            assert getattr(result, key)[expert][peer] == pytest.approx(value)
 
 
 # --- the experts before the merge -----------------------------------------------------------------
@@ -113,9 +117,9 @@ def agree(found, arrays):
 
 def test_task_vectors_are_what_loops_over_positions_find(models, recipe):
     view = inspect(recipe("linear")).view("task_vectors")
-    every = [[values for name in models["base"] for values in [deltas(models, name)[k]]] for k in range(3)]
-    agree(view.whole, every)
-    agree(view.tensors[UP], [[each] for each in deltas(models, UP)])
+    all_views = [[values for name in models["base"] for values in [deltas(models, name)[k]]] for k in range(3)]
+    agree(view.whole, all_views)
+    agree(view.tensors[UP], [[delta] for delta in deltas(models, UP)])
 
 
 def test_a_layer_a_projection_and_a_kind_are_sums_over_their_tensors(models, recipe):
@@ -130,36 +134,40 @@ def test_a_layer_a_projection_and_a_kind_are_sums_over_their_tensors(models, rec
         "mlp.up_proj": [name for name in models["base"] if "up_proj" in name],
         "vector": [name for name in models["base"] if "norm" in name],
     }
-    for group, found in groups.items():
-        agree(found[group], [[deltas(models, name)[k] for name in members[group]] for k in range(3)])
+    for group, result in groups.items():
+        agree(result[group], [[deltas(models, name)[k] for name in members[group]] for k in range(3)])
     assert view.cells["model.layers.0"]["mlp.up_proj"] == view.tensors[UP]
     assert view.layers["lm_head.weight"] == view.projections["lm_head"] == view.tensors["lm_head.weight"]
 
 
 def test_unevenness_is_the_deviation_over_the_mean_of_what_lines_keep(models, recipe):
     facts = inspect(recipe("linear")).view("task_vectors").tensors[UP]
-    own = deltas(models, UP)
-    assert list(facts.uneven_rows.values()) == pytest.approx([spread(each) for each in own])
-    assert list(facts.uneven_columns.values()) == pytest.approx([spread(each.T) for each in own])
+    expert_deltas = deltas(models, UP)
+    assert list(facts.uneven_rows.values()) == pytest.approx([spread(delta) for delta in expert_deltas])
+    assert list(facts.uneven_columns.values()) == pytest.approx([spread(delta.T) for delta in expert_deltas])
 
 
 def test_a_models_unevenness_is_the_mean_over_its_matrices_by_their_size(models, recipe):
-    found = inspect(recipe("linear")).view("task_vectors").whole.uneven_rows["code"]
-    matrices = [own[0] for own in (deltas(models, name) for name in models["base"]) if own[0].ndim == 2]
-    weights = [each.size for each in matrices]
-    assert found == pytest.approx(np.average([spread(each) for each in matrices], weights=weights))
+    result = inspect(recipe("linear")).view("task_vectors").whole.uneven_rows["code"]
+    matrices = [
+        expert_deltas[0]
+        for expert_deltas in (deltas(models, name) for name in models["base"])
+        if expert_deltas[0].ndim == 2
+    ]
+    weights = [value.size for value in matrices]
+    assert result == pytest.approx(np.average([spread(value) for value in matrices], weights=weights))
 
 
 def test_blocks_run_across_the_ends_of_rows_and_a_short_last_one_is_left_out(models, recipe, monkeypatch):
     monkeypatch.setattr("merger.inspection.counters.balance.BLOCK", 24)
-    found = inspect(recipe("linear")).view("task_vectors").tensors[UP].uneven_blocks
-    whole = [each.ravel()[: 512 // 24 * 24].reshape(-1, 24) for each in deltas(models, UP)]
-    assert list(found.values()) == pytest.approx([spread(each) for each in whole])
+    result = inspect(recipe("linear")).view("task_vectors").tensors[UP].uneven_blocks
+    total = [delta.ravel()[: 512 // 24 * 24].reshape(-1, 24) for delta in deltas(models, UP)]
+    assert list(result.values()) == pytest.approx([spread(delta) for delta in total])
 
 
 def test_distinct_values_are_those_of_the_tensor_that_has_most(models, recipe):
     view = inspect(recipe("linear")).view("task_vectors")
-    counts = {name: len(np.unique(own[own != 0])) for name in models["base"] for own in deltas(models, name)[:1]}
+    counts = {name: len(np.unique(delta[delta != 0])) for name in models["base"] for delta in deltas(models, name)[:1]}
     assert {name: facts.distinct["code"] for name, facts in view.tensors.items()} == counts
     assert view.whole.distinct["code"] == max(counts.values())
 
@@ -168,11 +176,11 @@ def test_values_of_several_slices_are_counted_once(tmp_path, monkeypatch):
     base = llama(0, rows=24, hidden=16)
     tuned = {name: values + torch.arange(values.numel()).view(values.shape) % 5 for name, values in base.items()}
     for name, tensors in (("base", base), ("tune", tuned)):
-        save(tmp_path / name, {each: values.bfloat16().float().round() for each, values in tensors.items()})
+        save(tmp_path / name, {value: values.bfloat16().float().round() for value, values in tensors.items()})
     monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
-    seen = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"))
+    inspection = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"))
     change = load(tmp_path / "tune")[UP] - load(tmp_path / "base")[UP]
-    assert seen.view("task_vectors").tensors[UP].distinct == {"tune": len(change[change != 0].unique())}
+    assert inspection.view("task_vectors").tensors[UP].distinct == {"tune": len(change[change != 0].unique())}
 
 
 def test_more_values_than_are_told_apart_are_one_more(recipe, monkeypatch):
@@ -198,25 +206,25 @@ def test_values_that_every_slice_repeats_are_no_more_than_they_are(monkeypatch):
 @pytest.mark.parametrize("name", [UP, "model.layers.0.mlp.down_proj.weight"])  # tall and wide
 def test_the_effective_rank_is_the_exponent_of_the_entropy_of_singular_values(models, recipe, monkeypatch, name):
     monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
-    found = inspect(recipe("linear"), rank=True).view("task_vectors").tensors[name].effective_rank
+    result = inspect(recipe("linear"), rank=True).view("task_vectors").tensors[name].effective_rank
     shares = [
-        s / s.sum() for s in (np.linalg.svd(each.astype("f8"), compute_uv=False) for each in deltas(models, name))
+        s / s.sum() for s in (np.linalg.svd(delta.astype("f8"), compute_uv=False) for delta in deltas(models, name))
     ]
-    assert list(found.values()) == pytest.approx([np.exp(-(p * np.log(p)).sum()) for p in shares], rel=1e-6)
+    assert list(result.values()) == pytest.approx([np.exp(-(p * np.log(p)).sum()) for p in shares], rel=1e-6)
 
 
 def test_a_matrix_of_rank_one_has_effective_rank_one_and_an_untouched_one_none(tmp_path):
     base = {"a.weight": torch.zeros(6, 4), "b.weight": torch.zeros(4, 6), "c.weight": torch.zeros(4)}
     save(tmp_path / "base", base)
     save(tmp_path / "tune", {**base, "a.weight": torch.arange(1.0, 7).outer(torch.arange(1.0, 5))})
-    seen = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"), rank=True)
-    ranks = {name: facts.effective_rank for name, facts in seen.view("task_vectors").tensors.items()}
+    inspection = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"), rank=True)
+    ranks = {name: facts.effective_rank for name, facts in inspection.view("task_vectors").tensors.items()}
     assert ranks == {"a.weight": {"tune": pytest.approx(1)}, "b.weight": {"tune": 0}, "c.weight": None}
 
 
 def test_nobody_waits_for_ranks_or_curves_that_were_not_asked_for(recipe):
-    seen = inspect(recipe("linear"))
-    assert (seen.view("task_vectors").whole.effective_rank, seen.curves) == (None, None)
+    inspection = inspect(recipe("linear"))
+    assert (inspection.view("task_vectors").whole.effective_rank, inspection.curves) == (None, None)
 
 
 # --- against density ------------------------------------------------------------------------------
@@ -225,24 +233,24 @@ def test_nobody_waits_for_ranks_or_curves_that_were_not_asked_for(recipe):
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1])
 def test_a_curve_goes_through_what_the_stage_top_leaves(recipe, monkeypatch, density):
     monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
-    seen = inspect(recipe(pipeline=[{"top": {"density": density}}, "sum"]), curves=True)
-    at, left = seen.curves.whole.densities.index(density), seen.view("top").whole
-    for one, other in itertools.permutations(EXPERTS, 2):
-        assert seen.curves.whole.overlap[one][other][at] == pytest.approx(left.overlap[one][other])
+    inspection = inspect(recipe(pipeline=[{"top": {"density": density}}, "sum"]), curves=True)
+    at, top_facts = inspection.curves.whole.densities.index(density), inspection.view("top").whole
+    for expert, peer in itertools.permutations(EXPERTS, 2):
+        assert inspection.curves.whole.overlap[expert][peer][at] == pytest.approx(top_facts.overlap[expert][peer])
     for name in EXPERTS:
-        assert seen.curves.whole.uneven_rows[name][at] == pytest.approx(left.uneven_rows[name])
+        assert inspection.curves.whole.uneven_rows[name][at] == pytest.approx(top_facts.uneven_rows[name])
 
 
 def test_equal_values_are_kept_by_a_curve_as_by_the_stage(tmp_path):
     for seed, name in enumerate(("base", *EXPERTS)):
-        save(tmp_path / name, {each: values.sign() for each, values in llama(seed, rows=24, hidden=16).items()})
-    written = {"base": "base", "experts": {name: name for name in EXPERTS}, "output": {"path": "out"}}
-    made = Recipe.parse({**written, "pipeline": [{"top": {"density": 0.3}}, "sum"]}, tmp_path)
-    seen = inspect(made, curves=True)
-    assert seen.view("task_vectors").whole.distinct == dict.fromkeys(EXPERTS, 2)
-    at, left = seen.curves.whole.densities.index(0.3), seen.view("top").whole
-    assert [seen.curves.whole.overlap["code"][name][at] for name in EXPERTS[1:]] == pytest.approx(
-        [left.overlap["code"][name] for name in EXPERTS[1:]]
+        save(tmp_path / name, {value: values.sign() for value, values in llama(seed, rows=24, hidden=16).items()})
+    content = {"base": "base", "experts": {name: name for name in EXPERTS}, "output": {"path": "out"}}
+    merge_recipe = Recipe.parse({**content, "pipeline": [{"top": {"density": 0.3}}, "sum"]}, tmp_path)
+    inspection = inspect(merge_recipe, curves=True)
+    assert inspection.view("task_vectors").whole.distinct == dict.fromkeys(EXPERTS, 2)
+    at, top_facts = inspection.curves.whole.densities.index(0.3), inspection.view("top").whole
+    assert [inspection.curves.whole.overlap["code"][name][at] for name in EXPERTS[1:]] == pytest.approx(
+        [top_facts.overlap["code"][name] for name in EXPERTS[1:]]
     )
 
 
@@ -255,64 +263,66 @@ def test_random_masks_do_on_average_what_a_curve_says_of_them(tmp_path):
             {"a.weight": torch.randn(400, 300, generator=generator) * (changed if name != "base" else 0)},
         )
     drawn = [{"top": {"density": 0.3, "score": "uniform", "claim_zeros": False}}, "sum"]
-    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "output": {"path": "out"}}
-    seen = inspect(Recipe.parse({**written, "pipeline": drawn}, tmp_path), curves=True)
-    at, left = seen.curves.whole.densities.index(0.3), seen.view("top").whole
-    expected = seen.curves.whole.overlap_random["code"]["math"][at]
+    content = {"base": "base", "experts": {"code": "code", "math": "math"}, "output": {"path": "out"}}
+    inspection = inspect(Recipe.parse({**content, "pipeline": drawn}, tmp_path), curves=True)
+    at, top_facts = inspection.curves.whole.densities.index(0.3), inspection.view("top").whole
+    expected = inspection.curves.whole.overlap_random["code"]["math"][at]
     error = math.sqrt(expected * (1 - expected) / (0.3 * 400 * 300))
-    assert left.overlap["code"]["math"] == pytest.approx(expected, abs=4 * error)
+    assert top_facts.overlap["code"]["math"] == pytest.approx(expected, abs=4 * error)
     assert expected > 0.3 + 10 * error  # more than among all positions: both change the lower rows
-    assert left.uneven_rows["code"] == pytest.approx(seen.curves.whole.uneven_rows_random["code"][at], rel=0.02)
+    assert top_facts.uneven_rows["code"] == pytest.approx(
+        inspection.curves.whole.uneven_rows_random["code"][at], rel=0.02
+    )
 
 
 # --- between the stages ---------------------------------------------------------------------------
 
 
 def test_what_a_stage_leaves_is_seen_before_it_is_merged(models, recipe):
-    seen = inspect(recipe(pipeline=[{"top": {"density": 0.25}}, {"scale": {"lambda": 2}}, "sum"]))
-    kept = [[2 * largest(each, 0.25)] for each in deltas(models, UP)]
-    assert [view.name for view in seen.views] == ["task_vectors", "top", "scale", "result"]
-    agree(seen.view("scale").tensors[UP], kept)
+    inspection = inspect(recipe(pipeline=[{"top": {"density": 0.25}}, {"scale": {"lambda": 2}}, "sum"]))
+    scaled_deltas = [[2 * largest(delta, 0.25)] for delta in deltas(models, UP)]
+    assert [view.name for view in inspection.views] == ["task_vectors", "top", "scale", "result"]
+    agree(inspection.view("scale").tensors[UP], scaled_deltas)
 
 
 def test_a_method_shows_the_stages_it_is_made_of(recipe):
-    seen = inspect(recipe("ties", {"density": 0.3}))
-    assert [(view.name, view.about) for view in seen.views] == [
+    inspection = inspect(recipe("ties", {"density": 0.3}))
+    assert [(view.name, view.about) for view in inspection.views] == [
         ("task_vectors", "experts"),
         ("top", "experts"),
         ("sign_elect", "merged"),
         ("result", "merged"),
     ]
-    assert [view.name for view in seen.merging()] == ["top"]
+    assert [view.name for view in inspection.merging()] == ["top"]
 
 
 def test_a_stage_that_comes_twice_is_numbered_and_a_rules_own_is_named_for_it(recipe):
     rules = [{"kinds": ["vector"], "pipeline": [{"top": {"density": 0.5}}, "sum"]}]
     pipeline = [{"top": {"density": 0.5}}, {"top": {"density": 0.25}}, "sum"]
-    seen = inspect(recipe(pipeline=pipeline, rules=rules))
-    assert [view.name for view in seen.views] == ["task_vectors", "top", "top2", "rule1.top", "result"]
-    assert [view.name for view in seen.merging()] == ["top2", "rule1.top"]
-    assert set(seen.view("rule1.top").kinds) == {"vector"}
+    inspection = inspect(recipe(pipeline=pipeline, rules=rules))
+    assert [view.name for view in inspection.views] == ["task_vectors", "top", "top2", "rule1.top", "result"]
+    assert [view.name for view in inspection.merging()] == ["top2", "rule1.top"]
+    assert set(inspection.view("rule1.top").kinds) == {"vector"}
 
 
 def test_a_ranking_of_the_whole_model_is_counted_once(models, recipe):
-    whole = inspect(recipe("ties", {"density": 0.25})).view("top").whole
+    total = inspect(recipe("ties", {"density": 0.25})).view("top").whole
     names = sorted(models["base"], key=lambda name: merger.pipeline.stages.natural(name))
     flat = [np.concatenate([deltas(models, name)[k].ravel() for name in names]) for k in range(3)]
-    agree(whole, [[largest(each, 0.25)] for each in flat])
+    agree(total, [[largest(vector, 0.25)] for vector in flat])
 
 
 @pytest.mark.parametrize("method", ["ties", "cabs", "dare_linear"])
 def test_facts_do_not_depend_on_how_a_tensor_is_cut(recipe, monkeypatch, method):
     def counted():
-        seen = inspect(recipe(method), rank=True, curves=True)
-        return [*(facts for view in seen.views for facts in view.tensors.values()), seen.curves.whole]
+        inspection = inspect(recipe(method), rank=True, curves=True)
+        return [*(facts for view in inspection.views for facts in view.tensors.values()), inspection.curves.whole]
 
-    whole = counted()
+    total = counted()
     monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
     monkeypatch.setattr(merger.engine.memory, "HOLD", 0)
-    for one, other in zip(whole, counted(), strict=True):
-        assert flattened(one) == pytest.approx(flattened(other), rel=1e-6)
+    for first_value, second_value in zip(total, counted(), strict=True):
+        assert flattened(first_value) == pytest.approx(flattened(second_value), rel=1e-6)
 
 
 def sums(deltas, cut=None):
@@ -330,22 +340,22 @@ def facts(deltas, experts):
     return statistics_of("experts", sums(deltas), experts)
 
 
-def flattened(found):
+def flattened(result):
     """All numbers of facts, in order."""
-    values = [found.__dict__]
+    values = [result.__dict__]
     numbers = []
     while values:
-        each = values.pop()
-        nested = isinstance(each, dict | list)
-        values.extend(each.values() if isinstance(each, dict) else each if nested else ())
-        numbers.extend([] if nested or each is None else [each])
+        value = values.pop()
+        nested = isinstance(value, dict | list)
+        values.extend(value.values() if isinstance(value, dict) else value if nested else ())
+        numbers.extend([] if nested or value is None else [value])
     return numbers
 
 
 def test_what_a_rule_copies_is_named_and_not_counted(recipe):
-    seen = inspect(recipe("linear", rules=[{"tensors": "norm", "use": "code"}]))
-    assert seen.copied["model.norm.weight"] == "code"
-    assert "model.norm.weight" not in seen.view("task_vectors").tensors
+    inspection = inspect(recipe("linear", rules=[{"tensors": "norm", "use": "code"}]))
+    assert inspection.copied["model.norm.weight"] == "code"
+    assert "model.norm.weight" not in inspection.view("task_vectors").tensors
 
 
 @pytest.fixture
@@ -355,37 +365,41 @@ def other_forms(tmp_path):
     tensors = {}
     for seed, name in enumerate(("base", *EXPERTS)):
         generator = torch.Generator().manual_seed(seed)
-        drawn = {each: torch.randn(shape, generator=generator) for each, shape in shapes.items()}
+        drawn = {value: torch.randn(shape, generator=generator) for value, shape in shapes.items()}
         if name == "code":
             drawn["h.0.c_fc.weight"][0] = tensors["base"]["h.0.c_fc.weight"][0]  # no neuron's first input changes
         tensors[name] = drawn
         save(tmp_path / name, tensors[name], {"model_type": "gpt2", "hidden_size": 5})
     pipeline = [{"top": {"density": 0.5, "scope": "row"}}, "sum"]
-    named = {name: name for name in EXPERTS}
-    written = {"base": "base", "experts": named, "pipeline": pipeline, "output": {"path": "out"}}
-    return tensors, Recipe.parse(written, tmp_path)
+    names = {name: name for name in EXPERTS}
+    content = {"base": "base", "experts": names, "pipeline": pipeline, "output": {"path": "out"}}
+    return tensors, Recipe.parse(content, tmp_path)
 
 
 def test_rows_are_those_of_a_neuron_however_it_is_stored(other_forms):
-    _, made = other_forms
-    found = inspect(made).view("top").tensors["h.0.c_fc.weight"]
-    assert found.uneven_rows == dict.fromkeys(EXPERTS, 0)  # 2 of each neuron's 4 inputs
-    assert all(value > 0 for value in found.uneven_columns.values())
-    merge(made)
-    foretold, found = inspect(made), inspect_merge(made.folder / "out")  # which looks at it as it is stored
-    one, other = (seen.view("task_vectors").tensors["h.0.c_fc.weight"] for seen in (foretold, found))
-    assert flattened(one) == pytest.approx(flattened(other))
-    one, other = (seen.view("result").tensors["h.0.c_fc.weight"] for seen in (foretold, found))
-    assert flattened(one) == pytest.approx(flattened(other), rel=1e-6)
+    _, result = other_forms
+    inspection = inspect(result).view("top").tensors["h.0.c_fc.weight"]
+    assert inspection.uneven_rows == dict.fromkeys(EXPERTS, 0)  # 2 of each neuron's 4 inputs
+    assert all(value > 0 for value in inspection.uneven_columns.values())
+    merge(result)
+    foretold, inspection = inspect(result), inspect_merge(result.folder / "out")  # which looks at it as it is stored
+    first_value, second_value = (
+        records.view("task_vectors").tensors["h.0.c_fc.weight"] for records in (foretold, inspection)
+    )
+    assert flattened(first_value) == pytest.approx(flattened(second_value))
+    first_value, second_value = (
+        records.view("result").tensors["h.0.c_fc.weight"] for records in (foretold, inspection)
+    )
+    assert flattened(first_value) == pytest.approx(flattened(second_value), rel=1e-6)
 
 
 def test_packed_experts_add_up_to_their_tensor(other_forms):
-    tensors, made = other_forms
+    tensors, output = other_forms
     name = "h.0.experts.up.weight"
-    found = inspect(made).view("task_vectors").tensors[name]
-    agree(found, [[each] for each in deltas(tensors, name)])
-    seen = inspect(made, picture=name).pictures[0]
-    assert (seen.tensor, len(seen.density["code"]), len(seen.density["code"][0])) == (f"{name}[0]", 4, 5)
+    result = inspect(output).view("task_vectors").tensors[name]
+    agree(result, [[delta] for delta in deltas(tensors, name)])
+    records = inspect(output, picture=name).pictures[0]
+    assert (records.tensor, len(records.density["code"]), len(records.density["code"][0])) == (f"{name}[0]", 4, 5)
 
 
 # --- what comes of it -----------------------------------------------------------------------------
@@ -393,51 +407,51 @@ def test_packed_experts_add_up_to_their_tensor(other_forms):
 
 @pytest.mark.parametrize("method", ["ties", "im", "cabs", "task_arithmetic"])
 def test_positions_end_where_the_merged_file_says(models, recipe, method):
-    made = recipe(method)
-    result = inspect(made).view("result").whole
-    merge(made)
-    written = load(made.folder / "out")
+    output = recipe(method)
+    result = inspect(output).view("result").whole
+    merge(output)
+    tensors = load(output.folder / "out")
     ends = dict.fromkeys(("base", *EXPERTS, "blend"), 0)
-    for name, values in written.items():
+    for name, values in tensors.items():
         for i, value in enumerate(values.flatten().tolist()):
-            same = (label for label in ("base", *EXPERTS) if models[label][name].flatten()[i].item() == value)
-            ends[next(same, "blend")] += 1
+            equal = (label for label in ("base", *EXPERTS) if models[label][name].flatten()[i].item() == value)
+            ends[next(equal, "blend")] += 1
     size = sum(ends.values())
     assert [result.at_base, *result.at_expert.values(), result.blend] == [n / size for n in ends.values()]
 
 
 def test_the_merged_vector_is_compared_with_those_it_came_from(models, recipe):
-    found = inspect(recipe("task_arithmetic", {"lambda": 0.5})).view("result").tensors[UP]
-    own = deltas(models, UP)
-    merged = 0.5 * sum(own)
+    result = inspect(recipe("task_arithmetic", {"lambda": 0.5})).view("result").tensors[UP]
+    expert_weights = deltas(models, UP)
+    merged = 0.5 * sum(expert_weights)
     norm = np.linalg.norm
-    assert found.norm == pytest.approx(norm(merged))
-    assert found.density == np.mean(merged != 0)
-    cosines = [(merged * each).sum() / norm(merged) / norm(each) for each in own]
-    assert list(found.cosine.values()) == pytest.approx(cosines, rel=1e-6)
+    assert result.norm == pytest.approx(norm(merged))
+    assert result.density == np.mean(merged != 0)
+    cosines = [(merged * expert_values).sum() / norm(merged) / norm(expert_values) for expert_values in expert_weights]
+    assert list(result.cosine.values()) == pytest.approx(cosines, rel=1e-6)
 
 
 # --- what the papers say --------------------------------------------------------------------------
 
 
 def test_overlap_is_the_shared_part_of_the_first_and_jaccard_of_both():
-    found = facts(torch.tensor([[[1.0, 1, 0, 1]], [[0, 1, 1, 1]], [[0, 0, 0, 1]]]), ("a", "b", "c"))
-    assert (found.overlap["a"]["b"], found.jaccard["a"]["b"]) == (pytest.approx(2 / 3), 0.5)
-    assert (found.overlap["a"]["c"], found.overlap["c"]["a"]) == (pytest.approx(1 / 3), 1)
+    facts_by_name = facts(torch.tensor([[[1.0, 1, 0, 1]], [[0, 1, 1, 1]], [[0, 0, 0, 1]]]), ("a", "b", "c"))
+    assert (facts_by_name.overlap["a"]["b"], facts_by_name.jaccard["a"]["b"]) == (pytest.approx(2 / 3), 0.5)
+    assert (facts_by_name.overlap["a"]["c"], facts_by_name.overlap["c"]["a"]) == (pytest.approx(1 / 3), 1)
 
 
 def test_random_masks_overlap_as_much_as_they_are_dense():
-    kept = [torch.rand(1, 400, 500, generator=torch.Generator().manual_seed(k)) < 0.3 for k in range(2)]
-    found = facts(torch.cat(kept).float(), ("a", "b"))
+    masks = [torch.rand(1, 400, 500, generator=torch.Generator().manual_seed(k)) < 0.3 for k in range(2)]
+    facts_by_name = facts(torch.cat(masks).float(), ("a", "b"))
     error = math.sqrt(0.3 * 0.7 / (0.3 * 200_000))
-    assert found.overlap["a"]["b"] == pytest.approx(0.3, abs=4 * error)
-    assert found.jaccard["a"]["b"] == pytest.approx(0.3 / (2 - 0.3), abs=4 * error)
+    assert facts_by_name.overlap["a"]["b"] == pytest.approx(0.3, abs=4 * error)
+    assert facts_by_name.jaccard["a"]["b"] == pytest.approx(0.3 / (2 - 0.3), abs=4 * error)
 
 
 def test_random_masks_are_as_uneven_as_a_binomial():
-    kept = (torch.rand(1, 4000, 500, generator=torch.Generator().manual_seed(1)) < 0.2).float()
-    found = facts(kept, ("a",))
-    assert found.uneven_rows["a"] == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
+    masks = (torch.rand(1, 4000, 500, generator=torch.Generator().manual_seed(1)) < 0.2).float()
+    facts_by_name = facts(masks, ("a",))
+    assert facts_by_name.uneven_rows["a"] == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -449,22 +463,22 @@ def test_random_masks_are_as_uneven_as_a_binomial():
     ],
 )
 def test_exclusive_masks_never_overlap_and_their_union_is_the_sum(models, recipe, method, parameters, shares):
-    seen = inspect(recipe(method, parameters))
-    for view in seen.merging():
-        for found in (view.whole, *view.tensors.values()):
-            assert all(value == 0 for row in found.overlap.values() for value in row.values())
-            assert sum(found.holders[1:]) == pytest.approx(sum(found.density.values()))
-            assert found.holders[2:] == [0, 0]
-            assert all(d <= share + 1e-9 for d, share in zip(found.density.values(), shares, strict=True))
+    inspection = inspect(recipe(method, parameters))
+    for view in inspection.merging():
+        for result in (view.whole, *view.tensors.values()):
+            assert all(value == 0 for row in result.overlap.values() for value in row.values())
+            assert sum(result.holders[1:]) == pytest.approx(sum(result.density.values()))
+            assert result.holders[2:] == [0, 0]
+            assert all(d <= share + 1e-9 for d, share in zip(result.density.values(), shares, strict=True))
 
 
 def test_blocks_that_fill_whole_rows_are_kept_in_perfect_balance(tmp_path):
     models = {name: llama(seed, hidden=16) for seed, name in enumerate(("base", *EXPERTS))}
     for name, tensors in models.items():
         save(tmp_path / name, tensors)
-    written = {"base": "base", "experts": {name: name for name in EXPERTS}, "output": {"path": "out"}}
+    content = {"base": "base", "experts": {name: name for name in EXPERTS}, "output": {"path": "out"}}
     pipeline = [{"bs": {"n": 2, "m": 8}}, "sum"]
-    view = inspect(Recipe.parse({**written, "pipeline": pipeline}, tmp_path)).view("bs")
+    view = inspect(Recipe.parse({**content, "pipeline": pipeline}, tmp_path)).view("bs")
     assert view.whole.uneven_rows == dict.fromkeys(EXPERTS, 0)
     assert all(value > 0.1 for value in view.whole.uneven_columns.values())
 
@@ -480,28 +494,28 @@ matrices = st.integers(1, 4).flatmap(
 
 @given(matrices, st.integers(1, 3))
 def test_sums_of_slices_are_sums_of_the_whole(deltas, cut):
-    whole, added = sums(deltas), sums(deltas, cut)
-    assert added[ValueCounter] == whole[ValueCounter]
-    whole, added = whole[VectorCounter], added[VectorCounter]
-    assert np.allclose(added.products, whole.products)
-    assert replace(added, products=()) == replace(whole, products=())
+    total, added = sums(deltas), sums(deltas, cut)
+    assert added[ValueCounter] == total[ValueCounter]
+    total, added = total[VectorCounter], added[VectorCounter]
+    assert np.allclose(added.products, total.products)
+    assert replace(added, products=()) == replace(total, products=())
 
 
 @given(matrices)
 def test_every_position_is_held_by_some_number_of_experts_and_ends_somewhere(deltas):
-    counted = sums(deltas)[VectorCounter]
-    assert sum(counted.holders) == counted.elements == 12
-    positions = [counted.joint[k][k] for k in range(len(deltas))]
-    assert sum(n * number for n, number in enumerate(counted.holders)) == sum(positions)
+    counts = sums(deltas)[VectorCounter]
+    assert sum(counts.holders) == counts.elements == 12
+    positions = [counts.joint[k][k] for k in range(len(deltas))]
+    assert sum(n * number for n, number in enumerate(counts.holders)) == sum(positions)
     assert sum(count_endings(deltas.sum(0), torch.zeros(4, 3), deltas)) == 12
 
 
 @given(matrices)
 def test_signs_differ_even_where_a_product_would_vanish(deltas):
-    counted = sums(deltas)[VectorCounter]
+    counts = sums(deltas)[VectorCounter]
     for i, j in itertools.combinations(range(len(deltas)), 2):
         pairs = zip(deltas[i].flatten().tolist(), deltas[j].flatten().tolist(), strict=True)
-        assert counted.conflicts[i][j] == sum(x < 0 < y or y < 0 < x for x, y in pairs)
+        assert counts.conflicts[i][j] == sum(x < 0 < y or y < 0 < x for x, y in pairs)
 
 
 def test_equal_experts_share_a_position_with_the_first_of_them():
@@ -510,12 +524,12 @@ def test_equal_experts_share_a_position_with_the_first_of_them():
 
 
 def test_nothing_at_all_has_shares_of_zero():
-    none = torch.zeros(2, 1, 3)
-    found = facts(none, ("a", "b"))
-    assert (found.overlap["a"]["b"], found.cosine["a"]["b"], found.density["a"]) == (0, 0, 0)
+    zeros = torch.zeros(2, 1, 3)
+    facts_by_name = facts(zeros, ("a", "b"))
+    assert (facts_by_name.overlap["a"]["b"], facts_by_name.cosine["a"]["b"], facts_by_name.density["a"]) == (0, 0, 0)
     counters = ViewCounters([MergedCounter(MatrixShape(2, 1, 3))])
-    counters.count(MergedSlice(0, none[0], none, none[0], none[0], none))
-    merged = statistics_of("merged", {**sums(none), **counters.sums()}, ("a", "b"))
+    counters.count(MergedSlice(0, zeros[0], zeros, zeros[0], zeros[0], zeros))
+    merged = statistics_of("merged", {**sums(zeros), **counters.sums()}, ("a", "b"))
     assert (merged.at_base, merged.blend, merged.cosine) == (1, 0, {"a": 0, "b": 0})
 
 
@@ -531,10 +545,10 @@ def test_a_picture_counts_every_kept_position_in_one_piece(rows, columns):
 
 def test_a_chosen_tensor_is_mapped_before_and_after_every_stage(models, recipe):
     pictures = inspect(recipe("ties", {"density": 0.25, "scope": "tensor"}), picture=UP).pictures
-    assert [(each.tensor, each.view) for each in pictures] == [(UP, "task_vectors"), (UP, "top")]
+    assert [(picture.tensor, picture.view) for picture in pictures] == [(UP, "task_vectors"), (UP, "top")]
     for k, expert in enumerate(EXPERTS):
-        kept = largest(deltas(models, UP)[k], 0.25) != 0
-        assert np.array_equal(pictures[1].density[expert], kept)  # 32 x 16: a piece for each element
+        mask = largest(deltas(models, UP)[k], 0.25) != 0
+        assert np.array_equal(pictures[1].density[expert], mask)  # 32 x 16: a piece for each element
 
 
 def test_an_unknown_tensor_offers_the_near_one(recipe):
@@ -543,17 +557,17 @@ def test_an_unknown_tensor_offers_the_near_one(recipe):
 
 
 def test_what_is_seen_is_plain_data(recipe):
-    seen = inspect(recipe("ties"))
-    said = json.loads(json.dumps(seen.as_json()))
-    assert (said["format"], said["subject"], said["experts"]) == (1, "recipe", list(EXPERTS))
-    assert said["views"][0]["whole"]["density"] == seen.view("task_vectors").whole.density
-    assert said["bytes_read"] > 0
+    inspection = inspect(recipe("ties"))
+    content = json.loads(json.dumps(inspection.as_json()))
+    assert (content["format"], content["subject"], content["experts"]) == (1, "recipe", list(EXPERTS))
+    assert content["views"][0]["whole"]["density"] == inspection.view("task_vectors").whole.density
+    assert content["bytes_read"] > 0
 
 
 def test_what_several_devices_see_is_what_one_sees(recipe, devices, monkeypatch):
     devices("cpu")
     monkeypatch.setattr(merger.engine.memory, "SLICE", 192)
-    here = inspect(recipe("ties"), rank=True, picture=UP)
+    inspection = inspect(recipe("ties"), rank=True, picture=UP)
     monkeypatch.setattr(merger.engine.machine, "select_devices", lambda choice: ("cuda:0", "cuda:1"))
-    there = inspect(recipe("ties"), rank=True, picture=UP)
-    assert (there.views, there.pictures) == (here.views, here.pictures)
+    split_inspection = inspect(recipe("ties"), rank=True, picture=UP)
+    assert (split_inspection.views, split_inspection.pictures) == (inspection.views, inspection.pictures)

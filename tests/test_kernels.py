@@ -52,13 +52,13 @@ def finite(stored: torch.Tensor) -> bool:
     return bool(torch.isfinite(stored[1:].float() - stored[0].float()).all())
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_bits(first_value: torch.Tensor, second_value: torch.Tensor) -> bool:
     """Whether two tensors have the same type and bits; -0 is not 0."""
     return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and torch.equal(one, other)
-        and torch.equal(one.signbit(), other.signbit())
+        first_value.dtype == second_value.dtype
+        and first_value.shape == second_value.shape
+        and torch.equal(first_value, second_value)
+        and torch.equal(first_value.signbit(), second_value.signbit())
     )
 
 
@@ -85,30 +85,30 @@ def test_writing_rounds_and_restores_the_same_bits(values: torch.Tensor, dtype: 
         return
     base, deltas = reference.difference(stored, refuse)
     delta = [*deltas, deltas.mean(0), torch.zeros_like(base)][pick % (len(deltas) + 2)]
-    merged, whole = native.restored(stored, base, deltas, delta)
+    merged, total = native.restored(stored, base, deltas, delta)
     expected, expected_whole = reference.restored(stored, base, deltas, delta)
-    assert whole == (expected_whole and bool(torch.isfinite(delta).all()))
-    assert not whole or same_bits(merged, expected)
+    assert total == (expected_whole and bool(torch.isfinite(delta).all()))
+    assert not total or same_bits(merged, expected)
 
 
 @given(scores=stacks(), data=st.data())
 def test_selection_counts_and_marks_the_same(scores: torch.Tensor, data: st.DataObject) -> None:
     free = masks_of(scores, data)
     keys, mine_keys = reference.keys_of(scores), native.keys_of(scores)
-    last = [data.draw(st.sampled_from(own.flatten().tolist())) & 0x7FFFFFFF for own in keys]
+    last = [data.draw(st.sampled_from(key.flatten().tolist())) & 0x7FFFFFFF for key in keys]
     room = [data.draw(st.integers(-1, 5)) for _ in keys]
     buckets = [level >> 16 for level in last]
     width = data.draw(st.integers(1, 100_000))
     first = [max(0, level - data.draw(st.integers(0, width))) for level in last]
-    for bins, count, *told in (
+    for bins, count, *calls in (
         (kernels.HIGH, "tally_high"),
         (kernels.LOW, "tally_low", buckets),
         (1 + width, "tally_near", first),
     ):
-        mine, twin = (torch.ones(len(keys), bins, dtype=torch.int64) for _ in range(2))
-        getattr(native, count)(mine_keys, free, *told, mine)
-        getattr(reference, count)(keys, free, *told, twin)
-        assert torch.equal(mine, twin)
+        choice, twin = (torch.ones(len(keys), bins, dtype=torch.int64) for _ in range(2))
+        getattr(native, count)(mine_keys, free, *calls, choice)
+        getattr(reference, count)(keys, free, *calls, twin)
+        assert torch.equal(choice, twin)
     assert torch.equal(native.count_equal(mine_keys, free, last), reference.count_equal(keys, free, last))
     assert same_bits(native.mark_top(mine_keys, free, last, room), reference.mark_top(keys, free, last, room))
 
@@ -117,8 +117,8 @@ def test_selection_counts_and_marks_the_same(scores: torch.Tensor, data: st.Data
 def test_rows_keep_and_rank_the_same(scores: torch.Tensor, data: st.DataObject) -> None:
     free = masks_of(scores, data)
     open_ = torch.ones_like(scores, dtype=torch.bool) if free is None else free
-    wanted = torch.from_numpy(data.draw(arrays(numpy.int64, tuple(scores.shape[:2]), elements=st.integers(0, 80))))
-    assert same_bits(native.top_of_rows(scores, wanted, open_), reference.top_of_rows(scores, wanted, open_))
+    target = torch.from_numpy(data.draw(arrays(numpy.int64, tuple(scores.shape[:2]), elements=st.integers(0, 80))))
+    assert same_bits(native.top_of_rows(scores, target, open_), reference.top_of_rows(scores, target, open_))
     assert same_bits(plain(native.ranks_of_rows(scores)), reference.ranks_of_rows(scores))
 
 
@@ -127,8 +127,8 @@ def test_blocks_keep_the_same(scores: torch.Tensor, data: st.DataObject) -> None
     free = masks_of(scores, data)
     m = data.draw(st.sampled_from([1, 4, 64, 256, 1024, 3, 100]))
     n, tail = data.draw(st.integers(0, m + 1)), data.draw(st.integers(0, m))
-    mine, twin = (each.top_of_blocks(scores, n, m, free, tail) for each in (native, reference))
-    assert same_bits(plain(mine), twin)
+    choice, twin = (value.top_of_blocks(scores, n, m, free, tail) for value in (native, reference))
+    assert same_bits(plain(choice), twin)
 
 
 @given(deltas=stacks(), data=st.data())
@@ -139,11 +139,13 @@ def test_sums_over_the_experts_are_the_same(deltas: torch.Tensor, data: st.DataO
     elected = reference.weighted_sum(deltas, weights)
     assert same_bits(native.weighted_sum(deltas, weights), elected)
     assert same_bits(native.anchored_sum(deltas, weights), reference.anchored_sum(deltas, weights))
-    kept = data.draw(arrays(numpy.bool_, tuple(deltas.shape)))
-    assert same_bits(native.keep(deltas, torch.from_numpy(kept)), reference.keep(deltas, torch.from_numpy(kept)))
+    mask_array = data.draw(arrays(numpy.bool_, tuple(deltas.shape)))
+    assert same_bits(
+        native.keep(deltas, torch.from_numpy(mask_array)), reference.keep(deltas, torch.from_numpy(mask_array))
+    )
     if torch.isfinite(elected).all():
-        mine, twin = (each.mean_of_agreeing(deltas, elected, weights) for each in (native, reference))
-        assert torch.equal(mine.nan_to_num(), twin.nan_to_num())
+        choice, twin = (value.mean_of_agreeing(deltas, elected, weights) for value in (native, reference))
+        assert torch.equal(choice.nan_to_num(), twin.nan_to_num())
 
 
 @given(key=st.binary(min_size=16, max_size=16), start=st.integers(0, 1 << 40), size=st.integers(0, 40))
@@ -161,6 +163,6 @@ def test_a_merge_without_the_compiled_loops_says_that_it_is_slow(tmp_path, monke
         {"base": "base", "experts": {"code": "code"}, "method": "sum", "output": {"path": "out"}}, tmp_path
     )
     monkeypatch.setattr(kernels, "compiled", lambda: False)
-    said: list[str] = []
-    merge(recipe, RunOptions(device="cpu", notice=said.append))
-    assert [note for note in said if "compiled loops" in note]
+    message: list[str] = []
+    merge(recipe, RunOptions(device="cpu", notice=message.append))
+    assert [note for note in message if "compiled loops" in note]

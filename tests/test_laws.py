@@ -43,8 +43,8 @@ class Case:
     experts: dict[str, dict[str, torch.Tensor]]
     known: dict[str, Any] = field(default_factory=dict)
 
-    def merged(self, **more):
-        return merge_tensors(self.stages, self.base, self.experts, **self.known, **more)
+    def merged(self, **options):
+        return merge_tensors(self.stages, self.base, self.experts, **self.known, **options)
 
     def only(self, name):
         """The same merge of one of its tensors."""
@@ -54,7 +54,7 @@ class Case:
     def bound(self, name):
         """The stages as they are settled for one tensor."""
         kind, place = self.known["kinds"][name], self.known["places"][name]
-        return [bind(each, place) for stage in self.stages for each in expand(stage, kind, place.experts)]
+        return [bind(expansion, place) for stage in self.stages for expansion in expand(stage, kind, place.experts)]
 
 
 SHAPES = [(), (1,), (7,), (1, 1), (1, 5), (4, 1), (2, 4), (3, 5), (2, 3, 4)]
@@ -67,21 +67,21 @@ def drawn(generator, shape, values):
     return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
 
 
-def staged(name, written):
+def staged(name, content):
     """A merge with the function ``name`` in it: whatever it is, the K deltas become one."""
-    stage, kind = checked(name, written), ENTRIES[name].kind if name in ENTRIES else "sparsifier"
+    stage, kind = checked(name, content), ENTRIES[name].kind if name in ENTRIES else "sparsifier"
     if kind in ("scale", "filter"):
         return [checked("sum", {}), stage]
     return [stage, checked("sum", {})] if kind == "sparsifier" else [stage]
 
 
 @st.composite
-def cases(draw, name, given=None, base=FEW[-1]):
-    """A merge by the function ``name``, with ``given`` parameters and the others drawn."""
+def cases(draw, name, arguments=None, base=FEW[-1]):
+    """A merge by the function ``name``, with ``arguments`` parameters and the others drawn."""
     entry = (ENTRIES | SCORES)[name]
-    several = [k for k in (1, 2, 3, 5) if k >= entry.fewest]
-    experts = tuple(EXPERTS[: entry.experts or draw(st.sampled_from(several))])
-    written = draw(parameters_of(name, experts)) | (given or {})
+    groups = [k for k in (1, 2, 3, 5) if k >= entry.fewest]
+    experts = tuple(EXPERTS[: entry.experts or draw(st.sampled_from(groups))])
+    content = draw(parameters_of(name, experts)) | (arguments or {})
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     names = draw(st.sampled_from([("norm",), ("layers.10.w", "layers.2.w")]))
     shapes = {key: draw(st.sampled_from(SHAPES)) for key in names}
@@ -96,7 +96,7 @@ def cases(draw, name, given=None, base=FEW[-1]):
         key: draw(st.sampled_from(["linear", "head", "embedding"] if len(shape) > 1 else ["vector", "other"]))
         for key, shape in shapes.items()
     }
-    known = {
+    inputs = {
         "kinds": kinds,
         "places": {
             key: Place(experts, depth=depth, block=draw(st.integers(0, 4)), linear=i) for i, key in enumerate(shapes)
@@ -105,7 +105,7 @@ def cases(draw, name, given=None, base=FEW[-1]):
         "seed": draw(st.integers(0, 3)),
     }
     try:
-        case = Case(staged(name, written), start, tuned, known)
+        case = Case(staged(name, content), start, tuned, inputs)
         assert all(case.bound(key) for key in start)
     except ValueError:
         assume(False)  # a combination of parameters that is refused
@@ -130,7 +130,7 @@ def sums_floats(case):
 
 def _sums_floats(case, name):
     base = case.base[name].reshape(-1, case.base[name].shape[-1] if case.base[name].dim() else 1)
-    own = torch.stack([tensors[name].reshape(base.shape) for tensors in case.experts.values()])
+    expert_weights = torch.stack([tensors[name].reshape(base.shape) for tensors in case.experts.values()])
     subject = Subject(
         name,
         case.known["kinds"][name],
@@ -141,7 +141,7 @@ def _sums_floats(case, name):
     float_sums = []
 
     def record_float_sums():
-        running = flow(case.bound(name), Slice(0, base, own - base), subject)
+        running = flow(case.bound(name), Slice(0, base, expert_weights - base), subject)
         question = next(running, None)
         while question is not None:
             float_sums.append(isinstance(question, Sum) and question.value.is_floating_point())
@@ -160,9 +160,9 @@ def _sums_floats(case, name):
     return any(float_sums)
 
 
-def assert_same(got, expected, *, exactly=True):
-    assert got.keys() == expected.keys()
-    for name, values in got.items():
+def assert_same(result, expected, *, exactly=True):
+    assert result.keys() == expected.keys()
+    for name, values in result.items():
         if exactly:
             assert torch.equal(bits(values), bits(expected[name])), name
         else:
@@ -214,18 +214,18 @@ def test_the_size_of_slices_does_not_matter(name, data, elements):
     assert_same(case.merged(slice_elements=elements), case.merged(), exactly=not sums_floats(case))
 
 
-def long_rows(name, written):
+def long_rows(name, content):
     """A merge of one matrix of normal deviates, whose rows have no power of two of elements."""
     generator = torch.Generator().manual_seed(0)
     experts = experts_of(name)
     base = {"w": torch.randn(40, 67, generator=generator)}
     tuned = {expert: {"w": torch.randn(40, 67, generator=generator)} for expert in experts}
-    known = {
+    inputs = {
         "kinds": {"w": "linear"},
         "places": {"w": Place(tuple(experts))},
         "inputs": {"w": _inputs(generator, "linear", len(experts), (40, 67))},
     }
-    return Case(staged(name, written), base, tuned, known)
+    return Case(staged(name, content), base, tuned, inputs)
 
 
 def experts_of(name):
@@ -259,10 +259,12 @@ def test_a_tensor_that_is_not_ranked_with_others_does_not_depend_on_them(name, d
 @given(st.data())
 def test_inputs_are_left_as_they_were(name, data):
     case = data.draw(cases(name))
-    before = {key: values.clone() for key, values in case.base.items()}
-    tuned = {e: {key: values.clone() for key, values in own.items()} for e, own in case.experts.items()}
+    state_before = {key: values.clone() for key, values in case.base.items()}
+    tuned = {
+        e: {key: values.clone() for key, values in expert_weights.items()} for e, expert_weights in case.experts.items()
+    }
     case.merged()
-    assert_same(case.base, before)
+    assert_same(case.base, state_before)
     for expert, tensors in case.experts.items():
         assert_same(tensors, tuned[expert])
 
@@ -285,7 +287,10 @@ NEVER_HOMOGENEOUS = ["pcb_official", "arcee_fusion", "nearswap"]
 @given(st.data(), st.sampled_from([0.5, 2.0, 8.0]))
 def test_scaling_the_task_vectors_scales_what_is_merged(name, data, factor):
     case = data.draw(cases(name, HOMOGENEOUS.get(name), base=(0.0,)))
-    scaled = {e: {key: values * factor for key, values in own.items()} for e, own in case.experts.items()}
+    scaled = {
+        e: {key: values * factor for key, values in expert_weights.items()}
+        for e, expert_weights in case.experts.items()
+    }
     once = {key: values * factor for key, values in case.merged().items()}
     assert_same(replace(case, experts=scaled).merged(), once, exactly=False)
 
@@ -295,19 +300,19 @@ def test_scaling_the_task_vectors_scales_what_is_merged(name, data, factor):
 @given(st.data())
 def test_tensors_on_a_device_never_meet_those_of_the_cpu(name, data):
     case = data.draw(cases(name, {"weight": 1} if name == "regmean" else None))  # no factor of a negative matrix
-    inputs = {key: _with_gram(each) for key, each in case.known["inputs"].items()}
+    inputs = {key: _with_gram(input_values) for key, input_values in case.known["inputs"].items()}
     case = replace(case, known={**case.known, "inputs": inputs})
     assert_same(merged_elsewhere(case, Pretence, slice_elements=4), case.merged(slice_elements=4))
 
 
-def merged_elsewhere(case, pretence, **more):
+def merged_elsewhere(case, pretence, **options):
     """What a merge of tensors on a pretended device gives, brought back."""
     with pretence():
         base, *tuned = (
             {key: values.to("cuda:0") for key, values in tensors.items()}
             for tensors in (case.base, *case.experts.values())
         )
-        merged = replace(case, base=base, experts=dict(zip(case.experts, tuned, strict=True))).merged(**more)
+        merged = replace(case, base=base, experts=dict(zip(case.experts, tuned, strict=True))).merged(**options)
         assert {str(values.device) for values in merged.values()} == {"cuda:0"}
         return {key: values.cpu() for key, values in merged.items()}
 
@@ -337,9 +342,9 @@ def _with_gram(inputs):
 
 
 def test_what_decomposes_matrices_is_not_said_to_be_exact():
-    whole = {name for name, entry in ENTRIES.items() if entry.kind != "method" and entry.takes is takes_whole}
-    assert whole >= {"tsv_m", "wudi", "truncate"}
-    assert not any(ENTRIES[name].exact for name in whole)
+    total = {name for name, entry in ENTRIES.items() if entry.kind != "method" and entry.takes is takes_whole}
+    assert total >= {"tsv_m", "wudi", "truncate"}
+    assert not any(ENTRIES[name].exact for name in total)
 
 
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.exact and e.kind != "method"] + [*SCORES])

@@ -50,10 +50,12 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def same_bits(one: Any, other: torch.Tensor) -> bool:
+def same_bits(first_value: Any, second_value: torch.Tensor) -> bool:
     """Whether a value, made now at the latest, has a tensor's form and bits."""
-    made = one.tensor() if isinstance(one, Lazy) else one
-    return made.shape == other.shape and torch.equal(made.view(torch.int32), other.contiguous().view(torch.int32))
+    result = first_value.tensor() if isinstance(first_value, Lazy) else first_value
+    return result.shape == second_value.shape and torch.equal(
+        result.view(torch.int32), second_value.contiguous().view(torch.int32)
+    )
 
 
 def stored() -> torch.Tensor:
@@ -99,14 +101,14 @@ def test_what_nobody_looks_at_is_not_computed() -> None:
 
 def test_a_slice_that_was_worked_on_goes_when_nobody_holds_it() -> None:
     values = stored()
-    gone = weakref.ref(values)
+    removed_names = weakref.ref(values)
     gc.disable()  # nothing may need the collector of cycles
     try:
         deltas = deltas_of(values)
         loops = kernels.of(deltas)
         loops.mean_of_agreeing(loops.keep(deltas, deltas != 0), deltas[0], torch.ones(K)).tensor()
         del deltas, loops, values
-        assert gone() is None
+        assert removed_names() is None
     finally:
         gc.enable()
 
@@ -119,10 +121,10 @@ def test_who_brings_tensors_gets_tensors() -> None:
 
 
 def test_thousands_of_experts_are_added_as_torch_adds_them() -> None:
-    many = DELTAS[:1, :1].expand(3000, 1, C).contiguous()
+    seeds = DELTAS[:1, :1].expand(3000, 1, C).contiguous()
     weights = torch.linspace(-1, 1, 3000)
-    lazy = kernels.Native().weighted_sum(Lazy.of(many), weights)
-    assert same_bits(lazy, kernels.Reference().weighted_sum(many, weights))
+    lazy = kernels.Native().weighted_sum(Lazy.of(seeds), weights)
+    assert same_bits(lazy, kernels.Reference().weighted_sum(seeds, weights))
 
 
 IN_PLACE = sorted(

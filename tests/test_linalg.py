@@ -18,23 +18,23 @@ def of_rank(rank, m, n):
 
 def decaying(m, n):
     """A matrix whose singular values fall from 1 to 1e-6."""
-    left, _ = torch.linalg.qr(randn(m, min(m, n), seed=3))
-    right, _ = torch.linalg.qr(randn(n, min(m, n), seed=4))
-    return left * torch.logspace(0, -6, min(m, n), dtype=torch.float64) @ right.T
+    left_vectors, _ = torch.linalg.qr(randn(m, min(m, n), seed=3))
+    right_vectors, _ = torch.linalg.qr(randn(n, min(m, n), seed=4))
+    return left_vectors * torch.logspace(0, -6, min(m, n), dtype=torch.float64) @ right_vectors.T
 
 
-def assert_close(got, expected, tolerance):
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+def assert_close(result, expected, tolerance):
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_factors_multiply_to_the_matrix_and_are_orthonormal(shape):
     matrix = randn(*shape)
-    left, values, right = factors = svd(matrix)
+    left_vectors, values, right_vectors = factors = svd(matrix)
     assert_close(factors.product(), matrix, 1e-9)
     eye = torch.eye(min(shape), dtype=torch.float64)
-    assert_close(left.T @ left, eye, 1e-7)
-    assert_close(right.T @ right, eye, 1e-7)
+    assert_close(left_vectors.T @ left_vectors, eye, 1e-7)
+    assert_close(right_vectors.T @ right_vectors, eye, 1e-7)
     assert values.diff().le(0).all()
 
 
@@ -56,8 +56,8 @@ def test_small_singular_values_are_right_as_far_as_the_tolerance(shape):
 @pytest.mark.parametrize("rank", [1, 3])
 def test_directions_that_a_matrix_does_not_have_are_left_out(shape, rank):
     matrix = of_rank(rank, *shape)
-    left, values, right = factors = svd(matrix.float())
-    assert (left.shape[1], len(values), right.shape[1]) == (rank, rank, rank)
+    left_vectors, values, right_vectors = factors = svd(matrix.float())
+    assert (left_vectors.shape[1], len(values), right_vectors.shape[1]) == (rank, rank, rank)
     assert_close(factors.product(), matrix, 1e-6)
 
 
@@ -70,8 +70,8 @@ def test_a_zero_matrix_has_no_directions(shape):
 
 def test_the_largest_entry_of_a_left_vector_is_positive():
     for shape in ((6, 9), (300, 40), (40, 300)):
-        left = svd(-randn(*shape)).left
-        assert (left.gather(0, left.abs().argmax(0, keepdim=True)) > 0).all()
+        left_vectors = svd(-randn(*shape)).left
+        assert (left_vectors.gather(0, left_vectors.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 def test_directions_no_larger_than_rounding_are_left_out():
@@ -79,21 +79,25 @@ def test_directions_no_larger_than_rounding_are_left_out():
 
 
 def polar(columns):
-    left, _, right = torch.linalg.svd(columns, full_matrices=False)
-    return left @ right
+    left_vectors, _, right_vectors = torch.linalg.svd(columns, full_matrices=False)
+    return left_vectors @ right_vectors
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(6, 5, 4), (300, 400, 40), (40, 300, 40)])
 def test_decorrelated_directions_are_the_nearest_orthonormal_ones(rows, columns, rank):
-    left, right = randn(rows, rank), randn(columns, rank, seed=1)
+    left_vectors, right_vectors = randn(rows, rank), randn(columns, rank, seed=1)
     values = torch.linspace(2, 1, rank).double()
-    assert_close(decorrelated(Factors(left, values, right)), polar(left) * values @ polar(right).T, 1e-8)
+    assert_close(
+        decorrelated(Factors(left_vectors, values, right_vectors)),
+        polar(left_vectors) * values @ polar(right_vectors).T,
+        1e-8,
+    )
 
 
 def test_a_repeated_direction_is_there_once():
     twice = Factors(torch.tensor([[1.0, 1], [0, 0], [0, 0]]), torch.tensor([3.0, 5]), torch.tensor([[1.0, 1], [0, 0]]))
     assert_close(
-        decorrelated(Factors(*(each.double() for each in twice))),
+        decorrelated(Factors(*(value.double() for value in twice))),
         torch.diag(torch.tensor([4.0, 0])).double()[[0, 1, 1]],
         1e-12,
     )
@@ -150,9 +154,9 @@ def test_a_tail_that_exists_is_not_taken_for_rounding(shape, floor):
 @pytest.mark.parametrize("rank", [5, 20])
 def test_isotropic_is_the_polar_factor_times_the_mean_singular_value(shape, rank):
     matrix = of_rank(rank, *shape).float()
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    left, values, right = left[:, :rank], values[:rank], right[:rank].T
-    assert_close(isotropic(matrix), left @ right.T * values.mean(), 1e-6)
+    left_vectors, values, right_vectors = torch.linalg.svd(matrix.double(), full_matrices=False)
+    left_vectors, values, right_vectors = left_vectors[:, :rank], values[:rank], right_vectors[:rank].T
+    assert_close(isotropic(matrix), left_vectors @ right_vectors.T * values.mean(), 1e-6)
 
 
 def test_the_same_matrix_has_the_same_factors_bit_for_bit():
@@ -170,9 +174,9 @@ def test_the_same_matrix_has_the_same_factors_bit_for_bit():
 def test_the_strongest_directions_leave_hardly_more_than_the_least_possible(shape, rank, make):
     matrix = make(*shape)
     factors = strongest(matrix, rank)
-    left = (matrix - factors.product()).norm()
-    least = torch.linalg.svdvals(matrix)[rank:].norm()
-    assert left <= 1.001 * least + tolerance(matrix) * matrix.norm()
+    remainder = (matrix - factors.product()).norm()
+    minimum = torch.linalg.svdvals(matrix)[rank:].norm()
+    assert remainder <= 1.001 * minimum + tolerance(matrix) * matrix.norm()
 
 
 def test_the_strongest_directions_of_nothing_are_none():

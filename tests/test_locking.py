@@ -66,23 +66,23 @@ def test_a_lock_says_from_what_and_how_before_it_is_made(merger, folder):
 def test_an_unchanged_lock_with_a_whole_output_is_nothing_to_do(merger, folder):
     merger("lock", "recipe.yaml")
     first = merger("run", "recipe.yaml", "--locked")
-    before = contents(folder / "out")
+    contents_before = contents(folder / "out")
 
     ran = merger("run", "recipe.yaml", "--locked")
 
     assert first.out.startswith(f"{folder}/out: 21 merged tensors")
     assert (ran.code, ran.out, ran.err) == (0, f"{folder}/out: is what the lock says, and whole; nothing to do\n", "")
     assert json.loads(merger("run", "recipe.yaml", "--locked", "--json").out)["unchanged"] is True
-    assert contents(folder / "out") == before
+    assert contents(folder / "out") == contents_before
 
 
 @pytest.fixture
 def read_through(monkeypatch):
     """The output's files that are read to their end."""
-    found = []
+    result = []
     digest = locking.digest
-    monkeypatch.setattr(locking, "digest", lambda path, tell: found.append(path.name) or digest(path, tell))
-    return found
+    monkeypatch.setattr(locking, "digest", lambda path, tell: result.append(path.name) or digest(path, tell))
+    return result
 
 
 def test_an_output_of_the_same_size_and_time_is_not_read_on_request(merger, folder, read_through):
@@ -163,8 +163,8 @@ def test_everything_that_differs_is_named_and_nothing_is_written(merger, folder,
     assert ran.code == 2
     assert "error: recipe.lock: recipe.seed was 0 when it was locked, and is 4\n" in ran.err
     assert ', and is "99"\n' in ran.err
-    said = f'recipe.lock: inputs.math.files.model.safetensors was "{old}" when it was locked, and is "{new}"\n'
-    assert said in ran.err
+    message = f'recipe.lock: inputs.math.files.model.safetensors was "{old}" when it was locked, and is "{new}"\n'
+    assert message in ran.err
     assert ran.err.splitlines()[-1] == "error: recipe.lock: lock the recipe again if that is meant"
     assert not (folder / "out").exists()
 
@@ -198,8 +198,8 @@ def test_the_kind_of_device_is_locked_where_it_decides_the_bytes(merger, folder,
     write(folder, {**RECIPE, "method": "tsv_m"})
     merger("lock", "recipe.yaml")
     devices("cuda:0")
-    said = 'recipe.lock: device was "cpu" when it was locked, and is "cuda"\n'
-    assert said in merger("run", "recipe.yaml", "--locked").err
+    message = 'recipe.lock: device was "cpu" when it was locked, and is "cuda"\n'
+    assert message in merger("run", "recipe.yaml", "--locked").err
 
 
 def test_a_lock_of_what_every_device_makes_alike_holds_on_all(merger, folder, devices):
@@ -210,19 +210,19 @@ def test_a_lock_of_what_every_device_makes_alike_holds_on_all(merger, folder, de
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (None, "recipe.lock: cannot be read: No such file or directory; make it with `merger lock`"),
         ("{", "recipe.lock: is no lock that this merger understands; make it again with `merger lock`"),
         ('{"format": 1}', "recipe.lock: is no lock that this merger understands"),
     ],
 )
-def test_a_lock_that_is_none_says_what_to_do(merger, folder, text, said):
+def test_a_lock_that_is_none_says_what_to_do(merger, folder, text, message):
     if text is not None:
         (folder / "recipe.lock").write_text(text)
     ran = merger("run", "recipe.yaml", "--locked")
     assert ran.code == 2
-    assert ran.err.startswith(f"error: {said}")
+    assert ran.err.startswith(f"error: {message}")
 
 
 def test_a_lock_never_takes_the_place_of_its_recipe(merger, folder):
@@ -237,8 +237,8 @@ def test_a_lock_never_takes_the_place_of_its_recipe(merger, folder):
 # --- calibration ----------------------------------------------------------------------------------
 
 
-def calibrated(**given):
-    return {**RECIPE, "method": "obim", "calibration": given}
+def calibrated(**arguments):
+    return {**RECIPE, "method": "obim", "calibration": arguments}
 
 
 def test_text_and_statistics_are_locked_by_their_bytes(merger, folder):
@@ -263,16 +263,19 @@ def test_every_source_of_text_and_its_count_are_locked(merger, folder):
     for name in ("a.jsonl", "b.jsonl"):
         (folder / name).write_text('{"question": "a"}\n{"question": "b"}\n')
     column = {"prompt": "question"}
-    first, second = ({"file": name, "samples": 1, "fields": column} for name in ("a.jsonl", "b.jsonl"))
-    write(folder, calibrated(data={"code": [first, second], "math": second}))
+    code_source, math_source = ({"file": name, "samples": 1, "fields": column} for name in ("a.jsonl", "b.jsonl"))
+    write(folder, calibrated(data={"code": [code_source, math_source], "math": math_source}))
     assert merger("lock", "recipe.yaml").code == 0
 
-    write(folder, calibrated(data={"code": [first, {**second, "samples": 2}], "math": second}))
+    write(folder, calibrated(data={"code": [code_source, {**math_source, "samples": 2}], "math": math_source}))
     assert "recipe.lock: recipe.calibration.data.code was" in merger("run", "recipe.yaml", "--locked").err
-    write(folder, calibrated(data={"code": [first, {**second, "fields": {"text": "question"}}], "math": second}))
+    write(
+        folder,
+        calibrated(data={"code": [code_source, {**math_source, "fields": {"text": "question"}}], "math": math_source}),
+    )
     assert "recipe.lock: recipe.calibration.data.code was" in merger("run", "recipe.yaml", "--locked").err
 
-    write(folder, calibrated(data={"code": [first, second], "math": second}))
+    write(folder, calibrated(data={"code": [code_source, math_source], "math": math_source}))
     (folder / "a.jsonl").write_text('{"question": "c"}\n')
     assert "recipe.lock: calibration.a.jsonl was" in merger("run", "recipe.yaml", "--locked").err
 

@@ -41,8 +41,8 @@ def fine_tune(folder, kind, *, rank=None, only="weight"):
     model.save_pretrained(folder / "tuned")
 
 
-def extract(folder, **given):
-    return merger.extract_lora(str(folder / "base"), str(folder / "tuned"), folder / "adapter", **given)
+def extract(folder, **arguments):
+    return merger.extract_lora(str(folder / "base"), str(folder / "tuned"), folder / "adapter", **arguments)
 
 
 def matrices(base, tuned):
@@ -57,8 +57,8 @@ def test_peft_loads_the_adapter_and_makes_of_it_what_merger_does(tmp_path, kind)
     model = MODELS[kind]().from_pretrained(tmp_path / "base")
     peft = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
     expert = {"model": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter")}
-    written = {"base": str(tmp_path / "base"), "experts": {"a": expert}, "method": "linear"}
-    merger.merge(merger.Recipe.parse({**written, "output": {"path": str(tmp_path / "out")}}))
+    content = {"base": str(tmp_path / "base"), "experts": {"a": expert}, "method": "linear"}
+    merger.merge(merger.Recipe.parse({**content, "output": {"path": str(tmp_path / "out")}}))
     base = load(tmp_path / "base")
     for name, value in load(tmp_path / "out").items():
         torch.testing.assert_close(value, peft[name], rtol=0, atol=1e-6, msg=name)
@@ -67,19 +67,22 @@ def test_peft_loads_the_adapter_and_makes_of_it_what_merger_does(tmp_path, kind)
 
 def test_the_error_is_what_the_smallest_singular_values_are_beside_all(tmp_path):
     fine_tune(tmp_path, "llama", only="proj")
-    found = extract(tmp_path, rank=3)
+    extraction = extract(tmp_path, rank=3)
     changes = matrices(load(tmp_path / "base"), load(tmp_path / "tuned"))
-    left, total = 0.0, 0.0
-    for layer, said in found.layers.items():
+    omitted, total = 0.0, 0.0
+    for layer, message in extraction.layers.items():
         squares = [torch.linalg.svdvals(c.double()).square() for name, c in changes.items() if name.startswith(layer)]
         if not squares:  # the head did not change
             continue
-        own, all_of_it = sum(float(each[3:].sum()) for each in squares), sum(float(each.sum()) for each in squares)
-        assert said.error == pytest.approx((own / all_of_it) ** 0.5, rel=1e-4)
-        assert (said.matrices, said.ranks) == (7, (3, 3))
-        left, total = left + own, total + all_of_it
-    assert found.error == found.whole_error == pytest.approx((left / total) ** 0.5, rel=1e-4)
-    assert found.left_out == {}
+        omitted_square, total_square = (
+            sum(float(square[3:].sum()) for square in squares),
+            sum(float(square.sum()) for square in squares),
+        )
+        assert message.error == pytest.approx((omitted_square / total_square) ** 0.5, rel=1e-4)
+        assert (message.matrices, message.ranks) == (7, (3, 3))
+        omitted, total = omitted + omitted_square, total + total_square
+    assert extraction.error == extraction.whole_error == pytest.approx((omitted / total) ** 0.5, rel=1e-4)
+    assert extraction.left_out == {}
 
 
 def test_a_change_of_low_rank_is_kept_whole(tmp_path):
@@ -89,27 +92,30 @@ def test_a_change_of_low_rank_is_kept_whole(tmp_path):
 
 def test_energy_chooses_the_least_rank_that_holds_it(tmp_path):
     fine_tune(tmp_path, "llama", only="proj")
-    found = extract(tmp_path, energy=0.9)
+    extraction = extract(tmp_path, energy=0.9)
     changes = matrices(load(tmp_path / "base"), load(tmp_path / "tuned"))
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, change in changes.items():
-        kept = torch.linalg.svdvals(change.double()).square().cumsum(0)
-        wanted = 1 + int((kept < 0.9 * kept[-1]).sum())
-        assert len(factors[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"]) == wanted
-    assert found.error <= 0.1**0.5
+        energies = torch.linalg.svdvals(change.double()).square().cumsum(0)
+        target = 1 + int((energies < 0.9 * energies[-1]).sum())
+        assert len(factors[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"]) == target
+    assert extraction.error <= 0.1**0.5
     peft = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     merged, tuned = peft.merge_and_unload().state_dict(), load(tmp_path / "tuned")
-    far = sum((merged[name] - tuned[name]).square().sum() for name in changes)
+    distance = sum((merged[name] - tuned[name]).square().sum() for name in changes)
     total = sum(change.square().sum() for change in changes.values())
-    assert float((far / total).sqrt()) == pytest.approx(found.error, rel=1e-4)
+    assert float((distance / total).sqrt()) == pytest.approx(extraction.error, rel=1e-4)
 
 
 def test_what_is_no_matrix_is_left_out_and_told(tmp_path):
     fine_tune(tmp_path, "tied")
-    found = extract(tmp_path, rank=16)
-    assert set(found.left_out) == {"model.embed_tokens.weight", *(n for n in load(tmp_path / "base") if "norm" in n)}
-    assert found.error < 1e-5
-    assert found.whole_error == pytest.approx(sum(found.left_out.values()) ** 0.5, rel=1e-4)
+    extraction = extract(tmp_path, rank=16)
+    assert set(extraction.left_out) == {
+        "model.embed_tokens.weight",
+        *(n for n in load(tmp_path / "base") if "norm" in n),
+    }
+    assert extraction.error < 1e-5
+    assert extraction.whole_error == pytest.approx(sum(extraction.left_out.values()) ** 0.5, rel=1e-4)
 
 
 def test_a_matrix_that_did_not_change_gets_factors_of_nothing(tmp_path):
@@ -138,17 +144,17 @@ def unfinished(folder, plan):
     (folder / "adapter.partial" / "model").mkdir(parents=True)
     (folder / "adapter.partial" / "model" / "one.safetensors").write_bytes(b"one shard")
     line = {"shard": "one.safetensors", "sha256": hashlib.sha256(b"one shard").hexdigest(), "notes": []}
-    journal = "".join(json.dumps(each) + "\n" for each in ({"plan": plan}, line))
+    journal = "".join(json.dumps(value) + "\n" for value in ({"plan": plan}, line))
     (folder / "adapter.partial" / "journal").write_text(journal)
 
 
 def test_finished_shards_of_a_suspended_merge_are_refused_and_left_alone(tmp_path):
     fine_tune(tmp_path, "llama", only="proj")
     unfinished(tmp_path, {"recipe": "1"})
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    files_before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(RecipeError, match=r"adapter\.partial: holds 1 finished shard of another merge"):
         extract(tmp_path, rank=2)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files_before
 
 
 def test_a_folder_of_someone_that_ends_in_partial_is_left_alone(tmp_path):

@@ -27,10 +27,10 @@ def gpus(monkeypatch):
     return have
 
 
-@pytest.mark.parametrize("wanted", ["cuda", "auto"])
-def test_a_machine_with_gpus_uses_all_of_them(gpus, wanted):
+@pytest.mark.parametrize("target", ["cuda", "auto"])
+def test_a_machine_with_gpus_uses_all_of_them(gpus, target):
     gpus(3)
-    assert select_devices(wanted) == ("cuda:0", "cuda:1", "cuda:2")
+    assert select_devices(target) == ("cuda:0", "cuda:1", "cuda:2")
 
 
 def test_a_number_chooses_one_gpu(gpus):
@@ -43,11 +43,15 @@ def test_a_machine_without_gpus_uses_the_cpu(gpus):
     assert select_devices("auto") == select_devices("cpu") == ("cpu",)
 
 
-@pytest.mark.parametrize(("count", "wanted", "there"), [(2, "cuda:3", "2"), (2, "cuda:2", "2"), (0, "cuda", "no")])
-def test_a_gpu_that_is_not_there_is_told_in_one_line(gpus, count, wanted, there):
+@pytest.mark.parametrize(
+    ("count", "device", "device_count"), [(2, "cuda:3", "2"), (2, "cuda:2", "2"), (0, "cuda", "no")]
+)
+def test_a_gpu_that_is_not_there_is_told_in_one_line(gpus, count, device, device_count):
     gpus(count)
-    with pytest.raises(ResourceError, match=f"^--device {wanted}: this machine has {there} CUDA devices") as refused:
-        select_devices(wanted)
+    with pytest.raises(
+        ResourceError, match=f"^--device {device}: this machine has {device_count} CUDA devices"
+    ) as refused:
+        select_devices(device)
     assert "\n" not in str(refused.value)
 
 
@@ -59,21 +63,21 @@ def test_there_is_a_worker_for_every_device(gpus, planned, monkeypatch):  # noqa
 
 def together(room, sizes):
     """The most bytes that slices of these sizes have of a room at the same time, a thread for each."""
-    lock, taken, most, ready = Lock(), [], [], Barrier(len(sizes))
+    lock, used_positions, maximum, barrier = Lock(), [], [], Barrier(len(sizes))
 
     def merge(size):
-        ready.wait()
-        with room.taken(size):
+        barrier.wait()
+        with room.reserve(size):
             with lock:
-                taken.append(size)
-                most.append(sum(taken))
+                used_positions.append(size)
+                maximum.append(sum(used_positions))
             sum(range(10_000))
             with lock:
-                taken.remove(size)
+                used_positions.remove(size)
 
     with ThreadPoolExecutor(len(sizes)) as pool:
         list(pool.map(merge, sizes))
-    return max(most)
+    return max(maximum)
 
 
 def test_matrices_wait_until_the_device_has_room_for_them(monkeypatch):
@@ -95,17 +99,17 @@ def test_a_gpu_has_the_memory_that_is_free_and_what_torch_holds_unused(monkeypat
 
 
 def test_a_merge_on_a_gpu_takes_a_context_but_no_factors_of_host_memory(planned):  # noqa: F811
-    made = planned("tsv_m")
-    on_cpu, on_gpu = memory_needed(made, 16), memory_needed(made, 16, gpu=True)
+    result = planned("tsv_m")
+    on_cpu, on_gpu = memory_needed(result, 16), memory_needed(result, 16, gpu=True)
     assert on_gpu < on_cpu / 3
-    assert memory_needed(made, 0, gpu=True) - memory_needed(made, 0) == CUDA
+    assert memory_needed(result, 0, gpu=True) - memory_needed(result, 0) == CUDA
 
 
 def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
     program = "from merger.engine.machine import peak_memory; print(peak_memory())"
-    held = bytearray(1 << 28)
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert int(told) < len(held)
+    block = bytearray(1 << 28)
+    calls = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert int(calls) < len(block)
 
 
 BLOCK = [4096 * 4096] * 4 + [4096 * 11008] * 3 + [4096] * 2  # as a 7B Llama has 32 of
@@ -113,8 +117,10 @@ BLOCK = [4096 * 4096] * 4 + [4096 * 11008] * 3 + [4096] * 2  # as a 7B Llama has
 
 @pytest.mark.parametrize("hands", [1, 2, 3, 4, 7, 8, 9])
 def test_matrices_of_a_model_are_dealt_out_evenly(hands):
-    whose = assign_sizes(BLOCK * 32, hands)
-    shares = [sum(size for size, own in zip(BLOCK * 32, whose, strict=True) if own == hand) for hand in range(hands)]
+    owners = assign_sizes(BLOCK * 32, hands)
+    shares = [
+        sum(size for size, owner in zip(BLOCK * 32, owners, strict=True) if owner == hand) for hand in range(hands)
+    ]
     assert max(shares) - min(shares) <= max(BLOCK)
     assert Fraction(max(shares) * hands, sum(shares)) < Fraction(105, 100)
 

@@ -30,29 +30,29 @@ def deltas_of(k, *shape, seed=0):
 
 def claims(merged, deltas):
     """Which positions of a merge onto zeros each expert holds; each must be one expert's own, or zero."""
-    held = {expert: merged == delta for expert, delta in deltas.items()}
-    assert (sum(mask.int() for mask in held.values()) + (merged == 0) == 1).all()
-    return held
+    masks = {expert: merged == delta for expert, delta in deltas.items()}
+    assert (sum(mask.int() for mask in masks.values()) + (merged == 0) == 1).all()
+    return masks
 
 
-def held_by(method, deltas, written, **more):
-    return claims(merge(checked(method, written), deltas, **more), deltas)
+def held_by(method, deltas, parameters, **options):
+    return claims(merge(checked(method, parameters), deltas, **options), deltas)
 
 
-def assert_masks(got, expected):
-    assert {e: mask.tolist() for e, mask in got.items()} == {e: mask.tolist() for e, mask in expected.items()}
+def assert_masks(result, expected):
+    assert {e: mask.tolist() for e, mask in result.items()} == {e: mask.tolist() for e, mask in expected.items()}
 
 
-def assert_close(got, expected, tolerance=1e-5):
-    torch.testing.assert_close(got, tensor(expected), rtol=tolerance, atol=tolerance)
+def assert_close(result, expected, tolerance=1e-5):
+    torch.testing.assert_close(result, tensor(expected), rtol=tolerance, atol=tolerance)
 
 
-def refused(method, written, experts="ab"):
+def refused(method, parameters, experts="ab"):
     """What is said about parameters that each are valid but do not go together."""
     place = Place(tuple(experts))
-    stage = checked(method, written)
+    stage = checked(method, parameters)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 the caller looks at the text
-        [bind(each, place) for each in expand(stage, "linear", place.experts)]
+        [bind(expansion, place) for expansion in expand(stage, "linear", place.experts)]
     return str(caught.value)
 
 
@@ -64,15 +64,15 @@ def moments(k, columns, seed=9):
 
 
 def test_saliency_ranks_the_same_for_any_positive_factor():
-    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
-    scaled = Inputs(second_moment=known.second_moment * 64, mean=known.mean)
+    deltas, inputs = deltas_of(2, 6, 8), moments(2, 8)
+    scaled = Inputs(second_moment=inputs.second_moment * 64, mean=inputs.mean)
     stage = checked("obm", {"density": 0.3})
-    assert_masks(kept(stage, deltas, inputs=scaled), kept(stage, deltas, inputs=known))
+    assert_masks(kept(stage, deltas, inputs=scaled), kept(stage, deltas, inputs=inputs))
 
 
 def test_saliency_of_equal_inputs_is_magnitude():
-    deltas, known = deltas_of(2, 6, 8), Inputs(second_moment=torch.full((2, 8), 4.0), mean=torch.ones(2, 8))
-    by_saliency = kept(checked("obm", {"density": 0.3}), deltas, inputs=known)
+    deltas, inputs = deltas_of(2, 6, 8), Inputs(second_moment=torch.full((2, 8), 4.0), mean=torch.ones(2, 8))
+    by_saliency = kept(checked("obm", {"density": 0.3}), deltas, inputs=inputs)
     assert_masks(by_saliency, kept(checked("magnitude", {"density": 0.3}), deltas))
 
 
@@ -83,83 +83,83 @@ def test_saliency_without_a_hessian_is_magnitude():
 
 
 def test_saliency_of_an_expert_that_no_token_reached_is_magnitude():
-    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
-    known.second_moment[1] = 0
-    known = Inputs(second_moment=known.second_moment, mean=known.mean)
-    by_saliency = kept(checked("obm", {"density": 0.3}), deltas, inputs=known)
+    deltas, inputs = deltas_of(2, 6, 8), moments(2, 8)
+    inputs.second_moment[1] = 0
+    inputs = Inputs(second_moment=inputs.second_moment, mean=inputs.mean)
+    by_saliency = kept(checked("obm", {"density": 0.3}), deltas, inputs=inputs)
     by_magnitude = kept(checked("magnitude", {"density": 0.3}), deltas)
     assert torch.equal(by_saliency["b"], by_magnitude["b"])
     assert not torch.equal(by_saliency["a"], by_magnitude["a"])
 
 
 def test_an_input_that_stays_zero_earns_nothing_in_either_orientation():
-    known = Inputs(second_moment=tensor([[0, 1, 1]]), mean=torch.ones(1, 3))
+    inputs = Inputs(second_moment=tensor([[0, 1, 1]]), mean=torch.ones(1, 3))
     stage = checked("obm", {"density": "1/3"})
-    mask = kept(stage, {"a": [[9, 1, 1], [9, 2, 1]]}, inputs=known)["a"]
+    mask = kept(stage, {"a": [[9, 1, 1], [9, 2, 1]]}, inputs=inputs)["a"]
     assert mask.tolist() == [[False, True, False], [False, True, False]]
-    stored = kept(stage, {"a": [[9, 9], [1, 2], [1, 1]]}, inputs=known, kind="conv1d", slice_elements=2)["a"]
+    stored = kept(stage, {"a": [[9, 9], [1, 2], [1, 1]]}, inputs=inputs, kind="conv1d", slice_elements=2)["a"]
     assert torch.equal(stored, mask.T)
 
 
 def test_saliency_follows_a_permutation_of_the_inputs():
-    deltas, known = deltas_of(1, 6, 8), moments(1, 8)
+    deltas, inputs = deltas_of(1, 6, 8), moments(1, 8)
     turn = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    turned = Inputs(second_moment=known.second_moment[:, turn], mean=known.mean[:, turn])
+    turned = Inputs(second_moment=inputs.second_moment[:, turn], mean=inputs.mean[:, turn])
     stage = checked("obm", {"density": 0.3})
     mask = kept(stage, {"a": deltas["a"][:, turn]}, inputs=turned)["a"]
-    assert torch.equal(mask, kept(stage, deltas, inputs=known)["a"][:, turn])
+    assert torch.equal(mask, kept(stage, deltas, inputs=inputs)["a"][:, turn])
 
 
 def test_a_saliency_of_zero_can_still_be_claimed_by_index():
-    known = Inputs(second_moment=tensor([[0, 0, 1]]), mean=torch.ones(1, 3))
-    mask = kept(checked("obm", {"density": "2/3"}), {"a": [[5, 6, 7]]}, inputs=known)["a"]
+    inputs = Inputs(second_moment=tensor([[0, 0, 1]]), mean=torch.ones(1, 3))
+    mask = kept(checked("obm", {"density": "2/3"}), {"a": [[5, 6, 7]]}, inputs=inputs)["a"]
     assert mask.tolist() == [[True, False, True]]
 
 
 def test_rows_of_an_embedding_may_be_scored_by_how_often_they_are_looked_up():
-    known = Inputs(token_share=tensor([[0.1, 0.9]]))
+    inputs = Inputs(token_share=tensor([[0.1, 0.9]]))
     stage = checked("obm", {"density": 0.5, "embedding": "token_freq"})
-    mask = kept(stage, {"a": [[2, 2], [1, 1]]}, inputs=known, kind="embedding")["a"]
+    mask = kept(stage, {"a": [[2, 2], [1, 1]]}, inputs=inputs, kind="embedding")["a"]
     assert mask.tolist() == [[False, False], [True, True]]
 
 
 def test_a_vector_is_claimed_at_random_or_by_magnitude():
     deltas = deltas_of(1, 50)
-    written = {"density": 0.3, "nonlinear": "magnitude"}
+    parameters = {"density": 0.3, "nonlinear": "magnitude"}
     by_magnitude = kept(checked("magnitude", {"density": 0.3}), deltas)
-    assert_masks(kept(checked("obm", written), deltas), by_magnitude)
+    assert_masks(kept(checked("obm", parameters), deltas), by_magnitude)
     at_random = kept(checked("uniform", {"density": 0.3}), deltas)
     assert_masks(kept(checked("obm", {"density": 0.3}), deltas), at_random)
     assert not torch.equal(at_random["a"], by_magnitude["a"])
 
 
-@pytest.mark.parametrize(("method", "more"), [("top", {}), ("ties", {}), ("im", {"order": "listed"})])
-def test_saliencies_of_different_tensors_cannot_be_ranked_together(method, more):
-    said = refused(method, {"scope": "global", "score": "obm", **more})
-    assert "obm depends on a layer's own inputs" in said
-    assert "scope: tensor" in said
+@pytest.mark.parametrize(("method", "options"), [("top", {}), ("ties", {}), ("im", {"order": "listed"})])
+def test_saliencies_of_different_tensors_cannot_be_ranked_together(method, options):
+    message = refused(method, {"scope": "global", "score": "obm", **options})
+    assert "obm depends on a layer's own inputs" in message
+    assert "scope: tensor" in message
 
 
 def test_scores_without_inputs_may_be_ranked_over_the_whole_model():
     deltas = deltas_of(2, 6, 8)
-    written = {"density": 0.3, "scope": "global"}
-    by_saliency = kept(checked("obm", {**written, "hessian": "none"}), deltas)
-    assert_masks(by_saliency, kept(checked("magnitude", written), deltas))
+    parameters = {"density": 0.3, "scope": "global"}
+    by_saliency = kept(checked("obm", {**parameters, "hessian": "none"}), deltas)
+    assert_masks(by_saliency, kept(checked("magnitude", parameters), deltas))
 
 
 # --- Wanda and magnitude --------------------------------------------------------------------------
 
 
 def test_wanda_scores_a_change_by_its_size_and_the_norm_of_its_input():
-    known = Inputs(second_moment=tensor([[1, 4, 0, 9]]), mean=torch.zeros(1, 4))
-    left = sparse(checked("wanda", {"density": 0.5}), {"a": [[4, -3, 1, 1], [0, 1, 9, 5]]}, inputs=known)
-    assert left["a"].tolist() == [[4, -3, 0, 0], [0, 1, 0, 5]]
+    inputs = Inputs(second_moment=tensor([[1, 4, 0, 9]]), mean=torch.zeros(1, 4))
+    sparse_deltas = sparse(checked("wanda", {"density": 0.5}), {"a": [[4, -3, 1, 1], [0, 1, 9, 5]]}, inputs=inputs)
+    assert sparse_deltas["a"].tolist() == [[4, -3, 0, 0], [0, 1, 0, 5]]
 
 
 def test_wanda_over_a_tensor_keeps_what_obm_keeps():
-    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
-    by_wanda = kept(checked("wanda", {"density": 0.3, "scope": "tensor"}), deltas, inputs=known)
-    assert_masks(by_wanda, kept(checked("obm", {"density": 0.3}), deltas, inputs=known))
+    deltas, inputs = deltas_of(2, 6, 8), moments(2, 8)
+    by_wanda = kept(checked("wanda", {"density": 0.3, "scope": "tensor"}), deltas, inputs=inputs)
+    assert_masks(by_wanda, kept(checked("obm", {"density": 0.3}), deltas, inputs=inputs))
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (8,)])
@@ -170,8 +170,8 @@ def test_wanda_without_inputs_is_magnitude(shape):
 
 
 def test_wanda_may_choose_within_blocks_and_between_experts():
-    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
-    masks = kept(checked("bs", {"n": 2, "m": 4, "score": "wanda", "exclusive": "listed"}), deltas, inputs=known)
+    deltas, inputs = deltas_of(2, 6, 8), moments(2, 8)
+    masks = kept(checked("bs", {"n": 2, "m": 4, "score": "wanda", "exclusive": "listed"}), deltas, inputs=inputs)
     assert not (masks["a"] & masks["b"]).any()
     assert [mask.view(-1, 4).sum(1).tolist() for mask in masks.values()] == [[2] * 12] * 2
 
@@ -190,8 +190,8 @@ def test_magnitude_may_rank_the_tensor_or_each_row(scope, by_row):
 def test_im_gives_each_expert_exactly_its_share_and_no_position_twice(k, score):
     shares = ["0.29", "1/7", "0.05", "1/9", "0.1", "0.01", "1/8", "0.1"][:k]
     deltas = deltas_of(k, 9, 11)
-    held = held_by("im", deltas, {"density": dict(zip(deltas, shares, strict=True)), "score": score})
-    assert [int(mask.sum()) for mask in held.values()] == [math.floor(Fraction(s) * 99) for s in shares]
+    claimed_masks = held_by("im", deltas, {"density": dict(zip(deltas, shares, strict=True)), "score": score})
+    assert [int(mask.sum()) for mask in claimed_masks.values()] == [math.floor(Fraction(s) * 99) for s in shares]
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -201,30 +201,32 @@ def test_im_divides_a_tensor_evenly_by_default(k):
 
 
 def test_im_leaves_the_base_a_share_when_it_is_counted():
-    held = held_by("im", deltas_of(3, 12), {"count_base": True})
-    assert [int(mask.sum()) for mask in held.values()] == [3, 3, 3]
+    claimed_masks = held_by("im", deltas_of(3, 12), {"count_base": True})
+    assert [int(mask.sum()) for mask in claimed_masks.values()] == [3, 3, 3]
 
 
 def test_im_copies_the_bits_of_the_base_or_of_one_expert():
-    base, own = randn(40, 40, seed=1) * 1e4, {e: delta * 1e-3 for e, delta in deltas_of(3, 40, 40).items()}
-    merged = merge_tensors(checked("im", {"density": "0.3"}), {NAME: base}, {e: {NAME: w} for e, w in own.items()})
-    sources = torch.stack([base, *own.values()])
+    base, expert_weights = randn(40, 40, seed=1) * 1e4, {e: delta * 1e-3 for e, delta in deltas_of(3, 40, 40).items()}
+    merged = merge_tensors(
+        checked("im", {"density": "0.3"}), {NAME: base}, {e: {NAME: w} for e, w in expert_weights.items()}
+    )
+    sources = torch.stack([base, *expert_weights.values()])
     assert (bits(sources) == bits(merged[NAME])).any(0).all()
 
 
 @pytest.mark.parametrize("method", ["im", "ties_im", "obim"])
 def test_one_expert_with_all_of_the_density_comes_back_bit_for_bit(method):
-    base, own = randn(7, 9, seed=1) * 1e6, randn(7, 9)
-    merged = merge_tensors(checked(method, {"density": 1}), {NAME: base}, {"a": {NAME: own}})
-    assert torch.equal(bits(merged[NAME]), bits(own))
+    base, weights = randn(7, 9, seed=1) * 1e6, randn(7, 9)
+    merged = merge_tensors(checked(method, {"density": 1}), {NAME: base}, {"a": {NAME: weights}})
+    assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
 def test_im_does_not_look_at_names():
     deltas, order = deltas_of(3, 6, 8), ["b", "c", "a"]
     renamed = dict(zip("xyz", deltas.values(), strict=True))
-    written = {"density": 0.3, "order": order}
+    parameters = {"density": 0.3, "order": order}
     swapped = {"density": 0.3, "order": ["y", "z", "x"]}
-    assert torch.equal(merge(checked("im", written), deltas), merge(checked("im", swapped), renamed))
+    assert torch.equal(merge(checked("im", parameters), deltas), merge(checked("im", swapped), renamed))
 
 
 def test_im_takes_experts_in_the_listed_order_whatever_order_they_are_given_in():
@@ -235,8 +237,8 @@ def test_im_takes_experts_in_the_listed_order_whatever_order_they_are_given_in()
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_rotation_repeats_after_as_many_blocks_as_experts(block):
     deltas = deltas_of(3, 6, 8)
-    near, far = Place(tuple(deltas), block=block), Place(tuple(deltas), block=block + 3)
-    assert_masks(held_by("im", deltas, {}, place=far), held_by("im", deltas, {}, place=near))
+    place, later_place = Place(tuple(deltas), block=block), Place(tuple(deltas), block=block + 3)
+    assert_masks(held_by("im", deltas, {}, place=later_place), held_by("im", deltas, {}, place=place))
 
 
 def test_rotation_lets_each_expert_lead_once_in_as_many_blocks():
@@ -244,26 +246,26 @@ def test_rotation_lets_each_expert_lead_once_in_as_many_blocks():
     solo = {e: held_by("im", {e: delta}, {"density": "1/4"})[e] for e, delta in deltas.items()}
     leaders = []
     for block in range(2, 6):
-        held = held_by("im", deltas, {}, place=Place(tuple(deltas), block=block))
-        leaders += [e for e in deltas if torch.equal(held[e], solo[e])]
+        claimed_masks = held_by("im", deltas, {}, place=Place(tuple(deltas), block=block))
+        leaders += [e for e in deltas if torch.equal(claimed_masks[e], solo[e])]
     assert leaders == ["c", "d", "a", "b"]
 
 
 def test_rotation_may_count_linear_tensors_instead_of_blocks():
     deltas = deltas_of(2, 6, 8)
-    written = {"order": {"unit": "linear"}}
-    turned = held_by("im", deltas, written, place=Place(("a", "b"), block=0, linear=1))
+    parameters = {"order": {"unit": "linear"}}
+    turned = held_by("im", deltas, parameters, place=Place(("a", "b"), block=0, linear=1))
     assert_masks(turned, held_by("im", deltas, {"order": ["b", "a"]}))
 
 
 def test_more_for_a_later_expert_takes_nothing_from_an_earlier_one():
     deltas = deltas_of(3, 6, 8)
-    held = [
+    masks = [
         held_by("im", deltas, {"density": {"a": 0.3, "b": n, "c": 0.1}, "order": "listed"}) for n in (0.1, 0.3, 0.6)
     ]
-    assert torch.equal(held[0]["a"], held[2]["a"])
-    assert (held[1]["b"] | ~held[0]["b"]).all()
-    assert (held[2]["b"] | ~held[1]["b"]).all()
+    assert torch.equal(masks[0]["a"], masks[2]["a"])
+    assert (masks[1]["b"] | ~masks[0]["b"]).all()
+    assert (masks[2]["b"] | ~masks[1]["b"]).all()
 
 
 # An expert that left its first three positions unchanged, and one that changed all, the first most.
@@ -291,8 +293,8 @@ def test_im_adds_up_shares_at_each_depth():
 
 
 def test_im_takes_any_shares_of_what_remains():
-    held = held_by("im", deltas_of(2, 8), {"density": 1, "ratio_of": "remaining", "order": "listed"})
-    assert [int(mask.sum()) for mask in held.values()] == [8, 0]
+    claimed_masks = held_by("im", deltas_of(2, 8), {"density": 1, "ratio_of": "remaining", "order": "listed"})
+    assert [int(mask.sum()) for mask in claimed_masks.values()] == [8, 0]
 
 
 @pytest.mark.parametrize("order", ["rotation", {"first": "b"}])
@@ -301,8 +303,8 @@ def test_an_order_that_rotates_cannot_rank_the_whole_model_at_once(order):
 
 
 def test_random_claims_fall_on_all_positions_alike():
-    held = held_by("im", deltas_of(1, 10000), {"density": 0.3, "score": "uniform"})["a"]
-    hits = held.view(100, 100).sum(1).double()
+    masks = held_by("im", deltas_of(1, 10000), {"density": 0.3, "score": "uniform"})["a"]
+    hits = masks.view(100, 100).sum(1).double()
     chi_square = ((hits - 30) ** 2 / (30 * 0.7)).sum()
     assert 50 < chi_square < 160  # 99 degrees of freedom: 99 +- 14
 
@@ -320,41 +322,41 @@ def test_obim_may_average_vectors_or_leave_them(nonlinear, factor):
 
 
 def test_obim_leaves_vectors_at_the_base_for_any_weights():
-    written = {"nonlinear": "base", "weight": {"a": 1, "b": -1}}
-    assert merge(checked("obim", written), deltas_of(2, 8)).tolist() == [0] * 8
+    parameters = {"nonlinear": "base", "weight": {"a": 1, "b": -1}}
+    assert merge(checked("obim", parameters), deltas_of(2, 8)).tolist() == [0] * 8
 
 
 def test_obim_multiplies_what_it_claims():
-    deltas, known = deltas_of(2, 6, 8), moments(2, 8)
-    once = merge(checked("obim", {}), deltas, inputs=known)
-    thrice = merge(checked("obim", {"lambda": 1.5, "weight": 2}), deltas, inputs=known)
+    deltas, inputs = deltas_of(2, 6, 8), moments(2, 8)
+    once = merge(checked("obim", {}), deltas, inputs=inputs)
+    thrice = merge(checked("obim", {"lambda": 1.5, "weight": 2}), deltas, inputs=inputs)
     assert_close(thrice, once * 3)
 
 
 def test_ties_obm_with_equal_inputs_is_ties():
-    deltas, known = deltas_of(3, 6, 8), Inputs(second_moment=torch.ones(3, 8), mean=torch.ones(3, 8))
-    by_saliency = merge(checked("ties_obm", {"density": 0.4}), deltas, inputs=known)
+    deltas, inputs = deltas_of(3, 6, 8), Inputs(second_moment=torch.ones(3, 8), mean=torch.ones(3, 8))
+    by_saliency = merge(checked("ties_obm", {"density": 0.4}), deltas, inputs=inputs)
     assert torch.equal(by_saliency, merge(checked("ties", {"density": 0.4, "scope": "tensor"}), deltas))
 
 
 def test_ties_obm_of_one_expert_is_obim():
-    deltas, known = deltas_of(1, 6, 8), moments(1, 8)
-    merged = [merge(checked(m, {"density": 0.4}), deltas, inputs=known) for m in ("ties_obm", "obim")]
+    deltas, inputs = deltas_of(1, 6, 8), moments(1, 8)
+    merged = [merge(checked(m, {"density": 0.4}), deltas, inputs=inputs) for m in ("ties_obm", "obim")]
     assert torch.equal(*merged)
 
 
 def test_ties_im_counts_over_the_whole_model():
     shapes = {"layers.2.w": (4, 5), "layers.10.w": (7,), "norm": (3, 3)}
     base = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    own = {e: {name: randn(*shape, seed=i) for name, shape in shapes.items()} for i, e in enumerate("ab")}
-    merged = merge_tensors(checked("ties_im", {"density": {"a": 0.4, "b": "1/3"}}), base, own)
+    expert_weights = {e: {name: randn(*shape, seed=i) for name, shape in shapes.items()} for i, e in enumerate("ab")}
+    merged = merge_tensors(checked("ties_im", {"density": {"a": 0.4, "b": "1/3"}}), base, expert_weights)
     for expert, share in (("a", Fraction(2, 5)), ("b", Fraction(1, 3))):
-        assert sum(int((merged[n] == own[expert][n]).sum()) for n in shapes) == math.floor(share * 36)
+        assert sum(int((merged[n] == expert_weights[expert][n]).sum()) for n in shapes) == math.floor(share * 36)
 
 
 def test_ties_im_of_one_tensor_is_obim_with_equal_inputs():
-    deltas, known = deltas_of(3, 6, 8), Inputs(second_moment=torch.ones(3, 8), mean=torch.ones(3, 8))
-    by_saliency = merge(checked("obim", {"density": 0.2, "order": "listed"}), deltas, inputs=known)
+    deltas, inputs = deltas_of(3, 6, 8), Inputs(second_moment=torch.ones(3, 8), mean=torch.ones(3, 8))
+    by_saliency = merge(checked("obim", {"density": 0.2, "order": "listed"}), deltas, inputs=inputs)
     assert torch.equal(by_saliency, merge(checked("ties_im", {"density": 0.2}), deltas))
 
 
@@ -414,17 +416,17 @@ def test_exclusive_masks_are_disjoint(name):
 @pytest.mark.parametrize("name", EXCLUSIVE)
 def test_the_first_expert_of_an_exclusive_order_keeps_what_it_would_alone(name):
     deltas = deltas_of(3, 6, 10)
-    alone = kept(checked(name, EXCLUSIVE[name]), deltas)
+    mask = kept(checked(name, EXCLUSIVE[name]), deltas)
     masks = kept(checked(name, {**EXCLUSIVE[name], "exclusive": ["c", "a", "b"]}), deltas)
-    assert torch.equal(masks["c"], alone["c"])
+    assert torch.equal(masks["c"], mask["c"])
 
 
 @pytest.mark.parametrize("name", ["random", "magprune", "band"])
 def test_an_exclusive_draw_loses_only_what_earlier_experts_hold(name):
     deltas = deltas_of(2, 6, 10)
-    alone = kept(checked(name, EXCLUSIVE[name]), deltas)
+    mask = kept(checked(name, EXCLUSIVE[name]), deltas)
     masks = kept(checked(name, {**EXCLUSIVE[name], "exclusive": "listed"}), deltas)
-    assert torch.equal(masks["b"], alone["b"] & ~alone["a"])
+    assert torch.equal(masks["b"], mask["b"] & ~mask["a"])
 
 
 def test_cabs_keeps_n_of_every_block_for_each_expert_while_they_fit():
@@ -441,15 +443,15 @@ def test_cabs_gives_later_experts_what_is_left_when_they_do_not_fit():
 def test_cabs_adds_orthogonal_task_vectors():
     deltas = deltas_of(2, 6, 8)
     merged = merge(checked("cabs", {"n": 2, "m": 4}), deltas)
-    left = sparse(checked("bs", {"n": 2, "m": 4, "exclusive": "listed"}), deltas)
-    assert float((left["a"] * left["b"]).sum()) == 0
-    assert_close(merged.square().sum(), sum(each.square().sum() for each in left.values()))
+    sparse_deltas = sparse(checked("bs", {"n": 2, "m": 4, "exclusive": "listed"}), deltas)
+    assert float((sparse_deltas["a"] * sparse_deltas["b"]).sum()) == 0
+    assert_close(merged.square().sum(), sum(delta.square().sum() for delta in sparse_deltas.values()))
 
 
 def test_cabs_of_one_expert_that_keeps_all_is_the_expert():
-    base, own = randn(4, 8, seed=1) * 1e6, randn(4, 8)
-    merged = merge_tensors(checked("cabs", {"n": 4, "m": 4}), {NAME: base}, {"a": {NAME: own}})
-    assert torch.equal(bits(merged[NAME]), bits(own))
+    base, weights = randn(4, 8, seed=1) * 1e6, randn(4, 8)
+    merged = merge_tensors(checked("cabs", {"n": 4, "m": 4}), {NAME: base}, {"a": {NAME: weights}})
+    assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
 def test_cabs_lets_unchanged_positions_occupy_their_block():
@@ -471,14 +473,14 @@ def test_low_overlap_keeps_n_of_every_block_and_shares_as_little_as_it_can(n, m)
 
 @pytest.mark.parametrize(("n", "m"), [(2, 6), (1, 4), (2, 7)])
 def test_cabs_low_overlap_is_cabs_while_all_experts_fit_into_a_block(n, m):
-    deltas, written = deltas_of(3, 6, 8), {"n": n, "m": m, "order": ["c", "a", "b"]}
-    merged = merge(checked("cabs_low_overlap", written), deltas)
-    assert torch.equal(merged, merge(checked("cabs", written), deltas))
+    deltas, parameters = deltas_of(3, 6, 8), {"n": n, "m": m, "order": ["c", "a", "b"]}
+    merged = merge(checked("cabs_low_overlap", parameters), deltas)
+    assert torch.equal(merged, merge(checked("cabs", parameters), deltas))
 
 
 def test_low_overlap_leaves_unchanged_positions_when_told_to():
-    own = {"a": [0, 0, 0, 5], "b": [9, 2, 3, 4]}
-    merged = merge(checked("cabs_low_overlap", {"n": 3, "m": 4, "claim_zeros": False}), own)
+    experts = {"a": [0, 0, 0, 5], "b": [9, 2, 3, 4]}
+    merged = merge(checked("cabs_low_overlap", {"n": 3, "m": 4, "claim_zeros": False}), experts)
     assert merged.tolist() == [9, 2, 3, 5]
 
 
@@ -493,9 +495,9 @@ def test_linear_does_not_care_for_the_order_of_models():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_linear_returns_equal_models_bit_for_bit(k):
-    base, own = randn(6, 8, seed=1) * 1e3, randn(6, 8)
-    merged = merge_tensors(checked("linear", {}), {NAME: base}, {e: {NAME: own} for e in NAMES[:k]})
-    assert torch.equal(bits(merged[NAME]), bits(own))
+    base, weights = randn(6, 8, seed=1) * 1e3, randn(6, 8)
+    merged = merge_tensors(checked("linear", {}), {NAME: base}, {e: {NAME: weights} for e in NAMES[:k]})
+    assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
 def test_linear_looks_only_at_the_proportions_of_weights():
@@ -548,9 +550,9 @@ def test_an_experts_own_weight_multiplies_that_of_the_method():
 
 
 def test_one_expert_alone_is_copied_by_task_arithmetic():
-    base, own = randn(6, 8, seed=1) * 1e6, randn(6, 8)
-    merged = merge_tensors(checked("task_arithmetic", {}), {NAME: base}, {"a": {NAME: own}})
-    assert torch.equal(bits(merged[NAME]), bits(own))
+    base, weights = randn(6, 8, seed=1) * 1e6, randn(6, 8)
+    merged = merge_tensors(checked("task_arithmetic", {}), {NAME: base}, {"a": {NAME: weights}})
+    assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
 # --- SLERP ----------------------------------------------------------------------------------------
@@ -559,10 +561,10 @@ def test_one_expert_alone_is_copied_by_task_arithmetic():
 @pytest.mark.parametrize("space", ["delta", "weights"])
 @pytest.mark.parametrize(("t", "end"), [(0, "a"), (1, "b")])
 def test_slerp_ends_at_the_experts_bit_for_bit(space, t, end):
-    base, own = randn(6, 8, seed=1) * 1e6, deltas_of(2, 6, 8)
+    base, experts = randn(6, 8, seed=1) * 1e6, deltas_of(2, 6, 8)
     stage = checked("slerp", {"t": t, "space": space})
-    merged = merge_tensors(stage, {NAME: base}, {e: {NAME: w} for e, w in own.items()})
-    assert torch.equal(bits(merged[NAME]), bits(own[end]))
+    merged = merge_tensors(stage, {NAME: base}, {e: {NAME: w} for e, w in experts.items()})
+    assert torch.equal(bits(merged[NAME]), bits(experts[end]))
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
@@ -573,33 +575,33 @@ def test_slerp_stays_on_the_unit_sphere(t):
 
 def test_slerp_is_the_same_from_the_other_end():
     deltas = deltas_of(2, 6, 8)
-    back = merge(checked("slerp", {"t": 0.7}), {"b": deltas["b"], "a": deltas["a"]})
-    assert_close(back, merge(checked("slerp", {"t": 0.3}), deltas))
+    result = merge(checked("slerp", {"t": 0.7}), {"b": deltas["b"], "a": deltas["a"]})
+    assert_close(result, merge(checked("slerp", {"t": 0.3}), deltas))
 
 
 @pytest.mark.parametrize("t", [0.1, 0.3, "1/3"])
 def test_slerp_returns_equal_weights_bit_for_bit(t):
-    base, own = randn(6, 8, seed=1), randn(6, 8)
+    base, weights = randn(6, 8, seed=1), randn(6, 8)
     stage = checked("slerp", {"t": t, "space": "weights"})
     untouched = merge_tensors(stage, {NAME: base}, {"a": {NAME: base}, "b": {NAME: base}})
     assert torch.equal(bits(untouched[NAME]), bits(base))
-    merged = merge_tensors(stage, {NAME: base}, {"a": {NAME: own}, "b": {NAME: own}})
-    assert_close(merged[NAME], own, 1e-6)
+    merged = merge_tensors(stage, {NAME: base}, {"a": {NAME: weights}, "b": {NAME: weights}})
+    assert_close(merged[NAME], weights, 1e-6)
 
 
-@pytest.mark.parametrize("other", [[-3.0, 0], [3.001, 0.01], [0, 0]], ids=["opposite", "parallel", "zero"])
-def test_slerp_takes_the_line_where_there_is_no_arc(other):
-    merged = merge(checked("slerp", {"t": 0.25}), {"a": [3, 0], "b": other})
-    assert_close(merged, 0.75 * tensor([3, 0]) + 0.25 * tensor(other))
+@pytest.mark.parametrize("delta", [[-3.0, 0], [3.001, 0.01], [0, 0]], ids=["opposite", "parallel", "zero"])
+def test_slerp_takes_the_line_where_there_is_no_arc(delta):
+    merged = merge(checked("slerp", {"t": 0.25}), {"a": [3, 0], "b": delta})
+    assert_close(merged, 0.75 * tensor([3, 0]) + 0.25 * tensor(delta))
 
 
 def test_slerp_over_the_whole_model_uses_one_angle():
     base = {name: torch.zeros(2) for name in ("v", "w")}
-    own = {
+    experts = {
         "a": {"v": tensor([1, 0]), "w": tensor([0, 0])},
         "b": {"v": tensor([1, 0]), "w": tensor([0, 1])},
     }
-    merged = merge_tensors(checked("slerp", {"scope": "global"}), base, own)
+    merged = merge_tensors(checked("slerp", {"scope": "global"}), base, experts)
     angle = math.acos(1 / math.sqrt(2))
     share = math.sin(angle / 2) / math.sin(angle)
     assert_close(torch.cat([merged["v"], merged["w"]]), [2 * share, 0, 0, share])
@@ -655,11 +657,11 @@ def test_the_spherical_mean_turns_with_its_inputs(method):
 @SPHERICAL
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_the_spherical_mean_returns_equal_weights_bit_for_bit(method, k):
-    base, own = randn(6, 8, seed=1), randn(6, 8)
+    base, weights = randn(6, 8, seed=1), randn(6, 8)
     for space, start in (("delta", torch.zeros(6, 8)), ("weights", base)):
-        experts = {e: {NAME: own} for e in NAMES[:k]}
+        experts = {e: {NAME: weights} for e in NAMES[:k]}
         merged = merge_tensors(checked(method, {"space": space}), {NAME: start}, experts)
-        assert_close(merged[NAME], own, 1e-6)
+        assert_close(merged[NAME], weights, 1e-6)
     untouched = merge_tensors(checked(method, {"space": "weights"}), {NAME: base}, {e: {NAME: base} for e in "abc"})
     assert torch.equal(bits(untouched[NAME]), bits(base))
 
@@ -679,8 +681,8 @@ def test_directions_that_cancel_are_averaged_on_the_line(method):
 def test_the_spherical_mean_over_the_whole_model_uses_the_models_angles(method):
     base = {"v": torch.zeros(6, 3), "w": torch.zeros(6, 5)}
     deltas = deltas_of(3, 6, 8)
-    own = {e: {"v": delta[:, :3], "w": delta[:, 3:]} for e, delta in deltas.items()}
-    merged = merge_tensors(checked(method, {"scope": "global"}), base, own)
+    expert_weights = {e: {"v": delta[:, :3], "w": delta[:, 3:]} for e, delta in deltas.items()}
+    merged = merge_tensors(checked(method, {"scope": "global"}), base, expert_weights)
     assert_close(torch.cat([merged["v"], merged["w"]], 1), merge(checked(method, {}), deltas))
 
 
@@ -732,10 +734,10 @@ def test_nuslerp_of_nearly_parallel_vectors_still_follows_the_arc():
     assert_close(merge(checked("nuslerp", {}), deltas), [share * (1 + 4 * math.cos(0.001)), share * 4e-3], 1e-6)
 
 
-@pytest.mark.parametrize("other", [[-3.0, 0], [6, 0], [0, 0]], ids=["opposite", "parallel", "zero"])
-def test_nuslerp_takes_the_line_where_there_is_no_arc(other):
-    merged = merge(checked("nuslerp", {"weight": {"a": 3, "b": 1}}), {"a": [3, 0], "b": other})
-    assert_close(merged, 0.75 * tensor([3, 0]) + 0.25 * tensor(other))
+@pytest.mark.parametrize("delta", [[-3.0, 0], [6, 0], [0, 0]], ids=["opposite", "parallel", "zero"])
+def test_nuslerp_takes_the_line_where_there_is_no_arc(delta):
+    merged = merge(checked("nuslerp", {"weight": {"a": 3, "b": 1}}), {"a": [3, 0], "b": delta})
+    assert_close(merged, 0.75 * tensor([3, 0]) + 0.25 * tensor(delta))
 
 
 @pytest.mark.parametrize("method", ["nuslerp", "multislerp", "karcher"])
@@ -754,9 +756,9 @@ def test_nearswap_interpolates_by_t_over_the_distance():
 
 
 def test_nearswap_copies_what_is_near():
-    base, own = randn(6, 8, seed=1) * 1e4, randn(6, 8)
-    merged = merge_tensors(checked("nearswap", {"t": 1e6}), {NAME: base}, {"a": {NAME: own}})
-    assert torch.equal(bits(merged[NAME]), bits(own))
+    base, weights = randn(6, 8, seed=1) * 1e4, randn(6, 8)
+    merged = merge_tensors(checked("nearswap", {"t": 1e6}), {NAME: base}, {"a": {NAME: weights}})
+    assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
 def test_nearswap_refuses_to_move_away():
@@ -786,11 +788,11 @@ def test_ram_averages_over_the_experts_that_changed_a_position():
 @pytest.mark.parametrize(("scope", "boosts"), [("tensor", [1.5, 1.0]), ("global", [1.125, 1.125])])
 def test_ram_plus_scales_what_an_expert_has_alone_by_how_much_it_shares(scope, boosts):
     base = {"v": torch.zeros(2), "w": torch.zeros(3)}
-    own = {
+    experts = {
         "a": {"v": tensor([2, 8]), "w": tensor([8, 8, 8])},
         "b": {"v": tensor([4, 0]), "w": tensor([0, 0, 0])},
     }
-    merged = merge_tensors(checked("ram", {"r": 0.5, "alpha": 1, "scope": scope}), base, own)
+    merged = merge_tensors(checked("ram", {"r": 0.5, "alpha": 1, "scope": scope}), base, experts)
     assert merged["v"].tolist() == [3, 8 * boosts[0]]
     assert merged["w"].tolist() == [8 * boosts[1]] * 3
 
@@ -834,9 +836,9 @@ def test_nothing_is_kept_at_density_zero_whatever_the_least():
 
 
 def test_ties_of_one_whole_expert_is_the_expert():
-    base, own = randn(6, 8, seed=1) * 1e6, randn(6, 8)
-    merged = merge_tensors(checked("ties", {"density": 1}), {NAME: base}, {"a": {NAME: own}})
-    assert torch.equal(bits(merged[NAME]), bits(own))
+    base, weights = randn(6, 8, seed=1) * 1e6, randn(6, 8)
+    merged = merge_tensors(checked("ties", {"density": 1}), {NAME: base}, {"a": {NAME: weights}})
+    assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
 def test_ties_does_not_care_for_the_order_of_experts():
@@ -867,12 +869,12 @@ def test_who_wins_where_the_signs_cancel(zero_sign, expected):
 @pytest.mark.parametrize(("scope", "expected"), [("tensor", [1.0]), ("global", [-1.0])])
 def test_the_majority_may_be_that_of_the_tensor_or_of_the_model(scope, expected):
     base = {"v": torch.zeros(3), "w": torch.zeros(2)}
-    own = {
+    experts = {
         "a": {"v": tensor([-1, -1, -1]), "w": tensor([1, 1])},
         "b": {"v": tensor([-1, -1, -1]), "w": tensor([1, -1])},
     }
     stage = checked("ties", {"density": 1, "zero_sign": "majority", "scope": scope})
-    assert merge_tensors(stage, base, own)["w"][1:].tolist() == expected
+    assert merge_tensors(stage, base, experts)["w"][1:].tolist() == expected
 
 
 def test_when_every_position_cancels_the_majority_is_nobody():
@@ -906,11 +908,11 @@ def test_consensus_of_more_than_all_is_the_base(method):
 
 @pytest.mark.parametrize("method", ["consensus_ta", "consensus_ties"])
 def test_consensus_holds_fewer_positions_the_more_must_agree(method):
-    held = [merge(checked(method, {"k": k, "lambda_t": 0.3}), deltas_of(3, 6, 8)) != 0 for k in range(5)]
-    counts = [int(mask.sum()) for mask in held]
+    masks = [merge(checked(method, {"k": k, "lambda_t": 0.3}), deltas_of(3, 6, 8)) != 0 for k in range(5)]
+    counts = [int(mask.sum()) for mask in masks]
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) > 2
-    assert all((fewer <= more).all() for more, fewer in pairwise(held))
+    assert all((fewer <= options).all() for options, fewer in pairwise(masks))
 
 
 def test_a_smaller_lambda_never_takes_a_position_from_the_consensus():
@@ -989,11 +991,11 @@ def test_sce_weighs_small_task_vectors_by_their_squares_too():
 def test_pcb_stays_between_the_experts_and_leaves_the_rest_at_the_base(variant):
     deltas = deltas_of(3, 6, 8)
     merged = merge(checked("pcb", {"density": 0.2, "variant": variant}), deltas)
-    each = torch.stack(list(deltas.values()))
-    held = merged != 0
-    assert 48 * 0.2 < int(held.sum()) < 48 * 0.6 + 1
-    assert (merged[held] <= each.amax(0)[held] + 1e-6).all()
-    assert (merged[held] >= each.amin(0)[held] - 1e-6).all()
+    value = torch.stack(list(deltas.values()))
+    masks = merged != 0
+    assert 48 * 0.2 < int(masks.sum()) < 48 * 0.6 + 1
+    assert (merged[masks] <= value.amax(0)[masks] + 1e-6).all()
+    assert (merged[masks] >= value.amin(0)[masks] - 1e-6).all()
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
@@ -1012,11 +1014,11 @@ def test_pcb_of_one_expert_is_what_it_keeps():
 def test_pcb_may_balance_over_the_whole_model(variant):
     base = {"layers.2.w": torch.zeros(3, 4), "layers.10.w": torch.zeros(5, 4)}
     deltas = deltas_of(3, 8, 4)
-    own = {e: {"layers.2.w": delta[:3], "layers.10.w": delta[3:]} for e, delta in deltas.items()}
-    written = {"density": 0.4, "variant": variant}
-    merged = merge_tensors(checked("pcb", {**written, "scope": "global"}), base, own, slice_elements=4)
-    together = merge(checked("pcb", {**written, "scope": "tensor"}), deltas)
-    assert torch.equal(torch.cat([merged["layers.2.w"], merged["layers.10.w"]]), together)
+    expert_weights = {e: {"layers.2.w": delta[:3], "layers.10.w": delta[3:]} for e, delta in deltas.items()}
+    parameters = {"density": 0.4, "variant": variant}
+    merged = merge_tensors(checked("pcb", {**parameters, "scope": "global"}), base, expert_weights, slice_elements=4)
+    result = merge(checked("pcb", {**parameters, "scope": "tensor"}), deltas)
+    assert torch.equal(torch.cat([merged["layers.2.w"], merged["layers.10.w"]]), result)
 
 
 def test_pcb_of_equal_changes_has_no_winner():
@@ -1028,10 +1030,10 @@ def test_pcb_of_equal_changes_has_no_winner():
 # --- weights from norms and angles ----------------------------------------------------------------
 
 
-def coefficients(method, written, k=3):
+def coefficients(method, parameters, k=3):
     """What a weighting gives each of k task vectors that share no position; each is 1, 2, .. k long."""
     deltas = {e: torch.diag(torch.eye(k)[i] * (i + 1)) for i, e in enumerate(NAMES[:k])}
-    merged = merge(checked(method, written), deltas, slice_elements=k)
+    merged = merge(checked(method, parameters), deltas, slice_elements=k)
     return merged.diagonal() / torch.arange(1, k + 1)
 
 
@@ -1041,25 +1043,25 @@ def test_metagpt_weighs_by_the_squared_norm():
 
 def test_metagpt_over_the_model_and_by_tensor():
     base = {"v": torch.zeros(1), "w": torch.zeros(1)}
-    own = {"a": {"v": tensor([1]), "w": tensor([2])}, "b": {"v": tensor([3]), "w": tensor([0])}}
-    by_model = merge_tensors(checked("metagpt", {}), base, own)
+    experts = {"a": {"v": tensor([1]), "w": tensor([2])}, "b": {"v": tensor([3]), "w": tensor([0])}}
+    by_model = merge_tensors(checked("metagpt", {}), base, experts)
     assert_close(torch.cat([by_model["v"], by_model["w"]]), [(5 * 1 + 9 * 3) / 14, 5 * 2 / 14])
-    by_tensor = merge_tensors(checked("metagpt", {"scope": "tensor"}), base, own)
+    by_tensor = merge_tensors(checked("metagpt", {"scope": "tensor"}), base, experts)
     assert_close(torch.cat([by_tensor["v"], by_tensor["w"]]), [(1 * 1 + 9 * 3) / 10, 2])
 
 
 @pytest.mark.parametrize("method", ["metagpt", "model_stock"])
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_equal_experts_come_back_bit_for_bit(method, k):
-    base, own = randn(6, 8, seed=1), randn(6, 8)
-    merged = merge_tensors(checked(method, {}), {NAME: base}, {e: {NAME: own} for e in NAMES[:k]})
-    assert torch.equal(bits(merged[NAME]), bits(own))
+    base, weights = randn(6, 8, seed=1), randn(6, 8)
+    merged = merge_tensors(checked(method, {}), {NAME: base}, {e: {NAME: weights} for e in NAMES[:k]})
+    assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
 def test_nan_weighs_by_the_inverse_norm_and_its_coefficients_add_up_to_half_the_experts():
-    got = coefficients("nan", {})
-    assert_close(got, [1.5 * 6 / 11, 1.5 * 3 / 11, 1.5 * 2 / 11])
-    assert_close(got.sum(), 1.5)
+    result = coefficients("nan", {})
+    assert_close(result, [1.5 * 6 / 11, 1.5 * 3 / 11, 1.5 * 2 / 11])
+    assert_close(result.sum(), 1.5)
 
 
 def test_nan_of_equal_norms_is_half_of_each():
@@ -1099,8 +1101,8 @@ def test_model_stock_by_row_is_model_stock_of_each_row():
     deltas = deltas_of(3, 6, 8)
     merged = merge(checked("model_stock", {"scope": "row"}), deltas, slice_elements=16)
     for i, row in enumerate(merged):
-        alone = merge(checked("model_stock", {}), {e: delta[i] for e, delta in deltas.items()})
-        assert_close(row, alone, 1e-6)
+        result = merge(checked("model_stock", {}), {e: delta[i] for e, delta in deltas.items()})
+        assert_close(row, result, 1e-6)
 
 
 def test_model_stock_by_column_is_model_stock_of_each_column():
@@ -1132,8 +1134,8 @@ def test_model_stock_stays_at_the_base_where_the_line_has_no_length():
 
 def test_dare_divides_what_it_keeps_by_the_density():
     deltas = deltas_of(1, 20, 20)
-    left = sparse(checked("random", {"density": 0.3}), deltas)["a"]
-    assert torch.equal(left, torch.where(left != 0, deltas["a"] / 0.3, 0))
+    thinned = sparse(checked("random", {"density": 0.3}), deltas)["a"]
+    assert torch.equal(thinned, torch.where(thinned != 0, deltas["a"] / 0.3, 0))
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
@@ -1145,9 +1147,9 @@ def test_dare_keeps_about_the_density(density):
 @pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
 def test_dropping_at_random_is_right_on_average(method):
     delta = tensor([[4, -3, 1, 0.5]])
-    many = {f"seed {i}": delta for i in range(2000)}
-    written = {"density": 0.5, "weight": "1/2000", "lambda": 1}
-    assert_close(merge(checked(method, written), many), delta, 0.1)
+    seeds = {f"seed {i}": delta for i in range(2000)}
+    parameters = {"density": 0.5, "weight": "1/2000", "lambda": 1}
+    assert_close(merge(checked(method, parameters), seeds), delta, 0.1)
 
 
 def test_dare_at_full_density_is_the_identity():
@@ -1157,8 +1159,8 @@ def test_dare_at_full_density_is_the_identity():
 
 @pytest.mark.parametrize("rescale", ["inverse", "l1", "l2", "none"])
 def test_dare_at_density_zero_is_the_base(rescale):
-    written = {"density": 0, "rescale": rescale}
-    assert merge(checked("dare_linear", written), deltas_of(2, 8)).tolist() == [0] * 8
+    parameters = {"density": 0, "rescale": rescale}
+    assert merge(checked("dare_linear", parameters), deltas_of(2, 8)).tolist() == [0] * 8
 
 
 def test_an_experts_draws_do_not_depend_on_the_others():
@@ -1175,17 +1177,24 @@ def test_a_thinned_task_vector_gets_its_norm_back(by, power):
 
 def test_dare_ties_elects_among_what_was_kept():
     deltas = deltas_of(3, 6, 8)
-    left = sparse(checked("random", {"density": 0.5}), deltas)
+    sparse_deltas = sparse(checked("random", {"density": 0.5}), deltas)
     merged = merge(checked("dare_ties", {"density": 0.5}), deltas)
-    assert torch.equal(merged, merge(checked("sign_elect", {}), left))
+    assert torch.equal(merged, merge(checked("sign_elect", {}), sparse_deltas))
 
 
-def drop_rates(delta, density, epsilon, **more):
+def drop_rates(delta, density, epsilon, **options):
     """DELLA's drop probabilities, read off the rescaling of ones that are all kept."""
-    ones = torch.ones(1, *delta.shape)
+    unit_values = torch.ones(1, *delta.shape)
     shares = [Fraction(density)]
-    out = magprune(ones, delta[None].abs(), lambda purpose: ones, density=shares, epsilon=[Fraction(epsilon)], **more)
-    return 1 - 1 / out[0]
+    output = magprune(
+        unit_values,
+        delta[None].abs(),
+        lambda purpose: unit_values,
+        density=shares,
+        epsilon=[Fraction(epsilon)],
+        **options,
+    )
+    return 1 - 1 / output[0]
 
 
 def test_della_drops_small_deltas_more_often():
@@ -1289,25 +1298,25 @@ def test_breadcrumbs_refuses_to_drop_everything():
 # --- oracles: the formula, one element at a time ----------------------------------------------------
 
 
-def top_of(scores, wanted, free=None):
+def top_of(scores, target, free=None):
     """Flat positions of the highest scores, the earlier first among equals."""
     positions = range(len(scores)) if free is None else free
-    return sorted(positions, key=lambda i: -scores[i])[:wanted]
+    return sorted(positions, key=lambda i: -scores[i])[:target]
 
 
-def claimed_in_turn(scores, wanted, order):
-    taken, masks = set(), [[] for _ in scores]
+def claimed_in_turn(scores, target, order):
+    names, masks = set(), [[] for _ in scores]
     for k in order:
-        masks[k] = top_of(scores[k], wanted[k], [i for i in range(len(scores[k])) if i not in taken])
-        taken |= set(masks[k])
+        masks[k] = top_of(scores[k], target[k], [i for i in range(len(scores[k])) if i not in names])
+        names |= set(masks[k])
     return masks
 
 
 def kept_only(deltas, masks):
-    left = numpy.zeros_like(deltas)
+    sparse = numpy.zeros_like(deltas)
     for k, mask in enumerate(masks):
-        left[k, mask] = deltas[k, mask]
-    return left
+        sparse[k, mask] = deltas[k, mask]
+    return sparse
 
 
 def elect(deltas, weights, rule="mean"):
@@ -1317,10 +1326,10 @@ def elect(deltas, weights, rule="mean"):
         agree = [(w, d) for w, d in zip(weights, deltas[:, i], strict=True) if d != 0 and numpy.sign(d) == sign]
         if not agree:
             continue
-        together = sum(w * d for w, d in agree)
+        joint = sum(w * d for w, d in agree)
         values = {
-            "sum": together,
-            "mean": together / sum(w for w, _ in agree),
+            "sum": joint,
+            "mean": joint / sum(w for w, _ in agree),
             "max": sign * max(abs(d) for _, d in agree),
         }
         merged[i] = values[rule]
@@ -1357,14 +1366,14 @@ def test_slerp_oracle(drawn, t):
     norms = [math.sqrt(sum(x * x for x in flat[k])) for k in (0, 1)]
     angle = math.acos(sum(x * y for x, y in zip(flat[0], flat[1], strict=True)) / (norms[0] * norms[1]))
     expected = (math.sin((1 - t) * angle) * flat[0] + math.sin(t * angle) * flat[1]) / math.sin(angle)
-    two = {"a": deltas["a"], "b": deltas["b"]}
-    assert_close(merge(checked("slerp", {"t": t}), two, slice_elements=30).flatten(), expected)
+    pair = {"a": deltas["a"], "b": deltas["b"]}
+    assert_close(merge(checked("slerp", {"t": t}), pair, slice_elements=30).flatten(), expected)
 
 
 @pytest.mark.parametrize("rule", ["mean", "sum", "max"])
 def test_ties_oracle(drawn, rule):
     deltas, flat = drawn
-    trimmed = kept_only(flat, [top_of(abs(each), 28) for each in flat])
+    trimmed = kept_only(flat, [top_of(abs(vector), 28) for vector in flat])
     stage = checked("ties", {"density": 0.4, "weight": WEIGHTS, "lambda": 0.7, "merge": rule})
     expected = 0.7 * elect(trimmed, WEIGHTS.values(), rule)
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
@@ -1400,16 +1409,16 @@ def test_im_at_random_oracle(drawn):
 
 def test_ties_im_oracle(drawn):
     _, flat = drawn
-    own = {
-        e: {"layers.2.w": tensor(each[:40]).view(4, 10), "layers.10.w": tensor(each[40:]).view(3, 10)}
-        for e, each in zip("abc", flat, strict=True)
+    expert_weights = {
+        e: {"layers.2.w": tensor(vector[:40]).view(4, 10), "layers.10.w": tensor(vector[40:]).view(3, 10)}
+        for e, vector in zip("abc", flat, strict=True)
     }
-    base = {name: torch.zeros_like(values) for name, values in own["a"].items()}
-    masks = claimed_in_turn([abs(each) for each in flat], [21, 21, 21], [2, 0, 1])
+    base = {name: torch.zeros_like(values) for name, values in expert_weights["a"].items()}
+    masks = claimed_in_turn([abs(vector) for vector in flat], [21, 21, 21], [2, 0, 1])
     stage = checked("ties_im", {"density": 0.3, "order": ["c", "a", "b"]})
-    merged = merge_tensors(stage, base, own, slice_elements=20)
-    together = torch.cat([merged["layers.2.w"].flatten(), merged["layers.10.w"].flatten()])
-    assert together.tolist() == kept_only(flat, masks).sum(0).tolist()
+    merged = merge_tensors(stage, base, expert_weights, slice_elements=20)
+    joint = torch.cat([merged["layers.2.w"].flatten(), merged["layers.10.w"].flatten()])
+    assert joint.tolist() == kept_only(flat, masks).sum(0).tolist()
 
 
 def test_dare_oracle(drawn):
@@ -1438,7 +1447,7 @@ def test_della_oracle(drawn):
 
 def test_breadcrumbs_oracle(drawn):
     deltas, flat = drawn
-    masks = [top_of(abs(each), 70 - 42)[7:] for each in flat]
+    masks = [top_of(abs(vector), 70 - 42)[7:] for vector in flat]
     stage = checked("breadcrumbs", {"drop_low": 0.6, "drop_high": 0.1, "lambda": 0.5})
     expected = 0.5 * kept_only(flat, masks).sum(0)
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
@@ -1446,38 +1455,43 @@ def test_breadcrumbs_oracle(drawn):
 
 def test_cabs_oracle(drawn):
     deltas, flat = drawn
-    masks, taken = [[], [], []], set()
+    masks, names = [[], [], []], set()
     for k in (2, 0, 1):
         for start in range(0, 70, 8):
-            block = [i for i in range(start, min(start + 8, 70)) if i not in taken]
+            block = [i for i in range(start, min(start + 8, 70)) if i not in names]
             masks[k] += top_of(abs(flat[k]), 3 if start + 8 <= 70 else 3 * 6 // 8, block)
-        taken |= set(masks[k])
+        names |= set(masks[k])
     stage = checked("cabs", {"n": 3, "m": 8, "order": ["c", "a", "b"], "lambda": {"a": 1, "b": 2, "c": 0.5}})
-    left = kept_only(flat, masks)
-    expected = left[0] + 2 * left[1] + 0.5 * left[2]
+    sparse_deltas = kept_only(flat, masks)
+    expected = sparse_deltas[0] + 2 * sparse_deltas[1] + 0.5 * sparse_deltas[2]
     assert_close(merge(stage, deltas, slice_elements=40).flatten(), expected)
 
 
 def test_cabs_low_overlap_oracle(drawn):
     deltas, flat = drawn
-    masks, taken = [[], [], []], set()
+    masks, names = [[], [], []], set()
     for k in (2, 0, 1):
         for start in range(0, 70, 8):
             block = range(start, min(start + 8, 70))
-            wanted = 5 if len(block) == 8 else 5 * 6 // 8
-            mine = top_of(abs(flat[k]), wanted, [i for i in block if i not in taken])
-            masks[k] += mine + top_of(abs(flat[k]), wanted - len(mine), [i for i in block if i in taken])
-        taken |= set(masks[k])
-    left = kept_only(flat, masks)
+            target = 5 if len(block) == 8 else 5 * 6 // 8
+            choice = top_of(abs(flat[k]), target, [i for i in block if i not in names])
+            masks[k] += choice + top_of(abs(flat[k]), target - len(choice), [i for i in block if i in names])
+        names |= set(masks[k])
+    sparse_deltas = kept_only(flat, masks)
     stage = checked(
         "cabs_low_overlap", {"n": 5, "m": 8, "order": ["c", "a", "b"], "lambda": {"a": 1, "b": 2, "c": 0.5}}
     )
-    assert_close(merge(stage, deltas, slice_elements=40).flatten(), left[0] + 2 * left[1] + 0.5 * left[2])
+    assert_close(
+        merge(stage, deltas, slice_elements=40).flatten(),
+        sparse_deltas[0] + 2 * sparse_deltas[1] + 0.5 * sparse_deltas[2],
+    )
 
 
-def in_consensus(deltas, merged, share, least):
-    """Where at least ``least`` of the deltas are no smaller than their ``share`` of what the others make of it."""
-    return [sum(abs(d) >= share * abs(m - d) for d in each) >= least for each, m in zip(deltas.T, merged, strict=True)]
+def in_consensus(deltas, merged, share, minimum):
+    """Where at least ``minimum`` of the deltas are no smaller than their ``share`` of what the others make of it."""
+    return [
+        sum(abs(d) >= share * abs(m - d) for d in delta) >= minimum for delta, m in zip(deltas.T, merged, strict=True)
+    ]
 
 
 def test_consensus_ta_oracle(drawn):
@@ -1491,7 +1505,7 @@ def test_consensus_ta_oracle(drawn):
 
 def test_consensus_ties_oracle(drawn):
     deltas, flat = drawn
-    merged = elect(kept_only(flat, [top_of(abs(each), 14) for each in flat]), [1, 1, 1], "sum")
+    merged = elect(kept_only(flat, [top_of(abs(vector), 14) for vector in flat]), [1, 1, 1], "sum")
     expected = 0.7 * merged * in_consensus(flat, merged, 0.5, 2)
     stage = checked("consensus_ties", {"lambda_t": 0.5, "lambda": 0.7})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
@@ -1499,7 +1513,7 @@ def test_consensus_ties_oracle(drawn):
 
 def test_localize_and_stitch_oracle(drawn):
     deltas, flat = drawn
-    masks = [top_of(abs(each), count) for each, count in zip(flat, [14, 28, 23], strict=True)]
+    masks = [top_of(abs(vector), count) for vector, count in zip(flat, [14, 28, 23], strict=True)]
     expected = numpy.zeros(70)
     for i in range(70):
         held = [flat[k, i] for k in range(3) if i in masks[k]]
@@ -1512,11 +1526,11 @@ def test_localize_and_stitch_oracle(drawn):
 def test_sce_oracle(drawn, in_merge):
     deltas, flat = drawn
     variance = flat.var(0)
-    chosen = kept_only(flat, [top_of(numpy.float32(variance), int((variance > 0).sum() * 0.4))] * 3)
-    weights = (chosen**2).mean(1) / (chosen**2).mean(1).sum()
+    selection = kept_only(flat, [top_of(numpy.float32(variance), int((variance > 0).sum() * 0.4))] * 3)
+    weights = (selection**2).mean(1) / (selection**2).mean(1).sum()
     expected = numpy.zeros(70)
-    for i, each in enumerate((chosen if in_merge else flat).T):
-        agree = [(w, d) for w, d in zip(weights, each, strict=True) if (d > 0 if each.sum() >= 0 else d < 0)]
+    for i, value in enumerate((selection if in_merge else flat).T):
+        agree = [(w, d) for w, d in zip(weights, value, strict=True) if (d > 0 if value.sum() >= 0 else d < 0)]
         expected[i] = sum(w * d for w, d in agree) / sum(w for w, _ in agree) if agree else 0
     stage = checked("sce", {"select_topk": 0.4, "select_in_merge": in_merge})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
@@ -1533,10 +1547,10 @@ def softmax(values):
 
 def test_pcb_paper_oracle(drawn):
     deltas, flat = drawn
-    beta = [softmax(3 * to_unit(d**2)) * sum(softmax(to_unit(d * other)) for other in flat) for d in flat]
-    left = kept_only(numpy.array(beta), [top_of(numpy.float32(each), 28) for each in beta])
-    total = left.sum(0)
-    expected = 0.7 * (left * flat).sum(0) / numpy.where(total > 0, total, 1)
+    beta = [softmax(3 * to_unit(d**2)) * sum(softmax(to_unit(d * vector)) for vector in flat) for d in flat]
+    sparse_scores = kept_only(numpy.array(beta), [top_of(numpy.float32(scores), 28) for scores in beta])
+    total = sparse_scores.sum(0)
+    expected = 0.7 * (sparse_scores * flat).sum(0) / numpy.where(total > 0, total, 1)
     stage = checked("pcb", {"density": 0.4, "lambda": 0.7})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
 
@@ -1586,10 +1600,10 @@ def test_arcee_fusion_oracle(drawn):
         divergence.append((p * numpy.log(p / q)).sum())
     importance = numpy.float32(abs(flat[0]) * numpy.repeat(divergence, 10))
     ranked = sorted(importance)
-    taken = importance >= ranked[34] + 1.5 * (ranked[51] - ranked[17])
+    used_positions = importance >= ranked[34] + 1.5 * (ranked[51] - ranked[17])
     merged = merge(checked("arcee_fusion", {}), {"a": deltas["a"]}, base=base, slice_elements=20)
-    assert 0 < taken.sum() < 70
-    assert_close((merged - base).flatten(), flat[0] * taken)
+    assert 0 < used_positions.sum() < 70
+    assert_close((merged - base).flatten(), flat[0] * used_positions)
 
 
 def test_ram_oracle(drawn):
@@ -1599,8 +1613,8 @@ def test_ram_oracle(drawn):
     expected = (flat * changed).sum(0) / numpy.maximum(holders, 1)
     assert_close(merge(checked("ram", {"epsilon": 0.5}), deltas, slice_elements=20).flatten(), expected)
     for k in range(3):
-        shared, alone = (changed[k] & (holders > 1)).sum(), changed[k] & (holders == 1)
-        expected[alone] *= 1 + 0.3 * min(shared / alone.sum(), 3)
+        common, solo = (changed[k] & (holders > 1)).sum(), changed[k] & (holders == 1)
+        expected[solo] *= 1 + 0.3 * min(common / solo.sum(), 3)
     stage = checked("ram", {"epsilon": 0.5, "r": 0.3, "alpha": 3})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
 
@@ -1610,8 +1624,8 @@ def test_wanda_oracle(drawn):
     tokens = randn(3, 12, 10, seed=5)
     norms = numpy.sqrt(tokens.double().square().mean(1).numpy())
     masks = [
-        [10 * row + i for row in range(7) for i in top_of(numpy.float32(abs(each[10 * row :][:10]) * norm), 4)]
-        for each, norm in zip(flat, norms, strict=True)
+        [10 * row + i for row in range(7) for i in top_of(numpy.float32(abs(vector[10 * row :][:10]) * norm), 4)]
+        for vector, norm in zip(flat, norms, strict=True)
     ]
     stages = [checked("wanda", {"density": 0.4}), checked("sum", {})]
     merged = merge(stages, deltas, inputs=inputs_of(tokens), slice_elements=20)

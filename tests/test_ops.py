@@ -37,21 +37,23 @@ def test_a_share_is_rounded_down_exactly(share, of, expected):
 
 def brute(scores, density, scope="tensor", order=None, eligible=None, ratio_of="total"):
     """`select` by sorting: the positions of each unit by falling score, the earlier first among equals."""
-    positions = [(i, r, c) for i, each in enumerate(scores) for r in range(each.shape[1]) for c in range(each.shape[2])]
+    positions = [
+        (i, r, c) for i, score in enumerate(scores) for r in range(score.shape[1]) for c in range(score.shape[2])
+    ]
     unit_of = {"global": lambda p: 0, "tensor": lambda p: p[0], "row": lambda p: p[:2]}[scope]
     units = [[p for p in positions if unit_of(p) == unit] for unit in sorted({unit_of(p) for p in positions})]
-    kept = [torch.zeros_like(each, dtype=torch.bool) for each in scores]
-    taken = set()
+    masks = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    names = set()
     for k in order if order is not None else range(len(density)):
         for unit in units:
             free = [p for p in unit if eligible is None or eligible[p[0]][k, p[1], p[2]]]
-            free = [p for p in free if order is None or p not in taken]
+            free = [p for p in free if order is None or p not in names]
             share = density[k] * len(free if ratio_of == "remaining" else unit)
-            wanted = math.floor(share)
-            for i, r, c in sorted(free, key=lambda p: -scores[p[0]][k, p[1], p[2]].item())[:wanted]:
-                kept[i][k, r, c] = True
-                taken.add((i, r, c))
-    return kept
+            target = math.floor(share)
+            for i, r, c in sorted(free, key=lambda p: -scores[p[0]][k, p[1], p[2]].item())[:target]:
+                masks[i][k, r, c] = True
+                names.add((i, r, c))
+    return masks
 
 
 @st.composite
@@ -59,42 +61,42 @@ def selections(draw):
     """One or two score tensors and how to select from them."""
     k = draw(st.integers(1, 4))
     shapes = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=2))
-    few = draw(st.lists(st.sampled_from(SCORES), min_size=1, max_size=4))
+    subset = draw(st.lists(st.sampled_from(SCORES), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
 
     def drawn(values):
         return [tensor(values)[torch.randint(len(values), (k, *shape), generator=generator)] for shape in shapes]
 
-    how = {
+    options = {
         "scope": draw(st.sampled_from(["tensor", "row", "global"])),
         "order": draw(st.none() | st.permutations(range(k))),
         "ratio_of": draw(st.sampled_from(["total", "remaining"])),
     }
     density = draw(st.lists(st.sampled_from(DENSITIES), min_size=k, max_size=k))
-    eligible = [each > 0 for each in drawn([0.0, 1.0, 1.0])] if draw(st.booleans()) else None
-    return drawn(few), density, eligible, how
+    eligible = [sample > 0 for sample in drawn([0.0, 1.0, 1.0])] if draw(st.booleans()) else None
+    return drawn(subset), density, eligible, options
 
 
 @settings(max_examples=60)
 @given(selections(), st.integers(1, 5))
 def test_selection_is_that_of_a_stable_sort(selection, rows):
-    scores, density, eligible, how = selection
+    scores, density, eligible, options = selection
 
     def begin(i, part):
         allowed = None if eligible is None else eligible[i][:, part]
-        return select(scores[i][:, part], density, eligible=allowed, **how)
+        return select(scores[i][:, part], density, eligible=allowed, **options)
 
-    got = sliced(begin, scores, rows)
-    expected = brute(scores, density, eligible=eligible, **how)
-    assert [mask.tolist() for mask in got] == [mask.tolist() for mask in expected]
+    result = sliced(begin, scores, rows)
+    expected = brute(scores, density, eligible=eligible, **options)
+    assert [mask.tolist() for mask in result] == [mask.tolist() for mask in expected]
 
 
-def selected(scores, *density, rows=1, **how):
+def selected(scores, *density, rows=1, **options):
     """The flat mask of the first expert's selection, and the others'."""
     scores = tensor(scores)
     scores = scores if scores.dim() == 3 else scores[:, None]
     shares = [Fraction(share) for share in density]
-    (masks,) = sliced(lambda i, part: select(scores[:, part], shares, **how), [scores], rows)
+    (masks,) = sliced(lambda i, part: select(scores[:, part], shares, **options), [scores], rows)
     return masks.flatten(1).int().tolist()
 
 
@@ -168,10 +170,10 @@ def rows_of_scores(draw):
     return scores, torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
 
 
-def best(scores, free, wanted):
-    """The mask of the ``wanted`` highest free scores of one list, the first ones among equals."""
+def best(scores, free, target):
+    """The mask of the ``target`` highest free scores of one list, the first ones among equals."""
     ranked = sorted((i for i, open_ in enumerate(free) if open_), key=lambda i: -scores[i])
-    return [i in ranked[:wanted] for i in range(len(scores))]
+    return [i in ranked[:target] for i in range(len(scores))]
 
 
 @settings(max_examples=40)
@@ -238,13 +240,13 @@ def test_a_sum_over_experts_does_not_depend_on_the_slice(k, cut):
 @given(st.integers(0, 100), st.integers(0, 50), st.booleans())
 def test_draws_do_not_depend_on_where_a_slice_starts(start, size, double):
     key = (0, "dare", "w", "a")
-    whole = uniforms(key, 0, start + size, double=double)
-    assert torch.equal(uniforms(key, start, size, double=double), whole[start:])
+    total = uniforms(key, 0, start + size, double=double)
+    assert torch.equal(uniforms(key, start, size, double=double), total[start:])
 
 
-@pytest.mark.parametrize("other", [(1, "dare", "w", "a"), (0, "della", "w", "a"), (0, "dare", "v", "a")])
-def test_every_name_in_the_key_gives_another_stream(other):
-    assert not torch.equal(uniforms((0, "dare", "w", "a"), 0, 8), uniforms(other, 0, 8))
+@pytest.mark.parametrize("key", [(1, "dare", "w", "a"), (0, "della", "w", "a"), (0, "dare", "v", "a")])
+def test_every_name_in_the_key_gives_another_stream(key):
+    assert not torch.equal(uniforms((0, "dare", "w", "a"), 0, 8), uniforms(key, 0, 8))
 
 
 def test_names_do_not_run_into_each_other():
@@ -265,18 +267,18 @@ def test_draws_lie_in_the_unit_interval(double, dtype):
 def test_the_values_at_places_of_the_order_are_those_of_a_sort(seed, scope, coarse):
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(2, rows, 5, generator=generator) for rows in (3, 4)]
-    tensors = [each.round() if coarse else each for each in tensors]
+    tensors = [value.round() if coarse else value for value in tensors]
     size = 15 if scope == "tensor" else 35
     places = [[0, size // 2, size - 1], [1, size - 2, size // 3]]
 
     def begin(i, part):
-        found = yield from ordered(tensors[i][:, part], places, scope)
-        return found.view(3, 2)
+        values = yield from ordered(tensors[i][:, part], places, scope)
+        return values.view(3, 2)
 
-    whole = tensors[:1] if scope == "tensor" else tensors
-    ranked = torch.cat([each.flatten(1) for each in whole], 1).sort(-1).values
-    got = sliced(begin, whole)[0][:3]
-    assert torch.equal(got, torch.stack([ranked[k, places[k]] for k in (0, 1)], 1))
+    total = tensors[:1] if scope == "tensor" else tensors
+    ranked = torch.cat([value.flatten(1) for value in total], 1).sort(-1).values
+    result = sliced(begin, total)[0][:3]
+    assert torch.equal(result, torch.stack([ranked[k, places[k]] for k in (0, 1)], 1))
 
 
 @pytest.mark.parametrize(("scope", "expected"), [("tensor", [[5, -1], [7, 9]]), ("global", [[7, 9], [7, 9]])])
@@ -287,7 +289,7 @@ def test_the_largest_of_all_slices_is_asked_for_element_by_element(scope, expect
         highest = yield Max(tensors[i][0, part].amax(0), scope)
         return highest.view(1, 2)
 
-    assert [each[0].tolist() for each in sliced(begin, tensors)] == expected
+    assert [value[0].tolist() for value in sliced(begin, tensors)] == expected
 
 
 def test_the_loops_are_compiled_where_there_is_a_compiler():

@@ -96,7 +96,7 @@ def test_lock_replaces_a_lock_and_nothing_else(merger, folder):
 
 def test_a_lock_that_cannot_be_written_leaves_the_old_one(merger, folder, monkeypatch):
     assert merger("lock", "recipe.yaml").code == 0
-    before = everything(folder)
+    contents_before = everything(folder)
 
     def fail(path, content):
         raise OSError(28, "No space left on device")
@@ -104,7 +104,7 @@ def test_a_lock_that_cannot_be_written_leaves_the_old_one(merger, folder, monkey
     monkeypatch.setattr(Path, "write_bytes", fail)
     ran = merger("lock", "recipe.yaml", "--set", "seed=1")
     assert (ran.code, ran.err) == (4, "error: recipe.lock: the disk is full; free some space, or write elsewhere\n")
-    assert everything(folder) == before
+    assert everything(folder) == contents_before
 
 
 def test_a_page_of_an_inspection_replaces_a_page_and_nothing_else(merger, folder):
@@ -183,31 +183,31 @@ def test_two_searches_do_not_write_one_record(tmp_path):
         Record(tmp_path / "trials.jsonl", {"recipe": "1"})
     first.add_outcomes("base", {"task": Outcome(np.ones(1), np.ones(1))})
     first.close()
-    again = Record(tmp_path / "trials.jsonl", {"recipe": "1"})
-    assert again.outcomes("base").keys() == {"task"}
-    again.close()
+    reopened = Record(tmp_path / "trials.jsonl", {"recipe": "1"})
+    assert reopened.outcomes("base").keys() == {"task"}
+    reopened.close()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def merge_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "demo"
     demo.prepare(folder)
     return folder
 
 
-def test_an_earlier_demo_is_made_again_and_other_files_in_its_folder_stay(made, tmp_path):
-    shutil.copytree(made, tmp_path / "demo")
+def test_an_earlier_demo_is_made_again_and_other_files_in_its_folder_stay(merge_folder, tmp_path):
+    shutil.copytree(merge_folder, tmp_path / "demo")
     (tmp_path / "demo" / "thesis.txt").write_bytes(THESIS)
     (tmp_path / "demo" / "models" / "mine").mkdir()
     (tmp_path / "demo" / "models" / "mine" / "notes").write_bytes(THESIS)
-    before = everything(tmp_path)
+    contents_before = everything(tmp_path)
     (tmp_path / "demo" / "data" / "shift.jsonl").unlink()
     demo.prepare(tmp_path / "demo", force=True)
-    assert everything(tmp_path) == before
+    assert everything(tmp_path) == contents_before
 
 
-def test_a_demo_whose_recipe_was_edited_is_not_overwritten(made, tmp_path):
-    shutil.copytree(made, tmp_path / "demo")
+def test_a_demo_whose_recipe_was_edited_is_not_overwritten(merge_folder, tmp_path):
+    shutil.copytree(merge_folder, tmp_path / "demo")
     (tmp_path / "demo" / "recipe.yaml").write_bytes(THESIS)
     with pytest.raises(RecipeError, match=r"recipe\.yaml: is not as the demo wrote it; move it, or choose another"):
         demo.prepare(tmp_path / "demo", force=True)

@@ -83,10 +83,10 @@ def mixture(tmp_path_factory):
 def rows_by_expert(name, folder, task):
     """What enters each expert's matrices in a forward pass of the whole model: {stored name: [[n i], ...]}."""
     model = build(name, 1 + EXPERTS.index(task))
-    found = {}
+    result = {}
 
     def keep(key, expert, rows):
-        found.setdefault(key, {}).setdefault(expert, []).append(rows.detach().double())
+        result.setdefault(key, {}).setdefault(expert, []).append(rows.detach().double())
 
     def parallel(key, module, args):  # JetMoE's, which is given the tokens sorted by expert
         for expert, rows in enumerate(args[0].split(args[1])):
@@ -95,8 +95,8 @@ def rows_by_expert(name, folder, task):
     def experts(keys, module, args):
         hidden, scattered = args[0], type(module).__name__.startswith("Llama4")
         for expert in range(3):
-            chosen = hidden.view(3, -1, 16)[expert] if scattered else hidden[(args[1] == expert).any(-1)]
-            rows = chosen[chosen.any(-1)]
+            routed = hidden.view(3, -1, 16)[expert] if scattered else hidden[(args[1] == expert).any(-1)]
+            rows = routed[routed.any(-1)]
             equation = "ti,io->to" if MODELS[name][2] == IN_OUT else "ti,oi->to"
             gated = torch.einsum(equation, rows, module.gate_up_proj[expert])
             if hasattr(module, "gate_up_proj_bias"):
@@ -117,7 +117,7 @@ def rows_by_expert(name, folder, task):
     with torch.no_grad():
         for tokens in samples(folder, task):
             model(input_ids=torch.tensor([tokens]))
-    return {key: [torch.cat(by_expert[e]) for e in range(3)] for key, by_expert in found.items()}
+    return {key: [torch.cat(by_expert[e]) for e in range(3)] for key, by_expert in result.items()}
 
 
 def samples(folder, task):
@@ -128,9 +128,9 @@ def samples(folder, task):
 def inputs_of(rows):
     """What the stages may know of one matrix, given the rows that enter it in each model."""
     return Inputs(
-        second_moment=torch.stack([each.square().mean(0) for each in rows]).float(),
-        mean=torch.stack([each.mean(0) for each in rows]).float(),
-        gram=torch.stack([each.T @ each / len(each) for each in rows]).float(),
+        second_moment=torch.stack([row.square().mean(0) for row in rows]).float(),
+        mean=torch.stack([row.mean(0) for row in rows]).float(),
+        gram=torch.stack([row.T @ row / len(row) for row in rows]).float(),
     )
 
 
@@ -146,19 +146,19 @@ METHODS = {
 }
 
 
-def merged(folder, output, pipeline, **more):
+def merged(folder, output, pipeline, **options):
     """The packed experts of a merge, of which everything else is the base's."""
-    stages = [{name: given} for name, given in pipeline]
-    written = {
+    stages = [{name: arguments} for name, arguments in pipeline]
+    content = {
         "base": "base",
         "experts": {task: task for task in EXPERTS},
         "pipeline": stages,
         "calibration": {"data": {task: f"{task}.jsonl" for task in EXPERTS}, "samples": 6, "max_tokens": LENGTH},
         "rules": [{"kinds": ["linear", "head", "tied", "embedding", "vector"], "use": "base"}],
         "output": {"path": str(output)},
-        **more,
+        **options,
     }
-    merger.merge(merger.Recipe.parse(written, folder=folder))
+    merger.merge(merger.Recipe.parse(content, folder=folder))
     return {name: tensor for name, tensor in load(output).items() if tensor.dim() == 3}
 
 
@@ -170,17 +170,17 @@ def test_every_expert_is_merged_by_the_inputs_of_its_own_matrices(mixture, tmp_p
     models = [load(folder / label) for label in ("base", *EXPERTS)]
     stages = [checked(*stage) for stage in METHODS[method]]
 
-    found = merged(folder, tmp_path / "out", METHODS[method])
+    result = merged(folder, tmp_path / "out", METHODS[method])
 
-    assert found.keys() == rows[0].keys()
-    for key, tensor in found.items():
+    assert result.keys() == rows[0].keys()
+    for key, tensor in result.items():
         for expert, matrix in enumerate(tensor):
-            base, *others = (model[key][expert].T if axis == IN_OUT else model[key][expert] for model in models)
+            base, *peers = (model[key][expert].T if axis == IN_OUT else model[key][expert] for model in models)
             expected = merge_tensors(
                 stages,
                 {key: base},
-                {task: {key: other} for task, other in zip(EXPERTS, others, strict=True)},
+                {task: {key: second_value} for task, second_value in zip(EXPERTS, peers, strict=True)},
                 kinds={key: "expert3d"},
-                inputs={key: inputs_of([each[key][expert] for each in rows])},
+                inputs={key: inputs_of([row[key][expert] for row in rows])},
             )[key]
             torch.testing.assert_close(matrix.T if axis == IN_OUT else matrix, expected, rtol=1e-4, atol=1e-5)

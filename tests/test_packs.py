@@ -34,10 +34,10 @@ PACKS = ("emr", "tall_masks", "byom", "tsv_c", "separate")
 
 def whole(method, deltas, **parameters):
     """What a pack makes of a tensor that is one slice, and all of the model."""
-    found, elements = [], deltas[0].numel()
+    result, elements = [], deltas[0].numel()
 
     def carry(_):
-        found.append((yield from method(deltas, **parameters)))
+        result.append((yield from method(deltas, **parameters)))
 
     def visit(_, model_totals, earlier_sums):
         return run_slices(
@@ -45,20 +45,20 @@ def whole(method, deltas, **parameters):
         )
 
     run_tensors([0], visit)
-    return found[-1]
+    return result[-1]
 
 
 def task_vectors(case):
     return torch.stack([tensor(delta) for delta in case["inputs"]["deltas"].values()])
 
 
-def rebuilt(method, written, deltas, expert, **more):
+def rebuilt(method, parameters, deltas, expert, **options):
     """One expert's task vector as a pack gives it back, on a base of zeros."""
-    return merge(checked(method, written), deltas, expert=expert, **more)
+    return merge(checked(method, parameters), deltas, expert=expert, **options)
 
 
-def assert_close(got, expected):
-    torch.testing.assert_close(got, tensor(expected), rtol=0, atol=2e-6)
+def assert_close(result, expected):
+    torch.testing.assert_close(result, tensor(expected), rtol=0, atol=2e-6)
 
 
 # --- golden values --------------------------------------------------------------------------------
@@ -67,19 +67,19 @@ def assert_close(got, expected):
 @pytest.mark.parametrize("zero_sign", ["zero", "negative"])
 def test_emr(golden, zero_sign):
     case = golden[f"emr_zero_sign_{zero_sign}"]
-    got, said = whole(emr, task_vectors(case), zero_sign=zero_sign), case["outputs"]
-    assert_close(got["unified"], said["unified"])
-    assert got["mask"].tolist() == list(said["masks"].values())
-    assert_close(got["rescale"], list(said["rescalers"].values()))
+    result, message = whole(emr, task_vectors(case), zero_sign=zero_sign), case["outputs"]
+    assert_close(result["unified"], message["unified"])
+    assert result["mask"].tolist() == list(message["masks"].values())
+    assert_close(result["rescale"], list(message["rescalers"].values()))
     first = rebuilt("emr", {"zero_sign": zero_sign}, case["inputs"]["deltas"], "a", base=case["inputs"]["base"])
-    assert_close(first, said["task_a"])
+    assert_close(first, message["task_a"])
 
 
 def test_tall_masks(golden):
     case = golden["tall_masks"]
-    got = tall_masks(task_vectors(case), lambda_t=[Fraction("0.4")] * 3)
-    assert_close(got["unified"], case["outputs"]["mtl"])
-    assert got["mask"].tolist() == list(case["outputs"]["masks"].values())
+    result = tall_masks(task_vectors(case), lambda_t=[Fraction("0.4")] * 3)
+    assert_close(result["unified"], case["outputs"]["mtl"])
+    assert result["mask"].tolist() == list(case["outputs"]["masks"].values())
     for expert, expected in case["outputs"]["reconstructed"].items():
         assert_close(rebuilt("tall_masks", {}, case["inputs"]["deltas"], expert), expected)
 
@@ -87,16 +87,16 @@ def test_tall_masks(golden):
 def test_byom(golden):
     case = golden["byom_fft"]
     params = case["params"]
-    got = whole(byom, task_vectors(case), density=Fraction(params["keep"]), lambda_=params["lambda"])
-    assert_close(1 + got["merged"], case["outputs"]["shared"])
+    result = whole(byom, task_vectors(case), density=Fraction(params["keep"]), lambda_=params["lambda"])
+    assert_close(1 + result["merged"], case["outputs"]["shared"])
     first = rebuilt("byom", {"density": 0.25}, case["inputs"]["deltas"], "a", base=case["inputs"]["base"])
     assert_close(first, case["outputs"]["task_a"])
 
 
 def test_tsv_c(golden):
     case = golden["tsv_c"]
-    got = rebuilt("factors", {"rank": case["params"]["rank"]}, {"a": case["inputs"]["delta"]}, "a")
-    assert_close(got, case["outputs"]["compressed_delta"])
+    result = rebuilt("factors", {"rank": case["params"]["rank"]}, {"a": case["inputs"]["delta"]}, "a")
+    assert_close(result, case["outputs"]["compressed_delta"])
 
 
 # --- laws -----------------------------------------------------------------------------------------
@@ -114,30 +114,30 @@ def test_one_expert_alone_comes_back_bit_for_bit(method):
 
 def test_emr_keeps_for_each_expert_the_positions_where_its_sign_was_elected():
     deltas = drawn(3, 6, 8)
-    got = whole(emr, deltas)
+    result = whole(emr, deltas)
     elected = deltas.sum(0).sign()
-    assert torch.equal(got["unified"].sign(), elected)
-    assert torch.equal(got["mask"], deltas.sign() == elected)
-    assert (got["unified"].abs() >= (deltas.abs() * got["mask"])).all()
+    assert torch.equal(result["unified"].sign(), elected)
+    assert torch.equal(result["mask"], deltas.sign() == elected)
+    assert (result["unified"].abs() >= (deltas.abs() * result["mask"])).all()
 
 
 def test_emr_gives_each_expert_the_mean_size_of_its_changes():
     deltas = drawn(3, 6, 8)
-    got = whole(emr, deltas)
-    kept = (got["unified"] * got["mask"]).abs().sum((1, 2)) * got["rescale"]
-    torch.testing.assert_close(kept, deltas.abs().sum((1, 2)))
+    result = whole(emr, deltas)
+    sizes = (result["unified"] * result["mask"]).abs().sum((1, 2)) * result["rescale"]
+    torch.testing.assert_close(sizes, deltas.abs().sum((1, 2)))
 
 
 def test_emr_scales_by_the_whole_model_unless_told_otherwise():
     base = {"one": torch.zeros(2, 3), "two": torch.zeros(4, 4)}
     experts = {
-        name: {key: drawn(1, *each.shape, seed=i)[0] for key, each in base.items()} for i, name in enumerate("ab")
+        name: {key: drawn(1, *values.shape, seed=i)[0] for key, values in base.items()} for i, name in enumerate("ab")
     }
     factors = {}
     for scope in ("global", "tensor"):
-        for key, each in merge_tensors(checked("emr", {"scope": scope}), base, experts, expert="a").items():
+        for key, values in merge_tensors(checked("emr", {"scope": scope}), base, experts, expert="a").items():
             unified = whole(emr, torch.stack([experts[name][key] for name in "ab"]))["unified"]
-            factors[scope, key] = float((each / unified)[each != 0].mean())
+            factors[scope, key] = float((values / unified)[values != 0].mean())
     assert factors["global", "one"] == pytest.approx(factors["global", "two"])
     assert factors["tensor", "one"] != pytest.approx(factors["tensor", "two"])
 
@@ -149,13 +149,13 @@ def test_an_expert_that_agrees_nowhere_is_the_base():
 def test_tall_masks_rebuild_from_the_base_or_the_sum_and_hold_less_the_larger_lambda():
     deltas = dict(zip("abc", drawn(3, 6, 8), strict=True))
     total = sum(deltas.values())
-    held = []
+    masks = []
     for lambda_t in (0, 0.2, 0.6, 3):
-        got = rebuilt("tall_masks", {"lambda_t": lambda_t}, deltas, "b")
-        assert ((got == 0) | torch.isclose(got, total, rtol=1e-6, atol=1e-6)).all()
-        held.append(got != 0)
-    assert all((more | ~less).all() for more, less in pairwise(held))
-    assert held[0].all()
+        result = rebuilt("tall_masks", {"lambda_t": lambda_t}, deltas, "b")
+        assert ((result == 0) | torch.isclose(result, total, rtol=1e-6, atol=1e-6)).all()
+        masks.append(result != 0)
+    assert all((options | ~fewer).all() for options, fewer in pairwise(masks))
+    assert masks[0].all()
 
 
 def test_consensus_counts_the_masks_of_tall_masks():
@@ -168,11 +168,11 @@ def test_consensus_counts_the_masks_of_tall_masks():
 @pytest.mark.parametrize("density", [0, 0.25, 1])
 def test_byom_keeps_exactly_its_share_and_all_of_it_is_the_expert(density):
     deltas = dict(zip("ab", drawn(2, 6, 8), strict=True))
-    shared = 0.3 * sum(deltas.values())
-    got = rebuilt("byom", {"density": density}, deltas, "a")
-    own = got == deltas["a"]
-    assert int(own.sum()) == int(density * 48)
-    torch.testing.assert_close(got[~own], shared[~own])
+    common = 0.3 * sum(deltas.values())
+    result = rebuilt("byom", {"density": density}, deltas, "a")
+    mask = result == deltas["a"]
+    assert int(mask.sum()) == int(density * 48)
+    torch.testing.assert_close(result[~mask], common[~mask])
 
 
 def test_factors_err_by_what_the_dropped_singular_values_are():
@@ -184,9 +184,9 @@ def test_factors_err_by_what_the_dropped_singular_values_are():
 
 
 def test_factors_of_a_matrix_that_has_fewer_directions_are_exact():
-    left, right = drawn(2, 8, 1)
-    got = rebuilt("factors", {"rank_share": 0.5}, {"a": left @ right.T}, "a")
-    torch.testing.assert_close(got, left @ right.T)
+    left_vectors, right_vectors = drawn(2, 8, 1)
+    result = rebuilt("factors", {"rank_share": 0.5}, {"a": left_vectors @ right_vectors.T}, "a")
+    torch.testing.assert_close(result, left_vectors @ right_vectors.T)
 
 
 def test_tsv_c_divides_the_directions_among_the_experts():
@@ -248,31 +248,31 @@ def models(tmp_path):
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "tie_word_embeddings": False}
 
 
-def recipe(folder, method, output="out", **more):
+def recipe(folder, method, output="out", **options):
     return Recipe.parse(
         {
             "base": "base",
             "experts": {name: name for name in EXPERTS},
             **({"method": method} if method else {}),
-            "output": {"path": output, **more.pop("into", {})},
-            **more,
+            "output": {"path": output, **options.pop("into", {})},
+            **options,
         },
         folder,
     )
 
 
-def extracted(folder, expert="code", output="out", **more):
-    extract(folder / output, expert, folder / f"{output}-{expert}", **more)
+def extracted(folder, expert="code", output="out", **options):
+    extract(folder / output, expert, folder / f"{output}-{expert}", **options)
     return load(folder / f"{output}-{expert}")
 
 
-def in_memory(folder, method, expert, **written):
+def in_memory(folder, method, expert, **parameters):
     """The same expert, rebuilt from tensors that are not stored in between, as float32."""
     tensors = {name: {key: value.float() for key, value in load(folder / name).items()} for name in ("base", *EXPERTS)}
     base = tensors.pop("base")
     kinds = {key: "embedding" if "embed" in key else "head" if "lm_head" in key else "linear" for key in base}
     kinds |= {key: "vector" for key, value in base.items() if value.dim() == 1}
-    return merge_tensors(checked(method, written), base, tensors, expert=expert, kinds=kinds)
+    return merge_tensors(checked(method, parameters), base, tensors, expert=expert, kinds=kinds)
 
 
 @pytest.mark.parametrize("method", PACKS)
@@ -281,9 +281,9 @@ def test_an_expert_comes_back_from_its_file_as_the_method_says(models, method, e
     folder = models(torch.float32)
     run(recipe(folder, method))
     expected = in_memory(folder, method, expert)
-    got = extracted(folder, expert)
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
+    expert_tensors = extracted(folder, expert)
+    assert expert_tensors.keys() == expected.keys()
+    for name, value in expert_tensors.items():
         torch.testing.assert_close(value, expected[name], rtol=2e-6, atol=2e-6, msg=name)
 
 
@@ -291,8 +291,8 @@ def test_what_each_expert_keeps_for_itself_has_its_bits(models):
     folder = models()
     run(recipe(folder, "separate"))
     for expert in EXPERTS:
-        own = load(folder / expert)
-        assert all(torch.equal(value, own[name]) for name, value in extracted(folder, expert).items())
+        tensors = load(folder / expert)
+        assert all(torch.equal(value, tensors[name]) for name, value in extracted(folder, expert).items())
 
 
 def test_emr_of_16_bits_rebuilds_from_the_bits_of_the_experts(models):
@@ -301,27 +301,27 @@ def test_emr_of_16_bits_rebuilds_from_the_bits_of_the_experts(models):
     stored = load(folder / "out")
     sources = [load(folder / name) for name in ("base", *EXPERTS)]
     for name, base in sources[0].items():
-        assert (stored[name] == torch.stack([each[name] for each in sources])).any(0).all(), base
+        assert (stored[name] == torch.stack([source[name] for source in sources])).any(0).all(), base
 
 
 @pytest.mark.parametrize("method", ["emr", "byom", "tsv_c"])
 def test_slices_and_shards_do_not_change_what_is_written(models, method, monkeypatch):
     folder = models()
     run(recipe(folder, method))
-    one = load(folder / "out")
+    tensors = load(folder / "out")
     monkeypatch.setattr("merger.engine.memory.SLICE", 16)
     run(recipe(folder, method, "again", into={"shard_size": 700}))
     assert (folder / "again" / "experts.safetensors.index.json").is_file()
-    again = load(folder / "again")
-    assert again.keys() == one.keys()
-    for name, value in one.items():
+    values = load(folder / "again")
+    assert values.keys() == tensors.keys()
+    for name, value in tensors.items():
         if "rescale" in name:
-            torch.testing.assert_close(again[name], value)  # a sum of floats ends where its slices do
+            torch.testing.assert_close(values[name], value)  # a sum of floats ends where its slices do
         else:
-            assert torch.equal(again[name], value), name
+            assert torch.equal(values[name], value), name
     monkeypatch.setattr("merger.outputs.extract.SLICE", 16)
-    whole, sliced = extracted(folder, output="out"), extracted(folder, output="again")
-    assert all(torch.equal(sliced[name], value) for name, value in whole.items())
+    expert_tensors, sliced = extracted(folder, output="out"), extracted(folder, output="again")
+    assert all(torch.equal(sliced[name], value) for name, value in expert_tensors.items())
 
 
 def test_rules_copies_and_packed_experts_of_a_mixture_come_back_too(models):
@@ -331,12 +331,14 @@ def test_rules_copies_and_packed_experts_of_a_mixture_come_back_too(models):
 
     folder = models(torch.float32, mixture)
     run(recipe(folder, "emr", rules=[{"kinds": ["embedding"], "use": "math"}, {"kinds": ["head"], "method": "linear"}]))
-    got, expected = extracted(folder), in_memory(folder, "emr", "code", scope="tensor")
-    assert torch.equal(got["model.embed_tokens.weight"], load(folder / "math")["model.embed_tokens.weight"])
+    expert_tensors, expected = extracted(folder), in_memory(folder, "emr", "code", scope="tensor")
+    assert torch.equal(expert_tensors["model.embed_tokens.weight"], load(folder / "math")["model.embed_tokens.weight"])
     mean = sum(load(folder / name)["lm_head.weight"] for name in EXPERTS) / 3
-    torch.testing.assert_close(got["lm_head.weight"], mean)
+    torch.testing.assert_close(expert_tensors["lm_head.weight"], mean)
     name = "model.layers.0.mlp.experts.up_proj"
-    assert torch.equal(got[name] == load(folder / "base")[name], expected[name] == load(folder / "base")[name])
+    assert torch.equal(
+        expert_tensors[name] == load(folder / "base")[name], expected[name] == load(folder / "base")[name]
+    )
 
 
 def test_a_stored_head_that_is_the_embedding_comes_back_as_it(models):
@@ -348,16 +350,16 @@ def test_a_stored_head_that_is_the_embedding_comes_back_as_it(models):
         (folder / name / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
     run(recipe(folder, "emr"))
     assert "lm_head.weight" not in load(folder / "out")
-    got = extracted(folder)
-    assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
+    expert_tensors = extracted(folder)
+    assert torch.equal(expert_tensors["lm_head.weight"], expert_tensors["model.embed_tokens.weight"])
 
 
 def test_thinned_task_vectors_can_be_packed(models):
     folder = models(torch.float32)
     run(recipe(folder, None, pipeline=[{"top": {"density": 0.25}}, "separate"]))
-    base, got = load(folder / "base"), extracted(folder)
+    base, expert_tensors = load(folder / "base"), extracted(folder)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert int((got[name] != base[name]).sum()) == base[name].numel() // 4
+    assert int((expert_tensors[name] != base[name]).sum()) == base[name].numel() // 4
 
 
 @pytest.mark.parametrize("last", ["emr", "tall_masks", {"byom": {"density": "1/4"}}, {"factors": {"rank": 2}}])
@@ -369,18 +371,20 @@ def test_weights_that_are_stored_the_other_way_round_come_back_that_way(tmp_path
             stored = weight if folder == "gpt2" else weight.T.contiguous()
             save(tmp_path / folder / name, {f"{module}.weight": stored, f"{module}.bias": bias})
         run(recipe(tmp_path / folder, None, pipeline=stages))
-    got, expected = extracted(tmp_path / "gpt2"), extracted(tmp_path / "llama")
+    expert_tensors, expected = extracted(tmp_path / "gpt2"), extracted(tmp_path / "llama")
     weight = expected["model.layers.0.mlp.up_proj.weight"].T
     assert not torch.equal(weight, load(tmp_path / "gpt2" / "code")["h.0.mlp.c_fc.weight"])
-    torch.testing.assert_close(got["h.0.mlp.c_fc.weight"], weight)
+    torch.testing.assert_close(expert_tensors["h.0.mlp.c_fc.weight"], weight)
 
 
 def test_the_plan_says_what_is_written(models):
     folder = models()
-    made = plan(recipe(folder, "emr"))
+    merge_plan = plan(recipe(folder, "emr"))
     run(recipe(folder, "emr"))
-    assert made.bytes_written == sum(value.numel() * value.element_size() for value in load(folder / "out").values())
-    made.close()
+    assert merge_plan.bytes_written == sum(
+        value.numel() * value.element_size() for value in load(folder / "out").values()
+    )
+    merge_plan.close()
 
 
 def test_an_output_of_several_experts_is_verified_like_any_other(models):
@@ -402,15 +406,15 @@ def test_an_extracted_expert_agrees_with_itself(models):
 def test_inspect_tells_what_the_masks_hold(models):
     folder = models()
     run(recipe(folder, "emr"))
-    shares, together = inspect_merge(folder / "out").notes
+    shares, joint = inspect_merge(folder / "out").notes
     stored = load(folder / "out")
     base = load(folder / "base")
-    held = [torch.cat([mask_of(stored[f"{n}:mask.{e}"], 1, v.numel())[0] for n, v in base.items()]) for e in EXPERTS]
+    masks = [torch.cat([mask_of(stored[f"{n}:mask.{e}"], 1, v.numel())[0] for n, v in base.items()]) for e in EXPERTS]
     assert shares.endswith(
-        "code {:.4f}, math {:.4f}, chat {:.4f}".format(*(float(each.float().mean()) for each in held))
+        "code {:.4f}, math {:.4f}, chat {:.4f}".format(*(float(mask.float().mean()) for mask in masks))
     )
-    three = float(torch.stack(held).all(0).float().mean())
-    assert together.endswith(f"by 3 {three:.4f}")
+    three = float(torch.stack(masks).all(0).float().mean())
+    assert joint.endswith(f"by 3 {three:.4f}")
 
 
 def test_transformers_loads_an_extracted_expert_and_not_the_several(tmp_path):
@@ -424,9 +428,9 @@ def test_transformers_loads_an_extracted_expert_and_not_the_several(tmp_path):
     )
     extract(tmp_path / "out", "shift", tmp_path / "shift", base=str(models / "base"))
     load_model = transformers.AutoModelForCausalLM.from_pretrained
-    _, found = load_model(tmp_path / "shift", output_loading_info=True)
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
+    _, result = load_model(tmp_path / "shift", output_loading_info=True)
+    assert not result["missing_keys"]
+    assert not result["unexpected_keys"]
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "shift")
     with pytest.raises(OSError, match="no file named model"):
         load_model(tmp_path / "out")
@@ -471,14 +475,14 @@ def test_a_base_that_was_moved_can_be_named(packed):
 def test_a_manifest_that_says_something_else_is_told_of(packed):
     file = packed / "out" / "merger.json"
     record = json.loads(file.read_text())
-    for said, wrong in [
+    for message, fault in [
         ("rows", None),
         ("rows", 9),
         ("results", {"mask": {"holds": "bits", "colour": 3}}),
         ("by", "ties"),
     ]:
         name = "model.norm.weight"
-        changed = {**record["tensors"][name], "packed": {**record["tensors"][name]["packed"], said: wrong}}
+        changed = {**record["tensors"][name], "packed": {**record["tensors"][name]["packed"], message: fault}}
         file.write_text(json.dumps({**record, "tensors": {**record["tensors"], name: changed}}))
         with pytest.raises(CheckpointError, match=r"cannot be understood|is not there as|does not know"):
             extract(packed / "out", "code", packed / "x")
@@ -496,12 +500,12 @@ def test_side_files_in_folders_come_along(models):
 def test_a_side_file_out_of_the_folder_is_not_followed(packed):
     file = packed / "out" / "merger.json"
     record = json.loads(file.read_text())
-    outside = dict.fromkeys(("../stolen", "a/../../stolen", str(packed / "stolen")), "0" * 64)
-    file.write_text(json.dumps({**record, "files": {**record["files"], **outside}}))
+    outsider = dict.fromkeys(("../stolen", "a/../../stolen", str(packed / "stolen")), "0" * 64)
+    file.write_text(json.dumps({**record, "files": {**record["files"], **outsider}}))
     (packed / "stolen").write_text("secret")
     extracted(packed)
     assert not list(packed.glob("out-code*/../stolen*/*"))
-    assert sorted(each.name for each in (packed / "out-code").iterdir()) == [
+    assert sorted(value.name for value in (packed / "out-code").iterdir()) == [
         "README.md",
         "config.json",
         "model.safetensors",

@@ -17,15 +17,15 @@ EXPERTS = ("a", "b", "c")
 HALF = Fraction(1, 2)
 
 
-def resolved(name, given, parameter, **place):
+def resolved(name, arguments, parameter, **place):
     """The value that the function gets for a tensor at this place."""
-    return bind(checked(name, given), Place(EXPERTS, **place)).values[parameter]
+    return bind(checked(name, arguments), Place(EXPERTS, **place)).values[parameter]
 
 
-def refused(name, given):
+def refused(name, arguments):
     """The parameters that are refused, and why."""
     with pytest.raises(ValidationError) as caught:
-        checked(name, given)
+        checked(name, arguments)
     return {str(error["loc"][0]): error["msg"] for error in caught.value.errors()}
 
 
@@ -72,13 +72,13 @@ def test_a_map_gives_each_expert_its_own_in_the_order_of_experts():
 
 @pytest.mark.parametrize(("depth", "value"), [(0, "0.1"), ("1/4", "0.3"), ("1/2", "0.5"), ("3/4", "0.6"), (1, "0.7")])
 def test_a_list_is_interpolated_over_the_depth_exactly(depth, value):
-    given = {"lambda": [0.1, 0.5, 0.7]}
-    assert resolved("scale", given, "lambda_", depth=Fraction(depth)) == Fraction(value)
+    parameters = {"lambda": [0.1, 0.5, 0.7]}
+    assert resolved("scale", parameters, "lambda_", depth=Fraction(depth)) == Fraction(value)
 
 
 def test_an_experts_own_number_may_vary_over_the_depth():
-    given = {"weight": {"a": [0, 1], "b": 5, "c": [3, 1]}}
-    assert resolved("sum", given, "weight", depth=HALF) == [HALF, 5, 2]
+    parameters = {"weight": {"a": [0, 1], "b": 5, "c": [3, 1]}}
+    assert resolved("sum", parameters, "weight", depth=HALF) == [HALF, 5, 2]
 
 
 def test_a_list_of_one_is_refused():
@@ -123,8 +123,8 @@ def test_a_number_is_written_back_without_loss(value, text):
     ],
 )
 def test_an_order_by_block(order, expected):
-    got = [order_of(order, Place(EXPERTS, block=block)) for block in range(4)]
-    assert ["".join(EXPERTS[k] for k in each) for each in got] == expected
+    result = [order_of(order, Place(EXPERTS, block=block)) for block in range(4)]
+    assert ["".join(EXPERTS[k] for k in value) for value in result] == expected
 
 
 def test_an_order_may_count_linear_tensors():
@@ -181,7 +181,7 @@ def test_an_unknown_parameter_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "arguments"),
     [
         ("ties", {"merge": "median"}),
         ("bs", {"n": -1}),
@@ -194,8 +194,8 @@ def test_an_unknown_parameter_is_refused():
         ("im", {"density": "automatic"}),
     ],
 )
-def test_a_value_of_another_kind_is_refused(name, given):
-    assert set(refused(name, given)) == set(given) or "hessian" in refused(name, given)
+def test_a_value_of_another_kind_is_refused(name, arguments):
+    assert set(refused(name, arguments)) == set(arguments) or "hessian" in refused(name, arguments)
 
 
 def test_all_faults_are_told_at_once():
@@ -240,16 +240,16 @@ def test_every_schema_can_be_written_as_json(name):
 
 @pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
 def test_defaults_are_spelled_out(name):
-    ((stage, given),) = written(checked(name, {})).items()
-    assert set(given) == parameter_names(stage)
+    ((stage, arguments),) = written(checked(name, {})).items()
+    assert set(arguments) == parameter_names(stage)
 
 
 @pytest.mark.parametrize("name", [*ENTRIES, *SCORES])
 @given(st.data())
 def test_what_is_written_back_is_the_same_stage(name, data):
     stage = checked(name, data.draw(parameters_of(name, EXPERTS)))
-    ((again, given),) = json.loads(json.dumps(written(stage))).items()
-    restored = checked(again, given)
+    ((repeat, arguments),) = json.loads(json.dumps(written(stage))).items()
+    restored = checked(repeat, arguments)
     assert restored.func is stage.func
     assert written(restored) == written(stage)
     for parameter, value in stage.keywords.items():

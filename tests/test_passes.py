@@ -20,7 +20,7 @@ def threads():
         yield pool.map
 
 
-def told(ask, *, count=SLICES, mapper=map, **more):
+def told(ask, *, count=SLICES, mapper=map, **options):
     """What each slice's flow is told when it asks ``ask(i)``, and how many flows were started."""
     answers, started = {}, []
 
@@ -28,13 +28,13 @@ def told(ask, *, count=SLICES, mapper=map, **more):
         started.append(i)
         answers[i] = yield ask(i)
 
-    assert run_slices(count, start, sizes=Sizes(60, 600), mapper=mapper, **more) is None
+    assert run_slices(count, start, sizes=Sizes(60, 600), mapper=mapper, **options) is None
     return [answers[i] for i in range(count)], len(started)
 
 
 def test_a_sum_takes_a_pass_and_is_the_same_for_all():
     answers, started = told(lambda i: Sum(torch.tensor([i])))
-    assert [int(each) for each in answers] == [15] * SLICES
+    assert [int(answer) for answer in answers] == [15] * SLICES
     assert started == 2 * SLICES
 
 
@@ -44,7 +44,7 @@ def test_held_flows_are_not_started_again():
 
 def test_what_comes_before_takes_no_pass(threads):
     answers, started = told(lambda i: PrefixSum(lambda: torch.tensor([i])), mapper=threads)
-    assert [int(each) for each in answers] == [0, 0, 1, 3, 6, 10]
+    assert [int(answer) for answer in answers] == [0, 0, 1, 3, 6, 10]
     assert started == SLICES
 
 
@@ -55,7 +55,7 @@ def test_counts_of_all_slices_come_together(threads):
     answers, _ = told(
         lambda i: Tally(lambda into: count(i, into), (1, SLICES), "tensor", torch.Tensor.clone), mapper=threads
     )
-    assert all(each.tolist() == [[1] * SLICES] for each in answers)
+    assert all(answer.tolist() == [[1] * SLICES] for answer in answers)
 
 
 def test_a_size_is_told_at_once():
@@ -66,14 +66,14 @@ def test_a_guess_is_what_a_sample_found_after_it(threads):
     def ask(number):
         yield Sum(torch.tensor([number]))
         guess = yield SampleHint("tensor")
-        told = yield Sum(torch.tensor([number]), finish=int)
-        yield SampleNote([told], "tensor")
-        return guess, told
+        calls = yield Sum(torch.tensor([number]), finish=int)
+        yield SampleNote([calls], "tensor")
+        return guess, calls
 
-    found, rehearsals = {}, []
+    result, rehearsals = {}, []
 
     def start(i):
-        found[i] = yield from ask(i)
+        result[i] = yield from ask(i)
 
     def rehearse_sample():
         rehearsals.append(rehearse(lambda: ask(7), 1))
@@ -81,7 +81,7 @@ def test_a_guess_is_what_a_sample_found_after_it(threads):
 
     assert run_slices(SLICES, start, sizes=Sizes(60, 600), mapper=threads, rehearse=rehearse_sample) is None
     assert rehearsals == [{0: [7]}]
-    assert list(found.values()) == [([7], 15)] * SLICES
+    assert list(result.values()) == [([7], 15)] * SLICES
 
 
 def test_nobody_rehearses_what_asks_for_no_guess_at_a_tensor():
@@ -100,22 +100,22 @@ def test_nobody_rehearses_what_asks_for_no_guess_at_a_tensor():
 def test_a_sample_decides_how_often_slices_are_read_and_nothing_else(sample, passes):
     scores = torch.randn(SLICES, 2, 1, 500, generator=torch.Generator().manual_seed(0))
     scores[0] *= 1e6
-    visits, kept = [], torch.zeros(scores.shape, dtype=torch.bool)
+    visits, masks = [], torch.zeros(scores.shape, dtype=torch.bool)
 
     def start(i):
         visits.append(i)
-        kept[i] = yield from select(scores[i], [Fraction(1, 2), Fraction(1, 10)])
+        masks[i] = yield from select(scores[i], [Fraction(1, 2), Fraction(1, 10)])
 
     def rehearse_sample():
-        taken = scores[sample].transpose(0, 1).reshape(2, 1, -1)
-        return rehearse(lambda: select(taken, [Fraction(1, 2), Fraction(1, 10)]), taken[0].numel())
+        used_positions = scores[sample].transpose(0, 1).reshape(2, 1, -1)
+        return rehearse(lambda: select(used_positions, [Fraction(1, 2), Fraction(1, 10)]), used_positions[0].numel())
 
     sizes = Sizes(SLICES * 500, SLICES * 500)
     assert run_slices(SLICES, start, sizes=sizes, rehearse=rehearse_sample) is None
     assert len(visits) == passes * SLICES
     for expert, count in enumerate((1500, 300)):
         highest = scores[:, expert].flatten().abs().sort(stable=True, descending=True).indices[:count]
-        assert kept[:, expert].flatten().nonzero().flatten().tolist() == highest.sort().values.tolist()
+        assert masks[:, expert].flatten().nonzero().flatten().tolist() == highest.sort().values.tolist()
 
 
 def test_who_waits_for_a_slice_that_failed_is_let_go(threads):
@@ -130,16 +130,16 @@ def test_who_waits_for_a_slice_that_failed_is_let_go(threads):
 
 def test_a_ranking_over_the_model_reads_every_slice_three_times():
     scores = torch.arange(24.0).view(2, 4, 1, 1, 3) % 5  # two tensors of four slices; with ties
-    visits, kept = [0, 0], torch.zeros(2, 4, 1, 1, 3, dtype=torch.bool)
+    visits, masks = [0, 0], torch.zeros(2, 4, 1, 1, 3, dtype=torch.bool)
 
     def visit(i, model_totals, earlier_sums):
         def start(j):
             visits[i] += 1
-            kept[i, j] = yield from select(scores[i, j], [Fraction(1, 4)], scope="global")
+            masks[i, j] = yield from select(scores[i, j], [Fraction(1, 4)], scope="global")
 
         return run_slices(4, start, sizes=Sizes(12, 24), model_totals=model_totals, earlier_sums=earlier_sums)
 
     run_tensors([0, 0], visit)
     highest = scores.flatten().sort(stable=True, descending=True).indices[:6]
-    assert kept.flatten().nonzero().flatten().tolist() == highest.sort().values.tolist()
+    assert masks.flatten().nonzero().flatten().tolist() == highest.sort().values.tolist()
     assert visits == [12, 12]

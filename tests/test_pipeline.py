@@ -17,23 +17,23 @@ def test_names_are_sorted_with_their_numbers_as_numbers():
 
 def test_equal_scores_of_two_tensors_go_to_the_one_that_sorts_first():
     base = {"layers.10.w": torch.zeros(2), "layers.2.w": torch.zeros(2)}
-    own = {"a": {name: torch.ones(2) for name in base}}
-    merged = merge_tensors(checked("ties", {"density": 0.5}), base, own)
+    experts = {"a": {name: torch.ones(2) for name in base}}
+    merged = merge_tensors(checked("ties", {"density": 0.5}), base, experts)
     assert {name: values.tolist() for name, values in merged.items()} == {"layers.2.w": [1, 1], "layers.10.w": [0, 0]}
 
 
 @pytest.mark.parametrize("name", ["sum", "ties"])
 def test_a_tensor_may_be_stored_in_any_order_of_axes(name):
-    base, own = torch.zeros(2, 3, 4).permute(2, 0, 1), torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)
+    base, expert_weights = torch.zeros(2, 3, 4).permute(2, 0, 1), torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)
     stage = checked(name, {"density": 1} if name == "ties" else {})
-    assert torch.equal(merge_tensors(stage, {"w": base}, {"a": {"w": own}})["w"], own)
+    assert torch.equal(merge_tensors(stage, {"w": base}, {"a": {"w": expert_weights}})["w"], expert_weights)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 4)])
 def test_a_tensor_without_elements_stays_as_it_is(shape):
     base = {"empty": torch.zeros(shape), "w": torch.zeros(2)}
-    own = {"a": {"empty": torch.zeros(shape), "w": torch.ones(2)}}
-    merged = merge_tensors(checked("ties", {"density": 1}), base, own)
+    experts = {"a": {"empty": torch.zeros(shape), "w": torch.ones(2)}}
+    merged = merge_tensors(checked("ties", {"density": 1}), base, experts)
     assert merged["empty"].shape == shape
     assert merged["w"].tolist() == [1, 1]
 
@@ -43,8 +43,8 @@ def test_a_scalar_is_a_tensor_of_one():
 
 
 def test_half_precision_comes_back_as_float32():
-    base, own = torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1.5, dtype=torch.bfloat16)
-    merged = merge_tensors(checked("sum", {}), {"w": base}, {"a": {"w": own}})["w"]
+    base, expert_weights = torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1.5, dtype=torch.bfloat16)
+    merged = merge_tensors(checked("sum", {}), {"w": base}, {"a": {"w": expert_weights}})["w"]
     assert merged.dtype == torch.float32
     assert merged.tolist() == [1.5] * 3
 
@@ -111,21 +111,21 @@ def test_slices_are_whole_rows_that_begin_where_a_block_does(columns, block, ele
 def far_from_base(request):
     """Experts whose task vectors lose their last bits, merged by a method that chooses among them."""
     base = tensor([1e8, -0.0, 1e-40, 3.14])
-    own = {"a": tensor([3.3, 0.1, 1e-40, 1e-9]), "b": base}
-    written = {"sum": {"weight": {"a": 1, "b": 5}}, "im": {"density": {"a": 1, "b": 0}, "order": "listed"}}
-    stage = checked(request.param, written[request.param])
-    return base, own, stage
+    experts = {"a": tensor([3.3, 0.1, 1e-40, 1e-9]), "b": base}
+    parameters = {"sum": {"weight": {"a": 1, "b": 5}}, "im": {"density": {"a": 1, "b": 0}, "order": "listed"}}
+    stage = checked(request.param, parameters[request.param])
+    return base, experts, stage
 
 
 def test_an_experts_weights_are_copied_bit_for_bit(far_from_base):
-    base, own, stage = far_from_base
-    merged = merge_tensors(stage, {"w": base}, {name: {"w": values} for name, values in own.items()})["w"]
-    assert torch.equal(bits(merged), bits(own["a"]))
+    base, expert_weights, stage = far_from_base
+    merged = merge_tensors(stage, {"w": base}, {name: {"w": values} for name, values in expert_weights.items()})["w"]
+    assert torch.equal(bits(merged), bits(expert_weights["a"]))
 
 
 def test_what_no_expert_changes_keeps_the_bits_of_the_base(far_from_base):
-    base, own, stage = far_from_base
-    merged = merge_tensors(stage, {"w": base}, {name: {"w": base} for name in own})["w"]
+    base, expert_weights, stage = far_from_base
+    merged = merge_tensors(stage, {"w": base}, {name: {"w": base} for name in expert_weights})["w"]
     assert torch.equal(bits(merged), bits(base))
 
 
@@ -134,6 +134,6 @@ def test_any_other_delta_is_added():
 
 
 def test_an_expert_with_a_net_factor_of_one_is_copied():
-    base, own = {NAME: tensor([1e8, 5.0])}, {"a": {NAME: tensor([3.3, 0.1])}}
-    merged = merge_tensors(checked("task_arithmetic", {"weight": 2, "lambda": 0.5}), base, own)
-    assert torch.equal(merged[NAME], own["a"][NAME])
+    base, experts = {NAME: tensor([1e8, 5.0])}, {"a": {NAME: tensor([3.3, 0.1])}}
+    merged = merge_tensors(checked("task_arithmetic", {"weight": 2, "lambda": 0.5}), base, experts)
+    assert torch.equal(merged[NAME], experts["a"][NAME])

@@ -65,15 +65,15 @@ def test_without_locks_a_merge_goes_through_and_leaves_nothing_beside(merger, fo
 
 def test_without_locks_a_second_run_is_told_who_has_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", raising(errno.ENOSYS))
-    first, second = (Output(tmp_path / "out", {"recipe": "1"}) for _ in range(2))
-    first.open()
-    (first.folder / "file").touch()
+    holder, intruder = (Output(tmp_path / "out", {"recipe": "1"}) for _ in range(2))
+    holder.open()
+    (holder.folder / "file").touch()
     with pytest.raises(
         RecipeError, match=rf"process {os.getpid()} on \S+ is writing it, or was killed .*remove \S+/owner"
     ):
-        second.open()
-    second.abandon()
-    first.finish(force=False)
+        intruder.open()
+    intruder.abandon()
+    holder.finish(force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -139,10 +139,10 @@ def test_peak_memory_is_known_where_proc_does_not_tell_it(monkeypatch, status):
 
 
 @contextlib.contextmanager
-def open_files(most):
+def open_files(maximum):
     """This process may have so many more open files than it has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + most, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + maximum, hard))
     try:
         yield
     finally:

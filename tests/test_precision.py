@@ -26,12 +26,12 @@ def _as_before():
     MATMUL.allow_tf32, CUDNN.allow_tf32 = False, True  # torch's own defaults
 
 
-@pytest.mark.parametrize("chosen", [True, False])
-def test_the_older_choice_is_off_within_and_restored(chosen):
-    MATMUL.allow_tf32 = CUDNN.allow_tf32 = chosen
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_the_older_choice_is_off_within_and_restored(is_allowed):
+    MATMUL.allow_tf32 = CUDNN.allow_tf32 = is_allowed
     with full_float32():
         assert (MATMUL.allow_tf32, CUDNN.allow_tf32) == (False, False)
-    assert (MATMUL.allow_tf32, CUDNN.allow_tf32) == (chosen, chosen)
+    assert (MATMUL.allow_tf32, CUDNN.allow_tf32) == (is_allowed, is_allowed)
 
 
 @newer

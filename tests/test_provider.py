@@ -79,9 +79,9 @@ def test_an_input_and_its_method_run_streamed_from_one_file(tmp_path, monkeypatc
     base = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
     for label, change in {"base": 0, "code": 1, "math": 2}.items():
         save(tmp_path / label, {"model.layers.0.mlp.up_proj.weight": base + change})
-    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "pipeline": ["aged_sum"]}
+    content = {"base": "base", "experts": {"code": "code", "math": "math"}, "pipeline": ["aged_sum"]}
 
-    merge(Recipe.parse({**written, "output": {"path": "out"}}, tmp_path))
+    merge(Recipe.parse({**content, "output": {"path": "out"}}, tmp_path))
 
     (merged,) = load_file(tmp_path / "out" / "model.safetensors").values()
     rows = torch.arange(ROWS, dtype=torch.float32).view(-1, 1)

@@ -73,9 +73,21 @@ class Hub(Handler):
         return getattr(self, f"on_{self.topic(path)}")(path, body)
 
     def topic(self, path):
-        known = ("create", "preupload", "commit", "batch", "lfs", "xet-write-token", "whoami-v2", "validate-yaml", "v1")
+        inputs = (
+            "create",
+            "preupload",
+            "commit",
+            "batch",
+            "lfs",
+            "xet-write-token",
+            "whoami-v2",
+            "validate-yaml",
+            "v1",
+        )
         parts = path.split("/")
-        return next((name.replace("-", "_") for name in known if name in (parts[-1], *parts[-2:], *parts[1:2])), "info")
+        return next(
+            (name.replace("-", "_") for name in inputs if name in (parts[-1], *parts[-2:], *parts[1:2])), "info"
+        )
 
     def fail(self, failure):
         if failure == "drop":
@@ -91,16 +103,16 @@ class Hub(Handler):
         return self.server.repositories.get("/".join(path.removeprefix("/api/models/").split("/")[:2]))
 
     def on_info(self, path, body):
-        found = self.repository(path)
-        if found is None:
+        result = self.repository(path)
+        if result is None:
             return self.answer(404, error="RepoNotFound")
         siblings = [
             {"rfilename": name, "lfs": {"sha256": data, "size": 1, "pointerSize": 1}}
             if isinstance(data, str)
             else {"rfilename": name, "size": len(data)}
-            for name, data in found.files.items()
+            for name, data in result.files.items()
         ]
-        return self.json({"id": REPO, "sha": found.sha(), "private": found.private, "siblings": siblings})
+        return self.json({"id": REPO, "sha": result.sha(), "private": result.private, "siblings": siblings})
 
     def on_whoami_v2(self, path, body):
         return self.json({"name": "org", "type": "user"})
@@ -109,43 +121,45 @@ class Hub(Handler):
         return self.json({"warnings": [], "errors": []})
 
     def on_create(self, path, body):
-        asked = json.loads(body)
-        private = asked.get("private") or asked.get("visibility") == "private"
-        self.server.repositories[f"{asked['organization']}/{asked['name']}"] = Repository(private)
+        content = json.loads(body)
+        private = content.get("private") or content.get("visibility") == "private"
+        self.server.repositories[f"{content['organization']}/{content['name']}"] = Repository(private)
         return self.json({"url": f"{self.server.endpoint}/{REPO}"})
 
     def on_preupload(self, path, body):
         stored = self.repository(path).files
         files = [
             {
-                "path": (name := each["path"]),
+                "path": (name := value["path"]),
                 "uploadMode": "lfs" if name.endswith(".safetensors") else "regular",
                 "shouldIgnore": False,
                 "oid": oid(stored[name]) if name in stored else None,
             }
-            for each in json.loads(body)["files"]
+            for value in json.loads(body)["files"]
         ]
         return self.json({"files": files})
 
     def on_commit(self, path, body):
-        found = self.repository(path)
+        result = self.repository(path)
         lines = [json.loads(line) for line in body.splitlines()]
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
-                found.files[value["path"]] = base64.b64decode(value["content"])
+                result.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                found.files[value["path"]] = self.server.spoil or value["oid"]
-        found.commits += 1
-        return self.json({"commitUrl": f"{self.server.endpoint}/{REPO}/commit/{found.sha()}", "commitOid": found.sha()})
+                result.files[value["path"]] = self.server.spoil or value["oid"]
+        result.commits += 1
+        return self.json(
+            {"commitUrl": f"{self.server.endpoint}/{REPO}/commit/{result.sha()}", "commitOid": result.sha()}
+        )
 
     # --- Git LFS ---
 
     def on_batch(self, path, body):
         objects = json.loads(body)["objects"]
-        for each in objects:
-            if each["oid"] not in self.server.blobs:
-                each["actions"] = {"upload": {"href": f"{self.server.endpoint}/lfs/{each['oid']}"}}
+        for value in objects:
+            if value["oid"] not in self.server.blobs:
+                value["actions"] = {"upload": {"href": f"{self.server.endpoint}/lfs/{value['oid']}"}}
         return self.json({"transfer": "basic", "objects": objects})
 
     def on_lfs(self, path, body):
@@ -155,8 +169,8 @@ class Hub(Handler):
     # --- Xet: chunks are taken, and never asked for again ---
 
     def on_xet_write_token(self, path, body):
-        told = {"casUrl": self.server.endpoint, "exp": int(time.time()) + 9999, "accessToken": "xet"}
-        return self.json(told)
+        calls = {"casUrl": self.server.endpoint, "exp": int(time.time()) + 9999, "accessToken": "xet"}
+        return self.json(calls)
 
     def on_v1(self, path, body):
         if path.startswith("/v1/chunks/"):
@@ -188,16 +202,16 @@ def switch_xet(monkeypatch, *, off):
 def merged(tmp_path):
     """A finished merge of two shards."""
     trio(tmp_path)
-    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "method": "linear"}
-    merge(Recipe.parse({**written, "output": {"path": "out", "shard_size": 900}}, tmp_path))
+    content = {"base": "base", "experts": {"code": "code", "math": "math"}, "method": "linear"}
+    merge(Recipe.parse({**content, "output": {"path": "out", "shard_size": 900}}, tmp_path))
     return tmp_path / "out"
 
 
 def holds(hub, folder):
     """Whether the stand-in has every file of a folder."""
-    there = hub.repositories[REPO].files
-    own = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    return there == {n: sha256(data) if n.endswith(".safetensors") else data for n, data in own.items()}
+    remote_files = hub.repositories[REPO].files
+    local_files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return remote_files == {n: sha256(data) if n.endswith(".safetensors") else data for n, data in local_files.items()}
 
 
 @pytest.mark.parametrize("storage", ["xet", "lfs"])
@@ -261,7 +275,7 @@ def change_the_config(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (cut_a_shard, "model-00002-of-00002.safetensors: its header is broken: the file is truncated"),
         (lose_a_shard, "model-00001-of-00002.safetensors: is missing, though merger.json names it"),
@@ -269,11 +283,11 @@ def change_the_config(folder):
         (change_the_config, "config.json: its SHA-256 is "),
     ],
 )
-def test_what_is_not_whole_is_not_pushed(merger, hub, merged, damage, said):
+def test_what_is_not_whole_is_not_pushed(merger, hub, merged, damage, message):
     damage(merged)
     ran = merger("push", merged, REPO)
     assert ran.code == 5
-    assert f"error: {merged}: {said}" in ran.err
+    assert f"error: {merged}: {message}" in ran.err
     assert hub.log == []
 
 
@@ -311,7 +325,7 @@ GATED, BAD_TOKEN, FORBIDDEN, WRONG, BROKEN = (403, "GatedRepo"), (401, None), (4
 
 
 @pytest.mark.parametrize(
-    ("fail", "code", "said"),
+    ("fail", "code", "message"),
     [
         (always("GET", REPO, GATED), 2, "is gated; ask for access on its page, then `hf auth login`"),
         (always("POST", "create", BAD_TOKEN), 2, "127.0.0.1 does not know you; `hf auth login`, or set HF_TOKEN"),
@@ -324,11 +338,11 @@ GATED, BAD_TOKEN, FORBIDDEN, WRONG, BROKEN = (403, "GatedRepo"), (401, None), (4
         (always("POST", "preupload/main", "drop"), 4, "127.0.0.1 could not be reached, or broke off ("),
     ],
 )
-def test_failures_say_what_to_do_and_never_the_token(merger, hub, merged, fail, code, said):
+def test_failures_say_what_to_do_and_never_the_token(merger, hub, merged, fail, code, message):
     hub.fail = fail
     ran = merger("push", merged, REPO)
     assert ran.code == code
-    assert ran.err.startswith(f"error: {REPO}: {said}")
+    assert ran.err.startswith(f"error: {REPO}: {message}")
     assert len(ran.err.splitlines()) == 1
     assert TOKEN not in ran.err
     assert "http" not in ran.err.replace("httpx", "")
@@ -356,13 +370,13 @@ def test_nothing_is_sent_where_the_environment_says_offline(merger, hub, merged,
     assert "HF_HUB_OFFLINE is set" in ran.err
 
 
-@pytest.mark.parametrize("where", ["preupload/main", "/objects/batch", "commit/main"])
-def test_a_connection_that_drops_once_is_tried_again(merger, hub, merged, monkeypatch, where):
-    switch_xet(monkeypatch, off="batch" in where)
+@pytest.mark.parametrize("location", ["preupload/main", "/objects/batch", "commit/main"])
+def test_a_connection_that_drops_once_is_tried_again(merger, hub, merged, monkeypatch, location):
+    switch_xet(monkeypatch, off="batch" in location)
     dropped = []
 
     def once(command, path):
-        if path.endswith(where) and not dropped:
+        if path.endswith(location) and not dropped:
             dropped.append(path)
             return "drop"
         return None
@@ -375,15 +389,15 @@ def test_a_connection_that_drops_once_is_tried_again(merger, hub, merged, monkey
 
 def test_a_push_that_broke_off_goes_on_with_what_is_missing(merger, hub, merged, monkeypatch):
     switch_xet(monkeypatch, off=True)
-    second = sha256((merged / "model-00002-of-00002.safetensors").read_bytes())
-    hub.fail = always("PUT", second, "drop")
+    shard_hash = sha256((merged / "model-00002-of-00002.safetensors").read_bytes())
+    hub.fail = always("PUT", shard_hash, "drop")
     assert merger("push", merged, REPO).code == 4
     assert hub.repositories[REPO].files == {}
 
     hub.fail, hub.log[:] = None, []
     assert merger("push", merged, REPO).code == 0
 
-    assert [line for line in hub.log if line.startswith("PUT")] == [f"PUT /lfs/{second}"]
+    assert [line for line in hub.log if line.startswith("PUT")] == [f"PUT /lfs/{shard_hash}"]
     assert holds(hub, merged)
 
 

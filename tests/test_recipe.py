@@ -46,7 +46,7 @@ def minimal(**changed):
 def settled(choice, experts=("lm", "math", "code"), depth=0):
     """The stages of a choice as they are for one matrix at that depth."""
     place = Place(tuple(experts), depth=Fraction(depth))
-    return [bind(each, place) for stage in choice.stages for each in expand(stage, "linear", place.experts)]
+    return [bind(expansion, place) for stage in choice.stages for expansion in expand(stage, "linear", place.experts)]
 
 
 def names(choice):
@@ -112,8 +112,8 @@ def test_a_score_as_a_stage_takes_its_own_parameters_and_those_of_top():
     ],
 )
 def test_a_rule_matches_by_expression_and_by_kind(rule, name, kind, matches):
-    (held,) = minimal(rules=[{**rule, "use": "math"}]).rules
-    assert held.matches(name, kind) is matches
+    (checked_rule,) = minimal(rules=[{**rule, "use": "math"}]).rules
+    assert checked_rule.matches(name, kind) is matches
 
 
 def test_a_rule_may_have_a_method_a_pipeline_or_a_model_to_copy():
@@ -132,7 +132,7 @@ def test_a_rule_may_have_a_method_a_pipeline_or_a_model_to_copy():
 
 
 @pytest.mark.parametrize(
-    ("written", "depth", "weights"),
+    ("parameters", "depth", "weights"),
     [
         (0.1, 0, ["1/10"] * 3),
         (2, 0, [2, 2, 2]),
@@ -143,13 +143,13 @@ def test_a_rule_may_have_a_method_a_pipeline_or_a_model_to_copy():
         ({"lm": 1, "math": 0.29, "code": [0, "1/3"]}, 1, [1, "29/100", "1/3"]),
     ],
 )
-def test_a_number_is_one_or_by_expert_or_over_depth_and_kept_as_written(written, depth, weights):
-    recipe = minimal(parameters={"weight": written})
+def test_a_number_is_one_or_by_expert_or_over_depth_and_kept_as_written(parameters, depth, weights):
+    recipe = minimal(parameters={"weight": parameters})
     assert first(recipe, "weight", depth) == [Fraction(weight) for weight in weights]
 
 
 @pytest.mark.parametrize(
-    ("written", "size"),
+    ("parameters", "size"),
     [
         (1000, 1000),
         ("1000", 1000),
@@ -160,9 +160,9 @@ def test_a_number_is_one_or_by_expert_or_over_depth_and_kept_as_written(written,
         ("0.3 TB", 300_000_000_000),
     ],
 )
-def test_a_size_is_bytes_or_has_a_unit(written, size):
-    assert byte_size(written) == size
-    assert minimal(output={"path": "out", "shard_size": written}).output.shard_size == size
+def test_a_size_is_bytes_or_has_a_unit(parameters, size):
+    assert byte_size(parameters) == size
+    assert minimal(output={"path": "out", "shard_size": parameters}).output.shard_size == size
 
 
 @pytest.mark.parametrize("text", ["5 gigs", "GB", ".", "1.2.3MB", "-5MB", "1e9", "1XB"])
@@ -214,8 +214,8 @@ PLAIN = {"samples": None, "fields": {}}
 )  # fmt: skip
 def test_calibration_data_is_a_file_or_sources_for_all_experts_or_for_each(data, sources):
     recipe = minimal(calibration={"data": data})
-    given = {name: [source.model_dump() for source in recipe.calibration.sources(name)] for name in sources}
-    assert given == sources
+    arguments = {name: [source.model_dump() for source in recipe.calibration.sources(name)] for name in sources}
+    assert arguments == sources
 
 
 def test_a_recipe_with_sources_is_spelled_out_and_read_again():
@@ -223,20 +223,20 @@ def test_a_recipe_with_sources_is_spelled_out_and_read_again():
         calibration={"data": {"lm": [GSM8K, "a.jsonl"], "math": "m.jsonl", "code": MBPP}},
         evaluation={"data": {"lm": [GSM8K, MBPP], "quiz": {"file": "q.jsonl", "fields": {"choices": "endings"}}}},
     )
-    spelled = json.loads(json.dumps(recipe.spelled_out()))
+    content = json.loads(json.dumps(recipe.spelled_out()))
 
-    assert spelled["calibration"]["data"] == {"lm": [GSM8K, "a.jsonl"], "math": "m.jsonl", "code": MBPP}
-    assert Recipe.parse(spelled).spelled_out() == spelled
+    assert content["calibration"]["data"] == {"lm": [GSM8K, "a.jsonl"], "math": "m.jsonl", "code": MBPP}
+    assert Recipe.parse(content).spelled_out() == content
 
 
 def test_an_output_must_spare_every_source(tmp_path):
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         (tmp_path / name).touch()
-    more = {
+    options = {
         "calibration": {"data": {"lm": ["a.jsonl", {"file": "b.jsonl"}]}},
         "evaluation": {"data": {"lm": [{"file": "c.jsonl"}]}},
     }
-    recipe = Recipe.parse({**yaml.safe_load(MINIMAL), **more}, tmp_path)
+    recipe = Recipe.parse({**yaml.safe_load(MINIMAL), **options}, tmp_path)
     assert recipe.surroundings() == [tmp_path, *(tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))]
 
 
@@ -386,17 +386,17 @@ def test_overrides_are_recorded_in_order(file):
 
 
 def test_every_default_is_spelled_out():
-    spelled = Recipe.parse(MINIMAL).spelled_out()
+    spelling = Recipe.parse(MINIMAL).spelled_out()
 
-    assert spelled["parameters"] == {"weight": 1, "normalize": True}
-    assert spelled["experts"]["lm"] == {"model": "models/lm", "adapter": None, "weight": 1}
-    assert spelled["output"]["shard_size"] == 5_000_000_000
-    assert (spelled["missing"], spelled["extra_rows"], spelled["seed"]) == ("error", "keep", 0)
+    assert spelling["parameters"] == {"weight": 1, "normalize": True}
+    assert spelling["experts"]["lm"] == {"model": "models/lm", "adapter": None, "weight": 1}
+    assert spelling["output"]["shard_size"] == 5_000_000_000
+    assert (spelling["missing"], spelling["extra_rows"], spelling["seed"]) == ("error", "keep", 0)
 
 
 def test_exact_fractions_survive_being_spelled_out():
-    spelled = minimal(parameters={"weight": {"lm": "1/3", "math": 0.29, "code": 1}}).spelled_out()
-    assert spelled["parameters"]["weight"] == {"lm": "1/3", "math": 0.29, "code": 1}
+    spelling = minimal(parameters={"weight": {"lm": "1/3", "math": 0.29, "code": 1}}).spelled_out()
+    assert spelling["parameters"]["weight"] == {"lm": "1/3", "math": 0.29, "code": 1}
 
 
 def test_recipes_are_shipped():
@@ -409,13 +409,13 @@ shipped = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @shipped
 def test_what_is_spelled_out_says_the_same(path):
     recipe = Recipe.load(path)
-    spelled = json.loads(json.dumps(recipe.spelled_out()))
+    content = json.loads(json.dumps(recipe.spelled_out()))
 
-    again = Recipe.parse(spelled)
+    reparsed = Recipe.parse(content)
 
-    assert again.spelled_out() == spelled
-    for one, other in zip(recipe.choices(), again.choices(), strict=True):
-        assert settled(one, recipe.experts) == settled(other, recipe.experts)
+    assert reparsed.spelled_out() == content
+    for choice, second_value in zip(recipe.choices(), reparsed.choices(), strict=True):
+        assert settled(choice, recipe.experts) == settled(second_value, recipe.experts)
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +432,7 @@ def test_the_schema_accepts_a_shipped_recipe_short_and_spelled_out(validator, pa
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "fault",
     [
         {"metod": "linear"},
         {"method": "liner"},
@@ -448,10 +448,10 @@ def test_the_schema_accepts_a_shipped_recipe_short_and_spelled_out(validator, pa
         {"seed": -1},
         {"missing": "never"},
     ],
-    ids=lambda wrong: json.dumps(wrong),
+    ids=lambda fault: json.dumps(fault),
 )
-def test_the_schema_rejects_what_the_recipe_rejects(validator, wrong):
-    recipe = {key: value for key, value in {**yaml.safe_load(MINIMAL), **wrong}.items() if value is not None}
+def test_the_schema_rejects_what_the_recipe_rejects(validator, fault):
+    recipe = {key: value for key, value in {**yaml.safe_load(MINIMAL), **fault}.items() if value is not None}
     with pytest.raises(RecipeError):
         Recipe.parse(recipe)
     assert not validator.is_valid(recipe)

@@ -17,16 +17,16 @@ def deltas_of(k, *shape, seed=0):
     return dict(zip("abcde", randn(k, *shape, seed=seed), strict=False))
 
 
-def merged(method, deltas, written=None, **more):
-    return merge(checked(method, written or {}), deltas, **more)
+def merged(method, deltas, parameters=None, **options):
+    return merge(checked(method, parameters or {}), deltas, **options)
 
 
 def moments(values):
     return Inputs(second_moment=torch.as_tensor(values, dtype=torch.float32))
 
 
-def assert_close(got, expected, tolerance=1e-5):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+def assert_close(result, expected, tolerance=1e-5):
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
 # --- RegMean with diagonals alone -----------------------------------------------------------------
@@ -35,13 +35,13 @@ def assert_close(got, expected, tolerance=1e-5):
 def test_regmean_diag_oracle():
     deltas, h = deltas_of(3, 4, 5), randn(3, 5, seed=1).square()
     weight = {"a": 1, "b": 0.5, "c": 2}
-    got = merged("regmean_diag", deltas, {"weight": weight, "lambda": 0.7}, inputs=moments(h))
+    result = merged("regmean_diag", deltas, {"weight": weight, "lambda": 0.7}, inputs=moments(h))
     expected = torch.zeros(4, 5)
     for j in range(5):
         shares = [w * float(h[k, j]) for k, w in enumerate(weight.values())]
         for k, delta in enumerate(deltas.values()):
             expected[:, j] += 0.7 * shares[k] / sum(shares) * delta[:, j]
-    assert_close(got, expected)
+    assert_close(result, expected)
 
 
 def test_regmean_diag_minimizes_the_change_of_the_layers_outputs():
@@ -60,21 +60,23 @@ def test_regmean_diag_of_equal_inputs_is_the_mean():
 
 
 def test_regmean_diag_returns_equal_weights_bit_for_bit():
-    base, own = randn(4, 5), randn(4, 5, seed=1)
-    got = merged("regmean_diag", dict.fromkeys("abc", own - base), base=base, inputs=moments(randn(3, 5).square()))
-    assert torch.equal(got, base + (own - base))
+    base, weights = randn(4, 5), randn(4, 5, seed=1)
+    result = merged(
+        "regmean_diag", dict.fromkeys("abc", weights - base), base=base, inputs=moments(randn(3, 5).square())
+    )
+    assert torch.equal(result, base + (weights - base))
 
 
 def test_an_input_that_only_one_expert_sees_is_that_experts():
     deltas = deltas_of(2, 3, 2)
-    got = merged("regmean_diag", deltas, inputs=moments([[1, 0], [0, 1]]))
-    assert_close(got, torch.stack([deltas["a"][:, 0], deltas["b"][:, 1]], 1))
+    result = merged("regmean_diag", deltas, inputs=moments([[1, 0], [0, 1]]))
+    assert_close(result, torch.stack([deltas["a"][:, 0], deltas["b"][:, 1]], 1))
 
 
 def test_an_input_that_nobody_sees_gets_the_mean():
     deltas = deltas_of(2, 3, 2)
-    got = merged("regmean_diag", deltas, {"weight": {"a": 3, "b": 1}}, inputs=moments([[0, 1], [0, 1]]))
-    assert_close(got, 0.75 * deltas["a"] + 0.25 * deltas["b"])
+    result = merged("regmean_diag", deltas, {"weight": {"a": 3, "b": 1}}, inputs=moments([[0, 1], [0, 1]]))
+    assert_close(result, 0.75 * deltas["a"] + 0.25 * deltas["b"])
 
 
 def test_an_expert_that_no_token_reached_has_no_say():
@@ -83,17 +85,17 @@ def test_an_expert_that_no_token_reached_has_no_say():
 
 
 def test_a_matrix_that_is_stored_by_its_inputs_is_weighed_by_them_too():
-    deltas, known = deltas_of(2, 3, 5), moments(randn(2, 5, seed=1).square())
+    deltas, inputs = deltas_of(2, 3, 5), moments(randn(2, 5, seed=1).square())
     stored = {expert: delta.T for expert, delta in deltas.items()}
-    got = merged("regmean_diag", stored, inputs=known, kind="conv1d", slice_elements=6)
-    assert torch.equal(got, merged("regmean_diag", deltas, inputs=known).T)
+    result = merged("regmean_diag", stored, inputs=inputs, kind="conv1d", slice_elements=6)
+    assert torch.equal(result, merged("regmean_diag", deltas, inputs=inputs).T)
 
 
 @pytest.mark.parametrize("kind", ["vector", "embedding"])
 def test_tensors_without_inputs_get_the_mean_times_lambda(kind):
     deltas = deltas_of(3, 4, 5)
-    got = merged("regmean_diag", deltas, {"lambda": 0.5}, kind=kind)
-    assert_close(got, 0.5 * merged("mean", deltas))
+    result = merged("regmean_diag", deltas, {"lambda": 0.5}, kind=kind)
+    assert_close(result, 0.5 * merged("mean", deltas))
 
 
 @pytest.mark.parametrize("method", ["regmean_diag", "regmean"])
@@ -111,20 +113,20 @@ def grams_of(k, columns, tokens, seed=5):
     return Inputs(x.square().mean(1), x.mean(1), x.mT @ x / tokens)
 
 
-def turned_inputs(known, turn):
+def turned_inputs(inputs, turn):
     """The same of tokens that were turned."""
-    return Inputs(known.second_moment, known.mean, turn.T @ known.gram @ turn)
+    return Inputs(inputs.second_moment, inputs.mean, turn.T @ inputs.gram @ turn)
 
 
 @pytest.mark.parametrize("alpha", [0, 0.3, 0.9, 1])
 @pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
 def test_the_errors_of_regmeans_outputs_balance(shape, alpha):
     """The sum of (W - W_k) G_k is zero, which is where the squared error is least."""
-    deltas, known = deltas_of(3, *shape), grams_of(3, shape[1], 50)
-    best = merged("regmean", deltas, {"alpha": alpha}, inputs=known).double()
-    kept = [alpha * g.double() + (1 - alpha) * g.double().diagonal().diag() for g in known.gram]
-    errors = [(best - delta.double()) @ g for delta, g in zip(deltas.values(), kept, strict=True)]
-    assert float(sum(errors).norm()) < 1e-5 * sum(float(each.norm()) for each in errors)
+    deltas, inputs = deltas_of(3, *shape), grams_of(3, shape[1], 50)
+    best = merged("regmean", deltas, {"alpha": alpha}, inputs=inputs).double()
+    grams = [alpha * g.double() + (1 - alpha) * g.double().diagonal().diag() for g in inputs.gram]
+    errors = [(best - delta.double()) @ g for delta, g in zip(deltas.values(), grams, strict=True)]
+    assert float(sum(errors).norm()) < 1e-5 * sum(float(error.norm()) for error in errors)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -135,39 +137,39 @@ def test_regmean_of_equal_experts_is_the_expert_bit_for_bit(k):
 
 def test_regmean_of_inputs_alike_in_all_directions_is_the_mean():
     eye = torch.eye(6).expand(3, 6, 6)
-    known = Inputs(torch.ones(3, 6), torch.zeros(3, 6), eye)
-    assert_close(merged("regmean", deltas_of(3, 4, 6), inputs=known), merged("mean", deltas_of(3, 4, 6)))
+    inputs = Inputs(torch.ones(3, 6), torch.zeros(3, 6), eye)
+    assert_close(merged("regmean", deltas_of(3, 4, 6), inputs=inputs), merged("mean", deltas_of(3, 4, 6)))
 
 
 def test_regmean_without_correlations_is_regmean_diag():
-    deltas, known = deltas_of(3, 4, 6), grams_of(3, 6, 50)
-    got = merged("regmean", deltas, {"alpha": 0}, inputs=known)
-    assert_close(got, merged("regmean_diag", deltas, inputs=known))
+    deltas, inputs = deltas_of(3, 4, 6), grams_of(3, 6, 50)
+    result = merged("regmean", deltas, {"alpha": 0}, inputs=inputs)
+    assert_close(result, merged("regmean_diag", deltas, inputs=inputs))
 
 
 def test_regmean_of_fewer_tokens_than_inputs_still_has_an_answer():
-    deltas, known = deltas_of(2, 4, 6), grams_of(2, 6, 2)
-    got = merged("regmean", deltas, {"alpha": 1}, inputs=known)
-    for delta, gram in zip(deltas.values(), known.gram, strict=True):  # each is answered as it was, where 4 < 6
-        assert_close((got - delta) @ gram, torch.zeros(4, 6), 1e-4)
+    deltas, inputs = deltas_of(2, 4, 6), grams_of(2, 6, 2)
+    result = merged("regmean", deltas, {"alpha": 1}, inputs=inputs)
+    for delta, gram in zip(deltas.values(), inputs.gram, strict=True):  # each is answered as it was, where 4 < 6
+        assert_close((result - delta) @ gram, torch.zeros(4, 6), 1e-4)
 
 
 @given(seed=st.integers(0, 1000), k=st.sampled_from([2, 3]), shape=st.sampled_from([(4, 6), (9, 6), (6, 6)]))
 def test_turning_outputs_turns_what_regmean_merges_and_so_does_turning_inputs(seed, k, shape):
-    deltas, known = deltas_of(k, *shape, seed=seed), grams_of(k, shape[1], 50, seed=seed)
-    left, right = (torch.linalg.qr(randn(n, n, seed=seed + 1))[0] for n in shape)
-    turned = {expert: left @ delta @ right for expert, delta in deltas.items()}
-    whole = {"alpha": 1}
-    got = merged("regmean", turned, whole, inputs=turned_inputs(known, right))
-    assert_close(got, left @ merged("regmean", deltas, whole, inputs=known) @ right, 1e-4)
+    deltas, inputs = deltas_of(k, *shape, seed=seed), grams_of(k, shape[1], 50, seed=seed)
+    left_vectors, right_vectors = (torch.linalg.qr(randn(n, n, seed=seed + 1))[0] for n in shape)
+    turned = {expert: left_vectors @ delta @ right_vectors for expert, delta in deltas.items()}
+    total = {"alpha": 1}
+    result = merged("regmean", turned, total, inputs=turned_inputs(inputs, right_vectors))
+    assert_close(result, left_vectors @ merged("regmean", deltas, total, inputs=inputs) @ right_vectors, 1e-4)
 
 
 @given(seed=st.integers(0, 1000))
 def test_regmean_does_not_care_for_the_order_of_experts(seed):
-    deltas, known = deltas_of(3, 5, 6, seed=seed), grams_of(3, 6, 50, seed=seed)
-    backwards = Inputs(known.second_moment.flip(0), known.mean.flip(0), known.gram.flip(0))
-    got = merged("regmean", dict(reversed(deltas.items())), inputs=backwards)
-    assert_close(got, merged("regmean", deltas, inputs=known))
+    deltas, inputs = deltas_of(3, 5, 6, seed=seed), grams_of(3, 6, 50, seed=seed)
+    backwards = Inputs(inputs.second_moment.flip(0), inputs.mean.flip(0), inputs.gram.flip(0))
+    result = merged("regmean", dict(reversed(deltas.items())), inputs=backwards)
+    assert_close(result, merged("regmean", deltas, inputs=inputs))
 
 
 # --- WUDI -----------------------------------------------------------------------------------------
@@ -190,9 +192,9 @@ def interference(tau, deltas, omega=0.0, ridge="relative"):
 def test_no_other_task_vector_interferes_less_than_wudis(shape, omega, ridge):
     deltas = deltas_of(3, *shape)
     best = merged("wudi", deltas, {"omega": omega, "ridge": ridge})
-    least = interference(best, deltas, omega, ridge)
-    assert least < interference(sum(deltas.values()), deltas, omega, ridge)
-    assert all(least < interference(best + 0.01 * randn(*shape, seed=i), deltas, omega, ridge) for i in range(20))
+    minimum = interference(best, deltas, omega, ridge)
+    assert minimum < interference(sum(deltas.values()), deltas, omega, ridge)
+    assert all(minimum < interference(best + 0.01 * randn(*shape, seed=i), deltas, omega, ridge) for i in range(20))
 
 
 @pytest.mark.parametrize("ridge", ["relative", "absolute"])
@@ -205,8 +207,8 @@ def test_wudi_oracle(ridge):
         omega = 0.5 * squares / 7 if ridge == "relative" else 0.5
         importance = (delta.T @ delta + omega * eye) / squares
         over, under = over + delta @ importance, under + importance
-    got = merged("wudi", deltas, {"omega": 0.5, "lambda": 0.7, "ridge": ridge})
-    assert_close(got, (0.7 * over @ torch.linalg.inv(under)).float())
+    result = merged("wudi", deltas, {"omega": 0.5, "lambda": 0.7, "ridge": ridge})
+    assert_close(result, (0.7 * over @ torch.linalg.inv(under)).float())
 
 
 @pytest.mark.parametrize(("ridge", "value"), [("absolute", 12 / 7), ("relative", 2.0)])
@@ -227,15 +229,15 @@ def test_only_an_absolute_ridge_depends_on_the_unit_of_the_weights():
     deltas = deltas_of(3, 5, 7)
     smaller = {expert: 0.01 * delta for expert, delta in deltas.items()}
     assert_close(100 * merged("wudi", smaller, {"omega": 1}), merged("wudi", deltas, {"omega": 1}))
-    far = 100 * merged("wudi", smaller, {"omega": 1, "ridge": "absolute"})
-    assert (far - merged("wudi", deltas, {"omega": 1, "ridge": "absolute"})).abs().max() > 0.1
+    rescaled = 100 * merged("wudi", smaller, {"omega": 1, "ridge": "absolute"})
+    assert (rescaled - merged("wudi", deltas, {"omega": 1, "ridge": "absolute"})).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("written", [{}, NO_RIDGE, {"ridge": "absolute"}])
+@pytest.mark.parametrize("parameters", [{}, NO_RIDGE, {"ridge": "absolute"}])
 @pytest.mark.parametrize("k", [1, 3])
-def test_wudi_of_identical_experts_is_the_expert_bit_for_bit(k, written):
+def test_wudi_of_identical_experts_is_the_expert_bit_for_bit(k, parameters):
     low_rank = randn(6, 2) @ randn(2, 9)
-    assert torch.equal(merged("wudi", dict.fromkeys("abc"[:k], low_rank), written), low_rank)
+    assert torch.equal(merged("wudi", dict.fromkeys("abc"[:k], low_rank), parameters), low_rank)
 
 
 def test_wudi_adds_what_is_in_different_rows():
@@ -249,13 +251,15 @@ def test_a_large_ridge_makes_wudi_the_mean():
     assert_close(merged("wudi", deltas, {"omega": 1e9}), merged("mean", deltas))
 
 
-@pytest.mark.parametrize("written", [{}, NO_RIDGE, {"ridge": "absolute"}])
+@pytest.mark.parametrize("parameters", [{}, NO_RIDGE, {"ridge": "absolute"}])
 @given(seed=st.integers(0, 1000))
-def test_turning_outputs_turns_what_wudi_merges_and_so_does_turning_inputs(written, seed):
+def test_turning_outputs_turns_what_wudi_merges_and_so_does_turning_inputs(parameters, seed):
     deltas = deltas_of(3, 9, 6, seed=seed)
-    left, right = (torch.linalg.qr(randn(n, n, seed=seed + 1))[0] for n in (9, 6))
-    turned = {expert: left @ delta @ right for expert, delta in deltas.items()}
-    assert_close(merged("wudi", turned, written), left @ merged("wudi", deltas, written) @ right, 1e-4)
+    left_vectors, right_vectors = (torch.linalg.qr(randn(n, n, seed=seed + 1))[0] for n in (9, 6))
+    turned = {expert: left_vectors @ delta @ right_vectors for expert, delta in deltas.items()}
+    assert_close(
+        merged("wudi", turned, parameters), left_vectors @ merged("wudi", deltas, parameters) @ right_vectors, 1e-4
+    )
 
 
 def test_wudi_does_not_care_for_the_order_of_experts():

@@ -40,30 +40,30 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(folder, method="linear", parameters=None, *, path="out", force=False, options=RunOptions(), **more):
+def run(folder, method="linear", parameters=None, *, path="out", force=False, options=RunOptions(), **extra):
     output = {"path": path, "shard_size": 300}
-    given = {"method": method, "parameters": parameters or {}, "output": output, **more}
+    content = {"method": method, "parameters": parameters or {}, "output": output, **extra}
     return merge(
-        Recipe.parse({"base": "base", "experts": {"code": "code", "math": "math"}, **given}, folder),
+        Recipe.parse({"base": "base", "experts": {"code": "code", "math": "math"}, **content}, folder),
         options,
         force=force,
     )
 
 
-def cut_short(folder, method="linear", parameters=None, *, shards=2, error=Killed, **more):
+def cut_short(folder, method="linear", parameters=None, *, shards=2, error=Killed, **options):
     """A run that ends when so many shards are finished."""
     journal = folder / "out.partial" / "journal"
 
-    def stop(what, done, total):
+    def stop(step, count, total):
         if shards:
             deadline = time.monotonic() + 0.3  # the hashing of a shard may be a moment late
-            while done > total * 0.8 and finished(journal) < shards and time.monotonic() < deadline:
+            while count > total * 0.8 and finished(journal) < shards and time.monotonic() < deadline:
                 time.sleep(0.01)
-        if finished(journal) >= shards and done:
+        if finished(journal) >= shards and count:
             raise error
 
     with pytest.raises(error):
-        run(folder, method, parameters, options=RunOptions(progress=stop), **more)
+        run(folder, method, parameters, options=RunOptions(progress=stop), **options)
 
 
 def finished(journal):
@@ -74,14 +74,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def whole(folder, *arguments, **more):
+def whole(folder, *arguments, **options):
     """What an uninterrupted run writes; the same output path, for the manifest names it."""
-    run(folder, *arguments, **more)
-    written = contents(folder / "out")
+    run(folder, *arguments, **options)
+    parameters = contents(folder / "out")
     for path in (folder / "out").iterdir():
         path.unlink()
     (folder / "out").rmdir()
-    return written
+    return parameters
 
 
 # --- going on -------------------------------------------------------------------------------------
@@ -91,34 +91,34 @@ def whole(folder, *arguments, **more):
 def test_a_run_that_was_cut_short_ends_in_the_same_bytes(folder, method, parameters):
     expected = whole(folder, method, parameters)
     cut_short(folder, method, parameters)
-    said = []
+    messages = []
 
-    run(folder, method, parameters, options=RunOptions(notice=said.append))
+    run(folder, method, parameters, options=RunOptions(notice=messages.append))
 
     assert contents(folder / "out") == expected
-    assert said[0].startswith("goes on where an earlier run stopped: ")
-    assert said[0].endswith(f" of {len(expected) - 4} shards are finished")
+    assert messages[0].startswith("goes on where an earlier run stopped: ")
+    assert messages[0].endswith(f" of {len(expected) - 4} shards are finished")
     assert not (folder / "out.partial").exists()
 
 
 def test_what_is_finished_is_neither_read_nor_written_again(folder):
-    everything = run(folder, path="whole")
+    completed = run(folder, path="whole")
     cut_short(folder, shards=3)
-    rest = run(folder)
-    assert rest.bytes_read < everything.bytes_read
-    assert rest.bytes_written < everything.bytes_written
-    assert rest.bytes_read == 3 * rest.bytes_written
+    tail = run(folder)
+    assert tail.bytes_read < completed.bytes_read
+    assert tail.bytes_written < completed.bytes_written
+    assert tail.bytes_read == 3 * tail.bytes_written
 
 
 def test_progress_of_the_rest_ends_with_all_done(folder):
     cut_short(folder)
-    told = []
-    result = run(folder, options=RunOptions(progress=lambda *each: told.append(each)))
-    assert list(dict.fromkeys(what for what, _, _ in told)) == ["checking", "merging"]
-    for what in ("checking", "merging"):
-        (done, total) = [each[1:] for each in told if each[0] == what][-1]
-        assert done == total
-    assert told[-1][1] == result.bytes_read
+    messages = []
+    result = run(folder, options=RunOptions(progress=lambda *call: messages.append(call)))
+    assert list(dict.fromkeys(step for step, _, _ in messages)) == ["checking", "merging"]
+    for step in ("checking", "merging"):
+        (count, total) = [call[1:] for call in messages if call[0] == step][-1]
+        assert count == total
+    assert messages[-1][1] == result.bytes_read
 
 
 def test_a_run_may_be_cut_short_again_and_again(folder):
@@ -181,8 +181,8 @@ def test_a_journal_that_was_torn_or_spoilt_only_costs_time(folder, torn):
 
 def test_an_unfinished_run_holds_disk_that_the_next_one_need_not_find_free(folder, monkeypatch):
     cut_short(folder)
-    held = sum(each.stat().st_blocks * 512 for each in (folder / "out.partial" / "model").iterdir())
-    assert held > 1616
+    disk_bytes = sum(value.stat().st_blocks * 512 for value in (folder / "out.partial" / "model").iterdir())
+    assert disk_bytes > 1616
     usage = type("Usage", (), {"free": 0})
     monkeypatch.setattr("merger.engine.preflight.shutil.disk_usage", lambda path: usage)
     run(folder)
@@ -212,8 +212,8 @@ def other_versions(folder):
 )
 def test_what_another_plan_finished_is_refused_and_forgotten_by_force(folder, monkeypatch, change, part):
     cut_short(folder)
-    before = contents(folder / "out.partial" / "model")
-    more = change(folder)
+    contents_before = contents(folder / "out.partial" / "model")
+    options = change(folder)
     if change is other_versions:
         monkeypatch.setattr("merger.engine.manifest.VERSION", "99")
 
@@ -222,12 +222,12 @@ def test_what_another_plan_finished_is_refused_and_forgotten_by_force(folder, mo
         match=rf"out\.partial: holds \d finished shards of another merge \(with other {part}\); "
         "run that one to its end, or start over with --force",
     ):
-        run(folder, **more)
+        run(folder, **options)
 
-    assert contents(folder / "out.partial" / "model") == before
-    run(folder, **more, force=True)
+    assert contents(folder / "out.partial" / "model") == contents_before
+    run(folder, **options, force=True)
     resumed = contents(folder / "out")
-    run(folder, **more, force=True)
+    run(folder, **options, force=True)
     assert contents(folder / "out") == resumed
 
 
@@ -236,9 +236,9 @@ def test_force_goes_on_with_the_same_plan(folder):
     cut_short(folder)
     run(folder, path="old")
     (folder / "old").rename(folder / "out")
-    said = []
-    run(folder, force=True, options=RunOptions(notice=said.append))
-    assert said[0].startswith("goes on where an earlier run stopped: ")
+    messages = []
+    run(folder, force=True, options=RunOptions(notice=messages.append))
+    assert messages[0].startswith("goes on where an earlier run stopped: ")
     assert contents(folder / "out") == expected
 
 
@@ -257,15 +257,15 @@ def test_only_the_journal_and_finished_shards_are_left(folder):
     cut_short(folder)
     lines = [json.loads(line) for line in (folder / "out.partial" / "journal").read_text().splitlines()]
     assert lines[0].keys() == {"plan"}
-    left = contents(folder / "out.partial" / "model")
-    assert left.keys() == {line["shard"] for line in lines[1:]}
+    files = contents(folder / "out.partial" / "model")
+    assert files.keys() == {line["shard"] for line in lines[1:]}
     assert not (folder / "out").exists()
 
 
 def test_a_run_that_finished_nothing_leaves_nothing(folder):
-    before = sorted(folder.rglob("*"))
+    names = sorted(folder.rglob("*"))
     cut_short(folder, shards=0)
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == names
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, RecipeError])
@@ -274,9 +274,9 @@ def test_what_is_made_of_wrong_inputs_is_not_kept(folder, kind):
         def __init__(self):
             super().__init__("is wrong")
 
-    before = sorted(folder.rglob("*"))
+    names = sorted(folder.rglob("*"))
     cut_short(folder, error=Wrong)
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == names
 
 
 SLOW = """\
@@ -310,9 +310,9 @@ def test_a_signal_leaves_what_is_finished_and_says_so(folder, merger, monkeypatc
         assert time.monotonic() - began < 60
         time.sleep(0.01)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    output, err = process.communicate(timeout=60)
 
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, output) == (130, "")
     assert err == (
         f"note: {folder}/out.partial keeps the finished shards; the same run goes on from there\n"
         "interrupted; nothing was left half-written\n"

@@ -75,24 +75,24 @@ class Models:
     folder: Path
     tensors: dict
 
-    def merged(self, method="linear", parameters=None, *, path="out", output=None, **more):
+    def merged(self, method="linear", parameters=None, *, path="out", output=None, **options):
         """What a merge writes: the output's tensors."""
-        self.run(method, parameters, output={"path": path, **(output or {})}, **more)
+        self.run(method, parameters, output={"path": path, **(output or {})}, **options)
         return load(self.folder / path)
 
     def run(self, method="linear", parameters=None, *, output=None, force=False, options=RunOptions(), **recipe):
         choice = {} if "pipeline" in recipe else {"method": method, "parameters": parameters or {}}
         experts = {name: name for name in self.tensors if name != "base"}
-        written = {"base": "base", "experts": experts, "output": output or {"path": "out"}, **choice, **recipe}
-        return merge(Recipe.parse(written, self.folder), options, force=force)
+        content = {"base": "base", "experts": experts, "output": output or {"path": "out"}, **choice, **recipe}
+        return merge(Recipe.parse(content, self.folder), options, force=force)
 
     def record(self, path="out"):
         return json.loads((self.folder / path / "merger.json").read_text())
 
 
 def models(folder, tensors, configs=None):
-    for name, each in tensors.items():
-        save(folder / name, each, (configs or {}).get(name, CONFIG))
+    for name, tensor in tensors.items():
+        save(folder / name, tensor, (configs or {}).get(name, CONFIG))
     return Models(folder, tensors)
 
 
@@ -110,8 +110,8 @@ def alike(tmp_path):
     tensors = {"base": base}
     for name in ("code", "math", "wiki"):
         tensors[name] = {
-            each: values + torch.randint(-2, 3, values.shape, generator=generator).bfloat16() / 4
-            for each, values in base.items()
+            value: values + torch.randint(-2, 3, values.shape, generator=generator).bfloat16() / 4
+            for value, values in base.items()
         }
     return models(tmp_path, tensors)
 
@@ -119,15 +119,15 @@ def alike(tmp_path):
 def in_memory(models, method, parameters):
     """The same merge by the public function on tensors."""
     recipe = {"base": "base", "experts": {n: n for n in models.tensors if n != "base"}, "output": {"path": "x"}}
-    made = plan(Recipe.parse({**recipe, "method": method, "parameters": parameters}, models.folder))
-    made.close()
-    base, *experts = ({n: t.float() for n, t in each.items()} for each in models.tensors.values())
+    merge_plan = plan(Recipe.parse({**recipe, "method": method, "parameters": parameters}, models.folder))
+    merge_plan.close()
+    base, *experts = ({n: t.float() for n, t in value.items()} for value in models.tensors.values())
     return merge_tensors(
         checked(method, parameters),
         base,
         dict(zip(recipe["experts"], experts, strict=True)),
-        places={tensor.name: tensor.place for tensor in made.tensors},
-        kinds={tensor.name: tensor.kind for tensor in made.tensors},
+        places={tensor.name: tensor.place for tensor in merge_plan.tensors},
+        kinds={tensor.name: tensor.kind for tensor in merge_plan.tensors},
     )
 
 
@@ -156,9 +156,9 @@ def test_a_ranking_of_the_whole_model_is_one_sort_of_all_its_tensors(alike, monk
 
     names = sorted(base)  # numbers of one digit, so this is the natural order
     scores = torch.cat([(code[name].float() - base[name].float()).abs().flatten() for name in names])
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[scores.argsort(descending=True, stable=True)[: int(len(scores) * 3 // 10)]] = True
-    for name, mask in zip(names, kept.split([base[name].numel() for name in names]), strict=True):
+    selection = torch.zeros_like(scores, dtype=torch.bool)
+    selection[scores.argsort(descending=True, stable=True)[: int(len(scores) * 3 // 10)]] = True
+    for name, mask in zip(names, selection.split([base[name].numel() for name in names]), strict=True):
         assert same_bits(merged[name], code[name].where(mask.view_as(code[name]), base[name]))
 
 
@@ -181,10 +181,10 @@ def test_a_conv1d_is_merged_by_its_output_neurons(tmp_path, pipeline):
 
     merged = models(tmp_path, tensors).merged(pipeline=pipeline)["h.0.c_fc.weight"]
 
-    turned = {name: {"w": each["h.0.c_fc.weight"].T.contiguous()} for name, each in tensors.items()}
+    turned = {name: {"w": tensor["h.0.c_fc.weight"].T.contiguous()} for name, tensor in tensors.items()}
     base = turned.pop("base")
-    named = [(each, {}) if isinstance(each, str) else next(iter(each.items())) for each in pipeline]
-    assert same_bits(merged, merge_tensors([checked(*each) for each in named], base, turned)["w"].T)
+    by_name = [(tensor, {}) if isinstance(tensor, str) else next(iter(tensor.items())) for tensor in pipeline]
+    assert same_bits(merged, merge_tensors([checked(*tensor) for tensor in by_name], base, turned)["w"].T)
 
 
 @pytest.mark.parametrize("method", ["knots", "wudi"])
@@ -197,7 +197,7 @@ def test_a_conv1d_is_turned_for_methods_of_whole_matrices(tmp_path, method):
 
     merged = models(tmp_path, tensors).merged(method)["h.0.c_fc.weight"]
 
-    turned = {name: {"w": each["h.0.c_fc.weight"].T.contiguous()} for name, each in tensors.items()}
+    turned = {name: {"w": tensor["h.0.c_fc.weight"].T.contiguous()} for name, tensor in tensors.items()}
     base = turned.pop("base")
     torch.testing.assert_close(merged, merge_tensors(checked(method, {}), base, turned)["w"].T)
 
@@ -212,7 +212,7 @@ def test_packed_experts_are_each_decomposed_as_a_matrix(tmp_path):
     merged = models(tmp_path, tensors, configs).merged("tsv_m")[name]
 
     for e in range(3):
-        base, code, math = ({"w": each[name][e]} for each in tensors.values())
+        base, code, math = ({"w": tensor[name][e]} for tensor in tensors.values())
         assert same_bits(merged[e], merge_tensors(checked("tsv_m", {}), base, {"code": code, "math": math})["w"])
 
 
@@ -220,13 +220,13 @@ def test_packed_experts_are_each_merged_as_a_matrix(tmp_path):
     generator = torch.Generator().manual_seed(0)
     name = "layers.0.mlp.experts.down_proj"
     tensors = {label: {name: torch.randn(3, 4, 5, generator=generator)} for label in ("base", "code", "math")}
-    given = {"density": 0.3, "scope": "tensor"}
+    parameters = {"density": 0.3, "scope": "tensor"}
 
-    merged = models(tmp_path, tensors).merged("ties", given)[name]
+    merged = models(tmp_path, tensors).merged("ties", parameters)[name]
 
     for e in range(3):
-        base, code, math = ({"w": each[name][e]} for each in tensors.values())
-        assert same_bits(merged[e], merge_tensors(checked("ties", given), base, {"code": code, "math": math})["w"])
+        base, code, math = ({"w": tensor[name][e]} for tensor in tensors.values())
+        assert same_bits(merged[e], merge_tensors(checked("ties", parameters), base, {"code": code, "math": math})["w"])
 
 
 def test_rules_are_carried_out(drawn):
@@ -248,19 +248,19 @@ def test_rules_are_carried_out(drawn):
 
 
 def test_a_rule_takes_what_only_one_expert_has(tmp_path):
-    made = models(tmp_path, {"base": llama(0), "code": llama(1), "math": {**llama(2), "extra": torch.arange(3)}})
-    merged = made.merged(rules=[{"tensors": "^extra$", "use": "math"}])
+    result = models(tmp_path, {"base": llama(0), "code": llama(1), "math": {**llama(2), "extra": torch.arange(3)}})
+    merged = result.merged(rules=[{"tensors": "^extra$", "use": "math"}])
     assert same_bits(merged["extra"], torch.arange(3))
-    assert made.record()["tensors"]["extra"] == {"kind": "buffer", "stored as": "I64 [3]", "copied from": "math"}
+    assert result.record()["tensors"]["extra"] == {"kind": "buffer", "stored as": "I64 [3]", "copied from": "math"}
 
 
 def test_tensors_that_share_a_ranking_are_those_of_one_rule(drawn):
-    given = {"density": 0.1}
-    merged = drawn.merged("ties", given, rules=[{"tensors": "layers", "method": "ties", "parameters": given}])
+    parameters = {"density": 0.1}
+    merged = drawn.merged("ties", parameters, rules=[{"tensors": "layers", "method": "ties", "parameters": parameters}])
 
     for part in (lambda name: "layers" in name, lambda name: "layers" not in name):
-        base, code, math = ({n: t for n, t in each.items() if part(n)} for each in drawn.tensors.values())
-        expected = merge_tensors(checked("ties", given), base, {"code": code, "math": math})
+        base, code, math = ({n: t for n, t in tensor.items() if part(n)} for tensor in drawn.tensors.values())
+        expected = merge_tensors(checked("ties", parameters), base, {"code": code, "math": math})
         assert same_bits({name: merged[name] for name in expected}, expected)
 
 
@@ -281,9 +281,9 @@ def test_models_of_different_dtypes_meet_in_float32_and_come_out_as_the_base(tmp
 
 def test_a_missing_tensor_counts_as_unchanged_on_request(tmp_path):
     base, code, math = llama(0), llama(1), llama(2)
-    without = {name: tensor for name, tensor in code.items() if name != UP}
+    plain_recipe = {name: tensor for name, tensor in code.items() if name != UP}
 
-    merged = models(tmp_path, {"base": base, "code": without, "math": math}).merged("linear", missing="zero")
+    merged = models(tmp_path, {"base": base, "code": plain_recipe, "math": math}).merged("linear", missing="zero")
 
     full = {"base": base, "code": {**code, UP: base[UP]}, "math": math}
     assert same_bits(merged, in_memory(models(tmp_path / "full", full), "linear", {}))
@@ -313,18 +313,18 @@ def bit_patterns(dtype, seed, count=4096):
 @pytest.mark.parametrize("seed", range(3))
 def test_one_expert_taken_whole_is_that_expert_and_none_of_it_is_the_base(tmp_path, dtype, seed):
     tensors = {"base": {"w.weight": bit_patterns(dtype, seed)}, "code": {"w.weight": bit_patterns(dtype, seed + 100)}}
-    made = models(tmp_path, tensors)
-    assert same_bits(made.merged("task_arithmetic", path="whole"), tensors["code"])
-    assert same_bits(made.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
+    result = models(tmp_path, tensors)
+    assert same_bits(result.merged("task_arithmetic", path="whole"), tensors["code"])
+    assert same_bits(result.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
 
 
 def test_float64_is_copied_whole_though_merged_in_float32(tmp_path):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(2, 8, 8, dtype=torch.float64, generator=generator)
     tensors = {"base": {"w.weight": drawn[0]}, "code": {"w.weight": drawn[1]}}
-    made = models(tmp_path, tensors)
-    assert same_bits(made.merged("task_arithmetic", path="whole"), tensors["code"])
-    assert same_bits(made.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
+    result = models(tmp_path, tensors)
+    assert same_bits(result.merged("task_arithmetic", path="whole"), tensors["code"])
+    assert same_bits(result.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -337,9 +337,9 @@ def test_a_position_that_one_expert_claims_has_its_bits_and_one_that_none_claims
     def as_integers(values):
         return values.view(torch.int16 if values.element_size() == 2 else torch.int32)
 
-    taken = [as_integers(merged) == as_integers(each["w.weight"]) for each in tensors.values()]
-    assert torch.stack(taken).any(0).all()
-    assert all(int(each.sum()) >= int(0.1 * merged.numel()) - 4 for each in taken)
+    used_positions = [as_integers(merged) == as_integers(tensor["w.weight"]) for tensor in tensors.values()]
+    assert torch.stack(used_positions).any(0).all()
+    assert all(int(tensor.sum()) >= int(0.1 * merged.numel()) - 4 for tensor in used_positions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -366,17 +366,17 @@ def test_a_stored_tied_head_stays_the_embedding_bit_for_bit(tmp_path, method):
     merged = models(tmp_path, tensors, dict.fromkeys(tensors, TIED)).merged(method, {"density": 0.5})
     assert same_bits(merged[HEAD], merged[EMBEDDING])
 
-    alone = {name: {n: t for n, t in each.items() if n != HEAD} for name, each in tensors.items()}
-    single = models(tmp_path / "alone", alone, dict.fromkeys(tensors, TIED)).merged(method, {"density": 0.5})
+    solo = {name: {n: t for n, t in tensor.items() if n != HEAD} for name, tensor in tensors.items()}
+    single = models(tmp_path / "alone", solo, dict.fromkeys(tensors, TIED)).merged(method, {"density": 0.5})
     assert same_bits({name: merged[name] for name in single}, single)  # it was ranked and drawn for once
 
 
 def test_a_head_that_one_expert_untied_is_merged_with_the_others_embeddings(tmp_path):
     base, code, math = llama(0), llama(1), llama(2)
     del base[HEAD], math[HEAD]
-    made = models(tmp_path, {"base": base, "code": code, "math": math}, {"base": TIED, "math": TIED})
+    result = models(tmp_path, {"base": base, "code": code, "math": math}, {"base": TIED, "math": TIED})
 
-    merged = made.merged("task_arithmetic")
+    merged = result.merged("task_arithmetic")
 
     torch.testing.assert_close(merged[HEAD], code[HEAD] + math[EMBEDDING] - base[EMBEDDING])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -414,18 +414,18 @@ def test_integers_are_the_bases_and_a_difference_is_noted(tmp_path):
     def with_ids(ids):
         return {"w.weight": torch.ones(2, 2), "position_ids": torch.tensor(ids), "mask": torch.tensor([True, False])}
 
-    made = models(tmp_path, {"base": with_ids([0, 1]), "code": with_ids([0, 2]), "math": with_ids([0, 1, 2])})
-    said = []
+    output = models(tmp_path, {"base": with_ids([0, 1]), "code": with_ids([0, 2]), "math": with_ids([0, 1, 2])})
+    messages = []
 
-    result = made.run(output={"path": "out", "dtype": "float16"}, options=RunOptions(notice=said.append))
+    result = output.run(output={"path": "out", "dtype": "float16"}, options=RunOptions(notice=messages.append))
 
     merged = load(tmp_path / "out")
     assert same_bits(merged["position_ids"], torch.tensor([0, 1]))
     assert merged["mask"].dtype == torch.bool
     note = "position_ids: copied from base, but differs in code, math"
-    assert note in said
+    assert note in messages
     assert note in result.notes
-    assert note in made.record()["notes"]
+    assert note in output.record()["notes"]
 
 
 # --- the same bytes -------------------------------------------------------------------------------
@@ -443,44 +443,44 @@ TELLING = [
 
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 def test_the_size_of_shards_decides_no_byte_of_a_tensor(alike, method, parameters):
-    one = alike.merged(method, parameters)
-    many = alike.merged(method, parameters, path="many", output={"shard_size": 1})
+    merged = alike.merged(method, parameters)
+    sharded = alike.merged(method, parameters, path="many", output={"shard_size": 1})
     assert len(list((alike.folder / "many").glob("*.safetensors"))) > 10
-    assert same_bits(one, many)
+    assert same_bits(merged, sharded)
 
 
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 @pytest.mark.parametrize("elements", [1, 12])
 def test_the_size_of_slices_decides_no_byte(alike, monkeypatch, method, parameters, elements):
-    whole = alike.merged(method, parameters)
+    total = alike.merged(method, parameters)
     monkeypatch.setattr(merger.engine.memory, "SLICE", elements)
-    assert same_bits(whole, alike.merged(method, parameters, path="sliced"))
+    assert same_bits(total, alike.merged(method, parameters, path="sliced"))
 
 
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 def test_what_is_read_again_is_what_would_have_been_held(alike, monkeypatch, method, parameters):
     monkeypatch.setattr(merger.engine.memory, "SLICE", 12)
-    held = alike.merged(method, parameters)
+    tensors = alike.merged(method, parameters)
     monkeypatch.setattr(merger.engine.memory, "HOLD", 0)
-    assert same_bits(held, alike.merged(method, parameters, path="again"))
+    assert same_bits(tensors, alike.merged(method, parameters, path="again"))
 
 
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 def test_the_number_of_workers_decides_no_byte(alike, monkeypatch, method, parameters):
     monkeypatch.setattr(merger.engine.memory, "SLICE", 12)
-    several = []
+    groups = []
     for cores in (1, 7):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        several.append(alike.merged(method, parameters, path=f"by-{cores}"))
-    assert same_bits(*several)
+        groups.append(alike.merged(method, parameters, path=f"by-{cores}"))
+    assert same_bits(*groups)
 
 
 def test_a_method_of_whole_matrices_needs_room_for_its_factors(drawn):
     def needed(method):
-        written = {"base": "base", "experts": {n: n for n in drawn.tensors if n != "base"}, "output": {"path": "x"}}
-        made = plan(Recipe.parse({**written, "method": method}, drawn.folder))
-        made.close()
-        return merger.engine.memory.memory_needed(made, 1)
+        content = {"base": "base", "experts": {n: n for n in drawn.tensors if n != "base"}, "output": {"path": "x"}}
+        merge_plan = plan(Recipe.parse({**content, "method": method}, drawn.folder))
+        merge_plan.close()
+        return merger.engine.memory.memory_needed(merge_plan, 1)
 
     copies, grams = 4 * 8 * (2 + 8), 3 * 8 * 8  # of the largest matrix, 4 x 8, for two experts
     assert needed("wudi") - needed("linear") == 8 * (copies + grams)
@@ -500,24 +500,26 @@ def test_a_cap_on_memory_decides_no_byte(alike):
 def test_the_hash_seed_of_python_decides_no_byte_of_the_folder(alike):
     text = "base: base\nexperts: {code: code, math: math, wiki: wiki}\nmethod: dare_ties\noutput: {path: out}\n"
     (alike.folder / "recipe.yaml").write_text(text)
-    found = []
+    result = []
     for seed in "12":
         command = [sys.executable, "-m", "merger", "run", "recipe.yaml", "--force"]
         subprocess.run(command, cwd=alike.folder, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
-        found.append({path.name: path.read_bytes() for path in (alike.folder / "out").iterdir()})
-    assert found[0] == found[1]
+        result.append({path.name: path.read_bytes() for path in (alike.folder / "out").iterdir()})
+    assert result[0] == result[1]
 
 
 def test_the_seed_decides_the_draws(alike):
-    one, same, other = (alike.merged("dare_ties", path=f"out{i}", seed=seed) for i, seed in enumerate((0, 0, 1)))
-    assert same_bits(one, same)
-    assert not same_bits(one, other)
+    first_value, equal, second_value = (
+        alike.merged("dare_ties", path=f"out{i}", seed=seed) for i, seed in enumerate((0, 0, 1))
+    )
+    assert same_bits(first_value, equal)
+    assert not same_bits(first_value, second_value)
 
 
 def test_one_tensors_draws_depend_on_no_other_tensor(alike):
-    whole = alike.merged("dare_linear")
-    few = {name: {UP: each[UP]} for name, each in alike.tensors.items()}
-    assert same_bits(models(alike.folder / "few", few).merged("dare_linear")[UP], whole[UP])
+    total = alike.merged("dare_linear")
+    subset = {name: {UP: tensor[UP]} for name, tensor in alike.tensors.items()}
+    assert same_bits(models(alike.folder / "few", subset).merged("dare_linear")[UP], total[UP])
 
 
 # --- what stands beside the weights ---------------------------------------------------------------
@@ -567,17 +569,17 @@ def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
 
 
 @pytest.mark.parametrize(
-    ("method", "said"), [("ties", []), ("dare_linear", []), ("slerp", ["slerp"]), ("tsv_m", ["tsv_m"])]
+    ("method", "message"), [("ties", []), ("dare_linear", []), ("slerp", ["slerp"]), ("tsv_m", ["tsv_m"])]
 )
-def test_the_manifest_says_which_stages_depend_on_the_device(drawn, method, said):
+def test_the_manifest_says_which_stages_depend_on_the_device(drawn, method, message):
     drawn.run(method)
-    assert drawn.record()["device-dependent"] == said
+    assert drawn.record()["device-dependent"] == message
 
 
 def test_the_manifests_recipe_makes_the_same_model_again(drawn):
     first = drawn.merged("della", {"density": [0.4, 0.6]}, rules=[{"kinds": ["vector"], "use": "code"}])
-    again = {**drawn.record()["recipe"], "output": {"path": "again"}}
-    merge(Recipe.parse(again, drawn.folder))
+    content = {**drawn.record()["recipe"], "output": {"path": "again"}}
+    merge(Recipe.parse(content, drawn.folder))
     assert same_bits(first, load(drawn.folder / "again"))
 
 
@@ -596,7 +598,7 @@ def test_the_card_links_to_what_came_from_the_hub():
 
 
 def test_tokenizer_and_generation_files_come_along(tmp_path):
-    made = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9)})
+    result = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9)})
     for name, words in (("base", WORDS[:8]), ("code", WORDS[:9])):
         save_tokenizer(tmp_path / name, words, chat_template=name)
         for file in ("chat_template.jinja", "generation_config.json", "processor_config.json"):
@@ -604,7 +606,7 @@ def test_tokenizer_and_generation_files_come_along(tmp_path):
         (tmp_path / name / "optimizer.pt").touch()
         (tmp_path / name / "modeling_custom.py").touch()
 
-    made.run()
+    result.run()
 
     texts = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
     assert texts["processor_config.json"] == '{"of": "base"}'
@@ -617,26 +619,26 @@ def test_tokenizer_and_generation_files_come_along(tmp_path):
 
 
 def test_files_in_folders_come_along_and_are_verified(tmp_path):
-    made = models(tmp_path, {"base": llama(0), "code": llama(1)})
+    result = models(tmp_path, {"base": llama(0), "code": llama(1)})
     names = ["1_Pooling/config.json", "additional_chat_templates/tool_use.jinja", "modules.json", "tokenizer.json"]
     for name in names:
         write(tmp_path / "base" / name, {"model": {"vocab": {"a": 0}}} if name == "tokenizer.json" else "[]")
-    made.run()
-    assert made.record()["files"].keys() == {"config.json", *names}
+    result.run()
+    assert result.record()["files"].keys() == {"config.json", *names}
     assert (tmp_path / "out" / names[0]).read_text() == "[]"
     (tmp_path / "out" / names[1]).write_text("{}")
     (tmp_path / "out" / names[0]).unlink()
-    assert [each.file for each in verify(tmp_path / "out").differences] == names[:2]
+    assert [difference.file for difference in verify(tmp_path / "out").differences] == names[:2]
 
 
 def test_code_and_weights_that_are_not_copied_are_named(tmp_path):
     code = {"AutoModel": "modeling_own.Own", "AutoConfig": ["other/repository--config.C", None]}
-    made = models(tmp_path, {"base": llama(0), "code": llama(1)}, {"base": {**CONFIG, "auto_map": code}})
+    result = models(tmp_path, {"base": llama(0), "code": llama(1)}, {"base": {**CONFIG, "auto_map": code}})
     dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
     pooling = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
     write(tmp_path / "base" / "modules.json", [{"path": ""}, pooling, dense])
-    made.run()
-    assert made.record()["notes"] == [
+    result.run()
+    assert result.record()["notes"] == [
         "code: config differs from the base: auto_map "
         "{'AutoModel': 'modeling_own.Own', 'AutoConfig': ['other/repository--config.C', None]} -> None",
         "config.json names code, modeling_own.py, which is not copied; copy it if you trust it",
@@ -657,27 +659,29 @@ def test_every_input_tensor_is_accounted_for(tmp_path_factory, base, data):
     dtype = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
     tensors = {"base": {name: torch.ones(shape).to(kind) for name, (kind, shape) in base.items()}}
     for label in ("code", "math"):
-        kept = data.draw(st.sets(st.sampled_from(sorted(base))))
-        kinds = {name: data.draw(dtype) if base[name][0].is_floating_point else base[name][0] for name in kept}
+        names_in_model = data.draw(st.sets(st.sampled_from(sorted(base))))
+        kinds = {
+            name: data.draw(dtype) if base[name][0].is_floating_point else base[name][0] for name in names_in_model
+        }
         tensors[label] = {name: torch.full(base[name][1], 3).to(kind) for name, kind in kinds.items()}
         tensors[label] |= {f"extra.{name}": torch.ones(2) for name in data.draw(st.lists(names, max_size=2))}
         tensors[label] |= {} if tensors[label] else {"extra.x": torch.ones(2)}  # a checkpoint is never empty
-    made = models(folder, tensors)
+    output = models(folder, tensors)
 
-    result = made.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
+    result = output.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
 
-    merged, record = load(folder / "out"), made.record()
+    merged, record = load(folder / "out"), output.record()
     assert merged.keys() == record["tensors"].keys() == tensors["base"].keys()
-    for label, each in tensors.items():
+    for label, value in tensors.items():
         dropped = record["dropped"].get(label, {})
-        assert each.keys() == {n for n in record["tensors"] if n in each} | dropped.keys()
+        assert value.keys() == {n for n in record["tensors"] if n in value} | dropped.keys()
     for name, tensor in merged.items():
         assert (tensor.dtype, list(tensor.shape)) == (base[name][0], base[name][1])
         assert ("merged by" in record["tensors"][name]) == tensor.is_floating_point()
     assert result.tensors == {
         "merged": sum(tensor.is_floating_point() for tensor in merged.values()),
         "copied": sum(not tensor.is_floating_point() for tensor in merged.values()),
-        "dropped": sum(len(each) for each in record["dropped"].values()),
+        "dropped": sum(len(value) for value in record["dropped"].values()),
     }
 
 
@@ -687,27 +691,29 @@ def test_every_tensor_is_accounted_for_whatever_is_tied_biased_or_added(tmp_path
     q = "model.layers.0.self_attn.q_proj.bias"
     biased = data.draw(st.booleans())
     for seed, label in enumerate(("base", "code", "math")):
-        own = llama(seed, layers=1, rows=8 + (data.draw(st.integers(0, 2)) if label != "base" else 0))
+        tensor = llama(seed, layers=1, rows=8 + (data.draw(st.integers(0, 2)) if label != "base" else 0))
         head = data.draw(st.sampled_from(["own", "repeated", "none"]))
         if head != "own":
-            del own[HEAD]
-        own |= {HEAD: own[EMBEDDING].clone()} if head == "repeated" else {}
-        own |= {q: torch.ones(4)} if biased else {}
-        own |= {f"extra.{name}": torch.ones(2) for name in data.draw(st.lists(names, max_size=2))}
-        tensors[label] = own
-        configs[label] = {**CONFIG, "vocab_size": len(own[EMBEDDING]), "tie_word_embeddings": head != "own"}
-    made = models(folder, tensors, configs)
+            del tensor[HEAD]
+        tensor |= {HEAD: tensor[EMBEDDING].clone()} if head == "repeated" else {}
+        tensor |= {q: torch.ones(4)} if biased else {}
+        tensor |= {f"extra.{name}": torch.ones(2) for name in data.draw(st.lists(names, max_size=2))}
+        tensors[label] = tensor
+        configs[label] = {**CONFIG, "vocab_size": len(tensor[EMBEDDING]), "tie_word_embeddings": head != "own"}
+    result = models(folder, tensors, configs)
 
-    made.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
+    result.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
 
-    merged, record = load(folder / "out"), made.record()
+    merged, record = load(folder / "out"), result.record()
     assert merged.keys() == record["tensors"].keys()
-    for label, own in tensors.items():
+    for label, tensor in tensors.items():
         dropped = record["dropped"].get(label, {})
         reads = {
-            said["reads"][label] for said in record["tensors"].values() if "reads" in said and label in said["reads"]
+            message["reads"][label]
+            for message in record["tensors"].values()
+            if "reads" in message and label in message["reads"]
         }
-        assert own.keys() <= merged.keys() | dropped.keys() | reads
+        assert tensor.keys() <= merged.keys() | dropped.keys() | reads
         assert not dropped.keys() & merged.keys()
     assert tensors["base"].keys() <= merged.keys()
 
@@ -730,16 +736,16 @@ def test_a_result_says_what_was_done(drawn):
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_progress_never_goes_back_and_ends_with_all_done(tmp_path, method):
-    made = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9), "math": llama(2, rows=9)})
-    told = []
+    output = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9), "math": llama(2, rows=9)})
+    messages = []
 
-    result = made.run(method, options=RunOptions(progress=lambda *each: told.append(each)))
+    result = output.run(method, options=RunOptions(progress=lambda *value: messages.append(value)))
 
-    assert {what for what, _, _ in told} == {"merging"}
-    done = [each for _, each, _ in told]
-    assert done == sorted(done)
-    assert all(done <= total for _, done, total in told)
-    assert told[-1][1] == told[-1][2] == result.bytes_read
+    assert {step for step, _, _ in messages} == {"merging"}
+    count = [value for _, value, _ in messages]
+    assert count == sorted(count)
+    assert all(count <= total for _, count, total in messages)
+    assert messages[-1][1] == messages[-1][2] == result.bytes_read
 
 
 # --- whole or absent ------------------------------------------------------------------------------
@@ -747,14 +753,14 @@ def test_progress_never_goes_back_and_ends_with_all_done(tmp_path, method):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_run_that_is_stopped_leaves_nothing(drawn, error):
-    def stop(what, done, total):
-        if done > total / 2:
+    def stop(step, count, total):
+        if count > total / 2:
             raise error
 
-    before = sorted(drawn.folder.rglob("*"))
+    paths = sorted(drawn.folder.rglob("*"))
     with pytest.raises(error):
         drawn.run(options=RunOptions(progress=stop), output={"path": "new/folders/out"})
-    assert sorted(drawn.folder.rglob("*")) == before
+    assert sorted(drawn.folder.rglob("*")) == paths
 
 
 def test_a_fault_found_late_leaves_the_old_output_untouched(drawn):
@@ -783,7 +789,7 @@ def test_an_occupied_output_is_replaced_only_by_force(drawn):
 
 
 def test_a_file_that_appears_at_the_output_meanwhile_stays(drawn):
-    def appear(what, done, total):
+    def appear(step, count, total):
         (drawn.folder / "out").mkdir(exist_ok=True)
         (drawn.folder / "out" / "precious").touch()
 
@@ -821,7 +827,7 @@ def test_a_disk_too_small_is_told_before_the_work(drawn, monkeypatch):
 def test_an_input_that_shrinks_meanwhile_is_told(drawn, monkeypatch):
     file = drawn.folder / "math" / "model.safetensors"
 
-    def shrink(what, done, total):
+    def shrink(step, count, total):
         os.truncate(file, 3000)
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
@@ -870,12 +876,12 @@ def test_transformers_loads_what_was_merged_with_no_key_missing_or_unexpected(tm
     for seed, name in enumerate(("base", "code", "math")):
         model = tiny(kind, seed)
         model.save_pretrained(tmp_path / name)
-    made = Models(tmp_path, dict.fromkeys(("base", "code", "math")))
+    result = Models(tmp_path, dict.fromkeys(("base", "code", "math")))
 
-    made.run("della", {"density": 0.5})
+    result.run("della", {"density": 0.5})
 
-    loaded, said = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(said[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    loaded, loading_info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading_info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     merged = load(tmp_path / "out")
     for name, parameter in loaded.state_dict().items():
         if name in merged:
@@ -894,8 +900,8 @@ def test_a_model_with_added_tokens_loads_and_generates(tmp_path):
 
     Models(tmp_path, dict.fromkeys(("base", "code", "math"))).run("ties", output={"path": "out", "dtype": "bfloat16"})
 
-    loaded, said = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(said[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded, loading_info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading_info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == torch.bfloat16
     assert loaded.get_input_embeddings().weight.shape == (18, 8)
     assert loaded.generate(torch.tensor([[17]]), max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 4)
@@ -915,6 +921,6 @@ def test_packed_experts_of_which_there_are_none_are_written_as_such(tmp_path):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     for seed, label in enumerate(("base", "code", "math")):
         save(tmp_path / label, {**llama(seed), name: torch.empty(0, 4, 4)})
-    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "method": "linear"}
-    merge(Recipe.parse({**written, "output": {"path": "out"}}, tmp_path))
+    content = {"base": "base", "experts": {"code": "code", "math": "math"}, "method": "linear"}
+    merge(Recipe.parse({**content, "output": {"path": "out"}}, tmp_path))
     assert load(tmp_path / "out")[name].shape == (0, 4, 4)

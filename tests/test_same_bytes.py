@@ -89,9 +89,9 @@ def folder(models, tmp_path, monkeypatch):
 def merged(folder, name, shard_size=SHARDS, **options):
     """Every file of a merge; it is at the same place each time, for the manifest names that."""
     merge(Recipe.parse(recipe(name, shard_size), folder), RunOptions(**options))
-    written = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    parameters = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     shutil.rmtree(folder / "out")
-    return written
+    return parameters
 
 
 def merged_in_two_runs(folder, name, monkeypatch):
@@ -107,10 +107,12 @@ def merged_in_two_runs(folder, name, monkeypatch):
     journal = folder / "out.partial" / "journal"
     plan, *finished = journal.read_text().splitlines()
     journal.write_text("\n".join([plan, *finished[::2], ""]))
-    said = []
-    written = merged(folder, name, notice=said.append)
-    assert f"goes on where an earlier run stopped: {len(finished[::2])} of {len(finished)} shards are finished" in said
-    return written
+    messages = []
+    parameters = merged(folder, name, notice=messages.append)
+    assert (
+        f"goes on where an earlier run stopped: {len(finished[::2])} of {len(finished)} shards are finished" in messages
+    )
+    return parameters
 
 
 class Killed(BaseException):
@@ -120,9 +122,9 @@ class Killed(BaseException):
 def digests(folder):
     """One SHA-256 for all files of each merge."""
     return {
-        name: hashlib.sha256(b"".join(written[file] for file in sorted(written))).hexdigest()
+        name: hashlib.sha256(b"".join(parameters[file] for file in sorted(parameters))).hexdigest()
         for name in ALL
-        for written in [merged(folder, name)]
+        for parameters in [merged(folder, name)]
     }
 
 
@@ -146,15 +148,15 @@ def elsewhere(models):
 def test_neither_threads_slices_memory_compiled_loops_breaks_nor_hash_seeds_decide_a_byte(
     folder, monkeypatch, elsewhere, name
 ):
-    written = merged(folder, name)
+    parameters = merged(folder, name)
     with monkeypatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 7)
         patch.setattr(merger.engine.memory, "SLICE", 24)
         patch.setattr(merger.engine.memory, "HOLD", 0)
         patch.setattr(kernels, "compiled", lambda: False)
-        assert merged(folder, name, max_memory=merger.engine.memory.INTERPRETER + 1_000_000) == written
-    assert merged_in_two_runs(folder, name, monkeypatch) == written
-    assert elsewhere[name] == hashlib.sha256(b"".join(written[file] for file in sorted(written))).hexdigest()
+        assert merged(folder, name, max_memory=merger.engine.memory.INTERPRETER + 1_000_000) == parameters
+    assert merged_in_two_runs(folder, name, monkeypatch) == parameters
+    assert elsewhere[name] == hashlib.sha256(b"".join(parameters[file] for file in sorted(parameters))).hexdigest()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -166,22 +168,22 @@ def test_the_size_of_shards_decides_no_byte_of_a_tensor(folder, name):
     assert same_bits(*tensors)
 
 
-def differing(one, other):
+def differing(files, other_files):
     """The files of a merge that another has otherwise, but for the manifest, which names the device."""
-    assert one.keys() == other.keys()
-    return {file for file in one if one[file] != other[file]} - {"merger.json"}
+    assert files.keys() == other_files.keys()
+    return {file for file in files if files[file] != other_files[file]} - {"merger.json"}
 
 
-def device_dependent(written):
-    return json.loads(written["merger.json"])["device-dependent"]
+def device_dependent(parameters):
+    return json.loads(parameters["merger.json"])["device-dependent"]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_merge_whose_bytes_depend_on_how_a_device_rounds_says_so(folder, devices, name):
-    written = merged(folder, name)
+    parameters = merged(folder, name)
     devices("cuda:0", "cuda:1", pretence=CudaRounding)
     elsewhere = merged(folder, name)
-    assert device_dependent(written) or not differing(written, elsewhere)
+    assert device_dependent(parameters) or not differing(parameters, elsewhere)
 
 
 SEVERAL = ["linear", "ties", "dare_ties", "obim", "cabs", "rescale", "tsv_m", "emr", "byom", "factors"]
@@ -189,11 +191,11 @@ SEVERAL = ["linear", "ties", "dare_ties", "obim", "cabs", "rescale", "tsv_m", "e
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_devices_give_the_bytes_of_one_and_their_tensors_never_meet(folder, devices, name):
-    written = merged(folder, name)
+    parameters = merged(folder, name)
     devices("cpu", "cpu", "cpu")
-    assert merged(folder, name) == written
+    assert merged(folder, name) == parameters
     devices("cuda:0", "cuda:1")
-    assert not differing(written, merged(folder, name))
+    assert not differing(parameters, merged(folder, name))
 
 
 def test_a_slice_that_fails_on_one_of_several_devices_is_told_of_once_and_leaves_nothing(folder, devices):
@@ -202,27 +204,27 @@ def test_a_slice_that_fails_on_one_of_several_devices_is_told_of_once_and_leaves
     (folder / "code").unlink()
     save(folder / "code", tensors)
     devices("cpu", "cuda:0", "cpu")
-    before = set(folder.iterdir())
+    names = set(folder.iterdir())
     with pytest.raises(CheckpointError, match=r"^code: model.layers.0.mlp.up_proj.weight holds NaN or infinity$"):
         merged(folder, "linear")
-    assert set(folder.iterdir()) == before
+    assert set(folder.iterdir()) == names
 
 
 def test_what_one_number_of_devices_began_another_goes_on_with(folder, devices, monkeypatch):
     devices("cpu")
-    written = merged(folder, "ties")
+    parameters = merged(folder, "ties")
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "finish", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             merged(folder, "ties")
     devices("cpu", "cpu")
-    said = []
-    assert merged(folder, "ties", notice=said.append) == written
-    assert [line for line in said if line.startswith("goes on where an earlier run stopped")]
+    messages = []
+    assert merged(folder, "ties", notice=messages.append) == parameters
+    assert [line for line in messages if line.startswith("goes on where an earlier run stopped")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", ALL)
 def test_a_gpu_writes_the_same_bytes_or_the_merge_says_why_not(folder, name):
-    here, there = (merged(folder, name, device=device) for device in ("cpu", "cuda"))
-    assert device_dependent(here) or not differing(here, there)
+    cpu_files, gpu_files = (merged(folder, name, device=device) for device in ("cpu", "cuda"))
+    assert device_dependent(cpu_files) or not differing(cpu_files, gpu_files)

@@ -39,45 +39,45 @@ def sampled(tmp_path):
         for name, tensors in experts.items():
             save(tmp_path / name, tensors)
         choice = {} if recipe else {"method": "linear"}
-        written = {"base": "base", "experts": {name: name for name in experts}, "output": {"path": "out"}}
-        made = plan(Recipe.parse({**written, **choice, **recipe}, tmp_path))
+        content = {"base": "base", "experts": {name: name for name in experts}, "output": {"path": "out"}}
+        merge_plan = plan(Recipe.parse({**content, **choice, **recipe}, tmp_path))
         try:
-            return sample_changes(made)
+            return sample_changes(merge_plan)
         finally:
-            made.close()
+            merge_plan.close()
 
     return sample
 
 
 def test_a_sample_says_how_large_a_change_is_beside_the_base_and_how_many_elements_it_touches(sampled):
     base = weights()
-    found = sampled(base, experts={"all": changed(base, 1), "half": changed(base, 1 / 2), "none": base})
+    changes = sampled(base, experts={"all": changed(base, 1), "half": changed(base, 1 / 2), "none": base})
 
-    assert found["all"].relative_size == pytest.approx(0.25)
-    assert (found["all"].changed, found["half"].changed, found["none"].changed) == (1, 0.5, 0)
-    assert found["half"].relative_size == pytest.approx(0.25 * 0.5**0.5, rel=0.05)
-    assert found["none"].relative_size == 0
+    assert changes["all"].relative_size == pytest.approx(0.25)
+    assert (changes["all"].changed, changes["half"].changed, changes["none"].changed) == (1, 0.5, 0)
+    assert changes["half"].relative_size == pytest.approx(0.25 * 0.5**0.5, rel=0.05)
+    assert changes["none"].relative_size == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("expert_dtype", [torch.float32, torch.bfloat16])
 def test_a_sample_is_of_the_middle_of_every_matrix_in_any_dtype(sampled, dtype, expert_dtype):
     base, expert = weights(dtype=dtype), weights(seed=1, dtype=expert_dtype)
-    (found,) = sampled(base, experts={"a": expert}).values()
+    (result,) = sampled(base, experts={"a": expert}).values()
 
     first = (64 * 64 - ELEMENTS) // 2
     middle = slice(first, first + ELEMENTS)
     b, e = (torch.cat([model[n].view(-1)[middle].double() for n in (UP, DOWN)]) for model in (base, expert))
-    assert found.relative_size == pytest.approx(float((e - b).norm() / b.norm()), rel=1e-12)
-    assert found.changed == float((e != b).double().mean())
+    assert result.relative_size == pytest.approx(float((e - b).norm() / b.norm()), rel=1e-12)
+    assert result.changed == float((e != b).double().mean())
 
 
 def test_unrelated_models_differ_by_the_root_of_two_and_are_noted(sampled):
-    found = sampled(weights(), experts={"stranger": weights(seed=1), "tuned": changed(weights(), 1, 1.01)})
+    changes = sampled(weights(), experts={"stranger": weights(seed=1), "tuned": changed(weights(), 1, 1.01)})
 
-    assert found["stranger"].relative_size == pytest.approx(2**0.5, rel=0.05)
-    assert list(sample_notes(found)) == [
-        f"stranger: differs from the base by {found['stranger'].relative_size:.2f} of the base's size in a sample of "
+    assert changes["stranger"].relative_size == pytest.approx(2**0.5, rel=0.05)
+    assert list(sample_notes(changes)) == [
+        f"stranger: differs from the base by {changes['stranger'].relative_size:.2f} of the base's size in a sample of "
         "the weights, where fine-tunes differ by less than 0.1; was it trained from this base?"
     ]
 
@@ -109,25 +109,25 @@ IM = {"density": {"sparse": "1/3", "dense": "1/3"}, "order": ["sparse", "dense"]
 )
 def test_a_sample_says_which_share_an_expert_claims_without_having_changed_it(sampled, choice, claimed):
     base = weights()
-    found = sampled(base, experts={"sparse": changed(base, 1 / 100), "dense": changed(base, 1)}, **choice)
+    changes = sampled(base, experts={"sparse": changed(base, 1 / 100), "dense": changed(base, 1)}, **choice)
 
-    assert found["sparse"].claimed_unchanged == pytest.approx(claimed, abs=0.001)
-    assert found["dense"].claimed_unchanged == 0
+    assert changes["sparse"].claimed_unchanged == pytest.approx(claimed, abs=0.001)
+    assert changes["dense"].claimed_unchanged == 0
 
 
 def test_claims_are_compared_matrix_by_matrix(sampled):
     base = weights()
     half = {**base, UP: base[UP] * 1.25}  # all of one matrix, nothing of the other
-    found = sampled(base, experts={"sparse": half, "dense": changed(base, 1)}, method="im", parameters=IM)
-    assert found["sparse"].claimed_unchanged == pytest.approx(1 / 6)
+    changes = sampled(base, experts={"sparse": half, "dense": changed(base, 1)}, method="im", parameters=IM)
+    assert changes["sparse"].claimed_unchanged == pytest.approx(1 / 6)
 
 
 def test_claims_of_a_ranking_over_the_whole_model_are_compared_over_the_whole_model(sampled):
     base = weights()
     half = {**base, UP: base[UP] * 1.25}
     ranked = {**IM, "scope": "global"}
-    found = sampled(base, experts={"sparse": half, "dense": changed(base, 1)}, method="im", parameters=ranked)
-    assert found["sparse"].claimed_unchanged == 0
+    changes = sampled(base, experts={"sparse": half, "dense": changed(base, 1)}, method="im", parameters=ranked)
+    assert changes["sparse"].claimed_unchanged == 0
 
 
 def test_an_expert_without_weights_here_is_left_out(sampled, tmp_path):
@@ -135,10 +135,10 @@ def test_an_expert_without_weights_here_is_left_out(sampled, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_left_to_the_merge(sampled):
-    broken = weights()
-    broken[UP][32, 0] = float("nan")
-    found = sampled(weights(), experts={"broken": broken, "good": changed(weights(), 1)})
-    assert list(found) == ["good"]
+    damaged = weights()
+    damaged[UP][32, 0] = float("nan")
+    changes = sampled(weights(), experts={"broken": damaged, "good": changed(weights(), 1)})
+    assert list(changes) == ["good"]
 
 
 # --- where it is told -----------------------------------------------------------------------------
@@ -165,16 +165,16 @@ CLAIM = (
 
 
 def test_plan_shows_the_changes_and_notes_what_is_wrong_with_them(merger, folder):
-    shown = merger("plan", "recipe.yaml").out
-    assert "|delta| / |base|" in shown
-    assert f"note: {CLAIM}" in shown
-    assert "note: stranger: differs from the base by 1." in shown
+    output = merger("plan", "recipe.yaml").out
+    assert "|delta| / |base|" in output
+    assert f"note: {CLAIM}" in output
+    assert "note: stranger: differs from the base by 1." in output
 
 
 def test_the_plan_for_machines_has_the_changes(merger, folder):
-    made = json.loads(merger("plan", "recipe.yaml", "--json").out)
-    assert made["changes"]["sparse"]["changed"] == pytest.approx(0.01, abs=0.001)
-    assert CLAIM in made["notes"]
+    content = json.loads(merger("plan", "recipe.yaml", "--json").out)
+    assert content["changes"]["sparse"]["changed"] == pytest.approx(0.01, abs=0.001)
+    assert CLAIM in content["notes"]
 
 
 def test_a_run_notes_the_same_and_its_manifest_keeps_it(folder):
@@ -193,6 +193,6 @@ def test_every_plan_with_exclusive_claims_says_what_claim_zeros_does(merger, fol
 
 def test_random_experts_of_a_small_model_are_not_judged(tmp_path):
     trio(tmp_path)
-    written = {"base": "base", "experts": {"code": "code", "math": "math"}, "method": "linear", "output": {"path": "o"}}
-    assert merge(Recipe.parse(written, tmp_path)).notes == []
+    content = {"base": "base", "experts": {"code": "code", "math": "math"}, "method": "linear", "output": {"path": "o"}}
+    assert merge(Recipe.parse(content, tmp_path)).notes == []
     assert sum(values.numel() for name, values in llama().items() if "proj" in name) < 512

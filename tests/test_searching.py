@@ -18,6 +18,7 @@ from merger.evaluation.search import search, strategies
 from merger.evaluation.search.space import example, spaces
 from merger.evaluation.search.strategies import STRATEGIES
 from merger.options import RunOptions
+from merger.pipeline.registry import PACKAGES, Package
 from merger.recipe.document import parse, read
 from merger.recipe.json_schema import json_schema
 from merger.recipe.recipe import Recipe, search_of
@@ -34,8 +35,8 @@ OPEN = {
 
 def space_of(**changes):
     """The one space of a small recipe."""
-    written = {"base": "b", "experts": {"x": "x", "y": "y"}, "output": {"path": "o"}, **OPEN, **changes}
-    return spaces(parse(yaml.safe_dump(written), "r.yaml", Path()), {}, ())[""]
+    content = {"base": "b", "experts": {"x": "x", "y": "y"}, "output": {"path": "o"}, **OPEN, **changes}
+    return spaces(parse(yaml.safe_dump(content), "r.yaml", Path()), {}, ())[""]
 
 
 def first(strategy, worth, count=100):
@@ -88,7 +89,7 @@ def test_a_recipe_that_is_still_open_is_no_merge():
 
 
 @pytest.mark.parametrize(
-    ("said", "fault"),
+    ("message", "fault"),
     [
         ([], "expected a list of values, or"),
         (3, "expected a list of values, or"),
@@ -100,17 +101,17 @@ def test_a_recipe_that_is_still_open_is_no_merge():
         ({"low": 0, "high": 1, "step": 0}, "above 0"),
     ],
 )
-def test_a_mark_that_says_nothing_is_told_with_its_place(said, fault):
+def test_a_mark_that_says_nothing_is_told_with_its_place(message, fault):
     with pytest.raises(RecipeError, match=f"r.yaml.*parameters.density: search: .*{fault}"):
-        space_of(parameters={"density": {"search": said}})
+        space_of(parameters={"density": {"search": message}})
 
 
 def test_a_variant_brings_its_own_method():
     text = {"base": "b", "experts": {"x": "x"}, "output": {"path": "o"}, "method": "ties", "parameters": {"density": 1}}
     variants = {"plain": {"method": "linear"}, "dense": {"parameters": {"density": {"search": [0.5]}}}}
-    found = spaces(parse(yaml.safe_dump(text), "r", Path()), variants, ())
-    assert found["plain"].recipe({}).spelled_out()["parameters"] == {"weight": 1, "normalize": True}
-    assert found["dense"].recipe({"parameters.density": 0.5}).method == "ties"
+    result = spaces(parse(yaml.safe_dump(text), "r", Path()), variants, ())
+    assert result["plain"].recipe({}).spelled_out()["parameters"] == {"weight": 1, "normalize": True}
+    assert result["dense"].recipe({"parameters.density": 0.5}).method == "ties"
 
 
 # --- strategies -----------------------------------------------------------------------------------
@@ -134,10 +135,10 @@ def test_a_strategy_depends_on_its_seed_and_on_what_it_is_told_alone(name):
     if name != "random":
         pytest.importorskip("optuna")
         pytest.importorskip("cmaes")
-    one, again, other = (first(STRATEGIES[name](space_of(), seed), hill, 12) for seed in (1, 1, 2))
-    assert one == again
-    assert one != other
-    assert all(point["parameters.density"] in (0.2, 0.4, 0.6) for point in one)
+    points, repeated_points, seeded_points = (first(STRATEGIES[name](space_of(), seed), hill, 12) for seed in (1, 1, 2))
+    assert points == repeated_points
+    assert points != seeded_points
+    assert all(point["parameters.density"] in (0.2, 0.4, 0.6) for point in points)
 
 
 @pytest.mark.parametrize("name", ["tpe", "cmaes"])
@@ -166,15 +167,17 @@ def test_what_a_strategy_lacks_is_told():
 
 def searched(folder, tmp_path, *, name="recipe", kind="answers", **changes):
     """A recipe on disk that leaves density and lambda open."""
-    asked = {"strategy": "random", "trials": 4, "samples": 6, **changes.pop("search", {})}
-    return file_of(tmp_path / f"{name}.yaml", text_of(folder, kind, TASKS[:2], **{**OPEN, "search": asked, **changes}))
+    request = {"strategy": "random", "trials": 4, "samples": 6, **changes.pop("search", {})}
+    return file_of(
+        tmp_path / f"{name}.yaml", text_of(folder, kind, TASKS[:2], **{**OPEN, "search": request, **changes})
+    )
 
 
-def plain(found):
+def plain(result):
     """The trials without the time they took."""
     return {
         variant: [replace(trial, merge_seconds=0, judge_seconds=0) for trial in trials]
-        for variant, trials in found.trials.items()
+        for variant, trials in result.trials.items()
     }
 
 
@@ -207,9 +210,9 @@ def test_a_search_that_is_killed_and_goes_on_ends_with_the_same_trials(demo_fold
     if strategy == "tpe":
         pytest.importorskip("optuna")
     monkeypatch.setattr(strategies, "STARTUP", 2)
-    asked = {"strategy": strategy, "trials": 5, "objective": "loss"}
-    path = searched(demo_folder, tmp_path, kind="texts", parameters=CHANGES[strategy], search=asked)
-    whole = search(path, options=CPU, to=tmp_path / "whole")
+    request = {"strategy": strategy, "trials": 5, "objective": "loss"}
+    path = searched(demo_folder, tmp_path, kind="texts", parameters=CHANGES[strategy], search=request)
+    search_result = search(path, options=CPU, to=tmp_path / "whole")
 
     with monkeypatch.context() as patch:
         die_at(patch, merges=3)
@@ -219,8 +222,8 @@ def test_a_search_that_is_killed_and_goes_on_ends_with_the_same_trials(demo_fold
         record.write('{"trial": 9, "vari')  # and it was writing
     resumed = search(path, options=CPU, to=tmp_path / "killed")
 
-    assert plain(resumed) == plain(whole)
-    assert resumed.report == whole.report
+    assert plain(resumed) == plain(search_result)
+    assert resumed.report == search_result.report
     assert (tmp_path / "killed" / "best.yaml").read_text() == (tmp_path / "whole" / "best.yaml").read_text()
 
 
@@ -230,9 +233,9 @@ def test_a_finished_search_computes_nothing_again_and_more_trials_go_on_from_the
     with monkeypatch.context() as patch:
         die_at(patch, 1)
         assert search(path, options=CPU) == first_found
-    more = search(path, ["search.trials=6"], CPU)
-    assert plain(more)[""][:4] == plain(first_found)[""]
-    assert len(more.trials[""]) == 6
+    search_result = search(path, ["search.trials=6"], CPU)
+    assert plain(search_result)[""][:4] == plain(first_found)[""]
+    assert len(search_result.trials[""]) == 6
 
 
 def test_the_record_of_another_search_is_not_gone_on_with(demo_folder, tmp_path):  # noqa: F811
@@ -245,11 +248,20 @@ def test_the_record_of_another_search_is_not_gone_on_with(demo_folder, tmp_path)
     assert len(search(path, ["search.seed=1"], CPU, force=True).trials[""]) == 1
 
 
+def test_a_search_does_not_go_on_with_another_version_of_a_package_of_methods(demo_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(PACKAGES, "merger.methods.ties", Package("acme-merging", "1.2"))
+    path = searched(demo_folder, tmp_path, search={"trials": 1})
+    search(path, options=CPU)
+    monkeypatch.setitem(PACKAGES, "merger.methods.ties", Package("acme-merging", "1.3"))
+    with pytest.raises(RecipeError, match="is the record of another search: versions differ"):
+        search(path, options=CPU)
+
+
 def test_the_report_is_of_examples_that_the_search_never_saw(demo_folder, tmp_path):  # noqa: F811
     path = searched(demo_folder, tmp_path, search={"trials": 1})
-    found = search(path, options=CPU)
+    search_result = search(path, options=CPU)
     header = json.loads((tmp_path / "recipe.search" / "trials.jsonl").read_text().splitlines()[0])
-    assert {task: each.sha256 for task, each in found.report.tasks.items()} == header["report data"]
+    assert {task: value.sha256 for task, value in search_result.report.tasks.items()} == header["report data"]
     assert header["search data"].keys() == header["report data"].keys() == set(TASKS[:2])
     assert not set(header["search data"].values()) & set(header["report data"].values())
 
@@ -263,9 +275,9 @@ def test_variants_have_the_same_budget_and_a_row_each(demo_folder, tmp_path, mer
     path = searched(demo_folder, tmp_path, method=None, parameters=None, search={"trials": 2, "variants": variants})
     ran = merger("search", path, "--json", "--device", "cpu")
     assert ran.code == 0
-    found = json.loads(ran.out)
-    assert {name: len(trials) for name, trials in found["trials"].items()} == {"average": 1, "ties": 2, "obim": 1}
-    assert [row["model"] for row in found["report"]["rows"] if row["kind"] == "merge"] == list(variants)
+    content = json.loads(ran.out)
+    assert {name: len(trials) for name, trials in content["trials"].items()} == {"average": 1, "ties": 2, "obim": 1}
+    assert [row["model"] for row in content["report"]["rows"] if row["kind"] == "merge"] == list(variants)
     assert "points left out, as their values do not go together: 1, the first of them " in ran.err
     page = (tmp_path / "recipe.search" / "report.md").read_text()
     assert '| obim | `{"density": 0.2}` |' in page

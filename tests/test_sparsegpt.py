@@ -29,9 +29,9 @@ def correlated(columns, seed=0):
     return randn(4 * columns, columns, seed=seed) @ randn(columns, columns, seed=seed + 1)
 
 
-def inputs_of(*several):
+def inputs_of(*groups):
     """What calibration knows of experts whose inputs [t c] are given."""
-    grams = torch.stack([x.T @ x / len(x) for x in several])
+    grams = torch.stack([x.T @ x / len(x) for x in groups])
     return Inputs(second_moment=grams.diagonal(dim1=1, dim2=2), mean=torch.zeros(grams.shape[:2]), gram=grams)
 
 
@@ -49,10 +49,10 @@ def slowly(delta, gram, density, damping=0.01):
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)
         scores = torch.stack([delta[:, j] ** 2 / inverse[j][0, 0] for j in range(first, last)], 1)
-        wanted = int(density * rows * last) - int(density * rows * first)
-        kept = torch.zeros(scores.numel(), dtype=torch.bool)
-        kept[scores.flatten().argsort(descending=True)[:wanted]] = True
-        for j, column in zip(range(first, last), kept.view_as(scores).T, strict=True):
+        target = int(density * rows * last) - int(density * rows * first)
+        selection = torch.zeros(scores.numel(), dtype=torch.bool)
+        selection[scores.flatten().argsort(descending=True)[:target]] = True
+        for j, column in zip(range(first, last), selection.view_as(scores).T, strict=True):
             error = delta[:, j].masked_fill(column, 0) / inverse[j][0, 0]
             delta[:, j:] -= torch.outer(error, inverse[j][0])
             delta[:, j].masked_fill_(~column, 0)
@@ -68,15 +68,15 @@ def test_it_is_the_paper_s_update(columns, density):
 
 
 def test_the_example_worked_by_hand():
-    known = Inputs(second_moment=tensor([[2, 2]]), mean=torch.zeros(1, 2), gram=tensor([[[2, 1], [1, 2]]]))
-    got = merge([checked("sparsegpt", {}), checked("sum", {})], {"a": [[1.0, 3.0]]}, inputs=known)
-    torch.testing.assert_close(got, tensor([[0, 3 + 1 / 2.02]]))
+    inputs = Inputs(second_moment=tensor([[2, 2]]), mean=torch.zeros(1, 2), gram=tensor([[[2, 1], [1, 2]]]))
+    result = merge([checked("sparsegpt", {}), checked("sum", {})], {"a": [[1.0, 3.0]]}, inputs=inputs)
+    torch.testing.assert_close(result, tensor([[0, 3 + 1 / 2.02]]))
 
 
 @pytest.mark.parametrize("density", ["0", "0.1", "1/3", "1"])
 def test_it_keeps_exactly_its_share(density):
-    got = thinned(randn(7, 2 * BLOCK + 3), correlated(2 * BLOCK + 3), density)
-    assert int((got != 0).sum()) == int(Fraction(density) * 7 * (2 * BLOCK + 3))
+    result = thinned(randn(7, 2 * BLOCK + 3), correlated(2 * BLOCK + 3), density)
+    assert int((result != 0).sum()) == int(Fraction(density) * 7 * (2 * BLOCK + 3))
 
 
 def test_what_is_kept_whole_is_not_changed():
@@ -93,48 +93,48 @@ def test_inputs_that_do_not_depend_on_each_other_keep_what_obm_keeps():
 
 def test_outputs_come_closer_than_by_dropping_the_same_entries():
     delta, x = randn(16, 24), correlated(24, seed=5)
-    got = thinned(delta, x, "0.5")
-    dropped = delta * (got != 0)
-    assert ((got - delta) @ x.T).norm() < 0.9 * ((dropped - delta) @ x.T).norm()
+    result = thinned(delta, x, "0.5")
+    dropped = delta * (result != 0)
+    assert ((result - delta) @ x.T).norm() < 0.9 * ((dropped - delta) @ x.T).norm()
 
 
 def test_an_expert_whose_inputs_were_never_seen_is_thinned_by_magnitude():
     deltas = dict(zip("ab", randn(2, 4, 6), strict=True))
-    known = inputs_of(torch.zeros(5, 6), correlated(6))
-    got = merge([checked("sparsegpt", {}), checked("sum", {"weight": {"a": 1, "b": 0}})], deltas, inputs=known)
+    inputs = inputs_of(torch.zeros(5, 6), correlated(6))
+    result = merge([checked("sparsegpt", {}), checked("sum", {"weight": {"a": 1, "b": 0}})], deltas, inputs=inputs)
     by_size = merge([checked("top", {"density": 0.5}), checked("sum", {"weight": {"a": 1, "b": 0}})], deltas)
-    assert torch.equal(got, by_size)
+    assert torch.equal(result, by_size)
 
 
 def test_exclusive_experts_hold_no_position_twice_and_the_first_chooses_as_if_alone():
     deltas = dict(zip("abc", randn(3, 8, 12), strict=True))
-    known = inputs_of(*(correlated(12, seed=i) for i in range(3)))
+    inputs = inputs_of(*(correlated(12, seed=i) for i in range(3)))
 
-    def left(expert, **more):
+    def left(expert, **options):
         only = {name: int(name == expert) for name in deltas}
-        stages = [checked("sparsegpt", {"density": "1/3", **more}), checked("sum", {"weight": only})]
-        return merge(stages, deltas, inputs=known)
+        stages = [checked("sparsegpt", {"density": "1/3", **options}), checked("sum", {"weight": only})]
+        return merge(stages, deltas, inputs=inputs)
 
-    held = {name: left(name, exclusive=["b", "a", "c"]) != 0 for name in deltas}
-    assert torch.equal(sum(mask.int() for mask in held.values()), torch.ones(8, 12, dtype=torch.int32))
+    masks = {name: left(name, exclusive=["b", "a", "c"]) != 0 for name in deltas}
+    assert torch.equal(sum(mask.int() for mask in masks.values()), torch.ones(8, 12, dtype=torch.int32))
     assert torch.equal(left("b", exclusive=["b", "a", "c"]), left("b"))
 
 
 @pytest.mark.parametrize("kind", ["vector", "embedding"])
 def test_tensors_without_inputs_are_thinned_by_magnitude(kind):
     delta = randn(1 if kind == "vector" else 4, 6)
-    got, by_size = (
+    result, by_size = (
         merge([checked(name, {"density": 0.5}), checked("sum", {})], {"a": delta}, kind=kind)
         for name in ("sparsegpt", "top")
     )
-    assert torch.equal(got, by_size)
+    assert torch.equal(result, by_size)
 
 
 def test_gram_matrices_are_left_as_they_were():
-    known = inputs_of(correlated(6).double())
-    before = known.gram.clone()
-    merge([checked("sparsegpt", {}), checked("sum", {})], {"a": randn(4, 6)}, inputs=known)
-    assert torch.equal(known.gram, before)
+    inputs = inputs_of(correlated(6).double())
+    state_before = inputs.gram.clone()
+    merge([checked("sparsegpt", {}), checked("sum", {})], {"a": randn(4, 6)}, inputs=inputs)
+    assert torch.equal(inputs.gram, state_before)
 
 
 def test_damping_that_leaves_h_without_an_inverse_is_refused():
@@ -147,14 +147,14 @@ def test_it_runs_block_by_block_on_a_real_model(tmp_path, monkeypatch):
     shutil.copytree(MODELS, tmp_path / "models")
     lines = (json.dumps({"text": p + a}) for p, a in demo_tasks.examples("upper", "calibration", 8))
     (tmp_path / "upper.jsonl").write_text("\n".join(lines))
-    written = {
+    content = {
         "base": "models/base",
         "experts": {"upper": "models/upper"},
         "pipeline": [{"sparsegpt": {"density": 0.25}}, "sum"],
         "calibration": {"data": "upper.jsonl", "samples": 8},
         "output": {"path": "out", "dtype": "float32"},
     }
-    merger.merge(merger.Recipe.parse(written, folder=tmp_path))
+    merger.merge(merger.Recipe.parse(content, folder=tmp_path))
     merged, base = load(tmp_path / "out"), load(MODELS / "base")
     name = "model.layers.1.mlp.up_proj.weight"
     changed = merged[name] != base[name].float()

@@ -26,14 +26,14 @@ def low_rank_deltas(k, m, n, rank=1):
     return {e: randn(m, rank, seed=i) @ randn(rank, n, seed=i + 9) for i, e in enumerate("abcde"[:k])}
 
 
-def merged(method, deltas, written=None, **more):
-    return merge(checked(method, written or {}), deltas, **more)
+def merged(method, deltas, parameters=None, **options):
+    return merge(checked(method, parameters or {}), deltas, **options)
 
 
-def assert_close(got, expected, tolerance=1e-5):
+def assert_close(result, expected, tolerance=1e-5):
     expected = tensor(expected)
     scale = max(1e-30, float(expected.abs().max()))
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance * scale)
 
 
 def values_of(matrix):
@@ -50,54 +50,64 @@ def orthogonal(size, seed):
 
 
 def thin(matrix):
-    left, values, right = numpy.linalg.svd(matrix, full_matrices=False)
-    kept = values > max(matrix.shape) * 2.0**-23 * values[0]
-    return left[:, kept], values[kept], right[kept]
+    left_vectors, values, right_vectors = numpy.linalg.svd(matrix, full_matrices=False)
+    strong = values > max(matrix.shape) * 2.0**-23 * values[0]
+    return left_vectors[:, strong], values[strong], right_vectors[strong]
 
 
 def truncated(matrix, rank):
-    left, values, right = thin(matrix)
-    return left[:, :rank] * values[:rank] @ right[:rank]
+    left_vectors, values, right_vectors = thin(matrix)
+    return left_vectors[:, :rank] * values[:rank] @ right_vectors[:rank]
 
 
 def nearest_orthogonal(columns):
-    left, _, right = thin(columns)
-    return left @ right
+    left_vectors, _, right_vectors = thin(columns)
+    return left_vectors @ right_vectors
 
 
 def slow_tsv_m(deltas):
     rank = max(1, min(deltas[0].shape) // len(deltas))
-    kept = [[each[..., :rank] if i < 2 else each[:rank].T for i, each in enumerate(thin(d))] for d in deltas]
-    left, values, right = (numpy.concatenate([each[i] for each in kept], -1) for i in range(3))
-    return nearest_orthogonal(left) @ numpy.diag(values) @ nearest_orthogonal(right).T
+    factors = [
+        [thinned_delta[..., :rank] if i < 2 else thinned_delta[:rank].T for i, thinned_delta in enumerate(thin(d))]
+        for d in deltas
+    ]
+    left_vectors, values, right_vectors = (
+        numpy.concatenate([thinned_delta[i] for thinned_delta in factors], -1) for i in range(3)
+    )
+    return nearest_orthogonal(left_vectors) @ numpy.diag(values) @ nearest_orthogonal(right_vectors).T
 
 
 def slow_iso_c(deltas):
-    left, values, right = thin(sum(deltas))
-    return values.mean() * left @ right
+    left_vectors, values, right_vectors = thin(sum(deltas))
+    return values.mean() * left_vectors @ right_vectors
 
 
 def slow_iso_cts(deltas, common=0.8):
     full = min(deltas[0].shape)
-    own = round((full - int(common * full)) / len(deltas))
-    left, values, right = ([each] for each in thin(sum(deltas)))
-    k = full - own * len(deltas)
-    left[0], values[0], right[0] = left[0][:, :k], values[0][:k], right[0][:k]
+    expert_rank = round((full - int(common * full)) / len(deltas))
+    left_vectors, values, right_vectors = ([thinned_delta] for thinned_delta in thin(sum(deltas)))
+    k = full - expert_rank * len(deltas)
+    left_vectors[0], values[0], right_vectors[0] = left_vectors[0][:, :k], values[0][:k], right_vectors[0][:k]
     for delta in deltas:
-        u, s, v = thin(delta - left[0] @ left[0].T @ delta)
-        left.append(u[:, :own])
-        values.append(s[:own])
-        right.append(v[:own])
-    u, v = nearest_orthogonal(numpy.concatenate(left, 1)), nearest_orthogonal(numpy.concatenate(right).T)
+        u, s, v = thin(delta - left_vectors[0] @ left_vectors[0].T @ delta)
+        left_vectors.append(u[:, :expert_rank])
+        values.append(s[:expert_rank])
+        right_vectors.append(v[:expert_rank])
+    u, v = (
+        nearest_orthogonal(numpy.concatenate(left_vectors, 1)),
+        nearest_orthogonal(numpy.concatenate(right_vectors).T),
+    )
     return numpy.concatenate(values).mean() * u @ v.T
 
 
 def slow_star(deltas, eta=40):
     total = 0
     for delta in deltas:
-        left, values, right = thin(delta)
+        left_vectors, values, right_vectors = thin(delta)
         rank = next(k for k in range(1, len(values) + 1) if values[:k].sum() >= eta / 100 * values.sum() * (1 - 1e-12))
-        total = total + left[:, :rank] * values[:rank] @ right[:rank] * values.sum() / values[:rank].sum()
+        total = (
+            total + left_vectors[:, :rank] * values[:rank] @ right_vectors[:rank] * values.sum() / values[:rank].sum()
+        )
     return total / len(deltas)
 
 
@@ -121,9 +131,9 @@ ORACLES = {
 @pytest.mark.parametrize("method", ORACLES)
 def test_a_merge_is_what_a_plain_svd_gives(method, k, shape):
     deltas = deltas_of(k, *shape)
-    slow, written = ORACLES[method]
+    slow, parameters = ORACLES[method]
     expected = slow([delta.double().numpy() for delta in deltas.values()])
-    assert_close(merged(method, deltas, written), expected)
+    assert_close(merged(method, deltas, parameters), expected)
 
 
 SPECTRAL = ["tsv_m", "iso_c", "iso_cts", "star", "cart"]
@@ -138,9 +148,9 @@ def test_orthogonal_transforms_of_outputs_and_inputs_commute_with_the_merge(meth
     shape = data.draw(st.sampled_from([(5, 8), (8, 5), (6, 6)]))
     seed = data.draw(st.integers(0, 100))
     deltas = deltas_of(data.draw(st.sampled_from([2, 3])), *shape, seed=seed)
-    left, right = orthogonal(shape[0], seed + 1), orthogonal(shape[1], seed + 2)
-    turned = {expert: left @ delta @ right for expert, delta in deltas.items()}
-    assert_close(merged(method, turned), left @ merged(method, deltas) @ right, 1e-4)
+    left_vectors, right_vectors = orthogonal(shape[0], seed + 1), orthogonal(shape[1], seed + 2)
+    turned = {expert: left_vectors @ delta @ right_vectors for expert, delta in deltas.items()}
+    assert_close(merged(method, turned), left_vectors @ merged(method, deltas) @ right_vectors, 1e-4)
 
 
 @pytest.mark.parametrize("method", SPECTRAL)
@@ -168,12 +178,12 @@ def test_task_vectors_of_rank_one_stay_in_the_directions_they_have(method, k, sh
     result = merged(method, deltas).double()
     assert result.isfinite().all()
     span = torch.linalg.qr(torch.cat([d.double() for d in deltas.values()], 1))
-    for matrix, own in (
+    for matrix, expert_weights in (
         (result, torch.cat(list(deltas.values()), 1)),
         (result.T, torch.cat([d.T for d in deltas.values()], 1)),
     ):
-        left, values, _ = torch.linalg.svd(own.double(), full_matrices=False)
-        span = left[:, values > 1e-5 * values[0]]
+        left_vectors, values, _ = torch.linalg.svd(expert_weights.double(), full_matrices=False)
+        span = left_vectors[:, values > 1e-5 * values[0]]
         assert_close((span @ (span.T @ matrix)).float(), matrix)
 
 
@@ -189,8 +199,8 @@ def test_tensors_without_a_matrix_get_the_mean_times_the_scale(method, kind):
 @pytest.mark.parametrize("method", SPECTRAL)
 def test_the_head_is_a_matrix_if_asked(method):
     deltas = deltas_of(3, 6, 8)
-    asked = merged(method, deltas, {"head": True}, kind="head")
-    assert torch.equal(asked, merged(method, deltas))
+    request = merged(method, deltas, {"head": True}, kind="head")
+    assert torch.equal(request, merged(method, deltas))
 
 
 @pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
@@ -198,16 +208,16 @@ def test_the_head_is_a_matrix_if_asked(method):
 def test_a_weight_multiplies_an_experts_task_vector(method, kind):
     deltas = deltas_of(3, 6, 8)
     weighted = {"a": deltas["a"] * 2, "b": deltas["b"] * 0.5, "c": -deltas["c"]}
-    got = merged(method, deltas, {"weight": {"a": 2, "b": 0.5, "c": -1}}, kind=kind)
-    assert_close(got, merged(method, weighted, kind=kind))
+    result = merged(method, deltas, {"weight": {"a": 2, "b": 0.5, "c": -1}}, kind=kind)
+    assert_close(result, merged(method, weighted, kind=kind))
 
 
 @pytest.mark.parametrize("method", ["star", "cart"])
 def test_a_weight_of_zero_leaves_an_expert_out(method):
     deltas = deltas_of(3, 6, 8)
-    two = {expert: deltas[expert] for expert in "ab"}
-    got = merged(method, deltas, {"weight": {"a": 1, "b": 1, "c": 0}})
-    assert_close(got, merged(method, two))
+    pair = {expert: deltas[expert] for expert in "ab"}
+    result = merged(method, deltas, {"weight": {"a": 1, "b": 1, "c": 0}})
+    assert_close(result, merged(method, pair))
 
 
 # --- TSV-M ----------------------------------------------------------------------------------------
@@ -229,8 +239,10 @@ def test_tsv_m_of_identical_experts_is_their_truncation_once(k, shape):
 
 def test_tsv_m_has_the_singular_values_that_the_experts_kept():
     deltas = deltas_of(3, 12, 10)
-    kept = torch.cat([torch.linalg.svdvals(delta.double())[:3] for delta in deltas.values()])
-    torch.testing.assert_close(values_of(merged("tsv_m", deltas)), kept.sort(descending=True)[0], rtol=1e-5, atol=0)
+    strongest = torch.cat([torch.linalg.svdvals(delta.double())[:3] for delta in deltas.values()])
+    torch.testing.assert_close(
+        values_of(merged("tsv_m", deltas)), strongest.sort(descending=True)[0], rtol=1e-5, atol=0
+    )
 
 
 def test_tsv_m_of_an_expert_that_changed_nothing_and_another_is_the_others_half():
@@ -259,10 +271,10 @@ def test_iso_c_of_identical_experts_is_that_many_times_the_flattened_one():
     assert_close(merged("iso_c", dict.fromkeys("abc", delta)), 3 * merged("iso_c", {"a": delta}))
 
 
-@pytest.mark.parametrize(("shape", "written"), [((6, 8), {"common": 1}), ((2, 8), {}), ((1, 8), {})])
-def test_iso_cts_without_room_for_experts_is_iso_c(shape, written):
+@pytest.mark.parametrize(("shape", "parameters"), [((6, 8), {"common": 1}), ((2, 8), {}), ((1, 8), {})])
+def test_iso_cts_without_room_for_experts_is_iso_c(shape, parameters):
     deltas = deltas_of(3, *shape)
-    assert torch.equal(merged("iso_cts", deltas, written), merged("iso_c", deltas))
+    assert torch.equal(merged("iso_cts", deltas, parameters), merged("iso_c", deltas))
 
 
 def test_iso_cts_of_identical_experts_has_no_direction_that_they_lack():
@@ -294,15 +306,15 @@ def test_star_refuses_what_is_no_percentage(eta):
 
 
 def test_cart_does_not_depend_on_the_base():
-    own, base = deltas_of(3, 6, 8), randn(6, 8, seed=5)
-    moved = merged("cart", {e: weights - base for e, weights in own.items()}, base=base)
-    assert_close(moved, merged("cart", own))
+    experts, base = deltas_of(3, 6, 8), randn(6, 8, seed=5)
+    moved = merged("cart", {e: weights - base for e, weights in experts.items()}, base=base)
+    assert_close(moved, merged("cart", experts))
 
 
-@pytest.mark.parametrize("written", [{"rank_share": 1}, {"lambda": 0}])
-def test_cart_is_the_mean_where_nothing_or_everything_is_added(written):
+@pytest.mark.parametrize("parameters", [{"rank_share": 1}, {"lambda": 0}])
+def test_cart_is_the_mean_where_nothing_or_everything_is_added(parameters):
     deltas = deltas_of(3, 6, 8)
-    assert torch.equal(merged("cart", deltas, written), merged("linear", deltas))
+    assert torch.equal(merged("cart", deltas, parameters), merged("linear", deltas))
 
 
 def test_cart_of_identical_experts_is_the_expert():
@@ -317,8 +329,8 @@ def test_cart_of_identical_experts_is_the_expert():
 def test_truncation_leaves_out_the_smallest_singular_values(share):
     delta = randn(9, 12)
     rank = max(1, int(9 * eval(str(share))))
-    left = sparse(checked("truncate", {"rank_share": share}), {"a": delta})["a"]
-    assert_close(left, truncated(delta.double().numpy(), rank))
+    truncated_delta = sparse(checked("truncate", {"rank_share": share}), {"a": delta})["a"]
+    assert_close(truncated_delta, truncated(delta.double().numpy(), rank))
 
 
 def test_truncation_to_the_rank_that_is_there_changes_no_bit():
@@ -345,36 +357,36 @@ def test_truncation_may_stand_before_any_merger():
 def slow_opcm(models, alpha=0.5):
     """The recursion as it is written, over a whole model: [expert][tensor] -> [tensor]."""
     names, total, factor = list(models[0]), dict(models[0]), 1.0
-    norm = lambda tensors: sum((each**2).sum() for each in tensors.values()) ** 0.5  # noqa: E731
+    norm = lambda tensors: sum((count**2).sum() for count in tensors.values()) ** 0.5  # noqa: E731
     for t, model in enumerate(models[1:], 1):
         for name in names:
             cleaned = model[name]
             if min(cleaned.shape) > 1:
                 u, s, v = thin(total[name])
                 rank = next(i + 1 for i in range(len(s)) if s[: i + 1].sum() / s.sum() > alpha)
-                seen = u.T @ cleaned @ v.T
+                records = u.T @ cleaned @ v.T
                 for i in range(len(s)):
                     for j in range(len(s)):
                         if i == j or max(i, j) < rank:
-                            cleaned = cleaned - seen[i, j] * numpy.outer(u[:, i], v[j])
+                            cleaned = cleaned - records[i, j] * numpy.outer(u[:, i], v[j])
             total[name] = factor * total[name] + cleaned
-        factor = norm(total) / (sum(norm(each) for each in models[: t + 1]) / (t + 1))
-        total = {name: each / factor for name, each in total.items()}
+        factor = norm(total) / (sum(norm(count) for count in models[: t + 1]) / (t + 1))
+        total = {name: count / factor for name, count in total.items()}
     return total
 
 
 def test_opcm_oracle():
     shapes = {"layers.0.w": (9, 6), "layers.1.w": (6, 9), "norm": (1, 7)}
     base = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    own = {
+    expert_weights = {
         e: {name: randn(*shape, seed=7 * i + j) for j, (name, shape) in enumerate(shapes.items())}
         for i, e in enumerate("abc")
     }
     kinds = {"layers.0.w": "linear", "layers.1.w": "linear", "norm": "vector"}
-    got = merge_tensors(checked("opcm", {}), base, own, kinds=kinds)
-    expected = slow_opcm([{n: w.double().numpy() for n, w in model.items()} for model in own.values()])
+    result = merge_tensors(checked("opcm", {}), base, expert_weights, kinds=kinds)
+    expected = slow_opcm([{n: w.double().numpy() for n, w in model.items()} for model in expert_weights.values()])
     for name in shapes:
-        assert_close(got[name], expected[name])
+        assert_close(result[name], expected[name])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -397,18 +409,20 @@ def test_opcm_of_identical_experts_is_the_expert():
 @given(seed=st.integers(0, 1000), shape=st.sampled_from([(5, 8), (8, 5), (6, 6)]))
 def test_turning_outputs_and_inputs_turns_what_opcm_merges(seed, shape):
     deltas = deltas_of(3, *shape, seed=seed)
-    left, right = orthogonal(shape[0], seed + 1), orthogonal(shape[1], seed + 2)
-    turned = {expert: left @ delta @ right for expert, delta in deltas.items()}
-    assert_close(merged("opcm", turned), left @ merged("opcm", deltas) @ right, 1e-3)
+    left_vectors, right_vectors = orthogonal(shape[0], seed + 1), orthogonal(shape[1], seed + 2)
+    turned = {expert: left_vectors @ delta @ right_vectors for expert, delta in deltas.items()}
+    assert_close(merged("opcm", turned), left_vectors @ merged("opcm", deltas) @ right_vectors, 1e-3)
 
 
 def test_knots_of_adapters_is_ties_in_their_few_directions():
     """Rank 4 of 300: the shared directions are found from a sketch of the product, to the bits of float32."""
     deltas = low_rank_deltas(2, 300, 400, rank=4)
-    left, _, _ = torch.linalg.svd(torch.cat([d.double() for d in deltas.values()], 1), full_matrices=False)
-    left = left[:, :8] * left[:, :8].gather(0, left[:, :8].abs().argmax(0, keepdim=True)).sign()
-    inside = {expert: (left.T @ delta.double()).float() for expert, delta in deltas.items()}
-    expected = left @ merged("ties", inside, {"density": 1}).double()
+    left_vectors, _, _ = torch.linalg.svd(torch.cat([d.double() for d in deltas.values()], 1), full_matrices=False)
+    left_vectors = (
+        left_vectors[:, :8] * left_vectors[:, :8].gather(0, left_vectors[:, :8].abs().argmax(0, keepdim=True)).sign()
+    )
+    inside = {expert: (left_vectors.T @ delta.double()).float() for expert, delta in deltas.items()}
+    expected = left_vectors @ merged("ties", inside, {"density": 1}).double()
     assert_close(merged("knots", deltas), expected.float(), 1e-4)
 
 
@@ -430,20 +444,20 @@ def test_opcm_adds_tensors_without_a_matrix():
 
 def slow_ties(deltas, density):
     """Trim, elect, mean of those that agree, on arrays [k r n]."""
-    left = numpy.zeros_like(deltas)
+    trimmed = numpy.zeros_like(deltas)
     for k, delta in enumerate(deltas):
         top = numpy.argsort(-abs(delta).ravel(), kind="stable")[: int(density * delta.size)]
-        left[k].ravel()[top] = delta.ravel()[top]
-    agree = numpy.sign(left) == numpy.sign(left.sum(0))
-    return (left * agree).sum(0) / numpy.maximum((agree & (left != 0)).sum(0), 1)
+        trimmed[k].ravel()[top] = delta.ravel()[top]
+    agree = numpy.sign(trimmed) == numpy.sign(trimmed.sum(0))
+    return (trimmed * agree).sum(0) / numpy.maximum((agree & (trimmed != 0)).sum(0), 1)
 
 
 @pytest.mark.parametrize("deltas", [deltas_of(3, 9, 6), low_rank_deltas(3, 9, 6)], ids=["full", "low rank"])
 @pytest.mark.parametrize("density", [1, 0.5])
 def test_knots_oracle(deltas, density):
     exact = numpy.stack([delta.double().numpy() for delta in deltas.values()])
-    left, _, _ = thin(numpy.concatenate(list(exact), 1))
-    expected = left @ slow_ties(left.T @ exact, density)
+    left_vectors, _, _ = thin(numpy.concatenate(list(exact), 1))
+    expected = left_vectors @ slow_ties(left_vectors.T @ exact, density)
     assert_close(merged("knots", deltas, {"inner": {"ties": {"density": density}}}), expected)
 
 
@@ -452,8 +466,8 @@ def test_knots_oracle(deltas, density):
 def test_knots_around_a_sum_is_task_arithmetic(k, shape):
     deltas = deltas_of(k, *shape)
     weight = dict(zip(deltas, [1, 0.5, -2, 3, 1], strict=False))
-    got = merged("knots", deltas, {"inner": {"task_arithmetic": {"lambda": 0.7, "weight": weight}}})
-    assert_close(got, merged("task_arithmetic", deltas, {"lambda": 0.7, "weight": weight}))
+    result = merged("knots", deltas, {"inner": {"task_arithmetic": {"lambda": 0.7, "weight": weight}}})
+    assert_close(result, merged("task_arithmetic", deltas, {"lambda": 0.7, "weight": weight}))
 
 
 @pytest.mark.parametrize("inner", ["ties", "mean", {"cabs": {"n": 2, "m": 4}}])
@@ -476,9 +490,11 @@ def test_knots_can_run_a_method_with_random_draws_where_there_are_few_directions
 
 
 def test_knots_can_run_a_method_that_looks_at_inputs():
-    deltas, known = deltas_of(2, 6, 8), Inputs(second_moment=randn(2, 8).square(), mean=randn(2, 8))
-    by_saliency = merged("knots", deltas, {"inner": "obim"}, inputs=known)
-    assert not torch.equal(by_saliency, merged("knots", deltas, {"inner": {"obim": {"hessian": "none"}}}, inputs=known))
+    deltas, inputs = deltas_of(2, 6, 8), Inputs(second_moment=randn(2, 8).square(), mean=randn(2, 8))
+    by_saliency = merged("knots", deltas, {"inner": "obim"}, inputs=inputs)
+    assert not torch.equal(
+        by_saliency, merged("knots", deltas, {"inner": {"obim": {"hessian": "none"}}}, inputs=inputs)
+    )
 
 
 @pytest.mark.parametrize("kind", ["vector", "embedding"])

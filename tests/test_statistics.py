@@ -38,8 +38,8 @@ def test_what_was_saved_is_loaded(path):
     assert set(loaded) == set(MOMENTS)
     for name, moments in MOMENTS.items():
         for field in dataclasses.fields(Moments):
-            expected, found = getattr(moments, field.name), getattr(loaded[name], field.name)
-            assert expected is found is None or torch.equal(expected, found)
+            expected, result = getattr(moments, field.name), getattr(loaded[name], field.name)
+            assert expected is result is None or torch.equal(expected, result)
 
 
 def test_gram_matrices_are_not_kept(tmp_path):
@@ -69,13 +69,13 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_tensors_may_share_their_moments(tmp_path):
-    shared = MOMENTS["layers.0.w.weight"]
-    save(tmp_path / "a", {"gate.weight": shared, "up.weight": shared}, KEY)
+    common = MOMENTS["layers.0.w.weight"]
+    save(tmp_path / "a", {"gate.weight": common, "up.weight": common}, KEY)
     assert set(load(tmp_path / "a")) == {"gate.weight", "up.weight"}
 
 
 @pytest.mark.parametrize(
-    "other",
+    "key",
     [
         dataclasses.replace(KEY, checkpoint="other"),
         dataclasses.replace(KEY, data="other"),
@@ -87,25 +87,25 @@ def test_tensors_may_share_their_moments(tmp_path):
         ),
     ],
 )
-def test_a_file_is_found_by_its_key_alone(tmp_path, other):
+def test_a_file_is_found_by_its_key_alone(tmp_path, key):
     save(tmp_path / "cache" / KEY.file_name(), MOMENTS, KEY)
     assert find(tmp_path / "cache", KEY) == tmp_path / "cache" / KEY.file_name()
-    assert find(tmp_path / "cache", other) is None
+    assert find(tmp_path / "cache", key) is None
 
 
 def test_statistics_of_another_model_are_refused(path):
-    said = refusal(path, checkpoint="decaf")
-    assert "was made for another model (weights or config.json): its checkpoint is c0ffee, expected decaf" in said
+    message = refusal(path, checkpoint="decaf")
+    assert "was made for another model (weights or config.json): its checkpoint is c0ffee, expected decaf" in message
 
 
 def test_the_part_of_the_key_that_differs_is_named(path):
-    other = dataclasses.replace(KEY, settings=Settings(samples=20))
-    assert "other data or settings: its settings.samples is 10, expected 20" in refusal(path, **other.fields())
+    second_value = dataclasses.replace(KEY, settings=Settings(samples=20))
+    assert "other data or settings: its settings.samples is 10, expected 20" in refusal(path, **second_value.fields())
 
 
 def test_a_missing_layer_is_named(path):
-    said = refusal(path, layers=["layers.0.w.weight", "layers.1.w.weight", "layers.2.w.weight"])
-    assert "has no statistics of layers.1.w.weight, nor of 1 others" in said
+    message = refusal(path, layers=["layers.0.w.weight", "layers.1.w.weight", "layers.2.w.weight"])
+    assert "has no statistics of layers.1.w.weight, nor of 1 others" in message
 
 
 def test_a_file_that_is_missing_or_something_else_is_refused(tmp_path):

@@ -12,7 +12,7 @@ architectures = pytest.mark.parametrize("architecture", ALL.values(), ids=ALL)
 
 
 def kinds_of(shapes, **config):
-    infos = {name: Info(*(given if isinstance(given[0], str) else ("F32", given))) for name, given in shapes.items()}
+    infos = {name: Info(*(shape if isinstance(shape[0], str) else ("F32", shape))) for name, shape in shapes.items()}
     return tensor_kinds(infos, config)
 
 
@@ -31,16 +31,18 @@ def test_a_block_is_a_unit_and_what_lies_outside_is_its_own(architecture):
 @architectures
 def test_depth_goes_from_the_first_block_to_the_last(architecture):
     kinds = tensor_kinds(*described(architecture, blocks=3))
-    for name, where in expected(architecture, "where", blocks=3).items():
-        outside = Fraction(0) if where == BEFORE else Fraction(1)
-        assert kinds.depth(name) == (Fraction(where, 2) if isinstance(where, int) else outside), name
+    for name, location in expected(architecture, "where", blocks=3).items():
+        end_depth = Fraction(0) if location == BEFORE else Fraction(1)
+        assert kinds.depth(name) == (Fraction(location, 2) if isinstance(location, int) else end_depth), name
 
 
 @architectures
 def test_the_rotation_index_counts_embeddings_blocks_and_what_follows(architecture):
     kinds = tensor_kinds(*described(architecture, blocks=3))
-    for name, where in expected(architecture, "where", blocks=3).items():
-        assert kinds.rotation(name) == (where + 1 if isinstance(where, int) else 0 if where == BEFORE else 4), name
+    for name, location in expected(architecture, "where", blocks=3).items():
+        assert kinds.rotation(name) == (
+            location + 1 if isinstance(location, int) else 0 if location == BEFORE else 4
+        ), name
 
 
 def test_a_single_block_has_depth_zero():

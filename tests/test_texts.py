@@ -27,14 +27,14 @@ CHAT = (
 )
 
 
-def made(**more):
+def made(**options):
     """A tokenizer of single characters that begins each text with <s>."""
-    alphabet = ["<s>", *map(chr, range(32, 127)), *more.pop("extra", [])]
+    alphabet = ["<s>", *map(chr, range(32, 127)), *options.pop("extra", [])]
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [], unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="?", **more)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="?", **options)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_hub_dataset_without_datasets_says_what_to_install(tmp_path, tokenizer
 
 
 def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, monkeypatch):
-    asked = []
+    request = []
 
     class Hub:
         class exceptions:
@@ -121,12 +121,12 @@ def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, mon
 
         @staticmethod
         def load_dataset(*args, **options):
-            asked.append((args, options))
+            request.append((args, options))
             return iter([{"text": "one"}])
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)
     assert len(load("org/name:small:test", tmp_path, tokenizer, Settings()).tokens) == 1
-    assert asked == [(("org/name", "small"), {"split": "test", "streaming": True})]
+    assert request == [(("org/name", "small"), {"split": "test", "streaming": True})]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "no such thing"])
@@ -136,7 +136,7 @@ def test_a_missing_file_is_named(tmp_path, tokenizer, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", lines({"text": "one"}) + "{", "a.jsonl:2: is not valid JSON"),
         ("a.json", "[1", "a.json: is not valid JSON"),
@@ -149,8 +149,8 @@ def test_a_missing_file_is_named(tmp_path, tokenizer, name):
         ("a.parquet", "not parquet", "a.parquet: is not a Parquet file"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_said_with_its_place(refusal, name, content, said):
-    assert said in refusal(name, content)
+def test_what_is_wrong_with_a_file_is_said_with_its_place(refusal, name, content, message):
+    assert message in refusal(name, content)
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path, tokenizer):
@@ -223,8 +223,8 @@ def mixed(tmp_path, tokenizer):
         written(tmp_path, f"{name}.jsonl", lines(*({"text": f"{name}{i}"} for i in range(10))))
 
     def mixed(*sources, **settings):
-        given = [source if isinstance(source, str) else TextSource(**source) for source in sources]
-        return load(given, tmp_path, tokenizer, Settings(**settings))
+        arguments = [source if isinstance(source, str) else TextSource(**source) for source in sources]
+        return load(arguments, tmp_path, tokenizer, Settings(**settings))
 
     return mixed
 
@@ -265,10 +265,10 @@ def test_the_hash_of_the_data_covers_every_source_and_its_count(mixed, tmp_path)
     def digest(a, b):
         return mixed({"file": "a.jsonl", "samples": a}, {"file": "b.jsonl", "samples": b}).data
 
-    before = digest(3, 5)
-    assert len({before, digest(4, 5), digest(3, 6), digest(5, 3)}) == 4
+    hash_before = digest(3, 5)
+    assert len({hash_before, digest(4, 5), digest(3, 6), digest(5, 3)}) == 4
     written(tmp_path, "b.jsonl", lines(*({"text": f"b{i}!"} for i in range(10))))
-    assert digest(3, 5) != before
+    assert digest(3, 5) != hash_before
 
 
 @pytest.mark.parametrize(
@@ -332,11 +332,11 @@ def test_a_template_writes_its_own_special_tokens(tokenizer):
 
 def test_batches_hold_every_sample_once_and_little_padding():
     samples = [tuple(range(1, n + 1)) for n in (3, 40, 41, 100, 7, 100, 64, 3, 12)]
-    made = batches(samples, 128)
-    rows = [tuple(ids[mask].tolist()) for batch in made for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+    result = batches(samples, 128)
+    rows = [tuple(ids[mask].tolist()) for batch in result for ids, mask in zip(batch.ids, batch.mask, strict=True)]
     assert sorted(rows) == sorted(samples)
-    assert all(batch.ids.numel() <= 128 for batch in made)
-    assert all((~batch.mask).sum(1).max() <= max(16, batch.mask.shape[1] // 4) for batch in made)
+    assert all(batch.ids.numel() <= 128 for batch in result)
+    assert all((~batch.mask).sum(1).max() <= max(16, batch.mask.shape[1] // 4) for batch in result)
 
 
 def test_a_sample_longer_than_a_batch_has_one_to_itself():
@@ -347,7 +347,7 @@ def test_padding_is_on_the_right_and_masked():
     batch = pad_samples([(5, 6, 7), (8,)])
     assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
-    assert torch.equal(batch.counted(1), torch.tensor([[False, True, True], [False, False, False]]))
+    assert torch.equal(batch.counted_tokens(1), torch.tensor([[False, True, True], [False, False, False]]))
 
 
 # --- tokenizers -----------------------------------------------------------------------------------

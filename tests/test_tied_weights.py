@@ -38,8 +38,8 @@ class Models:
 
     def store(self, name, *, drop=(), config=None, **tensors):
         """Stores further tensors in a checkpoint, or others of the same names; sets keys of its config.json."""
-        named = {key.replace("__", "."): tensor for key, tensor in tensors.items()}
-        stored = {key: tensor for key, tensor in {**load(self.folder / name), **named}.items() if key not in drop}
+        names = {key.replace("__", "."): tensor for key, tensor in tensors.items()}
+        stored = {key: tensor for key, tensor in {**load(self.folder / name), **names}.items() if key not in drop}
         save_file(
             {key: tensor.clone() for key, tensor in stored.items()},
             self.folder / name / "model.safetensors",
@@ -96,13 +96,13 @@ def other(rows=40):
 
 @pytest.mark.parametrize("make", [llama, gpt2, t5], ids=["llama", "gpt2", "t5"])
 def test_an_expert_with_a_head_of_its_own_keeps_it_though_its_config_says_tied(models, make):
-    made = models(make)
-    made.store("a", lm_head__weight=other())
+    result = models(make)
+    result.store("a", lm_head__weight=other())
 
-    notes, tensors, _ = made.merged("a")
+    notes, tensors, _ = result.merged("a")
 
     assert same_bits(tensors[HEAD], other())
-    assert torch.equal(made.logits("out"), made.logits("a"))
+    assert torch.equal(result.logits("out"), result.logits("a"))
     note = (
         f"a: {HEAD} differs from {'transformer.wte.weight' if make is gpt2 else EMBEDDING}, though config.json ties "
         "them; it is merged as a head of its own, which is how transformers 5 and peft load it"
@@ -111,33 +111,33 @@ def test_an_expert_with_a_head_of_its_own_keeps_it_though_its_config_says_tied(m
 
 
 def test_a_head_of_its_own_is_merged_with_the_embeddings_of_those_that_tie(models):
-    made = models(llama)
-    made.store("a", lm_head__weight=other())
+    result = models(llama)
+    result.store("a", lm_head__weight=other())
 
-    _, tensors, config = made.merged("a", "b", method="task_arithmetic")
+    _, tensors, config = result.merged("a", "b", method="task_arithmetic")
 
-    base, b = (load(made.folder / name)[EMBEDDING] for name in ("base", "b"))
+    base, b = (load(result.folder / name)[EMBEDDING] for name in ("base", "b"))
     torch.testing.assert_close(tensors[HEAD], other() + b - base)
     assert config["tie_word_embeddings"] is False
-    made.loaded("out")
+    result.loaded("out")
 
 
 def test_a_base_with_a_head_of_its_own_keeps_it_though_its_config_says_tied(models):
-    made = models(llama)
-    made.store("base", lm_head__weight=other())
+    result = models(llama)
+    result.store("base", lm_head__weight=other())
 
-    _, tensors, config = made.merged("a", rules=[{"kinds": ["head"], "use": "base"}])
+    _, tensors, config = result.merged("a", rules=[{"kinds": ["head"], "use": "base"}])
 
     assert same_bits(tensors[HEAD], other())
     assert config["tie_word_embeddings"] is False
 
 
 def test_t5_keeps_its_word_on_tying_for_it_scales_the_decoder_by_it(models):
-    made = models(t5)
-    made.store("a", lm_head__weight=other())
-    _, _, config = made.merged("a")
+    result = models(t5)
+    result.store("a", lm_head__weight=other())
+    _, _, config = result.merged("a")
     assert config["tie_word_embeddings"] is True
-    assert made.loaded("out").config.scale_decoder_outputs is True
+    assert result.loaded("out").config.scale_decoder_outputs is True
 
 
 # --- a copy of a tied head ----------------------------------------------------------------------------
@@ -145,50 +145,50 @@ def test_t5_keeps_its_word_on_tying_for_it_scales_the_decoder_by_it(models):
 
 @pytest.mark.parametrize("word", [True, False, None], ids=["says tied", "says untied", "says nothing"])
 def test_a_stored_copy_of_a_tied_head_does_not_untie_the_merge(models, word):
-    made = models(llama)
-    made.store("a", lm_head__weight=load(made.folder / "a")[EMBEDDING], config={"tie_word_embeddings": word})
+    result = models(llama)
+    result.store("a", lm_head__weight=load(result.folder / "a")[EMBEDDING], config={"tie_word_embeddings": word})
 
-    _, tensors, config = made.merged("a", "b", **RANDOM)
+    _, tensors, config = result.merged("a", "b", **RANDOM)
 
     assert HEAD not in tensors
     assert config["tie_word_embeddings"] is True
-    made.loaded("out")
+    result.loaded("out")
 
 
 def test_a_copy_that_the_base_stores_is_written_as_the_embedding_whether_or_not_its_config_says_so(models):
-    made = models(llama)
-    embedding = load(made.folder / "base")[EMBEDDING]
-    _, once, _ = made.merged("a", "b", **RANDOM)
+    result = models(llama)
+    embedding = load(result.folder / "base")[EMBEDDING]
+    _, once, _ = result.merged("a", "b", **RANDOM)
     for word in (True, None):
-        made.store("base", lm_head__weight=embedding, config={"tie_word_embeddings": word})
-        _, twice, _ = made.merged("a", "b", **RANDOM)
+        result.store("base", lm_head__weight=embedding, config={"tie_word_embeddings": word})
+        _, twice, _ = result.merged("a", "b", **RANDOM)
         assert same_bits(twice, {**once, HEAD: once[EMBEDDING]})
 
 
 def test_two_equal_tables_are_two_where_the_base_says_that_they_are_not_tied(models):
-    made = models(lambda: llama(tied=False))
+    result = models(lambda: llama(tied=False))
     for name in ("base", "a", "b"):
-        made.store(name, lm_head__weight=load(made.folder / name)[EMBEDDING])
+        result.store(name, lm_head__weight=load(result.folder / name)[EMBEDDING])
 
-    _, tensors, config = made.merged("a", "b", **RANDOM)
+    _, tensors, config = result.merged("a", "b", **RANDOM)
 
     assert not torch.equal(tensors[HEAD], tensors[EMBEDDING])
     assert config["tie_word_embeddings"] is False
 
 
-@pytest.mark.parametrize("which", ["a", "base"])
-def test_a_tied_table_may_be_stored_under_the_name_of_the_head_alone(models, which):
+@pytest.mark.parametrize("label", ["a", "base"])
+def test_a_tied_table_may_be_stored_under_the_name_of_the_head_alone(models, label):
     """safetensors.torch.save_model keeps the first of the names in the alphabet."""
-    made = models(llama)
-    _, expected, _ = made.merged("a", "b", method="task_arithmetic")
-    made.store(which, drop=[EMBEDDING], lm_head__weight=load(made.folder / which)[EMBEDDING])
+    result = models(llama)
+    _, expected, _ = result.merged("a", "b", method="task_arithmetic")
+    result.store(label, drop=[EMBEDDING], lm_head__weight=load(result.folder / label)[EMBEDDING])
 
-    _, tensors, _ = made.merged("a", "b", method="task_arithmetic")
+    _, tensors, _ = result.merged("a", "b", method="task_arithmetic")
 
-    stored = HEAD if which == "base" else EMBEDDING
+    stored = HEAD if label == "base" else EMBEDDING
     assert {EMBEDDING, HEAD} & tensors.keys() == {stored}
     assert same_bits(tensors[stored], expected[EMBEDDING])
-    made.loaded("out")
+    result.loaded("out")
 
 
 # --- one table under more names -------------------------------------------------------------------------
@@ -196,25 +196,25 @@ def test_a_tied_table_may_be_stored_under_the_name_of_the_head_alone(models, whi
 
 @pytest.mark.parametrize("thrice", [("base",), ("a",), ("base", "a"), ("base", "a", "b")], ids="+".join)
 def test_t5s_table_is_one_whoever_stores_it_under_three_names(models, thrice):
-    made = models(t5)
-    _, once, _ = made.merged("a", "b", **RANDOM)
+    result = models(t5)
+    _, once, _ = result.merged("a", "b", **RANDOM)
     for name in thrice:
-        table = load(made.folder / name)["shared.weight"]
-        made.store(name, encoder__embed_tokens__weight=table, decoder__embed_tokens__weight=table)
+        table = load(result.folder / name)["shared.weight"]
+        result.store(name, encoder__embed_tokens__weight=table, decoder__embed_tokens__weight=table)
 
-    _, tensors, _ = made.merged("a", "b", **RANDOM)
+    _, tensors, _ = result.merged("a", "b", **RANDOM)
 
     names = T5_TABLES if "base" in thrice else T5_TABLES[:1]
     assert same_bits(tensors, {**once, **dict.fromkeys(names, once["shared.weight"])})
-    model = made.loaded("out")
+    model = result.loaded("out")
     assert model.shared.weight is model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight
 
 
 def test_t5s_table_is_one_beside_an_untied_head(models):
-    made = models(t5)
+    result = models(t5)
     for name in ("base", "a", "b"):
-        table = load(made.folder / name)["shared.weight"]
-        made.store(
+        table = load(result.folder / name)["shared.weight"]
+        result.store(
             name,
             encoder__embed_tokens__weight=table,
             decoder__embed_tokens__weight=table,
@@ -222,41 +222,41 @@ def test_t5s_table_is_one_beside_an_untied_head(models):
             config={"tie_word_embeddings": False},
         )
 
-    _, tensors, config = made.merged("a", "b", **RANDOM)
+    _, tensors, config = result.merged("a", "b", **RANDOM)
 
     assert all(same_bits(tensors[name], tensors["shared.weight"]) for name in T5_TABLES)
     assert not torch.equal(tensors[HEAD], tensors["shared.weight"])
     assert config["tie_word_embeddings"] is False
-    assert torch.equal(made.loaded("out").lm_head.weight, tensors[HEAD])
+    assert torch.equal(result.loaded("out").lm_head.weight, tensors[HEAD])
 
 
 def test_a_table_that_one_expert_stores_apart_is_merged_apart(models):
-    made = models(t5)
+    result = models(t5)
     for name in ("base", "a"):
-        table = load(made.folder / name)["shared.weight"]
+        table = load(result.folder / name)["shared.weight"]
         encoder = table if name == "base" else other()
-        made.store(name, encoder__embed_tokens__weight=encoder, decoder__embed_tokens__weight=table)
+        result.store(name, encoder__embed_tokens__weight=encoder, decoder__embed_tokens__weight=table)
 
-    _, tensors, _ = made.merged("a")
+    _, tensors, _ = result.merged("a")
 
     assert same_bits(tensors["encoder.embed_tokens.weight"], other())
     assert same_bits(tensors["decoder.embed_tokens.weight"], tensors["shared.weight"])
-    assert torch.equal(made.logits("out"), made.logits("a"))
+    assert torch.equal(result.logits("out"), result.logits("a"))
 
 
 @pytest.mark.parametrize("make", [bert, t5, gpt2], ids=["bert", "t5", "gpt2"])
 @pytest.mark.parametrize("pickled", [("base",), ("base", "a", "b"), ("b",)], ids="+".join)
 def test_names_of_one_storage_of_a_pickle_are_one_tensor(models, make, pickled):
-    made = models(make)
-    _, once, _ = made.merged("a", "b", **RANDOM)
+    result = models(make)
+    _, once, _ = result.merged("a", "b", **RANDOM)
     for name in pickled:
-        made.pickle(name)
+        result.pickle(name)
 
-    _, tensors, _ = made.merged("a", "b", **RANDOM)
+    _, tensors, _ = result.merged("a", "b", **RANDOM)
 
     assert same_bits({name: tensors[name] for name in once}, once)
     assert (tensors.keys() == once.keys()) is ("base" not in pickled)
-    made.loaded("out")
+    result.loaded("out")
 
 
 # --- what two parts of a config say -----------------------------------------------------------------------
@@ -266,30 +266,30 @@ def test_names_of_one_storage_of_a_pickle_are_one_tensor(models, make, pickled):
     ("top", "text"), [(True, True), (True, False), (False, True), (None, True)], ids=lambda word: str(word)
 )
 def test_a_vision_language_model_without_a_head_is_tied_if_either_part_says_so(models, top, text):
-    made = models(llava)
+    result = models(llava)
     for name in ("base", "a"):
-        made.configure(name, tie_word_embeddings=top, text_config={"tie_word_embeddings": text})
+        result.configure(name, tie_word_embeddings=top, text_config={"tie_word_embeddings": text})
 
-    _, tensors, config = made.merged("a")
+    _, tensors, config = result.merged("a")
 
     assert not [name for name in tensors if name.endswith(HEAD)]
     assert config.get("tie_word_embeddings") is not False
     assert config["text_config"]["tie_word_embeddings"] is True
-    assert torch.equal(made.logits("out"), made.logits("a"))
+    assert torch.equal(result.logits("out"), result.logits("a"))
 
 
 @pytest.mark.parametrize("text", [True, False], ids=["text tied", "text untied"])
 @pytest.mark.parametrize("top", [True, False], ids=["tied", "untied"])
 def test_a_vision_language_model_keeps_its_own_head_whatever_its_config_says(models, top, text):
-    made = models(lambda: llava(tied=False))
+    result = models(lambda: llava(tied=False))
     for name in ("base", "a"):
-        made.configure(name, tie_word_embeddings=top, text_config={"tie_word_embeddings": text})
+        result.configure(name, tie_word_embeddings=top, text_config={"tie_word_embeddings": text})
 
-    _, tensors, config = made.merged("a")
+    _, tensors, config = result.merged("a")
 
-    assert same_bits(tensors, load(made.folder / "a"))
+    assert same_bits(tensors, load(result.folder / "a"))
     assert (config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"]) == (False, False)
-    assert torch.equal(made.logits("out"), made.logits("a"))
+    assert torch.equal(result.logits("out"), result.logits("a"))
 
 
 # --- the model that calibration and evaluation run ---------------------------------------------------------
@@ -297,15 +297,15 @@ def test_a_vision_language_model_keeps_its_own_head_whatever_its_config_says(mod
 
 @pytest.mark.parametrize("own_head", [True, False], ids=["its own", "a copy"])
 def test_a_model_is_built_with_the_head_that_transformers_loads(models, own_head):
-    made = models(llama)
-    head = other() if own_head else load(made.folder / "a")[EMBEDDING]
-    made.store("a", lm_head__weight=head)
-    with open_checkpoint("a", None, label="a", folder=made.folder) as checkpoint:
+    result = models(llama)
+    head = other() if own_head else load(result.folder / "a")[EMBEDDING]
+    result.store("a", lm_head__weight=head)
+    with open_checkpoint("a", None, label="a", folder=result.folder) as checkpoint:
         model = build(checkpoint, trust_remote_code=False)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is not own_head
 
 
-def inputs(made, name):
+def inputs(result, name):
     """The names of the inputs that OBIM gets for a tensor, of experts that have moments of their embedding and head."""
     document = {
         "base": "base",
@@ -314,7 +314,7 @@ def inputs(made, name):
         "calibration": {"stats": {"a": "unread"}},
         "output": {"path": "out"},
     }
-    planned = plan(Recipe.parse(document, made.folder))
+    planned = plan(Recipe.parse(document, result.folder))
     planned.close()
     tensor = next(tensor for tensor in planned.tensors if tensor.name == name)
     moments = Moments(torch.tensor(4), torch.ones(16), torch.ones(16), token_share=torch.ones(40) / 40)
@@ -327,7 +327,7 @@ def test_a_tied_table_is_judged_by_what_enters_the_head(models):
 
 
 def test_an_untied_table_is_judged_by_its_tokens_though_the_expert_ties_its_own(models):
-    made = models(llama)
-    made.store("base", lm_head__weight=other())
-    assert inputs(made, EMBEDDING) == {"token_share"}
-    assert inputs(made, HEAD) == {"second_moment", "mean_input", "reached"}
+    result = models(llama)
+    result.store("base", lm_head__weight=other())
+    assert inputs(result, EMBEDDING) == {"token_share"}
+    assert inputs(result, HEAD) == {"second_moment", "mean_input", "reached"}

@@ -55,7 +55,7 @@ NAMED = {"content": "[PAD]", "lstrip": False, "rstrip": False, "normalized": Fal
 )  # fmt: skip
 def test_tokens_are_those_that_transformers_has(tmp_path, added, files):
     save_tokenizer(tmp_path, WORDS[:3])
-    write(tmp_path / "tokenizer.json", tokenizer_json(WORDS[:3], added_tokens=[added_token(*each) for each in added]))
+    write(tmp_path / "tokenizer.json", tokenizer_json(WORDS[:3], added_tokens=[added_token(*value) for value in added]))
     for name, content in files.items():
         write(
             tmp_path / name, {"tokenizer_class": "PreTrainedTokenizerFast", **content} if "config" in name else content
@@ -141,9 +141,9 @@ def test_the_files_are_those_that_transformers_reads_but_no_code(tmp_path):
 # --- what is the same -----------------------------------------------------------------------------
 
 
-def compared(tmp_path, one, two):
+def compared(tmp_path, contents, changed_contents):
     """The parts in which two tokenizers, given as their files, split text differently."""
-    for folder, files in (("one", one), ("two", two)):
+    for folder, files in (("one", contents), ("two", changed_contents)):
         for name, content in files.items():
             write(tmp_path / folder / name, content)
     return splitting_differences(Tokenizer(tmp_path / "one"), Tokenizer(tmp_path / "two"))
@@ -164,13 +164,15 @@ def test_slow_files_are_the_same_as_a_tokenizer_json_of_them(tmp_path):
 
 
 def test_merges_in_another_order_split_differently(tmp_path):
-    one = {"vocab.json": VOCABULARY, "merges.txt": MERGES_TXT}
-    assert compared(tmp_path, one, {"vocab.json": VOCABULARY, "merges.txt": "ab c\na b\n"}) == ["merges"]
+    files = {"vocab.json": VOCABULARY, "merges.txt": MERGES_TXT}
+    assert compared(tmp_path, files, {"vocab.json": VOCABULARY, "merges.txt": "ab c\na b\n"}) == ["merges"]
 
 
 def test_scores_are_compared(tmp_path):
-    one, two = ({"tokenizer.json": {"model": {"vocab": [["a", 0.0], ["b", score]]}}} for score in (-1.0, -2.0))
-    assert compared(tmp_path, one, two) == ["scores"]
+    files, changed_files = (
+        {"tokenizer.json": {"model": {"vocab": [["a", 0.0], ["b", score]]}}} for score in (-1.0, -2.0)
+    )
+    assert compared(tmp_path, files, changed_files) == ["scores"]
 
 
 def test_a_normalizer_that_is_only_written_differently_is_the_same(tmp_path):
@@ -183,8 +185,10 @@ def test_a_normalizer_that_is_only_written_differently_is_the_same(tmp_path):
 
 def test_another_normalizer_splits_differently(tmp_path):
     letters = [chr(i) for i in range(32, 127)]
-    one, two = ({"tokenizer.json": bpe_json(letters, (), normalizer=each)} for each in (None, {"type": "Lowercase"}))
-    assert compared(tmp_path, one, two) == ["normalizer"]
+    files, changed_files = (
+        {"tokenizer.json": bpe_json(letters, (), normalizer=value)} for value in (None, {"type": "Lowercase"})
+    )
+    assert compared(tmp_path, files, changed_files) == ["normalizer"]
 
 
 def test_llamas_tokenizer_is_the_same_as_transformers_4_and_5_write_it(tmp_path):
@@ -212,16 +216,18 @@ def test_chat_templates_are_the_same_in_whatever_file_they_stand(tmp_path):
     write(tmp_path / "two" / "chat_template.jinja", "a")
     write(tmp_path / "two" / "additional_chat_templates" / "tool_use.jinja", "b")
     write(tmp_path / "three" / "chat_template.json", {"chat_template": "a"})
-    one, two, three = (Tokenizer(tmp_path / name).chat_templates for name in ("one", "two", "three"))
-    assert one == two == {"default": "a", "tool_use": "b"}
-    assert three == {"default": "a"}
+    templates, same_templates, other_templates = (
+        Tokenizer(tmp_path / name).chat_templates for name in ("one", "two", "three")
+    )
+    assert templates == same_templates == {"default": "a", "tool_use": "b"}
+    assert other_templates == {"default": "a"}
 
 
 def test_equal_files_have_equal_digests(tmp_path):
     for name, words in (("one", WORDS), ("two", WORDS), ("three", WORDS[::-1])):
         save_tokenizer(tmp_path / name, words)
-    one, two, three = (Tokenizer(tmp_path / name).digest for name in ("one", "two", "three"))
-    assert one == two != three
+    digest, same_digest, other_digest = (Tokenizer(tmp_path / name).digest for name in ("one", "two", "three"))
+    assert digest == same_digest != other_digest
 
 
 # --- adapters, and what is imported ---------------------------------------------------------------
@@ -248,5 +254,5 @@ def test_tokenizers_are_read_without_transformers(tmp_path):
         f"print(len(Tokenizer(Path({str(tmp_path)!r})).tokens), "
         "{'transformers', 'tokenizers', 'torch'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "12 set()\n"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout == "12 set()\n"

@@ -21,7 +21,7 @@ from merger.pipeline import registry
 PAGE = "docs/adding-a-method.md"
 FILES = {re.search(r"`merger/methods/(\w+)\.py`", block.before)[1]: block.text for block in blocks(PAGE, "python")}
 RECIPES = {re.search(r"recipe `(\w+)\.yaml`", block.before)[1]: block.text for block in blocks(PAGE, "yaml")}
-CONSOLES = [shown for block in blocks(PAGE, "console") for shown in commands(block)]
+CONSOLES = [command for block in blocks(PAGE, "console") for command in commands(block)]
 EXPERTS = ("upper", "shift", "double")
 DEPTHS = {"embed": 0.0, "layers.0": 0.0, "layers.1": 0.5, "layers.2": 1.0, "model.norm": 1.0}
 
@@ -111,10 +111,10 @@ def test_the_same_files_merge_from_the_folder_of_methods_in_the_same_bytes(demo,
         (methods / f"{name}.py").write_text(text)
 
     ran = run_package(demo.parent / "checkout", "run", "equal_norms.yaml", cwd=demo)
-    listed = run_package(demo.parent / "checkout", "methods", "--json", cwd=demo)
+    listing = run_package(demo.parent / "checkout", "methods", "--json", cwd=demo)
 
     assert (ran.returncode, ran.stderr) == (0, "")
-    packages = {method["name"]: method["package"] for method in json.loads(listed.stdout)["merger"]}
+    packages = {method["name"]: method["package"] for method in json.loads(listing.stdout)["merger"]}
     assert [packages[name] for name in FILES] == [None] * 4
     weights = (demo / "merged" / "equal_norms" / "model.safetensors").read_bytes()
     assert merger("run", "equal_norms.yaml", "--set", "output.path=again").code == 0
@@ -139,7 +139,7 @@ def test_the_line_about_a_broken_module_is_as_shown(site, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "output"), [pytest.param(*shown, id=" ".join(shown[0])) for shown in CONSOLES if shown[1]]
+    ("command", "output"), [pytest.param(words, lines, id=" ".join(words)) for words, lines in CONSOLES if lines]
 )
 def test_a_command_prints_what_the_page_shows(demo, merger, command, output):
     ran = merger(*command[1:])

@@ -18,10 +18,10 @@ EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.no
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def run(folder, method="ties", parameters=None, *, path="out", **more):
-    given = {"method": method, "parameters": parameters or {}, "output": {"path": path, "shard_size": 900}, **more}
+def run(folder, method="ties", parameters=None, *, path="out", **options):
+    content = {"method": method, "parameters": parameters or {}, "output": {"path": path, "shard_size": 900}, **options}
     experts = {"code": "code", "math": "math"}
-    merge(Recipe.parse({"base": "base", "experts": experts, **given}, folder))
+    merge(Recipe.parse({"base": "base", "experts": experts, **content}, folder))
     return folder / path
 
 
@@ -35,13 +35,13 @@ def merged(tmp_path):
 
 
 @pytest.fixture
-def plain(tmp_path):
+def foreign(tmp_path):
     """A whole checkpoint that merger did not make."""
     return save(tmp_path / "plain", llama(0))
 
 
-def said(folder, **more):
-    return [str(each) for each in verify(folder, **more).differences]
+def said(folder, **options):
+    return [str(difference) for difference in verify(folder, **options).differences]
 
 
 def change(path, **values):
@@ -64,15 +64,15 @@ def sha256(path):
 
 
 def test_what_was_merged_is_what_it_says(merged):
-    found = verify(merged)
-    assert found.differences == ()
-    assert (found.recorded, found.tensors, found.bytes) == (True, 21, 1616)
+    verification = verify(merged)
+    assert verification.differences == ()
+    assert (verification.recorded, verification.tensors, verification.bytes) == (True, 21, 1616)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_model_of_other_makers_need_only_agree_with_itself(tmp_path, shards):
-    found = verify(save(tmp_path / "model", llama(0), shards=shards))
-    assert (found.differences, found.recorded, found.tensors) == ((), False, 21)
+    verification = verify(save(tmp_path / "model", llama(0), shards=shards))
+    assert (verification.differences, verification.recorded, verification.tensors) == ((), False, 21)
 
 
 def test_a_pickled_model_is_looked_at_too(tmp_path):
@@ -87,30 +87,30 @@ def test_a_pickled_model_is_looked_at_too(tmp_path):
 
 
 def test_a_model_is_read_once_and_told_to_its_end(merged):
-    told = []
-    verify(merged, RunOptions(progress=lambda *each: told.append(each)))
-    assert {what for what, _, _ in told} == {"verifying"}
-    assert max(done for _, done, _ in told) == told[0][2] == 1616
+    messages = []
+    verify(merged, RunOptions(progress=lambda *value: messages.append(value)))
+    assert {step for step, _, _ in messages} == {"verifying"}
+    assert max(count for _, count, _ in messages) == messages[0][2] == 1616
 
 
 # --- against merger.json --------------------------------------------------------------------------
 
 
 def test_one_flipped_bit_is_found_in_its_file(merged):
-    before = sha256(merged / FIRST)
+    hash_before = sha256(merged / FIRST)
     content = bytearray((merged / FIRST).read_bytes())
     content[-1] ^= 1
     (merged / FIRST).write_bytes(content)
-    assert said(merged) == [f"{FIRST}: its SHA-256 is {sha256(merged / FIRST)}, but {before} in merger.json"]
+    assert said(merged) == [f"{FIRST}: its SHA-256 is {sha256(merged / FIRST)}, but {hash_before} in merger.json"]
 
 
 def test_a_missing_shard_is_named_with_the_tensors_it_held(merged):
-    gone = sorted(load_file(merged / SECOND))
+    names = sorted(load_file(merged / SECOND))
     (merged / SECOND).unlink()
-    found = said(merged)
-    assert f"{SECOND}: is missing, though model.safetensors.index.json names it" in found
-    assert f"{SECOND}: is missing, though merger.json names it" in found
-    assert {f"merger.json: {name}: is in no file" for name in gone} == {line for line in found if "no file" in line}
+    messages = said(merged)
+    assert f"{SECOND}: is missing, though model.safetensors.index.json names it" in messages
+    assert f"{SECOND}: is missing, though merger.json names it" in messages
+    assert {f"merger.json: {name}: is in no file" for name in names} == {line for line in messages if "no file" in line}
 
 
 def test_a_tensor_of_another_shape_or_dtype_is_named(merged):
@@ -121,14 +121,14 @@ def test_a_tensor_of_another_shape_or_dtype_is_named(merged):
 def test_a_tensor_that_was_added_or_removed_is_named_by_index_and_manifest(merged):
     edit(merged / SECOND, NORM, lambda norm: None)
     save_file({**load_file(merged / FIRST), "extra": torch.ones(2)}, merged / FIRST, {"format": "pt"})
-    found = said(merged)
+    messages = said(merged)
     for line in (
         f"{SECOND}: {NORM}: is not there, though model.safetensors.index.json says so",
         f"merger.json: {NORM}: is in no file",
         f"model.safetensors.index.json: extra: is not named, though {FIRST} holds it",
         f"{FIRST}: extra: is not in merger.json",
     ):
-        assert line in found
+        assert line in messages
 
 
 def test_weights_that_would_be_loaded_in_their_place_are_named(merged):
@@ -139,14 +139,14 @@ def test_weights_that_would_be_loaded_in_their_place_are_named(merged):
 def test_config_and_tokenizer_are_those_that_were_written(merged):
     (merged / "config.json").write_text(json.dumps({**CONFIG, "rope_theta": 7}))
     (merged / "tokenizer.json").unlink()
-    found = said(merged)
-    assert any(line.startswith("config.json: its SHA-256 is ") for line in found)
-    assert "tokenizer.json: is missing, though merger.json names it" in found
-    assert len(found) == 2
+    messages = said(merged)
+    assert any(line.startswith("config.json: its SHA-256 is ") for line in messages)
+    assert "tokenizer.json: is missing, though merger.json names it" in messages
+    assert len(messages) == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "subject"),
     [
         ("{", "cannot be read: "),
         ("[]", "is not of format 1"),
@@ -154,10 +154,10 @@ def test_config_and_tokenizer_are_those_that_were_written(merged):
         ('{"format": 1, "recipe": {}}', "lacks calibration, inputs, statistics, shards, files, tensors, versions"),
     ],
 )
-def test_a_manifest_that_cannot_be_understood_is_a_difference(merged, text, what):
+def test_a_manifest_that_cannot_be_understood_is_a_difference(merged, text, subject):
     (merged / "merger.json").write_text(text)
     (line,) = said(merged)
-    assert line.startswith(f"merger.json: {what}")
+    assert line.startswith(f"merger.json: {subject}")
 
 
 # --- what any model says of itself ----------------------------------------------------------------
@@ -166,8 +166,8 @@ def test_a_manifest_that_cannot_be_understood_is_a_difference(merged, text, what
 def test_every_broken_file_is_told_not_just_the_first(merged):
     for file in (FIRST, SECOND):
         (merged / file).write_bytes((merged / file).read_bytes()[:-1])
-    found = said(merged)
-    assert [line.split(":")[0] for line in found if "truncated" in line] == [FIRST, SECOND]
+    messages = said(merged)
+    assert [line.split(":")[0] for line in messages if "truncated" in line] == [FIRST, SECOND]
 
 
 def test_a_folder_without_weights_or_config_says_so(tmp_path):
@@ -182,10 +182,10 @@ def test_a_folder_without_weights_or_config_says_so(tmp_path):
 
 def test_a_tensor_in_two_files_is_named(tmp_path):
     folder = save(tmp_path / "model", llama(0), shards=2)
-    first, second = sorted(folder.glob("*.safetensors"))
-    name, value = next(iter(load_file(first).items()))
-    save_file({**load_file(second), name: value}, second)
-    assert f"{second.name}: {name}: is in {first.name} as well" in said(folder)
+    shard, next_shard = sorted(folder.glob("*.safetensors"))
+    name, value = next(iter(load_file(shard).items()))
+    save_file({**load_file(next_shard), name: value}, next_shard)
+    assert f"{next_shard.name}: {name}: is in {shard.name} as well" in said(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -200,36 +200,36 @@ def test_values_that_are_not_finite_are_counted_wherever_they_stand(tmp_path, mo
     ]
 
 
-def test_the_vocabulary_is_as_long_as_its_tensors(plain):
-    change(plain / "config.json", vocab_size=9)
-    assert said(plain) == [
+def test_the_vocabulary_is_as_long_as_its_tensors(foreign):
+    change(foreign / "config.json", vocab_size=9)
+    assert said(foreign) == [
         f"config.json: {EMBEDDING}: has 8 rows, but vocab_size is 9",
         f"config.json: {HEAD}: has 8 rows, but vocab_size is 9",
     ]
 
 
-def test_a_head_that_is_said_to_be_the_embedding_is_it(plain):
-    change(plain / "config.json", tie_word_embeddings=True)
+def test_a_head_that_is_said_to_be_the_embedding_is_it(foreign):
+    change(foreign / "config.json", tie_word_embeddings=True)
     line = f"model.safetensors: {HEAD}: is not {EMBEDDING}, though config.json says tie_word_embeddings: true"
-    assert said(plain) == [line]
+    assert said(foreign) == [line]
     embedding = llama(0)[EMBEDDING]
-    edit(plain / "model.safetensors", HEAD, lambda head: embedding)
-    assert said(plain) == []
+    edit(foreign / "model.safetensors", HEAD, lambda head: embedding)
+    assert said(foreign) == []
 
 
-def test_a_head_that_is_said_to_be_there_is(plain):
-    edit(plain / "model.safetensors", HEAD, lambda head: None)
-    assert said(plain) == ["config.json: says tie_word_embeddings: false, but there is no head"]
-    change(plain / "config.json", tie_word_embeddings=True)
-    assert said(plain) == []
+def test_a_head_that_is_said_to_be_there_is(foreign):
+    edit(foreign / "model.safetensors", HEAD, lambda head: None)
+    assert said(foreign) == ["config.json: says tie_word_embeddings: false, but there is no head"]
+    change(foreign / "config.json", tie_word_embeddings=True)
+    assert said(foreign) == []
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_the_dtype_is_that_of_most_numbers(plain, key):
-    change(plain / "config.json", **{key: "float32"})
-    assert said(plain) == []
-    change(plain / "config.json", **{key: "bfloat16"})
-    assert said(plain) == ["config.json: says dtype bfloat16, but most numbers are F32"]
+def test_the_dtype_is_that_of_most_numbers(foreign, key):
+    change(foreign / "config.json", **{key: "float32"})
+    assert said(foreign) == []
+    change(foreign / "config.json", **{key: "bfloat16"})
+    assert said(foreign) == ["config.json: says dtype bfloat16, but most numbers are F32"]
 
 
 def test_no_block_is_missing(tmp_path):
@@ -242,7 +242,7 @@ def test_no_block_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "what"),
+    ("file", "content", "subject"),
     [
         ("tokenizer.json", {"model": {"vocab": {"a": 7, "b": 8, "c": 9}}}, "'b' is number 8"),
         ("tokenizer.json", {"model": {"vocab": [["a", 0.0]] * 9}}, "is number 8"),
@@ -253,16 +253,16 @@ def test_no_block_is_missing(tmp_path):
         ("generation_config.json", {"eos_token_id": [0, 8], "pad_token_id": -1}, "'eos_token_id' is number 8"),
     ],
 )
-def test_no_token_is_beyond_the_embeddings_rows(plain, file, content, what):
-    change(plain / file, **content)
-    (line,) = said(plain)
+def test_no_token_is_beyond_the_embeddings_rows(foreign, file, content, subject):
+    change(foreign / file, **content)
+    (line,) = said(foreign)
     assert line.startswith(f"{file}: ")
-    assert f"{what}, but {EMBEDDING} has 8 rows" in line
+    assert f"{subject}, but {EMBEDDING} has 8 rows" in line
 
 
-def test_a_tokenizer_that_is_no_json_is_told(plain):
-    (plain / "tokenizer.json").write_text("{")
-    assert said(plain)[0].startswith("tokenizer.json: is not valid JSON")
+def test_a_tokenizer_that_is_no_json_is_told(foreign):
+    (foreign / "tokenizer.json").write_text("{")
+    assert said(foreign)[0].startswith("tokenizer.json: is not valid JSON")
 
 
 # --- merged again ---------------------------------------------------------------------------------
@@ -277,9 +277,9 @@ ALL = DeepCheck(sample=99)
 @pytest.mark.parametrize("deep", [ALL, DeepCheck(sample=1, seed=3)])
 def test_a_sample_comes_out_the_same_again(tmp_path, method, parameters, deep):
     trio(tmp_path)
-    found = verify(run(tmp_path, method, parameters), deep=deep)
-    assert found.differences == ()
-    assert len(found.recomputed) == min(deep.sample, 21)
+    verification = verify(run(tmp_path, method, parameters), deep=deep)
+    assert verification.differences == ()
+    assert len(verification.recomputed) == min(deep.sample, 21)
 
 
 def test_a_value_that_the_inputs_do_not_make_is_found_though_merger_json_agrees(merged):
@@ -295,8 +295,8 @@ def test_a_value_that_the_inputs_do_not_make_is_found_though_merger_json_agrees(
 
 
 def test_the_seed_chooses_the_sample(merged):
-    chosen = [verify(merged, deep=DeepCheck(sample=4, seed=seed)).recomputed for seed in (0, 0, 1)]
-    assert chosen[0] == chosen[1] != chosen[2]
+    samples = [verify(merged, deep=DeepCheck(sample=4, seed=seed)).recomputed for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
 
 
 def test_inputs_that_have_changed_are_named(merged):
@@ -319,9 +319,9 @@ def test_a_folder_that_was_moved_is_checked_with_its_recipe(merged, tmp_path):
         verify(moved, deep=DeepCheck(recipe=recipe))
 
 
-def test_what_merger_did_not_make_cannot_be_made_again(plain):
+def test_what_merger_did_not_make_cannot_be_made_again(foreign):
     with pytest.raises(RecipeError, match=r"has no merger\.json that says from what it could be made again"):
-        verify(plain, deep=ALL)
+        verify(foreign, deep=ALL)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ def test_what_merger_did_not_make_cannot_be_made_again(plain):
 
 def test_the_command_says_one_line_or_every_difference_with_exit_code_5(merger, merged):
     ran = merger("verify", merged, "--deep", "--sample", 3)
-    whole = f"{merged}: is what merger.json says: 21 tensors, 1.62 kB; 3 tensors merged again are the same bits\n"
-    assert (ran.code, ran.out, ran.err) == (0, whole, "")
+    total = f"{merged}: is what merger.json says: 21 tensors, 1.62 kB; 3 tensors merged again are the same bits\n"
+    assert (ran.code, ran.out, ran.err) == (0, total, "")
 
     (merged / FIRST).unlink()
     ran = merger("verify", merged)

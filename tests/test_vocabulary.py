@@ -40,23 +40,23 @@ class Family:
             self.experts[name] = name
         return self
 
-    def recipe(self, **more):
-        choice = {} if more.keys() & {"method", "pipeline"} else {"method": "task_arithmetic"}
-        written = {"base": "base", "experts": self.experts, "output": {"path": "out"}, **choice}
-        return Recipe.parse({**written, **more}, self.folder)
+    def recipe(self, **options):
+        choice = {} if options.keys() & {"method", "pipeline"} else {"method": "task_arithmetic"}
+        content = {"base": "base", "experts": self.experts, "output": {"path": "out"}, **choice}
+        return Recipe.parse({**content, **options}, self.folder)
 
-    def plan(self, **more):
-        made = plan(self.recipe(**more))
-        made.close()
-        return made
+    def plan(self, **options):
+        merge_plan = plan(self.recipe(**options))
+        merge_plan.close()
+        return merge_plan
 
-    def merge(self, **more):
-        merge(self.recipe(**more))
+    def merge(self, **options):
+        merge(self.recipe(**options))
         return load(self.folder / "out")
 
-    def refusal(self, **more):
+    def refusal(self, **options):
         with pytest.raises(CheckpointError) as caught:
-            self.plan(**more)
+            self.plan(**options)
         return str(caught.value)
 
     def output(self, name):
@@ -78,8 +78,8 @@ def named(name):
     return {"path": "out", "tokenizer": name}
 
 
-def extra(made, name=EMBEDDING):
-    tensor = next(tensor for tensor in made.tensors if tensor.name == name)
+def extra(result, name=EMBEDDING):
+    tensor = next(tensor for tensor in result.tensors if tensor.name == name)
     return [(rows.start, rows.stop, rows.models) for rows in tensor.extra]
 
 
@@ -99,9 +99,9 @@ def test_the_refusal_comes_with_all_others_and_before_anything_is_written(clash)
     save(clash.folder / "b", {**clash.tensors["b"], NORM: torch.ones(9)}, {**CONFIG, "vocab_size": N + 2})
     with pytest.raises(CheckpointError) as caught:
         merge(clash.recipe())
-    first, second = str(caught.value).splitlines()
+    first, shape_fault = str(caught.value).splitlines()
     assert first.startswith("the models' tokenizers give one id")
-    assert second == "b: model.norm.weight is [9], but [8] in base"
+    assert shape_fault == "b: model.norm.weight is [9], but [8] in base"
     assert sorted(path.name for path in clash.folder.iterdir()) == ["a", "b", "base"]
 
 
@@ -118,8 +118,8 @@ def test_the_refusal_comes_with_all_others_and_before_anything_is_written(clash)
     ],
 )
 def test_every_remedy_that_is_named_works(clash, remedy, tokenizer, rows):
-    made = clash.plan(**remedy)
-    assert (made.tokenizer, extra(made)) == (tokenizer, rows)
+    merge_plan = clash.plan(**remedy)
+    assert (merge_plan.tokenizer, extra(merge_plan)) == (tokenizer, rows)
 
 
 def test_the_tokenizer_that_is_named_decides_whose_rows_are_taken(clash):
@@ -149,9 +149,9 @@ def test_a_token_that_an_expert_renamed_is_refused_and_its_own_where_it_is_asked
     assert "12 is '<unused>' in base and '<tool>' in a" in family.refusal()
     merged, base, a = family.merge(output=named("a")), family.tensors["base"], family.tensors["a"]
     assert same_bits(merged[EMBEDDING][12], a[EMBEDDING][12])
-    rest = [*range(12), 13]
-    torch.testing.assert_close(merged[EMBEDDING][rest], a[EMBEDDING][rest])
-    assert not same_bits(base[EMBEDDING][rest], a[EMBEDDING][rest])
+    tail = [*range(12), 13]
+    torch.testing.assert_close(merged[EMBEDDING][tail], a[EMBEDDING][tail])
+    assert not same_bits(base[EMBEDDING][tail], a[EMBEDDING][tail])
 
 
 def test_rows_of_other_tokens_do_not_count_where_changes_are_ranked(family):
@@ -166,13 +166,13 @@ def test_rows_of_other_tokens_do_not_count_where_changes_are_ranked(family):
         expert[name][12] = 99
     for name, tensors in (("base", base), ("a", expert)):
         save_file(tensors, family.folder / name / "model.safetensors", {"format": "pt"})
-    how = {"pipeline": [{"magnitude": {"density": "1/14"}}, "sum"], "output": named("a")}
-    merged = family.merge(**how)
+    options = {"pipeline": [{"magnitude": {"density": "1/14"}}, "sum"], "output": named("a")}
+    merged = family.merge(**options)
     for name in (EMBEDDING, HEAD, BIAS):
         assert same_bits(merged[name][12], expert[name][12])
-        kept = (merged[name] != base[name]).reshape(14, -1)
+        row_changes = (merged[name] != base[name]).reshape(14, -1)
         count = base[name].numel() // 14
-        assert int(kept[[*range(12), 13]].sum()) == count
+        assert int(row_changes[[*range(12), 13]].sum()) == count
     assert (merged[BIAS][4] != base[BIAS][4]).all()
 
 
@@ -198,11 +198,11 @@ def test_other_rows_are_merged_as_if_no_token_had_been_added(padded):
     merged = padded.merge()
     for name in ("base", "a", "b"):
         save_tokenizer(padded.folder / name)
-    plain = padded.merge(output={"path": "plain"}) or load(padded.folder / "plain")
-    plain = load(padded.folder / "plain")
-    rest = [*range(12), 14, 15]
+    tensors = padded.merge(output={"path": "plain"}) or load(padded.folder / "plain")
+    tensors = load(padded.folder / "plain")
+    tail = [*range(12), 14, 15]
     for name in (EMBEDDING, HEAD):
-        assert same_bits(merged[name][rest], plain[name][rest])
+        assert same_bits(merged[name][tail], tensors[name][tail])
 
 
 def test_a_token_that_two_experts_added_is_the_mean_of_both(family):
@@ -237,8 +237,8 @@ def test_tokens_that_no_tokenizer_has_together_are_refused(family):
 
 def test_what_the_base_names_and_an_expert_does_not_is_merged_as_ever(family):
     family.add("base", 16, ["<tool>"]).add("a", 16)
-    made = family.plan()
-    assert (made.tokenizer, extra(made)) == ("base", [])
+    merge_plan = family.plan()
+    assert (merge_plan.tokenizer, extra(merge_plan)) == ("base", [])
 
 
 # --- extra_rows: drop -----------------------------------------------------------------------------
@@ -273,10 +273,11 @@ def test_dropping_does_not_mix_what_is_left(family):
 
 
 def test_tables_of_one_model_come_with_its_tokenizer(clash):
-    made = clash.plan(rules=[{"kinds": ["embedding", "head"], "use": "b"}])
-    assert made.tokenizer == "b"
+    merge_plan = clash.plan(rules=[{"kinds": ["embedding", "head"], "use": "b"}])
+    assert merge_plan.tokenizer == "b"
     assert (
-        "a: its tokens '<tool>' (12), '</tool>' (13) are not in the output, which gets the tokenizer of b" in made.notes
+        "a: its tokens '<tool>' (12), '</tool>' (13) are not in the output, which gets the tokenizer of b"
+        in merge_plan.notes
     )
 
 
@@ -321,16 +322,16 @@ def test_a_pack_cannot_hold_a_token_that_stands_in_padding(padded):
 
 def test_an_expert_without_a_tokenizer_has_the_bases_tokens(family):
     family.add("base", 16).add("a", 16, ["<tool>"]).add("b", 16, tokenizer=False)
-    made = family.plan()
-    assert (made.tokenizer, extra(made)) == ("a", [(12, 13, ("a",))])
+    merge_plan = family.plan()
+    assert (merge_plan.tokenizer, extra(merge_plan)) == ("a", [(12, 13, ("a",))])
     note = "b: has no tokenizer; its rows are taken for the tokens that the other models have there"
-    assert note in made.notes
+    assert note in merge_plan.notes
 
 
 def test_a_base_without_a_tokenizer_has_the_tokens_that_experts_agree_on(family):
     family.add("base", 16, tokenizer=False).add("a", 16, ["<tool>"]).add("b", 16)
-    made = family.plan()
-    assert (made.tokenizer, extra(made)) == ("a", [(12, 13, ("a",))])
+    merge_plan = family.plan()
+    assert (merge_plan.tokenizer, extra(merge_plan)) == ("a", [(12, 13, ("a",))])
 
 
 def test_the_only_tokenizer_is_not_lost(family):
@@ -346,8 +347,8 @@ def test_a_model_without_a_tokenizer_cannot_give_the_outputs(family):
 
 def test_without_any_tokenizer_rows_alone_count(family):
     family.add("base", tokenizer=False).add("a", N + 1, tokenizer=False)
-    made = family.plan()
-    assert (extra(made), made.notes) == (
+    merge_plan = family.plan()
+    assert (extra(merge_plan), merge_plan.notes) == (
         [(12, 13, ("a",))],
         (*(f"{x}: rows 12 to 12 are those of a" for x in (HEAD, EMBEDDING)),),
     )
@@ -388,8 +389,8 @@ def test_the_same_tokenizer_in_other_files_is_no_difference(family, base, expert
     for name, files in (("base", base), ("a", expert)):
         for file, content in files.items():
             write(family.folder / name / file, content)
-    made = family.plan()
-    assert (made.tokenizer, made.notes, extra(made)) == ("base", (), [])
+    merge_plan = family.plan()
+    assert (merge_plan.tokenizer, merge_plan.notes, extra(merge_plan)) == ("base", (), [])
 
 
 @pytest.mark.parametrize(
@@ -500,8 +501,8 @@ def chat(family, eos, config, generation):
     ],
 )
 def test_the_end_token_of_the_tokenizer_ends_a_generation(family, eos, config, generation, in_config, in_generation):
-    written, settings = chat(family, eos, config, generation)
-    assert (written["eos_token_id"], settings["eos_token_id"]) == (in_config, in_generation)
+    parameters, settings = chat(family, eos, config, generation)
+    assert (parameters["eos_token_id"], settings["eos_token_id"]) == (in_config, in_generation)
 
 
 def test_settings_for_generation_come_with_the_tokenizer(family):
@@ -582,8 +583,8 @@ def test_adapters_that_add_different_tokens_are_refused(family):
 
 def test_a_merge_with_a_tokenizer_that_was_named_verifies_and_is_inspected(clash):
     clash.merge(output=named("a"))
-    found = verify(clash.folder / "out", deep=DeepCheck(sample=100))
-    assert (found.differences, len(found.recomputed)) == ((), 3)
+    verification = verify(clash.folder / "out", deep=DeepCheck(sample=100))
+    assert (verification.differences, len(verification.recomputed)) == ((), 3)
     manifest = Manifest.read(clash.folder / "out")
     with_merge = plan(recipe_with_merge(manifest, clash.folder / "out", "merge", clash.folder))
     with_merge.close()
@@ -591,10 +592,10 @@ def test_a_merge_with_a_tokenizer_that_was_named_verifies_and_is_inspected(clash
 
 
 def test_tokens_are_part_of_what_an_unfinished_merge_was_made_of(padded):
-    before = decisive(padded.plan(), "cpu", {})
+    inputs_before = decisive(padded.plan(), "cpu", {})
     save_tokenizer(padded.folder / "a")
-    after = decisive(padded.plan(), "cpu", {})
-    assert [key for key in before if before[key] != after[key]] == ["tensors"]
+    inputs_after = decisive(padded.plan(), "cpu", {})
+    assert [key for key in inputs_before if inputs_before[key] != inputs_after[key]] == ["tensors"]
 
 
 def test_a_locked_recipe_sees_that_an_experts_tokens_changed(padded):
@@ -605,13 +606,13 @@ def test_a_locked_recipe_sees_that_an_experts_tokens_changed(padded):
 
 
 def test_behind_merged_blocks_an_expert_keeps_rows_that_are_another_token(clash):
-    made = clash.plan(output=named("a"))
+    merge_plan = clash.plan(output=named("a"))
     merged = {EMBEDDING: torch.zeros(N + 2, 8)}
-    models = {name: made.models[name].read(EMBEDDING) for name in ("a", "b")}
-    seen = {name: PartlyMergedModel(made, name, merged.get).read(EMBEDDING) for name in models}
-    assert same_bits(seen["a"], merged[EMBEDDING])
-    assert same_bits(seen["b"], torch.cat([merged[EMBEDDING][:N], models["b"][N:]]))
-    made.close()
+    models = {name: merge_plan.models[name].read(EMBEDDING) for name in ("a", "b")}
+    records = {name: PartlyMergedModel(merge_plan, name, merged.get).read(EMBEDDING) for name in models}
+    assert same_bits(records["a"], merged[EMBEDDING])
+    assert same_bits(records["b"], torch.cat([merged[EMBEDDING][:N], models["b"][N:]]))
+    merge_plan.close()
 
 
 def test_a_tied_embedding_is_treated_like_any(family):
@@ -636,5 +637,5 @@ def test_a_large_vocabulary_is_told_apart_quickly_enough_to_plan(tmp_path):
         save_tokenizer(tmp_path / name, words, added)
     family = Family(tmp_path)
     family.experts = {"a": "a", "b": "b"}
-    made = family.plan()
-    assert (made.tokenizer, extra(made)) == ("b", [(50_000, 50_001, ("a", "b")), (50_001, 50_002, ("b",))])
+    merge_plan = family.plan()
+    assert (merge_plan.tokenizer, extra(merge_plan)) == ("b", [(50_000, 50_001, ("a", "b")), (50_001, 50_002, ("b",))])

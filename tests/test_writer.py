@@ -37,29 +37,29 @@ def infos(tensors):
 
 def begun(path, tensors=TENSORS, shard_size=10**9):
     described = infos(tensors)
-    opened = Writer(path, layout(list(described.items()), shard_size), described, {"recipe": "1"})
+    writer = Writer(path, layout(list(described.items()), shard_size), described, {"recipe": "1"})
     try:
-        opened.open()
+        writer.open()
     except BaseException:
-        opened.abandon()
+        writer.abandon()
         raise
-    return opened
+    return writer
 
 
-def fill(opened, tensors=TENSORS):
+def fill(writer, tensors=TENSORS):
     for name, tensor in tensors.items():
-        opened.write(name, 0, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        opened.done(name)
+        writer.write(name, 0, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        writer.finish_tensor(name)
 
 
 def write(path, tensors=TENSORS, shard_size=10**9, *, force=False):
-    opened = begun(path, tensors, shard_size)
+    writer = begun(path, tensors, shard_size)
     try:
-        fill(opened, tensors)
-        digests = opened.digests()
-        opened.finish(force=force)
+        fill(writer, tensors)
+        digests = writer.digests()
+        writer.finish(force=force)
     except BaseException:
-        opened.abandon()
+        writer.abandon()
         raise
     return digests
 
@@ -105,8 +105,8 @@ def test_a_shard_holds_at_most_its_size_or_one_larger_tensor_in_order(tensors, s
     assign_sizes = [name for shard in shards for name in sorted(shard.offsets, key=lambda name: int(name[1:]))]
     assert assign_sizes == [name for name, _ in tensors]
     for shard in shards:
-        held = [info.nbytes for name, info in tensors if name in shard.offsets]
-        assert sum(held) <= size or len([n for n in held if n]) == 1
+        sizes = [info.nbytes for name, info in tensors if name in shard.offsets]
+        assert sum(sizes) <= size or len([n for n in sizes if n]) == 1
 
 
 @given(tensors_of_some_sizes, st.integers(1, 400))
@@ -128,12 +128,12 @@ def test_a_header_reads_back_as_what_was_laid_out(tmp_path_factory, tensors):
     (shard,) = layout(tensors, 10**9)
     path.write_bytes(shard.header + bytes(shard.size - len(shard.header)))
 
-    found = FORMAT.header(path)
+    result = FORMAT.header(path)
 
-    assert {name: (info.dtype, info.shape) for name, info in found.items()} == {
+    assert {name: (info.dtype, info.shape) for name, info in result.items()} == {
         name: (info.dtype, info.shape) for name, info in tensors
     }
-    assert {name: info.offset for name, info in found.items()} == dict(shard.offsets)
+    assert {name: info.offset for name, info in result.items()} == dict(shard.offsets)
 
 
 def test_names_in_any_script_survive(tmp_path):
@@ -152,15 +152,15 @@ def test_what_is_written_is_read_by_safetensors_bit_for_bit(tmp_path, shard_size
 
 
 def test_tensors_may_come_in_any_order_and_in_pieces(tmp_path):
-    opened = begun(tmp_path / "out")
+    writer = begun(tmp_path / "out")
     for name, tensor in reversed(TENSORS.items()):
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         middle = len(data) // 2
-        opened.write(name, middle, data[middle:])
-        opened.write(name, 0, data[:middle])
-        opened.done(name)
-    opened.digests()
-    opened.finish(force=False)
+        writer.write(name, middle, data[middle:])
+        writer.write(name, 0, data[:middle])
+        writer.finish_tensor(name)
+    writer.digests()
+    writer.finish(force=False)
     assert same_bits(load_file(tmp_path / "out" / "model.safetensors"), TENSORS)
 
 
@@ -176,13 +176,13 @@ def test_a_digest_is_that_of_the_file(tmp_path, monkeypatch):
 
 
 def test_until_it_is_finished_there_is_only_a_partial_folder_of_full_size(tmp_path):
-    opened = begun(tmp_path / "out")
+    writer = begun(tmp_path / "out")
 
     assert os.listdir(tmp_path) == ["out.partial"]
     (shard,) = layout(list(infos(TENSORS).items()), 10**9)
     assert (tmp_path / "out.partial" / "model" / "model.safetensors").stat().st_size == shard.size
 
-    opened.abandon()
+    writer.abandon()
     assert os.listdir(tmp_path) == []
 
 
@@ -194,9 +194,9 @@ def test_folders_made_on_the_way_go_with_it(tmp_path):
 
 
 def test_a_folder_that_someone_else_uses_meanwhile_stays(tmp_path):
-    opened = begun(tmp_path / "new" / "out")
+    writer = begun(tmp_path / "new" / "out")
     (tmp_path / "new" / "note").touch()
-    opened.abandon()
+    writer.abandon()
     assert os.listdir(tmp_path / "new") == ["note"]
 
 
@@ -211,12 +211,12 @@ def test_what_a_dead_run_left_is_removed(tmp_path):
 
 
 def test_a_partial_folder_of_another_run_is_refused_and_left_alone(tmp_path):
-    opened = begun(tmp_path / "out")
+    writer = begun(tmp_path / "out")
     with pytest.raises(RecipeError, match=r"out\.partial: another run is writing it; wait for it or stop it"):
         begun(tmp_path / "out")
-    fill(opened)
-    opened.digests()
-    opened.finish(force=False)
+    fill(writer)
+    writer.digests()
+    writer.finish(force=False)
     assert same_bits(load(tmp_path / "out"), TENSORS)
 
 
@@ -228,12 +228,12 @@ def test_what_merely_has_the_partial_folders_name_is_left_alone(tmp_path, kind):
         (tmp_path / "out.partial").symlink_to("precious")
     else:
         (tmp_path / "precious" / ("" if kind == "folder" else "work")).rename(tmp_path / "out.partial")
-    before = sorted(tmp_path.rglob("*"))
+    names = sorted(tmp_path.rglob("*"))
 
     with pytest.raises(RecipeError, match="no run of merger left it; move it away"):
         begun(tmp_path / "out")
 
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == names
 
 
 @pytest.mark.parametrize("files", [{"journal": "Dear diary,\n"}, {"journal": '{"plan": {}}\n', "notes.txt": "mine"}])
@@ -265,14 +265,14 @@ def test_an_empty_folder_is_a_place_to_write(tmp_path):
 
 
 def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
-    opened = begun(tmp_path / "out")
-    fill(opened)
+    writer = begun(tmp_path / "out")
+    fill(writer)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "work").touch()
 
     with pytest.raises(RecipeError, match="is there already"):
-        opened.finish(force=False)
-    opened.abandon()
+        writer.finish(force=False)
+    writer.abandon()
 
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["work"]
@@ -282,7 +282,7 @@ def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_force_replaces_what_was_there_and_nothing_behind_it(tmp_path, monkeypatch, kind, swapped):
     if not swapped:
-        monkeypatch.setattr(placement, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(placement, "_exchange", lambda source, target: False)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "work").touch()
     if kind == "folder":
@@ -295,8 +295,8 @@ def test_force_replaces_what_was_there_and_nothing_behind_it(tmp_path, monkeypat
     write(tmp_path / "out", force=True)
 
     assert os.listdir(tmp_path / "out") == ["model.safetensors"]
-    left = {"folder": [], "file": [], "link": [tmp_path / "old" / "work"]}[kind]
-    assert list((tmp_path / "old").glob("*")) == left
+    expected = {"folder": [], "file": [], "link": [tmp_path / "old" / "work"]}[kind]
+    assert list((tmp_path / "old").glob("*")) == expected
     assert sorted(os.listdir(tmp_path)) == (["out"] if kind == "folder" else ["old", "out"])
 
 
@@ -310,7 +310,7 @@ def test_what_force_replaces_is_back_if_the_new_one_cannot_take_its_place(tmp_pa
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(placement, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(placement, "_exchange", lambda first_value, second_value: False)
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(ResourceError, match="out: cannot be written: Input/output error"):
         write(tmp_path / "out", force=True)
@@ -346,7 +346,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
 
 @pytest.mark.parametrize("call", ["pwrite", "preadv", "fsync"])
 def test_a_disk_that_fails_later_is_a_resource_error_too(tmp_path, monkeypatch, call):
-    opened = begun(tmp_path / "out")
+    writer = begun(tmp_path / "out")
 
     def failing(*_):
         raise OSError(5, "Input/output error")
@@ -354,10 +354,10 @@ def test_a_disk_that_fails_later_is_a_resource_error_too(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, call, failing)
 
     def work():
-        fill(opened)
-        opened.digests()
+        fill(writer)
+        writer.digests()
 
     with pytest.raises(ResourceError, match=r"model\.safetensors: cannot be written: Input/output error"):
         work()
-    opened.abandon()
+    writer.abandon()
     assert os.listdir(tmp_path) == []

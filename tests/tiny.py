@@ -40,42 +40,42 @@ def bits(values):
     return values.contiguous().view(torch.int32)
 
 
-def merge(chosen, deltas, *, base=None, place=None, inputs=None, kind=None, **more):
+def merge(stages, deltas, *, base=None, place=None, inputs=None, kind=None, **options):
     """The one tensor that comes of base + each expert's delta; ``deltas`` maps experts to task vectors."""
     deltas = {expert: tensor(delta) for expert, delta in deltas.items()}
     base = torch.zeros_like(next(iter(deltas.values()))) if base is None else tensor(base)
     return merge_tensors(
-        chosen,
+        stages,
         {NAME: base},
         {expert: {NAME: base + delta} for expert, delta in deltas.items()},
         places={NAME: place or Place(tuple(deltas))},
         inputs={NAME: inputs or Inputs()},
         kinds=None if kind is None else {NAME: kind},
-        **more,
+        **options,
     )[NAME]
 
 
-def sparse(stage, deltas, **more):
+def sparse(stage, deltas, **options):
     """What a sparsifier leaves of each expert's task vector."""
-    only = {one: {expert: int(expert == one) for expert in deltas} for one in deltas}
-    return {one: merge([stage, checked("sum", {"weight": only[one]})], deltas, **more) for one in deltas}
+    only = {delta: {expert: int(expert == delta) for expert in deltas} for delta in deltas}
+    return {delta: merge([stage, checked("sum", {"weight": only[delta]})], deltas, **options) for delta in deltas}
 
 
-def kept(stage, deltas, **more):
+def kept(stage, deltas, **options):
     """Where a sparsifier leaves something."""
-    return {expert: left != 0 for expert, left in sparse(stage, deltas, **more).items()}
+    return {expert: remainder != 0 for expert, remainder in sparse(stage, deltas, **options).items()}
 
 
 def sliced(begin, tensors, rows=1):
     """Runs the flow ``begin(i, part)`` on every ``rows`` rows of each tensor i [.. r c], ranked together."""
-    model = sum(each[0].numel() for each in tensors)
-    found = [{} for _ in tensors]
+    model = sum(value[0].numel() for value in tensors)
+    result = [{} for _ in tensors]
 
     def visit(i, model_totals, earlier_sums):
         starts = range(0, tensors[i].shape[-2], rows)
 
         def carry(j):
-            found[i][j] = yield from begin(i, slice(starts[j], starts[j] + rows))
+            result[i][j] = yield from begin(i, slice(starts[j], starts[j] + rows))
 
         return run_slices(
             len(starts),
@@ -86,7 +86,7 @@ def sliced(begin, tensors, rows=1):
         )
 
     run_tensors([0] * len(tensors), visit)
-    return [torch.cat([parts[j] for j in sorted(parts)], -2) for parts in found]
+    return [torch.cat([parts[j] for j in sorted(parts)], -2) for parts in result]
 
 
 def inputs_of(tokens):

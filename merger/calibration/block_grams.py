@@ -30,7 +30,7 @@ class PartlyMergedModel:
     """The merged model under an expert's names; tensors that are not merged yet are the expert's own."""
 
     def __init__(self, plan: Plan, expert: str, merged: MergedTensors) -> None:
-        self._own, self._merged = plan.models[expert], merged
+        self._model, self._merged = plan.models[expert], merged
         self._tensors = {
             own_name: tensor for tensor in plan.tensors if (own_name := tensor.reads.get(expert)) is not None
         }
@@ -44,11 +44,11 @@ class PartlyMergedModel:
         tensor = self._tensors.get(name)
         merged = self._merged(name if tensor is None else tensor.name)
         if merged is None:
-            return self._own.read(name)
+            return self._model.read(name)
         foreign = [rows for rows in (tensor.extra if tensor else ()) if self._expert not in rows.models]
-        if merged.shape == self._own.tensors[name].shape and not foreign:
+        if merged.shape == self._model.tensors[name].shape and not foreign:
             return merged
-        expert_values = self._own.read(name).to(merged.dtype)
+        expert_values = self._model.read(name).to(merged.dtype)
         values = expert_values.clone()
         common = min(len(expert_values), len(merged))
         values[:common] = merged[:common]

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from merger.calibration.observed_model import EndOfPass, ObservedModel
 from merger.checkpoint.disk import allocate, disk_error
 from merger.errors import MergerError, checkpoint_faults, lacks_memory
-from merger.ops.transfer import buffer, buffer_bytes, sent
+from merger.ops.transfer import buffer, buffer_bytes, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -145,7 +145,7 @@ class BlockRunner:
     """Stands in for all blocks of a model but one, in the forward pass that the model itself makes."""
 
     def __init__(self, blocks: Sequence[nn.Module], observer: InputObserver, hidden_states: HiddenStates) -> None:
-        self._watch, self._carried = observer, hidden_states
+        self._observer, self._hidden_states = observer, hidden_states
         self._tuple_lengths: dict[int, int] = {}  # how long a tuple each block returns; 0 for a bare tensor
         self._first_arguments: list[Any] = []  # of the next block and the first batch, without hidden states
         for index, block in enumerate(blocks):
@@ -154,7 +154,7 @@ class BlockRunner:
     def begin(self, block: int, batch: int, purpose: Purpose) -> None:
         """Sets the real block of the next pass, the batch, and the purpose of the pass."""
         self._block, self._batch, self._purpose, self._next = block, batch, purpose, 0
-        self._watch.on = block == EMBEDDING
+        self._observer.on = block == EMBEDDING
 
     def end(self) -> None:
         """Raises UnsupportedBlocks if the pass did not reach the real block."""
@@ -171,17 +171,17 @@ class BlockRunner:
         if index > self._block:
             if self._batch == 0:
                 self._first_arguments = arguments
-            self._carried.put(self._batch, hidden)
+            self._hidden_states.put(self._batch, hidden)
             raise EndOfPass
         if self._batch == 0 and not _equal_arguments(arguments, self._first_arguments):
             raise UnsupportedBlocks("its blocks depend on one another by more than hidden states")
-        args, kwargs = _with_hidden_states(args, kwargs, self._carried.get(self._batch, hidden.device))
-        self._watch.on = self._purpose != "carry"
+        args, kwargs = _with_hidden_states(args, kwargs, self._hidden_states.get(self._batch, hidden.device))
+        self._observer.on = self._purpose != "carry"
         output = forward(*args, **kwargs)
         self._tuple_lengths[index] = _tuple_length(output)
         if self._purpose == "watch":
             raise EndOfPass
-        self._watch.on = True  # what comes after the last block is not in any
+        self._observer.on = True  # what comes after the last block is not in any
         return output
 
     def _as_block(self, index: int, hidden: Tensor) -> Any:
@@ -232,27 +232,27 @@ class HiddenStates:
     """
 
     def __init__(self, budget: int | None, folder: Path) -> None:
-        self._left, self._folder = budget, folder
-        self._kept: dict[int, Tensor] = {}
+        self._free_bytes, self._folder = budget, folder
+        self._buffers: dict[int, Tensor] = {}
 
     def get(self, batch: int, device: torch.device) -> Tensor:
         """Returns the hidden states of a batch on the device of the next block."""
-        return sent(self._kept[batch], device)
+        return to_device(self._buffers[batch], device)
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Copies the hidden states of a batch to their place.
 
         To keep the tensors themselves would cost no copy, but 100 MB of holes in the heap with the 135M model.
         """
-        if batch not in self._kept:
-            self._kept[batch] = self._allocate_buffer(batch, hidden)
-        place = self._kept[batch]
+        if batch not in self._buffers:
+            self._buffers[batch] = self._allocate_buffer(batch, hidden)
+        place = self._buffers[batch]
         place.copy_(hidden, non_blocking=place.is_pinned())
 
     def _allocate_buffer(self, batch: int, hidden: Tensor) -> Tensor:
         size = buffer_bytes(hidden.nbytes, hidden.device)
-        if self._left is None or size <= self._left:
-            self._left = None if self._left is None else self._left - size
+        if self._free_bytes is None or size <= self._free_bytes:
+            self._free_bytes = None if self._free_bytes is None else self._free_bytes - size
             return buffer(hidden.shape, hidden.dtype, hidden.device)
         path = self._folder / f"{batch}.bin"
         _allocate(path, hidden.nbytes)  # a mapped file that the disk has no room for ends the process (SIGBUS)

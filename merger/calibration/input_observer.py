@@ -71,11 +71,11 @@ class InputObserver(TorchFunctionMode):
 
     def begin(self, batch: Batch, device: torch.device) -> None:
         """Sets the tokens of the next forward pass."""
-        token_mask = batch.counted(self._settings.skip_first_tokens)
+        token_mask = batch.counted_tokens(self._settings.skip_first_tokens)
         self._samples, self._length = token_mask.shape
         self._token_mask = token_mask.flatten().to(device)
         self._all = torch.arange(len(self._token_mask), device=device)
-        self._plain = self._settings.weighting == "token" and bool(token_mask.all())
+        self._all_rows_count = self._settings.weighting == "token" and bool(token_mask.all())
         self._lengths = batch.mask.sum(1).to(device)
         # of an activation: which token each of its rows is
         self._ids: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
@@ -168,7 +168,7 @@ class InputObserver(TorchFunctionMode):
         rows, mask = inputs.reshape(-1, inputs.shape[-1]), row_mask
         if ids is None:
             return rows, None
-        if not self._plain:
+        if not self._all_rows_count:
             mask = self._token_mask[ids] if row_mask is None else self._token_mask[ids] & row_mask
         if mask is not None and not mask.all():
             rows, ids = rows[mask], ids[mask]

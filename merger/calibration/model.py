@@ -42,7 +42,7 @@ def _ties_head(weights: Checkpoint, word: bool) -> bool:
 
 
 def _constructor(config: Any, label: str, trust_remote_code: bool) -> Callable[[], Any]:
-    """What makes the model: its own class, or remote code where it is trusted."""
+    """Returns the constructor of the model: its own class, or trusted remote code."""
     remote = getattr(config, "auto_map", None) or {}
     if not (trust_remote_code and remote):
         for name in config.architectures or ():

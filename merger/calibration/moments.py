@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.ops.linalg import gram
-from merger.ops.transfer import fetched
+from merger.ops.transfer import to_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,8 +89,8 @@ class InputSums:
         """The averages, on the CPU in float32; zero where no token came by."""
         share = 1 / self.weight if self.weight else 0.0
         mean, squares = (self.totals * share).float().cpu(), (self.squares * share).float().cpu()
-        gram = None if self.gram is None else fetched((self.gram * share).float())
-        cross = None if self.cross is None else fetched((self.cross * share).float())
+        gram = None if self.gram is None else to_host((self.gram * share).float())
+        cross = None if self.cross is None else to_host((self.cross * share).float())
         return Moments(torch.tensor(self.count), squares, mean, gram, cross=cross)
 
 
@@ -140,7 +140,7 @@ def token_share(batches: Sequence[Batch], rows: int, settings: Settings) -> Tens
     """How often each of ``rows`` tokens occurs among those that count, which is E[x^2] of a one-hot input."""
     total = torch.zeros(rows, dtype=torch.float64)
     for batch in batches:
-        weights = batch.counted(settings.skip_first_tokens).double()
+        weights = batch.counted_tokens(settings.skip_first_tokens).double()
         if settings.weighting == "sample":
             weights /= weights.sum(1, keepdim=True).clamp(min=1)
         total += torch.bincount(batch.ids.flatten(), weights.flatten(), minlength=rows)

@@ -94,20 +94,20 @@ class ObservedModel:
             if not torch.isfinite(key_sums.squares).all():
                 name = next((source for source, _ in self.loader.stored(key.name)), key.name)
                 raise CheckpointError(f"{self.label}: what enters {name} is not finite: NaN or infinite activations")
-        return self.loader.named(self._unreached(prefix) | sums, self.watch.axes)
+        return self.loader.moments_by_name(self._unreached_sums(prefix) | sums, self.watch.axes)
 
     def outer_moments(self) -> dict[str, Moments]:
         """Returns the moments of the modules outside the blocks, and how often each token occurs."""
         moments = self.take("")
         if self._embedding is not None:
             share = token_share(self.batches, self._vocabulary_size(), self._settings)
-            count = sum(int(batch.counted(self._settings.skip_first_tokens).sum()) for batch in self.batches)
+            count = sum(int(batch.counted_tokens(self._settings.skip_first_tokens).sum()) for batch in self.batches)
             for name, _ in self.loader.stored(self._embedding):
                 embedding_moments = moments.get(name, Moments(torch.tensor(count)))
                 moments[name] = replace(embedding_moments, token_share=share)
         return moments
 
-    def _unreached(self, prefix: str) -> dict[MatrixKey, InputSums]:
+    def _unreached_sums(self, prefix: str) -> dict[MatrixKey, InputSums]:
         """Returns empty sums for the linear layers of a block that no token reached, such as an unused expert."""
         if not prefix:
             return {}

@@ -1,4 +1,4 @@
-"""What statistics and Gram matrices are made from: SHA-256s of weights, configs, texts and tokenizers."""
+"""The origins of statistics and Gram matrices: SHA-256s of weights, configs, texts and tokenizers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def calibration_files(recipe: Recipe) -> dict[str, str | None]:
 
 
 def sources(plan: Plan) -> dict[str, str | None]:
-    """The SHA-256 of what calibration starts from: files of text and statistics, tokenizers; None for a Hub dataset."""
+    """Returns the SHA-256 of calibration's files of text and statistics and its tokenizers; None for a Hub dataset."""
     calibration = plan.recipe.calibration
     if calibration is None or not plan.inputs:
         return {}

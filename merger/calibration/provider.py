@@ -1,4 +1,4 @@
-"""The interface of a provider: it makes inputs of stages, and says what that costs."""
+"""The interface of a provider, which makes inputs of stages and declares their cost."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def origins(plan: Plan) -> dict[str, str | None]:
 
 
 def cost(plan: Plan) -> Cost:
-    """The most that a plan's inputs take: one provider works at a time, but what users keep adds up."""
+    """Returns the peak cost of a plan's inputs: one provider works at a time, but files of all providers add up."""
     costs = [provider.cost(plan) for provider in providers(plan)]
     return Cost(
         making=max((item.making for item in costs), default=0),

@@ -35,7 +35,7 @@ class Batch:
     ids: Tensor  # [b t]
     mask: Tensor  # [b t], true where a token is
 
-    def counted(self, skip_first_tokens: int) -> Tensor:
+    def counted_tokens(self, skip_first_tokens: int) -> Tensor:
         """Returns the mask of the tokens that are part of the statistics: [b t]."""
         return self.mask & (torch.arange(self.mask.shape[1]) >= skip_first_tokens)
 

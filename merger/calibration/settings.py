@@ -27,7 +27,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What decides the rounding of a forward pass: device, dtype, and versions of the libraries."""
+    """The facts that decide the rounding of a forward pass: device, dtype, and versions of the libraries."""
 
     device: str  # cpu or cuda
     dtype: str

@@ -133,7 +133,9 @@ class Loader:
 
     # --- statistics, under the checkpoint's names ---------------------------------------------------
 
-    def named(self, sums_by_key: Mapping[MatrixKey, InputSums], axes: Mapping[str, int | None]) -> dict[str, Moments]:
+    def moments_by_name(
+        self, sums_by_key: Mapping[MatrixKey, InputSums], axes: Mapping[str, int | None]
+    ) -> dict[str, Moments]:
         """The sums of parameters, and the axes that met the inputs, as moments of the checkpoint's own tensors."""
         slots: dict[str, dict[int | None, Moments]] = defaultdict(dict)
         for key, sums in sums_by_key.items():

@@ -46,7 +46,7 @@ class Adapted(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        """The weight files of the model, and all that says what the adapter adds: its config holds the scale."""
+        """The weight files of the model, and the adapter's weights and config, which holds the scale."""
         return sorted({*super().files, *self.adapter.files, self.adapter.directory / CONFIG})
 
     def dtype(self, name: str) -> torch.dtype:
@@ -119,7 +119,7 @@ def _refuse(adapter: Checkpoint, reason: str) -> None:
 
 
 def _match(model: Checkpoint, adapter: Checkpoint) -> AdapterMatch:
-    """What the adapter does to each tensor of the model, and to a tied head that the checkpoint does not store."""
+    """Returns the change of each tensor of the model, and of a tied head that the checkpoint does not store."""
     kinds = tensor_kinds(model.tensors, model.config, model.equal)
     embedding, head = kinds.embedding, kinds.head
     tied = [embedding, *(n for n, original in kinds.copies.items() if original == embedding)] if embedding else []

@@ -24,7 +24,7 @@ _NESTING = {"model", "language_model", "text_model", "vision_model"}
 
 @dataclass(frozen=True)
 class Change:
-    """What the adapter adds to one weight: scale·B·A, or the transpose of it."""
+    """The adapter's change of one weight: scale·B·A, or its transpose."""
 
     down: str  # lora_A [rank, in], by the adapter's name of it
     up: str  # lora_B [out, rank]
@@ -42,7 +42,7 @@ class TokenRows:
 
 @dataclass
 class AdapterMatch:
-    """What the tensors of an adapter do to those of a model, by the model's names."""
+    """The changes and replacements of a model's tensors by an adapter, by the model's names."""
 
     tensors: dict[str, Info]  # all of the model's; those that the adapter stores whole are the adapter's
     changes: dict[str, Change]
@@ -69,7 +69,7 @@ class _WholeTensors:
     originals: dict[str, Info] = field(default_factory=dict)  # what another change is made to
 
     def overlay(self, tensors: Mapping[str, Info], tied: Sequence[str]) -> dict[str, Info]:
-        """The model's tensors with the adapter's in their places; what replaces one of the ``tied`` replaces all."""
+        """Returns the model's tensors with the adapter's replacements; one of a tensor in ``tied`` replaces all."""
         stored = {**self.originals, **self.replaced}
         replacement = next((stored[name] for name in tied if name in stored), None)
         table = {} if replacement is None else dict.fromkeys(tied, replacement)

@@ -1,4 +1,4 @@
-"""What is worth keeping between runs, in a folder that may be deleted at any time."""
+"""The cache between runs: a folder that may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cache_folder() -> Path:
 
 
 def recall(kind: str, key: str) -> str | None:
-    """What `remember` was last told; None if nothing, or if it cannot be read."""
+    """Returns the last value of `remember`; None if there is none, or if it cannot be read."""
     try:
         return (cache_folder() / kind / key).read_text()
     except (OSError, ValueError):

@@ -108,7 +108,7 @@ class Checkpoint:
         return content
 
     def change_rows(self, name: str, start: int, stop: int) -> Tensor | None:
-        """What is added to rows of the base, in float32, where that is how the model is made; else None."""
+        """Returns the float32 change of rows of the base, for a model that stores a change; None for other models."""
 
     def _fill(self, file: Path, position: int, buffer: memoryview) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What a disk does on every platform: sync, allocate, and one sentence for each way in which it fails."""
+"""Disk operations on every platform: sync, allocate, and one sentence for each kind of failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SHA-256 of weight files and configs, which is what a merge was made from."""
+"""The SHA-256 of weight files and configs, the inputs of a merge."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ calibration turns off. Every other key may decide one; an unknown key does until
 
 
 def config_digest(model: Checkpoint) -> str:
-    """The SHA-256 of what config.json, however it is laid out, and model code beside it say of the forward pass."""
-    text = json.dumps(_without(model.config, RUN_ALIKE), sort_keys=True)
+    """Returns the SHA-256 of what decides the forward pass: config.json in any layout, and model code beside it."""
+    text = json.dumps(_drop_keys(model.config, RUN_ALIKE), sort_keys=True)
     code = sorted(model.directory.glob("*.py")) if "auto_map" in model.config else ()
     parts = [text, *(f"{path.name} {sha256(path)}" for path in code)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _without(value: Any, keys: Set[str]) -> Any:
+def _drop_keys(value: Any, keys: Set[str]) -> Any:
     """Returns a JSON value without ``keys`` in its objects, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _without(child, keys) for key, child in value.items() if key not in keys}
-    return [_without(child, keys) for child in value] if isinstance(value, list) else value
+        return {key: _drop_keys(child, keys) for key, child in value.items() if key not in keys}
+    return [_drop_keys(child, keys) for child in value] if isinstance(value, list) else value
 
 
 def digest(path: Path, tell: Callable[[int], None] = lambda count: None) -> str:
@@ -91,7 +91,7 @@ def _stamped(path: Path) -> str:
 
 
 def stamp(path: Path) -> str:
-    """What shows without a look inside whether a file is still the same, even after the machine was started anew."""
+    """Returns a mark that changes with the file, without reading it, and that survives a restart of the machine."""
     stored = path.resolve()
     if stored.parent.name == "blobs" and _DIGEST.fullmatch(stored.name):
         return stored.name

@@ -54,7 +54,7 @@ def _is_small(name: str) -> bool:
 
 
 def weight_hashes(source: str, commit: str, label: str) -> dict[str, str]:
-    """The SHA-256 of a repository's weight files, as the Hub tells them; none is downloaded."""
+    """Returns the SHA-256 of a repository's weight files from the Hub, without a download."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -144,7 +144,7 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, url: str, size: int, source: str, label: str) -> None:
         self._url = url
         self._size = size
-        self._said = (source, label)
+        self._source_and_label = (source, label)
         self._position = 0
 
     def readable(self) -> bool:
@@ -170,7 +170,7 @@ class _RemoteFile(io.RawIOBase):
         stop = min(self._position + len(view), self._size)
         if stop <= self._position:
             return 0
-        with _explained(*self._said):
+        with _explained(*self._source_and_label):
             response = get_session().get(
                 self._url,
                 headers={**build_hf_headers(), "Range": f"bytes={self._position}-{stop - 1}"},
@@ -179,7 +179,7 @@ class _RemoteFile(io.RawIOBase):
             hf_raise_for_status(response)
         content = response.content
         if response.status_code != 206 or len(content) != stop - self._position:
-            source, label = self._said
+            source, label = self._source_and_label
             raise CheckpointError(f"{label}: the Hub did not send the part of {source} that was asked for; try again")
         view[: len(content)] = content
         self._position = stop
@@ -191,7 +191,7 @@ class _RemoteFile(io.RawIOBase):
 
 @contextmanager
 def _explained(source: str, label: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line, without its URLs: they may hold credentials."""
+    """Translates huggingface_hub's exceptions into one line without URLs, which may hold credentials."""
     try:
         yield
     except connection_errors() as error:
@@ -199,7 +199,7 @@ def _explained(source: str, label: str) -> Iterator[None]:
 
 
 def connection_errors() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises where a request is refused, or is not answered."""
+    """Returns huggingface_hub's exceptions for refused and unanswered requests."""
     from huggingface_hub import errors as hub
 
     # Its HTTP library is requests, httpx or httpx2, by version; the bases of its own error are that library's.

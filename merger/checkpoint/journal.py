@@ -128,7 +128,7 @@ class Journal:
         self.finished[finished.shard] = finished
 
     def clear(self, *keep: str) -> None:
-        """Removes what earlier runs left in the folder, but the journal and what is named ``keep``."""
+        """Removes the files of earlier runs from the folder, except the journal and the name ``keep``."""
         for name in {MODEL, REPLACED}.difference(keep):
             remove(self.folder / name)
 

@@ -1,4 +1,4 @@
-"""How tensors are dealt out to the files of a checkpoint, and what those files' headers and index say."""
+"""The distribution of tensors to the files of a checkpoint, and these files' headers and index."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def _shard(file: str, tensors: list[tuple[str, Info]]) -> Shard:
 
 
 def index_name(shards: Sequence[Shard]) -> str:
-    """What the index of several shards is called."""
+    """Returns the file name of the index of shards."""
     return f"{shards[0].file.partition('-')[0]}.safetensors.index.json"
 
 
 def index(shards: Sequence[Shard], infos: Mapping[str, Info]) -> dict[str, Any]:
-    """What the index of several shards says."""
+    """Returns the content of the index of shards."""
     return {
         "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
         "weight_map": {name: shard.file for shard in shards for name in sorted(shard.offsets)},

@@ -34,14 +34,14 @@ class Lock:
             self._owner = owner
 
     def release(self) -> None:
-        """Removes what stands for the lock; a lock of the system goes when the file is closed."""
+        """Removes the lock file; a lock of the system ends when the file is closed."""
         if self._owner is not None:
             self._owner.unlink(missing_ok=True)
         self._owner = None
 
 
 def _claim(path: Path, owner: Path) -> None:
-    """Makes the file ``owner``, which says who works on ``path``; RecipeError if it is there."""
+    """Creates the file ``owner``, which names the process that works on ``path``; raises RecipeError if it exists."""
     try:
         file = os.open(owner, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     except FileExistsError:

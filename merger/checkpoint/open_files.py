@@ -93,6 +93,6 @@ def _limit() -> int:
 
 
 def _identity(descriptor: int) -> tuple[int, int]:
-    """What tells that a path still names the same file."""
+    """Returns a mark that is equal while a path names the same file."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino

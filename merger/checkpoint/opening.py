@@ -80,7 +80,7 @@ def _open_adapter(adapter: str, label: str, folder: Path, offline: bool, headers
 
 
 def _find(source: str, label: str, folder: Path, offline: bool) -> Folder:
-    """A folder wins over a repository; what looks like a path never goes to the Hub."""
+    """Finds the folder of a model: a local folder before a repository; a path never goes to the Hub."""
     path = folder / os.path.expanduser(source)
     if path.is_dir():
         return local_folder(path.resolve(), label)

@@ -46,7 +46,7 @@ class Output:
             raise ResourceError(f"{self.journal.folder}: cannot be cleared: {error.strerror}") from None
 
     def finish(self, *, force: bool) -> None:
-        """Renames the folder into place; what was there is replaced only now."""
+        """Renames the folder into place and only then replaces an earlier output."""
         for path in sorted(self.folder.rglob("*")):
             sync(path)
         sync(self.folder)
@@ -59,7 +59,7 @@ class Output:
         self.close()
 
     def abandon(self) -> None:
-        """Removes what was written so far and the folders that were made for it."""
+        """Removes the written files and the folders that were created for them."""
         self._remove()
         self.close()
 
@@ -114,7 +114,7 @@ class Output:
 
 
 def unfinished_bytes(path: Path) -> int:
-    """Bytes of disk that an unfinished run of this output holds: the next one goes on with them, or frees them."""
+    """Returns the bytes of disk in an unfinished run of this output, which the next run reuses or frees."""
     try:
         return sum(file.lstat().st_blocks * 512 for file in (partial_of(path) / MODEL).iterdir())
     except OSError:

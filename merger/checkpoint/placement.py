@@ -79,7 +79,7 @@ def _unescaped(name: bytes) -> bytes:
 
 
 def take_place(folder: Path, path: Path, spare: Path, *, force: bool) -> None:
-    """Gives ``folder`` the name ``path``; with ``force`` what has that name goes to ``spare``, or to ``folder``.
+    """Renames ``folder`` to ``path``; with ``force`` an existing ``path`` moves to ``spare``, or to ``folder``.
 
     If the new names cannot be put on disk, both folders are back where they were. Raises RecipeError if the name is
     taken, and ResourceError if the disk fails.
@@ -117,7 +117,7 @@ def _rename_both(first_move: tuple[Path, Path], second_move: tuple[Path, Path]) 
 
 
 def _exchange(folder: Path, path: Path) -> bool:
-    """Swaps what two names stand for in one step, which only Linux can (renameat2); False where it cannot."""
+    """Swaps two names in one step, which only Linux can (renameat2); returns False on other systems."""
     working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None or rename(working_folder, os.fsencode(folder), working_folder, os.fsencode(path), exchange) == 0:

@@ -32,15 +32,17 @@ _DEQUANTISE = {  # how transformers loads such a checkpoint with weights in plac
 
 
 def refuse_quantised_config(label: str, source: str, config: Mapping[str, Any]) -> None:
-    """CheckpointError if the config tells of quantisation."""
+    """Raises CheckpointError if the config declares quantisation."""
     section = config.get("quantization_config") or config.get("compression_config")
     if section:
         method = str(section.get("quant_method", "")) if isinstance(section, dict) else ""
-        raise _refusal(label, f"config.json names quantization_config {method}".strip(), _how(source, method))
+        raise _refusal(
+            label, f"config.json names quantization_config {method}".strip(), _dequantise_remedy(source, method)
+        )
 
 
 def refuse_quantised_tensors(label: str, tensors: Mapping[str, Info]) -> None:
-    """CheckpointError if any tensor holds codes, or what a quantiser stores beside codes."""
+    """Raises CheckpointError if a tensor holds codes, or a quantiser's companions of codes."""
     for name, info in tensors.items():
         if info.dtype.startswith("F8"):
             raise _refusal(label, f"{name} is {info.dtype}")
@@ -75,7 +77,7 @@ def _refusal(label: str, evidence: str, remedy: str = "with the library that qua
     )
 
 
-def _how(source: str, method: str) -> str:
+def _dequantise_remedy(source: str, method: str) -> str:
     """How to dequantise a checkpoint whose config.json names the method."""
     if method not in _DEQUANTISE:
         return "with the library that quantised it"

@@ -1,4 +1,4 @@
-"""What is written beside the weights: manifest, model card, config, tokenizer."""
+"""The files beside the weights: manifest, model card, config, tokenizer."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items(
 
 @dataclass(frozen=True)
 class Info:
-    """One stored tensor: what it is, and where its bytes lie."""
+    """One stored tensor: its dtype and shape, and the place of its bytes."""
 
     dtype: str  # as safetensors writes it: BF16, F32, I64, ...
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def torch_dtype(info: Info) -> torch.dtype:
-    """What torch calls the dtype of a stored tensor."""
+    """Returns torch's dtype of a stored tensor."""
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
     return dtype
 

@@ -30,7 +30,7 @@ _BLOCK = re.compile(r"^(?P<list>.*?(?:^|\.)[a-z_]+)\.(?P<number>\d+)\.")
 
 @dataclass(frozen=True)
 class TensorKinds:
-    """The kinds of a checkpoint's tensors, and what must be known of all of them to tell the kind of one."""
+    """The kinds of a checkpoint's tensors, with the facts about all tensors that decide the kind of one."""
 
     tensors: Mapping[str, Info]
     tied: bool  # the input embedding is the head as well
@@ -151,7 +151,7 @@ def _leaf(name: str) -> str:
 
 
 def _module_of_weight(name: str) -> str:
-    """The module's own name of what is called its weight, and nothing of other tensors."""
+    """Returns the last part of the module's name for a weight, and an empty string for other tensors."""
     return name[:-7].rpartition(".")[2] if name.endswith(".weight") else ""
 
 

@@ -1,4 +1,4 @@
-"""What the tokenizer in a folder does: the token of each id and how text is split, told from its small files."""
+"""The tokenizer in a folder: the token of each id and the splitting of text, read from its small files."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Tokenizer:
 
     @property
     def splitting(self) -> Mapping[str, Any]:
-        """What decides how a text is split, by part; only parts that the files name."""
+        """The settings that decide the splitting of text, by part; only parts that the files name."""
         return self._vocabulary.splitting if self._vocabulary is not None else {}
 
     @cached_property

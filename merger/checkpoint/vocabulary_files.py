@@ -1,4 +1,4 @@
-"""Vocabulary files of tokenizers: the token of each id, and what else they say of how text is split."""
+"""Vocabulary files of tokenizers: the token of each id, and their settings for splitting text."""
 
 from __future__ import annotations
 

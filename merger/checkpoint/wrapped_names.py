@@ -1,4 +1,4 @@
-"""Tensor names as the model has them, without what PyTorch's wrappers put before or into them."""
+"""The model's own tensor names, without the parts that PyTorch's wrappers add."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Writer(Output):
         self._infos = infos
         self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
         self._stored = Checkpoint("output", self.folder, self._stored_infos(), {})
-        self._ready = {name: Event() for name in self._places}
+        self._written_events = {name: Event() for name in self._places}
         self._notes: dict[str, Sequence[str]] = {}
         self._stopped = False
         self._begun: set[str] = set()  # the shards that this run writes
@@ -98,15 +98,15 @@ class Writer(Output):
         except OSError as error:
             raise disk_error(self.folder / shard, error) from None
 
-    def done(self, name: str, notes: Sequence[str] = ()) -> None:
+    def finish_tensor(self, name: str, notes: Sequence[str] = ()) -> None:
         """Says that all bytes of a tensor are written, with the remarks on it."""
         self._notes[name] = notes
-        self._ready[name].set()
+        self._written_events[name].set()
 
     def read(self, name: str) -> Tensor | None:
         """A tensor that is complete, by this run or an earlier one; else None."""
         shard, _ = self._places[name]
-        return self._stored.read(name) if shard not in self._begun or self._ready[name].is_set() else None
+        return self._stored.read(name) if shard not in self._begun or self._written_events[name].is_set() else None
 
     def _hash(self) -> None:
         """Follows the tensors in file order; each shard that is complete is put on disk, and then in the journal."""
@@ -119,7 +119,7 @@ class Writer(Output):
         """Hashes one shard as its tensors become complete; False if the writer was stopped before."""
         digest = hashlib.sha256(shard.header)
         for name, offset in shard.offsets.items():
-            self._ready[name].wait()
+            self._written_events[name].wait()
             if self._stopped:
                 return False
             self._hash_tensor(digest, shard.file, offset, offset + self._infos[name].nbytes, buffer)
@@ -151,14 +151,14 @@ class Writer(Output):
         return {shard.file: self.journal.finished[shard.file].sha256 for shard in self._shards}
 
     def finish(self, *, force: bool) -> None:
-        """Writes the index and renames the folder into place; what was there is replaced only now."""
+        """Writes the index and renames the folder into place; only then replaces an earlier output."""
         if len(self._shards) > 1:
             write_json(self.folder / index_name(self._shards), index(self._shards, self._infos))
         self.digests()
         super().finish(force=force)
 
     def abandon(self) -> None:
-        """Stops, and removes what was written so far and the folders that were made for it."""
+        """Stops, and removes the written files and the folders that were created for them."""
         self._stop()
         super().abandon()
 
@@ -176,6 +176,6 @@ class Writer(Output):
 
     def _stop(self) -> None:
         self._stopped = True
-        for event in self._ready.values():
+        for event in self._written_events.values():
             event.set()
         self._pool.shutdown(wait=True)

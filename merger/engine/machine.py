@@ -1,4 +1,4 @@
-"""What the machine gives to a merge: device, threads, memory, disk."""
+"""The machine's resources for a merge: device, threads, memory, disk."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Machine:
 
     @property
     def device(self) -> str:
-        """The first device, and the one of what is not dealt out, which is calibration."""
+        """The first device, which also runs calibration."""
         return self.devices[0]
 
     def per_device(self) -> list[Machine]:
@@ -65,27 +65,27 @@ class Room:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._size, self._taken = 0.0, 0
+        self._size, self._reserved = 0.0, 0
         self._changed = Condition()
 
     @contextmanager
-    def taken(self, size: int) -> Iterator[None]:
-        """Waits until ``size`` bytes are free and takes them. What is larger than the device is taken alone."""
+    def reserve(self, size: int) -> Iterator[None]:
+        """Waits until ``size`` bytes are free and reserves them; a size above the device's memory is reserved alone."""
         with self._changed:
             self._changed.wait_for(lambda: self._has(size))
-            self._taken += size
+            self._reserved += size
         try:
             yield
         finally:
             with self._changed:
-                self._taken -= size
+                self._reserved -= size
                 self._changed.notify_all()
 
     def _has(self, size: int) -> bool:
-        if not self._taken:
+        if not self._reserved:
             self._size = free_memory(self._device)
             return True
-        return self._taken + size <= self._size
+        return self._reserved + size <= self._size
 
 
 USABLE = 0.9

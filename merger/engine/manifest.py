@@ -1,4 +1,4 @@
-"""merger.json: from what a model was made, and what happened to every tensor; nothing of the machine or the hour."""
+"""merger.json: the inputs of a merge and the operation on every tensor, without machine or time."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Manifest:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """What happened to every tensor."""
+        """The record of every tensor."""
         return dict(self.content["tensors"])
 
     @property
@@ -205,7 +205,7 @@ def _is_map(value: Any) -> bool:
 
 
 def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> dict[str, str]:
-    """What decides the bytes of the shards, part by part, as hashes; from headers alone, so inputs by their stamps."""
+    """Returns hashes of the parts that decide the shards' bytes, from headers alone: inputs count by their stamps."""
     recipe = portable(plan.recipe.spelled_out())
     parts = {
         "recipe": {**recipe, "output": {**recipe["output"], "path": None}},
@@ -219,12 +219,12 @@ def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> d
 
 
 def _stamps(model: Checkpoint) -> dict[str, str]:
-    """What shows without reading the weights whether a model is another: stamps of its files, and its config."""
+    """Returns marks that change with a model, without reading weights: the stamps of its files, and its config."""
     return {**{str(file): stamp(file) for file in model.files}, "config": config_digest(model)}
 
 
 def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    """From what commit and which bytes every model came, given the SHA-256 of each input file."""
+    """Returns the commit and the file hashes of every model, from the SHA-256 of each input file."""
     sources = {"base": plan.recipe.base, **plan.recipe.experts}
     return {
         label: {
@@ -237,7 +237,7 @@ def inputs_of(plan: Plan, hashes: Mapping[Path, str]) -> dict[str, Any]:
 
 
 def _origin(model: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    """From what commit and which bytes a model, and an adapter on it, came."""
+    """Returns the commit and the file hashes of a model, and of an adapter on it."""
     adapter = model.adapter
     adapter_files = [
         file for file in model.files if adapter is not None and (file in adapter.files or file.name == CONFIG)
@@ -259,12 +259,12 @@ def sources_of(source: Source) -> dict[str, str]:
 
 
 def tensor_records(plan: Plan) -> dict[str, Any]:
-    """What happens to every tensor, as the manifest says it."""
+    """Returns the manifest's record of every tensor."""
     return {tensor.name: _tensor_record(tensor) for tensor in plan.tensors}
 
 
 def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
-    """What happens to one tensor, as the manifest says it."""
+    """Returns the manifest's record of one tensor."""
     method = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
     record: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
     record |= {"merged by": method} if tensor.stages else {"copied from": tensor.source}
@@ -289,7 +289,7 @@ def inexact(plan: Plan) -> list[str]:
 
 
 def stored_as(info: Info) -> str:
-    """BF16 [4096, 4096]: what a tensor's header says, in the manifest's words."""
+    """Returns a tensor's dtype and shape as the manifest writes them, such as BF16 [4096, 4096]."""
     return f"{info.dtype} {list(info.shape)}"
 
 

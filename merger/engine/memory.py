@@ -54,12 +54,12 @@ def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan
 
 
 def bytes_per_element(experts: int) -> int:
-    """What one element takes while it is worked on: stored values, deltas, scores, keys and masks."""
+    """Returns the bytes of one element during a merge: stored values, deltas, scores, keys and masks."""
     return 12 + experts * 18
 
 
 def bytes_held(experts: int) -> int:
-    """What one element takes between two questions: stored values, base, deltas and scores."""
+    """Returns the bytes of one element between two questions: stored values, base, deltas and scores."""
     return 8 + experts * 12
 
 
@@ -78,7 +78,7 @@ def slice_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
 
 
 def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
-    """Bytes of host memory that a slice takes which is merged on a device: what is read, drawn, and written.
+    """Returns the host memory of a slice that is merged on a device: its inputs, random draws and results.
 
     Twice that, for torch rounds pinned allocations up to powers of two. Random draws are of slices alone.
     """

@@ -34,7 +34,7 @@ from merger.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Result:
-    """What a merge did."""
+    """The result of a merge."""
 
     output: str
     seconds: float
@@ -93,7 +93,7 @@ def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = F
 
 
 def decisive_inputs(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
-    """All that decides the bytes of the shards, as hashes: another run goes on with them where these are the same.
+    """Returns hashes of everything that decides the shards' bytes; a run resumes shards with equal hashes.
 
     ``statistics`` are the SHA-256s of statistics files. Gram matrices are in no file, so their keys stand for them.
     """

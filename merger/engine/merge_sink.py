@@ -1,4 +1,4 @@
-"""What a merge writes for each tensor: merged slices, copies, rows that only some models have, packed results."""
+"""Writes the tensors of a merge: merged slices, copies, rows that only some models have, packed results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merger.engine.reader import PartSlices, rounded
 from merger.engine.schedule import ByteProgress, Schedule, Sink
 from merger.errors import CheckpointError
 from merger.ops.questions import Flow
-from merger.ops.transfer import fetched
+from merger.ops.transfer import to_host
 from merger.pipeline.flow import Slice, flow
 from merger.planning.packed import Packed, pieces
 from merger.planning.plan import ExtraRows, Part, Plan, TensorPlan
@@ -29,7 +29,7 @@ class ByteSink(Protocol):
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Takes ``data``, the bytes of a tensor from ``start`` on."""
 
-    def done(self, name: str, notes: Sequence[str]) -> None:
+    def finish_tensor(self, name: str, notes: Sequence[str]) -> None:
         """Is called when all bytes of a tensor were given, with the remarks on it."""
 
     def read(self, name: str) -> Tensor | None:
@@ -47,7 +47,7 @@ class MemoryOutput:
         """Stores bytes of a tensor, beginning at byte ``start``."""
         self._bytes[name][start : start + data.nbytes] = data.cast("B")
 
-    def done(self, name: str, notes: Sequence[str]) -> None:
+    def finish_tensor(self, name: str, notes: Sequence[str]) -> None:
         """Nothing is left to do for a complete tensor."""
 
     def read(self, name: str) -> Tensor:
@@ -79,7 +79,7 @@ class MergeSink(Sink):
         self.schedule, self.output = schedule, output
 
     def carry(self, slices: PartSlices, i: int) -> Flow[None]:
-        """Reads a slice, merges it, and writes what comes of it."""
+        """Reads a slice, merges it, and writes the result."""
         tensor = slices.tensor
         stored, piece = slices.read(i)
         result: Any = yield from flow(tensor.stages, piece, slices.subject)
@@ -115,7 +115,7 @@ class MergeSink(Sink):
             self._write_extra_rows(tensor, rows)
             self.progress.add(self.plan.bytes_of_rows(tensor, rows))
         for name in self.plan.written_names(tensor):
-            self.output.done(name, self.notes.on(tensor))
+            self.output.finish_tensor(name, self.notes.on(tensor))
 
     def read(self, name: str) -> Tensor | None:
         """A merged tensor; None until it is complete."""
@@ -174,7 +174,7 @@ class MergeSink(Sink):
 
     def _write(self, names: Sequence[str], row: int, values: Tensor) -> None:
         """Writes rows of a tensor, from ``row`` on, under all its names."""
-        data = fetched(values.contiguous()).flatten().view(torch.uint8).numpy().data
+        data = to_host(values.contiguous()).flatten().view(torch.uint8).numpy().data
         width = values.shape[-1] * values.element_size()
         for name in names:
             self.output.write(name, row * width, data)

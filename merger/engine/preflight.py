@@ -39,7 +39,7 @@ def _free_bytes(output: Path) -> int:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a merge would take on this machine."""
+    """The resources that a merge would need on this machine."""
 
     memory: int  # bytes of host memory
     disk_free: int
@@ -49,7 +49,7 @@ class Forecast:
 
 
 def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None = None) -> Forecast:
-    """What a merge would take, with the same refusals as the merge itself; nothing is done."""
+    """Returns the resources that a merge would need, with the refusals of the merge itself; writes nothing."""
     check_place(plan, output, force=True)  # an occupied output is a matter of a flag
     check_disk(plan, output)
     machine = Machine.of(device or "cpu", max_memory, plan)

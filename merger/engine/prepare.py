@@ -49,7 +49,7 @@ class StageInputs:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan with open inputs, which it closes at the end of its context, and what its stages work with."""
+    """A plan with open inputs and the inputs of its stages; the context manager closes them."""
 
     plan: Plan
     machine: Machine

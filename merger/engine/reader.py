@@ -18,7 +18,7 @@ from merger.engine.memory import bytes_held, slice_bytes, slice_rows
 from merger.errors import CheckpointError
 from merger.ops import kernels
 from merger.ops.rounding import restored
-from merger.ops.transfer import buffer, sent
+from merger.ops.transfer import buffer, to_device
 from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.passes import SampleNotes, Sizes, rehearse
 from merger.pipeline.stages import step_rows
@@ -42,7 +42,7 @@ class _Stored:
 
 
 class PartSlices:
-    """The slices of one part of a tensor, and what passes over them need to know.
+    """The slices of one part of a tensor, for passes over them.
 
     A slice that was read stays in memory until it is released, if all slices of the part fit there together.
     """
@@ -67,26 +67,28 @@ class PartSlices:
         self.sizes = Sizes(elements, reader.ranked_elements[tensor.group])
         held_bytes = elements * bytes_held(len(reader.plan.models) - 1)
         self.hold = self.count == 1 or held_bytes <= reader.machine.hold
-        self._kept: dict[int, _Stored] = {}
+        self._values_by_slice: dict[int, _Stored] = {}
 
     def room(self) -> AbstractContextManager[None]:
         """Memory of the device for a part that is merged in one piece; slices are small enough to need no leave."""
         machine = self._reader.machine
         size = slice_bytes(self._reader.plan, self.tensor, self.part)
-        return machine.rooms[machine.device].taken(size) if self.count == 1 else nullcontext()
+        return machine.rooms[machine.device].reserve(size) if self.count == 1 else nullcontext()
 
     def read(self, i: int) -> tuple[Tensor, Slice]:
         """Slice ``i``: base and experts as stored [1+k r c], and the slice that the stages see."""
         devices = self._reader.machine.devices
         rows = range(i * self._step, min((i + 1) * self._step, self.part.rows))
-        read = self._kept.get(i) or self._reader.read_rows(self.tensor, self.part, rows, devices[i % len(devices)])
+        read = self._values_by_slice.get(i) or self._reader.read_rows(
+            self.tensor, self.part, rows, devices[i % len(devices)]
+        )
         if self.sizes.tensor * read.values.itemsize * len(read.values) <= self._reader.machine.hold:
-            self._kept[i] = read  # a question may start the flow of this slice again
+            self._values_by_slice[i] = read  # a question may start the flow of this slice again
         return read.values, self._reader.slice_of(self.tensor, self.part, rows.start, read)
 
     def release(self, i: int) -> None:
         """Lets slice ``i`` go when its flow is at its end."""
-        self._kept.pop(i, None)
+        self._values_by_slice.pop(i, None)
 
     def rehearse(self) -> SampleNotes:
         """The notes of the stages on a sample: `PLACES` groups of rows, together a share of the part.
@@ -150,13 +152,13 @@ class Reader:
                 stored[k] = stored[0]
             elif change is not None:
                 torch.add(stored[0], change, out=stored[k])
-                changes[k - 1] = sent(change, device)
+                changes[k - 1] = to_device(change, device)
             elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
                 stored[k] = model.read_rows(name, first, last)[:, : part.columns]
             else:
                 model.read_into(stored[k], name, first, last)
         _equalise(tensor, range(first, last), stored, changes)
-        return _Stored(sent(stored, device), changes)
+        return _Stored(to_device(stored, device), changes)
 
     def slice_of(self, tensor: TensorPlan, part: Part, row: int, read: _Stored) -> Slice:
         """The slice that the stages see."""
@@ -183,7 +185,7 @@ def _equalise(tensor: TensorPlan, rows: range, stored: Tensor, changes: Mapping[
 
 
 def rounded(tensor: TensorPlan, part: Part, stored: Tensor, piece: Slice, delta: Tensor) -> Tensor:
-    """What is written for a merged delta [r c]: rounded once to the output's dtype, in the stored orientation.
+    """Returns the output values of a merged delta [r c]: rounded once to the output's dtype, in the stored orientation.
 
     A position that ends at an input's value has that input's bits.
     """

@@ -30,7 +30,7 @@ Unit = tuple[TensorPlan, Part]
 
 
 class Sink:
-    """What is done with the tensors of a schedule; a subclass says it. Several threads call it at once."""
+    """Receives the tensors of a schedule, from more than one thread; subclasses merge, count or compare them."""
 
     def carry(self, slices: PartSlices, i: int) -> Flow[None]:
         """Reads slice ``i`` of a part, carries it through the stages, and releases it."""
@@ -53,20 +53,20 @@ class Sink:
 
 
 class Notes:
-    """Remarks on tensors; the user hears each of them once, however often a tensor is visited."""
+    """Remarks on tensors; each is reported once, however often a tensor is visited."""
 
     def __init__(self, notice: Notice) -> None:
         self._notice = notice
         self._by_tensor: dict[str, dict[str, None]] = {}
-        self._heard: set[str] = set()
+        self._messages: set[str] = set()
         self._lock = Lock()
 
     def add(self, tensor: TensorPlan, message: str) -> None:
         """Adds a remark on a tensor."""
         with self._lock:
             self._by_tensor.setdefault(tensor.name, {})[message] = None
-            is_new = message not in self._heard
-            self._heard.add(message)
+            is_new = message not in self._messages
+            self._messages.add(message)
         if is_new:
             self._notice(message)
 
@@ -113,7 +113,7 @@ class Schedule:
         self._lock = Lock()
 
     def run(self, sink: Sink) -> None:
-        """Gives every tensor to the sink. Raises the first error of any slice, and cancels what has not begun."""
+        """Passes every tensor to the sink; raises the first error of any slice and cancels the waiting slices."""
         with ThreadPoolExecutor(self.machine.workers, "merger-slice") as threads:
             try:
                 for tensors, sources in self._batches(sink):

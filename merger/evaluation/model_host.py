@@ -65,7 +65,7 @@ class _CompletedTensors:
     def write(self, name: str, start: int, data: memoryview) -> None:
         self.checkpoint.write(name, start, data)
 
-    def done(self, name: str, notes: Sequence[str]) -> None:
+    def finish_tensor(self, name: str, notes: Sequence[str]) -> None:
         self.completed_names.add(name)
 
     def read(self, name: str) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""From what models did with each example to what is known of them: measures, shares of gains kept, intervals."""
+"""Scores from models' outcomes on examples: measures, shares of gains kept, intervals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """What is judged: tasks by name, and in which of them more is better."""
+    """The tasks by name, and whether more is better in each."""
 
     measure: Literal["loss", "accuracy"]
     examples: int
@@ -82,7 +82,7 @@ def json_schema() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model and what it did."""
+    """A model and its outcomes."""
 
     model: str
     kind: Literal["base", "expert", "ideal", "merge"]
@@ -103,7 +103,7 @@ def compare(tasks: Sequence[Task], entries: Sequence[Entry], dtype: str) -> Comp
 
 
 def versions() -> dict[str, str]:
-    """What computes: the merge's own, and transformers."""
+    """Returns the versions of the computation: the merge's own, and transformers."""
     return {**manifest.merge_versions(), "transformers": metadata.version("transformers")}
 
 

@@ -26,7 +26,7 @@ def buffer_bytes(nbytes: int, device: torch.device | str) -> int:
     return 1 << (nbytes - 1).bit_length() if nbytes and torch.device(device).type == "cuda" else nbytes
 
 
-def sent(values: Tensor, device: torch.device | str) -> Tensor:
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     """Values on ``device``: themselves where they are there already.
 
     The host does not wait for the copy, so host memory that is sent must not be changed afterwards.
@@ -37,14 +37,14 @@ def sent(values: Tensor, device: torch.device | str) -> Tensor:
     return staged.to(device, non_blocking=True)
 
 
-def sent_together(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+def stack_on_device(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Stacks host tensors of one shape and dtype on ``device``: [k ..]."""
     if device.type == "cpu":
         return torch.stack(list(tensors))
     stack = buffer((len(tensors), *tensors[0].shape), tensors[0].dtype, device)
-    return sent(torch.stack(list(tensors), out=stack), device)
+    return to_device(torch.stack(list(tensors), out=stack), device)
 
 
-def fetched(values: Tensor) -> Tensor:
+def to_host(values: Tensor) -> Tensor:
     """Values of any device in host memory; the copy is complete."""
     return values if values.is_cpu else buffer(values.shape, values.dtype, values.device).copy_(values)

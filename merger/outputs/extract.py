@@ -155,7 +155,7 @@ def _write(sources: _Sources, tensors: Sequence[_Tensor], writer: Writer, tell: 
                 position += len(data)
                 bytes_written += len(data)
                 tell("extracting", bytes_written, total)
-            writer.done(tensor.name)
+            writer.finish_tensor(tensor.name)
 
 
 def _values(sources: _Sources, tensor: _Tensor) -> Iterator[Tensor]:

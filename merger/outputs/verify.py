@@ -305,7 +305,7 @@ class _Comparison:
             with self.lock:
                 self.value_differences[name] += int((stored_items != merged_items).any(1).sum())
 
-    def done(self, name: str, notes: Sequence[str]) -> None:
+    def finish_tensor(self, name: str, notes: Sequence[str]) -> None:
         """Does nothing: `write` has compared the tensor."""
 
     def read(self, name: str) -> torch.Tensor | None:

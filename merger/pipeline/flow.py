@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merger.errors import naming
 from merger.ops.arithmetic import uniforms
 from merger.ops.questions import Flow
-from merger.ops.transfer import sent, sent_together
+from merger.ops.transfer import stack_on_device, to_device
 from merger.pipeline.inputs import stage_input
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices
@@ -106,7 +106,7 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
     """What a stage may ask for by name; the registry's docstring explains each."""
     rows = slice(part.row, part.row + part.base.shape[0])
     inputs = {
-        name: stage_input(name).cut(sent(values, part.base.device), rows, subject.features_are_rows)
+        name: stage_input(name).cut(to_device(values, part.base.device), rows, subject.features_are_rows)
         for name, values in subject.inputs.items()
     }
     return {
@@ -128,5 +128,5 @@ def _draw(part: Slice, subject: Subject, purpose: str, *, double: bool = False) 
         uniforms((subject.seed, purpose, subject.name, expert), start, *shape, double=double, slice_values=part.base)
         for expert in subject.place.experts
     ]
-    drawn = sent_together(draws, part.base.device)
+    drawn = stack_on_device(draws, part.base.device)
     return drawn.transpose(1, 2) if subject.transposed else drawn

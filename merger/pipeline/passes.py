@@ -56,14 +56,14 @@ class PausedFlow:
 
     def __init__(self, steps: Flow[None]) -> None:
         self.steps = steps
-        self._asked = Counter[tuple[Whole, str]]()
+        self._question_counts = Counter[tuple[Whole, str]]()
 
     def wait_with(self, question: Question) -> None:
         """Remembers the question that the flow asks now, and names it by how often it was asked before."""
         name = question.scope, question.name
         self.question = question
-        self.key: Key = (*name, self._asked[name])
-        self._asked[name] += 1
+        self.key: Key = (*name, self._question_counts[name])
+        self._question_counts[name] += 1
 
 
 @dataclass
@@ -74,7 +74,7 @@ class RunningSum:
     failed: float = math.inf  # the first slice that failed; later ones must not wait for it
     changed: Condition = field(default_factory=Condition)
 
-    def before(self, i: int, counts: Callable[[], Tensor]) -> Tensor:
+    def sum_before(self, i: int, counts: Callable[[], Tensor]) -> Tensor:
         """Returns the sum over the slices before ``i``, after adding the counts of slice ``i``.
 
         Sums are kept as Python numbers: a small tensor that stays between large ones that are freed keeps the
@@ -200,7 +200,7 @@ class TensorPasses:
         """See `Answers`."""
         with self.lock:
             running = self.running_sums.setdefault(key, RunningSum(failed=self.failed))
-        prefix = running.before(i, question.counts)
+        prefix = running.sum_before(i, question.counts)
         return prefix + self.earlier_sums[key] if key in self.earlier_sums else prefix
 
     def sample_note(self, number: int) -> Sequence[Any] | None:

@@ -1,1 +1,1 @@
-"""From recipe and headers to a plan: what happens to every tensor."""
+"""Plans a merge from recipe and headers: the operation on every tensor."""

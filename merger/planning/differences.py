@@ -1,4 +1,4 @@
-"""Notes on what differs between the inputs: settings of their configs, and their tokenizers."""
+"""Notes on differences between the inputs: settings of their configs, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config_differences(models: Mapping[str, Checkpoint]) -> Iterator[str]:
 
 
 def tokenizer_differences(tokenizers: Mapping[str, Tokenizer], label: str) -> Iterator[str]:
-    """Notes on what the output, which gets the tokenizer of the model ``label``, lacks of the other tokenizers."""
+    """Yields notes on parts of the other tokenizers that the tokenizer of the model ``label`` lacks."""
     output = tokenizers[label]
     for model, tokenizer in tokenizers.items():
         if not output.exists or tokenizer.digest == output.digest:

@@ -1,4 +1,4 @@
-"""The tensors of a merge's output: the base's, and what rules or a head of its own add from an expert."""
+"""The tensors of a merge's output: the base's, and those that a rule or an untied head adds from an expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merger.recipe.sections import Rule
 
 @dataclass
 class OutputNames:
-    """The names of the output's tensors, and what becomes of the experts' further ones."""
+    """The names of the output's tensors, and the experts' tensors that are dropped or repeated."""
 
     names: list[str]
     dropped: dict[str, dict[str, str]]  # per model: tensors that are left out, and why

@@ -1,4 +1,4 @@
-"""What a pack makes of a tensor, as stored tensors: their names, their sizes, and their bytes; docs/experts.md.
+"""The stored tensors of a pack: their names, their sizes, and their bytes; docs/experts.md.
 
 A tensor is one matrix, or several of packed experts one after another; each result lies there as often.
 """

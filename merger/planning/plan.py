@@ -1,4 +1,4 @@
-"""The plan: what happens to every tensor, as data."""
+"""The plan: the operation on every tensor, as data."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ExtraRows:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one output tensor."""
+    """The operation on one output tensor."""
 
     name: str
     info: Info  # dtype and shape as written
@@ -89,7 +89,7 @@ class TensorPlan:
 
     @cached_property
     def packed(self) -> Packed | None:
-        """What its last stage makes of it, where that is more than one model's tensor."""
+        """The packed form of the tensor, if its last stage is a pack."""
         if not self.parts or not self._is_packed:
             return None
         first, last = self.parts[0], self.stages[-1]

@@ -1,4 +1,4 @@
-"""The plan: what will be done to every tensor, from headers and configs alone."""
+"""Plans the operation on every tensor from headers and configs alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[st
 
 
 class _Planner:
-    """Gathers what is wrong over all tensors before it complains."""
+    """Collects the faults of all tensors before it raises."""
 
     def __init__(self, recipe: Recipe, models: dict[str, Checkpoint]) -> None:
         self.recipe = recipe
@@ -151,7 +151,7 @@ class _Planner:
         )
 
     def _choose_tokenizer(self, names: Iterable[str]) -> None:
-        """Settles what the rows of the output stand for, before any tensor is planned."""
+        """Decides the tokens of the output's rows before any tensor is planned."""
         self.tables = vocabulary_tables(self.recipe, names, self.kinds, self.shared)
         requested, drop = self.recipe.output.tokenizer, self.recipe.extra_rows == "drop"
         tables = list(self.tables.values())

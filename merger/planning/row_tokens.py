@@ -28,7 +28,7 @@ class RowTokens:
         return len({self.tokenizers[label].digest for label in self.with_tokenizer}) < 2
 
     @cached_property
-    def named(self) -> Mapping[str, Tokens]:
+    def tokens_by_label(self) -> Mapping[str, Tokens]:
         """The tokens that each tokenizer names, as far as any model has rows."""
         end = max(self.row_counts.values())
         return {label: _up_to(end, tokenizer.tokens) for label, tokenizer in self.tokenizers.items()}
@@ -40,7 +40,7 @@ class RowTokens:
         An expert is a fine-tune of the base: where its tokenizer names no token, its row is still the base's token.
         A base without a tokenizer has the tokens that all experts agree on.
         """
-        tokens = {label: _up_to(self.row_counts[label], tokens) for label, tokens in self.named.items()}
+        tokens = {label: _up_to(self.row_counts[label], tokens) for label, tokens in self.tokens_by_label.items()}
         base, *experts = tokens
         if not self.tokenizers[base].is_readable:
             readable = [tokens[label] for label in experts if self.tokenizers[label].is_readable] or [{}]

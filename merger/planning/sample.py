@@ -67,7 +67,7 @@ def sample_changes(plan: Plan) -> dict[str, SampledChange]:
 
 
 def sample_notes(changes: Mapping[str, SampledChange]) -> Iterator[str]:
-    """What a sample shows that a merge is likely to suffer from."""
+    """Yields notes on problems of a merge that a sample of the weights shows."""
     for expert, change in changes.items():
         if change.relative_size >= UNRELATED:
             yield (

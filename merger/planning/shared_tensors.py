@@ -71,7 +71,7 @@ class SharedTensors:
         return next((name for name, stored in heads if stored[0] is not None and stored not in embeddings), None)
 
     def config(self, own_head: str | None) -> dict[str, Any]:
-        """The base's config.json, whose word on the head is what the output's tensors are."""
+        """Returns the base's config.json with tie_word_embeddings as in the output's tensors."""
         base, config = self._kinds["base"], self._models["base"].config
         if base.tied and own_head is None:
             return with_tie_word(config, True) if disagrees(config, True) else dict(config)

@@ -1,4 +1,4 @@
-"""What stands beside the weights of the output: config, tokenizer, and what else transformers reads."""
+"""The side files of the output: config, tokenizer, and other files that transformers reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model's tokenizer the output gets, and what to write in a recipe where none fits."""
+"""The choice of the output's tokenizer, and the remedies in a recipe if none fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merger.planning.vocabulary import Table, Tokens, Vocabulary
 
 @dataclass(frozen=True)
 class _Case:
-    """What decides the choice: the models' tokens, and what the recipe says of tables, tokenizer and rows."""
+    """The inputs of the choice: the models' tokens, and the recipe's tables, tokenizer and rows."""
 
     models: RowTokens
     tables: Sequence[Table]
@@ -131,7 +131,7 @@ def _clash(case: _Case) -> str | None:
 
 def _misfits(case: _Case, label: str) -> Iterator[str]:
     """Why the tokenizer of a model does not fit the rows that the output would have."""
-    output_tokens = case.models.named[label]
+    output_tokens = case.models.tokens_by_label[label]
     if case.lacks_requested:
         yield f"output.tokenizer: {label} has no tokenizer"
     for table in case.tables:
@@ -158,11 +158,11 @@ def _remedies(case: _Case) -> str:
     """Changes of the recipe, each of which was tried: with it there is a tokenizer that fits."""
     remedies = []
     if names := [label for label in case.candidates if _works(replace(case, requested=label))]:
-        remedies.append(f"`output: {{tokenizer: {names[0]}}}`{_others(names)} to keep the tokens of one model")
+        remedies.append(f"`output: {{tokenizer: {names[0]}}}`{_remainder(names)} to keep the tokens of one model")
     if not case.drop and _works(replace(case, drop=True)):
         remedies.append("`extra_rows: drop` to leave out the tokens that not all models have")
     if names := [label for label in case.models.tokenizers if _works(_copied(case, label))]:
-        remedies.append(f"`{_rule(case.tables, names[0])}`{_others(names)} as the first rule")
+        remedies.append(f"`{_rule(case.tables, names[0])}`{_remainder(names)} as the first rule")
     if not remedies:
         return "merge models with one vocabulary"
     return f"write {', or '.join(remedies)}"
@@ -189,7 +189,7 @@ def _rule(tables: Sequence[Table], label: str) -> str:
     return f"{{tensors: '^({'|'.join(re.escape(table.name) for table in tables)})$', use: {label}}}"
 
 
-def _others(names: Sequence[str]) -> str:
+def _remainder(names: Sequence[str]) -> str:
     return f" (or {_enumerate(names[1:], word='or')})" if len(names) > 1 else ""
 
 

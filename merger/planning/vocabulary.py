@@ -30,7 +30,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the rows of each model stand for, and what the rows of the output stand for."""
+    """The tokens of the rows of each model and of the output."""
 
     tokenizer: str  # the model whose tokenizer the output gets
     tokens: Mapping[str, Tokens] = field(default_factory=dict)  # by model, base first; empty where all are the same

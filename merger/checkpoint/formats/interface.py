@@ -1,4 +1,4 @@
-"""What a checkpoint format is: how its files are named, what their headers say, how rows are read and values checked.
+"""The interface of a checkpoint format: file names, headers, reading rows and checking values.
 
 A format is one module of this package with an instance of `Format` named ``FORMAT``; nothing else names it.
 """
@@ -28,7 +28,7 @@ Fill = Callable[[int, memoryview], None]
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a file's values found."""
+    """The result of one pass over a file's values."""
 
     sha256: str | None  # of the file; None where the pass does not see all of its bytes
     not_finite: Mapping[str, int]  # tensors that hold NaN or infinity, and how many values of it
@@ -56,7 +56,7 @@ class Format(ABC):
 
     @abstractmethod
     def scan(self, path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> Scan:
-        """Looks at all values of a file; ``tell`` hears how many bytes each step was. Raises CheckpointError."""
+        """Checks all values of a file; ``tell`` receives the number of bytes of each step. Raises CheckpointError."""
 
     def read_into(self, rows: Tensor, info: Info, start: int, stop: int, fill: Fill) -> None:
         """Reads rows ``start`` to ``stop`` of a tensor into ``rows``, [rows, columns] in one piece, of any wider dtype.

@@ -107,7 +107,7 @@ class Pickle(Format):
         rows.copy_(tensor.reshape(info.matrix)[start:stop])
 
     def scan(self, path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> Scan:
-        """Looks at the values; the file has bytes between its tensors, so it is not hashed by the way."""
+        """Checks the values without a hash, since the file has bytes between its tensors."""
         not_finite: dict[str, int] = {}
         with path.open("rb") as file:
             fill = partial(fill_from, file.fileno(), path)
@@ -240,7 +240,7 @@ def _unpickled(head: BytesIO) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what a state dict is made of.
+    """An unpickler that accepts only the objects of a state dict.
 
     It never hands out a function or a class that lives on: a pickle can set attributes on what it gets.
     """
@@ -263,19 +263,21 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError("it refers to something that is no storage")
         if dtype not in ITEM_SIZE or any(field is not None for field in view):
             raise ValueError("it refers to a storage of an unknown kind")
-        return _Storage(key, dtype, _whole(count))
+        return _Storage(key, dtype, _checked_count(count))
 
 
 def _rebuild_tensor() -> Callable[..., _View]:
     def rebuild(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> _View:
         if type(storage) is not _Storage:
             raise ValueError("a tensor in it has no storage")
-        return _View(storage, _whole(start), tuple(map(_whole, shape)), tuple(map(_whole, strides)))
+        return _View(
+            storage, _checked_count(start), tuple(map(_checked_count, shape)), tuple(map(_checked_count, strides))
+        )
 
     return rebuild
 
 
-def _whole(number: Any) -> int:
+def _checked_count(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 2**63:
         raise ValueError("a size in it is no whole number")
     return number

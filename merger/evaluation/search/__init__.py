@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.checkpoint.files import make_folder
-from merger.engine.manifest import method_versions
 from merger.errors import RecipeError
 from merger.evaluation import tasks
 from merger.evaluation.references import family_of
@@ -23,6 +22,7 @@ from merger.evaluation.search.record import Record
 from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
 from merger.options import RunOptions
+from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.document import Document, read
 from merger.recipe.recipe import Recipe, overridden, search_of
 from merger.recipe.sections import Evaluation, Search
@@ -35,7 +35,7 @@ __all__ = ["SearchResult", "search"]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """The result of a search."""
 
     folder: str  # trials.jsonl, best.yaml and report.md
     objective: str
@@ -120,8 +120,18 @@ def _check_recipe(path: Path, settings: Search, variants: Mapping[str, Space]) -
     return section
 
 
+def _method_versions(value: Any) -> dict[str, str]:
+    """The versions of installed packages, other than merger, with a method that some text in a recipe names."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return {name: version for item in value for name, version in _method_versions(item).items()}
+    entries = [table[value] for table in (ENTRIES, SCORES) if isinstance(value, str) and value in table]
+    return dict(entry.package for entry in entries if entry.package is not None)
+
+
 class _Search:
-    """What all trials of a search share."""
+    """The state that all trials of a search share."""
 
     def __init__(
         self, settings: Search, section: Evaluation, family: Recipe, split: tasks.Split, model_host: ModelHost
@@ -152,17 +162,15 @@ class _Search:
         finally:
             for model in models.values():
                 model.close()
-        recipes = {name: example(space) for name, space in variants.items()}
-        packages = {name: version for recipe in recipes.values() for name, version in method_versions(recipe).items()}
         return {
             "recipe": hashlib.sha256(json.dumps(decisive_recipe, default=str).encode()).hexdigest(),
             "inputs": inputs,
-            "calibration": {name: calibration_files(recipe) for name, recipe in recipes.items()},
+            "calibration": {name: calibration_files(example(space)) for name, space in variants.items()},
             "ends of replies": list(self.evaluator.task_evaluator.ends),
             "search data": {task.name: task.sha256 for task in self.split.search},
             "report data": {task.name: task.sha256 for task in self.split.report},
             "forward passes": f"{self.evaluator.dtype} on {self.model_host.device.type}",
-            "versions": {**versions(), **packages},
+            "versions": {**versions(), **_method_versions(document.value)},
         }
 
     def trials(self, variant: str, space: Space, references: Sequence[Entry], record: Record) -> Iterator[Trial]:

@@ -85,7 +85,7 @@ class Record:
         return [line for line in self.lines if "trial" in line and line["variant"] == variant]
 
     def outcomes(self, key: str) -> dict[str, Outcome] | None:
-        """What the model ``key`` did, if it was judged already."""
+        """Returns the recorded outcomes of the model ``key``; None if there are none."""
         for line in self.lines:
             if line.get("judged") == key:
                 return {

@@ -112,7 +112,7 @@ def _number(value: Any) -> Fraction | None:
 
 @dataclass(frozen=True)
 class Space:
-    """One variant of a recipe: its text, and what in it is open."""
+    """One variant of a recipe: its text, and its open values."""
 
     document: Document
     dimensions: tuple[Dimension, ...]
@@ -183,7 +183,7 @@ def _space(document: Document, variant_path: KeyPath, overrides: Sequence[str]) 
 
 
 def _dimension(path: KeyPath, mark: Any) -> Dimension:
-    """What a mark leaves open; ValueError says what is wrong with it."""
+    """Returns the dimension of a mark; raises ValueError for an invalid mark."""
     if isinstance(mark, list) and mark:
         return Choices(path, tuple(mark))
     if not isinstance(mark, dict) or not {"low", "high"} <= mark.keys():

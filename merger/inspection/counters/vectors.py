@@ -33,7 +33,7 @@ class VectorCounter(Counter):
 
     def __init__(self, shape: MatrixShape) -> None:
         super().__init__(shape)
-        self._zero = Counts.none(shape.experts, shape.columns)
+        self._zero = Counts.zeros(shape.experts, shape.columns)
         self._free_counts: list[Counts] = []  # one for each thread that has counted, but for those in use
         self._products: dict[int, list[list[float]]] = {}  # by a slice's first row
         self._balance = Balance(shape.rows, shape.columns)

@@ -41,7 +41,7 @@ class ValueCounter(Counter):
 
     def measure(self, piece: ExpertSlice) -> Sequence[Tensor]:
         """The different values of each task vector in a slice; none once the count has reached the limit."""
-        return () if all(self._full) else counting.of(piece.deltas).different(piece.deltas)
+        return () if all(self._full) else counting.of(piece.deltas).distinct_values(piece.deltas)
 
     def add(self, piece: ExpertSlice, measurement: Sequence[Tensor]) -> None:
         """Joins the different values of a slice."""
@@ -55,7 +55,7 @@ class ValueCounter(Counter):
 
     def _drop_duplicates(self, k: int) -> None:
         collected = self._values[k, : self._sizes[k]].view(torch.float32)
-        (values,) = counting.of(collected).different(collected.unsqueeze(0))
+        (values,) = counting.of(collected).distinct_values(collected.unsqueeze(0))
         self._sizes[k] = min(len(values), LIMIT + 1)
         self._values[k, : self._sizes[k]] = values[: LIMIT + 1]
         self._full[k] = len(values) > LIMIT

@@ -33,7 +33,7 @@ class Counts:
     by_column: Tensor  # [k c] int32, all others int64
 
     @classmethod
-    def none(cls, k: int, c: int) -> Counts:
+    def zeros(cls, k: int, c: int) -> Counts:
         """Returns counts of zero."""
         joint, opposed = torch.zeros(2, k, k, dtype=torch.int64)
         row_squares, block_squares = torch.zeros(2, k, dtype=torch.int64)
@@ -60,8 +60,8 @@ class Counting:
         flat, positive = mask.flatten(1), (deltas > 0).flatten(1).double()  # whole numbers, which no sum rounds
         negative = flat.double() - positive
         against = positive @ negative.T
-        into.joint += _whole(flat.double() @ flat.double().T)
-        into.opposed += _whole(against + against.T)
+        into.joint += _as_int64(flat.double() @ flat.double().T)
+        into.opposed += _as_int64(against + against.T)
         into.holders += torch.bincount(flat.sum(0), minlength=k + 1).cpu()
         into.row_squares += mask.sum(2).square().sum(1).cpu()
         into.by_column += mask.sum(1, dtype=torch.int32).view(k, columns).cpu()
@@ -78,7 +78,7 @@ class Counting:
         vectors = merged.unsqueeze(0)
         return int(merged.count_nonzero()), torch.cat([_products(vectors, vectors), _products(vectors, deltas)], 1)[0]
 
-    def different(self, deltas: Tensor) -> list[Tensor]:
+    def distinct_values(self, deltas: Tensor) -> list[Tensor]:
         """Returns the distinct nonzero float32 bit patterns of each vector of [k r c], in any order: int32."""
         patterns = deltas.flatten(1).contiguous().view(torch.int32)
         return [torch.unique(vector[vector & 0x7FFFFFFF != 0]).cpu() for vector in patterns]
@@ -121,7 +121,7 @@ class NativeCounting(Counting):
             raise MemoryError
         return count, products
 
-    def different(self, deltas: Tensor) -> list[Tensor]:
+    def distinct_values(self, deltas: Tensor) -> list[Tensor]:
         """As `Counting.different`, by a hash table that grows when it is half full."""
         deltas = deltas.contiguous()
         k, n = len(deltas), deltas[0].numel()
@@ -143,7 +143,7 @@ def _table(bits: int) -> Tensor:
     return torch.empty(1 << bits, dtype=torch.int32)
 
 
-def _whole(counts: Tensor) -> Tensor:
+def _as_int64(counts: Tensor) -> Tensor:
     """Counts that are in float64 as whole numbers in host memory."""
     return counts.long().cpu()
 
