@@ -203,7 +203,8 @@ class Table:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "merged"
                 merge_recipe = recipe(self.zoo, self.data, method, parameters, output, samples)
-                if any(tensor.gram and not tensor.fed_by_merged for tensor in merger.plan(merge_recipe).tensors):
+                inputs = merger.plan(merge_recipe).inputs
+                if any(item.granularity == "block" and not item.follows_merge for item in inputs):
                     merger.calibrate(merge_recipe, gram=True)  # which the next merge of the same text finds
                 merger.merge(merge_recipe)
                 return self.judge.losses(output, self.parts[part])

@@ -10,6 +10,7 @@ import torch
 from checkpoints import save
 from safetensors.torch import load_file
 
+import merger.calibration.providers
 import merger.engine.memory
 from merger import Recipe, merge
 from merger.calibration import provider
@@ -65,7 +66,7 @@ def aged(monkeypatch):
         return summed(deltas * age) * lambda_
 
     aged_sum.__annotations__ = {"lambda_": "float"}
-    monkeypatch.setattr(provider, "_PROVIDERS", list(provider._PROVIDERS))
+    monkeypatch.setattr(provider, "_PROVIDERS", list(provider._PROVIDERS))  # after those of merger are imported
     register(Ages())
     register_merger()(aged_sum)
     yield
