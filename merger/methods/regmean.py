@@ -1,4 +1,4 @@
-"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; docs/methods/weighting.md.
+"""Regression of the experts' outputs. RegMean, https://arxiv.org/abs/2212.09849, section 4; docs/methods/regression.md.
 
 With `inputs: merged` it is RegMean++, https://arxiv.org/abs/2508.03121; `featcal` is a setting of it.
 """
