@@ -2,6 +2,7 @@
 
 import torch
 
+import merger.methods  # noqa: F401 registers every method
 from merger.pipeline.in_memory import merge_tensors
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
