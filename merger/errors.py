@@ -112,6 +112,11 @@ def lacks_memory(error: Exception) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(words in str(error) for words in _ALLOCATION)
 
 
+def system_reason(error: OSError) -> str:
+    """The system's words for an error, or the error's own where it has no number."""
+    return error.strerror or " ".join(str(error).split()) or type(error).__name__
+
+
 def printable(text: str) -> str:
     """Returns the text in one line, with breaks, escape sequences and lone surrogates escaped."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -56,18 +56,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", default="7B")
     parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--work", type=Path, default=Path("/dev/shm/merger-gpu-check"))
+    parser.add_argument(
+        "--work", type=Path, default=Path("/dev/shm"), help="where the models go, in a folder of their own"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the models where they are")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    setting = gpu_parts.Setting(args.out.resolve(), args.work, args.device, args.size)
+    setting = gpu_parts.Setting(args.out.resolve(), args.work / "merger-gpu-check", args.device, args.size)
     if args.part:
         print(json.dumps(next(part.run(setting) for part in PARTS if part.name == args.part)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     failures = run_all(setting, args.minutes)
     if not args.keep and not failures:
-        shutil.rmtree(args.work, ignore_errors=True)
+        shutil.rmtree(setting.work, ignore_errors=True)
     print((args.out / "page.md").read_text())
     sys.exit(1 if failures else 0)
 
@@ -78,7 +80,7 @@ def run_all(setting: gpu_parts.Setting, minutes: float) -> dict[str, str]:
     failures: dict[str, str] = {}
     for part in PARTS:
         seconds_left = end - time.monotonic()
-        if setting.answer(part.name) is not None:
+        if not _must_run(part, setting):
             continue
         if part.needs != part.name and setting.answer(part.needs) is None:
             failures[part.name] = f"waits for {part.needs}"
@@ -91,10 +93,18 @@ def run_all(setting: gpu_parts.Setting, minutes: float) -> dict[str, str]:
     return failures
 
 
+def _must_run(part: Part, setting: gpu_parts.Setting) -> bool:
+    """Whether a part has no answer, or made models that a missing part needs and that another machine had."""
+    if setting.answer(part.name) is None:
+        return True
+    waiting = any(setting.answer(later_part.name) is None for later_part in PARTS[PARTS.index(part) + 1 :])
+    return part.name == "models" and waiting and not (setting.work / "models").exists()
+
+
 def run_part(part: Part, setting: gpu_parts.Setting, seconds: float) -> dict[str, str]:
     """Runs one part as a process; nothing, or why it has no answer."""
     command = [sys.executable, __file__, str(setting.answers), "--part", part.name, "--device", setting.device]
-    command += ["--size", setting.size, "--work", str(setting.work)]
+    command += ["--size", setting.size, "--work", str(setting.work.parent)]
     log = setting.answers / f"{part.name.replace(' ', '-')}.log"
     began = time.monotonic()
     with log.open("wb") as errors:
@@ -119,9 +129,11 @@ def _last_line(log: Path) -> str:
 
 def page(setting: gpu_parts.Setting, failures: dict[str, str]) -> str:
     """What is known so far, as Markdown."""
-    lines = [f"# GPU check: {setting.device}, {setting.size}", ""]
+    answers = {part.name: setting.answer(part.name) for part in PARTS}
+    seconds = sum(answer["part seconds"] for answer in answers.values() if answer is not None)
+    lines = [f"# GPU check: {setting.device}, {setting.size}", "", f"All parts together took {seconds:.0f} s.", ""]
     for part in PARTS:
-        answer = setting.answer(part.name)
+        answer = answers[part.name]
         if answer is None and part.name not in failures:
             continue
         lines += [f"## {part.name}", "", f"{part.question[0].upper()}{part.question[1:]}?", ""]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from merger.checkpoint.layout import index, index_name, layout
 from merger.checkpoint.tensor_info import Info
-from merger.ops.transfer import fetched
+from merger.ops.transfer import to_host
 
 WORDS = 200
 SHARD_BYTES = 5_000_000_000
@@ -40,7 +40,7 @@ def write_model(folder: Path, size: str, layers: int, expert: int, device: str) 
         with (folder / shard.file).open("wb") as file:
             file.write(shard.header)
             for name in sorted(shard.offsets, key=lambda name: shard.offsets[name]):
-                weights = fetched(_weights(infos[name].shape, numbers[name], expert, device))
+                weights = to_host(_weights(infos[name].shape, numbers[name], expert, device))
                 file.write(memoryview(weights.flatten().view(torch.uint8).numpy()))
     if len(shards) > 1:
         (folder / index_name(shards)).write_text(json.dumps(index(shards, infos)))

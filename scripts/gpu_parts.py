@@ -65,6 +65,8 @@ def environment(setting: Setting) -> dict[str, Any]:
     memory_before = peak_memory()
     _compute(setting.device)
     facts = {
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -78,8 +80,20 @@ def environment(setting: Setting) -> dict[str, Any]:
     }
     if setting.device != "cpu":
         free, total = torch.cuda.mem_get_info()
-        facts |= {"gpu": torch.cuda.get_device_name(), "gpu bytes free": free, "gpu bytes": total, **_copies()}
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        facts |= {"gpu bytes free": free, "gpu bytes": total, **_copies()}
     return facts
+
+
+def _commit() -> str:
+    """The commit of the checkout, marked where files in it were changed."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "not known: there is no git"
+    return described.stdout.strip() or "not known: no git checkout"
 
 
 def _compute(device: str) -> None:
@@ -115,10 +129,13 @@ def tests(setting: Setting) -> dict[str, Any]:
     if missing:
         return {"not run": f"no {' and no '.join(missing)}"}
     files = ["tests/test_devices.py", "tests/test_same_bytes.py", "tests/test_precision.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu or precision", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-k", "gpu or precision", "-p", "no:cacheprovider", *files]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = ran.stdout.strip().splitlines()
-    return {"exit": ran.returncode, "last lines": [line for line in lines if not line.startswith("=")][-12:]}
+    return {
+        "exit": ran.returncode,
+        "last lines": [line for line in lines if not line.startswith("=") or " in " in line][-12:],
+    }
 
 
 # --- the same bytes -------------------------------------------------------------------------------

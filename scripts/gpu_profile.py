@@ -23,8 +23,9 @@ def profile(setting: Setting) -> dict[str, Any]:
     from merger.options import RunOptions
     from merger.recipe.recipe import Recipe
 
-    speeds = {name: answer["GB/s"] for name in MERGES if (answer := setting.answer(name)) and name != "linear first"}
-    slowest = min(speeds, key=lambda name: speeds[name], default="linear")
+    merges = {name: setting.answer(name) for name in MERGES if name != "linear first"}
+    seconds = {name: merge["seconds"] / merge["bytes moved"] for name, merge in merges.items() if merge is not None}
+    slowest = max(seconds, key=lambda name: seconds[name], default="linear")
     os.environ["MERGER_CACHE"] = str(setting.work / "cache")
     on_gpu = setting.device != "cpu" and torch.cuda.is_available()
     profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA]) if on_gpu else None

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from statistics import median
 
-from merger.evaluation import references as families
 from merger.evaluation import tasks
 from merger.evaluation.evaluator import Evaluator
 from merger.evaluation.model_host import ModelHost
+from merger.evaluation.references import family_of
 from merger.evaluation.search.space import Space, example, spaces
 from merger.options import RunOptions
 from merger.recipe.document import read
@@ -35,7 +35,7 @@ def main() -> None:
 
     document = overridden(read(args.recipe), args.overrides)
     variants = spaces(document, search_of(document).variants, args.overrides)
-    family = families.of({name: example(space) for name, space in variants.items()})
+    family = family_of({name: example(space) for name, space in variants.items()})
     section = family.evaluation
     assert section is not None
     held_out = tasks.load(section.data, family.folder, args.samples)

@@ -10,4 +10,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if (($#)); then
   exec .venv/bin/python -m pytest "$@"
 fi
-exec .venv/bin/python -m pytest -n auto --cov=merger --cov-report=term:skip-covered --cov-fail-under=90
+exec .venv/bin/python -m pytest -n auto --cov=merger --cov-report=term:skip-covered --cov-fail-under=96

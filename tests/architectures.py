@@ -19,10 +19,10 @@ def conv1d(name, rows, columns):
     return {f"{name}.weight": ((rows, columns), "conv1d"), f"{name}.bias": ((columns,), "vector")}
 
 
-def norm(name, *location, bias=True):
+def norm(name, *position, bias=True):
     """A norm of 8 features."""
     parts = ("weight", "bias") if bias else ("weight",)
-    return {f"{name}.{part}": ((8,), "vector", *location) for part in parts}
+    return {f"{name}.{part}": ((8,), "vector", *position) for part in parts}
 
 
 GPT2 = {
@@ -193,11 +193,11 @@ def shapes(architecture, blocks=2):
 
 def described(architecture, blocks=2):
     """The header's tensors and the config, as they are studied."""
-    result = {
-        name: Info(*(shape if shape and isinstance(shape[0], str) else ("BF16", shape)))
-        for name, shape in shapes(architecture, blocks).items()
+    tensors = {
+        name: Info(*(entry if entry and isinstance(entry[0], str) else ("BF16", entry)))
+        for name, entry in shapes(architecture, blocks).items()
     }
-    return result, config(architecture)
+    return tensors, config(architecture)
 
 
 def expected(architecture, column, blocks=2):

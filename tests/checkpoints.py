@@ -71,8 +71,8 @@ def save_headers(folder, shapes, config=CONFIG, *, dtype="BF16", distinct=()):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
-    for name, arguments in shapes.items():
-        kind, shape = arguments if arguments and isinstance(arguments[0], str) else (dtype, arguments)
+    for name, entry in shapes.items():
+        kind, shape = entry if entry and isinstance(entry[0], str) else (dtype, entry)
         start, end = end, end + ITEM[kind] * torch.Size(shape).numel()
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     write_raw(folder / "model.safetensors", header, size=end)
@@ -108,14 +108,8 @@ def bits(tensor):
     return (flat if tensor.dim() else flat.clone()).view(torch.uint8)
 
 
-def same_bits(first_value, second_value):
+def same_bits(a, b):
     """Whether two tensors, or two dictionaries of them, hold the same bytes in the same shapes."""
-    if isinstance(first_value, dict):
-        return first_value.keys() == second_value.keys() and all(
-            same_bits(first_value[name], second_value[name]) for name in first_value
-        )
-    return (
-        first_value.dtype == second_value.dtype
-        and first_value.shape == second_value.shape
-        and torch.equal(bits(first_value), bits(second_value))
-    )
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))

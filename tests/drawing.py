@@ -15,8 +15,8 @@ SHARES = st.sampled_from([0, 1, 0.5, "1/3", 0.29, 0.2, "1/8"])
 
 def numbers(number, experts):
     """A number as recipes write it: one, several over the depth, or by expert."""
-    groups = st.lists(number, min_size=2, max_size=3)
-    return number | groups | st.fixed_dictionaries(dict.fromkeys(experts, number | groups))
+    lists = st.lists(number, min_size=2, max_size=3)
+    return number | lists | st.fixed_dictionaries(dict.fromkeys(experts, number | lists))
 
 
 def values_of(annotation, default, experts):

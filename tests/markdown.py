@@ -36,13 +36,13 @@ def blocks(path, language=None):
 
 def commands(block):
     """The commands of a console, without their comments, each with the lines of output that are shown."""
-    console = []
+    entries = []
     for line in block.text.splitlines():
         if line.startswith("$ "):
-            console.append((shlex.split(line[2:], comments=True), []))
-        elif console and line.strip():
-            console[-1][1].append(line)
-    return console
+            entries.append((shlex.split(line[2:], comments=True), []))
+        elif entries and line.strip():
+            entries[-1][1].append(line)
+    return entries
 
 
 def assert_shown(lines, output):

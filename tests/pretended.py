@@ -118,27 +118,29 @@ def carried_out(function, args, kwargs, compute=Pretence.compute):
 def meeting_place(function, args, kwargs):
     """The device of a call's tensors; RuntimeError where they are on several."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    result = {device_of(leaf) for leaf in tensors} - {CPU}
-    if result and any(device_of(leaf) == CPU and leaf.ndim for leaf in tensors):
-        result.add(CPU)
-    if len(result) > 1:
-        raise RuntimeError(f"{function.__name__}: tensors on {' and '.join(sorted(map(str, result)))} meet")
-    return result.pop() if result else CPU
+    devices = {device_of(leaf) for leaf in tensors} - {CPU}
+    if devices and any(device_of(leaf) == CPU and leaf.ndim for leaf in tensors):
+        devices.add(CPU)
+    if len(devices) > 1:
+        raise RuntimeError(f"{function.__name__}: tensors on {' and '.join(sorted(map(str, devices)))} meet")
+    return devices.pop() if devices else CPU
 
 
-def sent(tensor, *arguments, device=None, non_blocking=False, **peers):
+def sent(tensor, *arguments, device=None, non_blocking=False, **options):
     """Tensor.to: another device, dtype, or those of another tensor."""
-    location = device_of(tensor) if device is None else torch.device(device)
-    for entry in arguments:
-        location = torch.device(entry) if isinstance(entry, str | torch.device) else device_of(entry, location)
-    options = [entry for entry in plain(arguments) if not isinstance(entry, str | torch.device)]
-    changed = said_to_be(plain(tensor).to(*options, **peers), device_of(tensor)) if options or peers else tensor
-    return copied(changed, location)
+    target = device_of(tensor) if device is None else torch.device(device)
+    for argument in arguments:
+        target = torch.device(argument) if isinstance(argument, str | torch.device) else device_of(argument, target)
+    conversions = [argument for argument in plain(arguments) if not isinstance(argument, str | torch.device)]
+    changed = (
+        said_to_be(plain(tensor).to(*conversions, **options), device_of(tensor)) if conversions or options else tensor
+    )
+    return copied(changed, target)
 
 
-def copied(tensor, location):
+def copied(tensor, device):
     """A tensor on another device; itself where it is there."""
-    return tensor if device_of(tensor) == location else said_to_be(plain(tensor).clone(), location)
+    return tensor if device_of(tensor) == device else said_to_be(plain(tensor).clone(), device)
 
 
 def device_of(value, otherwise=CPU):
@@ -146,13 +148,13 @@ def device_of(value, otherwise=CPU):
     return value.home if isinstance(value, Away) else CPU if isinstance(value, Tensor) else otherwise
 
 
-def said_to_be(tensor, location):
+def said_to_be(tensor, device):
     """The same memory on another device."""
     bare = tensor.as_subclass(Tensor)
-    if location == CPU:
+    if device == CPU:
         return bare
     remote = bare.as_subclass(Away)
-    remote.home = location
+    remote.home = device
     return remote
 
 

@@ -54,7 +54,7 @@ def recipe_of(folder, kind="answers", **changes):
     return Recipe.parse(text_of(folder, kind, **changes), folder)
 
 
-def file_of(path, parameters):
+def file_of(path, content):
     """The same, as a file."""
-    path.write_text(yaml.safe_dump(parameters, sort_keys=False))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path

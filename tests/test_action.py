@@ -25,13 +25,13 @@ def step(tmp_path, monkeypatch):
     command = tmp_path / "bin" / "merger"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m merger "$@"\n')
     command.chmod(0o755)
-    parameters = {"RECIPE": "my recipe.yaml", "OUTPUT": "out", "LOCKED": "true", "SAMPLE": "2"}
+    variables = {"RECIPE": "my recipe.yaml", "OUTPUT": "out", "LOCKED": "true", "SAMPLE": "2"}
     search = {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def run(name, **inputs):
         script = ["bash", "-e", "-o", "pipefail", "-c", STEPS[name]["run"]]
         ran = subprocess.run(
-            script, cwd=tmp_path, env={**os.environ, **search, **parameters, **inputs}, capture_output=True
+            script, cwd=tmp_path, env={**os.environ, **search, **variables, **inputs}, capture_output=True
         )
         return ran.returncode, ran.stderr.decode()
 
@@ -57,5 +57,5 @@ def test_what_is_not_as_it_was_locked_ends_the_job(step, tmp_path):
 
 def test_every_input_reaches_its_step_as_a_variable_and_never_as_shell_text():
     assert not any("${{" in step["run"] for step in STEPS.values())
-    names = {value for step in STEPS.values() for value in step["env"].values()}
-    assert names == {"${{ github.action_path }}", *(f"${{{{ inputs.{name} }}}}" for name in ACTION["inputs"])}
+    expressions = {value for step in STEPS.values() for value in step["env"].values()}
+    assert expressions == {"${{ github.action_path }}", *(f"${{{{ inputs.{name} }}}}" for name in ACTION["inputs"])}

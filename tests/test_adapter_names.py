@@ -43,18 +43,18 @@ def adapters(tmp_path):
     ids=["all linear", "head", "embedding", "pattern"],
 )
 def test_a_vision_language_models_adapter_has_other_names_than_its_checkpoint(adapters, make, tied, config):
-    result = adapters(make, tied)
-    expected = result.train(**config)
-    logits, _, _ = result.merged()
-    result.close(logits, expected)
+    adapter = adapters(make, tied)
+    expected = adapter.train(**config)
+    logits, _, _ = adapter.merged()
+    adapter.close(logits, expected)
 
 
 def test_every_weight_of_a_vision_language_model_is_pefts(adapters):
-    result = adapters(llava, tied=False)
-    result.train(target_modules="all-linear")
-    peft = PeftModel.from_pretrained(result.base(), result.folder / "lora").merge_and_unload().state_dict()
-    result.merged()
-    for name, tensor in result.kind.from_pretrained(result.folder / "out").state_dict().items():
+    adapter = adapters(llava, tied=False)
+    adapter.train(target_modules="all-linear")
+    peft = PeftModel.from_pretrained(adapter.base(), adapter.folder / "lora").merge_and_unload().state_dict()
+    adapter.merged()
+    for name, tensor in adapter.kind.from_pretrained(adapter.folder / "out").state_dict().items():
         torch.testing.assert_close(tensor, peft[name], rtol=0, atol=1e-6, msg=name)
 
 
@@ -90,28 +90,28 @@ WRAPPED = {
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_an_adapter_of_a_wrapped_model_is_that_of_the_model(adapters, wrapper):
-    result = adapters(llama)
-    expected = result.train(target_modules="all-linear", rank_pattern={"model.layers.0.self_attn.q_proj": 2})
-    result.rename(lambda name: [WRAPPED[wrapper](name)])
-    logits, _, _ = result.merged()
-    result.close(logits, expected)
+    adapter = adapters(llama)
+    expected = adapter.train(target_modules="all-linear", rank_pattern={"model.layers.0.self_attn.q_proj": 2})
+    adapter.rename(lambda name: [WRAPPED[wrapper](name)])
+    logits, _, _ = adapter.merged()
+    adapter.close(logits, expected)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in WRAPPED if "peft" not in mode])
+@pytest.mark.parametrize("wrapper", [wrapper for wrapper in WRAPPED if "peft" not in wrapper])
 @pytest.mark.parametrize("wrapped", [["base"], ["a"], ["base", "a"]], ids="+".join)
-def test_a_checkpoint_of_a_wrapped_model_is_that_of_the_model(adapters, mode, wrapped):
-    result = adapters(llama)
-    shutil.copytree(result.folder / "base", result.folder / "a")
+def test_a_checkpoint_of_a_wrapped_model_is_that_of_the_model(adapters, wrapper, wrapped):
+    adapter = adapters(llama)
+    shutil.copytree(adapter.folder / "base", adapter.folder / "a")
     recipe = Recipe.parse(
-        {"base": "base", "experts": {"a": "a"}, "method": "linear", "output": {"path": "out"}}, result.folder
+        {"base": "base", "experts": {"a": "a"}, "method": "linear", "output": {"path": "out"}}, adapter.folder
     )
-    expected = load(result.folder / "base")
+    expected = load(adapter.folder / "base")
     for folder in wrapped:
-        result.rename(lambda name: [WRAPPED[mode](name)], folder, "model.safetensors")
+        adapter.rename(lambda name: [WRAPPED[wrapper](name)], folder, "model.safetensors")
 
     merge(recipe)
 
-    assert same_bits(load(result.folder / "out"), expected)
+    assert same_bits(load(adapter.folder / "out"), expected)
 
 
 def test_a_module_of_the_model_that_is_called_module_keeps_its_name(tmp_path):
@@ -133,34 +133,34 @@ def test_a_tensor_that_is_stored_with_and_without_its_prefix_is_refused(tmp_path
 
 
 def test_an_adapter_beside_a_model_is_not_left_out_silently(adapters):
-    result = adapters(llama)
-    expected = result.train(target_modules=Q)
-    shutil.copytree(result.folder / "base", result.folder / "a")
-    for file in (result.folder / "lora").iterdir():
-        shutil.copy(file, result.folder / "a")
+    adapter = adapters(llama)
+    expected = adapter.train(target_modules=Q)
+    shutil.copytree(adapter.folder / "base", adapter.folder / "a")
+    for file in (adapter.folder / "lora").iterdir():
+        shutil.copy(file, adapter.folder / "a")
 
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint("a", None, label="a", folder=result.folder)
-    logits, _, _ = result.merged(model="a", adapter="a")
+        open_checkpoint("a", None, label="a", folder=adapter.folder)
+    logits, _, _ = adapter.merged(model="a", adapter="a")
 
     assert str(caught.value) == (
         "a: a holds a model and beside it a PEFT adapter, which transformers loads on top; write "
         "{model: a, adapter: a} to merge the two, or move adapter_config.json elsewhere to leave it out"
     )
-    result.close(logits, expected)
+    adapter.close(logits, expected)
 
 
 def test_the_manifest_tells_the_files_of_a_model_from_those_of_the_adapter_beside_it(adapters):
-    result = adapters(llama)
-    result.train(target_modules=Q)
+    adapter = adapters(llama)
+    adapter.train(target_modules=Q)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(result.folder / "lora" / file, result.folder / "base")
-    shutil.copytree(result.folder / "base", result.folder / "a")
-    (result.folder / "base" / "adapter_config.json").unlink()
-    result.merged(model="a", adapter="a")
-    message = json.loads((result.folder / "out" / "merger.json").read_text())["inputs"]["a"]
-    assert message["files"].keys() == {"model.safetensors"}
-    assert message["adapter"]["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+        shutil.copy(adapter.folder / "lora" / file, adapter.folder / "base")
+    shutil.copytree(adapter.folder / "base", adapter.folder / "a")
+    (adapter.folder / "base" / "adapter_config.json").unlink()
+    adapter.merged(model="a", adapter="a")
+    record = json.loads((adapter.folder / "out" / "merger.json").read_text())["inputs"]["a"]
+    assert record["files"].keys() == {"model.safetensors"}
+    assert record["adapter"]["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -177,18 +177,18 @@ def test_the_manifest_tells_the_files_of_a_model_from_those_of_the_adapter_besid
     ],
 )
 def test_an_adapter_of_another_base_is_named_once(adapters, trained_on, revision, note):
-    result = adapters(llama)
-    result.train(target_modules=Q)
+    adapter = adapters(llama)
+    adapter.train(target_modules=Q)
     for file, keys in {
         "lora/adapter_config.json": {"base_model_name_or_path": trained_on, "revision": revision},
         "base/config.json": {"_name_or_path": "org/Known-By-Its-Config"},
     }.items():
-        path = result.folder / file
+        path = adapter.folder / file
         path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
     expert = {"model": "base", "adapter": "lora"}
     document = {"base": "base", "experts": {"a": expert}, "method": "linear", "output": {"path": "out"}}
 
-    planned = plan(Recipe.parse(document, result.folder))
+    planned = plan(Recipe.parse(document, adapter.folder))
     planned.close()
 
     expected = f"a: the adapter lora was trained on {note}, but is added to base; make sure that the two have the same"

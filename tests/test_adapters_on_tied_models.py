@@ -53,18 +53,18 @@ ON_TIED = {  # the adapter, and whether embedding and head are still one
 @pytest.mark.parametrize("stored", ["once", "twice"])
 @pytest.mark.parametrize("case", ON_TIED)
 def test_an_adapter_on_a_tied_model_is_what_peft_loads(adapters, case, stored):
-    result = adapters(llama)
+    adapter = adapters(llama)
     if stored == "twice":
-        tensors = load(result.folder / "base")
+        tensors = load(adapter.folder / "base")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        save_file(tensors, result.folder / "base" / "model.safetensors", {"format": "pt"})
+        save_file(tensors, adapter.folder / "base" / "model.safetensors", {"format": "pt"})
     config, tied = ON_TIED[case]
-    expected = result.train(**config)
+    expected = adapter.train(**config)
 
-    logits, tensors, _ = result.merged()
+    logits, tensors, _ = adapter.merged()
 
-    result.close(logits, expected)
-    assert result.config()["tie_word_embeddings"] is tied
+    adapter.close(logits, expected)
+    assert adapter.config()["tie_word_embeddings"] is tied
     assert ("lm_head.weight" in tensors) is (not tied or stored == "twice")
     embedding = tensors["model.embed_tokens.weight"]
     assert same_bits(tensors.get("lm_head.weight", embedding), embedding) is tied
@@ -72,18 +72,18 @@ def test_an_adapter_on_a_tied_model_is_what_peft_loads(adapters, case, stored):
 
 @pytest.mark.parametrize("config", [{"modules_to_save": ["wte"]}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_gpt2_is_untied_by_a_copy_of_one_of_its_two(adapters, config):
-    result = adapters(gpt2)
-    expected = result.train(target_modules=["c_attn"], **config)
-    logits, _, _ = result.merged()
-    result.close(logits, expected)
-    assert result.config()["tie_word_embeddings"] is False
+    adapter = adapters(gpt2)
+    expected = adapter.train(target_modules=["c_attn"], **config)
+    logits, _, _ = adapter.merged()
+    adapter.close(logits, expected)
+    assert adapter.config()["tie_word_embeddings"] is False
 
 
 def test_a_head_that_the_adapter_leaves_behind_is_said(adapters):
-    result = adapters(llama)
-    result.train(**ON_TIED["a copy of the embedding"][0])
-    _, tensors, notes = result.merged()
-    assert same_bits(tensors["lm_head.weight"], load(result.folder / "base")["model.embed_tokens.weight"])
+    adapter = adapters(llama)
+    adapter.train(**ON_TIED["a copy of the embedding"][0])
+    _, tensors, notes = adapter.merged()
+    assert same_bits(tensors["lm_head.weight"], load(adapter.folder / "base")["model.embed_tokens.weight"])
     assert [note for note in notes if note.startswith("a: lm_head.weight differs from model.embed_tokens.weight")]
 
 
@@ -118,30 +118,30 @@ def test_a_tied_table_that_has_further_names_is_not_changed_alone(tmp_path):
 
 
 @pytest.mark.parametrize("copy", ["modules_to_save", "modules_to_save.default"])
-@pytest.mark.parametrize("simple", [True, False], ids=["three names", "two names"])
-def test_a_module_that_was_saved_whole_is_its_trained_copy(adapters, copy, simple):
-    result = adapters(llama, tied=False)
-    expected = result.train(target_modules=Q, modules_to_save=BOTH)
-    original = load(result.folder / "base")["model.embed_tokens.weight"]
+@pytest.mark.parametrize("third_name", [True, False], ids=["three names", "two names"])
+def test_a_module_that_was_saved_whole_is_its_trained_copy(adapters, copy, third_name):
+    adapter = adapters(llama, tied=False)
+    expected = adapter.train(target_modules=Q, modules_to_save=BOTH)
+    original = load(adapter.folder / "base")["model.embed_tokens.weight"]
 
     def names(name):
         module = name.removesuffix(".weight")
         saved = "lora" not in name
-        return [f"{module}.{copy}.weight", *([name] if simple else [])] if saved else [name]
+        return [f"{module}.{copy}.weight", *([name] if third_name else [])] if saved else [name]
 
-    result.rename(names)
-    tensors = load(result.folder / "lora")
+    adapter.rename(names)
+    tensors = load(adapter.folder / "lora")
     tensors[f"{PREFIX}model.embed_tokens.original_module.weight"] = original.clone()
-    save_file(tensors, result.folder / "lora" / "adapter_model.safetensors")
+    save_file(tensors, adapter.folder / "lora" / "adapter_model.safetensors")
 
-    logits, _, _ = result.merged()
+    logits, _, _ = adapter.merged()
 
-    result.close(logits, expected)
+    adapter.close(logits, expected)
 
 
 def test_peft_itself_saves_three_names_where_rows_were_added(adapters):
-    result = adapters(llama)
-    result.train(**ON_TIED["rows added to a copy"][0])
-    stored = {name.removeprefix(PREFIX) for name in load(result.folder / "lora") if "embed_tokens" in name}
+    adapter = adapters(llama)
+    adapter.train(**ON_TIED["rows added to a copy"][0])
+    stored = {name.removeprefix(PREFIX) for name in load(adapter.folder / "lora") if "embed_tokens" in name}
     kinds = ("", "modules_to_save.", "original_module.")
     assert stored == {f"model.embed_tokens.{kind}weight" for kind in kinds}

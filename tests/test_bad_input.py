@@ -95,9 +95,9 @@ def index(**changed):
     def write():
         os.unlink(WEIGHTS)
         save("models/code", llama(1), shards=2)
-        inputs = json.loads(Path(INDEX).read_text())["weight_map"]
-        names = {name.replace("Q", Q): file for name, file in changed.items()}
-        Path(INDEX).write_text(json.dumps({"weight_map": {**inputs, **names}}))
+        weight_map = json.loads(Path(INDEX).read_text())["weight_map"]
+        changes = {name.replace("Q", Q): file for name, file in changed.items()}
+        Path(INDEX).write_text(json.dumps({"weight_map": {**weight_map, **changes}}))
 
     return write
 
@@ -418,12 +418,12 @@ ROWS = [(code, *row) for code, rows in ((2, RECIPES), (3, CHECKPOINTS), (4, RESO
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with a sound recipe and its models; the current one."""
-    local = tmp_path / "here"
-    local.mkdir()
-    monkeypatch.chdir(local)
+    work_folder = tmp_path / "here"
+    work_folder.mkdir()
+    monkeypatch.chdir(work_folder)
     trio("models")
     recipe(RECIPE)()
-    return local
+    return work_folder
 
 
 def everything(folder):

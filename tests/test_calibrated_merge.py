@@ -77,20 +77,20 @@ def sources(*counts):
 
 def test_several_sources_of_text_are_calibrated_together_and_kept_under_their_counts(place):
     merger.merge(recipe(place, calibration=sources(2, 3, 4)))
-    names = set((place / "cache").glob("*.safetensors"))
+    files = set((place / "cache").glob("*.safetensors"))
     merger.merge(recipe(place, output="same", calibration=sources(2, 3, 4)))
-    assert set((place / "cache").glob("*.safetensors")) == names
+    assert set((place / "cache").glob("*.safetensors")) == files
     assert weights(place, "same") == weights(place)
 
     merger.merge(recipe(place, output="other", calibration=sources(2, 4, 3)))
-    assert len(set((place / "cache").glob("*.safetensors")) - names) == 3
+    assert len(set((place / "cache").glob("*.safetensors")) - files) == 3
     assert weights(place, "other") != weights(place)
 
 
 def test_a_source_alone_gives_the_bytes_of_a_plain_file(place):
     merger.merge(recipe(place))
-    source = {task: {"file": f"{task}.jsonl", "samples": 12} for task in EXPERTS}
-    merger.merge(recipe(place, output="one", calibration={"data": source}))
+    data = {task: {"file": f"{task}.jsonl", "samples": 12} for task in EXPERTS}
+    merger.merge(recipe(place, output="one", calibration={"data": data}))
     assert weights(place, "one") == weights(place)
 
 
@@ -103,12 +103,12 @@ def test_the_manifest_names_every_source_by_its_hash(place):
 
 def test_statistics_are_made_again_for_weights_with_another_activation(place):
     merger.merge(recipe(place))
-    files_before = {path.name for path in (place / "cache").glob("*.stats.safetensors")}
+    names_before = {path.name for path in (place / "cache").glob("*.stats.safetensors")}
     config = place / "models" / "upper" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_bytes()), "hidden_act": "gelu"}))
     merger.merge(recipe(place, output="again"))
-    result = {path.name for path in (place / "cache").glob("*.stats.safetensors")} - files_before
-    assert len(result) == 1
+    new_names = {path.name for path in (place / "cache").glob("*.stats.safetensors")} - names_before
+    assert len(new_names) == 1
     assert weights(place, "again") != weights(place)
 
 
@@ -155,7 +155,7 @@ def test_every_position_of_an_obim_merge_is_one_experts_or_the_bases(place):
     merged, base = load(place / "out"), load(MODELS / "base")
     experts = [load(MODELS / task) for task in EXPERTS]
     for name, value in merged.items():
-        sources = torch.stack([base[name], *(item[name] for item in experts)])
+        sources = torch.stack([base[name], *(expert[name] for expert in experts)])
         assert (value == sources).any(0).all(), name
 
 
@@ -188,8 +188,8 @@ def test_text_is_split_by_the_experts_tokenizer_whatever_the_output_gets(place):
     file.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match="the models' tokenizers give one id to different tokens"):
         merger.merge(recipe(place))
-    parameters = {**recipe(place).spelled_out(), "output": {"path": "out", "tokenizer": "base"}}
-    merger.merge(merger.Recipe.parse(parameters, folder=place))
+    content = {**recipe(place).spelled_out(), "output": {"path": "out", "tokenizer": "base"}}
+    merger.merge(merger.Recipe.parse(content, folder=place))
     embedding, a, b = load(place / "out")["model.embed_tokens.weight"], vocabulary["a"], vocabulary["b"]
     expected = [load(MODELS / task)["model.embed_tokens.weight"] for task in ("upper", "double")]
     for i in (a, b):
@@ -218,10 +218,10 @@ def test_regmean_block_by_block_is_the_regression_over_whole_models(place):
     matrices = [name for name in base if ".mlp." in name or "_proj" in name]
     assert len(matrices) == 3 * 7
     for name, value in base.items():
-        deltas = [(moment[name].double() - value.double()) for moment in experts]
+        deltas = [expert[name].double() - value.double() for expert in experts]
         expected = sum(deltas) / 3
         if name in matrices:
-            grams = [moment[name].gram.double() for moment in moments]
+            grams = [by_name[name].gram.double() for by_name in moments]
             grams = [0.7 * gram + 0.3 * gram.diagonal().diag() for gram in grams]
             solved = torch.linalg.solve(sum(grams), sum(g @ d.T for g, d in zip(grams, deltas, strict=True)))
             expected = solved.T
@@ -238,12 +238,12 @@ def grams_behind(place, task, weights, block):
     """E[x x^T] of the inputs of a block's matrices, for an expert's text and a model of these weights: run whole."""
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "models" / task, dtype=torch.float32).eval()
     model.load_state_dict(weights, strict=False)
-    records = {}
+    sums = {}
 
     def see(name, mask, module, arguments):
         rows = arguments[0][mask].double()
-        total, count = records.get(name, (0, 0))
-        records[name] = total + rows.T @ rows, count + len(rows)
+        total, count = sums.get(name, (0, 0))
+        sums[name] = total + rows.T @ rows, count + len(rows)
 
     for batch in batches(samples_of(place, task).tokens):
         hooks = [
@@ -255,25 +255,26 @@ def grams_behind(place, task, weights, block):
             model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
         for hook in hooks:
             hook.remove()
-    return {name: total / count for name, (total, count) in records.items()}
+    return {name: total / count for name, (total, count) in sums.items()}
 
 
 def regmean_behind_merged_blocks(place, alpha):
     """RegMean++ as it is written, on whole models: each expert's block behind all that is merged by then."""
     base = {name: value.double() for name, value in load(MODELS / "base").items()}
     experts = [{name: value.double() for name, value in load(MODELS / task).items()} for task in EXPERTS]
-    merged = {name: sum(gram[name] for gram in experts) / 3 for name in base}
+    merged = {name: sum(expert[name] for expert in experts) / 3 for name in base}
     for block in range(3):
         grams = []
         for task, expert_weights in zip(EXPERTS, experts, strict=True):
             weights = {name: (expert_weights if block_of(name) == block else merged)[name].float() for name in base}
             grams.append(grams_behind(place, task, weights, block))
         for name in grams[0]:
-            groups = [alpha * gram[name] + (1 - alpha) * gram[name].diagonal().diag() for gram in grams]
-            target = sum(
-                g @ (expert_weights[name] - base[name]).T for g, expert_weights in zip(groups, experts, strict=True)
+            shrunk_grams = [alpha * gram[name] + (1 - alpha) * gram[name].diagonal().diag() for gram in grams]
+            weighted_deltas = sum(
+                g @ (expert_weights[name] - base[name]).T
+                for g, expert_weights in zip(shrunk_grams, experts, strict=True)
             )
-            merged[name] = base[name] + torch.linalg.solve(sum(groups), target).T
+            merged[name] = base[name] + torch.linalg.solve(sum(shrunk_grams), weighted_deltas).T
     return merged
 
 
@@ -355,32 +356,36 @@ def test_a_target_without_a_draft_is_refused(place):
 def test_merged_inputs_are_other_inputs_than_own_ones(place):
     for inputs in ("own", "merged"):
         merger.merge(recipe(place, "regmean", output=inputs, parameters={"inputs": inputs}, dtype="float32"))
-    tensors, merged = load(place / "own"), load(place / "merged")
-    changed_names = {name for name in tensors if not torch.allclose(tensors[name], merged[name], rtol=1e-3, atol=1e-6)}
+    separate, merged = load(place / "own"), load(place / "merged")
+    changed_names = {
+        name for name in separate if not torch.allclose(separate[name], merged[name], rtol=1e-3, atol=1e-6)
+    }
     assert {block_of(name) for name in changed_names} >= {1, 2}
 
 
 @pytest.mark.parametrize("parameters", [{"inputs": "merged"}, DRAFT])
 def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch, parameters):
     """What earlier blocks became is read back from the output, whichever run wrote it."""
-    lag = {"parameters": parameters}
-    count = Writer.finish_tensor
+    merged_inputs = {"parameters": parameters}
+    finish_tensor = Writer.finish_tensor
 
     def stop(self, name, notes=()):
         if block_of(name) == 2 and "proj" in name:
             raise KeyboardInterrupt
-        count(self, name, notes)
+        finish_tensor(self, name, notes)
 
     monkeypatch.setattr(Writer, "finish_tensor", stop)
     with pytest.raises(KeyboardInterrupt):
-        merger.merge(recipe(place, "regmean", shard_size=20_000, **lag))
-    monkeypatch.setattr(Writer, "finish_tensor", count)
+        merger.merge(recipe(place, "regmean", shard_size=20_000, **merged_inputs))
+    monkeypatch.setattr(Writer, "finish_tensor", finish_tensor)
     messages = []
-    merger.merge(recipe(place, "regmean", shard_size=20_000, **lag), merger.RunOptions(notice=messages.append))
+    merger.merge(
+        recipe(place, "regmean", shard_size=20_000, **merged_inputs), merger.RunOptions(notice=messages.append)
+    )
     assert any("goes on where an earlier run stopped" in line for line in messages)
-    merger.merge(recipe(place, "regmean", output="whole", **lag))
-    resumed, tensors = load(place / "out"), load(place / "whole")
-    assert all(torch.equal(resumed[name], value) for name, value in tensors.items())
+    merger.merge(recipe(place, "regmean", output="whole", **merged_inputs))
+    resumed, uninterrupted = load(place / "out"), load(place / "whole")
+    assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
     assert merger.verify(place / "whole", deep=DeepCheck(sample=6)).differences == ()
 
 
@@ -440,13 +445,13 @@ def test_a_kept_gram_matrix_is_a_float32_triangle_and_shared_ones_are_there_once
 
 def test_a_calibration_that_was_stopped_goes_on_with_the_blocks_that_it_lacks(place, monkeypatch):
     merger.calibrate(recipe(place, "regmean"), to=place / "whole", gram=True)
-    write, parameters = files.save_block, []
+    save_block, blocks = files.save_block, []
 
-    def stop(folder, number, unit, *tail):
-        parameters.append((folder.name, unit))
-        if len(parameters) == 2:
+    def stop(folder, number, unit, *arguments):
+        blocks.append((folder.name, unit))
+        if len(blocks) == 2:
             raise KeyboardInterrupt
-        write(folder, number, unit, *tail)
+        save_block(folder, number, unit, *arguments)
 
     monkeypatch.setattr(files, "save_block", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -454,7 +459,7 @@ def test_a_calibration_that_was_stopped_goes_on_with_the_blocks_that_it_lacks(pl
     with pytest.raises(CheckpointError, match=r"upper\.grams: its Gram matrices are not all there"):
         merger.merge(recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}))
     merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
-    assert len(parameters) == len(set(parameters)) + 1  # only the one that failed was made twice
+    assert len(blocks) == len(set(blocks)) + 1  # only the one that failed was made twice
     for task in EXPERTS:
         for file in (place / "whole" / f"{task}.grams").iterdir():
             assert (place / "stats" / f"{task}.grams" / file.name).read_bytes() == file.read_bytes()
@@ -505,16 +510,16 @@ def test_there_is_nothing_to_calibrate_where_nothing_is_kept(place):
 
 @pytest.mark.parametrize("method", ["obim", "regmean"])
 def test_an_inspection_foretells_where_a_calibrated_merge_ends(place, method):
-    facts_before = merger.inspect(recipe(place, method)).view("result")
+    forecast = merger.inspect(recipe(place, method)).view("result")
     merger.merge(recipe(place, method))
-    facts_after = merger.inspect_merge(place / "out").view("result")
-    assert facts_before.tensors.keys() == facts_after.tensors.keys()
-    for name, foretold in facts_before.tensors.items():
-        result = facts_after.tensors[name]
+    outcome = merger.inspect_merge(place / "out").view("result")
+    assert forecast.tensors.keys() == outcome.tensors.keys()
+    for name, foretold in forecast.tensors.items():
+        facts = outcome.tensors[name]
         assert (foretold.at_base, foretold.at_expert, foretold.blend) == (
-            result.at_base,
-            result.at_expert,
-            result.blend,
+            facts.at_base,
+            facts.at_expert,
+            facts.blend,
         )
 
 

@@ -102,10 +102,10 @@ def collected(folder, size=4, settings=None, **options):
 @functools.cache
 def inputs_by_hooks(model):
     """What enters each linear layer of the whole model, sample by sample: {parameter: [[n i], ...]}."""
-    records = {}
+    inputs = {}
 
     def see(name, rows):
-        records.setdefault(name, []).append(rows.detach().reshape(-1, rows.shape[-1]).double())
+        inputs.setdefault(name, []).append(rows.detach().reshape(-1, rows.shape[-1]).double())
 
     def experts(name, module, args):
         hidden, routes = args[:2]
@@ -128,7 +128,7 @@ def inputs_by_hooks(model):
     with torch.no_grad():
         for sample in SAMPLES:
             model(input_ids=torch.tensor([sample]), attention_mask=torch.ones(1, len(sample), dtype=torch.long))
-    return records
+    return inputs
 
 
 def stored_names(name, moments):
@@ -137,11 +137,11 @@ def stored_names(name, moments):
         return [(name, None)]
     prefix, _, leaf = name.rpartition(".")
     if leaf in ("gate_up_proj", "down_proj"):  # packed: in the checkpoint too, or one by one
-        state_before, _, expert = prefix.rpartition(".")
-        if f"{state_before}.{leaf}" in moments:
-            return [(f"{state_before}.{leaf}", int(expert))]
+        module, _, expert = prefix.rpartition(".")
+        if f"{module}.{leaf}" in moments:
+            return [(f"{module}.{leaf}", int(expert))]
         leaves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else ["down_proj"]
-        return [(f"{prefix}.{value}.weight", None) for value in leaves]
+        return [(f"{prefix}.{part}.weight", None) for part in leaves]
     if "embed_out.weight" in moments:  # GPT-NeoX's own name for its head
         return [("embed_out.weight", None)]
     return [(tied, None) for tied in moments if moments[tied].token_share is not None]
@@ -164,8 +164,8 @@ def test_blocks_give_what_hooks_on_the_whole_model_see(build, name, size):
     for parameter, rows in inputs_by_hooks(model).items():
         rows = torch.cat(rows)
         for stored, slot in stored_names(parameter, moments):
-            result = [moments[stored].count, moments[stored].second_moment, moments[stored].mean]
-            count, second_moment, mean = result if slot is None else [value[slot] for value in result]
+            statistics = [moments[stored].count, moments[stored].second_moment, moments[stored].mean]
+            count, second_moment, mean = statistics if slot is None else [statistic[slot] for statistic in statistics]
             assert count == len(rows)
             if len(rows):
                 assert_close(second_moment, rows.square().mean(0))
@@ -178,19 +178,19 @@ def test_every_matrix_of_the_checkpoint_has_statistics(build, name):
     _, folder = build(name)
     moments = collected(folder, notice=lambda text: None)
     tensors = opened(folder).tensors
-    matrices = {value for value, info in tensors.items() if len(info.shape) > 1 and not value.endswith("_bias")}
-    positions = {value for value in matrices if "wpe" in value or "position_emb" in value or "token_type" in value}
+    matrices = {key for key, info in tensors.items() if len(info.shape) > 1 and not key.endswith("_bias")}
+    positions = {key for key in matrices if "wpe" in key or "position_emb" in key or "token_type" in key}
     assert set(moments) == matrices - positions
 
 
 @every
 def test_batches_and_padding_change_nothing(build, name):
     _, folder = build(name)
-    solo, joint = (collected(folder, size, notice=lambda text: None) for size in (1, len(SAMPLES)))
-    for value, moments in solo.items():
-        assert torch.equal(moments.count, joint[value].count)
+    single, batched = (collected(folder, size, notice=lambda text: None) for size in (1, len(SAMPLES)))
+    for key, moments in single.items():
+        assert torch.equal(moments.count, batched[key].count)
         if moments.second_moment is not None:
-            assert_close(joint[value].second_moment, moments.second_moment.double(), 1e-6)
+            assert_close(batched[key].second_moment, moments.second_moment.double(), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-moe", "bert"])
@@ -198,22 +198,22 @@ def test_batches_and_padding_change_nothing(build, name):
 def test_a_sample_can_count_as_one_and_first_tokens_not_at_all(build, name, skip):
     model, folder = build(name)
     moments = collected(folder, 4, Settings(weighting="sample", skip_first_tokens=skip))
-    parameter = next(hook for hook in inputs_by_hooks(model) if hook.endswith(("o_proj.weight", "output.dense.weight")))
-    rows = [hook[skip:] for hook in inputs_by_hooks(model)[parameter] if len(hook) > skip]
+    parameter = next(key for key in inputs_by_hooks(model) if key.endswith(("o_proj.weight", "output.dense.weight")))
+    rows = [sample[skip:] for sample in inputs_by_hooks(model)[parameter] if len(sample) > skip]
     assert moments[parameter].count == sum(map(len, rows))
-    assert_close(moments[parameter].second_moment, torch.stack([hook.square().mean(0) for hook in rows]).mean(0))
+    assert_close(moments[parameter].second_moment, torch.stack([sample.square().mean(0) for sample in rows]).mean(0))
 
 
 def test_samples_count_as_one_among_the_tokens_routed_to_an_expert(build):
     _, folder = build("qwen2-moe")
-    solo, joint = (
+    single, batched = (
         collected(folder, size, Settings(weighting="sample", skip_first_tokens=2)) for size in (1, len(SAMPLES))
     )
-    routed = [name for name in solo if ".experts." in name]
+    routed = [name for name in single if ".experts." in name]
     assert routed
     for name in routed:
-        assert torch.equal(solo[name].count, joint[name].count)
-        assert_close(joint[name].second_moment, solo[name].second_moment.double())
+        assert torch.equal(single[name].count, batched[name].count)
+        assert_close(batched[name].second_moment, single[name].second_moment.double())
 
 
 def test_the_gram_matrix_is_of_the_inputs_and_its_diagonal_their_second_moment(build):
@@ -297,9 +297,9 @@ def test_hidden_states_can_wait_in_files(build):
 
 
 def test_progress_is_told_for_each_block_and_batch(build):
-    messages = []
-    collected(build("llama")[1], 4, progress=lambda count, total: messages.append((count, total)))
-    assert messages == [(count, 9) for count in range(1, 10)]
+    calls = []
+    collected(build("llama")[1], 4, progress=lambda count, total: calls.append((count, total)))
+    assert calls == [(count, 9) for count in range(1, 10)]
 
 
 def test_a_model_that_cannot_be_run_block_by_block_runs_whole_and_says_so(build):
@@ -318,10 +318,10 @@ def test_blocks_that_share_weights_run_whole_and_all_their_inputs_count(build):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of DeBERTa's own code
 def test_a_table_of_positions_through_the_same_matrix_is_no_token(build):
-    solo, joint = (collected(build("deberta")[1], size) for size in (1, len(SAMPLES)))
+    single, batched = (collected(build("deberta")[1], size) for size in (1, len(SAMPLES)))
     name = "deberta.encoder.layer.1.attention.self.query_proj.weight"
-    assert solo[name].count == joint[name].count == sum(LENGTHS)
-    assert_close(joint[name].second_moment, solo[name].second_moment.double(), 1e-6)
+    assert single[name].count == batched[name].count == sum(LENGTHS)
+    assert_close(batched[name].second_moment, single[name].second_moment.double(), 1e-6)
 
 
 def test_half_precision_is_close(build):
@@ -340,10 +340,10 @@ def test_names_without_the_base_models_prefix_are_kept(build, tmp_path):
     )
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     expected = collected(folder)
-    result = dict(collect(opened(tmp_path), group_by_length(4), Settings()))
-    assert list(result) == ["h.0", "h.1", "h.2", ""]
+    blocks = dict(collect(opened(tmp_path), group_by_length(4), Settings()))
+    assert list(blocks) == ["h.0", "h.1", "h.2", ""]
     assert torch.equal(
-        result["h.1"]["h.1.mlp.c_fc.weight"].second_moment, expected["transformer.h.1.mlp.c_fc.weight"].second_moment
+        blocks["h.1"]["h.1.mlp.c_fc.weight"].second_moment, expected["transformer.h.1.mlp.c_fc.weight"].second_moment
     )
 
 

@@ -61,12 +61,12 @@ CASES = {
 def bases(tmp_path_factory):
     """The folder and the model of each base."""
     torch.manual_seed(0)
-    result = {}
+    models = {}
     for name, model in {"llama": LlamaForCausalLM(LLAMA), "gpt2": GPT2LMHeadModel(GPT2)}.items():
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
-        result[name] = folder, type(model)
-    return result
+        models[name] = folder, type(model)
+    return models
 
 
 def adapted(bases, folder, base, **config):
@@ -238,11 +238,11 @@ def test_a_tensor_without_a_change_keeps_its_dtype_and_bits(bases, on_base):
 
 @given(data=st.data())
 def test_bits_do_not_depend_on_how_a_tensor_is_cut(large, data):
-    model, total = large
-    name = data.draw(st.sampled_from(sorted(total)))
-    cuts = sorted([0, len(total[name]), *data.draw(st.lists(st.integers(0, len(total[name])), max_size=6))])
+    model, tensors = large
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    cuts = sorted([0, len(tensors[name]), *data.draw(st.lists(st.integers(0, len(tensors[name])), max_size=6))])
     rows = [model.read_rows(name, start, stop) for start, stop in pairwise(cuts)]
-    assert torch.equal(torch.cat(rows), total[name])
+    assert torch.equal(torch.cat(rows), tensors[name])
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +266,8 @@ def large(tmp_path_factory):
 
 def write_adapter(folder, tensors, **config):
     folder.mkdir(exist_ok=True)
-    message = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(message))
+    content = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
     )
@@ -276,8 +276,8 @@ def write_adapter(folder, tensors, **config):
 def store(folder, tensors):
     """Stores further tensors in an adapter, or others of the same names."""
     stored = load_file(folder / "adapter_model.safetensors")
-    names = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file({**stored, **names}, folder / "adapter_model.safetensors")
+    prefixed_tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file({**stored, **prefixed_tensors}, folder / "adapter_model.safetensors")
 
 
 def rename(folder, old, new):

@@ -99,8 +99,8 @@ class Hub(Handler):
         repository = next((name for name in self.server.repositories if path.startswith(name)), None)
         if repository is None:
             return self.answer(404, error="RepoNotFound")
-        tail = path.removeprefix(repository).strip("/").split("/", 2)
-        revision = tail[1] if len(tail) > 1 else "main"
+        parts = path.removeprefix(repository).strip("/").split("/", 2)
+        revision = parts[1] if len(parts) > 1 else "main"
         name = next((name for name, commit in COMMITS.items() if revision in (name, commit)), None)
         files = self.server.repositories[repository].get(name)
         if files is None:
@@ -112,17 +112,17 @@ class Hub(Handler):
                 digest = hashlib.sha256(files[sibling["rfilename"]]).hexdigest()
                 large = sibling["rfilename"].endswith((".safetensors", ".bin"))
                 sibling |= {"lfs": {"sha256": digest, "size": 1, "pointerSize": 1}} if large else {}
-            result = {"id": repository, "sha": COMMITS[name], "siblings": siblings}
-            return self.answer(200, json.dumps(tree if tail[0] == "tree" else result).encode())
+            info = {"id": repository, "sha": COMMITS[name], "siblings": siblings}
+            return self.answer(200, json.dumps(tree if parts[0] == "tree" else info).encode())
         if repository == "org/gated":
             return self.answer(403, error="GatedRepo")
-        return self.send_file(files[tail[2]], COMMITS[name])
+        return self.send_file(files[parts[2]], COMMITS[name])
 
     def send_file(self, data, commit):
-        target = self.headers.get("Range")
-        if self.command == "HEAD" or target is None:
+        byte_range = self.headers.get("Range")
+        if self.command == "HEAD" or byte_range is None:
             return self.answer(200, data, commit=commit)
-        first, last = target.removeprefix("bytes=").split("-")
+        first, last = byte_range.removeprefix("bytes=").split("-")
         return self.answer(206, data[int(first) : int(last or len(data)) + 1], commit=commit)
 
 
@@ -187,8 +187,8 @@ def test_a_plan_reads_headers_and_not_weights(hub, tmp_path, repositories, sourc
     assert 0 < read < weights
     assert planned.files == []
     run = opened(source, tmp_path)
-    display = {name: (info.dtype, info.shape) for name, info in run.tensors.items()}
-    assert {name: (info.dtype, info.shape) for name, info in planned.tensors.items()} == display
+    infos = {name: (info.dtype, info.shape) for name, info in run.tensors.items()}
+    assert {name: (info.dtype, info.shape) for name, info in planned.tensors.items()} == infos
 
 
 def test_a_plan_of_what_is_in_the_cache_reads_it_there(hub, tmp_path):
@@ -211,8 +211,8 @@ def test_models_that_do_not_fit_are_refused_before_their_weights_are_fetched(hub
     )
     with pytest.raises(CheckpointError, match="2 is '<tool>' in base and a and '<think>' in b"):
         merge(recipe)
-    total = [path for _, path, part in hub if path.endswith("model.safetensors") and part is None]
-    assert total == []
+    downloads = [path for _, path, part in hub if path.endswith("model.safetensors") and part is None]
+    assert downloads == []
     assert not (tmp_path / "out").exists()
 
 
@@ -385,8 +385,8 @@ def test_a_lock_holds_commits_and_hashes_and_downloads_no_weights(hub, tmp_path,
     assert locked["base"]["commit"] == locked["math"]["adapter"]["commit"] == COMMITS["main"]
     for name in ("model-1.safetensors", "model-2.safetensors"):
         assert locked["base"]["files"][name] == hashlib.sha256(files[name]).hexdigest()
-    total = [path for method, path, part in hub if method == "GET" and "/model-" in path and not part]
-    assert total == []
+    downloads = [path for method, path, part in hub if method == "GET" and "/model-" in path and not part]
+    assert downloads == []
 
     check_lock(recipe, tmp_path / "recipe.lock")
     merge(recipe)
@@ -394,5 +394,5 @@ def test_a_lock_holds_commits_and_hashes_and_downloads_no_weights(hub, tmp_path,
     monkeypatch.setitem(COMMITS, "main", "c" * 40)
     with pytest.raises(RecipeError) as caught:
         check_lock(recipe, tmp_path / "recipe.lock")
-    names = {fault.split(" was ")[0].rpartition(": ")[2] for fault in caught.value.faults[:-1]}
-    assert names == {"inputs.base.commit", "inputs.math.commit", "inputs.math.adapter.commit"}
+    keys = {fault.split(" was ")[0].rpartition(": ")[2] for fault in caught.value.faults[:-1]}
+    assert keys == {"inputs.base.commit", "inputs.math.commit", "inputs.math.adapter.commit"}

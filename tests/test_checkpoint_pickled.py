@@ -67,10 +67,10 @@ def test_rows_are_rows_of_the_whole(tmp_path_factory, name, data):
     folder = tmp_path_factory.getbasetemp() / "rows"
     folder.mkdir(exist_ok=True)
     with checkpoint(saved(folder / "m.bin", STATE)) as model:
-        total = STATE[name].reshape(model.tensors[name].matrix)
-        start = data.draw(st.integers(0, len(total)))
-        stop = data.draw(st.integers(start, len(total)))
-        assert torch.equal(model.read_rows(name, start, stop), total[start:stop])
+        matrix = STATE[name].reshape(model.tensors[name].matrix)
+        start = data.draw(st.integers(0, len(matrix)))
+        stop = data.draw(st.integers(start, len(matrix)))
+        assert torch.equal(model.read_rows(name, start, stop), matrix[start:stop])
 
 
 def test_a_module_saved_with_its_metadata_is_read(tmp_path):

@@ -132,10 +132,10 @@ def test_remarks_go_to_stderr_whole_unless_quiet(merger, folder):
     pattern = "a.pattern.so.long.that.it.would.not.fit.a.line.of.a.terminal.and.matches.no.tensor.of.any.model"
     extra = ["--set", f"rules=[{{tensors: {pattern}, use: base}}]"]
 
-    calls = merger("run", "recipe.yaml", *extra)
+    ran = merger("run", "recipe.yaml", *extra)
     quiet = merger("run", "recipe.yaml", "--force", "--quiet", *extra)
 
-    assert calls.err == f"note: rule 1 ({pattern}) matches no tensor\n"
+    assert ran.err == f"note: rule 1 ({pattern}) matches no tensor\n"
     assert (quiet.code, quiet.err) == (0, "")
 
 
@@ -176,7 +176,7 @@ def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_130_and_nothing_left(folder, number):
-    names = sorted(folder.rglob("*"))
+    paths = sorted(folder.rglob("*"))
     process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     began = time.monotonic()
     while not Path("out.partial/model/model.safetensors").exists():
@@ -189,7 +189,7 @@ def test_a_signal_ends_a_run_with_130_and_nothing_left(folder, number):
 
     assert process.returncode == 130
     assert (output, err) == ("", "interrupted; nothing was left half-written\n")
-    assert sorted(folder.rglob("*")) == names
+    assert sorted(folder.rglob("*")) == paths
 
 
 def test_a_closed_pipe_is_met_in_silence(folder):
@@ -205,12 +205,12 @@ def test_a_closed_pipe_is_met_in_silence(folder):
 
 
 def test_a_plan_writes_nothing_and_says_what_would_be_done(merger, folder):
-    names = sorted(folder.rglob("*"))
+    paths = sorted(folder.rglob("*"))
 
     ran = merger("plan", "recipe.yaml", "--set", "rules=[{tensors: norm, use: math}]")
 
     assert (ran.code, ran.err) == (0, "")
-    assert sorted(folder.rglob("*")) == names
+    assert sorted(folder.rglob("*")) == paths
     rows = [line.split() for line in ran.out.splitlines()]
     assert ["model.layers.*.mlp.up_proj.weight", "2", "8x4", "F32", "linear", "ties"] in rows
     assert ["model.norm.weight", "1", "4", "F32", "vector", "copy", "from", "math"] in rows
@@ -294,13 +294,13 @@ def test_what_a_method_expands_to_can_be_pasted_into_a_recipe(merger, folder):
     stages = yaml.safe_load("\n".join(line for line in listing.splitlines() if line.startswith("  - ")))
     assert [next(iter(stage)) for stage in stages] == ["top", "sign_elect", "scale"]
 
-    names = merger("run", "recipe.yaml")
-    spelling = {**yaml.safe_load(RECIPE), "pipeline": stages, "output": {"path": "spelled"}}
-    del spelling["method"]
-    Path("spelled.yaml").write_text(yaml.safe_dump(spelling))
+    ran = merger("run", "recipe.yaml")
+    document = {**yaml.safe_load(RECIPE), "pipeline": stages, "output": {"path": "spelled"}}
+    del document["method"]
+    Path("spelled.yaml").write_text(yaml.safe_dump(document))
     pasted = merger("run", "spelled.yaml")
 
-    assert (names.code, pasted.code) == (0, 0)
+    assert (ran.code, pasted.code) == (0, 0)
     assert Path("out/model.safetensors").read_bytes() == Path("spelled/model.safetensors").read_bytes()
 
 
@@ -308,7 +308,7 @@ def test_methods_in_json_are_one_object_by_kind(merger):
     ran = merger("methods", "--json")
     content = json.loads(ran.out)
     assert set(content) == {"method", "sparsifier", "merger", "pack", "filter", "scale", "score"}
-    assert {"linear", "sum"} <= {value["name"] for value in content["merger"]}
+    assert {"linear", "sum"} <= {entry["name"] for entry in content["merger"]}
 
 
 def test_an_unknown_method_offers_the_near_one(merger):

@@ -20,10 +20,10 @@ def drawn(seed, dtype, output, experts=3, count=4096):
     """Base and experts of any bit patterns at all; experts near the base, near zero, and -0 among them."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(1 << 15), 1 << 15, (1 + experts, 1, count), generator=generator)
-    close = bits[0] + torch.randint(-300, 300, (experts, 1, count), generator=generator)
+    neighbours = bits[0] + torch.randint(-300, 300, (experts, 1, count), generator=generator)
     small = torch.randint(0, 2, (experts, 1, count), generator=generator) << 15
     kind = torch.randint(0, 4, (experts, 1, count), generator=generator)
-    bits[1:] = torch.where(kind == 0, close.clamp(-(1 << 15), (1 << 15) - 1), bits[1:])
+    bits[1:] = torch.where(kind == 0, neighbours.clamp(-(1 << 15), (1 << 15) - 1), bits[1:])
     bits[1:] = torch.where(kind == 1, small, bits[1:])
     return finite(bits, dtype, output), generator
 

@@ -47,7 +47,7 @@ def test_task_vectors_have_the_same_counts_and_products_to_the_bit(deltas: torch
 
 @given(stacks())
 def test_a_merged_vector_has_the_same_counts_and_products_to_the_bit(deltas: torch.Tensor) -> None:
-    (count, products), (same_count, same_products) = (value.merged(deltas[0], deltas) for value in (native, twin))
+    (count, products), (same_count, same_products) = (loops.merged(deltas[0], deltas) for loops in (native, twin))
     assert count == same_count
     assert torch.equal(products, same_products)
 
@@ -98,8 +98,8 @@ def test_vectors_on_a_device_are_counted_there_and_only_counts_come_back() -> No
         loops = counting.of(remote)
         result = counted(loops, remote, 3), loops.endings(remote[0], remote[1], remote), loops.merged(remote[0], remote)
         assert all(
-            str(value.device) == "cpu"
-            for value in [*result[0], result[1], result[2][1], *loops.distinct_values(remote)]
+            str(values.device) == "cpu"
+            for values in [*result[0], result[1], result[2][1], *loops.distinct_values(remote)]
         )
     assert all(map(torch.equal, result[0], expected[0]))
     assert torch.equal(result[1], expected[1])

@@ -63,8 +63,8 @@ def adapter(folder):
     factors = {f"{name}.lora_A.weight": torch.ones(2, size), f"{name}.lora_B.weight": torch.ones(size, 2)}
     folder.mkdir()
     save_file(factors, folder / "adapter_model.safetensors")
-    message = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(message))
+    adapter_config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config))
 
 
 def write(path, records):
@@ -83,9 +83,9 @@ def kept(folder, tmp_path, changes=()):
 
 def record_of(folder, changes):
     """The first line of a search's record; nothing is merged for it."""
-    parameters = {**RECIPE, "search": SEARCH, **changes}
-    parameters["parameters"] = {"lambda": {"search": {"low": 0, "high": 1}}, **parameters.get("parameters", {})}
-    (folder / "search.yaml").write_text(json.dumps(parameters))
+    document = {**RECIPE, "search": SEARCH, **changes}
+    document["parameters"] = {"lambda": {"search": {"low": 0, "high": 1}}, **document.get("parameters", {})}
+    (folder / "search.yaml").write_text(json.dumps(document))
     shutil.rmtree(folder / "search.search", ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Search, "references", stop)
@@ -216,8 +216,8 @@ def test_a_setting_of_calibration_that_changed_is_noticed(original, unchanged, t
 
 @pytest.mark.parametrize("name", MERGING)
 def test_a_setting_of_the_merge_that_changed_is_noticed(original, unchanged, tmp_path, name):
-    result = noticed(unchanged, kept(original, tmp_path, MERGING[name]))
-    assert result >= {SHARDS, LOCK, RECORD}
+    changes = noticed(unchanged, kept(original, tmp_path, MERGING[name]))
+    assert changes >= {SHARDS, LOCK, RECORD}
 
 
 def test_every_setting_of_calibration_is_changed_here():

@@ -121,14 +121,14 @@ def test_a_gpu_merges_every_form_of_input_as_the_cpu_does(tmp_path, inputs, meth
 def test_matrices_are_merged_one_at_a_time_where_a_device_has_room_for_one(tmp_path, devices, monkeypatch):
     for seed, name in enumerate(("base", "code")):
         written(tmp_path / name, seed)
-    running, maximum, lock, read_rows = [], [], Lock(), Reader.read_rows
+    running, counts, lock, read_rows = [], [], Lock(), Reader.read_rows
 
     def observed(reader, tensor, part, rows, device):
         if len(rows) < part.rows:  # a slice, which needs no leave
             return read_rows(reader, tensor, part, rows, device)
         with lock:
             running.append(part)
-            maximum.append(len(running))
+            counts.append(len(running))
         stored = read_rows(reader, tensor, part, rows, device)
         with lock:
             running.remove(part)
@@ -139,4 +139,4 @@ def test_matrices_are_merged_one_at_a_time_where_a_device_has_room_for_one(tmp_p
     devices("cuda:0", memory=1)
     content = {"base": "base", "experts": {"code": "code"}, "method": "iso_c", "output": {"path": "out"}}
     merge(Recipe.parse(content, tmp_path))
-    assert max(maximum) == 1
+    assert max(counts) == 1

@@ -78,8 +78,8 @@ def test_every_command_in_the_text_is_one_with_those_flags(page):
 
 @every_page
 def test_every_file_that_is_shown_is_there(page):
-    console = [command for block in blocks(page, "console") for command, _ in commands(block)]
-    files = {word for command in console for word in command if command[0] in ("bash", "python") and "/" in word}
+    page_commands = [command for block in blocks(page, "console") for command, _ in commands(block)]
+    files = {word for command in page_commands for word in command if command[0] in ("bash", "python") and "/" in word}
     files |= set(re.findall(r"`(?:python |bash )?((?:scripts|tests|merger|recipes|docs)/[\w./-]+\.\w+)", text(page)))
     to_be_written = {f"merger/methods/{name}.py" for name in TUTORIAL}
     missing = {file for file in files if not (ROOT / file).is_file() and "NAME" not in file}
@@ -227,14 +227,14 @@ def test_a_condition_that_holds_is_told_as_the_readme_shows(folder, merger):
 def test_the_library_code_of_the_readme_runs(folder, capsys):
     (folder / "recipe.yaml").write_text(first_recipe())
     (code,) = (block.text for block in blocks("README.md", "python") if "import merger" in block.text)
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    namespace = {}
+    exec(compile(code, "README.md", "exec"), namespace)
     output = capsys.readouterr().out.splitlines()
     merge_plan = planned(Recipe.load("recipe.yaml"))
     assert int(output[0]) == merge_plan.bytes_written
     assert {"code", "french", "chat"} <= set(re.findall(r"'(\w+)'", output[1]))
     assert any(line.startswith("merging ") for line in output[2:])
-    assert sum(names["result"].tensors.values()) == len(merge_plan.tensors)
+    assert sum(namespace["result"].tensors.values()) == len(merge_plan.tensors)
     assert merger.verify(folder / "out" / "merged").differences == ()
 
 

@@ -167,9 +167,9 @@ def test_names_that_only_yaml_1_1_takes_for_booleans_need_no_quotes():
     assert recipe.spelled_out()["parameters"]["order"] == ["no", "b"]
 
 
-@pytest.mark.parametrize(("parameters", "value"), [("no", False), ("off", False), ("yes", True), ("true", True)])
-def test_a_switch_takes_either_words(parameters, value):
-    text = RECIPE.format(name="a") + f"parameters: {{normalize: {parameters}, weight: 0.5}}\n"
+@pytest.mark.parametrize(("word", "value"), [("no", False), ("off", False), ("yes", True), ("true", True)])
+def test_a_switch_takes_either_words(word, value):
+    text = RECIPE.format(name="a") + f"parameters: {{normalize: {word}, weight: 0.5}}\n"
     assert load(text).spelled_out()["parameters"]["normalize"] is value
 
 
@@ -183,8 +183,8 @@ def test_a_switch_of_a_search_takes_true_or_false():
 
 @pytest.mark.parametrize("text", [*UNTOUCHED, *UNLIKE, "null", "true", "~", "", "a: b", "1.0e+3", "=", "<<"])
 def test_text_that_yaml_writes_is_read_as_the_same_text(text, tmp_path):
-    parameters = yaml.safe_dump({"key": text, "by_name": {text or "none": 1}})
-    assert values(parameters, tmp_path) == {"key": text, "by_name": {text or "none": 1}}
+    document = yaml.safe_dump({"key": text, "by_name": {text or "none": 1}})
+    assert values(document, tmp_path) == {"key": text, "by_name": {text or "none": 1}}
 
 
 # --- overrides ------------------------------------------------------------------------------------

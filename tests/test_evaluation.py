@@ -54,10 +54,10 @@ def test_each_texts_loss_is_its_own_whatever_stands_beside_it(demo_folder, exper
     texts = ["shift: ab -> bc", "shift: abcdef -> bcdefg", "upper: q"]
     sequences = [tokenizer(text)["input_ids"] for text in texts]
 
-    joint = log_likelihoods(model, sequences, [1, 1, 1])
+    batched = log_likelihoods(model, sequences, [1, 1, 1])
 
-    solo = [log_likelihoods(model, [ids], [1])[0] for ids in sequences]
-    assert joint == pytest.approx(solo, abs=1e-4)
+    single = [log_likelihoods(model, [ids], [1])[0] for ids in sequences]
+    assert batched == pytest.approx(single, abs=1e-4)
 
 
 def test_exact_answers_are_counted_as_one_prompt_at_a_time_would(demo_folder, expert):  # noqa: F811
@@ -81,13 +81,13 @@ def test_the_likeliest_choice_is_taken(expert):
         for prompt, answer in demo_tasks.examples("shift", "heldout", 12)
         if answer != answer[::-1]
     )
-    fault = tuple(Example(example.prompt, example.replies, 2) for example in examples)
-    likely_task, unlikely_task = (
-        tokenize_task(Task("c", "choices", example), tokenizer, 64) for example in (examples, fault)
+    wrong_examples = tuple(Example(example.prompt, example.replies, 2) for example in examples)
+    right_task, wrong_task = (
+        tokenize_task(Task("c", "choices", choices), tokenizer, 64) for choices in (examples, wrong_examples)
     )
 
-    assert TaskEvaluator((likely_task,), tokenizer).outcomes(model)["c"].value == 1
-    assert TaskEvaluator((unlikely_task,), tokenizer).outcomes(model)["c"].value == 0
+    assert TaskEvaluator((right_task,), tokenizer).outcomes(model)["c"].value == 1
+    assert TaskEvaluator((wrong_task,), tokenizer).outcomes(model)["c"].value == 0
 
 
 def test_a_choice_is_scored_without_its_prompt(expert):
@@ -131,7 +131,7 @@ def test_a_merge_in_memory_has_the_bits_of_one_on_disk(demo_folder, tmp_path, be
     for tensor, expected in tensors.items():
         assert torch.equal(checkpoint.read(tensor).view(torch.uint8), expected.view(torch.uint8)), tensor
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    assert all(torch.equal(parameters[tensor], entry.float()) for tensor, entry in tensors.items())
+    assert all(torch.equal(parameters[tensor], stored.float()) for tensor, stored in tensors.items())
 
 
 @pytest.mark.parametrize("name", ["obim", "regmean"])  # statistics before the merge, and Gram matrices with it
@@ -179,10 +179,10 @@ def test_a_merge_in_memory_answers_as_transformers_does_with_the_one_on_disk(dem
 
 def test_the_same_examples_are_chosen_however_a_file_orders_them(tmp_path):
     records = [{"text": f"text {i}"} for i in range(20)]
-    tensors = load({"t": str(write(tmp_path / "one.jsonl", records))}, tmp_path, 5)
-    values = load({"t": str(write(tmp_path / "other.jsonl", [*records[::-1], records[3]]))}, tmp_path, 5)
-    assert tensors == values
-    assert tensors[0].sha256 == values[0].sha256
+    ordered = load({"t": str(write(tmp_path / "one.jsonl", records))}, tmp_path, 5)
+    reordered = load({"t": str(write(tmp_path / "other.jsonl", [*records[::-1], records[3]]))}, tmp_path, 5)
+    assert ordered == reordered
+    assert ordered[0].sha256 == reordered[0].sha256
 
 
 def test_search_and_report_share_no_example_and_the_report_stays(tmp_path):
@@ -269,9 +269,9 @@ def test_calibration_text_of_any_source_is_no_held_out_text(tmp_path):
 
 
 def test_calibration_text_is_no_held_out_text(demo_folder):  # noqa: F811
-    tensors = tasks.load({"upper": "data/upper.jsonl"}, demo_folder, 5)
+    held_out = tasks.load({"upper": "data/upper.jsonl"}, demo_folder, 5)
     with pytest.raises(RecipeError, match=r"5 of 5 examples are calibration text too .*--allow-calibration-text"):
-        check_apart(recipe_of(demo_folder), tensors)
+        check_apart(recipe_of(demo_folder), held_out)
     check_apart(recipe_of(demo_folder), tasks.load({"upper": "data/upper.texts.jsonl"}, demo_folder, 5))
 
 
@@ -312,9 +312,9 @@ def test_shares_ideal_and_mean_are_as_by_hand():
 
 def test_the_same_examples_are_drawn_for_all_models():
     entries = (*ENTRIES, Entry("again", "merge", did(a=2.2, b=3.6)))
-    best_row = compare(TWO, entries, "float32").rows[-1]
-    assert (best_row.behind.low, best_row.behind.high) == (0, 0)
-    assert best_row.kept.low < best_row.kept.value < best_row.kept.high
+    row = compare(TWO, entries, "float32").rows[-1]
+    assert (row.behind.low, row.behind.high) == (0, 0)
+    assert row.kept.low < row.kept.value < row.kept.high
 
 
 def test_an_interval_covers_what_a_formula_says():
@@ -376,14 +376,14 @@ def test_a_finished_merge_alone_names_its_base_and_experts(merger, recipe_file, 
 
 
 def test_what_cannot_be_judged_is_told_in_a_line(merger, recipe_file, demo_folder, tmp_path):  # noqa: F811
-    fault = {
+    cases = {
         ("--set", "evaluation=null"): "there is nothing to judge by",
         ("--data", f"{demo_folder}/data/upper.jsonl", "--data", f"upper={demo_folder}"): "expected TASK=FILE",
         ("--data", f"{demo_folder}/data/upper.jsonl"): "are calibration text too",
         ("--plot", f"{tmp_path}/nowhere/x.png"): "expected a file in a folder that is there",
         ("--set", "evaluation.smaples=3"): "did you mean 'samples'?",
     }
-    for arguments, message in fault.items():
+    for arguments, message in cases.items():
         ran = merger("eval", recipe_file, *arguments, "-q")
         assert (ran.code, message in ran.err) == (2, True), ran.err
     ran = merger("eval", demo_folder / "models" / "base", "-q")
@@ -400,6 +400,6 @@ def test_recipes_of_other_experts_are_judged_apart(demo_folder):  # noqa: F811
 
 
 def test_what_judges_a_merge_decides_no_byte_of_it(demo_folder):  # noqa: F811
-    with_it, plain_recipe = recipe_of(demo_folder), recipe_of(demo_folder, evaluation=None)
-    assert with_it.spelled_out() == plain_recipe.spelled_out()
-    assert yaml.safe_load(yaml.safe_dump(with_it.spelled_out())).keys().isdisjoint({"evaluation", "search"})
+    evaluated_recipe, plain_recipe = recipe_of(demo_folder), recipe_of(demo_folder, evaluation=None)
+    assert evaluated_recipe.spelled_out() == plain_recipe.spelled_out()
+    assert yaml.safe_load(yaml.safe_dump(evaluated_recipe.spelled_out())).keys().isdisjoint({"evaluation", "search"})

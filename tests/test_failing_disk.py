@@ -85,21 +85,21 @@ def ours(path):
 
 
 def reading(patch, fault):
-    open_file = Path.open
+    original_open = Path.open
 
     def wrapped(path, mode="r", *arguments, **options):
-        file = open_file(path, mode, *arguments, **options)
+        file = original_open(path, mode, *arguments, **options)
         return Reading(file, path, fault) if mode == "rb" and ours(path) else file
 
     patch.setattr(Path, "open", wrapped)
 
 
 def writing(patch, fault):
-    parameters = Path.write_bytes
+    write_bytes = Path.write_bytes
 
     def failing(path, content):
         fault.met(path)
-        return parameters(path, content)
+        return write_bytes(path, content)
 
     patch.setattr(Path, "write_bytes", failing)
 
@@ -192,8 +192,8 @@ def test_whichever_call_fails_the_old_output_or_none_is_left_and_the_file_is_nam
     merger, folder, monkeypatch, kind, old
 ):
     assert merger("run", "recipe.yaml").code == 0
-    total = contents(folder / "out")
-    result = {}
+    expected = contents(folder / "out")
+    problems = {}
     with failing(monkeypatch, kind, at=0) as sound:
         prepared(folder, old)
         assert merger("run", "recipe.yaml", "--force").code == 0
@@ -203,11 +203,11 @@ def test_whichever_call_fails_the_old_output_or_none_is_left_and_the_file_is_nam
         with failing(monkeypatch, kind, at) as fault:
             ran = merger("run", "recipe.yaml", "--force")
         if fault.path is not None:  # which thread makes a call, and whether another one is left to, is chance
-            result[at] = problem(ran, fault, contents(folder / "out"), old)
+            problems[at] = problem(ran, fault, contents(folder / "out"), old)
         assert merger("run", "recipe.yaml", "--force").code == 0
-        assert contents(folder / "out") == total
-    assert {at: value for at, value in result.items() if value} == {}
-    assert result
+        assert contents(folder / "out") == expected
+    assert {at: text for at, text in problems.items() if text} == {}
+    assert problems
 
 
 @pytest.mark.parametrize("old", [None, OLD], ids=["none", "an old one"])
@@ -227,10 +227,10 @@ def test_a_disk_that_is_full_leaves_the_old_output_or_none(merger, folder, old):
 
 
 @contextmanager
-def file_size(maximum):
+def file_size(limit):
     """No file of this process may be larger: what is beyond is refused as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (maximum, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         yield
     finally:
@@ -240,7 +240,7 @@ def file_size(maximum):
 def test_what_was_finished_before_an_input_could_not_be_read_is_kept(merger, folder, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert merger("run", "recipe.yaml").code == 0
-    total = contents(folder / "out")
+    expected = contents(folder / "out")
     prepared(folder, None)
     read = os.preadv
 
@@ -262,4 +262,4 @@ def test_what_was_finished_before_an_input_could_not_be_read_is_kept(merger, fol
     assert "math/model.safetensors: cannot be read: Input/output error" in ran.err
     assert "out.partial keeps the finished shards; the same run goes on from there" in ran.err
     assert "note: goes on where an earlier run stopped: 1 of " in merger("run", "recipe.yaml").err
-    assert contents(folder / "out") == total
+    assert contents(folder / "out") == expected

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoints import trio
+from checkpoints import llama, save, trio
 from test_fuzz import fuzz  # noqa: F401 a fixture
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
+from merger.checkpoint.disk import disk_error
+from merger.checkpoint.opening import open_checkpoint
 from merger.cli._failures import report
 from merger.demo import demo
+from merger.errors import UnreadableError
 from merger.pipeline.registry import ENTRIES, merger
 
 RECIPE = "base: base\nexperts: {code: code, math: math}\nmethod: linear\noutput: {path: out, shard_size: 300}\n"
@@ -95,16 +98,16 @@ INSIDE = {
 def test_an_error_inside_a_method_names_tensor_and_stage(merger, folder, failing, kind):
     code, work, reason = INSIDE[kind]
     failing(work)
-    names = sorted(folder.rglob("*"))
+    paths = sorted(folder.rglob("*"))
 
     ran = merger("run", "recipe.yaml", "--set", "method=failing")
 
     assert (ran.code, ran.out) == (code, "")
     (line,) = ran.err.splitlines()
-    tensor, _, tail = line.removeprefix("error: ").partition(": stage failing: ")
+    tensor, _, message = line.removeprefix("error: ").partition(": stage failing: ")
     assert tensor in ("lm_head.weight", "model.embed_tokens.weight") or tensor.startswith("model.layers.0.")
-    assert tail.startswith(reason)
-    assert sorted(folder.rglob("*")) == names
+    assert message.startswith(reason)
+    assert sorted(folder.rglob("*")) == paths
 
 
 def test_an_error_inside_a_method_names_the_line_of_its_file(merger, folder, failing):
@@ -262,3 +265,26 @@ def test_a_file_with_anything_in_it_ends_no_command_in_a_traceback(merger, folde
         assert "Traceback" not in ran.err
         codes.add(ran.code)
     assert codes - {0}
+
+
+# --- errors of the system without a number --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("the drive\nis gone"), "the drive is gone"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_an_error_of_the_system_is_told_in_its_own_words(tmp_path, monkeypatch, error, reason):
+    def failing(*_):
+        raise error
+
+    save(tmp_path / "model", llama(0))
+    monkeypatch.setattr("merger.checkpoint.checkpoint.fill_from", failing)
+    model = open_checkpoint("model", None, label="base", folder=tmp_path)
+    with pytest.raises(UnreadableError, match=f"model.safetensors: cannot be read: {reason}$"):
+        model.read("model.norm.weight")
+    assert str(disk_error(tmp_path, error)) == f"{tmp_path}: cannot be written: {reason}"

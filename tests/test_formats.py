@@ -80,13 +80,13 @@ def test_a_further_format_is_one_file(site, tmp_path):
 
 def test_a_model_of_a_further_format_is_verified(site, tmp_path):
     big_endian(tmp_path / "code")
-    total = run_package(site, "verify", "code", cwd=tmp_path)
+    intact = run_package(site, "verify", "code", cwd=tmp_path)
     content = (tmp_path / "code" / "model.be").read_bytes()
     (tmp_path / "code" / "model.be").write_bytes(
         content[:-4] + torch.tensor(float("nan")).numpy().astype(">f4").tobytes()
     )
     spoilt = run_package(site, "verify", "code", cwd=tmp_path)
-    assert total.returncode == 0, total.stderr
+    assert intact.returncode == 0, intact.stderr
     assert spoilt.returncode == 5
     assert spoilt.stderr.endswith("holds 1 value of NaN or infinity\n")
 

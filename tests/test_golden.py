@@ -135,7 +135,7 @@ def test_ties_at_half_density(golden, merged):
 def test_ties_trims_equal_magnitudes_by_lower_index(golden, slice_elements):
     inputs, outputs = golden["ties_tensor_half"]["inputs"], golden["ties_tensor_half"]["outputs"]
     sparse_deltas = sparse(checked("top", {"density": 0.5}), inputs["deltas"], slice_elements=slice_elements)
-    assert {name: value.tolist() for name, value in sparse_deltas.items()} == outputs["trimmed"]
+    assert {name: delta.tolist() for name, delta in sparse_deltas.items()} == outputs["trimmed"]
 
 
 @pytest.mark.parametrize("zero_sign", ["zero", "positive", "majority"])
@@ -346,8 +346,8 @@ def test_im_with_shares_of_what_remains(golden, merged, claimed):
 )
 def test_orders(golden, output, order):
     expected = golden["im_orders"]["outputs"][output]
-    indices = [order_of(order, Place(EXPERTS, block=block)) for block in range(len(expected))]
-    assert [[EXPERTS[k] for k in index] for index in indices] == expected
+    orders = [order_of(order, Place(EXPERTS, block=block)) for block in range(len(expected))]
+    assert [[EXPERTS[k] for k in indices] for indices in orders] == expected
 
 
 def test_ties_obm(golden, merged):
@@ -361,7 +361,7 @@ def test_ties_obm_trims_by_saliency(golden, slice_elements):
     statistics = inputs_of(inputs["X"].values())
     stage = checked("obm", {"density": 0.5})
     sparse_deltas = sparse(stage, inputs["deltas"], inputs=statistics, slice_elements=slice_elements)
-    assert {name: value.tolist() for name, value in sparse_deltas.items()} == outputs["trimmed"]
+    assert {name: delta.tolist() for name, delta in sparse_deltas.items()} == outputs["trimmed"]
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
@@ -386,9 +386,9 @@ def test_balanced_sparsification(golden, slice_elements):
 
 def test_cabs(golden, merged):
     case = golden["cabs_2_of_4"]
-    common = {key: case["params"][key] for key in ("n", "m", "order")}
+    parameters = {key: case["params"][key] for key in ("n", "m", "order")}
     weights = dict(zip("ab", case["params"]["lambda"], strict=True))
-    assert_close(merged("cabs_2_of_4", "cabs", {**common, "lambda": weights}), case["outputs"]["merged"])
+    assert_close(merged("cabs_2_of_4", "cabs", {**parameters, "lambda": weights}), case["outputs"]["merged"])
 
 
 def test_cabs_masks(golden, slice_elements):
@@ -424,8 +424,7 @@ def test_a_short_last_block(golden, tail):
 def test_regmean(golden, alpha, base):
     case = golden[f"regmean_alpha_{alpha}"]
     weights, grams = (
-        torch.stack([tensor(input_values) for input_values in case["inputs"][key].values()])
-        for key in ("weights", "gram")
+        torch.stack([tensor(values) for values in case["inputs"][key].values()]) for key in ("weights", "gram")
     )
     mean = partial(torch.mean, dim=0)
     start = torch.full_like(weights[0], base)

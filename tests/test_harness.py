@@ -32,16 +32,18 @@ QUESTIONS = [
 
 @pytest.fixture
 def recipe_file(demo_folder, tmp_path):  # noqa: F811
-    parameters = text_of(demo_folder)
-    parameters["evaluation"]["samples"] = 2  # the harness takes its own
-    return file_of(tmp_path / "recipe.yaml", parameters)
+    content = text_of(demo_folder)
+    content["evaluation"]["samples"] = 2  # the harness takes its own
+    return file_of(tmp_path / "recipe.yaml", content)
 
 
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
     """A folder with two tasks: demo_choices, and demo_texts whose likelihoods are rolled over whole texts."""
-    inputs = pytest.importorskip("lm_eval.tasks").TaskManager
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(inputs, include_defaults=False))  # 14,000 names: 10 s
+    task_manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", partial(task_manager, include_defaults=False)
+    )  # 14,000 names: 10 s
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -70,8 +72,8 @@ def own_tasks(tmp_path, monkeypatch):
 
 def task(folder, name, records, **settings):
     data = write(folder / f"{name}.jsonl", records)
-    parameters = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    file_of(folder / f"{name}.yaml", {"task": name, **parameters, **settings})
+    dataset = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    file_of(folder / f"{name}.yaml", {"task": name, **dataset, **settings})
 
 
 # --- its figures ----------------------------------------------------------------------------------
@@ -96,8 +98,8 @@ def test_models_in_memory_have_the_harness_figures_that_transformers_gives(merge
             "demo_texts bits_per_byte": -total / size / math.log(2),
         }
         assert {name: score["value"] for name, score in rows[label].items()} == pytest.approx(expected, rel=1e-4)
-        accuracy_value = expected["demo_choices acc"]
-        error = math.sqrt(accuracy_value * (1 - accuracy_value) / (len(QUESTIONS) - 1))
+        expected_accuracy = expected["demo_choices acc"]
+        error = math.sqrt(expected_accuracy * (1 - expected_accuracy) / (len(QUESTIONS) - 1))
         assert rows[label]["demo_choices acc"]["stderr"] == pytest.approx(error)
     assert 0 < min(row["demo_choices acc"]["value"] for row in rows.values()) < 1
 
@@ -113,10 +115,10 @@ def accuracy(model, tokenizer):
 @torch.no_grad()
 def likelihood(model, tokenizer, prompt, text):
     """The summed log-probability of a text after a prompt, or after the token that begins a text."""
-    inputs = tokenizer(prompt.rstrip())["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
-    ids = torch.tensor([[*inputs, *tokenizer(prompt + text)["input_ids"][len(inputs) if prompt else 0 :]]])
+    prompt_ids = tokenizer(prompt.rstrip())["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+    ids = torch.tensor([[*prompt_ids, *tokenizer(prompt + text)["input_ids"][len(prompt_ids) if prompt else 0 :]]])
     steps = model(ids).logits[0].log_softmax(-1)
-    return sum(steps[at - 1, ids[0, at]].item() for at in range(len(inputs), ids.shape[1]))
+    return sum(steps[at - 1, ids[0, at]].item() for at in range(len(prompt_ids), ids.shape[1]))
 
 
 def test_the_harness_and_merger_agree_on_the_same_questions(merger, recipe_file, own_tasks):
@@ -212,11 +214,11 @@ def test_what_the_harness_does_not_know_or_cannot_load_is_told_before_any_model_
         ("--lm-eval", "gone"): ["--lm-eval gone: cannot be loaded: FileNotFoundError"],
         ("--lm-eval", "demo_choices", "--include-path", own_tasks / "nowhere"): ["there is no such folder"],
     }
-    for arguments, case in cases.items():
+    for arguments, fragments in cases.items():
         ran = merger("eval", recipe_file, "--include-path", own_tasks, *arguments)
         assert ran.code in (2, 3), ran.err
-        assert len(ran.err.splitlines()) == len(case)
-        for part, line in zip(case, ran.err.splitlines(), strict=True):
+        assert len(ran.err.splitlines()) == len(fragments)
+        for part, line in zip(fragments, ran.err.splitlines(), strict=True):
             assert part in line
 
 

@@ -27,8 +27,8 @@ def file(tmp_path, monkeypatch):
 
 def swap_remembered(tmp_path):
     """Replaces every remembered digest, so that one that is used shows."""
-    for value in (tmp_path / "cache" / "sha256").iterdir():
-        value.write_text("f" * 64)
+    for entry in (tmp_path / "cache" / "sha256").iterdir():
+        entry.write_text("f" * 64)
 
 
 def test_it_is_the_digest_of_the_content(file):
@@ -61,8 +61,8 @@ def test_a_file_that_was_written_a_moment_ago_is_not_remembered(file, tmp_path, 
 
 def test_what_is_remembered_wrongly_is_not_believed(file, tmp_path):
     sha256(file)
-    for value in (tmp_path / "cache" / "sha256").iterdir():
-        value.write_text("../x")
+    for entry in (tmp_path / "cache" / "sha256").iterdir():
+        entry.write_text("../x")
     assert sha256(file) == DIGEST
 
 

@@ -312,15 +312,15 @@ slices:
 
 def test_slices_of_one_whole_model_become_values_by_layer(tmp_path):
     tensors = planned(SLICED, tmp_path, layers=4)
-    half, state_before, state_after = Fraction(1, 2), "model.embed_tokens.weight", "model.norm.weight"
+    half, embedding, norm = Fraction(1, 2), "model.embed_tokens.weight", "model.norm.weight"
     weights = {0: [1, 0, 0], 1: [half, half, 0], 2: [0, 1, 0], 3: [0, half, Fraction(3, 4)]}
     for name, tensor in tensors.items():
         expected = (
             weights[int(name.split(".")[2])] if ".layers." in name
-            else [1, 0, 0] if name == state_before else [0, half, Fraction(1, 4)]
+            else [1, 0, 0] if name == embedding else [0, half, Fraction(1, 4)]
         )  # fmt: skip
         assert tensor.stages[0].values["weight"] == expected, name
-    assert state_after in tensors
+    assert norm in tensors
 
 
 def test_passthrough_of_slices_takes_each_layer_from_its_model(tmp_path):
@@ -433,7 +433,7 @@ def test_a_configuration_that_cannot_be_said_is_refused_with_the_place(text, fau
     ],
 )
 def test_layers_that_move_have_no_equivalent(ranges, fault):
-    slices = "".join(f"  - sources: [{{model: a, layer_range: {value}}}]\n" for value in ranges)
+    slices = "".join(f"  - sources: [{{model: a, layer_range: {layer_range}}}]\n" for layer_range in ranges)
     assert faults(f"merge_method: passthrough\nslices:\n{slices}")[0].startswith(fault)
 
 
@@ -452,8 +452,8 @@ def places(node, path=()):
     """Every place in a tree of maps and lists."""
     yield path
     pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in pairs:
-        yield from places(value, (*path, key))
+    for key, child in pairs:
+        yield from places(child, (*path, key))
 
 
 def changed(node, path, value):
@@ -461,8 +461,8 @@ def changed(node, path, value):
     if not path:
         return value
     pairs = node.items() if isinstance(node, dict) else enumerate(node)
-    groups = {key: changed(item, path[1:], value) if key == path[0] else item for key, item in pairs}
-    return groups if isinstance(node, dict) else list(groups.values())
+    children = {key: changed(child, path[1:], value) if key == path[0] else child for key, child in pairs}
+    return children if isinstance(node, dict) else list(children.values())
 
 
 @given(st.sampled_from([text for text, _ in TRANSLATED] + [GRADED, SLICED]), st.data())

@@ -34,8 +34,8 @@ def planned(tmp_path):
 
 
 def test_without_calibration_nothing_is_taken(planned):
-    result = planned("linear")
-    assert cost(result) == Cost()
+    merge_plan = planned("linear")
+    assert cost(merge_plan) == Cost()
 
 
 def test_a_saliency_takes_the_embedding_or_a_block_whichever_is_larger(planned):
@@ -43,10 +43,10 @@ def test_a_saliency_takes_the_embedding_or_a_block_whichever_is_larger(planned):
 
 
 def test_gram_matrices_take_float64_for_the_expert_that_runs_and_float32_for_all(planned):
-    result = planned("regmean")
-    assert cost(result).making == 4 * BLOCK + (8 + 4 * 2) * SQUARES
-    assert cost(result).merging == 4 * 2 * SQUARES
-    assert cost(result).files == 2 * 2 * 4 * (6 * HIDDEN * (HIDDEN + 1) // 2 + INNER * (INNER + 1) // 2 + 0) + (
+    merge_plan = planned("regmean")
+    assert cost(merge_plan).making == 4 * BLOCK + (8 + 4 * 2) * SQUARES
+    assert cost(merge_plan).merging == 4 * 2 * SQUARES
+    assert cost(merge_plan).files == 2 * 2 * 4 * (6 * HIDDEN * (HIDDEN + 1) // 2 + INNER * (INNER + 1) // 2 + 0) + (
         2 * 4 * HIDDEN * (HIDDEN + 1) // 2  # of the head
     )
 
@@ -62,15 +62,15 @@ def test_hidden_states_of_all_experts_wait_only_for_gram_matrices(planned, metho
 
 
 def test_a_preview_counts_hidden_states_unless_memory_is_capped(planned, tmp_path):
-    subset, seeds = planned("regmean"), planned("regmean", samples=1000)
-    grown = preview(seeds, tmp_path / "out", None).memory - preview(subset, tmp_path / "out", None).memory
+    small, large = planned("regmean"), planned("regmean", samples=1000)
+    grown = preview(large, tmp_path / "out", None).memory - preview(small, tmp_path / "out", None).memory
     assert grown == 2 * 990 * 512 * HIDDEN * 4
-    assert preview(seeds, tmp_path / "out", 24 * GB).memory <= 24 * GB
+    assert preview(large, tmp_path / "out", 24 * GB).memory <= 24 * GB
 
 
 def test_a_cap_below_a_block_is_refused_and_one_above_leaves_room_for_hidden_states(planned):
-    result = planned("regmean")
-    minimum = INTERPRETER + cost(result).making
+    merge_plan = planned("regmean")
+    minimum = INTERPRETER + cost(merge_plan).making
     with pytest.raises(ResourceError, match="too little"):
-        Machine.of("cpu", minimum - 1, result)
-    assert Machine.of("cpu", 24 * GB, result).hidden > GB
+        Machine.of("cpu", minimum - 1, merge_plan)
+    assert Machine.of("cpu", 24 * GB, merge_plan).hidden > GB

@@ -28,8 +28,8 @@ def folder(tmp_path, monkeypatch):
     for seed, name in enumerate(("base", "code", "math", "wiki")):
         tensors = llama(seed, hidden=16)
         if name == "math":
-            changed = llama(1, hidden=16)
-            tensors = {value: changed[value] if "layers.1." in value else v for value, v in tensors.items()}
+            code = llama(1, hidden=16)
+            tensors = {key: code[key] if "layers.1." in key else v for key, v in tensors.items()}
         save(tmp_path / name, base if name == "base" else tensors)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path
@@ -77,8 +77,8 @@ def test_tables_name_every_expert_pair_and_projection(merger, folder):
 
 def test_the_worst_layer_comes_first(merger, folder):
     lines = merger("inspect", "recipe.yaml").out.splitlines()
-    next_row = next(i for i, line in enumerate(lines) if "layer (top)" in line) + 2
-    assert lines[next_row].split()[:2] == ["model.layers.1", "1.000"]
+    row = next(i for i, line in enumerate(lines) if "layer (top)" in line) + 2
+    assert lines[row].split()[:2] == ["model.layers.1", "1.000"]
 
 
 def test_tables_fit_80_columns(folder):
@@ -95,10 +95,10 @@ def test_only_the_first_dozen_of_a_long_table_is_shown_unless_all_are_asked_for(
     for seed, name in enumerate(("base", "code", "math", "wiki")):
         save(tmp_path / name, llama(seed, layers=14))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    short, total = merger("inspect", "recipe.yaml"), merger("inspect", "recipe.yaml", "--all")
+    short, full = merger("inspect", "recipe.yaml"), merger("inspect", "recipe.yaml", "--all")
     assert "... and 5 more; --all shows them" in short.out
-    assert "more;" not in total.out
-    assert len(total.out.splitlines()) == len(short.out.splitlines()) + 5 - 1
+    assert "more;" not in full.out
+    assert len(full.out.splitlines()) == len(short.out.splitlines()) + 5 - 1
 
 
 def test_curves_are_a_table_and_ranks_a_column_that_fit_80_columns(merger, folder, monkeypatch):
@@ -107,8 +107,8 @@ def test_curves_are_a_table_and_ranks_a_column_that_fit_80_columns(merger, folde
     console.print_inspection(inspection, terminal)
     lines = terminal.export_text().splitlines()
     assert max(map(len, lines)) <= 80
-    next_row = next(i for i, line in enumerate(lines) if line.split() == ["largest", "by", "overlap", "uneven", "rows"])
-    assert [line.split()[0] for line in lines[next_row + 3 :][:3]] == ["0.05", "0.10", "0.20"]
+    row = next(i for i, line in enumerate(lines) if line.split() == ["largest", "by", "overlap", "uneven", "rows"])
+    assert [line.split()[0] for line in lines[row + 3 :][:3]] == ["0.05", "0.10", "0.20"]
     assert any({"overlap", "rank"} <= set(line.split()) for line in lines)
 
 
@@ -155,9 +155,9 @@ def test_a_condition_is_a_metric_a_sign_and_a_number(text, parts):
     ],
 )
 def test_a_malformed_condition_is_told_with_the_nearest_name(text, words):
-    with pytest.raises(RecipeError) as calls:
+    with pytest.raises(RecipeError) as caught:
         conditions.parse(text)
-    assert str(calls.value) == f"--fail-if {text!r}: {words}" + (
+    assert str(caught.value) == f"--fail-if {text!r}: {words}" + (
         ": 'overlap > 0.3'" if words.endswith("a number") else ""
     )
 
@@ -170,11 +170,11 @@ def test_a_malformed_condition_ends_in_2_before_anything_is_read(merger, tmp_pat
 
 def test_a_condition_that_holds_ends_in_1_with_the_worst_offender(merger, folder):
     ran = merger("inspect", "recipe.yaml", "--json", "--fail-if", "overlap > 0.4")
-    message = json.loads(ran.out)["views"][1]["whole"]["overlap"]
-    pair = max(((a, b) for a in message for b in message[a]), key=lambda pair: message[pair[0]][pair[1]])
+    overlap = json.loads(ran.out)["views"][1]["whole"]["overlap"]
+    pair = max(((a, b) for a in overlap for b in overlap[a]), key=lambda pair: overlap[pair[0]][pair[1]])
     assert ran.code == 1
     assert ran.err.startswith(
-        f"error: overlap > 0.4: {message[pair[0]][pair[1]]:.4g} ({pair[0]}, {pair[1]}) in the whole model (top); "
+        f"error: overlap > 0.4: {overlap[pair[0]][pair[1]]:.4g} ({pair[0]}, {pair[1]}) in the whole model (top); "
         "of all tensors 1 (code, math) in model.layers.1."
     )
     assert len(ran.err.splitlines()) == 1
@@ -195,9 +195,9 @@ def test_every_fact_can_be_a_condition(merger, folder, text):
 def test_less_than_looks_for_the_smallest(folder):
     inspection = library.inspect(library.Recipe.load("recipe.yaml"))
     smallest = min((facts.at_base, name) for name, facts in inspection.view("result").layers.items())
-    with pytest.raises(ConditionError) as calls:
+    with pytest.raises(ConditionError) as caught:
         conditions.check([conditions.parse("layer.at_base < 0.9")], inspection)
-    assert str(calls.value).startswith(
+    assert str(caught.value).startswith(
         f"layer.at_base < 0.9: {smallest[0]:.4g} in {smallest[1]} (result); of all tensors "
     )
 
@@ -210,7 +210,7 @@ def test_equal_limits_hold_only_where_the_sign_says_so(folder):
 
 
 def test_every_condition_that_holds_has_its_line(merger, folder):
-    conditions = ("--fail-if", "overlap > 0.1", "--fail-if", "overlap > 0.99", "--fail-if", "blend < 0.999")
-    ran = merger("inspect", "recipe.yaml", *conditions)
+    flags = ("--fail-if", "overlap > 0.1", "--fail-if", "overlap > 0.99", "--fail-if", "blend < 0.999")
+    ran = merger("inspect", "recipe.yaml", *flags)
     assert ran.code == 1
     assert [line.split(": ")[1] for line in ran.err.splitlines()] == ["overlap > 0.1", "blend < 0.999"]

@@ -35,16 +35,16 @@ def folder(tmp_path, monkeypatch):
 
 def shares(names, of=MERGED, labels=("base", "code", "math")):
     """Where the values of some tensors of a merge come from, by a loop over all of them."""
-    parameters, *inputs = (load(item) for item in (of, *(f"models/{label}" for label in labels)))
+    merged, *inputs = (load(path) for path in (of, *(f"models/{label}" for label in labels)))
     ends = dict.fromkeys((*labels, "blend"), 0)
     for name in names:
-        for i, value in enumerate(parameters[name].flatten().tolist()):
-            equal = (
+        for i, value in enumerate(merged[name].flatten().tolist()):
+            matches = (
                 label
-                for label, input_values in zip(labels, inputs, strict=True)
-                if input_values[name].flatten()[i].item() == value
+                for label, tensors in zip(labels, inputs, strict=True)
+                if tensors[name].flatten()[i].item() == value
             )
-            ends[next(equal, "blend")] += 1
+            ends[next(matches, "blend")] += 1
     size = sum(ends.values())
     return [count / size for count in ends.values()]
 
@@ -68,8 +68,8 @@ def test_a_merges_shares_are_told_from_its_weights(folder):
 
 def test_a_merges_task_vectors_are_those_of_its_experts(folder):
     inspection = library.inspect_merge(folder / MERGED)
-    facts_before = library.inspect(library.Recipe.load("recipe.yaml"))
-    assert inspection.view("task_vectors") == facts_before.view("task_vectors")
+    forecast = library.inspect(library.Recipe.load("recipe.yaml"))
+    assert inspection.view("task_vectors") == forecast.view("task_vectors")
     assert inspection.experts == ["code", "math"]
 
 
@@ -79,11 +79,11 @@ def test_a_recipe_foretells_where_the_positions_of_its_merge_end(folder, method,
     recipe = library.Recipe.load(
         "recipe.yaml", [f"method={method}", "parameters={}", f"output.dtype={dtype}", "output.path=foretold"]
     )
-    facts_before = library.inspect(recipe).view("result")
+    forecast = library.inspect(recipe).view("result")
     library.merge(recipe)
-    facts_after = library.inspect_merge(folder / "foretold").view("result")
-    assert {name: said(facts) for name, facts in facts_before.tensors.items()} == {
-        name: said(facts) for name, facts in facts_after.tensors.items()
+    outcome = library.inspect_merge(folder / "foretold").view("result")
+    assert {name: said(facts) for name, facts in forecast.tensors.items()} == {
+        name: said(facts) for name, facts in outcome.tensors.items()
     }
 
 
@@ -168,13 +168,24 @@ def test_a_merge_is_shown_by_what_each_input_gave_to_each_layer(merger, folder):
         ("", "cannot be read: "),
         ("[]", "is not of format 1, "),
         ('{"format": 99}', "is not of format 1, "),
-        ('{"format": 1, "recipe": {}}', "lacks calibration, inputs, "),
+        ('{"format": 1, "recipe": {}}', "lacks versions, seed, "),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(folder, content, reason):
     (folder / MERGED / "merger.json").write_text(content)
     with pytest.raises(CheckpointError, match=rf"merger\.json: {reason}"):
         library.inspect_merge(folder / MERGED)
+
+
+@pytest.mark.parametrize("subject", [(MERGED,), ("models/code", "--base", "models/base")], ids=["merge", "fine-tune"])
+@pytest.mark.parametrize(
+    ("device", "code", "reason"),
+    [("gpu", 2, "expected auto, cpu, cuda or cuda:0"), ("cuda:99", 4, "this machine has ")],
+)
+def test_a_device_that_is_none_is_refused(merger, folder, subject, device, code, reason):
+    ran = merger("inspect", *subject, "--device", device)
+    assert ran.code == code
+    assert ran.err.startswith(f"error: --device {device}: {reason}")
 
 
 def test_a_folder_without_a_manifest_asks_for_its_base(merger, folder):
@@ -214,8 +225,8 @@ def test_a_fine_tune_is_shown_with_the_layer_that_changed_most_first(merger, fol
     save(folder / "tune", {**base, touched: base[touched] + 1})
     ran = merger("inspect", "tune", "--base", "models/base")
     lines = ran.out.splitlines()
-    next_row = next(i for i, line in enumerate(lines) if "layer (task_vectors)" in line) + 2
-    assert lines[next_row].split()[0] == "model.layers.1"
+    row = next(i for i, line in enumerate(lines) if "layer (task_vectors)" in line) + 2
+    assert lines[row].split()[0] == "model.layers.1"
     assert "A, B" not in ran.out
 
 

@@ -119,14 +119,14 @@ def test_a_map_paints_every_cell_once(inspection):
 
 def lines(chart):
     """The dashes and the points of every line of a series: [(dashes, [(x, y), ..]), ..]."""
-    result = []
+    series = []
     for group in chart.iter("g"):
         style = dict(item.split(":") for item in (group.get("style") or "").split(";") if ":" in item)
         if "--series" in style.get("stroke", "") and style["fill"] == "none":
             for path in group.iter("path"):
                 points = [tuple(map(float, point.split())) for point in path.get("d")[1:].split("L")]
-                result.append((style.get("stroke-dasharray"), points))
-    return [line for line in result if len(line[1]) > 2]
+                series.append((style.get("stroke-dasharray"), points))
+    return [line for line in series if len(line[1]) > 2]
 
 
 def test_a_curve_is_a_line_for_magnitude_and_a_dashed_one_for_random_masks_of_every_pair_and_expert(inspection):
@@ -164,10 +164,10 @@ def test_names_are_text_and_never_markup(tmp_path):
     Reader(text)
 
 
-@pytest.mark.parametrize("equal", [True, False])
-def test_a_model_that_changed_nothing_still_has_a_page(tmp_path, equal):
+@pytest.mark.parametrize("unchanged", [True, False])
+def test_a_model_that_changed_nothing_still_has_a_page(tmp_path, unchanged):
     save(tmp_path / "base", llama(0))
-    save(tmp_path / "tune", llama(0 if equal else 1))
+    save(tmp_path / "tune", llama(0 if unchanged else 1))
     text = page(library.inspect_model(str(tmp_path / "tune"), str(tmp_path / "base")))
     assert "Where a fine-tune changed" in text
     assert "sign conflict" not in Reader(text).words

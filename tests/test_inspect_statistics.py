@@ -106,9 +106,9 @@ def models(tmp_path):
 @pytest.fixture
 def recipe(tmp_path, models):
     """A recipe that adds the three experts up."""
-    names = {name: name for name in EXPERTS}
+    experts = {name: name for name in EXPERTS}
     choice = {"method": "task_arithmetic", "parameters": {"lambda": 1}}
-    return Recipe.parse({"base": "base", "experts": names, "output": {"path": "out"}, **choice}, tmp_path)
+    return Recipe.parse({"base": "base", "experts": experts, "output": {"path": "out"}, **choice}, tmp_path)
 
 
 @pytest.fixture(params=[None, 48])
@@ -163,8 +163,8 @@ def test_the_reconstruction_error_is_what_truncation_leaves_of_centred_experts(m
             u, s, v = np.linalg.svd(delta, full_matrices=False)
             error += np.linalg.norm(delta - u[:, :k] @ np.diag(s[:k]) @ v[:k]) ** 2
         expected.append(error)
-    result = inspection.view("task_vectors").tensors[name].reconstruction_error
-    assert result == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    errors = inspection.view("task_vectors").tensors[name].reconstruction_error
+    assert errors == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -187,21 +187,21 @@ def test_a_finished_merge_has_the_alignment_that_its_recipe_foretold(recipe, ins
 
 def test_a_model_has_the_mean_of_interference_by_size_and_the_sum_of_errors(inspection):
     tensors = [inspection.view("task_vectors").tensors[name] for name in MATRICES]
-    total = inspection.view("task_vectors").whole
+    facts = inspection.view("task_vectors").whole
     weights = [values.elements for values in tensors]
-    assert total.task_interference == pytest.approx(np.average([v.task_interference for v in tensors], weights=weights))
-    assert total.row_interference == pytest.approx(
+    assert facts.task_interference == pytest.approx(np.average([v.task_interference for v in tensors], weights=weights))
+    assert facts.row_interference == pytest.approx(
         np.average([v.row_interference for v in tensors], axis=0, weights=weights)
     )
-    assert total.reconstruction_error == pytest.approx(np.sum([v.reconstruction_error for v in tensors], axis=0))
+    assert facts.reconstruction_error == pytest.approx(np.sum([v.reconstruction_error for v in tensors], axis=0))
 
 
 def test_a_vector_has_no_subspaces_and_nobody_waits_for_those_that_were_not_asked_for(recipe, inspection):
     assert inspection.view("task_vectors").tensors["norm.weight"].task_interference is None
     assert inspection.view("result").tensors["norm.weight"].alignment is None
-    inspection = inspect(recipe)
-    assert inspection.view("task_vectors").whole.task_interference is None
-    assert inspection.view("result").whole.alignment is None
+    default = inspect(recipe)
+    assert default.view("task_vectors").whole.task_interference is None
+    assert default.view("result").whole.alignment is None
 
 
 def saved(tmp_path, base, *experts, method="linear", parameters=None):
@@ -210,8 +210,8 @@ def saved(tmp_path, base, *experts, method="linear", parameters=None):
     for name, matrix in zip(("base", *names), (base, *experts), strict=True):
         save(tmp_path / name, {"x.weight": matrix})
     choice = {"method": method, "parameters": parameters or {}}
-    by_name = {name: name for name in names}
-    return Recipe.parse({"base": "base", "experts": by_name, "output": {"path": "out"}, **choice}, tmp_path)
+    sources = {name: name for name in names}
+    return Recipe.parse({"base": "base", "experts": sources, "output": {"path": "out"}, **choice}, tmp_path)
 
 
 def test_orthogonal_experts_do_not_interfere(tmp_path):
@@ -280,17 +280,17 @@ def test_the_relative_size_is_the_length_of_the_change_by_that_of_the_base(tmp_p
     assert inspection.view("task_vectors").whole.relative_size == {"a": pytest.approx(expected, rel=1e-9)}
 
 
-def printed(records):
+def printed(inspection):
     terminal = Console(width=200, record=True, file=io.StringIO())
-    console.print_inspection(records, terminal)
+    console.print_inspection(inspection, terminal)
     return terminal.export_text()
 
 
 @pytest.mark.parametrize(("scale", "sentence"), [(0.02, "as fine-tunes do"), (2.0, "check that a was trained from")])
 def test_a_sentence_reads_the_relative_size_in_tables_and_page(tmp_path, scale, sentence):
     generator = torch.Generator().manual_seed(0)
-    base, second_value = (torch.randn(40, 30, generator=generator) for _ in range(2))
-    inspection = inspect(saved(tmp_path, base, base + scale * second_value))
+    base, change = (torch.randn(40, 30, generator=generator) for _ in range(2))
+    inspection = inspect(saved(tmp_path, base, base + scale * change))
     assert sentence in printed(inspection)
     assert sentence in html.page(inspection)
 

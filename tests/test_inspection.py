@@ -23,6 +23,7 @@ from merger.inspection.density_map import positions_by_cell
 from merger.inspection.part_counts import ViewCounters
 from merger.inspection.statistics.distinct import ValueCounter
 from merger.inspection.views import statistics_of
+from merger.options import RunOptions
 
 EXPERTS = ("code", "math", "wiki")
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -35,13 +36,13 @@ def models(tmp_path):
     for seed, name in enumerate(EXPERTS, 1):
         generator = torch.Generator().manual_seed(seed)
         tensors[name] = {
-            tensor: torch.where(torch.rand(v.shape, generator=generator) < 0.5, v, values)
-            for (tensor, v), values in zip(
+            key: torch.where(torch.rand(values.shape, generator=generator) < 0.5, values, tuned)
+            for (key, values), tuned in zip(
                 tensors["base"].items(), llama(seed, rows=24, hidden=16).values(), strict=True
             )
         }
-    for name, tensor in tensors.items():
-        save(tmp_path / name, tensor)
+    for name, model in tensors.items():
+        save(tmp_path / name, model)
     return tensors
 
 
@@ -51,9 +52,9 @@ def recipe(tmp_path, models):
 
     def make(method=None, parameters=None, **options):
         choice = {"method": method, "parameters": parameters or {}} if method else {}
-        names = {name: name for name in EXPERTS}
+        experts = {name: name for name in EXPERTS}
         return Recipe.parse(
-            {"base": "base", "experts": names, "output": {"path": "out"}, **choice, **options}, tmp_path
+            {"base": "base", "experts": experts, "output": {"path": "out"}, **choice, **options}, tmp_path
         )
 
     return make
@@ -73,11 +74,11 @@ def largest(values, share):
     return result.reshape(values.shape)
 
 
-def slowly(groups):
+def slowly(task_vectors):
     """All that facts say of task vectors, each given as a list of arrays, by loops over positions."""
-    flat = [[float(x) for array in arrays for x in array.ravel()] for arrays in groups]
+    flat = [[float(x) for array in arrays for x in array.ravel()] for arrays in task_vectors]
     size = len(flat[0])
-    message = {
+    statistics = {
         "density": [sum(x != 0 for x in vector) / size for vector in flat],
         "norm": [math.sqrt(sum(x * x for x in vector)) for vector in flat],
         "holders": [sum(sum(x != 0 for x in at) == n for at in zip(*flat, strict=True)) / size for n in range(4)],
@@ -86,13 +87,13 @@ def slowly(groups):
         pairs = [(x, y) for x, y in zip(flat[i], flat[j], strict=True) if x != 0 and y != 0]
         either = sum(x != 0 or y != 0 for x, y in zip(flat[i], flat[j], strict=True))
         dot = sum(x * y for x, y in zip(flat[i], flat[j], strict=True))
-        message[i, j] = {
+        statistics[i, j] = {
             "overlap": len(pairs) / sum(x != 0 for x in flat[i]),
             "jaccard": len(pairs) / either,
             "sign_conflict": sum(x * y < 0 for x, y in pairs) / max(len(pairs), 1),
-            "cosine": dot / (message["norm"][i] * message["norm"][j]),
+            "cosine": dot / (statistics["norm"][i] * statistics["norm"][j]),
         }
-    return message
+    return statistics
 
 
 def spread(array):
@@ -103,12 +104,12 @@ def spread(array):
 
 def agree(result, arrays):
     """Whether facts are what loops over positions find."""
-    message = slowly(arrays)
-    assert list(result.density.values()) == pytest.approx(message["density"])
-    assert list(result.norm.values()) == pytest.approx(message["norm"])
-    assert result.holders == pytest.approx(message["holders"])
+    expected = slowly(arrays)
+    assert list(result.density.values()) == pytest.approx(expected["density"])
+    assert list(result.norm.values()) == pytest.approx(expected["norm"])
+    assert result.holders == pytest.approx(expected["holders"])
     for (i, expert), (j, peer) in itertools.permutations(enumerate(EXPERTS), 2):
-        for key, value in message[i, j].items():
+        for key, value in expected[i, j].items():
             assert getattr(result, key)[expert][peer] == pytest.approx(value)
 
 
@@ -117,8 +118,8 @@ def agree(result, arrays):
 
 def test_task_vectors_are_what_loops_over_positions_find(models, recipe):
     view = inspect(recipe("linear")).view("task_vectors")
-    all_views = [[values for name in models["base"] for values in [deltas(models, name)[k]]] for k in range(3)]
-    agree(view.whole, all_views)
+    vectors = [[values for name in models["base"] for values in [deltas(models, name)[k]]] for k in range(3)]
+    agree(view.whole, vectors)
     agree(view.tensors[UP], [[delta] for delta in deltas(models, UP)])
 
 
@@ -134,8 +135,8 @@ def test_a_layer_a_projection_and_a_kind_are_sums_over_their_tensors(models, rec
         "mlp.up_proj": [name for name in models["base"] if "up_proj" in name],
         "vector": [name for name in models["base"] if "norm" in name],
     }
-    for group, result in groups.items():
-        agree(result[group], [[deltas(models, name)[k] for name in members[group]] for k in range(3)])
+    for group, by_name in groups.items():
+        agree(by_name[group], [[deltas(models, name)[k] for name in members[group]] for k in range(3)])
     assert view.cells["model.layers.0"]["mlp.up_proj"] == view.tensors[UP]
     assert view.layers["lm_head.weight"] == view.projections["lm_head"] == view.tensors["lm_head.weight"]
 
@@ -148,21 +149,21 @@ def test_unevenness_is_the_deviation_over_the_mean_of_what_lines_keep(models, re
 
 
 def test_a_models_unevenness_is_the_mean_over_its_matrices_by_their_size(models, recipe):
-    result = inspect(recipe("linear")).view("task_vectors").whole.uneven_rows["code"]
+    unevenness = inspect(recipe("linear")).view("task_vectors").whole.uneven_rows["code"]
     matrices = [
         expert_deltas[0]
         for expert_deltas in (deltas(models, name) for name in models["base"])
         if expert_deltas[0].ndim == 2
     ]
-    weights = [value.size for value in matrices]
-    assert result == pytest.approx(np.average([spread(value) for value in matrices], weights=weights))
+    weights = [matrix.size for matrix in matrices]
+    assert unevenness == pytest.approx(np.average([spread(matrix) for matrix in matrices], weights=weights))
 
 
 def test_blocks_run_across_the_ends_of_rows_and_a_short_last_one_is_left_out(models, recipe, monkeypatch):
     monkeypatch.setattr("merger.inspection.counters.balance.BLOCK", 24)
     result = inspect(recipe("linear")).view("task_vectors").tensors[UP].uneven_blocks
-    total = [delta.ravel()[: 512 // 24 * 24].reshape(-1, 24) for delta in deltas(models, UP)]
-    assert list(result.values()) == pytest.approx([spread(delta) for delta in total])
+    blocks = [delta.ravel()[: 512 // 24 * 24].reshape(-1, 24) for delta in deltas(models, UP)]
+    assert list(result.values()) == pytest.approx([spread(block) for block in blocks])
 
 
 def test_distinct_values_are_those_of_the_tensor_that_has_most(models, recipe):
@@ -176,7 +177,7 @@ def test_values_of_several_slices_are_counted_once(tmp_path, monkeypatch):
     base = llama(0, rows=24, hidden=16)
     tuned = {name: values + torch.arange(values.numel()).view(values.shape) % 5 for name, values in base.items()}
     for name, tensors in (("base", base), ("tune", tuned)):
-        save(tmp_path / name, {value: values.bfloat16().float().round() for value, values in tensors.items()})
+        save(tmp_path / name, {key: values.bfloat16().float().round() for key, values in tensors.items()})
     monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
     inspection = inspect_model(str(tmp_path / "tune"), str(tmp_path / "base"))
     change = load(tmp_path / "tune")[UP] - load(tmp_path / "base")[UP]
@@ -243,7 +244,7 @@ def test_a_curve_goes_through_what_the_stage_top_leaves(recipe, monkeypatch, den
 
 def test_equal_values_are_kept_by_a_curve_as_by_the_stage(tmp_path):
     for seed, name in enumerate(("base", *EXPERTS)):
-        save(tmp_path / name, {value: values.sign() for value, values in llama(seed, rows=24, hidden=16).items()})
+        save(tmp_path / name, {key: values.sign() for key, values in llama(seed, rows=24, hidden=16).items()})
     content = {"base": "base", "experts": {name: name for name in EXPERTS}, "output": {"path": "out"}}
     merge_recipe = Recipe.parse({**content, "pipeline": [{"top": {"density": 0.3}}, "sum"]}, tmp_path)
     inspection = inspect(merge_recipe, curves=True)
@@ -306,10 +307,10 @@ def test_a_stage_that_comes_twice_is_numbered_and_a_rules_own_is_named_for_it(re
 
 
 def test_a_ranking_of_the_whole_model_is_counted_once(models, recipe):
-    total = inspect(recipe("ties", {"density": 0.25})).view("top").whole
+    facts = inspect(recipe("ties", {"density": 0.25})).view("top").whole
     names = sorted(models["base"], key=lambda name: merger.pipeline.stages.natural(name))
     flat = [np.concatenate([deltas(models, name)[k].ravel() for name in names]) for k in range(3)]
-    agree(total, [[largest(vector, 0.25)] for vector in flat])
+    agree(facts, [[largest(vector, 0.25)] for vector in flat])
 
 
 @pytest.mark.parametrize("method", ["ties", "cabs", "dare_linear"])
@@ -318,11 +319,11 @@ def test_facts_do_not_depend_on_how_a_tensor_is_cut(recipe, monkeypatch, method)
         inspection = inspect(recipe(method), rank=True, curves=True)
         return [*(facts for view in inspection.views for facts in view.tensors.values()), inspection.curves.whole]
 
-    total = counted()
+    expected = counted()
     monkeypatch.setattr(merger.engine.memory, "SLICE", 64)
     monkeypatch.setattr(merger.engine.memory, "HOLD", 0)
-    for first_value, second_value in zip(total, counted(), strict=True):
-        assert flattened(first_value) == pytest.approx(flattened(second_value), rel=1e-6)
+    for reference, sliced in zip(expected, counted(), strict=True):
+        assert flattened(reference) == pytest.approx(flattened(sliced), rel=1e-6)
 
 
 def sums(deltas, cut=None):
@@ -340,9 +341,9 @@ def facts(deltas, experts):
     return statistics_of("experts", sums(deltas), experts)
 
 
-def flattened(result):
+def flattened(facts):
     """All numbers of facts, in order."""
-    values = [result.__dict__]
+    values = [facts.__dict__]
     numbers = []
     while values:
         value = values.pop()
@@ -365,41 +366,38 @@ def other_forms(tmp_path):
     tensors = {}
     for seed, name in enumerate(("base", *EXPERTS)):
         generator = torch.Generator().manual_seed(seed)
-        drawn = {value: torch.randn(shape, generator=generator) for value, shape in shapes.items()}
+        drawn = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
         if name == "code":
             drawn["h.0.c_fc.weight"][0] = tensors["base"]["h.0.c_fc.weight"][0]  # no neuron's first input changes
         tensors[name] = drawn
         save(tmp_path / name, tensors[name], {"model_type": "gpt2", "hidden_size": 5})
     pipeline = [{"top": {"density": 0.5, "scope": "row"}}, "sum"]
-    names = {name: name for name in EXPERTS}
-    content = {"base": "base", "experts": names, "pipeline": pipeline, "output": {"path": "out"}}
+    experts = {name: name for name in EXPERTS}
+    content = {"base": "base", "experts": experts, "pipeline": pipeline, "output": {"path": "out"}}
     return tensors, Recipe.parse(content, tmp_path)
 
 
 def test_rows_are_those_of_a_neuron_however_it_is_stored(other_forms):
-    _, result = other_forms
-    inspection = inspect(result).view("top").tensors["h.0.c_fc.weight"]
-    assert inspection.uneven_rows == dict.fromkeys(EXPERTS, 0)  # 2 of each neuron's 4 inputs
-    assert all(value > 0 for value in inspection.uneven_columns.values())
-    merge(result)
-    foretold, inspection = inspect(result), inspect_merge(result.folder / "out")  # which looks at it as it is stored
-    first_value, second_value = (
-        records.view("task_vectors").tensors["h.0.c_fc.weight"] for records in (foretold, inspection)
-    )
-    assert flattened(first_value) == pytest.approx(flattened(second_value))
-    first_value, second_value = (
-        records.view("result").tensors["h.0.c_fc.weight"] for records in (foretold, inspection)
-    )
-    assert flattened(first_value) == pytest.approx(flattened(second_value), rel=1e-6)
+    _, merge_recipe = other_forms
+    name = "h.0.c_fc.weight"
+    forecast = inspect(merge_recipe)
+    top_facts = forecast.view("top").tensors[name]
+    assert top_facts.uneven_rows == dict.fromkeys(EXPERTS, 0)  # 2 of each neuron's 4 inputs
+    assert all(value > 0 for value in top_facts.uneven_columns.values())
+    merge(merge_recipe)
+    outcome = inspect_merge(merge_recipe.folder / "out")  # which looks at the matrix as it is stored
+    for view, tolerance in (("task_vectors", None), ("result", 1e-6)):
+        expected, actual = (flattened(inspection.view(view).tensors[name]) for inspection in (forecast, outcome))
+        assert expected == pytest.approx(actual, rel=tolerance)
 
 
 def test_packed_experts_add_up_to_their_tensor(other_forms):
-    tensors, output = other_forms
+    tensors, merge_recipe = other_forms
     name = "h.0.experts.up.weight"
-    result = inspect(output).view("task_vectors").tensors[name]
-    agree(result, [[delta] for delta in deltas(tensors, name)])
-    records = inspect(output, picture=name).pictures[0]
-    assert (records.tensor, len(records.density["code"]), len(records.density["code"][0])) == (f"{name}[0]", 4, 5)
+    facts = inspect(merge_recipe).view("task_vectors").tensors[name]
+    agree(facts, [[delta] for delta in deltas(tensors, name)])
+    picture = inspect(merge_recipe, picture=name).pictures[0]
+    assert (picture.tensor, len(picture.density["code"]), len(picture.density["code"][0])) == (f"{name}[0]", 4, 5)
 
 
 # --- what comes of it -----------------------------------------------------------------------------
@@ -407,51 +405,51 @@ def test_packed_experts_add_up_to_their_tensor(other_forms):
 
 @pytest.mark.parametrize("method", ["ties", "im", "cabs", "task_arithmetic"])
 def test_positions_end_where_the_merged_file_says(models, recipe, method):
-    output = recipe(method)
-    result = inspect(output).view("result").whole
-    merge(output)
-    tensors = load(output.folder / "out")
+    merge_recipe = recipe(method)
+    facts = inspect(merge_recipe).view("result").whole
+    merge(merge_recipe)
+    tensors = load(merge_recipe.folder / "out")
     ends = dict.fromkeys(("base", *EXPERTS, "blend"), 0)
     for name, values in tensors.items():
         for i, value in enumerate(values.flatten().tolist()):
-            equal = (label for label in ("base", *EXPERTS) if models[label][name].flatten()[i].item() == value)
-            ends[next(equal, "blend")] += 1
+            matches = (label for label in ("base", *EXPERTS) if models[label][name].flatten()[i].item() == value)
+            ends[next(matches, "blend")] += 1
     size = sum(ends.values())
-    assert [result.at_base, *result.at_expert.values(), result.blend] == [n / size for n in ends.values()]
+    assert [facts.at_base, *facts.at_expert.values(), facts.blend] == [n / size for n in ends.values()]
 
 
 def test_the_merged_vector_is_compared_with_those_it_came_from(models, recipe):
-    result = inspect(recipe("task_arithmetic", {"lambda": 0.5})).view("result").tensors[UP]
-    expert_weights = deltas(models, UP)
-    merged = 0.5 * sum(expert_weights)
+    facts = inspect(recipe("task_arithmetic", {"lambda": 0.5})).view("result").tensors[UP]
+    expert_deltas = deltas(models, UP)
+    merged = 0.5 * sum(expert_deltas)
     norm = np.linalg.norm
-    assert result.norm == pytest.approx(norm(merged))
-    assert result.density == np.mean(merged != 0)
-    cosines = [(merged * expert_values).sum() / norm(merged) / norm(expert_values) for expert_values in expert_weights]
-    assert list(result.cosine.values()) == pytest.approx(cosines, rel=1e-6)
+    assert facts.norm == pytest.approx(norm(merged))
+    assert facts.density == np.mean(merged != 0)
+    cosines = [(merged * delta).sum() / norm(merged) / norm(delta) for delta in expert_deltas]
+    assert list(facts.cosine.values()) == pytest.approx(cosines, rel=1e-6)
 
 
 # --- what the papers say --------------------------------------------------------------------------
 
 
 def test_overlap_is_the_shared_part_of_the_first_and_jaccard_of_both():
-    facts_by_name = facts(torch.tensor([[[1.0, 1, 0, 1]], [[0, 1, 1, 1]], [[0, 0, 0, 1]]]), ("a", "b", "c"))
-    assert (facts_by_name.overlap["a"]["b"], facts_by_name.jaccard["a"]["b"]) == (pytest.approx(2 / 3), 0.5)
-    assert (facts_by_name.overlap["a"]["c"], facts_by_name.overlap["c"]["a"]) == (pytest.approx(1 / 3), 1)
+    statistics = facts(torch.tensor([[[1.0, 1, 0, 1]], [[0, 1, 1, 1]], [[0, 0, 0, 1]]]), ("a", "b", "c"))
+    assert (statistics.overlap["a"]["b"], statistics.jaccard["a"]["b"]) == (pytest.approx(2 / 3), 0.5)
+    assert (statistics.overlap["a"]["c"], statistics.overlap["c"]["a"]) == (pytest.approx(1 / 3), 1)
 
 
 def test_random_masks_overlap_as_much_as_they_are_dense():
     masks = [torch.rand(1, 400, 500, generator=torch.Generator().manual_seed(k)) < 0.3 for k in range(2)]
-    facts_by_name = facts(torch.cat(masks).float(), ("a", "b"))
+    statistics = facts(torch.cat(masks).float(), ("a", "b"))
     error = math.sqrt(0.3 * 0.7 / (0.3 * 200_000))
-    assert facts_by_name.overlap["a"]["b"] == pytest.approx(0.3, abs=4 * error)
-    assert facts_by_name.jaccard["a"]["b"] == pytest.approx(0.3 / (2 - 0.3), abs=4 * error)
+    assert statistics.overlap["a"]["b"] == pytest.approx(0.3, abs=4 * error)
+    assert statistics.jaccard["a"]["b"] == pytest.approx(0.3 / (2 - 0.3), abs=4 * error)
 
 
 def test_random_masks_are_as_uneven_as_a_binomial():
     masks = (torch.rand(1, 4000, 500, generator=torch.Generator().manual_seed(1)) < 0.2).float()
-    facts_by_name = facts(masks, ("a",))
-    assert facts_by_name.uneven_rows["a"] == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
+    statistics = facts(masks, ("a",))
+    assert statistics.uneven_rows["a"] == pytest.approx(math.sqrt(0.8 / (0.2 * 500)), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -465,11 +463,11 @@ def test_random_masks_are_as_uneven_as_a_binomial():
 def test_exclusive_masks_never_overlap_and_their_union_is_the_sum(models, recipe, method, parameters, shares):
     inspection = inspect(recipe(method, parameters))
     for view in inspection.merging():
-        for result in (view.whole, *view.tensors.values()):
-            assert all(value == 0 for row in result.overlap.values() for value in row.values())
-            assert sum(result.holders[1:]) == pytest.approx(sum(result.density.values()))
-            assert result.holders[2:] == [0, 0]
-            assert all(d <= share + 1e-9 for d, share in zip(result.density.values(), shares, strict=True))
+        for facts in (view.whole, *view.tensors.values()):
+            assert all(value == 0 for row in facts.overlap.values() for value in row.values())
+            assert sum(facts.holders[1:]) == pytest.approx(sum(facts.density.values()))
+            assert facts.holders[2:] == [0, 0]
+            assert all(d <= share + 1e-9 for d, share in zip(facts.density.values(), shares, strict=True))
 
 
 def test_blocks_that_fill_whole_rows_are_kept_in_perfect_balance(tmp_path):
@@ -494,11 +492,11 @@ matrices = st.integers(1, 4).flatmap(
 
 @given(matrices, st.integers(1, 3))
 def test_sums_of_slices_are_sums_of_the_whole(deltas, cut):
-    total, added = sums(deltas), sums(deltas, cut)
-    assert added[ValueCounter] == total[ValueCounter]
-    total, added = total[VectorCounter], added[VectorCounter]
-    assert np.allclose(added.products, total.products)
-    assert replace(added, products=()) == replace(total, products=())
+    expected, added = sums(deltas), sums(deltas, cut)
+    assert added[ValueCounter] == expected[ValueCounter]
+    expected, added = expected[VectorCounter], added[VectorCounter]
+    assert np.allclose(added.products, expected.products)
+    assert replace(added, products=()) == replace(expected, products=())
 
 
 @given(matrices)
@@ -525,8 +523,8 @@ def test_equal_experts_share_a_position_with_the_first_of_them():
 
 def test_nothing_at_all_has_shares_of_zero():
     zeros = torch.zeros(2, 1, 3)
-    facts_by_name = facts(zeros, ("a", "b"))
-    assert (facts_by_name.overlap["a"]["b"], facts_by_name.cosine["a"]["b"], facts_by_name.density["a"]) == (0, 0, 0)
+    statistics = facts(zeros, ("a", "b"))
+    assert (statistics.overlap["a"]["b"], statistics.cosine["a"]["b"], statistics.density["a"]) == (0, 0, 0)
     counters = ViewCounters([MergedCounter(MatrixShape(2, 1, 3))])
     counters.count(MergedSlice(0, zeros[0], zeros, zeros[0], zeros[0], zeros))
     merged = statistics_of("merged", {**sums(zeros), **counters.sums()}, ("a", "b"))
@@ -564,10 +562,29 @@ def test_what_is_seen_is_plain_data(recipe):
     assert content["bytes_read"] > 0
 
 
-def test_what_several_devices_see_is_what_one_sees(recipe, devices, monkeypatch):
+@pytest.mark.parametrize("subject", ["a recipe", "a finished merge", "a fine-tune"])
+def test_what_several_devices_see_is_what_one_sees(recipe, tmp_path, devices, monkeypatch, subject):
+    merge(recipe("ties"))
     devices("cpu")
     monkeypatch.setattr(merger.engine.memory, "SLICE", 192)
-    inspection = inspect(recipe("ties"), rank=True, picture=UP)
-    monkeypatch.setattr(merger.engine.machine, "select_devices", lambda choice: ("cuda:0", "cuda:1"))
-    split_inspection = inspect(recipe("ties"), rank=True, picture=UP)
-    assert (split_inspection.views, split_inspection.pictures) == (inspection.views, inspection.pictures)
+    choices = []
+
+    def use(*names):
+        for module in (merger.engine.machine, merger.inspection):
+            monkeypatch.setattr(module, "select_devices", lambda choice: choices.append(choice) or names)
+
+    def inspection():
+        options = RunOptions(device="cuda")
+        if subject == "a recipe":
+            return inspect(recipe("ties"), options, rank=True, picture=UP)
+        if subject == "a finished merge":
+            return inspect_merge(tmp_path / "out", options, rank=True, picture=UP)
+        return inspect_model(str(tmp_path / "code"), str(tmp_path / "base"), options, rank=True, picture=UP)
+
+    use("cpu")
+    on_cpu = inspection()
+    use("cuda:0", "cuda:1")
+    on_devices = inspection()
+    assert set(choices) == {"cuda"}
+    assert on_cpu.views
+    assert (on_devices.views, on_devices.pictures) == (on_cpu.views, on_cpu.pictures)

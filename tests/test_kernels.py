@@ -52,14 +52,9 @@ def finite(stored: torch.Tensor) -> bool:
     return bool(torch.isfinite(stored[1:].float() - stored[0].float()).all())
 
 
-def same_bits(first_value: torch.Tensor, second_value: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same type and bits; -0 is not 0."""
-    return (
-        first_value.dtype == second_value.dtype
-        and first_value.shape == second_value.shape
-        and torch.equal(first_value, second_value)
-        and torch.equal(first_value.signbit(), second_value.signbit())
-    )
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -85,40 +80,40 @@ def test_writing_rounds_and_restores_the_same_bits(values: torch.Tensor, dtype: 
         return
     base, deltas = reference.difference(stored, refuse)
     delta = [*deltas, deltas.mean(0), torch.zeros_like(base)][pick % (len(deltas) + 2)]
-    merged, total = native.restored(stored, base, deltas, delta)
+    merged, is_whole = native.restored(stored, base, deltas, delta)
     expected, expected_whole = reference.restored(stored, base, deltas, delta)
-    assert total == (expected_whole and bool(torch.isfinite(delta).all()))
-    assert not total or same_bits(merged, expected)
+    assert is_whole == (expected_whole and bool(torch.isfinite(delta).all()))
+    assert not is_whole or same_bits(merged, expected)
 
 
 @given(scores=stacks(), data=st.data())
 def test_selection_counts_and_marks_the_same(scores: torch.Tensor, data: st.DataObject) -> None:
     free = masks_of(scores, data)
-    keys, mine_keys = reference.keys_of(scores), native.keys_of(scores)
+    keys, native_keys = reference.keys_of(scores), native.keys_of(scores)
     last = [data.draw(st.sampled_from(key.flatten().tolist())) & 0x7FFFFFFF for key in keys]
     room = [data.draw(st.integers(-1, 5)) for _ in keys]
     buckets = [level >> 16 for level in last]
     width = data.draw(st.integers(1, 100_000))
     first = [max(0, level - data.draw(st.integers(0, width))) for level in last]
-    for bins, count, *calls in (
+    for bins, count, *arguments in (
         (kernels.HIGH, "tally_high"),
         (kernels.LOW, "tally_low", buckets),
         (1 + width, "tally_near", first),
     ):
-        choice, twin = (torch.ones(len(keys), bins, dtype=torch.int64) for _ in range(2))
-        getattr(native, count)(mine_keys, free, *calls, choice)
-        getattr(reference, count)(keys, free, *calls, twin)
-        assert torch.equal(choice, twin)
-    assert torch.equal(native.count_equal(mine_keys, free, last), reference.count_equal(keys, free, last))
-    assert same_bits(native.mark_top(mine_keys, free, last, room), reference.mark_top(keys, free, last, room))
+        tally, twin = (torch.ones(len(keys), bins, dtype=torch.int64) for _ in range(2))
+        getattr(native, count)(native_keys, free, *arguments, tally)
+        getattr(reference, count)(keys, free, *arguments, twin)
+        assert torch.equal(tally, twin)
+    assert torch.equal(native.count_equal(native_keys, free, last), reference.count_equal(keys, free, last))
+    assert same_bits(native.mark_top(native_keys, free, last, room), reference.mark_top(keys, free, last, room))
 
 
 @given(scores=stacks(), data=st.data())
 def test_rows_keep_and_rank_the_same(scores: torch.Tensor, data: st.DataObject) -> None:
     free = masks_of(scores, data)
     open_ = torch.ones_like(scores, dtype=torch.bool) if free is None else free
-    target = torch.from_numpy(data.draw(arrays(numpy.int64, tuple(scores.shape[:2]), elements=st.integers(0, 80))))
-    assert same_bits(native.top_of_rows(scores, target, open_), reference.top_of_rows(scores, target, open_))
+    counts = torch.from_numpy(data.draw(arrays(numpy.int64, tuple(scores.shape[:2]), elements=st.integers(0, 80))))
+    assert same_bits(native.top_of_rows(scores, counts, open_), reference.top_of_rows(scores, counts, open_))
     assert same_bits(plain(native.ranks_of_rows(scores)), reference.ranks_of_rows(scores))
 
 
@@ -127,8 +122,8 @@ def test_blocks_keep_the_same(scores: torch.Tensor, data: st.DataObject) -> None
     free = masks_of(scores, data)
     m = data.draw(st.sampled_from([1, 4, 64, 256, 1024, 3, 100]))
     n, tail = data.draw(st.integers(0, m + 1)), data.draw(st.integers(0, m))
-    choice, twin = (value.top_of_blocks(scores, n, m, free, tail) for value in (native, reference))
-    assert same_bits(plain(choice), twin)
+    mask, twin = (loops.top_of_blocks(scores, n, m, free, tail) for loops in (native, reference))
+    assert same_bits(plain(mask), twin)
 
 
 @given(deltas=stacks(), data=st.data())
@@ -144,8 +139,8 @@ def test_sums_over_the_experts_are_the_same(deltas: torch.Tensor, data: st.DataO
         native.keep(deltas, torch.from_numpy(mask_array)), reference.keep(deltas, torch.from_numpy(mask_array))
     )
     if torch.isfinite(elected).all():
-        choice, twin = (value.mean_of_agreeing(deltas, elected, weights) for value in (native, reference))
-        assert torch.equal(choice.nan_to_num(), twin.nan_to_num())
+        mean, twin = (loops.mean_of_agreeing(deltas, elected, weights) for loops in (native, reference))
+        assert torch.equal(mean.nan_to_num(), twin.nan_to_num())
 
 
 @given(key=st.binary(min_size=16, max_size=16), start=st.integers(0, 1 << 40), size=st.integers(0, 40))

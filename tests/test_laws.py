@@ -41,10 +41,10 @@ class Case:
     stages: list[Any]
     base: dict[str, torch.Tensor]
     experts: dict[str, dict[str, torch.Tensor]]
-    known: dict[str, Any] = field(default_factory=dict)
+    keywords: dict[str, Any] = field(default_factory=dict)
 
     def merged(self, **options):
-        return merge_tensors(self.stages, self.base, self.experts, **self.known, **options)
+        return merge_tensors(self.stages, self.base, self.experts, **self.keywords, **options)
 
     def only(self, name):
         """The same merge of one of its tensors."""
@@ -53,7 +53,7 @@ class Case:
 
     def bound(self, name):
         """The stages as they are settled for one tensor."""
-        kind, place = self.known["kinds"][name], self.known["places"][name]
+        kind, place = self.keywords["kinds"][name], self.keywords["places"][name]
         return [bind(expansion, place) for stage in self.stages for expansion in expand(stage, kind, place.experts)]
 
 
@@ -67,21 +67,21 @@ def drawn(generator, shape, values):
     return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
 
 
-def staged(name, content):
+def staged(name, parameters):
     """A merge with the function ``name`` in it: whatever it is, the K deltas become one."""
-    stage, kind = checked(name, content), ENTRIES[name].kind if name in ENTRIES else "sparsifier"
+    stage, kind = checked(name, parameters), ENTRIES[name].kind if name in ENTRIES else "sparsifier"
     if kind in ("scale", "filter"):
         return [checked("sum", {}), stage]
     return [stage, checked("sum", {})] if kind == "sparsifier" else [stage]
 
 
 @st.composite
-def cases(draw, name, arguments=None, base=FEW[-1]):
-    """A merge by the function ``name``, with ``arguments`` parameters and the others drawn."""
+def cases(draw, name, parameters=None, base=FEW[-1]):
+    """A merge by the function ``name``, with these ``parameters`` and all others drawn."""
     entry = (ENTRIES | SCORES)[name]
-    groups = [k for k in (1, 2, 3, 5) if k >= entry.fewest]
-    experts = tuple(EXPERTS[: entry.experts or draw(st.sampled_from(groups))])
-    content = draw(parameters_of(name, experts)) | (arguments or {})
+    counts = [k for k in (1, 2, 3, 5) if k >= entry.fewest]
+    experts = tuple(EXPERTS[: entry.experts or draw(st.sampled_from(counts))])
+    parameters = draw(parameters_of(name, experts)) | (parameters or {})
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     names = draw(st.sampled_from([("norm",), ("layers.10.w", "layers.2.w")]))
     shapes = {key: draw(st.sampled_from(SHAPES)) for key in names}
@@ -96,7 +96,7 @@ def cases(draw, name, arguments=None, base=FEW[-1]):
         key: draw(st.sampled_from(["linear", "head", "embedding"] if len(shape) > 1 else ["vector", "other"]))
         for key, shape in shapes.items()
     }
-    inputs = {
+    keywords = {
         "kinds": kinds,
         "places": {
             key: Place(experts, depth=depth, block=draw(st.integers(0, 4)), linear=i) for i, key in enumerate(shapes)
@@ -105,7 +105,7 @@ def cases(draw, name, arguments=None, base=FEW[-1]):
         "seed": draw(st.integers(0, 3)),
     }
     try:
-        case = Case(staged(name, content), start, tuned, inputs)
+        case = Case(staged(name, parameters), start, tuned, keywords)
         assert all(case.bound(key) for key in start)
     except ValueError:
         assume(False)  # a combination of parameters that is refused
@@ -133,10 +133,10 @@ def _sums_floats(case, name):
     expert_weights = torch.stack([tensors[name].reshape(base.shape) for tensors in case.experts.values()])
     subject = Subject(
         name,
-        case.known["kinds"][name],
-        case.known["places"][name],
+        case.keywords["kinds"][name],
+        case.keywords["places"][name],
         *base.shape,
-        inputs=case.known["inputs"][name],
+        inputs=case.keywords["inputs"][name],
     )
     float_sums = []
 
@@ -214,18 +214,18 @@ def test_the_size_of_slices_does_not_matter(name, data, elements):
     assert_same(case.merged(slice_elements=elements), case.merged(), exactly=not sums_floats(case))
 
 
-def long_rows(name, content):
+def long_rows(name, parameters):
     """A merge of one matrix of normal deviates, whose rows have no power of two of elements."""
     generator = torch.Generator().manual_seed(0)
     experts = experts_of(name)
     base = {"w": torch.randn(40, 67, generator=generator)}
     tuned = {expert: {"w": torch.randn(40, 67, generator=generator)} for expert in experts}
-    inputs = {
+    keywords = {
         "kinds": {"w": "linear"},
         "places": {"w": Place(tuple(experts))},
         "inputs": {"w": _inputs(generator, "linear", len(experts), (40, 67))},
     }
-    return Case(staged(name, content), base, tuned, inputs)
+    return Case(staged(name, parameters), base, tuned, keywords)
 
 
 def experts_of(name):
@@ -259,12 +259,12 @@ def test_a_tensor_that_is_not_ranked_with_others_does_not_depend_on_them(name, d
 @given(st.data())
 def test_inputs_are_left_as_they_were(name, data):
     case = data.draw(cases(name))
-    state_before = {key: values.clone() for key, values in case.base.items()}
+    base = {key: values.clone() for key, values in case.base.items()}
     tuned = {
         e: {key: values.clone() for key, values in expert_weights.items()} for e, expert_weights in case.experts.items()
     }
     case.merged()
-    assert_same(case.base, state_before)
+    assert_same(case.base, base)
     for expert, tensors in case.experts.items():
         assert_same(tensors, tuned[expert])
 
@@ -300,8 +300,8 @@ def test_scaling_the_task_vectors_scales_what_is_merged(name, data, factor):
 @given(st.data())
 def test_tensors_on_a_device_never_meet_those_of_the_cpu(name, data):
     case = data.draw(cases(name, {"weight": 1} if name == "regmean" else None))  # no factor of a negative matrix
-    inputs = {key: _with_gram(input_values) for key, input_values in case.known["inputs"].items()}
-    case = replace(case, known={**case.known, "inputs": inputs})
+    inputs = {key: _with_gram(tensor_inputs) for key, tensor_inputs in case.keywords["inputs"].items()}
+    case = replace(case, keywords={**case.keywords, "inputs": inputs})
     assert_same(merged_elsewhere(case, Pretence, slice_elements=4), case.merged(slice_elements=4))
 
 
@@ -342,9 +342,9 @@ def _with_gram(inputs):
 
 
 def test_what_decomposes_matrices_is_not_said_to_be_exact():
-    total = {name for name, entry in ENTRIES.items() if entry.kind != "method" and entry.takes is takes_whole}
-    assert total >= {"tsv_m", "wudi", "truncate"}
-    assert not any(ENTRIES[name].exact for name in total)
+    names = {name for name, entry in ENTRIES.items() if entry.kind != "method" and entry.takes is takes_whole}
+    assert names >= {"tsv_m", "wudi", "truncate"}
+    assert not any(ENTRIES[name].exact for name in names)
 
 
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.exact and e.kind != "method"] + [*SCORES])

@@ -50,11 +50,11 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def same_bits(first_value: Any, second_value: torch.Tensor) -> bool:
+def same_bits(actual: Any, expected: torch.Tensor) -> bool:
     """Whether a value, made now at the latest, has a tensor's form and bits."""
-    result = first_value.tensor() if isinstance(first_value, Lazy) else first_value
-    return result.shape == second_value.shape and torch.equal(
-        result.view(torch.int32), second_value.contiguous().view(torch.int32)
+    values = actual.tensor() if isinstance(actual, Lazy) else actual
+    return values.shape == expected.shape and torch.equal(
+        values.view(torch.int32), expected.contiguous().view(torch.int32)
     )
 
 
@@ -101,14 +101,14 @@ def test_what_nobody_looks_at_is_not_computed() -> None:
 
 def test_a_slice_that_was_worked_on_goes_when_nobody_holds_it() -> None:
     values = stored()
-    removed_names = weakref.ref(values)
+    reference = weakref.ref(values)
     gc.disable()  # nothing may need the collector of cycles
     try:
         deltas = deltas_of(values)
         loops = kernels.of(deltas)
         loops.mean_of_agreeing(loops.keep(deltas, deltas != 0), deltas[0], torch.ones(K)).tensor()
         del deltas, loops, values
-        assert removed_names() is None
+        assert reference() is None
     finally:
         gc.enable()
 
@@ -121,10 +121,10 @@ def test_who_brings_tensors_gets_tensors() -> None:
 
 
 def test_thousands_of_experts_are_added_as_torch_adds_them() -> None:
-    seeds = DELTAS[:1, :1].expand(3000, 1, C).contiguous()
+    deltas = DELTAS[:1, :1].expand(3000, 1, C).contiguous()
     weights = torch.linspace(-1, 1, 3000)
-    lazy = kernels.Native().weighted_sum(Lazy.of(seeds), weights)
-    assert same_bits(lazy, kernels.Reference().weighted_sum(seeds, weights))
+    lazy = kernels.Native().weighted_sum(Lazy.of(deltas), weights)
+    assert same_bits(lazy, kernels.Reference().weighted_sum(deltas, weights))
 
 
 IN_PLACE = sorted(

@@ -97,7 +97,7 @@ def test_decorrelated_directions_are_the_nearest_orthonormal_ones(rows, columns,
 def test_a_repeated_direction_is_there_once():
     twice = Factors(torch.tensor([[1.0, 1], [0, 0], [0, 0]]), torch.tensor([3.0, 5]), torch.tensor([[1.0, 1], [0, 0]]))
     assert_close(
-        decorrelated(Factors(*(value.double() for value in twice))),
+        decorrelated(Factors(*(factor.double() for factor in twice))),
         torch.diag(torch.tensor([4.0, 0])).double()[[0, 1, 1]],
         1e-12,
     )

@@ -79,10 +79,10 @@ def test_an_unchanged_lock_with_a_whole_output_is_nothing_to_do(merger, folder):
 @pytest.fixture
 def read_through(monkeypatch):
     """The output's files that are read to their end."""
-    result = []
+    names = []
     digest = locking.digest
-    monkeypatch.setattr(locking, "digest", lambda path, tell: result.append(path.name) or digest(path, tell))
-    return result
+    monkeypatch.setattr(locking, "digest", lambda path, tell: names.append(path.name) or digest(path, tell))
+    return names
 
 
 def test_an_output_of_the_same_size_and_time_is_not_read_on_request(merger, folder, read_through):
@@ -237,8 +237,8 @@ def test_a_lock_never_takes_the_place_of_its_recipe(merger, folder):
 # --- calibration ----------------------------------------------------------------------------------
 
 
-def calibrated(**arguments):
-    return {**RECIPE, "method": "obim", "calibration": arguments}
+def calibrated(**calibration):
+    return {**RECIPE, "method": "obim", "calibration": calibration}
 
 
 def test_text_and_statistics_are_locked_by_their_bytes(merger, folder):

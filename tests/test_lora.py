@@ -70,7 +70,7 @@ def test_the_error_is_what_the_smallest_singular_values_are_beside_all(tmp_path)
     extraction = extract(tmp_path, rank=3)
     changes = matrices(load(tmp_path / "base"), load(tmp_path / "tuned"))
     omitted, total = 0.0, 0.0
-    for layer, message in extraction.layers.items():
+    for layer, summary in extraction.layers.items():
         squares = [torch.linalg.svdvals(c.double()).square() for name, c in changes.items() if name.startswith(layer)]
         if not squares:  # the head did not change
             continue
@@ -78,8 +78,8 @@ def test_the_error_is_what_the_smallest_singular_values_are_beside_all(tmp_path)
             sum(float(square[3:].sum()) for square in squares),
             sum(float(square.sum()) for square in squares),
         )
-        assert message.error == pytest.approx((omitted_square / total_square) ** 0.5, rel=1e-4)
-        assert (message.matrices, message.ranks) == (7, (3, 3))
+        assert summary.error == pytest.approx((omitted_square / total_square) ** 0.5, rel=1e-4)
+        assert (summary.matrices, summary.ranks) == (7, (3, 3))
         omitted, total = omitted + omitted_square, total + total_square
     assert extraction.error == extraction.whole_error == pytest.approx((omitted / total) ** 0.5, rel=1e-4)
     assert extraction.left_out == {}
@@ -97,8 +97,8 @@ def test_energy_chooses_the_least_rank_that_holds_it(tmp_path):
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, change in changes.items():
         energies = torch.linalg.svdvals(change.double()).square().cumsum(0)
-        target = 1 + int((energies < 0.9 * energies[-1]).sum())
-        assert len(factors[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"]) == target
+        rank = 1 + int((energies < 0.9 * energies[-1]).sum())
+        assert len(factors[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"]) == rank
     assert extraction.error <= 0.1**0.5
     peft = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     merged, tuned = peft.merge_and_unload().state_dict(), load(tmp_path / "tuned")
@@ -144,7 +144,7 @@ def unfinished(folder, plan):
     (folder / "adapter.partial" / "model").mkdir(parents=True)
     (folder / "adapter.partial" / "model" / "one.safetensors").write_bytes(b"one shard")
     line = {"shard": "one.safetensors", "sha256": hashlib.sha256(b"one shard").hexdigest(), "notes": []}
-    journal = "".join(json.dumps(value) + "\n" for value in ({"plan": plan}, line))
+    journal = "".join(json.dumps(entry) + "\n" for entry in ({"plan": plan}, line))
     (folder / "adapter.partial" / "journal").write_text(journal)
 
 

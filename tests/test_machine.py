@@ -27,10 +27,10 @@ def gpus(monkeypatch):
     return have
 
 
-@pytest.mark.parametrize("target", ["cuda", "auto"])
-def test_a_machine_with_gpus_uses_all_of_them(gpus, target):
+@pytest.mark.parametrize("choice", ["cuda", "auto"])
+def test_a_machine_with_gpus_uses_all_of_them(gpus, choice):
     gpus(3)
-    assert select_devices(target) == ("cuda:0", "cuda:1", "cuda:2")
+    assert select_devices(choice) == ("cuda:0", "cuda:1", "cuda:2")
 
 
 def test_a_number_chooses_one_gpu(gpus):
@@ -63,21 +63,21 @@ def test_there_is_a_worker_for_every_device(gpus, planned, monkeypatch):  # noqa
 
 def together(room, sizes):
     """The most bytes that slices of these sizes have of a room at the same time, a thread for each."""
-    lock, used_positions, maximum, barrier = Lock(), [], [], Barrier(len(sizes))
+    lock, reservations, peaks, barrier = Lock(), [], [], Barrier(len(sizes))
 
     def merge(size):
         barrier.wait()
         with room.reserve(size):
             with lock:
-                used_positions.append(size)
-                maximum.append(sum(used_positions))
+                reservations.append(size)
+                peaks.append(sum(reservations))
             sum(range(10_000))
             with lock:
-                used_positions.remove(size)
+                reservations.remove(size)
 
     with ThreadPoolExecutor(len(sizes)) as pool:
         list(pool.map(merge, sizes))
-    return max(maximum)
+    return max(peaks)
 
 
 def test_matrices_wait_until_the_device_has_room_for_them(monkeypatch):
@@ -99,17 +99,17 @@ def test_a_gpu_has_the_memory_that_is_free_and_what_torch_holds_unused(monkeypat
 
 
 def test_a_merge_on_a_gpu_takes_a_context_but_no_factors_of_host_memory(planned):  # noqa: F811
-    result = planned("tsv_m")
-    on_cpu, on_gpu = memory_needed(result, 16), memory_needed(result, 16, gpu=True)
+    merge_plan = planned("tsv_m")
+    on_cpu, on_gpu = memory_needed(merge_plan, 16), memory_needed(merge_plan, 16, gpu=True)
     assert on_gpu < on_cpu / 3
-    assert memory_needed(result, 0, gpu=True) - memory_needed(result, 0) == CUDA
+    assert memory_needed(merge_plan, 0, gpu=True) - memory_needed(merge_plan, 0) == CUDA
 
 
 def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
     program = "from merger.engine.machine import peak_memory; print(peak_memory())"
     block = bytearray(1 << 28)
-    calls = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert int(calls) < len(block)
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert int(output) < len(block)
 
 
 BLOCK = [4096 * 4096] * 4 + [4096 * 11008] * 3 + [4096] * 2  # as a 7B Llama has 32 of

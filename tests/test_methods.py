@@ -206,11 +206,9 @@ def test_im_leaves_the_base_a_share_when_it_is_counted():
 
 
 def test_im_copies_the_bits_of_the_base_or_of_one_expert():
-    base, expert_weights = randn(40, 40, seed=1) * 1e4, {e: delta * 1e-3 for e, delta in deltas_of(3, 40, 40).items()}
-    merged = merge_tensors(
-        checked("im", {"density": "0.3"}), {NAME: base}, {e: {NAME: w} for e, w in expert_weights.items()}
-    )
-    sources = torch.stack([base, *expert_weights.values()])
+    base, experts = randn(40, 40, seed=1) * 1e4, {e: delta * 1e-3 for e, delta in deltas_of(3, 40, 40).items()}
+    merged = merge_tensors(checked("im", {"density": "0.3"}), {NAME: base}, {e: {NAME: w} for e, w in experts.items()})
+    sources = torch.stack([base, *experts.values()])
     assert (bits(sources) == bits(merged[NAME])).any(0).all()
 
 
@@ -243,11 +241,11 @@ def test_rotation_repeats_after_as_many_blocks_as_experts(block):
 
 def test_rotation_lets_each_expert_lead_once_in_as_many_blocks():
     deltas = deltas_of(4, 6, 8)
-    solo = {e: held_by("im", {e: delta}, {"density": "1/4"})[e] for e, delta in deltas.items()}
+    independent = {e: held_by("im", {e: delta}, {"density": "1/4"})[e] for e, delta in deltas.items()}
     leaders = []
     for block in range(2, 6):
         claimed_masks = held_by("im", deltas, {}, place=Place(tuple(deltas), block=block))
-        leaders += [e for e in deltas if torch.equal(claimed_masks[e], solo[e])]
+        leaders += [e for e in deltas if torch.equal(claimed_masks[e], independent[e])]
     assert leaders == ["c", "d", "a", "b"]
 
 
@@ -303,8 +301,8 @@ def test_an_order_that_rotates_cannot_rank_the_whole_model_at_once(order):
 
 
 def test_random_claims_fall_on_all_positions_alike():
-    masks = held_by("im", deltas_of(1, 10000), {"density": 0.3, "score": "uniform"})["a"]
-    hits = masks.view(100, 100).sum(1).double()
+    mask = held_by("im", deltas_of(1, 10000), {"density": 0.3, "score": "uniform"})["a"]
+    hits = mask.view(100, 100).sum(1).double()
     chi_square = ((hits - 30) ** 2 / (30 * 0.7)).sum()
     assert 50 < chi_square < 160  # 99 degrees of freedom: 99 +- 14
 
@@ -348,10 +346,10 @@ def test_ties_obm_of_one_expert_is_obim():
 def test_ties_im_counts_over_the_whole_model():
     shapes = {"layers.2.w": (4, 5), "layers.10.w": (7,), "norm": (3, 3)}
     base = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    expert_weights = {e: {name: randn(*shape, seed=i) for name, shape in shapes.items()} for i, e in enumerate("ab")}
-    merged = merge_tensors(checked("ties_im", {"density": {"a": 0.4, "b": "1/3"}}), base, expert_weights)
+    experts = {e: {name: randn(*shape, seed=i) for name, shape in shapes.items()} for i, e in enumerate("ab")}
+    merged = merge_tensors(checked("ties_im", {"density": {"a": 0.4, "b": "1/3"}}), base, experts)
     for expert, share in (("a", Fraction(2, 5)), ("b", Fraction(1, 3))):
-        assert sum(int((merged[n] == expert_weights[expert][n]).sum()) for n in shapes) == math.floor(share * 36)
+        assert sum(int((merged[n] == experts[expert][n]).sum()) for n in shapes) == math.floor(share * 36)
 
 
 def test_ties_im_of_one_tensor_is_obim_with_equal_inputs():
@@ -416,17 +414,17 @@ def test_exclusive_masks_are_disjoint(name):
 @pytest.mark.parametrize("name", EXCLUSIVE)
 def test_the_first_expert_of_an_exclusive_order_keeps_what_it_would_alone(name):
     deltas = deltas_of(3, 6, 10)
-    mask = kept(checked(name, EXCLUSIVE[name]), deltas)
+    independent = kept(checked(name, EXCLUSIVE[name]), deltas)
     masks = kept(checked(name, {**EXCLUSIVE[name], "exclusive": ["c", "a", "b"]}), deltas)
-    assert torch.equal(masks["c"], mask["c"])
+    assert torch.equal(masks["c"], independent["c"])
 
 
 @pytest.mark.parametrize("name", ["random", "magprune", "band"])
 def test_an_exclusive_draw_loses_only_what_earlier_experts_hold(name):
     deltas = deltas_of(2, 6, 10)
-    mask = kept(checked(name, EXCLUSIVE[name]), deltas)
+    independent = kept(checked(name, EXCLUSIVE[name]), deltas)
     masks = kept(checked(name, {**EXCLUSIVE[name], "exclusive": "listed"}), deltas)
-    assert torch.equal(masks["b"], mask["b"] & ~mask["a"])
+    assert torch.equal(masks["b"], independent["b"] & ~independent["a"])
 
 
 def test_cabs_keeps_n_of_every_block_for_each_expert_while_they_fit():
@@ -575,8 +573,8 @@ def test_slerp_stays_on_the_unit_sphere(t):
 
 def test_slerp_is_the_same_from_the_other_end():
     deltas = deltas_of(2, 6, 8)
-    result = merge(checked("slerp", {"t": 0.7}), {"b": deltas["b"], "a": deltas["a"]})
-    assert_close(result, merge(checked("slerp", {"t": 0.3}), deltas))
+    reversed_merge = merge(checked("slerp", {"t": 0.7}), {"b": deltas["b"], "a": deltas["a"]})
+    assert_close(reversed_merge, merge(checked("slerp", {"t": 0.3}), deltas))
 
 
 @pytest.mark.parametrize("t", [0.1, 0.3, "1/3"])
@@ -912,7 +910,7 @@ def test_consensus_holds_fewer_positions_the_more_must_agree(method):
     counts = [int(mask.sum()) for mask in masks]
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) > 2
-    assert all((fewer <= options).all() for options, fewer in pairwise(masks))
+    assert all((subset <= superset).all() for superset, subset in pairwise(masks))
 
 
 def test_a_smaller_lambda_never_takes_a_position_from_the_consensus():
@@ -991,11 +989,11 @@ def test_sce_weighs_small_task_vectors_by_their_squares_too():
 def test_pcb_stays_between_the_experts_and_leaves_the_rest_at_the_base(variant):
     deltas = deltas_of(3, 6, 8)
     merged = merge(checked("pcb", {"density": 0.2, "variant": variant}), deltas)
-    value = torch.stack(list(deltas.values()))
-    masks = merged != 0
-    assert 48 * 0.2 < int(masks.sum()) < 48 * 0.6 + 1
-    assert (merged[masks] <= value.amax(0)[masks] + 1e-6).all()
-    assert (merged[masks] >= value.amin(0)[masks] - 1e-6).all()
+    vectors = torch.stack(list(deltas.values()))
+    mask = merged != 0
+    assert 48 * 0.2 < int(mask.sum()) < 48 * 0.6 + 1
+    assert (merged[mask] <= vectors.amax(0)[mask] + 1e-6).all()
+    assert (merged[mask] >= vectors.amin(0)[mask] - 1e-6).all()
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
@@ -1014,11 +1012,11 @@ def test_pcb_of_one_expert_is_what_it_keeps():
 def test_pcb_may_balance_over_the_whole_model(variant):
     base = {"layers.2.w": torch.zeros(3, 4), "layers.10.w": torch.zeros(5, 4)}
     deltas = deltas_of(3, 8, 4)
-    expert_weights = {e: {"layers.2.w": delta[:3], "layers.10.w": delta[3:]} for e, delta in deltas.items()}
+    experts = {e: {"layers.2.w": delta[:3], "layers.10.w": delta[3:]} for e, delta in deltas.items()}
     parameters = {"density": 0.4, "variant": variant}
-    merged = merge_tensors(checked("pcb", {**parameters, "scope": "global"}), base, expert_weights, slice_elements=4)
-    result = merge(checked("pcb", {**parameters, "scope": "tensor"}), deltas)
-    assert torch.equal(torch.cat([merged["layers.2.w"], merged["layers.10.w"]]), result)
+    merged = merge_tensors(checked("pcb", {**parameters, "scope": "global"}), base, experts, slice_elements=4)
+    expected = merge(checked("pcb", {**parameters, "scope": "tensor"}), deltas)
+    assert torch.equal(torch.cat([merged["layers.2.w"], merged["layers.10.w"]]), expected)
 
 
 def test_pcb_of_equal_changes_has_no_winner():
@@ -1101,8 +1099,8 @@ def test_model_stock_by_row_is_model_stock_of_each_row():
     deltas = deltas_of(3, 6, 8)
     merged = merge(checked("model_stock", {"scope": "row"}), deltas, slice_elements=16)
     for i, row in enumerate(merged):
-        result = merge(checked("model_stock", {}), {e: delta[i] for e, delta in deltas.items()})
-        assert_close(row, result, 1e-6)
+        expected = merge(checked("model_stock", {}), {e: delta[i] for e, delta in deltas.items()})
+        assert_close(row, expected, 1e-6)
 
 
 def test_model_stock_by_column_is_model_stock_of_each_column():
@@ -1147,9 +1145,9 @@ def test_dare_keeps_about_the_density(density):
 @pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
 def test_dropping_at_random_is_right_on_average(method):
     delta = tensor([[4, -3, 1, 0.5]])
-    seeds = {f"seed {i}": delta for i in range(2000)}
+    copies = {f"seed {i}": delta for i in range(2000)}
     parameters = {"density": 0.5, "weight": "1/2000", "lambda": 1}
-    assert_close(merge(checked(method, parameters), seeds), delta, 0.1)
+    assert_close(merge(checked(method, parameters), copies), delta, 0.1)
 
 
 def test_dare_at_full_density_is_the_identity():
@@ -1184,17 +1182,17 @@ def test_dare_ties_elects_among_what_was_kept():
 
 def drop_rates(delta, density, epsilon, **options):
     """DELLA's drop probabilities, read off the rescaling of ones that are all kept."""
-    unit_values = torch.ones(1, *delta.shape)
+    unit = torch.ones(1, *delta.shape)
     shares = [Fraction(density)]
-    output = magprune(
-        unit_values,
+    rescaled = magprune(
+        unit,
         delta[None].abs(),
-        lambda purpose: unit_values,
+        lambda purpose: unit,
         density=shares,
         epsilon=[Fraction(epsilon)],
         **options,
     )
-    return 1 - 1 / output[0]
+    return 1 - 1 / rescaled[0]
 
 
 def test_della_drops_small_deltas_more_often():
@@ -1298,17 +1296,17 @@ def test_breadcrumbs_refuses_to_drop_everything():
 # --- oracles: the formula, one element at a time ----------------------------------------------------
 
 
-def top_of(scores, target, free=None):
+def top_of(scores, count, free=None):
     """Flat positions of the highest scores, the earlier first among equals."""
     positions = range(len(scores)) if free is None else free
-    return sorted(positions, key=lambda i: -scores[i])[:target]
+    return sorted(positions, key=lambda i: -scores[i])[:count]
 
 
-def claimed_in_turn(scores, target, order):
-    names, masks = set(), [[] for _ in scores]
+def claimed_in_turn(scores, counts, order):
+    claims, masks = set(), [[] for _ in scores]
     for k in order:
-        masks[k] = top_of(scores[k], target[k], [i for i in range(len(scores[k])) if i not in names])
-        names |= set(masks[k])
+        masks[k] = top_of(scores[k], counts[k], [i for i in range(len(scores[k])) if i not in claims])
+        claims |= set(masks[k])
     return masks
 
 
@@ -1326,10 +1324,10 @@ def elect(deltas, weights, rule="mean"):
         agree = [(w, d) for w, d in zip(weights, deltas[:, i], strict=True) if d != 0 and numpy.sign(d) == sign]
         if not agree:
             continue
-        joint = sum(w * d for w, d in agree)
+        total = sum(w * d for w, d in agree)
         values = {
-            "sum": joint,
-            "mean": joint / sum(w for w, _ in agree),
+            "sum": total,
+            "mean": total / sum(w for w, _ in agree),
             "max": sign * max(abs(d) for _, d in agree),
         }
         merged[i] = values[rule]
@@ -1417,8 +1415,8 @@ def test_ties_im_oracle(drawn):
     masks = claimed_in_turn([abs(vector) for vector in flat], [21, 21, 21], [2, 0, 1])
     stage = checked("ties_im", {"density": 0.3, "order": ["c", "a", "b"]})
     merged = merge_tensors(stage, base, expert_weights, slice_elements=20)
-    joint = torch.cat([merged["layers.2.w"].flatten(), merged["layers.10.w"].flatten()])
-    assert joint.tolist() == kept_only(flat, masks).sum(0).tolist()
+    merged_values = torch.cat([merged["layers.2.w"].flatten(), merged["layers.10.w"].flatten()])
+    assert merged_values.tolist() == kept_only(flat, masks).sum(0).tolist()
 
 
 def test_dare_oracle(drawn):
@@ -1455,12 +1453,12 @@ def test_breadcrumbs_oracle(drawn):
 
 def test_cabs_oracle(drawn):
     deltas, flat = drawn
-    masks, names = [[], [], []], set()
+    masks, claims = [[], [], []], set()
     for k in (2, 0, 1):
         for start in range(0, 70, 8):
-            block = [i for i in range(start, min(start + 8, 70)) if i not in names]
+            block = [i for i in range(start, min(start + 8, 70)) if i not in claims]
             masks[k] += top_of(abs(flat[k]), 3 if start + 8 <= 70 else 3 * 6 // 8, block)
-        names |= set(masks[k])
+        claims |= set(masks[k])
     stage = checked("cabs", {"n": 3, "m": 8, "order": ["c", "a", "b"], "lambda": {"a": 1, "b": 2, "c": 0.5}})
     sparse_deltas = kept_only(flat, masks)
     expected = sparse_deltas[0] + 2 * sparse_deltas[1] + 0.5 * sparse_deltas[2]
@@ -1469,14 +1467,16 @@ def test_cabs_oracle(drawn):
 
 def test_cabs_low_overlap_oracle(drawn):
     deltas, flat = drawn
-    masks, names = [[], [], []], set()
+    masks, claims = [[], [], []], set()
     for k in (2, 0, 1):
         for start in range(0, 70, 8):
             block = range(start, min(start + 8, 70))
-            target = 5 if len(block) == 8 else 5 * 6 // 8
-            choice = top_of(abs(flat[k]), target, [i for i in block if i not in names])
-            masks[k] += choice + top_of(abs(flat[k]), target - len(choice), [i for i in block if i in names])
-        names |= set(masks[k])
+            count = 5 if len(block) == 8 else 5 * 6 // 8
+            first_choice = top_of(abs(flat[k]), count, [i for i in block if i not in claims])
+            masks[k] += first_choice + top_of(
+                abs(flat[k]), count - len(first_choice), [i for i in block if i in claims]
+            )
+        claims |= set(masks[k])
     sparse_deltas = kept_only(flat, masks)
     stage = checked(
         "cabs_low_overlap", {"n": 5, "m": 8, "order": ["c", "a", "b"], "lambda": {"a": 1, "b": 2, "c": 0.5}}
@@ -1490,7 +1490,7 @@ def test_cabs_low_overlap_oracle(drawn):
 def in_consensus(deltas, merged, share, minimum):
     """Where at least ``minimum`` of the deltas are no smaller than their ``share`` of what the others make of it."""
     return [
-        sum(abs(d) >= share * abs(m - d) for d in delta) >= minimum for delta, m in zip(deltas.T, merged, strict=True)
+        sum(abs(d) >= share * abs(m - d) for d in column) >= minimum for column, m in zip(deltas.T, merged, strict=True)
     ]
 
 
@@ -1529,8 +1529,8 @@ def test_sce_oracle(drawn, in_merge):
     selection = kept_only(flat, [top_of(numpy.float32(variance), int((variance > 0).sum() * 0.4))] * 3)
     weights = (selection**2).mean(1) / (selection**2).mean(1).sum()
     expected = numpy.zeros(70)
-    for i, value in enumerate((selection if in_merge else flat).T):
-        agree = [(w, d) for w, d in zip(weights, value, strict=True) if (d > 0 if value.sum() >= 0 else d < 0)]
+    for i, column in enumerate((selection if in_merge else flat).T):
+        agree = [(w, d) for w, d in zip(weights, column, strict=True) if (d > 0 if column.sum() >= 0 else d < 0)]
         expected[i] = sum(w * d for w, d in agree) / sum(w for w, _ in agree) if agree else 0
     stage = checked("sce", {"select_topk": 0.4, "select_in_merge": in_merge})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
@@ -1548,7 +1548,7 @@ def softmax(values):
 def test_pcb_paper_oracle(drawn):
     deltas, flat = drawn
     beta = [softmax(3 * to_unit(d**2)) * sum(softmax(to_unit(d * vector)) for vector in flat) for d in flat]
-    sparse_scores = kept_only(numpy.array(beta), [top_of(numpy.float32(scores), 28) for scores in beta])
+    sparse_scores = kept_only(numpy.array(beta), [top_of(numpy.float32(row), 28) for row in beta])
     total = sparse_scores.sum(0)
     expected = 0.7 * (sparse_scores * flat).sum(0) / numpy.where(total > 0, total, 1)
     stage = checked("pcb", {"density": 0.4, "lambda": 0.7})
@@ -1600,10 +1600,10 @@ def test_arcee_fusion_oracle(drawn):
         divergence.append((p * numpy.log(p / q)).sum())
     importance = numpy.float32(abs(flat[0]) * numpy.repeat(divergence, 10))
     ranked = sorted(importance)
-    used_positions = importance >= ranked[34] + 1.5 * (ranked[51] - ranked[17])
+    mask = importance >= ranked[34] + 1.5 * (ranked[51] - ranked[17])
     merged = merge(checked("arcee_fusion", {}), {"a": deltas["a"]}, base=base, slice_elements=20)
-    assert 0 < used_positions.sum() < 70
-    assert_close((merged - base).flatten(), flat[0] * used_positions)
+    assert 0 < mask.sum() < 70
+    assert_close((merged - base).flatten(), flat[0] * mask)
 
 
 def test_ram_oracle(drawn):
@@ -1613,8 +1613,8 @@ def test_ram_oracle(drawn):
     expected = (flat * changed).sum(0) / numpy.maximum(holders, 1)
     assert_close(merge(checked("ram", {"epsilon": 0.5}), deltas, slice_elements=20).flatten(), expected)
     for k in range(3):
-        common, solo = (changed[k] & (holders > 1)).sum(), changed[k] & (holders == 1)
-        expected[solo] *= 1 + 0.3 * min(common / solo.sum(), 3)
+        overlap, unshared = (changed[k] & (holders > 1)).sum(), changed[k] & (holders == 1)
+        expected[unshared] *= 1 + 0.3 * min(overlap / unshared.sum(), 3)
     stage = checked("ram", {"epsilon": 0.5, "r": 0.3, "alpha": 3})
     assert_close(merge(stage, deltas, slice_elements=20).flatten(), expected)
 

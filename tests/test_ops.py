@@ -43,16 +43,16 @@ def brute(scores, density, scope="tensor", order=None, eligible=None, ratio_of="
     unit_of = {"global": lambda p: 0, "tensor": lambda p: p[0], "row": lambda p: p[:2]}[scope]
     units = [[p for p in positions if unit_of(p) == unit] for unit in sorted({unit_of(p) for p in positions})]
     masks = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    names = set()
+    claims = set()
     for k in order if order is not None else range(len(density)):
         for unit in units:
             free = [p for p in unit if eligible is None or eligible[p[0]][k, p[1], p[2]]]
-            free = [p for p in free if order is None or p not in names]
+            free = [p for p in free if order is None or p not in claims]
             share = density[k] * len(free if ratio_of == "remaining" else unit)
-            target = math.floor(share)
-            for i, r, c in sorted(free, key=lambda p: -scores[p[0]][k, p[1], p[2]].item())[:target]:
+            count = math.floor(share)
+            for i, r, c in sorted(free, key=lambda p: -scores[p[0]][k, p[1], p[2]].item())[:count]:
                 masks[i][k, r, c] = True
-                names.add((i, r, c))
+                claims.add((i, r, c))
     return masks
 
 
@@ -61,7 +61,7 @@ def selections(draw):
     """One or two score tensors and how to select from them."""
     k = draw(st.integers(1, 4))
     shapes = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=2))
-    subset = draw(st.lists(st.sampled_from(SCORES), min_size=1, max_size=4))
+    score_values = draw(st.lists(st.sampled_from(SCORES), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
 
     def drawn(values):
@@ -74,7 +74,7 @@ def selections(draw):
     }
     density = draw(st.lists(st.sampled_from(DENSITIES), min_size=k, max_size=k))
     eligible = [sample > 0 for sample in drawn([0.0, 1.0, 1.0])] if draw(st.booleans()) else None
-    return drawn(subset), density, eligible, options
+    return drawn(score_values), density, eligible, options
 
 
 @settings(max_examples=60)
@@ -170,10 +170,10 @@ def rows_of_scores(draw):
     return scores, torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
 
 
-def best(scores, free, target):
+def best(scores, free, count):
     """The mask of the ``target`` highest free scores of one list, the first ones among equals."""
     ranked = sorted((i for i, open_ in enumerate(free) if open_), key=lambda i: -scores[i])
-    return [i in ranked[:target] for i in range(len(scores))]
+    return [i in ranked[:count] for i in range(len(scores))]
 
 
 @settings(max_examples=40)
@@ -240,8 +240,8 @@ def test_a_sum_over_experts_does_not_depend_on_the_slice(k, cut):
 @given(st.integers(0, 100), st.integers(0, 50), st.booleans())
 def test_draws_do_not_depend_on_where_a_slice_starts(start, size, double):
     key = (0, "dare", "w", "a")
-    total = uniforms(key, 0, start + size, double=double)
-    assert torch.equal(uniforms(key, start, size, double=double), total[start:])
+    stream = uniforms(key, 0, start + size, double=double)
+    assert torch.equal(uniforms(key, start, size, double=double), stream[start:])
 
 
 @pytest.mark.parametrize("key", [(1, "dare", "w", "a"), (0, "della", "w", "a"), (0, "dare", "v", "a")])
@@ -267,7 +267,7 @@ def test_draws_lie_in_the_unit_interval(double, dtype):
 def test_the_values_at_places_of_the_order_are_those_of_a_sort(seed, scope, coarse):
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(2, rows, 5, generator=generator) for rows in (3, 4)]
-    tensors = [value.round() if coarse else value for value in tensors]
+    tensors = [matrix.round() if coarse else matrix for matrix in tensors]
     size = 15 if scope == "tensor" else 35
     places = [[0, size // 2, size - 1], [1, size - 2, size // 3]]
 
@@ -275,9 +275,9 @@ def test_the_values_at_places_of_the_order_are_those_of_a_sort(seed, scope, coar
         values = yield from ordered(tensors[i][:, part], places, scope)
         return values.view(3, 2)
 
-    total = tensors[:1] if scope == "tensor" else tensors
-    ranked = torch.cat([value.flatten(1) for value in total], 1).sort(-1).values
-    result = sliced(begin, total)[0][:3]
+    scope_tensors = tensors[:1] if scope == "tensor" else tensors
+    ranked = torch.cat([matrix.flatten(1) for matrix in scope_tensors], 1).sort(-1).values
+    result = sliced(begin, scope_tensors)[0][:3]
     assert torch.equal(result, torch.stack([ranked[k, places[k]] for k in (0, 1)], 1))
 
 

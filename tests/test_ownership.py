@@ -189,14 +189,14 @@ def test_two_searches_do_not_write_one_record(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def merge_folder(tmp_path_factory):
+def demo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "demo"
     demo.prepare(folder)
     return folder
 
 
-def test_an_earlier_demo_is_made_again_and_other_files_in_its_folder_stay(merge_folder, tmp_path):
-    shutil.copytree(merge_folder, tmp_path / "demo")
+def test_an_earlier_demo_is_made_again_and_other_files_in_its_folder_stay(demo_folder, tmp_path):
+    shutil.copytree(demo_folder, tmp_path / "demo")
     (tmp_path / "demo" / "thesis.txt").write_bytes(THESIS)
     (tmp_path / "demo" / "models" / "mine").mkdir()
     (tmp_path / "demo" / "models" / "mine" / "notes").write_bytes(THESIS)
@@ -206,8 +206,8 @@ def test_an_earlier_demo_is_made_again_and_other_files_in_its_folder_stay(merge_
     assert everything(tmp_path) == contents_before
 
 
-def test_a_demo_whose_recipe_was_edited_is_not_overwritten(merge_folder, tmp_path):
-    shutil.copytree(merge_folder, tmp_path / "demo")
+def test_a_demo_whose_recipe_was_edited_is_not_overwritten(demo_folder, tmp_path):
+    shutil.copytree(demo_folder, tmp_path / "demo")
     (tmp_path / "demo" / "recipe.yaml").write_bytes(THESIS)
     with pytest.raises(RecipeError, match=r"recipe\.yaml: is not as the demo wrote it; move it, or choose another"):
         demo.prepare(tmp_path / "demo", force=True)

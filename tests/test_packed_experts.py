@@ -83,10 +83,10 @@ def mixture(tmp_path_factory):
 def rows_by_expert(name, folder, task):
     """What enters each expert's matrices in a forward pass of the whole model: {stored name: [[n i], ...]}."""
     model = build(name, 1 + EXPERTS.index(task))
-    result = {}
+    rows_by_key = {}
 
     def keep(key, expert, rows):
-        result.setdefault(key, {}).setdefault(expert, []).append(rows.detach().double())
+        rows_by_key.setdefault(key, {}).setdefault(expert, []).append(rows.detach().double())
 
     def parallel(key, module, args):  # JetMoE's, which is given the tokens sorted by expert
         for expert, rows in enumerate(args[0].split(args[1])):
@@ -117,7 +117,7 @@ def rows_by_expert(name, folder, task):
     with torch.no_grad():
         for tokens in samples(folder, task):
             model(input_ids=torch.tensor([tokens]))
-    return {key: [torch.cat(by_expert[e]) for e in range(3)] for key, by_expert in result.items()}
+    return {key: [torch.cat(by_expert[e]) for e in range(3)] for key, by_expert in rows_by_key.items()}
 
 
 def samples(folder, task):
@@ -128,9 +128,9 @@ def samples(folder, task):
 def inputs_of(rows):
     """What the stages may know of one matrix, given the rows that enter it in each model."""
     return Inputs(
-        second_moment=torch.stack([row.square().mean(0) for row in rows]).float(),
-        mean=torch.stack([row.mean(0) for row in rows]).float(),
-        gram=torch.stack([row.T @ row / len(row) for row in rows]).float(),
+        second_moment=torch.stack([expert_rows.square().mean(0) for expert_rows in rows]).float(),
+        mean=torch.stack([expert_rows.mean(0) for expert_rows in rows]).float(),
+        gram=torch.stack([expert_rows.T @ expert_rows / len(expert_rows) for expert_rows in rows]).float(),
     )
 
 
@@ -148,7 +148,7 @@ METHODS = {
 
 def merged(folder, output, pipeline, **options):
     """The packed experts of a merge, of which everything else is the base's."""
-    stages = [{name: arguments} for name, arguments in pipeline]
+    stages = [{name: parameters} for name, parameters in pipeline]
     content = {
         "base": "base",
         "experts": {task: task for task in EXPERTS},
@@ -179,8 +179,8 @@ def test_every_expert_is_merged_by_the_inputs_of_its_own_matrices(mixture, tmp_p
             expected = merge_tensors(
                 stages,
                 {key: base},
-                {task: {key: second_value} for task, second_value in zip(EXPERTS, peers, strict=True)},
+                {task: {key: peer} for task, peer in zip(EXPERTS, peers, strict=True)},
                 kinds={key: "expert3d"},
-                inputs={key: inputs_of([row[key][expert] for row in rows])},
+                inputs={key: inputs_of([task_rows[key][expert] for task_rows in rows])},
             )[key]
             torch.testing.assert_close(matrix.T if axis == IN_OUT else matrix, expected, rtol=1e-4, atol=1e-5)

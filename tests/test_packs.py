@@ -34,10 +34,10 @@ PACKS = ("emr", "tall_masks", "byom", "tsv_c", "separate")
 
 def whole(method, deltas, **parameters):
     """What a pack makes of a tensor that is one slice, and all of the model."""
-    result, elements = [], deltas[0].numel()
+    results, elements = [], deltas[0].numel()
 
     def carry(_):
-        result.append((yield from method(deltas, **parameters)))
+        results.append((yield from method(deltas, **parameters)))
 
     def visit(_, model_totals, earlier_sums):
         return run_slices(
@@ -45,7 +45,7 @@ def whole(method, deltas, **parameters):
         )
 
     run_tensors([0], visit)
-    return result[-1]
+    return results[-1]
 
 
 def task_vectors(case):
@@ -67,12 +67,12 @@ def assert_close(result, expected):
 @pytest.mark.parametrize("zero_sign", ["zero", "negative"])
 def test_emr(golden, zero_sign):
     case = golden[f"emr_zero_sign_{zero_sign}"]
-    result, message = whole(emr, task_vectors(case), zero_sign=zero_sign), case["outputs"]
-    assert_close(result["unified"], message["unified"])
-    assert result["mask"].tolist() == list(message["masks"].values())
-    assert_close(result["rescale"], list(message["rescalers"].values()))
+    result, outputs = whole(emr, task_vectors(case), zero_sign=zero_sign), case["outputs"]
+    assert_close(result["unified"], outputs["unified"])
+    assert result["mask"].tolist() == list(outputs["masks"].values())
+    assert_close(result["rescale"], list(outputs["rescalers"].values()))
     first = rebuilt("emr", {"zero_sign": zero_sign}, case["inputs"]["deltas"], "a", base=case["inputs"]["base"])
-    assert_close(first, message["task_a"])
+    assert_close(first, outputs["task_a"])
 
 
 def test_tall_masks(golden):
@@ -154,7 +154,7 @@ def test_tall_masks_rebuild_from_the_base_or_the_sum_and_hold_less_the_larger_la
         result = rebuilt("tall_masks", {"lambda_t": lambda_t}, deltas, "b")
         assert ((result == 0) | torch.isclose(result, total, rtol=1e-6, atol=1e-6)).all()
         masks.append(result != 0)
-    assert all((options | ~fewer).all() for options, fewer in pairwise(masks))
+    assert all((superset | ~subset).all() for superset, subset in pairwise(masks))
     assert masks[0].all()
 
 
@@ -168,11 +168,11 @@ def test_consensus_counts_the_masks_of_tall_masks():
 @pytest.mark.parametrize("density", [0, 0.25, 1])
 def test_byom_keeps_exactly_its_share_and_all_of_it_is_the_expert(density):
     deltas = dict(zip("ab", drawn(2, 6, 8), strict=True))
-    common = 0.3 * sum(deltas.values())
+    merged = 0.3 * sum(deltas.values())
     result = rebuilt("byom", {"density": density}, deltas, "a")
     mask = result == deltas["a"]
     assert int(mask.sum()) == int(density * 48)
-    torch.testing.assert_close(result[~mask], common[~mask])
+    torch.testing.assert_close(result[~mask], merged[~mask])
 
 
 def test_factors_err_by_what_the_dropped_singular_values_are():
@@ -308,17 +308,17 @@ def test_emr_of_16_bits_rebuilds_from_the_bits_of_the_experts(models):
 def test_slices_and_shards_do_not_change_what_is_written(models, method, monkeypatch):
     folder = models()
     run(recipe(folder, method))
-    tensors = load(folder / "out")
+    expected = load(folder / "out")
     monkeypatch.setattr("merger.engine.memory.SLICE", 16)
     run(recipe(folder, method, "again", into={"shard_size": 700}))
     assert (folder / "again" / "experts.safetensors.index.json").is_file()
-    values = load(folder / "again")
-    assert values.keys() == tensors.keys()
-    for name, value in tensors.items():
+    repeated = load(folder / "again")
+    assert repeated.keys() == expected.keys()
+    for name, value in expected.items():
         if "rescale" in name:
-            torch.testing.assert_close(values[name], value)  # a sum of floats ends where its slices do
+            torch.testing.assert_close(repeated[name], value)  # a sum of floats ends where its slices do
         else:
-            assert torch.equal(values[name], value), name
+            assert torch.equal(repeated[name], value), name
     monkeypatch.setattr("merger.outputs.extract.SLICE", 16)
     expert_tensors, sliced = extracted(folder, output="out"), extracted(folder, output="again")
     assert all(torch.equal(sliced[name], value) for name, value in expert_tensors.items())
@@ -406,7 +406,7 @@ def test_an_extracted_expert_agrees_with_itself(models):
 def test_inspect_tells_what_the_masks_hold(models):
     folder = models()
     run(recipe(folder, "emr"))
-    shares, joint = inspect_merge(folder / "out").notes
+    shares, overlaps = inspect_merge(folder / "out").notes
     stored = load(folder / "out")
     base = load(folder / "base")
     masks = [torch.cat([mask_of(stored[f"{n}:mask.{e}"], 1, v.numel())[0] for n, v in base.items()]) for e in EXPERTS]
@@ -414,7 +414,7 @@ def test_inspect_tells_what_the_masks_hold(models):
         "code {:.4f}, math {:.4f}, chat {:.4f}".format(*(float(mask.float().mean()) for mask in masks))
     )
     three = float(torch.stack(masks).all(0).float().mean())
-    assert joint.endswith(f"by 3 {three:.4f}")
+    assert overlaps.endswith(f"by 3 {three:.4f}")
 
 
 def test_transformers_loads_an_extracted_expert_and_not_the_several(tmp_path):
@@ -428,9 +428,9 @@ def test_transformers_loads_an_extracted_expert_and_not_the_several(tmp_path):
     )
     extract(tmp_path / "out", "shift", tmp_path / "shift", base=str(models / "base"))
     load_model = transformers.AutoModelForCausalLM.from_pretrained
-    _, result = load_model(tmp_path / "shift", output_loading_info=True)
-    assert not result["missing_keys"]
-    assert not result["unexpected_keys"]
+    _, loading_info = load_model(tmp_path / "shift", output_loading_info=True)
+    assert not loading_info["missing_keys"]
+    assert not loading_info["unexpected_keys"]
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "shift")
     with pytest.raises(OSError, match="no file named model"):
         load_model(tmp_path / "out")
@@ -475,16 +475,18 @@ def test_a_base_that_was_moved_can_be_named(packed):
 def test_a_manifest_that_says_something_else_is_told_of(packed):
     file = packed / "out" / "merger.json"
     record = json.loads(file.read_text())
-    for message, fault in [
+    for key, value in [
         ("rows", None),
         ("rows", 9),
         ("results", {"mask": {"holds": "bits", "colour": 3}}),
         ("by", "ties"),
     ]:
         name = "model.norm.weight"
-        changed = {**record["tensors"][name], "packed": {**record["tensors"][name]["packed"], message: fault}}
+        changed = {**record["tensors"][name], "packed": {**record["tensors"][name]["packed"], key: value}}
         file.write_text(json.dumps({**record, "tensors": {**record["tensors"], name: changed}}))
-        with pytest.raises(CheckpointError, match=r"cannot be understood|is not there as|does not know"):
+        with pytest.raises(
+            CheckpointError, match=r"not as a merge writes it|cannot be understood|is not there as|does not know"
+        ):
             extract(packed / "out", "code", packed / "x")
         assert not (packed / "x").exists()
 
@@ -500,12 +502,12 @@ def test_side_files_in_folders_come_along(models):
 def test_a_side_file_out_of_the_folder_is_not_followed(packed):
     file = packed / "out" / "merger.json"
     record = json.loads(file.read_text())
-    outsider = dict.fromkeys(("../stolen", "a/../../stolen", str(packed / "stolen")), "0" * 64)
-    file.write_text(json.dumps({**record, "files": {**record["files"], **outsider}}))
+    outside_files = dict.fromkeys(("../stolen", "a/../../stolen", str(packed / "stolen")), "0" * 64)
+    file.write_text(json.dumps({**record, "files": {**record["files"], **outside_files}}))
     (packed / "stolen").write_text("secret")
     extracted(packed)
     assert not list(packed.glob("out-code*/../stolen*/*"))
-    assert sorted(value.name for value in (packed / "out-code").iterdir()) == [
+    assert sorted(path.name for path in (packed / "out-code").iterdir()) == [
         "README.md",
         "config.json",
         "model.safetensors",

@@ -123,8 +123,8 @@ def test_a_number_is_written_back_without_loss(value, text):
     ],
 )
 def test_an_order_by_block(order, expected):
-    result = [order_of(order, Place(EXPERTS, block=block)) for block in range(4)]
-    assert ["".join(EXPERTS[k] for k in value) for value in result] == expected
+    orders = [order_of(order, Place(EXPERTS, block=block)) for block in range(4)]
+    assert ["".join(EXPERTS[k] for k in indices) for indices in orders] == expected
 
 
 def test_an_order_may_count_linear_tensors():
@@ -248,8 +248,8 @@ def test_defaults_are_spelled_out(name):
 @given(st.data())
 def test_what_is_written_back_is_the_same_stage(name, data):
     stage = checked(name, data.draw(parameters_of(name, EXPERTS)))
-    ((repeat, arguments),) = json.loads(json.dumps(written(stage))).items()
-    restored = checked(repeat, arguments)
+    ((stage_name, arguments),) = json.loads(json.dumps(written(stage))).items()
+    restored = checked(stage_name, arguments)
     assert restored.func is stage.func
     assert written(restored) == written(stage)
     for parameter, value in stage.keywords.items():

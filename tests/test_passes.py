@@ -66,14 +66,14 @@ def test_a_guess_is_what_a_sample_found_after_it(threads):
     def ask(number):
         yield Sum(torch.tensor([number]))
         guess = yield SampleHint("tensor")
-        calls = yield Sum(torch.tensor([number]), finish=int)
-        yield SampleNote([calls], "tensor")
-        return guess, calls
+        total = yield Sum(torch.tensor([number]), finish=int)
+        yield SampleNote([total], "tensor")
+        return guess, total
 
-    result, rehearsals = {}, []
+    answers, rehearsals = {}, []
 
     def start(i):
-        result[i] = yield from ask(i)
+        answers[i] = yield from ask(i)
 
     def rehearse_sample():
         rehearsals.append(rehearse(lambda: ask(7), 1))
@@ -81,7 +81,7 @@ def test_a_guess_is_what_a_sample_found_after_it(threads):
 
     assert run_slices(SLICES, start, sizes=Sizes(60, 600), mapper=threads, rehearse=rehearse_sample) is None
     assert rehearsals == [{0: [7]}]
-    assert list(result.values()) == [([7], 15)] * SLICES
+    assert list(answers.values()) == [([7], 15)] * SLICES
 
 
 def test_nobody_rehearses_what_asks_for_no_guess_at_a_tensor():
@@ -107,8 +107,8 @@ def test_a_sample_decides_how_often_slices_are_read_and_nothing_else(sample, pas
         masks[i] = yield from select(scores[i], [Fraction(1, 2), Fraction(1, 10)])
 
     def rehearse_sample():
-        used_positions = scores[sample].transpose(0, 1).reshape(2, 1, -1)
-        return rehearse(lambda: select(used_positions, [Fraction(1, 2), Fraction(1, 10)]), used_positions[0].numel())
+        sample_scores = scores[sample].transpose(0, 1).reshape(2, 1, -1)
+        return rehearse(lambda: select(sample_scores, [Fraction(1, 2), Fraction(1, 10)]), sample_scores[0].numel())
 
     sizes = Sizes(SLICES * 500, SLICES * 500)
     assert run_slices(SLICES, start, sizes=sizes, rehearse=rehearse_sample) is None

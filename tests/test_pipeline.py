@@ -24,9 +24,9 @@ def test_equal_scores_of_two_tensors_go_to_the_one_that_sorts_first():
 
 @pytest.mark.parametrize("name", ["sum", "ties"])
 def test_a_tensor_may_be_stored_in_any_order_of_axes(name):
-    base, expert_weights = torch.zeros(2, 3, 4).permute(2, 0, 1), torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)
+    base, expert = torch.zeros(2, 3, 4).permute(2, 0, 1), torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)
     stage = checked(name, {"density": 1} if name == "ties" else {})
-    assert torch.equal(merge_tensors(stage, {"w": base}, {"a": {"w": expert_weights}})["w"], expert_weights)
+    assert torch.equal(merge_tensors(stage, {"w": base}, {"a": {"w": expert}})["w"], expert)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 4)])
@@ -43,8 +43,8 @@ def test_a_scalar_is_a_tensor_of_one():
 
 
 def test_half_precision_comes_back_as_float32():
-    base, expert_weights = torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1.5, dtype=torch.bfloat16)
-    merged = merge_tensors(checked("sum", {}), {"w": base}, {"a": {"w": expert_weights}})["w"]
+    base, expert = torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1.5, dtype=torch.bfloat16)
+    merged = merge_tensors(checked("sum", {}), {"w": base}, {"a": {"w": expert}})["w"]
     assert merged.dtype == torch.float32
     assert merged.tolist() == [1.5] * 3
 
@@ -118,14 +118,14 @@ def far_from_base(request):
 
 
 def test_an_experts_weights_are_copied_bit_for_bit(far_from_base):
-    base, expert_weights, stage = far_from_base
-    merged = merge_tensors(stage, {"w": base}, {name: {"w": values} for name, values in expert_weights.items()})["w"]
-    assert torch.equal(bits(merged), bits(expert_weights["a"]))
+    base, experts, stage = far_from_base
+    merged = merge_tensors(stage, {"w": base}, {name: {"w": values} for name, values in experts.items()})["w"]
+    assert torch.equal(bits(merged), bits(experts["a"]))
 
 
 def test_what_no_expert_changes_keeps_the_bits_of_the_base(far_from_base):
-    base, expert_weights, stage = far_from_base
-    merged = merge_tensors(stage, {"w": base}, {name: {"w": base} for name in expert_weights})["w"]
+    base, experts, stage = far_from_base
+    merged = merge_tensors(stage, {"w": base}, {name: {"w": base} for name in experts})["w"]
     assert torch.equal(bits(merged), bits(base))
 
 

@@ -139,10 +139,10 @@ def test_peak_memory_is_known_where_proc_does_not_tell_it(monkeypatch, status):
 
 
 @contextlib.contextmanager
-def open_files(maximum):
+def open_files(margin):
     """This process may have so many more open files than it has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + maximum, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + margin, hard))
     try:
         yield
     finally:

@@ -47,8 +47,8 @@ def planned(tmp_path):
     return make
 
 
-def by_name(result):
-    return {tensor.name: tensor for tensor in result.tensors}
+def by_name(merge_plan):
+    return {tensor.name: tensor for tensor in merge_plan.tensors}
 
 
 def faults(caught):
@@ -93,15 +93,15 @@ def test_a_plan_notes_weights_that_nothing_takes(planned, method, notes):
 
 def test_an_order_rotates_from_block_to_block_as_in_the_golden_values(planned, golden):
     orders = golden["obim_rotation"]["outputs"]["by_rotation_index"]
-    names = set()
+    units = set()
 
     for tensor in planned(LLAMA, LLAMA, LLAMA, LLAMA, method="im").tensors:
         letters = dict(zip(("lm", "math", "code"), "abc", strict=True))
         order = [letters[tensor.place.experts[k]] for k in tensor.stages[0].values["exclusive"]]
         assert order == orders[str(tensor.place.block % 3)]["order"]
-        names.add((tensor.unit, tensor.place.block))
+        units.add((tensor.unit, tensor.place.block))
 
-    assert names == {
+    assert units == {
         (EMBEDDING, 0),
         ("model.layers.0", 1),
         ("model.layers.1", 2),
@@ -120,11 +120,11 @@ SEVEN = {EMBEDDING: (16, 8), HEAD: (16, 8), "model.norm.weight": (8,)} | {
 LINEAR = {"method": "im", "parameters": {"order": {"unit": "linear"}, "claim_zeros": False}}
 
 
-def first_experts(result):
+def first_experts(merge_plan):
     """The expert that comes first in each tensor, by its initial."""
     return {
         tensor.name: tensor.place.experts[tensor.stages[0].values["exclusive"][0]][0]
-        for tensor in result.tensors
+        for tensor in merge_plan.tensors
         if tensor.stages
     }
 
@@ -157,8 +157,8 @@ def test_an_order_that_does_not_repeat_is_not_remarked_on(planned, parameters):
 
 def test_an_order_with_a_pinned_expert_turns_the_others(planned):
     order = {"unit": "linear", "first": "code"}
-    result = planned(SEVEN, SEVEN, SEVEN, SEVEN, method="im", parameters={"order": order})
-    middle_expert = {t.name: t.place.experts[t.stages[0].values["exclusive"][1]] for t in result.tensors}
+    merge_plan = planned(SEVEN, SEVEN, SEVEN, SEVEN, method="im", parameters={"order": order})
+    middle_expert = {t.name: t.place.experts[t.stages[0].values["exclusive"][1]] for t in merge_plan.tensors}
     block = "model.layers.0.self_attn"
     assert [middle_expert[f"{block}.{leaf}_proj.weight"] for leaf in "qkvo"] == ["lm", "math", "lm", "math"]
 
@@ -179,8 +179,8 @@ def test_a_list_of_numbers_is_interpolated_over_the_depth(planned):
 
 def test_an_experts_own_weight_multiplies_and_may_vary_over_depth_too(planned):
     experts = {"lm": {"model": "lm", "weight": [1, 3]}}
-    result = planned(LLAMA, LLAMA, method="task_arithmetic", parameters={"weight": 0.5}, experts=experts)
-    assert [float(by_name(result)[name].stages[0].values["weight"][0]) for name in (UP, HEAD)] == [0.5, 1.5]
+    merge_plan = planned(LLAMA, LLAMA, method="task_arithmetic", parameters={"weight": 0.5}, experts=experts)
+    assert [float(by_name(merge_plan)[name].stages[0].values["weight"][0]) for name in (UP, HEAD)] == [0.5, 1.5]
 
 
 def test_packed_experts_are_merged_slice_by_slice(planned):
@@ -212,7 +212,7 @@ def test_any_shape_keeps_its_shape(planned, shape):
 
 
 def test_the_first_rule_that_matches_wins_and_the_rest_takes_the_recipes_method(planned):
-    result = planned(
+    merge_plan = planned(
         LLAMA,
         LLAMA,
         method="ties",
@@ -223,7 +223,7 @@ def test_the_first_rule_that_matches_wins_and_the_rest_takes_the_recipes_method(
         ],
     )
 
-    tensors = by_name(result)
+    tensors = by_name(merge_plan)
     assert {name: (t.group, t.source, len(t.stages)) for name, t in tensors.items()} == {
         "model.norm.weight": (0, "lm", 0),
         EMBEDDING: (2, "base", 1),
@@ -231,7 +231,7 @@ def test_the_first_rule_that_matches_wins_and_the_rest_takes_the_recipes_method(
         UP.replace("0", "1"): (0, "base", 3),
         HEAD: (0, "base", 3),
     }
-    assert result.notes == ()
+    assert merge_plan.notes == ()
 
 
 def test_a_rule_that_matches_nothing_is_noted(planned):
@@ -241,9 +241,9 @@ def test_a_rule_that_matches_nothing_is_noted(planned):
 
 
 def test_only_what_is_copied_from_is_read(planned):
-    result = planned(LLAMA, LLAMA, LLAMA, rules=[{"tensors": "", "use": "math"}])
-    assert all(tensor.reads == {"math": tensor.name} for tensor in result.tensors)
-    assert result.bytes_read == result.bytes_written
+    merge_plan = planned(LLAMA, LLAMA, LLAMA, rules=[{"tensors": "", "use": "math"}])
+    assert all(tensor.reads == {"math": tensor.name} for tensor in merge_plan.tensors)
+    assert merge_plan.bytes_read == merge_plan.bytes_written
 
 
 # --- heads: the base's by the expert's ------------------------------------------------------------
@@ -268,12 +268,12 @@ UNTIED = (LLAMA, CAUSAL)
     ],
 )
 def test_tied_and_untied_heads_meet(planned, base, expert, head, embedding, reads, ties):
-    result = planned(base, expert)
-    tensors = by_name(result)
+    merge_plan = planned(base, expert)
+    tensors = by_name(merge_plan)
 
     assert (tensors[HEAD].kind if HEAD in tensors else None) == head
     assert tensors[EMBEDDING].kind == embedding
-    assert result.config["tie_word_embeddings"] is ties
+    assert merge_plan.config["tie_word_embeddings"] is ties
     if reads:
         assert tensors[HEAD].reads == dict(zip(("base", "lm"), reads, strict=True))
         assert tensors[HEAD].place.depth == (0 if head == "tied" else 1)
@@ -284,60 +284,60 @@ def test_an_experts_copy_of_a_tied_head_is_dropped_and_said(planned):
 
 
 def test_a_stored_tied_head_is_merged_once_with_its_embedding(planned):
-    result = planned(DOUBLED, DOUBLED, method="ties")
-    head, solo = by_name(result)[HEAD], planned(TIED, TIED, method="ties")
+    merge_plan = planned(DOUBLED, DOUBLED, method="ties")
+    head, tied_plan = by_name(merge_plan)[HEAD], planned(TIED, TIED, method="ties")
 
     assert head.tied_to == EMBEDDING
     assert head.parts == ()
-    assert result.bytes_read == solo.bytes_read
-    assert result.bytes_written == solo.bytes_written + head.info.nbytes
+    assert merge_plan.bytes_read == tied_plan.bytes_read
+    assert merge_plan.bytes_written == tied_plan.bytes_written + head.info.nbytes
 
 
 @pytest.mark.parametrize("base", [TIED, DOUBLED], ids=["stored by the expert", "stored by both"])
 def test_a_rule_for_a_stored_tied_head_alone_has_no_effect_and_is_noted(planned, base):
-    result = planned(base, DOUBLED, rules=[{"tensors": "^lm_head", "use": "lm"}])
-    assert (HEAD in by_name(result)) is (base is DOUBLED)
-    assert by_name(result)[EMBEDDING].stages != ()
-    assert result.notes == (f"rule 1 has no effect: {HEAD} is {EMBEDDING}, stored once more, and follows its rule",)
+    merge_plan = planned(base, DOUBLED, rules=[{"tensors": "^lm_head", "use": "lm"}])
+    assert (HEAD in by_name(merge_plan)) is (base is DOUBLED)
+    assert by_name(merge_plan)[EMBEDDING].stages != ()
+    assert merge_plan.notes == (f"rule 1 has no effect: {HEAD} is {EMBEDDING}, stored once more, and follows its rule",)
 
 
 def test_a_rule_that_names_a_tied_table_by_both_its_names_is_that_of_the_table(planned):
-    result = planned(DOUBLED, DOUBLED, rules=[{"tensors": "lm_head|embed", "use": "lm"}])
-    assert [by_name(result)[name].source for name in (EMBEDDING, HEAD)] == ["lm", "lm"]
-    assert result.notes == ()
+    merge_plan = planned(DOUBLED, DOUBLED, rules=[{"tensors": "lm_head|embed", "use": "lm"}])
+    assert [by_name(merge_plan)[name].source for name in (EMBEDDING, HEAD)] == ["lm", "lm"]
+    assert merge_plan.notes == ()
 
 
 def test_a_nested_config_is_untied_where_it_says_tied(planned):
     nested = {"architectures": ["XForConditionalGeneration"], "text_config": {"tie_word_embeddings": True}}
     top = {**nested, "tie_word_embeddings": True}
-    result = planned((BODY, top), (LLAMA, {"text_config": {"tie_word_embeddings": False}}))
-    assert result.config["tie_word_embeddings"] is False
-    assert result.config["text_config"]["tie_word_embeddings"] is False
+    merge_plan = planned((BODY, top), (LLAMA, {"text_config": {"tie_word_embeddings": False}}))
+    assert merge_plan.config["tie_word_embeddings"] is False
+    assert merge_plan.config["text_config"]["tie_word_embeddings"] is False
 
 
 # --- rows that only some have ---------------------------------------------------------------------
 
 
-def rows(count, **options):
-    return {**BODY, EMBEDDING: (count, 8), HEAD: (count, 8), **options}, {**CAUSAL, "vocab_size": count}
+def rows(count, **tensors):
+    return {**BODY, EMBEDDING: (count, 8), HEAD: (count, 8), **tensors}, {**CAUSAL, "vocab_size": count}
 
 
 def test_rows_that_one_expert_added_are_kept(planned):
-    result = planned(rows(16), rows(17), rows(16))
+    merge_plan = planned(rows(16), rows(17), rows(16))
 
     for name in (EMBEDDING, HEAD):
-        tensor = by_name(result)[name]
+        tensor = by_name(merge_plan)[name]
         assert tensor.info.shape == (17, 8)
         assert tensor.elements == 16 * 8
-        assert [(value.start, value.stop, value.models) for value in tensor.extra] == [(16, 17, ("lm",))]
-    assert result.config["vocab_size"] == 17
-    assert f"{HEAD}: rows 16 to 16 are those of lm" in result.notes
-    assert result.tokenizer == "lm"
+        assert [(span.start, span.stop, span.models) for span in tensor.extra] == [(16, 17, ("lm",))]
+    assert merge_plan.config["vocab_size"] == 17
+    assert f"{HEAD}: rows 16 to 16 are those of lm" in merge_plan.notes
+    assert merge_plan.tokenizer == "lm"
 
 
 def test_rows_that_several_added_are_shared_by_those_that_have_them(planned):
     extra = by_name(planned(rows(16), rows(18), rows(20), rows(16)))[EMBEDDING].extra
-    assert [(value.start, value.stop, value.models) for value in extra] == [
+    assert [(span.start, span.stop, span.models) for span in extra] == [
         (16, 18, ("lm", "math")),
         (18, 20, ("math",)),
     ]
@@ -346,15 +346,15 @@ def test_rows_that_several_added_are_shared_by_those_that_have_them(planned):
 def test_rows_that_only_the_base_has_stay_the_bases(planned):
     tensor = by_name(planned(rows(20), rows(16), rows(16)))[EMBEDDING]
     assert tensor.info.shape == (20, 8)
-    assert [(value.start, value.stop, value.models) for value in tensor.extra] == [(16, 20, ("base",))]
+    assert [(span.start, span.stop, span.models) for span in tensor.extra] == [(16, 20, ("base",))]
 
 
 def test_rows_are_dropped_on_request(planned):
-    result = planned(rows(16), rows(17), extra_rows="drop")
-    assert by_name(result)[HEAD].info.shape == (16, 8)
-    assert by_name(result)[HEAD].extra == ()
-    assert f"{HEAD}: rows from 16 on are dropped (extra_rows: drop)" in result.notes
-    assert (result.config["vocab_size"], result.tokenizer) == (16, "base")
+    merge_plan = planned(rows(16), rows(17), extra_rows="drop")
+    assert by_name(merge_plan)[HEAD].info.shape == (16, 8)
+    assert by_name(merge_plan)[HEAD].extra == ()
+    assert f"{HEAD}: rows from 16 on are dropped (extra_rows: drop)" in merge_plan.notes
+    assert (merge_plan.config["vocab_size"], merge_plan.tokenizer) == (16, "base")
 
 
 def test_dropping_what_only_the_base_has_shrinks_the_vocabulary(planned):
@@ -365,7 +365,7 @@ def test_a_heads_bias_grows_with_its_head(planned):
     bias = planned(rows(16, **{"lm_head.bias": (16,)}), rows(17, **{"lm_head.bias": (17,)}))
     tensor = by_name(bias)["lm_head.bias"]
     assert tensor.info.shape == (17,)
-    assert [(value.start, value.stop) for value in tensor.extra] == [(16, 17)]
+    assert [(span.start, span.stop) for span in tensor.extra] == [(16, 17)]
 
 
 def test_a_nested_vocabulary_grows_too(planned):
@@ -396,7 +396,7 @@ def test_rows_that_are_no_tokens_are_not_added(planned, name, base, expert):
 
 
 def without(name):
-    return {value: shape for value, shape in LLAMA.items() if value != name}
+    return {key: shape for key, shape in LLAMA.items() if key != name}
 
 
 def test_all_that_does_not_fit_is_told_at_once(planned):
@@ -410,9 +410,9 @@ def test_all_that_does_not_fit_is_told_at_once(planned):
 
 
 def test_of_many_faults_of_a_kind_twenty_are_told(planned):
-    seeds = {f"layers.{i}.w.weight": (2, 2) for i in range(30)}
+    layers = {f"layers.{i}.w.weight": (2, 2) for i in range(30)}
     with pytest.raises(CheckpointError) as caught:
-        planned({**LLAMA, **seeds}, LLAMA)
+        planned({**LLAMA, **layers}, LLAMA)
     assert len(faults(caught)) == 21
     assert faults(caught)[-1] == "... and 10 more like these"
 
@@ -424,14 +424,14 @@ def test_a_missing_tensor_counts_as_unchanged_on_request(planned):
 
 
 def test_a_rule_may_leave_an_experts_extra_tensor_out(planned):
-    result = planned(LLAMA, {**LLAMA, "x": (3,)}, LLAMA, rules=[{"tensors": "^x$", "use": "base"}])
-    assert "x" not in by_name(result)
-    assert result.dropped["lm"] == {"x": "rule 1 keeps the base, which has none"}
+    merge_plan = planned(LLAMA, {**LLAMA, "x": (3,)}, LLAMA, rules=[{"tensors": "^x$", "use": "base"}])
+    assert "x" not in by_name(merge_plan)
+    assert merge_plan.dropped["lm"] == {"x": "rule 1 keeps the base, which has none"}
 
 
 def test_a_rule_may_take_an_experts_extra_tensor(planned):
-    result = planned(LLAMA, {**LLAMA, "x": (3,)}, LLAMA, rules=[{"tensors": "^x$", "use": "lm"}])
-    tensor = by_name(result)["x"]
+    merge_plan = planned(LLAMA, {**LLAMA, "x": (3,)}, LLAMA, rules=[{"tensors": "^x$", "use": "lm"}])
+    tensor = by_name(merge_plan)["x"]
     assert (tensor.info.shape, tensor.source, dict(tensor.reads)) == ((3,), "lm", {"lm": "x"})
 
 
@@ -452,33 +452,33 @@ def test_integers_are_copied_and_compared(planned):
 
 
 def test_tensors_come_in_natural_order(planned):
-    seeds = {f"layers.{i}.w.weight": (2, 2) for i in (10, 2, 1)}
-    assert list(by_name(planned(seeds, seeds))) == [f"layers.{i}.w.weight" for i in (1, 2, 10)]
+    layers = {f"layers.{i}.w.weight": (2, 2) for i in (10, 2, 1)}
+    assert list(by_name(planned(layers, layers))) == [f"layers.{i}.w.weight" for i in (1, 2, 10)]
 
 
 def test_bytes_are_those_of_the_tensors(planned):
-    result = planned(LLAMA, LLAMA, LLAMA)
-    assert result.bytes_written == 2 * sum(a * (b[0] if b else 1) for a, *b in LLAMA.values())
-    assert result.bytes_read == 3 * result.bytes_written
+    merge_plan = planned(LLAMA, LLAMA, LLAMA)
+    assert merge_plan.bytes_written == 2 * sum(a * (b[0] if b else 1) for a, *b in LLAMA.values())
+    assert merge_plan.bytes_read == 3 * merge_plan.bytes_written
 
 
 def test_a_dtype_of_its_own_is_in_tensors_and_config(planned):
-    result = planned(LLAMA, LLAMA, output={"path": "out", "dtype": "float32"})
-    assert {tensor.info.dtype for tensor in result.tensors} == {"F32"}
-    assert result.config["dtype"] == "float32"
-    assert result.bytes_written == result.bytes_read
+    merge_plan = planned(LLAMA, LLAMA, output={"path": "out", "dtype": "float32"})
+    assert {tensor.info.dtype for tensor in merge_plan.tensors} == {"F32"}
+    assert merge_plan.config["dtype"] == "float32"
+    assert merge_plan.bytes_written == merge_plan.bytes_read
 
 
 def test_an_older_config_names_its_dtype_as_it_did(planned):
     older = (LLAMA, {**CAUSAL, "torch_dtype": "bfloat16"})
-    result = planned(older, older, output={"path": "out", "dtype": "float16"})
-    assert result.config["torch_dtype"] == "float16"
-    assert "dtype" not in result.config
+    merge_plan = planned(older, older, output={"path": "out", "dtype": "float16"})
+    assert merge_plan.config["torch_dtype"] == "float16"
+    assert "dtype" not in merge_plan.config
 
 
 def test_differences_between_configs_are_noted(planned):
-    result = planned(LLAMA, (LLAMA, {**CAUSAL, "rope_theta": 1e6, "use_cache": False}), LLAMA)
-    assert result.notes == ("lm: config differs from the base: rope_theta None -> 1000000.0",)
+    merge_plan = planned(LLAMA, (LLAMA, {**CAUSAL, "rope_theta": 1e6, "use_cache": False}), LLAMA)
+    assert merge_plan.notes == ("lm: config differs from the base: rope_theta None -> 1000000.0",)
 
 
 def test_the_recipe_may_choose_the_tokenizer(planned):
@@ -507,8 +507,8 @@ def blocks(hidden, inner, layers, *, narrow=None, biases=False):
             "self_attn.q_proj.bias": (hidden,),
             **dict.fromkeys([f"self_attn.{x}_proj.bias" for x in "kv"], (narrow,)),
         }
-    total = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
-    return total | {"model.norm.weight": (hidden,)}
+    tensors = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
+    return tensors | {"model.norm.weight": (hidden,)}
 
 
 def vocabulary(rows, hidden):
@@ -548,9 +548,9 @@ def test_the_papers_recipes_plan_on_models_of_the_papers_shapes(tmp_path, name):
 
 
 def test_four_models_of_7b_are_planned_without_torch(tmp_path):
-    total = blocks(4096, 11008, 32) | vocabulary(32000, 4096)
+    tensors = blocks(4096, 11008, 32) | vocabulary(32000, 4096)
     for name in ("base", "lm", "math", "code"):
-        save_headers(tmp_path / name, total, CAUSAL)
+        save_headers(tmp_path / name, tensors, CAUSAL)
     content = {"base": "base", "experts": {name: name for name in ("lm", "math", "code")}, "method": "ties"}
     (tmp_path / "recipe.yaml").write_text(json.dumps({**content, "output": {"path": "out"}}))
     program = (

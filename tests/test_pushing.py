@@ -73,7 +73,7 @@ class Hub(Handler):
         return getattr(self, f"on_{self.topic(path)}")(path, body)
 
     def topic(self, path):
-        inputs = (
+        topics = (
             "create",
             "preupload",
             "commit",
@@ -86,7 +86,7 @@ class Hub(Handler):
         )
         parts = path.split("/")
         return next(
-            (name.replace("-", "_") for name in inputs if name in (parts[-1], *parts[-2:], *parts[1:2])), "info"
+            (name.replace("-", "_") for name in topics if name in (parts[-1], *parts[-2:], *parts[1:2])), "info"
         )
 
     def fail(self, failure):
@@ -103,16 +103,16 @@ class Hub(Handler):
         return self.server.repositories.get("/".join(path.removeprefix("/api/models/").split("/")[:2]))
 
     def on_info(self, path, body):
-        result = self.repository(path)
-        if result is None:
+        repository = self.repository(path)
+        if repository is None:
             return self.answer(404, error="RepoNotFound")
         siblings = [
             {"rfilename": name, "lfs": {"sha256": data, "size": 1, "pointerSize": 1}}
             if isinstance(data, str)
             else {"rfilename": name, "size": len(data)}
-            for name, data in result.files.items()
+            for name, data in repository.files.items()
         ]
-        return self.json({"id": REPO, "sha": result.sha(), "private": result.private, "siblings": siblings})
+        return self.json({"id": REPO, "sha": repository.sha(), "private": repository.private, "siblings": siblings})
 
     def on_whoami_v2(self, path, body):
         return self.json({"name": "org", "type": "user"})
@@ -130,36 +130,36 @@ class Hub(Handler):
         stored = self.repository(path).files
         files = [
             {
-                "path": (name := value["path"]),
+                "path": (name := file["path"]),
                 "uploadMode": "lfs" if name.endswith(".safetensors") else "regular",
                 "shouldIgnore": False,
                 "oid": oid(stored[name]) if name in stored else None,
             }
-            for value in json.loads(body)["files"]
+            for file in json.loads(body)["files"]
         ]
         return self.json({"files": files})
 
     def on_commit(self, path, body):
-        result = self.repository(path)
+        repository = self.repository(path)
         lines = [json.loads(line) for line in body.splitlines()]
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
-                result.files[value["path"]] = base64.b64decode(value["content"])
+                repository.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                result.files[value["path"]] = self.server.spoil or value["oid"]
-        result.commits += 1
+                repository.files[value["path"]] = self.server.spoil or value["oid"]
+        repository.commits += 1
         return self.json(
-            {"commitUrl": f"{self.server.endpoint}/{REPO}/commit/{result.sha()}", "commitOid": result.sha()}
+            {"commitUrl": f"{self.server.endpoint}/{REPO}/commit/{repository.sha()}", "commitOid": repository.sha()}
         )
 
     # --- Git LFS ---
 
     def on_batch(self, path, body):
         objects = json.loads(body)["objects"]
-        for value in objects:
-            if value["oid"] not in self.server.blobs:
-                value["actions"] = {"upload": {"href": f"{self.server.endpoint}/lfs/{value['oid']}"}}
+        for entry in objects:
+            if entry["oid"] not in self.server.blobs:
+                entry["actions"] = {"upload": {"href": f"{self.server.endpoint}/lfs/{entry['oid']}"}}
         return self.json({"transfer": "basic", "objects": objects})
 
     def on_lfs(self, path, body):
@@ -169,8 +169,8 @@ class Hub(Handler):
     # --- Xet: chunks are taken, and never asked for again ---
 
     def on_xet_write_token(self, path, body):
-        calls = {"casUrl": self.server.endpoint, "exp": int(time.time()) + 9999, "accessToken": "xet"}
-        return self.json(calls)
+        token = {"casUrl": self.server.endpoint, "exp": int(time.time()) + 9999, "accessToken": "xet"}
+        return self.json(token)
 
     def on_v1(self, path, body):
         if path.startswith("/v1/chunks/"):
@@ -370,13 +370,13 @@ def test_nothing_is_sent_where_the_environment_says_offline(merger, hub, merged,
     assert "HF_HUB_OFFLINE is set" in ran.err
 
 
-@pytest.mark.parametrize("location", ["preupload/main", "/objects/batch", "commit/main"])
-def test_a_connection_that_drops_once_is_tried_again(merger, hub, merged, monkeypatch, location):
-    switch_xet(monkeypatch, off="batch" in location)
+@pytest.mark.parametrize("route", ["preupload/main", "/objects/batch", "commit/main"])
+def test_a_connection_that_drops_once_is_tried_again(merger, hub, merged, monkeypatch, route):
+    switch_xet(monkeypatch, off="batch" in route)
     dropped = []
 
     def once(command, path):
-        if path.endswith(location) and not dropped:
+        if path.endswith(route) and not dropped:
             dropped.append(path)
             return "drop"
         return None

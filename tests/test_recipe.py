@@ -132,7 +132,7 @@ def test_a_rule_may_have_a_method_a_pipeline_or_a_model_to_copy():
 
 
 @pytest.mark.parametrize(
-    ("parameters", "depth", "weights"),
+    ("value", "depth", "weights"),
     [
         (0.1, 0, ["1/10"] * 3),
         (2, 0, [2, 2, 2]),
@@ -143,13 +143,13 @@ def test_a_rule_may_have_a_method_a_pipeline_or_a_model_to_copy():
         ({"lm": 1, "math": 0.29, "code": [0, "1/3"]}, 1, [1, "29/100", "1/3"]),
     ],
 )
-def test_a_number_is_one_or_by_expert_or_over_depth_and_kept_as_written(parameters, depth, weights):
-    recipe = minimal(parameters={"weight": parameters})
+def test_a_number_is_one_or_by_expert_or_over_depth_and_kept_as_written(value, depth, weights):
+    recipe = minimal(parameters={"weight": value})
     assert first(recipe, "weight", depth) == [Fraction(weight) for weight in weights]
 
 
 @pytest.mark.parametrize(
-    ("parameters", "size"),
+    ("value", "size"),
     [
         (1000, 1000),
         ("1000", 1000),
@@ -160,9 +160,9 @@ def test_a_number_is_one_or_by_expert_or_over_depth_and_kept_as_written(paramete
         ("0.3 TB", 300_000_000_000),
     ],
 )
-def test_a_size_is_bytes_or_has_a_unit(parameters, size):
-    assert byte_size(parameters) == size
-    assert minimal(output={"path": "out", "shard_size": parameters}).output.shard_size == size
+def test_a_size_is_bytes_or_has_a_unit(value, size):
+    assert byte_size(value) == size
+    assert minimal(output={"path": "out", "shard_size": value}).output.shard_size == size
 
 
 @pytest.mark.parametrize("text", ["5 gigs", "GB", ".", "1.2.3MB", "-5MB", "1e9", "1XB"])
@@ -214,8 +214,8 @@ PLAIN = {"samples": None, "fields": {}}
 )  # fmt: skip
 def test_calibration_data_is_a_file_or_sources_for_all_experts_or_for_each(data, sources):
     recipe = minimal(calibration={"data": data})
-    arguments = {name: [source.model_dump() for source in recipe.calibration.sources(name)] for name in sources}
-    assert arguments == sources
+    by_expert = {name: [source.model_dump() for source in recipe.calibration.sources(name)] for name in sources}
+    assert by_expert == sources
 
 
 def test_a_recipe_with_sources_is_spelled_out_and_read_again():
@@ -232,11 +232,11 @@ def test_a_recipe_with_sources_is_spelled_out_and_read_again():
 def test_an_output_must_spare_every_source(tmp_path):
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         (tmp_path / name).touch()
-    options = {
+    sections = {
         "calibration": {"data": {"lm": ["a.jsonl", {"file": "b.jsonl"}]}},
         "evaluation": {"data": {"lm": [{"file": "c.jsonl"}]}},
     }
-    recipe = Recipe.parse({**yaml.safe_load(MINIMAL), **options}, tmp_path)
+    recipe = Recipe.parse({**yaml.safe_load(MINIMAL), **sections}, tmp_path)
     assert recipe.surroundings() == [tmp_path, *(tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))]
 
 
@@ -386,17 +386,17 @@ def test_overrides_are_recorded_in_order(file):
 
 
 def test_every_default_is_spelled_out():
-    spelling = Recipe.parse(MINIMAL).spelled_out()
+    content = Recipe.parse(MINIMAL).spelled_out()
 
-    assert spelling["parameters"] == {"weight": 1, "normalize": True}
-    assert spelling["experts"]["lm"] == {"model": "models/lm", "adapter": None, "weight": 1}
-    assert spelling["output"]["shard_size"] == 5_000_000_000
-    assert (spelling["missing"], spelling["extra_rows"], spelling["seed"]) == ("error", "keep", 0)
+    assert content["parameters"] == {"weight": 1, "normalize": True}
+    assert content["experts"]["lm"] == {"model": "models/lm", "adapter": None, "weight": 1}
+    assert content["output"]["shard_size"] == 5_000_000_000
+    assert (content["missing"], content["extra_rows"], content["seed"]) == ("error", "keep", 0)
 
 
 def test_exact_fractions_survive_being_spelled_out():
-    spelling = minimal(parameters={"weight": {"lm": "1/3", "math": 0.29, "code": 1}}).spelled_out()
-    assert spelling["parameters"]["weight"] == {"lm": "1/3", "math": 0.29, "code": 1}
+    content = minimal(parameters={"weight": {"lm": "1/3", "math": 0.29, "code": 1}}).spelled_out()
+    assert content["parameters"]["weight"] == {"lm": "1/3", "math": 0.29, "code": 1}
 
 
 def test_recipes_are_shipped():
@@ -414,8 +414,8 @@ def test_what_is_spelled_out_says_the_same(path):
     reparsed = Recipe.parse(content)
 
     assert reparsed.spelled_out() == content
-    for choice, second_value in zip(recipe.choices(), reparsed.choices(), strict=True):
-        assert settled(choice, recipe.experts) == settled(second_value, recipe.experts)
+    for choice, reparsed_choice in zip(recipe.choices(), reparsed.choices(), strict=True):
+        assert settled(choice, recipe.experts) == settled(reparsed_choice, recipe.experts)
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +432,7 @@ def test_the_schema_accepts_a_shipped_recipe_short_and_spelled_out(validator, pa
 
 
 @pytest.mark.parametrize(
-    "fault",
+    "changes",
     [
         {"metod": "linear"},
         {"method": "liner"},
@@ -448,10 +448,10 @@ def test_the_schema_accepts_a_shipped_recipe_short_and_spelled_out(validator, pa
         {"seed": -1},
         {"missing": "never"},
     ],
-    ids=lambda fault: json.dumps(fault),
+    ids=lambda changes: json.dumps(changes),
 )
-def test_the_schema_rejects_what_the_recipe_rejects(validator, fault):
-    recipe = {key: value for key, value in {**yaml.safe_load(MINIMAL), **fault}.items() if value is not None}
+def test_the_schema_rejects_what_the_recipe_rejects(validator, changes):
+    recipe = {key: value for key, value in {**yaml.safe_load(MINIMAL), **changes}.items() if value is not None}
     with pytest.raises(RecipeError):
         Recipe.parse(recipe)
     assert not validator.is_valid(recipe)

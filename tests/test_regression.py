@@ -159,9 +159,9 @@ def test_turning_outputs_turns_what_regmean_merges_and_so_does_turning_inputs(se
     deltas, inputs = deltas_of(k, *shape, seed=seed), grams_of(k, shape[1], 50, seed=seed)
     left_vectors, right_vectors = (torch.linalg.qr(randn(n, n, seed=seed + 1))[0] for n in shape)
     turned = {expert: left_vectors @ delta @ right_vectors for expert, delta in deltas.items()}
-    total = {"alpha": 1}
-    result = merged("regmean", turned, total, inputs=turned_inputs(inputs, right_vectors))
-    assert_close(result, left_vectors @ merged("regmean", deltas, total, inputs=inputs) @ right_vectors, 1e-4)
+    parameters = {"alpha": 1}
+    result = merged("regmean", turned, parameters, inputs=turned_inputs(inputs, right_vectors))
+    assert_close(result, left_vectors @ merged("regmean", deltas, parameters, inputs=inputs) @ right_vectors, 1e-4)
 
 
 @given(seed=st.integers(0, 1000))

@@ -77,11 +77,11 @@ def contents(folder):
 def whole(folder, *arguments, **options):
     """What an uninterrupted run writes; the same output path, for the manifest names it."""
     run(folder, *arguments, **options)
-    parameters = contents(folder / "out")
+    files = contents(folder / "out")
     for path in (folder / "out").iterdir():
         path.unlink()
     (folder / "out").rmdir()
-    return parameters
+    return files
 
 
 # --- going on -------------------------------------------------------------------------------------
@@ -102,23 +102,23 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bytes(folder, method, paramet
 
 
 def test_what_is_finished_is_neither_read_nor_written_again(folder):
-    completed = run(folder, path="whole")
+    uninterrupted = run(folder, path="whole")
     cut_short(folder, shards=3)
-    tail = run(folder)
-    assert tail.bytes_read < completed.bytes_read
-    assert tail.bytes_written < completed.bytes_written
-    assert tail.bytes_read == 3 * tail.bytes_written
+    resumed = run(folder)
+    assert resumed.bytes_read < uninterrupted.bytes_read
+    assert resumed.bytes_written < uninterrupted.bytes_written
+    assert resumed.bytes_read == 3 * resumed.bytes_written
 
 
 def test_progress_of_the_rest_ends_with_all_done(folder):
     cut_short(folder)
-    messages = []
-    result = run(folder, options=RunOptions(progress=lambda *call: messages.append(call)))
-    assert list(dict.fromkeys(step for step, _, _ in messages)) == ["checking", "merging"]
+    calls = []
+    result = run(folder, options=RunOptions(progress=lambda *call: calls.append(call)))
+    assert list(dict.fromkeys(step for step, _, _ in calls)) == ["checking", "merging"]
     for step in ("checking", "merging"):
-        (count, total) = [call[1:] for call in messages if call[0] == step][-1]
+        (count, total) = [call[1:] for call in calls if call[0] == step][-1]
         assert count == total
-    assert messages[-1][1] == result.bytes_read
+    assert calls[-1][1] == result.bytes_read
 
 
 def test_a_run_may_be_cut_short_again_and_again(folder):
@@ -181,7 +181,7 @@ def test_a_journal_that_was_torn_or_spoilt_only_costs_time(folder, torn):
 
 def test_an_unfinished_run_holds_disk_that_the_next_one_need_not_find_free(folder, monkeypatch):
     cut_short(folder)
-    disk_bytes = sum(value.stat().st_blocks * 512 for value in (folder / "out.partial" / "model").iterdir())
+    disk_bytes = sum(file.stat().st_blocks * 512 for file in (folder / "out.partial" / "model").iterdir())
     assert disk_bytes > 1616
     usage = type("Usage", (), {"free": 0})
     monkeypatch.setattr("merger.engine.preflight.shutil.disk_usage", lambda path: usage)
@@ -263,9 +263,9 @@ def test_only_the_journal_and_finished_shards_are_left(folder):
 
 
 def test_a_run_that_finished_nothing_leaves_nothing(folder):
-    names = sorted(folder.rglob("*"))
+    paths = sorted(folder.rglob("*"))
     cut_short(folder, shards=0)
-    assert sorted(folder.rglob("*")) == names
+    assert sorted(folder.rglob("*")) == paths
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, RecipeError])
@@ -274,9 +274,9 @@ def test_what_is_made_of_wrong_inputs_is_not_kept(folder, kind):
         def __init__(self):
             super().__init__("is wrong")
 
-    names = sorted(folder.rglob("*"))
+    paths = sorted(folder.rglob("*"))
     cut_short(folder, error=Wrong)
-    assert sorted(folder.rglob("*")) == names
+    assert sorted(folder.rglob("*")) == paths
 
 
 SLOW = """\

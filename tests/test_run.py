@@ -91,8 +91,8 @@ class Models:
 
 
 def models(folder, tensors, configs=None):
-    for name, tensor in tensors.items():
-        save(folder / name, tensor, (configs or {}).get(name, CONFIG))
+    for name, model in tensors.items():
+        save(folder / name, model, (configs or {}).get(name, CONFIG))
     return Models(folder, tensors)
 
 
@@ -110,8 +110,8 @@ def alike(tmp_path):
     tensors = {"base": base}
     for name in ("code", "math", "wiki"):
         tensors[name] = {
-            value: values + torch.randint(-2, 3, values.shape, generator=generator).bfloat16() / 4
-            for value, values in base.items()
+            key: values + torch.randint(-2, 3, values.shape, generator=generator).bfloat16() / 4
+            for key, values in base.items()
         }
     return models(tmp_path, tensors)
 
@@ -121,7 +121,7 @@ def in_memory(models, method, parameters):
     recipe = {"base": "base", "experts": {n: n for n in models.tensors if n != "base"}, "output": {"path": "x"}}
     merge_plan = plan(Recipe.parse({**recipe, "method": method, "parameters": parameters}, models.folder))
     merge_plan.close()
-    base, *experts = ({n: t.float() for n, t in value.items()} for value in models.tensors.values())
+    base, *experts = ({n: t.float() for n, t in model.items()} for model in models.tensors.values())
     return merge_tensors(
         checked(method, parameters),
         base,
@@ -181,10 +181,10 @@ def test_a_conv1d_is_merged_by_its_output_neurons(tmp_path, pipeline):
 
     merged = models(tmp_path, tensors).merged(pipeline=pipeline)["h.0.c_fc.weight"]
 
-    turned = {name: {"w": tensor["h.0.c_fc.weight"].T.contiguous()} for name, tensor in tensors.items()}
+    turned = {name: {"w": model["h.0.c_fc.weight"].T.contiguous()} for name, model in tensors.items()}
     base = turned.pop("base")
-    by_name = [(tensor, {}) if isinstance(tensor, str) else next(iter(tensor.items())) for tensor in pipeline]
-    assert same_bits(merged, merge_tensors([checked(*tensor) for tensor in by_name], base, turned)["w"].T)
+    stages = [(stage, {}) if isinstance(stage, str) else next(iter(stage.items())) for stage in pipeline]
+    assert same_bits(merged, merge_tensors([checked(*stage) for stage in stages], base, turned)["w"].T)
 
 
 @pytest.mark.parametrize("method", ["knots", "wudi"])
@@ -197,7 +197,7 @@ def test_a_conv1d_is_turned_for_methods_of_whole_matrices(tmp_path, method):
 
     merged = models(tmp_path, tensors).merged(method)["h.0.c_fc.weight"]
 
-    turned = {name: {"w": tensor["h.0.c_fc.weight"].T.contiguous()} for name, tensor in tensors.items()}
+    turned = {name: {"w": model["h.0.c_fc.weight"].T.contiguous()} for name, model in tensors.items()}
     base = turned.pop("base")
     torch.testing.assert_close(merged, merge_tensors(checked(method, {}), base, turned)["w"].T)
 
@@ -212,7 +212,7 @@ def test_packed_experts_are_each_decomposed_as_a_matrix(tmp_path):
     merged = models(tmp_path, tensors, configs).merged("tsv_m")[name]
 
     for e in range(3):
-        base, code, math = ({"w": tensor[name][e]} for tensor in tensors.values())
+        base, code, math = ({"w": model[name][e]} for model in tensors.values())
         assert same_bits(merged[e], merge_tensors(checked("tsv_m", {}), base, {"code": code, "math": math})["w"])
 
 
@@ -225,7 +225,7 @@ def test_packed_experts_are_each_merged_as_a_matrix(tmp_path):
     merged = models(tmp_path, tensors).merged("ties", parameters)[name]
 
     for e in range(3):
-        base, code, math = ({"w": tensor[name][e]} for tensor in tensors.values())
+        base, code, math = ({"w": model[name][e]} for model in tensors.values())
         assert same_bits(merged[e], merge_tensors(checked("ties", parameters), base, {"code": code, "math": math})["w"])
 
 
@@ -248,10 +248,10 @@ def test_rules_are_carried_out(drawn):
 
 
 def test_a_rule_takes_what_only_one_expert_has(tmp_path):
-    result = models(tmp_path, {"base": llama(0), "code": llama(1), "math": {**llama(2), "extra": torch.arange(3)}})
-    merged = result.merged(rules=[{"tensors": "^extra$", "use": "math"}])
+    checkpoints = models(tmp_path, {"base": llama(0), "code": llama(1), "math": {**llama(2), "extra": torch.arange(3)}})
+    merged = checkpoints.merged(rules=[{"tensors": "^extra$", "use": "math"}])
     assert same_bits(merged["extra"], torch.arange(3))
-    assert result.record()["tensors"]["extra"] == {"kind": "buffer", "stored as": "I64 [3]", "copied from": "math"}
+    assert checkpoints.record()["tensors"]["extra"] == {"kind": "buffer", "stored as": "I64 [3]", "copied from": "math"}
 
 
 def test_tensors_that_share_a_ranking_are_those_of_one_rule(drawn):
@@ -259,7 +259,7 @@ def test_tensors_that_share_a_ranking_are_those_of_one_rule(drawn):
     merged = drawn.merged("ties", parameters, rules=[{"tensors": "layers", "method": "ties", "parameters": parameters}])
 
     for part in (lambda name: "layers" in name, lambda name: "layers" not in name):
-        base, code, math = ({n: t for n, t in tensor.items() if part(n)} for tensor in drawn.tensors.values())
+        base, code, math = ({n: t for n, t in model.items() if part(n)} for model in drawn.tensors.values())
         expected = merge_tensors(checked("ties", parameters), base, {"code": code, "math": math})
         assert same_bits({name: merged[name] for name in expected}, expected)
 
@@ -281,9 +281,9 @@ def test_models_of_different_dtypes_meet_in_float32_and_come_out_as_the_base(tmp
 
 def test_a_missing_tensor_counts_as_unchanged_on_request(tmp_path):
     base, code, math = llama(0), llama(1), llama(2)
-    plain_recipe = {name: tensor for name, tensor in code.items() if name != UP}
+    reduced_code = {name: tensor for name, tensor in code.items() if name != UP}
 
-    merged = models(tmp_path, {"base": base, "code": plain_recipe, "math": math}).merged("linear", missing="zero")
+    merged = models(tmp_path, {"base": base, "code": reduced_code, "math": math}).merged("linear", missing="zero")
 
     full = {"base": base, "code": {**code, UP: base[UP]}, "math": math}
     assert same_bits(merged, in_memory(models(tmp_path / "full", full), "linear", {}))
@@ -313,18 +313,18 @@ def bit_patterns(dtype, seed, count=4096):
 @pytest.mark.parametrize("seed", range(3))
 def test_one_expert_taken_whole_is_that_expert_and_none_of_it_is_the_base(tmp_path, dtype, seed):
     tensors = {"base": {"w.weight": bit_patterns(dtype, seed)}, "code": {"w.weight": bit_patterns(dtype, seed + 100)}}
-    result = models(tmp_path, tensors)
-    assert same_bits(result.merged("task_arithmetic", path="whole"), tensors["code"])
-    assert same_bits(result.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
+    checkpoints = models(tmp_path, tensors)
+    assert same_bits(checkpoints.merged("task_arithmetic", path="whole"), tensors["code"])
+    assert same_bits(checkpoints.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
 
 
 def test_float64_is_copied_whole_though_merged_in_float32(tmp_path):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(2, 8, 8, dtype=torch.float64, generator=generator)
     tensors = {"base": {"w.weight": drawn[0]}, "code": {"w.weight": drawn[1]}}
-    result = models(tmp_path, tensors)
-    assert same_bits(result.merged("task_arithmetic", path="whole"), tensors["code"])
-    assert same_bits(result.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
+    checkpoints = models(tmp_path, tensors)
+    assert same_bits(checkpoints.merged("task_arithmetic", path="whole"), tensors["code"])
+    assert same_bits(checkpoints.merged("task_arithmetic", {"lambda": 0}, path="none"), tensors["base"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -337,9 +337,9 @@ def test_a_position_that_one_expert_claims_has_its_bits_and_one_that_none_claims
     def as_integers(values):
         return values.view(torch.int16 if values.element_size() == 2 else torch.int32)
 
-    used_positions = [as_integers(merged) == as_integers(tensor["w.weight"]) for tensor in tensors.values()]
-    assert torch.stack(used_positions).any(0).all()
-    assert all(int(tensor.sum()) >= int(0.1 * merged.numel()) - 4 for tensor in used_positions)
+    masks = [as_integers(merged) == as_integers(model["w.weight"]) for model in tensors.values()]
+    assert torch.stack(masks).any(0).all()
+    assert all(int(mask.sum()) >= int(0.1 * merged.numel()) - 4 for mask in masks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -366,17 +366,17 @@ def test_a_stored_tied_head_stays_the_embedding_bit_for_bit(tmp_path, method):
     merged = models(tmp_path, tensors, dict.fromkeys(tensors, TIED)).merged(method, {"density": 0.5})
     assert same_bits(merged[HEAD], merged[EMBEDDING])
 
-    solo = {name: {n: t for n, t in tensor.items() if n != HEAD} for name, tensor in tensors.items()}
-    single = models(tmp_path / "alone", solo, dict.fromkeys(tensors, TIED)).merged(method, {"density": 0.5})
+    headless = {name: {n: t for n, t in model.items() if n != HEAD} for name, model in tensors.items()}
+    single = models(tmp_path / "alone", headless, dict.fromkeys(tensors, TIED)).merged(method, {"density": 0.5})
     assert same_bits({name: merged[name] for name in single}, single)  # it was ranked and drawn for once
 
 
 def test_a_head_that_one_expert_untied_is_merged_with_the_others_embeddings(tmp_path):
     base, code, math = llama(0), llama(1), llama(2)
     del base[HEAD], math[HEAD]
-    result = models(tmp_path, {"base": base, "code": code, "math": math}, {"base": TIED, "math": TIED})
+    checkpoints = models(tmp_path, {"base": base, "code": code, "math": math}, {"base": TIED, "math": TIED})
 
-    merged = result.merged("task_arithmetic")
+    merged = checkpoints.merged("task_arithmetic")
 
     torch.testing.assert_close(merged[HEAD], code[HEAD] + math[EMBEDDING] - base[EMBEDDING])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -414,10 +414,10 @@ def test_integers_are_the_bases_and_a_difference_is_noted(tmp_path):
     def with_ids(ids):
         return {"w.weight": torch.ones(2, 2), "position_ids": torch.tensor(ids), "mask": torch.tensor([True, False])}
 
-    output = models(tmp_path, {"base": with_ids([0, 1]), "code": with_ids([0, 2]), "math": with_ids([0, 1, 2])})
+    checkpoints = models(tmp_path, {"base": with_ids([0, 1]), "code": with_ids([0, 2]), "math": with_ids([0, 1, 2])})
     messages = []
 
-    result = output.run(output={"path": "out", "dtype": "float16"}, options=RunOptions(notice=messages.append))
+    result = checkpoints.run(output={"path": "out", "dtype": "float16"}, options=RunOptions(notice=messages.append))
 
     merged = load(tmp_path / "out")
     assert same_bits(merged["position_ids"], torch.tensor([0, 1]))
@@ -425,7 +425,7 @@ def test_integers_are_the_bases_and_a_difference_is_noted(tmp_path):
     note = "position_ids: copied from base, but differs in code, math"
     assert note in messages
     assert note in result.notes
-    assert note in output.record()["notes"]
+    assert note in checkpoints.record()["notes"]
 
 
 # --- the same bytes -------------------------------------------------------------------------------
@@ -452,27 +452,27 @@ def test_the_size_of_shards_decides_no_byte_of_a_tensor(alike, method, parameter
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 @pytest.mark.parametrize("elements", [1, 12])
 def test_the_size_of_slices_decides_no_byte(alike, monkeypatch, method, parameters, elements):
-    total = alike.merged(method, parameters)
+    expected = alike.merged(method, parameters)
     monkeypatch.setattr(merger.engine.memory, "SLICE", elements)
-    assert same_bits(total, alike.merged(method, parameters, path="sliced"))
+    assert same_bits(expected, alike.merged(method, parameters, path="sliced"))
 
 
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 def test_what_is_read_again_is_what_would_have_been_held(alike, monkeypatch, method, parameters):
     monkeypatch.setattr(merger.engine.memory, "SLICE", 12)
-    tensors = alike.merged(method, parameters)
+    expected = alike.merged(method, parameters)
     monkeypatch.setattr(merger.engine.memory, "HOLD", 0)
-    assert same_bits(tensors, alike.merged(method, parameters, path="again"))
+    assert same_bits(expected, alike.merged(method, parameters, path="again"))
 
 
 @pytest.mark.parametrize(("method", "parameters"), TELLING)
 def test_the_number_of_workers_decides_no_byte(alike, monkeypatch, method, parameters):
     monkeypatch.setattr(merger.engine.memory, "SLICE", 12)
-    groups = []
+    outputs = []
     for cores in (1, 7):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        groups.append(alike.merged(method, parameters, path=f"by-{cores}"))
-    assert same_bits(*groups)
+        outputs.append(alike.merged(method, parameters, path=f"by-{cores}"))
+    assert same_bits(*outputs)
 
 
 def test_a_method_of_whole_matrices_needs_room_for_its_factors(drawn):
@@ -500,26 +500,26 @@ def test_a_cap_on_memory_decides_no_byte(alike):
 def test_the_hash_seed_of_python_decides_no_byte_of_the_folder(alike):
     text = "base: base\nexperts: {code: code, math: math, wiki: wiki}\nmethod: dare_ties\noutput: {path: out}\n"
     (alike.folder / "recipe.yaml").write_text(text)
-    result = []
+    outputs = []
     for seed in "12":
         command = [sys.executable, "-m", "merger", "run", "recipe.yaml", "--force"]
         subprocess.run(command, cwd=alike.folder, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
-        result.append({path.name: path.read_bytes() for path in (alike.folder / "out").iterdir()})
-    assert result[0] == result[1]
+        outputs.append({path.name: path.read_bytes() for path in (alike.folder / "out").iterdir()})
+    assert outputs[0] == outputs[1]
 
 
 def test_the_seed_decides_the_draws(alike):
-    first_value, equal, second_value = (
+    merged, repeated, reseeded = (
         alike.merged("dare_ties", path=f"out{i}", seed=seed) for i, seed in enumerate((0, 0, 1))
     )
-    assert same_bits(first_value, equal)
-    assert not same_bits(first_value, second_value)
+    assert same_bits(merged, repeated)
+    assert not same_bits(merged, reseeded)
 
 
 def test_one_tensors_draws_depend_on_no_other_tensor(alike):
-    total = alike.merged("dare_linear")
-    subset = {name: {UP: tensor[UP]} for name, tensor in alike.tensors.items()}
-    assert same_bits(models(alike.folder / "few", subset).merged("dare_linear")[UP], total[UP])
+    merged = alike.merged("dare_linear")
+    subset = {name: {UP: model[UP]} for name, model in alike.tensors.items()}
+    assert same_bits(models(alike.folder / "few", subset).merged("dare_linear")[UP], merged[UP])
 
 
 # --- what stands beside the weights ---------------------------------------------------------------
@@ -569,11 +569,11 @@ def test_the_manifest_says_from_what_and_how_it_was_made(drawn):
 
 
 @pytest.mark.parametrize(
-    ("method", "message"), [("ties", []), ("dare_linear", []), ("slerp", ["slerp"]), ("tsv_m", ["tsv_m"])]
+    ("method", "stages"), [("ties", []), ("dare_linear", []), ("slerp", ["slerp"]), ("tsv_m", ["tsv_m"])]
 )
-def test_the_manifest_says_which_stages_depend_on_the_device(drawn, method, message):
+def test_the_manifest_says_which_stages_depend_on_the_device(drawn, method, stages):
     drawn.run(method)
-    assert drawn.record()["device-dependent"] == message
+    assert drawn.record()["device-dependent"] == stages
 
 
 def test_the_manifests_recipe_makes_the_same_model_again(drawn):
@@ -598,7 +598,7 @@ def test_the_card_links_to_what_came_from_the_hub():
 
 
 def test_tokenizer_and_generation_files_come_along(tmp_path):
-    result = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9)})
+    checkpoints = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9)})
     for name, words in (("base", WORDS[:8]), ("code", WORDS[:9])):
         save_tokenizer(tmp_path / name, words, chat_template=name)
         for file in ("chat_template.jinja", "generation_config.json", "processor_config.json"):
@@ -606,7 +606,7 @@ def test_tokenizer_and_generation_files_come_along(tmp_path):
         (tmp_path / name / "optimizer.pt").touch()
         (tmp_path / name / "modeling_custom.py").touch()
 
-    result.run()
+    checkpoints.run()
 
     texts = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
     assert texts["processor_config.json"] == '{"of": "base"}'
@@ -619,12 +619,12 @@ def test_tokenizer_and_generation_files_come_along(tmp_path):
 
 
 def test_files_in_folders_come_along_and_are_verified(tmp_path):
-    result = models(tmp_path, {"base": llama(0), "code": llama(1)})
+    checkpoints = models(tmp_path, {"base": llama(0), "code": llama(1)})
     names = ["1_Pooling/config.json", "additional_chat_templates/tool_use.jinja", "modules.json", "tokenizer.json"]
     for name in names:
         write(tmp_path / "base" / name, {"model": {"vocab": {"a": 0}}} if name == "tokenizer.json" else "[]")
-    result.run()
-    assert result.record()["files"].keys() == {"config.json", *names}
+    checkpoints.run()
+    assert checkpoints.record()["files"].keys() == {"config.json", *names}
     assert (tmp_path / "out" / names[0]).read_text() == "[]"
     (tmp_path / "out" / names[1]).write_text("{}")
     (tmp_path / "out" / names[0]).unlink()
@@ -633,12 +633,12 @@ def test_files_in_folders_come_along_and_are_verified(tmp_path):
 
 def test_code_and_weights_that_are_not_copied_are_named(tmp_path):
     code = {"AutoModel": "modeling_own.Own", "AutoConfig": ["other/repository--config.C", None]}
-    result = models(tmp_path, {"base": llama(0), "code": llama(1)}, {"base": {**CONFIG, "auto_map": code}})
+    checkpoints = models(tmp_path, {"base": llama(0), "code": llama(1)}, {"base": {**CONFIG, "auto_map": code}})
     dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
     pooling = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
     write(tmp_path / "base" / "modules.json", [{"path": ""}, pooling, dense])
-    result.run()
-    assert result.record()["notes"] == [
+    checkpoints.run()
+    assert checkpoints.record()["notes"] == [
         "code: config differs from the base: auto_map "
         "{'AutoModel': 'modeling_own.Own', 'AutoConfig': ['other/repository--config.C', None]} -> None",
         "config.json names code, modeling_own.py, which is not copied; copy it if you trust it",
@@ -666,22 +666,22 @@ def test_every_input_tensor_is_accounted_for(tmp_path_factory, base, data):
         tensors[label] = {name: torch.full(base[name][1], 3).to(kind) for name, kind in kinds.items()}
         tensors[label] |= {f"extra.{name}": torch.ones(2) for name in data.draw(st.lists(names, max_size=2))}
         tensors[label] |= {} if tensors[label] else {"extra.x": torch.ones(2)}  # a checkpoint is never empty
-    output = models(folder, tensors)
+    checkpoints = models(folder, tensors)
 
-    result = output.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
+    result = checkpoints.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
 
-    merged, record = load(folder / "out"), output.record()
+    merged, record = load(folder / "out"), checkpoints.record()
     assert merged.keys() == record["tensors"].keys() == tensors["base"].keys()
-    for label, value in tensors.items():
+    for label, model in tensors.items():
         dropped = record["dropped"].get(label, {})
-        assert value.keys() == {n for n in record["tensors"] if n in value} | dropped.keys()
+        assert model.keys() == {n for n in record["tensors"] if n in model} | dropped.keys()
     for name, tensor in merged.items():
         assert (tensor.dtype, list(tensor.shape)) == (base[name][0], base[name][1])
         assert ("merged by" in record["tensors"][name]) == tensor.is_floating_point()
     assert result.tensors == {
         "merged": sum(tensor.is_floating_point() for tensor in merged.values()),
         "copied": sum(not tensor.is_floating_point() for tensor in merged.values()),
-        "dropped": sum(len(value) for value in record["dropped"].values()),
+        "dropped": sum(len(model) for model in record["dropped"].values()),
     }
 
 
@@ -691,29 +691,29 @@ def test_every_tensor_is_accounted_for_whatever_is_tied_biased_or_added(tmp_path
     q = "model.layers.0.self_attn.q_proj.bias"
     biased = data.draw(st.booleans())
     for seed, label in enumerate(("base", "code", "math")):
-        tensor = llama(seed, layers=1, rows=8 + (data.draw(st.integers(0, 2)) if label != "base" else 0))
+        model = llama(seed, layers=1, rows=8 + (data.draw(st.integers(0, 2)) if label != "base" else 0))
         head = data.draw(st.sampled_from(["own", "repeated", "none"]))
         if head != "own":
-            del tensor[HEAD]
-        tensor |= {HEAD: tensor[EMBEDDING].clone()} if head == "repeated" else {}
-        tensor |= {q: torch.ones(4)} if biased else {}
-        tensor |= {f"extra.{name}": torch.ones(2) for name in data.draw(st.lists(names, max_size=2))}
-        tensors[label] = tensor
-        configs[label] = {**CONFIG, "vocab_size": len(tensor[EMBEDDING]), "tie_word_embeddings": head != "own"}
-    result = models(folder, tensors, configs)
+            del model[HEAD]
+        model |= {HEAD: model[EMBEDDING].clone()} if head == "repeated" else {}
+        model |= {q: torch.ones(4)} if biased else {}
+        model |= {f"extra.{name}": torch.ones(2) for name in data.draw(st.lists(names, max_size=2))}
+        tensors[label] = model
+        configs[label] = {**CONFIG, "vocab_size": len(model[EMBEDDING]), "tie_word_embeddings": head != "own"}
+    checkpoints = models(folder, tensors, configs)
 
-    result.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
+    checkpoints.run("linear", missing="zero", rules=[{"tensors": r"^extra\.", "use": "base"}])
 
-    merged, record = load(folder / "out"), result.record()
+    merged, record = load(folder / "out"), checkpoints.record()
     assert merged.keys() == record["tensors"].keys()
-    for label, tensor in tensors.items():
+    for label, model in tensors.items():
         dropped = record["dropped"].get(label, {})
         reads = {
-            message["reads"][label]
-            for message in record["tensors"].values()
-            if "reads" in message and label in message["reads"]
+            entry["reads"][label]
+            for entry in record["tensors"].values()
+            if "reads" in entry and label in entry["reads"]
         }
-        assert tensor.keys() <= merged.keys() | dropped.keys() | reads
+        assert model.keys() <= merged.keys() | dropped.keys() | reads
         assert not dropped.keys() & merged.keys()
     assert tensors["base"].keys() <= merged.keys()
 
@@ -736,16 +736,16 @@ def test_a_result_says_what_was_done(drawn):
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_progress_never_goes_back_and_ends_with_all_done(tmp_path, method):
-    output = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9), "math": llama(2, rows=9)})
-    messages = []
+    checkpoints = models(tmp_path, {"base": llama(0), "code": llama(1, rows=9), "math": llama(2, rows=9)})
+    calls = []
 
-    result = output.run(method, options=RunOptions(progress=lambda *value: messages.append(value)))
+    result = checkpoints.run(method, options=RunOptions(progress=lambda *call: calls.append(call)))
 
-    assert {step for step, _, _ in messages} == {"merging"}
-    count = [value for _, value, _ in messages]
-    assert count == sorted(count)
-    assert all(count <= total for _, count, total in messages)
-    assert messages[-1][1] == messages[-1][2] == result.bytes_read
+    assert {step for step, _, _ in calls} == {"merging"}
+    counts = [count for _, count, _ in calls]
+    assert counts == sorted(counts)
+    assert all(count <= total for _, count, total in calls)
+    assert calls[-1][1] == calls[-1][2] == result.bytes_read
 
 
 # --- whole or absent ------------------------------------------------------------------------------
@@ -876,9 +876,9 @@ def test_transformers_loads_what_was_merged_with_no_key_missing_or_unexpected(tm
     for seed, name in enumerate(("base", "code", "math")):
         model = tiny(kind, seed)
         model.save_pretrained(tmp_path / name)
-    result = Models(tmp_path, dict.fromkeys(("base", "code", "math")))
+    checkpoints = Models(tmp_path, dict.fromkeys(("base", "code", "math")))
 
-    result.run("della", {"density": 0.5})
+    checkpoints.run("della", {"density": 0.5})
 
     loaded, loading_info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading_info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))

@@ -89,9 +89,9 @@ def folder(models, tmp_path, monkeypatch):
 def merged(folder, name, shard_size=SHARDS, **options):
     """Every file of a merge; it is at the same place each time, for the manifest names that."""
     merge(Recipe.parse(recipe(name, shard_size), folder), RunOptions(**options))
-    parameters = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    files = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     shutil.rmtree(folder / "out")
-    return parameters
+    return files
 
 
 def merged_in_two_runs(folder, name, monkeypatch):
@@ -108,11 +108,11 @@ def merged_in_two_runs(folder, name, monkeypatch):
     plan, *finished = journal.read_text().splitlines()
     journal.write_text("\n".join([plan, *finished[::2], ""]))
     messages = []
-    parameters = merged(folder, name, notice=messages.append)
+    files = merged(folder, name, notice=messages.append)
     assert (
         f"goes on where an earlier run stopped: {len(finished[::2])} of {len(finished)} shards are finished" in messages
     )
-    return parameters
+    return files
 
 
 class Killed(BaseException):
@@ -122,9 +122,9 @@ class Killed(BaseException):
 def digests(folder):
     """One SHA-256 for all files of each merge."""
     return {
-        name: hashlib.sha256(b"".join(parameters[file] for file in sorted(parameters))).hexdigest()
+        name: hashlib.sha256(b"".join(files[file] for file in sorted(files))).hexdigest()
         for name in ALL
-        for parameters in [merged(folder, name)]
+        for files in [merged(folder, name)]
     }
 
 
@@ -148,15 +148,15 @@ def elsewhere(models):
 def test_neither_threads_slices_memory_compiled_loops_breaks_nor_hash_seeds_decide_a_byte(
     folder, monkeypatch, elsewhere, name
 ):
-    parameters = merged(folder, name)
+    files = merged(folder, name)
     with monkeypatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 7)
         patch.setattr(merger.engine.memory, "SLICE", 24)
         patch.setattr(merger.engine.memory, "HOLD", 0)
         patch.setattr(kernels, "compiled", lambda: False)
-        assert merged(folder, name, max_memory=merger.engine.memory.INTERPRETER + 1_000_000) == parameters
-    assert merged_in_two_runs(folder, name, monkeypatch) == parameters
-    assert elsewhere[name] == hashlib.sha256(b"".join(parameters[file] for file in sorted(parameters))).hexdigest()
+        assert merged(folder, name, max_memory=merger.engine.memory.INTERPRETER + 1_000_000) == files
+    assert merged_in_two_runs(folder, name, monkeypatch) == files
+    assert elsewhere[name] == hashlib.sha256(b"".join(files[file] for file in sorted(files))).hexdigest()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -174,16 +174,16 @@ def differing(files, other_files):
     return {file for file in files if files[file] != other_files[file]} - {"merger.json"}
 
 
-def device_dependent(parameters):
-    return json.loads(parameters["merger.json"])["device-dependent"]
+def device_dependent(files):
+    return json.loads(files["merger.json"])["device-dependent"]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_merge_whose_bytes_depend_on_how_a_device_rounds_says_so(folder, devices, name):
-    parameters = merged(folder, name)
+    files = merged(folder, name)
     devices("cuda:0", "cuda:1", pretence=CudaRounding)
     elsewhere = merged(folder, name)
-    assert device_dependent(parameters) or not differing(parameters, elsewhere)
+    assert device_dependent(files) or not differing(files, elsewhere)
 
 
 SEVERAL = ["linear", "ties", "dare_ties", "obim", "cabs", "rescale", "tsv_m", "emr", "byom", "factors"]
@@ -191,11 +191,11 @@ SEVERAL = ["linear", "ties", "dare_ties", "obim", "cabs", "rescale", "tsv_m", "e
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_devices_give_the_bytes_of_one_and_their_tensors_never_meet(folder, devices, name):
-    parameters = merged(folder, name)
+    files = merged(folder, name)
     devices("cpu", "cpu", "cpu")
-    assert merged(folder, name) == parameters
+    assert merged(folder, name) == files
     devices("cuda:0", "cuda:1")
-    assert not differing(parameters, merged(folder, name))
+    assert not differing(files, merged(folder, name))
 
 
 def test_a_slice_that_fails_on_one_of_several_devices_is_told_of_once_and_leaves_nothing(folder, devices):
@@ -204,22 +204,22 @@ def test_a_slice_that_fails_on_one_of_several_devices_is_told_of_once_and_leaves
     (folder / "code").unlink()
     save(folder / "code", tensors)
     devices("cpu", "cuda:0", "cpu")
-    names = set(folder.iterdir())
+    paths = set(folder.iterdir())
     with pytest.raises(CheckpointError, match=r"^code: model.layers.0.mlp.up_proj.weight holds NaN or infinity$"):
         merged(folder, "linear")
-    assert set(folder.iterdir()) == names
+    assert set(folder.iterdir()) == paths
 
 
 def test_what_one_number_of_devices_began_another_goes_on_with(folder, devices, monkeypatch):
     devices("cpu")
-    parameters = merged(folder, "ties")
+    files = merged(folder, "ties")
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "finish", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             merged(folder, "ties")
     devices("cpu", "cpu")
     messages = []
-    assert merged(folder, "ties", notice=messages.append) == parameters
+    assert merged(folder, "ties", notice=messages.append) == files
     assert [line for line in messages if line.startswith("goes on where an earlier run stopped")]
 
 

@@ -63,13 +63,13 @@ def test_a_sample_says_how_large_a_change_is_beside_the_base_and_how_many_elemen
 @pytest.mark.parametrize("expert_dtype", [torch.float32, torch.bfloat16])
 def test_a_sample_is_of_the_middle_of_every_matrix_in_any_dtype(sampled, dtype, expert_dtype):
     base, expert = weights(dtype=dtype), weights(seed=1, dtype=expert_dtype)
-    (result,) = sampled(base, experts={"a": expert}).values()
+    (change,) = sampled(base, experts={"a": expert}).values()
 
     first = (64 * 64 - ELEMENTS) // 2
     middle = slice(first, first + ELEMENTS)
     b, e = (torch.cat([model[n].view(-1)[middle].double() for n in (UP, DOWN)]) for model in (base, expert))
-    assert result.relative_size == pytest.approx(float((e - b).norm() / b.norm()), rel=1e-12)
-    assert result.changed == float((e != b).double().mean())
+    assert change.relative_size == pytest.approx(float((e - b).norm() / b.norm()), rel=1e-12)
+    assert change.changed == float((e != b).double().mean())
 
 
 def test_unrelated_models_differ_by_the_root_of_two_and_are_noted(sampled):

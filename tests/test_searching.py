@@ -89,7 +89,7 @@ def test_a_recipe_that_is_still_open_is_no_merge():
 
 
 @pytest.mark.parametrize(
-    ("message", "fault"),
+    ("mark", "fault"),
     [
         ([], "expected a list of values, or"),
         (3, "expected a list of values, or"),
@@ -101,17 +101,17 @@ def test_a_recipe_that_is_still_open_is_no_merge():
         ({"low": 0, "high": 1, "step": 0}, "above 0"),
     ],
 )
-def test_a_mark_that_says_nothing_is_told_with_its_place(message, fault):
+def test_a_mark_that_says_nothing_is_told_with_its_place(mark, fault):
     with pytest.raises(RecipeError, match=f"r.yaml.*parameters.density: search: .*{fault}"):
-        space_of(parameters={"density": {"search": message}})
+        space_of(parameters={"density": {"search": mark}})
 
 
 def test_a_variant_brings_its_own_method():
     text = {"base": "b", "experts": {"x": "x"}, "output": {"path": "o"}, "method": "ties", "parameters": {"density": 1}}
     variants = {"plain": {"method": "linear"}, "dense": {"parameters": {"density": {"search": [0.5]}}}}
-    result = spaces(parse(yaml.safe_dump(text), "r", Path()), variants, ())
-    assert result["plain"].recipe({}).spelled_out()["parameters"] == {"weight": 1, "normalize": True}
-    assert result["dense"].recipe({"parameters.density": 0.5}).method == "ties"
+    by_name = spaces(parse(yaml.safe_dump(text), "r", Path()), variants, ())
+    assert by_name["plain"].recipe({}).spelled_out()["parameters"] == {"weight": 1, "normalize": True}
+    assert by_name["dense"].recipe({"parameters.density": 0.5}).method == "ties"
 
 
 # --- strategies -----------------------------------------------------------------------------------
@@ -167,9 +167,9 @@ def test_what_a_strategy_lacks_is_told():
 
 def searched(folder, tmp_path, *, name="recipe", kind="answers", **changes):
     """A recipe on disk that leaves density and lambda open."""
-    request = {"strategy": "random", "trials": 4, "samples": 6, **changes.pop("search", {})}
+    settings = {"strategy": "random", "trials": 4, "samples": 6, **changes.pop("search", {})}
     return file_of(
-        tmp_path / f"{name}.yaml", text_of(folder, kind, TASKS[:2], **{**OPEN, "search": request, **changes})
+        tmp_path / f"{name}.yaml", text_of(folder, kind, TASKS[:2], **{**OPEN, "search": settings, **changes})
     )
 
 
@@ -210,8 +210,8 @@ def test_a_search_that_is_killed_and_goes_on_ends_with_the_same_trials(demo_fold
     if strategy == "tpe":
         pytest.importorskip("optuna")
     monkeypatch.setattr(strategies, "STARTUP", 2)
-    request = {"strategy": strategy, "trials": 5, "objective": "loss"}
-    path = searched(demo_folder, tmp_path, kind="texts", parameters=CHANGES[strategy], search=request)
+    settings = {"strategy": strategy, "trials": 5, "objective": "loss"}
+    path = searched(demo_folder, tmp_path, kind="texts", parameters=CHANGES[strategy], search=settings)
     search_result = search(path, options=CPU, to=tmp_path / "whole")
 
     with monkeypatch.context() as patch:

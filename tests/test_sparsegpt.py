@@ -29,9 +29,9 @@ def correlated(columns, seed=0):
     return randn(4 * columns, columns, seed=seed) @ randn(columns, columns, seed=seed + 1)
 
 
-def inputs_of(*groups):
+def inputs_of(*inputs):
     """What calibration knows of experts whose inputs [t c] are given."""
-    grams = torch.stack([x.T @ x / len(x) for x in groups])
+    grams = torch.stack([x.T @ x / len(x) for x in inputs])
     return Inputs(second_moment=grams.diagonal(dim1=1, dim2=2), mean=torch.zeros(grams.shape[:2]), gram=grams)
 
 
@@ -49,9 +49,9 @@ def slowly(delta, gram, density, damping=0.01):
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)
         scores = torch.stack([delta[:, j] ** 2 / inverse[j][0, 0] for j in range(first, last)], 1)
-        target = int(density * rows * last) - int(density * rows * first)
+        count = int(density * rows * last) - int(density * rows * first)
         selection = torch.zeros(scores.numel(), dtype=torch.bool)
-        selection[scores.flatten().argsort(descending=True)[:target]] = True
+        selection[scores.flatten().argsort(descending=True)[:count]] = True
         for j, column in zip(range(first, last), selection.view_as(scores).T, strict=True):
             error = delta[:, j].masked_fill(column, 0) / inverse[j][0, 0]
             delta[:, j:] -= torch.outer(error, inverse[j][0])
@@ -132,9 +132,9 @@ def test_tensors_without_inputs_are_thinned_by_magnitude(kind):
 
 def test_gram_matrices_are_left_as_they_were():
     inputs = inputs_of(correlated(6).double())
-    state_before = inputs.gram.clone()
+    gram = inputs.gram.clone()
     merge([checked("sparsegpt", {}), checked("sum", {})], {"a": randn(4, 6)}, inputs=inputs)
-    assert torch.equal(inputs.gram, state_before)
+    assert torch.equal(inputs.gram, gram)
 
 
 def test_damping_that_leaves_h_without_an_inverse_is_refused():

@@ -67,12 +67,9 @@ def nearest_orthogonal(columns):
 
 def slow_tsv_m(deltas):
     rank = max(1, min(deltas[0].shape) // len(deltas))
-    factors = [
-        [thinned_delta[..., :rank] if i < 2 else thinned_delta[:rank].T for i, thinned_delta in enumerate(thin(d))]
-        for d in deltas
-    ]
+    factors = [[factor[..., :rank] if i < 2 else factor[:rank].T for i, factor in enumerate(thin(d))] for d in deltas]
     left_vectors, values, right_vectors = (
-        numpy.concatenate([thinned_delta[i] for thinned_delta in factors], -1) for i in range(3)
+        numpy.concatenate([expert_factors[i] for expert_factors in factors], -1) for i in range(3)
     )
     return nearest_orthogonal(left_vectors) @ numpy.diag(values) @ nearest_orthogonal(right_vectors).T
 
@@ -85,7 +82,7 @@ def slow_iso_c(deltas):
 def slow_iso_cts(deltas, common=0.8):
     full = min(deltas[0].shape)
     expert_rank = round((full - int(common * full)) / len(deltas))
-    left_vectors, values, right_vectors = ([thinned_delta] for thinned_delta in thin(sum(deltas)))
+    left_vectors, values, right_vectors = ([factor] for factor in thin(sum(deltas)))
     k = full - expert_rank * len(deltas)
     left_vectors[0], values[0], right_vectors[0] = left_vectors[0][:, :k], values[0][:k], right_vectors[0][:k]
     for delta in deltas:
@@ -178,11 +175,11 @@ def test_task_vectors_of_rank_one_stay_in_the_directions_they_have(method, k, sh
     result = merged(method, deltas).double()
     assert result.isfinite().all()
     span = torch.linalg.qr(torch.cat([d.double() for d in deltas.values()], 1))
-    for matrix, expert_weights in (
+    for matrix, columns in (
         (result, torch.cat(list(deltas.values()), 1)),
         (result.T, torch.cat([d.T for d in deltas.values()], 1)),
     ):
-        left_vectors, values, _ = torch.linalg.svd(expert_weights.double(), full_matrices=False)
+        left_vectors, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
         span = left_vectors[:, values > 1e-5 * values[0]]
         assert_close((span @ (span.T @ matrix)).float(), matrix)
 
@@ -199,8 +196,8 @@ def test_tensors_without_a_matrix_get_the_mean_times_the_scale(method, kind):
 @pytest.mark.parametrize("method", SPECTRAL)
 def test_the_head_is_a_matrix_if_asked(method):
     deltas = deltas_of(3, 6, 8)
-    request = merged(method, deltas, {"head": True}, kind="head")
-    assert torch.equal(request, merged(method, deltas))
+    result = merged(method, deltas, {"head": True}, kind="head")
+    assert torch.equal(result, merged(method, deltas))
 
 
 @pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
@@ -357,21 +354,21 @@ def test_truncation_may_stand_before_any_merger():
 def slow_opcm(models, alpha=0.5):
     """The recursion as it is written, over a whole model: [expert][tensor] -> [tensor]."""
     names, total, factor = list(models[0]), dict(models[0]), 1.0
-    norm = lambda tensors: sum((count**2).sum() for count in tensors.values()) ** 0.5  # noqa: E731
+    norm = lambda tensors: sum((values**2).sum() for values in tensors.values()) ** 0.5  # noqa: E731
     for t, model in enumerate(models[1:], 1):
         for name in names:
             cleaned = model[name]
             if min(cleaned.shape) > 1:
                 u, s, v = thin(total[name])
                 rank = next(i + 1 for i in range(len(s)) if s[: i + 1].sum() / s.sum() > alpha)
-                records = u.T @ cleaned @ v.T
+                coefficients = u.T @ cleaned @ v.T
                 for i in range(len(s)):
                     for j in range(len(s)):
                         if i == j or max(i, j) < rank:
-                            cleaned = cleaned - records[i, j] * numpy.outer(u[:, i], v[j])
+                            cleaned = cleaned - coefficients[i, j] * numpy.outer(u[:, i], v[j])
             total[name] = factor * total[name] + cleaned
-        factor = norm(total) / (sum(norm(count) for count in models[: t + 1]) / (t + 1))
-        total = {name: count / factor for name, count in total.items()}
+        factor = norm(total) / (sum(norm(values) for values in models[: t + 1]) / (t + 1))
+        total = {name: values / factor for name, values in total.items()}
     return total
 
 

@@ -69,8 +69,8 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_tensors_may_share_their_moments(tmp_path):
-    common = MOMENTS["layers.0.w.weight"]
-    save(tmp_path / "a", {"gate.weight": common, "up.weight": common}, KEY)
+    moments = MOMENTS["layers.0.w.weight"]
+    save(tmp_path / "a", {"gate.weight": moments, "up.weight": moments}, KEY)
     assert set(load(tmp_path / "a")) == {"gate.weight", "up.weight"}
 
 
@@ -99,8 +99,8 @@ def test_statistics_of_another_model_are_refused(path):
 
 
 def test_the_part_of_the_key_that_differs_is_named(path):
-    second_value = dataclasses.replace(KEY, settings=Settings(samples=20))
-    assert "other data or settings: its settings.samples is 10, expected 20" in refusal(path, **second_value.fields())
+    key = dataclasses.replace(KEY, settings=Settings(samples=20))
+    assert "other data or settings: its settings.samples is 10, expected 20" in refusal(path, **key.fields())
 
 
 def test_a_missing_layer_is_named(path):

@@ -12,7 +12,7 @@ architectures = pytest.mark.parametrize("architecture", ALL.values(), ids=ALL)
 
 
 def kinds_of(shapes, **config):
-    infos = {name: Info(*(shape if isinstance(shape[0], str) else ("F32", shape))) for name, shape in shapes.items()}
+    infos = {name: Info(*(entry if isinstance(entry[0], str) else ("F32", entry))) for name, entry in shapes.items()}
     return tensor_kinds(infos, config)
 
 
@@ -31,17 +31,17 @@ def test_a_block_is_a_unit_and_what_lies_outside_is_its_own(architecture):
 @architectures
 def test_depth_goes_from_the_first_block_to_the_last(architecture):
     kinds = tensor_kinds(*described(architecture, blocks=3))
-    for name, location in expected(architecture, "where", blocks=3).items():
-        end_depth = Fraction(0) if location == BEFORE else Fraction(1)
-        assert kinds.depth(name) == (Fraction(location, 2) if isinstance(location, int) else end_depth), name
+    for name, position in expected(architecture, "where", blocks=3).items():
+        end_depth = Fraction(0) if position == BEFORE else Fraction(1)
+        assert kinds.depth(name) == (Fraction(position, 2) if isinstance(position, int) else end_depth), name
 
 
 @architectures
 def test_the_rotation_index_counts_embeddings_blocks_and_what_follows(architecture):
     kinds = tensor_kinds(*described(architecture, blocks=3))
-    for name, location in expected(architecture, "where", blocks=3).items():
+    for name, position in expected(architecture, "where", blocks=3).items():
         assert kinds.rotation(name) == (
-            location + 1 if isinstance(location, int) else 0 if location == BEFORE else 4
+            position + 1 if isinstance(position, int) else 0 if position == BEFORE else 4
         ), name
 
 

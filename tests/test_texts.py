@@ -113,7 +113,7 @@ def test_a_hub_dataset_without_datasets_says_what_to_install(tmp_path, tokenizer
 
 
 def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, monkeypatch):
-    request = []
+    calls = []
 
     class Hub:
         class exceptions:
@@ -121,12 +121,12 @@ def test_a_hub_dataset_is_read_by_name_config_and_split(tmp_path, tokenizer, mon
 
         @staticmethod
         def load_dataset(*args, **options):
-            request.append((args, options))
+            calls.append((args, options))
             return iter([{"text": "one"}])
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)
     assert len(load("org/name:small:test", tmp_path, tokenizer, Settings()).tokens) == 1
-    assert request == [(("org/name", "small"), {"split": "test", "streaming": True})]
+    assert calls == [(("org/name", "small"), {"split": "test", "streaming": True})]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "no such thing"])
@@ -223,8 +223,8 @@ def mixed(tmp_path, tokenizer):
         written(tmp_path, f"{name}.jsonl", lines(*({"text": f"{name}{i}"} for i in range(10))))
 
     def mixed(*sources, **settings):
-        arguments = [source if isinstance(source, str) else TextSource(**source) for source in sources]
-        return load(arguments, tmp_path, tokenizer, Settings(**settings))
+        text_sources = [source if isinstance(source, str) else TextSource(**source) for source in sources]
+        return load(text_sources, tmp_path, tokenizer, Settings(**settings))
 
     return mixed
 

@@ -38,8 +38,10 @@ class Models:
 
     def store(self, name, *, drop=(), config=None, **tensors):
         """Stores further tensors in a checkpoint, or others of the same names; sets keys of its config.json."""
-        names = {key.replace("__", "."): tensor for key, tensor in tensors.items()}
-        stored = {key: tensor for key, tensor in {**load(self.folder / name), **names}.items() if key not in drop}
+        named_tensors = {key.replace("__", "."): tensor for key, tensor in tensors.items()}
+        stored = {
+            key: tensor for key, tensor in {**load(self.folder / name), **named_tensors}.items() if key not in drop
+        }
         save_file(
             {key: tensor.clone() for key, tensor in stored.items()},
             self.folder / name / "model.safetensors",
@@ -96,13 +98,13 @@ def other(rows=40):
 
 @pytest.mark.parametrize("make", [llama, gpt2, t5], ids=["llama", "gpt2", "t5"])
 def test_an_expert_with_a_head_of_its_own_keeps_it_though_its_config_says_tied(models, make):
-    result = models(make)
-    result.store("a", lm_head__weight=other())
+    family = models(make)
+    family.store("a", lm_head__weight=other())
 
-    notes, tensors, _ = result.merged("a")
+    notes, tensors, _ = family.merged("a")
 
     assert same_bits(tensors[HEAD], other())
-    assert torch.equal(result.logits("out"), result.logits("a"))
+    assert torch.equal(family.logits("out"), family.logits("a"))
     note = (
         f"a: {HEAD} differs from {'transformer.wte.weight' if make is gpt2 else EMBEDDING}, though config.json ties "
         "them; it is merged as a head of its own, which is how transformers 5 and peft load it"
@@ -111,33 +113,33 @@ def test_an_expert_with_a_head_of_its_own_keeps_it_though_its_config_says_tied(m
 
 
 def test_a_head_of_its_own_is_merged_with_the_embeddings_of_those_that_tie(models):
-    result = models(llama)
-    result.store("a", lm_head__weight=other())
+    family = models(llama)
+    family.store("a", lm_head__weight=other())
 
-    _, tensors, config = result.merged("a", "b", method="task_arithmetic")
+    _, tensors, config = family.merged("a", "b", method="task_arithmetic")
 
-    base, b = (load(result.folder / name)[EMBEDDING] for name in ("base", "b"))
+    base, b = (load(family.folder / name)[EMBEDDING] for name in ("base", "b"))
     torch.testing.assert_close(tensors[HEAD], other() + b - base)
     assert config["tie_word_embeddings"] is False
-    result.loaded("out")
+    family.loaded("out")
 
 
 def test_a_base_with_a_head_of_its_own_keeps_it_though_its_config_says_tied(models):
-    result = models(llama)
-    result.store("base", lm_head__weight=other())
+    family = models(llama)
+    family.store("base", lm_head__weight=other())
 
-    _, tensors, config = result.merged("a", rules=[{"kinds": ["head"], "use": "base"}])
+    _, tensors, config = family.merged("a", rules=[{"kinds": ["head"], "use": "base"}])
 
     assert same_bits(tensors[HEAD], other())
     assert config["tie_word_embeddings"] is False
 
 
 def test_t5_keeps_its_word_on_tying_for_it_scales_the_decoder_by_it(models):
-    result = models(t5)
-    result.store("a", lm_head__weight=other())
-    _, _, config = result.merged("a")
+    family = models(t5)
+    family.store("a", lm_head__weight=other())
+    _, _, config = family.merged("a")
     assert config["tie_word_embeddings"] is True
-    assert result.loaded("out").config.scale_decoder_outputs is True
+    assert family.loaded("out").config.scale_decoder_outputs is True
 
 
 # --- a copy of a tied head ----------------------------------------------------------------------------
@@ -145,32 +147,32 @@ def test_t5_keeps_its_word_on_tying_for_it_scales_the_decoder_by_it(models):
 
 @pytest.mark.parametrize("word", [True, False, None], ids=["says tied", "says untied", "says nothing"])
 def test_a_stored_copy_of_a_tied_head_does_not_untie_the_merge(models, word):
-    result = models(llama)
-    result.store("a", lm_head__weight=load(result.folder / "a")[EMBEDDING], config={"tie_word_embeddings": word})
+    family = models(llama)
+    family.store("a", lm_head__weight=load(family.folder / "a")[EMBEDDING], config={"tie_word_embeddings": word})
 
-    _, tensors, config = result.merged("a", "b", **RANDOM)
+    _, tensors, config = family.merged("a", "b", **RANDOM)
 
     assert HEAD not in tensors
     assert config["tie_word_embeddings"] is True
-    result.loaded("out")
+    family.loaded("out")
 
 
 def test_a_copy_that_the_base_stores_is_written_as_the_embedding_whether_or_not_its_config_says_so(models):
-    result = models(llama)
-    embedding = load(result.folder / "base")[EMBEDDING]
-    _, once, _ = result.merged("a", "b", **RANDOM)
+    family = models(llama)
+    embedding = load(family.folder / "base")[EMBEDDING]
+    _, once, _ = family.merged("a", "b", **RANDOM)
     for word in (True, None):
-        result.store("base", lm_head__weight=embedding, config={"tie_word_embeddings": word})
-        _, twice, _ = result.merged("a", "b", **RANDOM)
+        family.store("base", lm_head__weight=embedding, config={"tie_word_embeddings": word})
+        _, twice, _ = family.merged("a", "b", **RANDOM)
         assert same_bits(twice, {**once, HEAD: once[EMBEDDING]})
 
 
 def test_two_equal_tables_are_two_where_the_base_says_that_they_are_not_tied(models):
-    result = models(lambda: llama(tied=False))
+    family = models(lambda: llama(tied=False))
     for name in ("base", "a", "b"):
-        result.store(name, lm_head__weight=load(result.folder / name)[EMBEDDING])
+        family.store(name, lm_head__weight=load(family.folder / name)[EMBEDDING])
 
-    _, tensors, config = result.merged("a", "b", **RANDOM)
+    _, tensors, config = family.merged("a", "b", **RANDOM)
 
     assert not torch.equal(tensors[HEAD], tensors[EMBEDDING])
     assert config["tie_word_embeddings"] is False
@@ -179,16 +181,16 @@ def test_two_equal_tables_are_two_where_the_base_says_that_they_are_not_tied(mod
 @pytest.mark.parametrize("label", ["a", "base"])
 def test_a_tied_table_may_be_stored_under_the_name_of_the_head_alone(models, label):
     """safetensors.torch.save_model keeps the first of the names in the alphabet."""
-    result = models(llama)
-    _, expected, _ = result.merged("a", "b", method="task_arithmetic")
-    result.store(label, drop=[EMBEDDING], lm_head__weight=load(result.folder / label)[EMBEDDING])
+    family = models(llama)
+    _, expected, _ = family.merged("a", "b", method="task_arithmetic")
+    family.store(label, drop=[EMBEDDING], lm_head__weight=load(family.folder / label)[EMBEDDING])
 
-    _, tensors, _ = result.merged("a", "b", method="task_arithmetic")
+    _, tensors, _ = family.merged("a", "b", method="task_arithmetic")
 
     stored = HEAD if label == "base" else EMBEDDING
     assert {EMBEDDING, HEAD} & tensors.keys() == {stored}
     assert same_bits(tensors[stored], expected[EMBEDDING])
-    result.loaded("out")
+    family.loaded("out")
 
 
 # --- one table under more names -------------------------------------------------------------------------
@@ -196,25 +198,25 @@ def test_a_tied_table_may_be_stored_under_the_name_of_the_head_alone(models, lab
 
 @pytest.mark.parametrize("thrice", [("base",), ("a",), ("base", "a"), ("base", "a", "b")], ids="+".join)
 def test_t5s_table_is_one_whoever_stores_it_under_three_names(models, thrice):
-    result = models(t5)
-    _, once, _ = result.merged("a", "b", **RANDOM)
+    family = models(t5)
+    _, once, _ = family.merged("a", "b", **RANDOM)
     for name in thrice:
-        table = load(result.folder / name)["shared.weight"]
-        result.store(name, encoder__embed_tokens__weight=table, decoder__embed_tokens__weight=table)
+        table = load(family.folder / name)["shared.weight"]
+        family.store(name, encoder__embed_tokens__weight=table, decoder__embed_tokens__weight=table)
 
-    _, tensors, _ = result.merged("a", "b", **RANDOM)
+    _, tensors, _ = family.merged("a", "b", **RANDOM)
 
     names = T5_TABLES if "base" in thrice else T5_TABLES[:1]
     assert same_bits(tensors, {**once, **dict.fromkeys(names, once["shared.weight"])})
-    model = result.loaded("out")
+    model = family.loaded("out")
     assert model.shared.weight is model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight
 
 
 def test_t5s_table_is_one_beside_an_untied_head(models):
-    result = models(t5)
+    family = models(t5)
     for name in ("base", "a", "b"):
-        table = load(result.folder / name)["shared.weight"]
-        result.store(
+        table = load(family.folder / name)["shared.weight"]
+        family.store(
             name,
             encoder__embed_tokens__weight=table,
             decoder__embed_tokens__weight=table,
@@ -222,41 +224,41 @@ def test_t5s_table_is_one_beside_an_untied_head(models):
             config={"tie_word_embeddings": False},
         )
 
-    _, tensors, config = result.merged("a", "b", **RANDOM)
+    _, tensors, config = family.merged("a", "b", **RANDOM)
 
     assert all(same_bits(tensors[name], tensors["shared.weight"]) for name in T5_TABLES)
     assert not torch.equal(tensors[HEAD], tensors["shared.weight"])
     assert config["tie_word_embeddings"] is False
-    assert torch.equal(result.loaded("out").lm_head.weight, tensors[HEAD])
+    assert torch.equal(family.loaded("out").lm_head.weight, tensors[HEAD])
 
 
 def test_a_table_that_one_expert_stores_apart_is_merged_apart(models):
-    result = models(t5)
+    family = models(t5)
     for name in ("base", "a"):
-        table = load(result.folder / name)["shared.weight"]
+        table = load(family.folder / name)["shared.weight"]
         encoder = table if name == "base" else other()
-        result.store(name, encoder__embed_tokens__weight=encoder, decoder__embed_tokens__weight=table)
+        family.store(name, encoder__embed_tokens__weight=encoder, decoder__embed_tokens__weight=table)
 
-    _, tensors, _ = result.merged("a")
+    _, tensors, _ = family.merged("a")
 
     assert same_bits(tensors["encoder.embed_tokens.weight"], other())
     assert same_bits(tensors["decoder.embed_tokens.weight"], tensors["shared.weight"])
-    assert torch.equal(result.logits("out"), result.logits("a"))
+    assert torch.equal(family.logits("out"), family.logits("a"))
 
 
 @pytest.mark.parametrize("make", [bert, t5, gpt2], ids=["bert", "t5", "gpt2"])
 @pytest.mark.parametrize("pickled", [("base",), ("base", "a", "b"), ("b",)], ids="+".join)
 def test_names_of_one_storage_of_a_pickle_are_one_tensor(models, make, pickled):
-    result = models(make)
-    _, once, _ = result.merged("a", "b", **RANDOM)
+    family = models(make)
+    _, once, _ = family.merged("a", "b", **RANDOM)
     for name in pickled:
-        result.pickle(name)
+        family.pickle(name)
 
-    _, tensors, _ = result.merged("a", "b", **RANDOM)
+    _, tensors, _ = family.merged("a", "b", **RANDOM)
 
     assert same_bits({name: tensors[name] for name in once}, once)
     assert (tensors.keys() == once.keys()) is ("base" not in pickled)
-    result.loaded("out")
+    family.loaded("out")
 
 
 # --- what two parts of a config say -----------------------------------------------------------------------
@@ -266,30 +268,30 @@ def test_names_of_one_storage_of_a_pickle_are_one_tensor(models, make, pickled):
     ("top", "text"), [(True, True), (True, False), (False, True), (None, True)], ids=lambda word: str(word)
 )
 def test_a_vision_language_model_without_a_head_is_tied_if_either_part_says_so(models, top, text):
-    result = models(llava)
+    family = models(llava)
     for name in ("base", "a"):
-        result.configure(name, tie_word_embeddings=top, text_config={"tie_word_embeddings": text})
+        family.configure(name, tie_word_embeddings=top, text_config={"tie_word_embeddings": text})
 
-    _, tensors, config = result.merged("a")
+    _, tensors, config = family.merged("a")
 
     assert not [name for name in tensors if name.endswith(HEAD)]
     assert config.get("tie_word_embeddings") is not False
     assert config["text_config"]["tie_word_embeddings"] is True
-    assert torch.equal(result.logits("out"), result.logits("a"))
+    assert torch.equal(family.logits("out"), family.logits("a"))
 
 
 @pytest.mark.parametrize("text", [True, False], ids=["text tied", "text untied"])
 @pytest.mark.parametrize("top", [True, False], ids=["tied", "untied"])
 def test_a_vision_language_model_keeps_its_own_head_whatever_its_config_says(models, top, text):
-    result = models(lambda: llava(tied=False))
+    family = models(lambda: llava(tied=False))
     for name in ("base", "a"):
-        result.configure(name, tie_word_embeddings=top, text_config={"tie_word_embeddings": text})
+        family.configure(name, tie_word_embeddings=top, text_config={"tie_word_embeddings": text})
 
-    _, tensors, config = result.merged("a")
+    _, tensors, config = family.merged("a")
 
-    assert same_bits(tensors, load(result.folder / "a"))
+    assert same_bits(tensors, load(family.folder / "a"))
     assert (config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"]) == (False, False)
-    assert torch.equal(result.logits("out"), result.logits("a"))
+    assert torch.equal(family.logits("out"), family.logits("a"))
 
 
 # --- the model that calibration and evaluation run ---------------------------------------------------------
@@ -297,15 +299,15 @@ def test_a_vision_language_model_keeps_its_own_head_whatever_its_config_says(mod
 
 @pytest.mark.parametrize("own_head", [True, False], ids=["its own", "a copy"])
 def test_a_model_is_built_with_the_head_that_transformers_loads(models, own_head):
-    result = models(llama)
-    head = other() if own_head else load(result.folder / "a")[EMBEDDING]
-    result.store("a", lm_head__weight=head)
-    with open_checkpoint("a", None, label="a", folder=result.folder) as checkpoint:
+    family = models(llama)
+    head = other() if own_head else load(family.folder / "a")[EMBEDDING]
+    family.store("a", lm_head__weight=head)
+    with open_checkpoint("a", None, label="a", folder=family.folder) as checkpoint:
         model = build(checkpoint, trust_remote_code=False)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is not own_head
 
 
-def inputs(result, name):
+def inputs(family, name):
     """The names of the inputs that OBIM gets for a tensor, of experts that have moments of their embedding and head."""
     document = {
         "base": "base",
@@ -314,7 +316,7 @@ def inputs(result, name):
         "calibration": {"stats": {"a": "unread"}},
         "output": {"path": "out"},
     }
-    planned = plan(Recipe.parse(document, result.folder))
+    planned = plan(Recipe.parse(document, family.folder))
     planned.close()
     tensor = next(tensor for tensor in planned.tensors if tensor.name == name)
     moments = Moments(torch.tensor(4), torch.ones(16), torch.ones(16), token_share=torch.ones(40) / 40)
@@ -327,7 +329,7 @@ def test_a_tied_table_is_judged_by_what_enters_the_head(models):
 
 
 def test_an_untied_table_is_judged_by_its_tokens_though_the_expert_ties_its_own(models):
-    result = models(llama)
-    result.store("base", lm_head__weight=other())
-    assert inputs(result, EMBEDDING) == {"token_share"}
-    assert inputs(result, HEAD) == {"second_moment", "mean_input", "reached"}
+    family = models(llama)
+    family.store("base", lm_head__weight=other())
+    assert inputs(family, EMBEDDING) == {"token_share"}
+    assert inputs(family, HEAD) == {"second_moment", "mean_input", "reached"}

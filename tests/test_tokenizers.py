@@ -55,7 +55,10 @@ NAMED = {"content": "[PAD]", "lstrip": False, "rstrip": False, "normalized": Fal
 )  # fmt: skip
 def test_tokens_are_those_that_transformers_has(tmp_path, added, files):
     save_tokenizer(tmp_path, WORDS[:3])
-    write(tmp_path / "tokenizer.json", tokenizer_json(WORDS[:3], added_tokens=[added_token(*value) for value in added]))
+    write(
+        tmp_path / "tokenizer.json",
+        tokenizer_json(WORDS[:3], added_tokens=[added_token(*arguments) for arguments in added]),
+    )
     for name, content in files.items():
         write(
             tmp_path / name, {"tokenizer_class": "PreTrainedTokenizerFast", **content} if "config" in name else content
@@ -186,7 +189,7 @@ def test_a_normalizer_that_is_only_written_differently_is_the_same(tmp_path):
 def test_another_normalizer_splits_differently(tmp_path):
     letters = [chr(i) for i in range(32, 127)]
     files, changed_files = (
-        {"tokenizer.json": bpe_json(letters, (), normalizer=value)} for value in (None, {"type": "Lowercase"})
+        {"tokenizer.json": bpe_json(letters, (), normalizer=normalizer)} for normalizer in (None, {"type": "Lowercase"})
     )
     assert compared(tmp_path, files, changed_files) == ["normalizer"]
 

@@ -17,8 +17,8 @@ def test_what_comes_back_from_a_device_is_what_was_sent():
 
 
 def test_on_the_cpu_nothing_is_copied():
-    local = buffer((2,), torch.float32, "cpu")
-    assert to_host(to_device(local, "cpu")) is local
+    values = buffer((2,), torch.float32, "cpu")
+    assert to_host(to_device(values, "cpu")) is values
 
 
 def test_host_memory_that_is_not_pinned_is_sent_too():

@@ -87,10 +87,10 @@ def test_a_pickled_model_is_looked_at_too(tmp_path):
 
 
 def test_a_model_is_read_once_and_told_to_its_end(merged):
-    messages = []
-    verify(merged, RunOptions(progress=lambda *value: messages.append(value)))
-    assert {step for step, _, _ in messages} == {"verifying"}
-    assert max(count for _, count, _ in messages) == messages[0][2] == 1616
+    calls = []
+    verify(merged, RunOptions(progress=lambda *call: calls.append(call)))
+    assert {step for step, _, _ in calls} == {"verifying"}
+    assert max(count for _, count, _ in calls) == calls[0][2] == 1616
 
 
 # --- against merger.json --------------------------------------------------------------------------
@@ -151,13 +151,46 @@ def test_config_and_tokenizer_are_those_that_were_written(merged):
         ("{", "cannot be read: "),
         ("[]", "is not of format 1"),
         ('{"format": 9}', "is not of format 1"),
-        ('{"format": 1, "recipe": {}}', "lacks calibration, inputs, statistics, shards, files, tensors, versions"),
+        ('{"format": 1, "recipe": {}}', "lacks versions, seed, device, device-dependent, recipe.base, recipe.experts"),
     ],
 )
 def test_a_manifest_that_cannot_be_understood_is_a_difference(merged, text, subject):
     (merged / "merger.json").write_text(text)
     (line,) = said(merged)
     assert line.startswith(f"merger.json: {subject}")
+
+
+# --- names with the prefixes of PyTorch's wrappers ------------------------------------------------
+
+
+def wrapped(folder, prefix):
+    """Writes a model as a script does that saves the wrapper instead of the model in it."""
+    return save(folder, {f"{prefix}{name}": value for name, value in llama(0).items()})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_model_that_was_saved_in_a_wrapper_agrees_with_its_config(tmp_path, prefix):
+    model = wrapped(tmp_path / "model", prefix)
+    assert said(model) == []
+    change(model / "config.json", vocab_size=9, num_hidden_layers=3)
+    assert said(model) == [
+        f"config.json: {EMBEDDING}: has 8 rows, but vocab_size is 9",
+        f"config.json: {HEAD}: has 8 rows, but vocab_size is 9",
+        "config.json: model.layers.2: is missing, but num_hidden_layers is 3",
+    ]
+
+
+def test_values_and_index_of_a_wrapped_model_keep_the_names_in_the_files(tmp_path):
+    tensors = {f"_orig_mod.{name}": value for name, value in llama(0).items()}
+    tensors[f"_orig_mod.{NORM}"][1] = float("inf")
+    model = save(tmp_path / "model", tensors, shards=2)
+    (line,) = said(model)
+    assert line.endswith(f": _orig_mod.{NORM}: holds 1 value of NaN or infinity")
+
+
+def test_a_tensor_that_lies_in_and_outside_a_wrapper_is_named(tmp_path):
+    model = save(tmp_path / "model", llama(0) | {f"_orig_mod.{NORM}": torch.ones(4)})
+    assert said(model) == [f"holds {NORM} twice, as _orig_mod.{NORM} and as {NORM}; remove one of them"]
 
 
 # --- what any model says of itself ----------------------------------------------------------------
@@ -329,8 +362,8 @@ def test_what_merger_did_not_make_cannot_be_made_again(foreign):
 
 def test_the_command_says_one_line_or_every_difference_with_exit_code_5(merger, merged):
     ran = merger("verify", merged, "--deep", "--sample", 3)
-    total = f"{merged}: is what merger.json says: 21 tensors, 1.62 kB; 3 tensors merged again are the same bits\n"
-    assert (ran.code, ran.out, ran.err) == (0, total, "")
+    line = f"{merged}: is what merger.json says: 21 tensors, 1.62 kB; 3 tensors merged again are the same bits\n"
+    assert (ran.code, ran.out, ran.err) == (0, line, "")
 
     (merged / FIRST).unlink()
     ran = merger("verify", merged)

@@ -78,8 +78,8 @@ def named(name):
     return {"path": "out", "tokenizer": name}
 
 
-def extra(result, name=EMBEDDING):
-    tensor = next(tensor for tensor in result.tensors if tensor.name == name)
+def extra(merge_plan, name=EMBEDDING):
+    tensor = next(tensor for tensor in merge_plan.tensors if tensor.name == name)
     return [(rows.start, rows.stop, rows.models) for rows in tensor.extra]
 
 
@@ -149,9 +149,9 @@ def test_a_token_that_an_expert_renamed_is_refused_and_its_own_where_it_is_asked
     assert "12 is '<unused>' in base and '<tool>' in a" in family.refusal()
     merged, base, a = family.merge(output=named("a")), family.tensors["base"], family.tensors["a"]
     assert same_bits(merged[EMBEDDING][12], a[EMBEDDING][12])
-    tail = [*range(12), 13]
-    torch.testing.assert_close(merged[EMBEDDING][tail], a[EMBEDDING][tail])
-    assert not same_bits(base[EMBEDDING][tail], a[EMBEDDING][tail])
+    other_rows = [*range(12), 13]
+    torch.testing.assert_close(merged[EMBEDDING][other_rows], a[EMBEDDING][other_rows])
+    assert not same_bits(base[EMBEDDING][other_rows], a[EMBEDDING][other_rows])
 
 
 def test_rows_of_other_tokens_do_not_count_where_changes_are_ranked(family):
@@ -198,11 +198,11 @@ def test_other_rows_are_merged_as_if_no_token_had_been_added(padded):
     merged = padded.merge()
     for name in ("base", "a", "b"):
         save_tokenizer(padded.folder / name)
-    tensors = padded.merge(output={"path": "plain"}) or load(padded.folder / "plain")
-    tensors = load(padded.folder / "plain")
-    tail = [*range(12), 14, 15]
+    padded.merge(output={"path": "plain"})
+    expected = load(padded.folder / "plain")
+    other_rows = [*range(12), 14, 15]
     for name in (EMBEDDING, HEAD):
-        assert same_bits(merged[name][tail], tensors[name][tail])
+        assert same_bits(merged[name][other_rows], expected[name][other_rows])
 
 
 def test_a_token_that_two_experts_added_is_the_mean_of_both(family):
@@ -501,8 +501,8 @@ def chat(family, eos, config, generation):
     ],
 )
 def test_the_end_token_of_the_tokenizer_ends_a_generation(family, eos, config, generation, in_config, in_generation):
-    parameters, settings = chat(family, eos, config, generation)
-    assert (parameters["eos_token_id"], settings["eos_token_id"]) == (in_config, in_generation)
+    model_config, settings = chat(family, eos, config, generation)
+    assert (model_config["eos_token_id"], settings["eos_token_id"]) == (in_config, in_generation)
 
 
 def test_settings_for_generation_come_with_the_tokenizer(family):
@@ -609,9 +609,9 @@ def test_behind_merged_blocks_an_expert_keeps_rows_that_are_another_token(clash)
     merge_plan = clash.plan(output=named("a"))
     merged = {EMBEDDING: torch.zeros(N + 2, 8)}
     models = {name: merge_plan.models[name].read(EMBEDDING) for name in ("a", "b")}
-    records = {name: PartlyMergedModel(merge_plan, name, merged.get).read(EMBEDDING) for name in models}
-    assert same_bits(records["a"], merged[EMBEDDING])
-    assert same_bits(records["b"], torch.cat([merged[EMBEDDING][:N], models["b"][N:]]))
+    tables = {name: PartlyMergedModel(merge_plan, name, merged.get).read(EMBEDDING) for name in models}
+    assert same_bits(tables["a"], merged[EMBEDDING])
+    assert same_bits(tables["b"], torch.cat([merged[EMBEDDING][:N], models["b"][N:]]))
     merge_plan.close()
 
 

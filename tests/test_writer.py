@@ -102,8 +102,8 @@ tensors_of_some_sizes = st.lists(
 def test_a_shard_holds_at_most_its_size_or_one_larger_tensor_in_order(tensors, size):
     shards = layout(tensors, size)
 
-    assign_sizes = [name for shard in shards for name in sorted(shard.offsets, key=lambda name: int(name[1:]))]
-    assert assign_sizes == [name for name, _ in tensors]
+    names = [name for shard in shards for name in sorted(shard.offsets, key=lambda name: int(name[1:]))]
+    assert names == [name for name, _ in tensors]
     for shard in shards:
         sizes = [info.nbytes for name, info in tensors if name in shard.offsets]
         assert sum(sizes) <= size or len([n for n in sizes if n]) == 1
@@ -128,12 +128,12 @@ def test_a_header_reads_back_as_what_was_laid_out(tmp_path_factory, tensors):
     (shard,) = layout(tensors, 10**9)
     path.write_bytes(shard.header + bytes(shard.size - len(shard.header)))
 
-    result = FORMAT.header(path)
+    header = FORMAT.header(path)
 
-    assert {name: (info.dtype, info.shape) for name, info in result.items()} == {
+    assert {name: (info.dtype, info.shape) for name, info in header.items()} == {
         name: (info.dtype, info.shape) for name, info in tensors
     }
-    assert {name: info.offset for name, info in result.items()} == dict(shard.offsets)
+    assert {name: info.offset for name, info in header.items()} == dict(shard.offsets)
 
 
 def test_names_in_any_script_survive(tmp_path):
@@ -228,12 +228,12 @@ def test_what_merely_has_the_partial_folders_name_is_left_alone(tmp_path, kind):
         (tmp_path / "out.partial").symlink_to("precious")
     else:
         (tmp_path / "precious" / ("" if kind == "folder" else "work")).rename(tmp_path / "out.partial")
-    names = sorted(tmp_path.rglob("*"))
+    paths = sorted(tmp_path.rglob("*"))
 
     with pytest.raises(RecipeError, match="no run of merger left it; move it away"):
         begun(tmp_path / "out")
 
-    assert sorted(tmp_path.rglob("*")) == names
+    assert sorted(tmp_path.rglob("*")) == paths
 
 
 @pytest.mark.parametrize("files", [{"journal": "Dear diary,\n"}, {"journal": '{"plan": {}}\n', "notes.txt": "mine"}])
@@ -310,7 +310,7 @@ def test_what_force_replaces_is_back_if_the_new_one_cannot_take_its_place(tmp_pa
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(placement, "_exchange", lambda first_value, second_value: False)
+    monkeypatch.setattr(placement, "_exchange", lambda source, target: False)
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(ResourceError, match="out: cannot be written: Input/output error"):
         write(tmp_path / "out", force=True)

@@ -58,25 +58,25 @@ def merge(stages, deltas, *, base=None, place=None, inputs=None, kind=None, **op
 
 def sparse(stage, deltas, **options):
     """What a sparsifier leaves of each expert's task vector."""
-    only = {delta: {expert: int(expert == delta) for expert in deltas} for delta in deltas}
-    return {delta: merge([stage, checked("sum", {"weight": only[delta]})], deltas, **options) for delta in deltas}
+    only = {name: {expert: int(expert == name) for expert in deltas} for name in deltas}
+    return {name: merge([stage, checked("sum", {"weight": only[name]})], deltas, **options) for name in deltas}
 
 
 def kept(stage, deltas, **options):
     """Where a sparsifier leaves something."""
-    return {expert: remainder != 0 for expert, remainder in sparse(stage, deltas, **options).items()}
+    return {expert: delta != 0 for expert, delta in sparse(stage, deltas, **options).items()}
 
 
 def sliced(begin, tensors, rows=1):
     """Runs the flow ``begin(i, part)`` on every ``rows`` rows of each tensor i [.. r c], ranked together."""
-    model = sum(value[0].numel() for value in tensors)
-    result = [{} for _ in tensors]
+    model = sum(tensor[0].numel() for tensor in tensors)
+    outputs = [{} for _ in tensors]
 
     def visit(i, model_totals, earlier_sums):
         starts = range(0, tensors[i].shape[-2], rows)
 
         def carry(j):
-            result[i][j] = yield from begin(i, slice(starts[j], starts[j] + rows))
+            outputs[i][j] = yield from begin(i, slice(starts[j], starts[j] + rows))
 
         return run_slices(
             len(starts),
@@ -87,7 +87,7 @@ def sliced(begin, tensors, rows=1):
         )
 
     run_tensors([0] * len(tensors), visit)
-    return [torch.cat([parts[j] for j in sorted(parts)], -2) for parts in result]
+    return [torch.cat([parts[j] for j in sorted(parts)], -2) for parts in outputs]
 
 
 def inputs_of(tokens):

@@ -34,7 +34,7 @@ def collect(
     finished_units: Container[str] = (),
     trust_remote_code: bool = False,
     notice: Callable[[str], None] = warnings.warn,
-    progress: Callable[[int, int], None] = lambda finished_names, total: None,
+    progress: Callable[[int, int], None] = lambda count, total: None,
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
     """Runs a checkpoint on batches of tokens and yields each block's name with the moments of its tensors' inputs.
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, system_reason
 from merger.recipe.sections import Role, TextSource
 
 TARGETS = ("completion", "response", "answer", "output", "target")
@@ -59,7 +59,7 @@ def _read_source(source: str, folder: Path) -> Iterator[Record]:
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{path}: cannot be read: {system_reason(error)}") from None
     elif path.suffix.lower() in _READERS or not _HUB.fullmatch(source):
         raise CheckpointError(f"{path}: there is no such file of text")
     else:

@@ -88,10 +88,10 @@ class InputSums:
     def moments(self) -> Moments:
         """The averages, on the CPU in float32; zero where no token came by."""
         share = 1 / self.weight if self.weight else 0.0
-        mean, squares = (self.totals * share).float().cpu(), (self.squares * share).float().cpu()
+        mean, second_moment = (self.totals * share).float().cpu(), (self.squares * share).float().cpu()
         gram = None if self.gram is None else to_host((self.gram * share).float())
         cross = None if self.cross is None else to_host((self.cross * share).float())
-        return Moments(torch.tensor(self.count), squares, mean, gram, cross=cross)
+        return Moments(torch.tensor(self.count), second_moment, mean, gram, cross=cross)
 
 
 def _products(teacher_rows: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:

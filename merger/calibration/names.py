@@ -38,8 +38,8 @@ class WeightGroup:
         """All parameters that it makes."""
         if self.converter is None:
             return [self.target]
-        first_pattern, *more_patterns = self.converter.target_patterns
-        return [self.target, *(self.target.replace(first_pattern, pattern) for pattern in more_patterns)]
+        first_pattern, *patterns = self.converter.target_patterns
+        return [self.target, *(self.target.replace(first_pattern, pattern) for pattern in patterns)]
 
 
 def locate(model: Any, names: Iterable[str]) -> dict[str, WeightGroup]:

@@ -107,13 +107,12 @@ def register(provider: Any) -> None:
 
 def model_providers(plan: Plan) -> list[ModelProvider]:
     """The providers of the inputs that tensors take which wait for no block."""
-    return _providers({item.name for tensor in plan.tensors if not tensor.lockstep for item in tensor.inputs})
+    return _providers({item.name for tensor in plan.stage_examples if not tensor.lockstep for item in tensor.inputs})
 
 
 def block_providers(plan: Plan) -> list[BlockProvider]:
     """The providers that work in lockstep with the merge of this plan."""
-    inputs = {item for tensor in plan.tensors for item in tensor.inputs}
-    return _providers({item.name for item in inputs if item.granularity == "block"})
+    return _providers({item.name for item in plan.inputs if item.granularity == "block"})
 
 
 def providers(plan: Plan) -> list[Provider]:

@@ -122,13 +122,8 @@ class Loader:
             return
         if tensor.nbytes < tensor.untyped_storage().nbytes():
             tensor = tensor.clone()  # a part of another, whose place in memory would name them both
-        dtype = (
-            tensor.dtype
-            if not tensor.is_floating_point()
-            else torch.float32
-            if self._stays_float32(name)
-            else self.dtype
-        )
+        float_dtype = torch.float32 if self._stays_float32(name) else self.dtype
+        dtype = float_dtype if tensor.is_floating_point() else tensor.dtype
         self.place(name, nn.Parameter(tensor.to(self.device, dtype), requires_grad=False))
 
     # --- statistics, under the checkpoint's names ---------------------------------------------------

@@ -69,7 +69,7 @@ class _WholeTensors:
     originals: dict[str, Info] = field(default_factory=dict)  # what another change is made to
 
     def overlay(self, tensors: Mapping[str, Info], tied: Sequence[str]) -> dict[str, Info]:
-        """Returns the model's tensors with the adapter's replacements; one of a tensor in ``tied`` replaces all."""
+        """Returns the model's tensors with the adapter's replacements; that of one tensor in ``tied`` replaces all."""
         stored = {**self.originals, **self.replaced}
         replacement = next((stored[name] for name in tied if name in stored), None)
         table = {} if replacement is None else dict.fromkeys(tied, replacement)

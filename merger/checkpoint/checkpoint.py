@@ -14,7 +14,7 @@ from merger.checkpoint.formats import format_of
 from merger.checkpoint.formats.interface import fill_from
 from merger.checkpoint.open_files import OpenFiles
 from merger.checkpoint.tensor_info import ITEM_SIZE, Info, torch_dtype
-from merger.errors import UnreadableError
+from merger.errors import UnreadableError, system_reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ class Checkpoint:
             with self._files.use(file) as descriptor:
                 fill_from(descriptor, file, position, buffer)
         except OSError as error:
-            raise UnreadableError(f"{file}: cannot be read: {error.strerror}") from None
+            raise UnreadableError(f"{file}: cannot be read: {system_reason(error)}") from None
 
     def close(self) -> None:
         """Closes its files."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from merger.errors import ResourceError
+from merger.errors import ResourceError, system_reason
 
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 """Errors of a file system that lacks a call, such as fsync of a folder on CIFS."""
@@ -21,7 +21,7 @@ def disk_error(path: Path, error: OSError, size: int = 0) -> ResourceError:
     if error.errno in _FULL:
         needed = f" ({size:,} bytes are needed for it)" if size else ""
         return ResourceError(f"{path}: the disk is full{needed}; free some space, or write elsewhere")
-    return ResourceError(f"{path}: cannot be written: {error.strerror or error}")
+    return ResourceError(f"{path}: cannot be written: {system_reason(error)}")
 
 
 def allocate(descriptor: int, size: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from merger._version import MARK
 from merger.checkpoint.disk import disk_error, sync
-from merger.errors import RecipeError
+from merger.errors import RecipeError, system_reason
 
 _SEARCHED = 64 << 10  # bytes at the beginning and at the end of a file in which its mark stands
 
@@ -69,7 +69,7 @@ def check_replaceable(path: Path, name: str = "", is_ours: Callable[[Path], bool
         if path.is_file() and path.stat().st_size and not is_ours(path):
             raise RecipeError(f"{name}: is there already, and merger did not write it; move it, or choose another name")
     except OSError as error:
-        raise RecipeError(f"{name}: cannot be used: {error.strerror}") from None
+        raise RecipeError(f"{name}: cannot be used: {system_reason(error)}") from None
 
 
 @contextmanager

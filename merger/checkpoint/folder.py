@@ -15,7 +15,7 @@ from merger.checkpoint.checkpoint import PACKED
 from merger.checkpoint.formats import FORMATS, SUFFIXES, format_of
 from merger.checkpoint.tensor_info import Info, checked_name
 from merger.checkpoint.wrapped_names import plain_names
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, system_reason
 
 MODEL = tuple(format_.model for format_ in FORMATS)
 ADAPTER = tuple(format_.adapter for format_ in FORMATS)
@@ -52,7 +52,7 @@ def local_folder(directory: Path, label: str, commit: str | None = None) -> Fold
     try:
         names = frozenset(path.name for path in directory.iterdir() if path.is_file())
     except OSError as error:
-        raise CheckpointError(f"{label}: {directory}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{label}: {directory}: cannot be read: {system_reason(error)}") from None
     return Folder(label, str(directory), directory, names, commit)
 
 
@@ -64,7 +64,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder.label}: {folder.source} has no {name}; is it a model's folder?") from None
     except OSError as error:
-        raise CheckpointError(f"{label}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{label}: cannot be read: {system_reason(error)}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{label}: is not valid JSON: {error}") from None
     if not isinstance(value, dict):

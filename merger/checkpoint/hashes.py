@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.checkpoint.cache import recall, remember
-from merger.errors import CheckpointError, UnreadableError
+from merger.errors import CheckpointError, UnreadableError, system_reason
 
 if TYPE_CHECKING:
     from merger.checkpoint.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ def sha256(path: Path) -> str:
         if _identity(stored) == identity and time.time() - stored.stat().st_ctime > SETTLED:
             remember("sha256", identity, file_hash)
     except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{path}: cannot be read: {system_reason(error)}") from None
     return file_hash
 
 
@@ -98,7 +98,7 @@ def stamp(path: Path) -> str:
     try:
         status = stored.stat()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be read: {system_reason(error)}") from None
     return f"{stored} {status.st_size} {status.st_mtime_ns}"
 
 

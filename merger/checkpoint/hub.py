@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from merger.checkpoint.folder import Folder, local_folder
 from merger.checkpoint.formats import SUFFIXES
-from merger.errors import CheckpointError, ResourceError
+from merger.errors import CheckpointError, ResourceError, system_reason
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -230,7 +230,7 @@ def _explain(error: BaseException, source: str, label: str) -> NoReturn:
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise ResourceError(f"{label}: the disk of {constants.HF_HUB_CACHE} is full; set HF_HOME elsewhere") from None
     elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-        reason = f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}"
+        reason = f"{error.filename or constants.HF_HUB_CACHE}: {system_reason(error)}"
     else:
         host = urlsplit(constants.ENDPOINT).hostname
         reason = (

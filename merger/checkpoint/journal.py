@@ -12,7 +12,7 @@ from pathlib import Path
 
 from merger.checkpoint.disk import sync_open
 from merger.checkpoint.locks import Lock
-from merger.errors import RecipeError, ResourceError
+from merger.errors import RecipeError, ResourceError, system_reason
 
 NAME = "journal"
 OWNER = "owner"
@@ -62,13 +62,13 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise ResourceError(f"{error.filename or path}: cannot be made: {error.strerror}") from None
+            raise ResourceError(f"{error.filename or path}: cannot be made: {system_reason(error)}") from None
         try:
             self._claim(file)
             self.finished = self._resumed(file, force=force)
         except OSError as error:
             self._give_up(file)
-            raise ResourceError(f"{path}: cannot be used: {error.strerror}") from None
+            raise ResourceError(f"{path}: cannot be used: {system_reason(error)}") from None
         except BaseException:
             self._give_up(file)
             raise
@@ -82,7 +82,7 @@ class Journal:
             names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
             begun = _is_journal(self.folder / NAME) if NAME in names else names <= {OWNER}
         except OSError as error:
-            raise ResourceError(f"{self.folder}: cannot be read: {error.strerror}") from None
+            raise ResourceError(f"{self.folder}: cannot be read: {system_reason(error)}") from None
         strangers = sorted(names - {NAME, OWNER, MODEL, REPLACED})
         if not begun or strangers:
             stranger = f" (it holds {strangers[0]})" if strangers else ""
@@ -124,7 +124,7 @@ class Journal:
         try:
             _append(self._file, asdict(finished))
         except OSError as error:
-            raise ResourceError(f"{self.folder / NAME}: cannot be written: {error.strerror}") from None
+            raise ResourceError(f"{self.folder / NAME}: cannot be written: {system_reason(error)}") from None
         self.finished[finished.shard] = finished
 
     def clear(self, *keep: str) -> None:

@@ -11,7 +11,7 @@ from merger.checkpoint.disk import sync
 from merger.checkpoint.hashes import digest, note
 from merger.checkpoint.journal import MODEL, REPLACED, Journal, remove
 from merger.checkpoint.placement import partial_of, take_place
-from merger.errors import ResourceError
+from merger.errors import ResourceError, system_reason
 
 
 class Output:
@@ -43,7 +43,7 @@ class Output:
             self.folder.mkdir(exist_ok=True)
             self._clear()
         except OSError as error:
-            raise ResourceError(f"{self.journal.folder}: cannot be cleared: {error.strerror}") from None
+            raise ResourceError(f"{self.journal.folder}: cannot be cleared: {system_reason(error)}") from None
 
     def finish(self, *, force: bool) -> None:
         """Renames the folder into place and only then replaces an earlier output."""

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from merger.checkpoint.disk import disk_error, sync
-from merger.errors import RecipeError, ResourceError
+from merger.errors import RecipeError, ResourceError, system_reason
 
 
 def partial_of(path: Path) -> Path:
@@ -43,7 +43,7 @@ def check_output(path: Path, inputs: Iterable[Path], *, neighbours: Iterable[Pat
                 f"write to a folder in it, such as {path / 'model'}"
             )
     except (OSError, RuntimeError) as error:  # names too long, links in a circle
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = system_reason(error) if isinstance(error, OSError) else str(error)
         raise RecipeError(f"output.path: {path}: cannot be used: {reason}") from None
 
 

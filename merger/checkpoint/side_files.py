@@ -99,7 +99,7 @@ def card(
 ) -> str:
     """Returns README.md, the card of a merged model or of ``packed`` experts on the Hub."""
     # Only what came from the Hub has a name there: the path of a folder is refused, or taken for someone's repository.
-    models = dict.fromkeys(source["source"].partition("@")[0] for source in inputs.values() if "commit" in source)
+    models = dict.fromkeys(record["source"].partition("@")[0] for record in inputs.values() if "commit" in record)
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "merger"]}
     front |= {"base_model": list(models), "base_model_relation": "merge"} if models else {}
     counts = ", ".join(f"{count} {action}" for action, count in tensors.items())

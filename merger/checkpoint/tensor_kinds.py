@@ -72,9 +72,10 @@ class TensorKinds:
             return "expert3d" if name in self.packed else "other"
         if name == self.embedding or (name == self.head and self.tied):
             return "tied" if self.tied else "embedding"
-        if _module_of_weight(name) in _HEADS and block_of(name) is None:
+        module = _module_of_weight(name)
+        if module in _HEADS and block_of(name) is None:
             return "head"
-        if _is_embedding(name):
+        if _is_embedding_module(module):
             return "embedding"
         if not name.endswith("weight"):
             return "vector" if name.endswith("bias") else "other"  # biases of packed experts; Mamba's A_log
@@ -156,7 +157,10 @@ def _module_of_weight(name: str) -> str:
 
 
 def _is_embedding(name: str) -> bool:
-    module = _module_of_weight(name)
+    return _is_embedding_module(_module_of_weight(name))
+
+
+def _is_embedding_module(module: str) -> bool:
     return module in _EMBEDDINGS or module.endswith(("embedding", "embeddings"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merger.checkpoint.sentencepiece import read_pieces
-from merger.errors import UnreadableError
+from merger.errors import UnreadableError, system_reason
 
 VOCABULARIES = (
     "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model*", "spiece.model", "spm.model",
@@ -133,4 +133,4 @@ def read_content(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise UnreadableError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{file}: cannot be read: {system_reason(error)}") from None

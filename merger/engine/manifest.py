@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +18,8 @@ from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import write_json
 from merger.checkpoint.hashes import config_digest, stamp
-from merger.errors import CheckpointError
+from merger.engine.manifest_schema import damage
+from merger.errors import CheckpointError, system_reason
 from merger.pipeline.stages import entries_of
 from merger.recipe.recipe import Recipe, portable_location
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 RECORD = "merger.json"
 FORMAT = 1
-
-_SECTIONS = ("recipe", "calibration", "inputs", "statistics", "shards", "files", "tensors", "versions")
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,9 @@ class Manifest:
             raise ValueError(f"cannot be read: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"is not of format {FORMAT}, the only one that this version reads; merge again")
-        missing = [section for section in _SECTIONS if not isinstance(content.get(section), dict)]
-        if missing:
-            raise ValueError(f"lacks {', '.join(missing)}")
-        damaged = next(_damaged_parts(content), None)
-        if damaged is not None:
-            raise ValueError(f"{damaged} is not as a merge writes it; merge again")
+        faults = damage(content)
+        if faults is not None:
+            raise ValueError(f"{faults}; merge again")
         return cls(content)
 
     @classmethod
@@ -99,7 +95,7 @@ class Manifest:
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: has no {RECORD}, so it is no finished merge") from None
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{file}: cannot be read: {system_reason(error)}") from None
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}") from None
 
@@ -152,7 +148,7 @@ class Manifest:
         """How each tensor in the weight files is stored, in the words of `stored_as`; a pack stores several of one."""
         tensors: dict[str, Any] = {}
         for name, record in self.tensors.items():
-            stored = record.get("stored as") if isinstance(record, dict) else None
+            stored = record["stored as"]
             tensors |= stored if isinstance(stored, dict) else {name: stored}
         return tensors
 
@@ -172,36 +168,6 @@ class Manifest:
             "seed": self.content["seed"],
             "versions": self.content["versions"],
         }
-
-
-def _damaged_parts(content: Mapping[str, Any]) -> Iterator[str]:
-    """The parts of a manifest that were changed since a merge wrote it, so that no command can work with them."""
-    recipe, inputs = content["recipe"], content["inputs"]
-    output, experts = recipe.get("output"), recipe.get("experts")
-    if (
-        not isinstance(output, dict)
-        or not isinstance(output.get("path"), str)
-        or type(output.get("shard_size")) is not int
-    ):
-        yield "recipe.output"
-    if not isinstance(experts, dict) or {"base", *experts} != inputs.keys():
-        yield "inputs"
-    for label, record in inputs.items():
-        if (
-            not isinstance(record, dict)
-            or not isinstance(record.get("source"), str)
-            or not _is_map(record.get("files"))
-        ):
-            yield f"inputs.{label}"
-    for name, record in content["tensors"].items():
-        if not isinstance(record, dict) or not {"copied from", "merged by"} & record.keys():
-            yield f"tensors.{name}"
-    yield from (section for section in ("shards", "files") if not _is_map(content[section]))
-
-
-def _is_map(value: Any) -> bool:
-    """Whether a value is a map from text to text."""
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def decisive(plan: Plan, device: str, statistics: Mapping[str, str | None]) -> dict[str, str]:

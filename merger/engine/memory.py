@@ -40,15 +40,16 @@ def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
 
 def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
     """Returns the bytes of ``workers`` slices: the model's largest, or those of one block merged in lockstep."""
+    in_lockstep = {id(tensor.stages) for tensor in plan.stage_examples if tensor.lockstep}
     by_block: dict[str, list[int]] = {}
-    separate_parts: dict[
-        tuple[int, int, int], tuple[TensorPlan, Part]
-    ] = {}  # one of each size, for each combination of stages
+    # one part of each size, for each combination of stages
+    separate_parts: dict[tuple[int, int, int], tuple[TensorPlan, Part]] = {}
     for tensor in plan.tensors:
-        if tensor.lockstep:
+        if id(tensor.stages) in in_lockstep:
             by_block.setdefault(tensor.unit, []).extend(size(plan, tensor, part) for part in tensor.parts)
         else:
-            separate_parts |= {(id(tensor.stages), part.rows, part.columns): (tensor, part) for part in tensor.parts}
+            for part in tensor.parts:
+                separate_parts[id(tensor.stages), part.rows, part.columns] = tensor, part
     largest = max((size(plan, tensor, part) for tensor, part in separate_parts.values()), default=0)
     return max(workers * largest, *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import sha256
-from merger.engine.manifest import Manifest
+from merger.engine.manifest import RECORD, Manifest
 from merger.errors import CheckpointError
 from merger.planning.plan import Plan
+from merger.recipe.document import Document
 from merger.recipe.recipe import Recipe
 
 
@@ -23,7 +24,7 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
     recipe = manifest.recipe
     start = inputs or _start(manifest, folder)
     sources = {name: _source(name, record, start) for name, record in manifest.inputs.items()}
-    return Recipe.parse(
+    return parse_recorded(
         {
             "base": sources.pop("base"),
             "experts": {**sources, label: str(folder.resolve())},
@@ -32,8 +33,17 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
             "missing": recipe["missing"],
             "extra_rows": recipe["extra_rows"],
             "output": {"path": "nowhere", "tokenizer": recipe["output"]["tokenizer"]},
-        }
+        },
+        folder,
     )
+
+
+def parse_recorded(recipe: Mapping[str, Any], folder: Path, start: Path = Path()) -> Recipe:
+    """The recipe that the manifest in ``folder`` holds, whose relative paths begin at ``start``.
+
+    RecipeError with the parts of the manifest that are no recipe.
+    """
+    return Recipe.of(Document(f"{folder / RECORD}: recipe", start.resolve(), dict(recipe)))
 
 
 def base_source(manifest: Manifest, folder: Path, base: str | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger.engine.machine import peak_memory
+from merger.engine.machine import peak_memory, select_devices
 from merger.engine.manifest import RECORD, Manifest
 from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import changed_input, expert_name, recipe_with_merge, unused_name
@@ -72,7 +72,7 @@ def inspect_model(
     """Compares one fine-tune with its base; both are folders or Hub repositories."""
     name = expert_name(model)
     recipe = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
-    with prepare(Recipe.parse(recipe), replace(options, device="cpu")) as prepared:
+    with prepare(Recipe.parse(recipe), options) as prepared:
         walk = Walk(prepared, _request(prepared.plan, picture, rank, subspaces, curves))
         return _inspection(walk, count_task_vectors, "model", base, [name])
 
@@ -95,6 +95,7 @@ def inspect_merge(
     """
     if not (folder / RECORD).is_file():
         raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give --base for a fine-tune")
+    select_devices(options.device)  # refuses a wrong --device, which below would pass for a missing input
     manifest = Manifest.read(folder)
     summary, experts, copied = manifest.summary(), manifest.experts, manifest.copied
     base = summary["inputs"]["base"]
@@ -104,7 +105,7 @@ def inspect_merge(
         return _with_notes(of_manifest, masks.describe(folder, manifest.content, experts), options)
     try:
         recipe = recipe_with_merge(manifest, folder, label, inputs)
-        prepared = prepare(recipe, replace(options, device="cpu", offline=True))
+        prepared = prepare(recipe, replace(options, offline=True))
     except (CheckpointError, RecipeError) as error:
         reason = f"shares cannot be told from the weights: {error}; --inputs says where they are"
         return _with_notes(of_manifest, [reason], options)

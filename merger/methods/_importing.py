@@ -46,16 +46,16 @@ def _import_methods(module: str) -> None:
 
     The annotations of all parameters are looked up too, so that no later command stumbles over them.
     """
-    before = _entries()
+    earlier_entries = _entries()
     try:
         import_module(module)
-        for entry in _entries_of(module, before):
+        for entry in _entries_of(module, earlier_entries):
             parameters(entry.function)
             if module in PACKAGES and entry.root is None:
                 file = entry.function.__module__
                 raise ValueError(f"{entry.name} stands in {file}; methods stand in the module of an entry point")
     except (Exception, SystemExit):
-        for entry in _entries_of(module, before):
+        for entry in _entries_of(module, earlier_entries):
             del (SCORES if entry.kind == "score" else ENTRIES)[entry.name]
         raise
 
@@ -64,11 +64,13 @@ def _entries() -> list[Entry]:
     return [*ENTRIES.values(), *SCORES.values()]
 
 
-def _entries_of(module: str, before: Collection[Entry]) -> list[Entry]:
-    """The entries of a module; with those of an entry point, new ones that are in the module of no entry point."""
+def _entries_of(module: str, earlier_entries: Collection[Entry]) -> list[Entry]:
+    """Returns the entries of a module; for an entry point, also new ones of modules that no entry point names."""
     if module not in PACKAGES:
         return [entry for entry in _entries() if entry.function.__module__ == module]
-    return [entry for entry in _entries() if entry.root == module or (entry.root is None and entry not in before)]
+    return [
+        entry for entry in _entries() if entry.root == module or (entry.root is None and entry not in earlier_entries)
+    ]
 
 
 def _warn(message: str) -> None:

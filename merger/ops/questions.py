@@ -25,7 +25,7 @@ Whole = Literal["tensor", "global"]
 Key = tuple[Whole, str, int]
 """Identifies a question of a flow: its scope, its name, and its number among the flow's questions of both."""
 
-UNANSWERED: Any = object()
+UNANSWERED = object()
 """The reply to a question that needs a pass over all slices first."""
 
 
@@ -35,16 +35,16 @@ class Answers(Protocol):
     def size(self, scope: Whole) -> int:
         """Returns the number of elements of the tensor, or of all tensors that are ranked together."""
 
-    def total(self, key: Key, question: Total) -> Any:
+    def total(self, key: Key, question: Total) -> object:
         """Returns the answer to a question that all slices contributed to, or `UNANSWERED`."""
 
     def prefix_sum(self, key: Key, i: int, question: PrefixSum) -> Tensor:
         """Returns the sum over the slices before slice ``i``, and adds that of slice ``i`` for the next."""
 
-    def sample_note(self, number: int) -> Sequence[Any] | None:
+    def sample_note(self, number: int) -> Sequence[object] | None:
         """Returns the ``number``-th note that a flow over a sample of the tensor made; None without a sample."""
 
-    def note(self, number: int, values: Sequence[Any]) -> None:
+    def note(self, number: int, values: Sequence[object]) -> None:
         """Keeps the flow's ``number``-th note."""
 
 
@@ -59,12 +59,15 @@ class Question(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def reply(self, answers: Answers, key: Key, i: int) -> Any:
+    def reply(self, answers: Answers, key: Key, i: int) -> object:
         """Returns the answer for slice ``i``, or `UNANSWERED`."""
 
 
 Flow = Generator[Question, Any, T]
-"""A computation over one slice that may ask questions; its return value is the result."""
+"""A computation over one slice that may ask questions; its return value is the result.
+
+The type of an answer depends on the question, which no type of a generator can say: hence `Any`.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class PrefixSum(Question):
 class Total(Question):
     """A question that every slice contributes a part to."""
 
-    def reply(self, answers: Answers, key: Key, i: int) -> Any:
+    def reply(self, answers: Answers, key: Key, i: int) -> object:
         """Returns the answer, or `UNANSWERED` before the pass that collects the parts."""
         return answers.total(key, self)
 
@@ -105,7 +108,7 @@ class Total(Question):
         """Returns the total of the slices before together with the next part."""
         return total + part
 
-    def answer(self, total: Tensor) -> Any:
+    def answer(self, total: Tensor) -> object:
         """Returns the answer for all slices, given the total of their parts."""
         return total
 
@@ -120,7 +123,7 @@ class Sum(Total):
 
     of: Tensor | Callable[[], Tensor]
     scope: Whole = "tensor"
-    finish: Callable[[Tensor], Any] | None = None
+    finish: Callable[[Tensor], object] | None = None
 
     @cached_property
     def value(self) -> Tensor:
@@ -131,7 +134,7 @@ class Sum(Total):
         """Returns the value."""
         return self.value.cpu()
 
-    def answer(self, total: Tensor) -> Any:
+    def answer(self, total: Tensor) -> object:
         """Returns the sum, or the result of ``finish``."""
         return total if self.finish is None else self.finish(total)
 

@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from merger._lazy import torch
 from merger.ops import kernels
+from merger.ops.kernels.interface import Loops
 from merger.ops.questions import Answers, Flow, Key, PrefixSum, Question, Size, Sum, Total, Whole
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Tally(Total):
     add: Callable[[Tensor], None]
     counters: tuple[int, ...]
     scope: Whole
-    finish: Callable[[Tensor], Any]
+    finish: Callable[[Tensor], object]
 
     def part(self, counters: list[Tensor]) -> None:
         """Adds this slice's counts to counters that no other thread uses meanwhile."""
@@ -52,7 +53,7 @@ class Tally(Total):
         self.add(free)
         counters.append(free)
 
-    def answer(self, total: Tensor) -> Any:
+    def answer(self, total: Tensor) -> object:
         """Returns the result of ``finish``."""
         return self.finish(total)
 
@@ -66,7 +67,7 @@ class SampleHint(Question):
 
     scope: Whole
 
-    def reply(self, answers: Answers, key: Key, i: int) -> Sequence[Any] | None:
+    def reply(self, answers: Answers, key: Key, i: int) -> Sequence[object] | None:
         """Returns the note with the hint's number."""
         return answers.sample_note(key[2]) if self.scope == "tensor" else None
 
@@ -75,7 +76,7 @@ class SampleHint(Question):
 class SampleNote(Question):
     """Notes values for the hint of the same number, in case that this flow runs over a sample."""
 
-    values: Sequence[Any]
+    values: Sequence[object]
     scope: Whole
 
     def reply(self, answers: Answers, key: Key, i: int) -> None:
@@ -127,7 +128,7 @@ def nested_tops(scores: Tensor, counts: Sequence[Sequence[int]]) -> Flow[Tensor]
     return levels
 
 
-def _cut(loops: Any, keys: Any, free: Tensor | None, counts: list[int], scope: Whole) -> Flow[Cut]:
+def _cut(loops: Loops[Tensor], keys: Tensor, free: Tensor | None, counts: list[int], scope: Whole) -> Flow[Cut]:
     """The key of the last element that each expert takes."""
     experts = len(keys)
     ranges: list[range] | None = yield SampleHint(scope)
@@ -143,7 +144,7 @@ def _cut(loops: Any, keys: Any, free: Tensor | None, counts: list[int], scope: W
 
 
 def _cuts(
-    loops: Any, keys: Any, free: Tensor | None, counts: Sequence[Sequence[int]], scope: Whole
+    loops: Loops[Tensor], keys: Tensor, free: Tensor | None, counts: Sequence[Sequence[int]], scope: Whole
 ) -> Flow[tuple[list[Cut], list[range | None]]]:
     """The cuts of several selections, ``counts[i][k]`` each, and the keys near the first; two tallies serve all."""
     experts = len(keys)

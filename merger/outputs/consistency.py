@@ -15,6 +15,7 @@ from merger.checkpoint.formats import format_of
 from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import TensorKinds, block_of, tensor_kinds, text_config
 from merger.checkpoint.tied_weights import tie_word
+from merger.checkpoint.wrapped_names import plain_names
 from merger.errors import CheckpointError
 
 
@@ -22,7 +23,7 @@ from merger.errors import CheckpointError
 class Difference:
     """One fault: a file or a tensor that differs from its description in another file."""
 
-    file: str
+    file: str  # empty where it is about several files together
     tensor: str | None
     what: str
 
@@ -36,7 +37,8 @@ class Contents:
     """A checkpoint's folder: its readable headers and config, and the faults of unreadable files."""
 
     folder: Folder
-    headers: Mapping[str, Mapping[str, Info]]  # of every weight file that can be read
+    headers: Mapping[str, Mapping[str, Info]]  # of every weight file that can be read, with the names stored there
+    tensors: Mapping[str, Info]  # all of them, by the model's names
     config: Mapping[str, Any]
     faults: tuple[Difference, ...]
 
@@ -44,11 +46,6 @@ class Contents:
     def directory(self) -> Path:
         """The directory of the files."""
         return self.folder.directory
-
-    @cached_property
-    def tensors(self) -> dict[str, Info]:
-        """All tensors, by name."""
-        return {name: info for header in self.headers.values() for name, info in header.items()}
 
     @cached_property
     def kinds(self) -> TensorKinds:
@@ -80,7 +77,18 @@ def read_contents(directory: Path) -> Contents:
             headers[file] = _read_header(directory / file)
         except CheckpointError as error:
             faults.append(Difference(file, None, _message_without_path(error, directory / file)))
-    return Contents(folder, headers, config, tuple(faults))
+    return Contents(folder, headers, _model_tensors(headers, faults), config, tuple(faults))
+
+
+def _model_tensors(headers: Mapping[str, Mapping[str, Info]], faults: list[Difference]) -> dict[str, Info]:
+    """Returns all tensors by the names that a merge gives them; by the stored names if two tensors get one name."""
+    tensors = {name: info for header in headers.values() for name, info in header.items()}
+    try:
+        names = plain_names(tensors)
+    except ValueError as error:
+        faults.append(Difference("", None, str(error)))
+        return tensors
+    return {names[stored]: info for stored, info in tensors.items()}
 
 
 def _read_header(path: Path) -> Mapping[str, Info]:

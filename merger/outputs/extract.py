@@ -118,6 +118,8 @@ def _base(folder: Path, manifest: Manifest, path: str | None, offline: bool) -> 
 
 def _tensors(manifest: Manifest, packed: Checkpoint) -> Iterator[_Tensor]:
     """Yields all tensors of the expert with the packed tensors that they are rebuilt from."""
+    if unrecorded := packed.tensors.keys() - manifest.stored_tensors.keys():
+        raise CheckpointError(f"{packed.directory}: {min(unrecorded)} is not in {RECORD}; verify it")
     records = manifest.tensors
     for name, record in records.items():
         owner = record.get("tied to", name)

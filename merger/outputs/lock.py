@@ -19,7 +19,7 @@ from merger.checkpoint.files import check_replaceable, json_bytes, replace_bytes
 from merger.checkpoint.hashes import config_digest, digest, note, noted, sha256
 from merger.engine.machine import select_devices
 from merger.engine.manifest import Manifest, inexact, portable, sources_of, tensor_records, value_differences, versions
-from merger.errors import CheckpointError, MergerError, RecipeError
+from merger.errors import CheckpointError, MergerError, RecipeError, system_reason
 from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
@@ -176,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         locked = json.loads(path.read_bytes())
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}; make it with `merger lock`") from None
+        raise RecipeError(f"{path}: cannot be read: {system_reason(error)}; make it with `merger lock`") from None
     except (ValueError, RecursionError):
         locked = None
     if not isinstance(locked, dict) or locked.get("format") != FORMAT or not locked.keys() >= set(_PARTS):
@@ -186,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _lock_differences(locked: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns the keys in which two locks differ, with both values."""
-    locked_parts, current_parts = ({key: lock[key] for key in _PARTS} for lock in (locked, current))
+    locked_parts, current_parts = ({key: parts[key] for key in _PARTS} for parts in (locked, current))
     return value_differences(
         {**locked_parts, "inputs": _by_commit(locked_parts["inputs"])},
         {**current_parts, "inputs": _by_commit(current_parts["inputs"])},

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from merger.checkpoint.formats import SUFFIXES
 from merger.checkpoint.hub import connection_errors, is_repository, quiet_when_piped
-from merger.errors import RecipeError, ResourceError, VerifyError
+from merger.errors import RecipeError, ResourceError, VerifyError, system_reason
 from merger.options import RunOptions
 from merger.outputs.verify import whole_merge
 
@@ -175,7 +175,7 @@ def _raise_translated(error: BaseException, repository: str) -> NoReturn:
     elif 400 <= status < 500 and status not in (408, 429):
         reason = f"{host} refuses it ({status}{_reason(error)})"
     elif isinstance(error, FileNotFoundError | PermissionError) and error.filename:
-        raise ResourceError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        raise ResourceError(f"{error.filename}: cannot be read: {system_reason(error)}") from None
     else:
         cause = str(status) if status else type(error).__name__
         raise ResourceError(

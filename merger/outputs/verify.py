@@ -22,8 +22,8 @@ from merger.checkpoint.tensor_info import ITEM_SIZE
 from merger.engine.manifest import RECORD, Manifest, inputs_of, portable, stored_as, value_differences, versions
 from merger.engine.merge_sink import MergeSink, merge_schedule
 from merger.engine.prepare import prepare
-from merger.engine.recorded_recipe import recipe_folder
-from merger.errors import CheckpointError, RecipeError, VerifyError
+from merger.engine.recorded_recipe import parse_recorded, recipe_folder
+from merger.errors import CheckpointError, RecipeError, VerifyError, system_reason
 from merger.options import Notice, Progress, RunOptions
 from merger.outputs.consistency import (
     Contents,
@@ -79,9 +79,9 @@ def verify(directory: str | Path, options: RunOptions = RunOptions(), *, deep: D
     recomputed: tuple[str, ...] = ()
     if manifest is not None:
         differences += _record_differences(contents, manifest, hashes)
-    if deep is not None:
-        if manifest is None:
-            raise RecipeError(f"{directory}: has no {RECORD} that says from what it could be made again")
+    elif deep is not None and RECORD not in contents.folder.names:
+        raise RecipeError(f"{directory}: has no {RECORD} that says from what it could be made again")
+    if deep is not None and manifest is not None:
         recomputed, recomputed_differences = _recompute(contents, manifest, deep, options)
         differences += recomputed_differences
     return Verification(
@@ -126,7 +126,7 @@ def _scan_files(contents: Contents, tell: Progress) -> tuple[dict[str, str], lis
         try:
             return scan(path, header, count)
         except OSError as error:
-            return None, [Difference(file, None, f"cannot be read: {error.strerror}")]
+            return None, [Difference(file, None, f"cannot be read: {system_reason(error)}")]
 
     with ThreadPoolExecutor(4, "merger-verify") as pool:
         results = list(pool.map(scan_file, contents.headers))
@@ -144,7 +144,7 @@ def _manifest(contents: Contents, differences: list[Difference]) -> Manifest | N
     try:
         return Manifest.parse((contents.directory / RECORD).read_bytes())
     except OSError as error:
-        differences.append(Difference(RECORD, None, f"cannot be read: {error.strerror}"))
+        differences.append(Difference(RECORD, None, f"cannot be read: {system_reason(error)}"))
     except ValueError as error:
         differences.append(Difference(RECORD, None, str(error)))
     return None
@@ -181,7 +181,7 @@ def _side_file_differences(folder: Path, name: str, sha: str) -> Iterator[Differ
     try:
         file_hash = digest(folder / name)
     except OSError as error:
-        yield Difference(name, None, f"cannot be read: {error.strerror}")
+        yield Difference(name, None, f"cannot be read: {system_reason(error)}")
     else:
         if file_hash != sha:
             yield _hash_difference(name, file_hash, sha)
@@ -240,7 +240,7 @@ def _load_recipe(contents: Contents, manifest: Manifest, path: Path | None) -> R
             raise RecipeError(
                 f"{directory}: does not lie where its recipe wrote it ({output}); give the recipe, for its inputs"
             )
-        return Recipe.parse(recorded, folder)
+        return parse_recorded(recorded, directory, folder)
     recipe = Recipe.load(path, manifest.content.get("set", []))
     content = json.loads(json.dumps(portable(recipe.spelled_out())))
     changed_keys = [key for key in value_differences(recorded, content) if key != "output.path"]
@@ -286,7 +286,7 @@ class _Comparison:
         ]
         misfits = {difference.tensor for difference in self.misfits}
         self.places = {name: contents.tensors[name] for name in names if name not in misfits}
-        self.value_differences = Counter[str]()
+        self.value_counts = Counter[str]()
         self.lock = Lock()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
@@ -303,7 +303,7 @@ class _Comparison:
                 torch.frombuffer(buffer, dtype=torch.uint8).view(-1, ITEM_SIZE[info.dtype]) for buffer in (stored, data)
             )
             with self.lock:
-                self.value_differences[name] += int((stored_items != merged_items).any(1).sum())
+                self.value_counts[name] += int((stored_items != merged_items).any(1).sum())
 
     def finish_tensor(self, name: str, notes: Sequence[str]) -> None:
         """Does nothing: `write` has compared the tensor."""
@@ -319,6 +319,6 @@ class _Comparison:
         """Yields the differences by tensor."""
         yield from self.misfits
         for name, info in self.places.items():
-            if count := self.value_differences[name]:
+            if count := self.value_counts[name]:
                 message = f"{count:,} of its {info.elements:,} values are not what its inputs make"
                 yield Difference(self.contents.file_of(name), name, message)

@@ -25,7 +25,7 @@ ModelTotals = Mapping[Key, "Tensor"]
 """The totals over all tensors that are ranked together, of the questions that are answered so far."""
 EarlierSums = dict[Key, "Tensor"]
 """The prefix sums over all tensors before this one, by question."""
-SampleNotes = Mapping[int, Sequence[Any]]
+SampleNotes = Mapping[int, Sequence[object]]
 """The notes that a flow over a sample of the tensor made, by number."""
 
 
@@ -125,9 +125,9 @@ class TensorPasses:
     earlier_sums: EarlierSums
     hold: bool
     rehearse: Callable[[], SampleNotes] = dict
-    notes: dict[int, Sequence[Any]] = field(default_factory=dict)
+    notes: dict[int, Sequence[object]] = field(default_factory=dict)
     paused: dict[int, PausedFlow] = field(default_factory=dict)
-    answers: dict[Key, Any] = field(default_factory=dict)
+    answers: dict[Key, object] = field(default_factory=dict)
     running_sums: dict[Key, RunningSum] = field(default_factory=dict)
     counters: list[Tensor] = field(default_factory=list)  # one for each thread that counts at the same time
     failed: float = math.inf
@@ -189,7 +189,7 @@ class TensorPasses:
         """See `Answers`."""
         return self.sizes.model if scope == "global" else self.sizes.tensor
 
-    def total(self, key: Key, question: Total) -> Any:
+    def total(self, key: Key, question: Total) -> object:
         """See `Answers`."""
         with self.lock:
             if key not in self.answers and key in self.model_totals:
@@ -203,14 +203,14 @@ class TensorPasses:
         prefix = running.sum_before(i, question.counts)
         return prefix + self.earlier_sums[key] if key in self.earlier_sums else prefix
 
-    def sample_note(self, number: int) -> Sequence[Any] | None:
+    def sample_note(self, number: int) -> Sequence[object] | None:
         """See `Answers`."""
         with self.sample_lock:
             if self._sample_notes is None:
                 self._sample_notes = self.rehearse()
             return self._sample_notes.get(number)
 
-    def note(self, number: int, values: Sequence[Any]) -> None:
+    def note(self, number: int, values: Sequence[object]) -> None:
         """See `Answers`."""
         self.notes[number] = values
 

@@ -190,9 +190,9 @@ def _register(kind: Kind, table: dict[str, Entry], **traits: Any) -> Callable[[F
 
 
 def _check_rival(function: Callable[..., Any], rival: Entry) -> None:
-    """Settles whose a name is that two files of one folder register: that of the file which is called so.
+    """Decides which of two files registers a name: in one folder, the file of that name.
 
-    ValueError where it is not this file, or where the name is taken by another package.
+    Warns that the rival is left out. Raises ValueError if this file has another name or another folder.
     """
     folder, _, file = function.__module__.rpartition(".")
     rival_module = rival.function.__module__

@@ -67,7 +67,7 @@ class TensorPlan:
     extra: tuple[ExtraRows, ...] = ()
     tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
 
-    @cached_property
+    @property
     def inputs(self) -> frozenset[StageInput]:
         """The inputs that its stages take beside the weights."""
         return frozenset[StageInput]().union(*(stage.inputs for stage in self.stages))
@@ -77,10 +77,10 @@ class TensorPlan:
         """Whether activations are multiplied by it, as by the head though it may be the embedding."""
         return self.kind in (*LAYERS, "tied")
 
-    @cached_property
+    @property
     def lockstep(self) -> bool:
         """Whether an input of its stages is made block by block, while the model is merged."""
-        return any(stage_input.granularity == "block" for stage_input in self.inputs)
+        return any(item.granularity == "block" for stage in self.stages for item in stage.inputs)
 
     @property
     def ranked(self) -> bool:
@@ -113,10 +113,11 @@ class TensorPlan:
     @property
     def stored(self) -> Mapping[str, Info]:
         """All that is written of it, by name."""
-        if self.packed is not None:
-            return self.packed.infos
-        repeats = self.tied_to is not None and self._is_packed  # it is rebuilt from that tensor's results
-        return {} if repeats else {self.name: self.info}
+        if not self._is_packed:
+            return {self.name: self.info}
+        if self.tied_to is not None:  # it is rebuilt from that tensor's results
+            return {}
+        return {self.name: self.info} if self.packed is None else self.packed.infos
 
     def merged_rows(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The runs of rows from ``start`` to ``stop`` that are merged."""
@@ -151,12 +152,12 @@ class Plan:
         """The base checkpoint."""
         return self.models["base"]
 
-    @property
+    @cached_property
     def bytes_written(self) -> int:
         """Bytes of tensors in the output."""
         return sum(info.nbytes for info in self.stored.values())
 
-    @property
+    @cached_property
     def stored(self) -> dict[str, Info]:
         """All tensors of the output, by name."""
         return {name: info for tensor in self.tensors for name, info in tensor.stored.items()}
@@ -204,7 +205,12 @@ class Plan:
     @cached_property
     def inputs(self) -> frozenset[StageInput]:
         """The inputs that stages take beside the weights."""
-        return frozenset[StageInput]().union(*(tensor.inputs for tensor in self.tensors))
+        return frozenset[StageInput]().union(*(tensor.inputs for tensor in self.stage_examples))
+
+    @cached_property
+    def stage_examples(self) -> tuple[TensorPlan, ...]:
+        """One tensor for each tuple of stages: stages are bound once for all tensors of a kind in a block."""
+        return tuple({id(tensor.stages): tensor for tensor in self.tensors}.values())
 
     @property
     def runs_models(self) -> bool:

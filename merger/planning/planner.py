@@ -160,7 +160,8 @@ class _Planner:
 
     def kinds_of(self, name: str) -> TensorKinds:
         """The kinds of the first model that holds the tensor."""
-        return next(kinds for kinds in self.kinds.values() if name in kinds.tensors)
+        base = self.kinds["base"]
+        return base if name in base.tensors else next(kinds for kinds in self.kinds.values() if name in kinds.tensors)
 
     # --- one tensor ---
 
@@ -170,7 +171,7 @@ class _Planner:
         rule = matching_rule(self.recipe, name, kinds)
         source = rule.use if rule is not None and rule.use else "base"
         copied = kind == "buffer" or (rule is not None and rule.use is not None)
-        reads = {label: self.shared.stored_name(label, name) for label in self.models}
+        reads = self.shared.stored_names(name)
         if copied:
             return self._copy(name, kind, source, reads)
         if not self._complete(name, reads):
@@ -266,16 +267,16 @@ class _Planner:
         self, name: str, kind: str, infos: Mapping[str, Info]
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[ExtraRows, ...]] | None:
         """Returns the output's shape, the shape that all models share, and rows beyond it."""
+        base = infos["base"].shape
+        if name not in self.tables and all(info.is_float and info.shape == base for info in infos.values()):
+            return base, base, ()
         shapes = {label: info.shape for label, info in infos.items()}
-        base = shapes["base"]
         integer_labels = [label for label, info in infos.items() if not info.is_float]
         if integer_labels:
             self.faults.append(
                 f"{integer_labels[0]}: {name} holds {infos[integer_labels[0]].dtype}, but {infos['base'].dtype} in base"
             )
             return None
-        if len(set(shapes.values())) == 1 and name not in self.tables:
-            return base, base, ()
         if name not in self.tables or len({shape[1:] for shape in shapes.values()}) > 1:
             self.faults += [
                 f"{label}: {name} is {list(shape)}, but {list(base)} in base"
@@ -344,7 +345,7 @@ def _bind(stages: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]
 def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
     """Returns the distinct remarks on the stages' parameters."""
     notes: dict[str, None] = {}
-    for tensor in {(id(tensor.stages), tensor.place.weights): tensor for tensor in tensors}.values():
+    for tensor in {(id(tensor.stages), id(tensor.place)): tensor for tensor in tensors}.values():
         remarks = {
             stage.entry.name: stage.entry.remark(len(tensor.place.experts), **stage.values) for stage in tensor.stages
         }

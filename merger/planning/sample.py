@@ -15,7 +15,7 @@ from operator import mul, sub
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.tensor_info import ITEM_SIZE, Info
-from merger.errors import UnreadableError
+from merger.errors import UnreadableError, system_reason
 from merger.planning.plan import Plan, TensorPlan
 
 MATRICES, ELEMENTS = 32, 2048
@@ -140,7 +140,7 @@ def _read(info: Info, start: int, count: int) -> bytes:
             file.seek(info.offset + start * size)
             stored = file.read(count * size)
     except OSError as error:
-        raise UnreadableError(f"{info.file}: cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{info.file}: cannot be read: {system_reason(error)}") from None
     if len(stored) < count * size:
         raise UnreadableError(f"{info.file}: ended while it was being read")
     return stored

@@ -25,6 +25,12 @@ class SharedTensors:
         self._names = copies | self._heads | self._embeddings
         self._untied_copies = {label for label in models if self._stores_untied_copy(label)}
 
+    def stored_names(self, name: str) -> dict[str, str | None]:
+        """The stored tensor of each model that stands for the output tensor ``name``."""
+        if name not in self._names:
+            return {label: name if name in kinds.tensors else None for label, kinds in self._kinds.items()}
+        return {label: self.stored_name(label, name) for label in self._models}
+
     def stored_name(self, label: str, name: str) -> str | None:
         """The stored tensor of a model that stands for the output tensor ``name``; None if the model has none."""
         kinds = self._kinds[label]
@@ -92,7 +98,7 @@ class SharedTensors:
 
     def _stored_names(self, name: str) -> tuple[str | None, ...]:
         """The stored tensor that stands for ``name``, model by model."""
-        return tuple(self.stored_name(label, name) for label in self._models)
+        return tuple(self.stored_names(name).values())
 
     def _twins(self, name: str) -> Iterable[str]:
         """Other names under which some checkpoint stores the same table once more."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from merger.errors import RecipeError
+from merger.errors import RecipeError, system_reason
 
 KeyPath = tuple[str | int, ...]
 
@@ -113,7 +113,7 @@ def read(path: Path, loader: type[yaml.SafeLoader] = RecipeLoader) -> Document:
             raise RecipeError(f"{path}: is {size:,} bytes; a recipe is a page of YAML")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = system_reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}") from None
     return parse(text, str(path), path.resolve().parent, loader)
 
@@ -124,8 +124,8 @@ def parse(text: str, label: str, folder: Path, loader: type[yaml.SafeLoader] = R
         value, index = _construct(text, label, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        has_more_documents = error.problem == "but found another document"
-        problem = "holds several documents, expected one" if has_more_documents else f"not valid YAML: {error.problem}"
+        has_second_document = error.problem == "but found another document"
+        problem = "holds several documents, expected one" if has_second_document else f"not valid YAML: {error.problem}"
         raise RecipeError(f"{label}:{mark.line + 1 if mark else 1}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from None

@@ -51,8 +51,8 @@ def json_schema() -> dict[str, Any]:
     }
     methods = sorted({**ENTRIES, **SCORES})
     for holder in (recipe_schema, definitions["Rule"]):
-        entries_by_name = {"enum": methods, "description": "A method, or a single stage."}
-        holder["properties"]["method"] = _allow_mark(entries_by_name)
+        method_schema = {"enum": methods, "description": "A method, or a single stage."}
+        holder["properties"]["method"] = _allow_mark(method_schema)
         holder["properties"]["pipeline"] = {"type": "array", "items": {"$ref": "#/$defs/stage"}}
         holder["allOf"] = [
             {

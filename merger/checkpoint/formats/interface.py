@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 from merger._lazy import torch
 from merger.checkpoint.disk import read_at
 from merger.checkpoint.tensor_info import Info, torch_dtype
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, system_reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ class Format(ABC):
             with path.open("rb") as file:
                 return self.parse(file, path.stat().st_size, path)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{path}: cannot be read: {system_reason(error)}") from None
 
 
 def read_numbers(info: Info, skipped: int, count: int, fill: Fill) -> Tensor:

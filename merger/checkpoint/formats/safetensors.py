@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,15 +39,12 @@ class Safetensors(Format):
                 "it is truncated or no safetensors file; download it again"
             )
         try:
-            header = json.loads(file.read(length).decode(), object_pairs_hook=_no_duplicates)
-            if not isinstance(header, dict):
-                raise ValueError("it is no JSON object")
-            header.pop("__metadata__", None)
-            tensors = {checked_name(name): _info(entry, path, 8 + length) for name, entry in header.items()}
-            _check_tiling(tensors, 8 + length, size)
+            entries, end = _entries(file.read(length))
+            if 8 + length + end != size:
+                raise ValueError(_wrong_size(8 + length + end, size))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: its header is broken: {error}") from None
-        return tensors
+        return {name: Info(dtype, shape, path, 8 + length + begin) for name, (dtype, shape, begin) in entries.items()}
 
     def scan(self, path: Path, header: Mapping[str, Info], tell: Callable[[int], None]) -> Scan:
         """Hashes the file and looks at its values in one pass over its bytes."""
@@ -98,33 +97,55 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _info(entry: Any, path: Path, start: int) -> Info:
+_Entry = tuple[str, tuple[int, ...], int]
+"""A tensor's dtype, its shape, and the number of bytes between the header and the tensor."""
+
+
+@lru_cache(256)
+def _entries(text: bytes) -> tuple[Mapping[str, _Entry], int]:
+    """Returns the checked entries of a header, and the number of bytes that their tensors take.
+
+    Fine-tunes mostly have the very headers of their base, shard by shard, which need to be read once. Raises
+    ValueError.
+    """
+    header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    if not isinstance(header, dict):
+        raise ValueError("it is no JSON object")
+    header.pop("__metadata__", None)
+    entries = {checked_name(name): _checked_entry(entry) for name, entry in header.items()}
+    return entries, _check_tiling(header)
+
+
+def _checked_entry(entry: Any) -> _Entry:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"expected dtype, shape and data_offsets, found {str(entry)[:80]!r}") from None
-    numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError(f"shape and data_offsets must be whole numbers, found {str(entry)[:80]!r}")
+    for number in (begin, end, *shape) if isinstance(shape, list) else (None,):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"shape and data_offsets must be whole numbers, found {str(entry)[:80]!r}")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise ValueError(f"the dtype {str(dtype)[:20]!r} is unknown")
-    info = Info(dtype, tuple(shape), path, start + begin)
-    if info.nbytes != end - begin:
+    if prod(shape) * ITEM_SIZE[dtype] != end - begin:
         raise ValueError(f"{dtype} {str(shape)[:80]} does not take the {end - begin} bytes that its offsets span")
-    return info
+    return dtype, tuple(shape), begin
 
 
 def _place(tensor: tuple[str, Info]) -> tuple[int, int]:
     return tensor[1].offset, tensor[1].nbytes
 
 
-def _check_tiling(tensors: dict[str, Info], start: int, size: int) -> None:
-    position = start
-    for offset, nbytes, name in sorted((info.offset, info.nbytes, name) for name, info in tensors.items()):
-        if offset != position:
-            problem = "overlaps the one before it" if offset < position else "leaves a gap before it"
+def _check_tiling(header: Mapping[str, Any]) -> int:
+    """Returns the number of bytes that the tensors of a checked header tile without gap or overlap, or ValueError."""
+    position = 0
+    for (begin, end), name in sorted((entry["data_offsets"], name) for name, entry in header.items()):
+        if begin != position:
+            problem = "overlaps the one before it" if begin < position else "leaves a gap before it"
             raise ValueError(f"{name} {problem}; download the file again")
-        position += nbytes
-    if position != size:
-        problem = "the file is truncated" if position > size else "the file is longer than its tensors"
-        raise ValueError(f"{problem}: they end at byte {position:,} and it at {size:,}; download it again")
+        position = end
+    return position
+
+
+def _wrong_size(end: int, size: int) -> str:
+    problem = "the file is truncated" if end > size else "the file is longer than its tensors"
+    return f"{problem}: they end at byte {end:,} and it at {size:,}; download it again"

@@ -77,16 +77,16 @@ def task_interference_of(grams: Tensor, experts: Sequence[Directions]) -> float:
     ``grams`` [K s K s] are those of the matrices. With U and V in the places of F and N, or the other way round, the
     norm is the same.
     """
-    smaller = torch.cat([expert.vectors for expert in experts], 1)
+    directions = torch.cat([expert.vectors for expert in experts], 1)
     values = torch.cat([expert.values for expert in experts])
-    near_gram = smaller.T @ smaller
-    near_gram.diagonal().sub_(1)
+    smaller_gram = directions.T @ directions
+    smaller_gram.diagonal().sub_(1)
     total, row = 0.0, 0
     for i, expert in enumerate(experts):  # the rows of one expert at a time bound the memory of the product
-        larger = torch.cat([expert.vectors.T @ grams[i, :, j] @ peer.vectors for j, peer in enumerate(experts)], 1)
-        larger = larger / expert.values.view(-1, 1) / values
-        larger.diagonal(row).sub_(1)
-        total += float(((larger * values) @ near_gram).abs().sum())
+        larger_gram = torch.cat([expert.vectors.T @ grams[i, :, j] @ peer.vectors for j, peer in enumerate(experts)], 1)
+        larger_gram = larger_gram / expert.values.view(-1, 1) / values
+        larger_gram.diagonal(row).sub_(1)
+        total += float(((larger_gram * values) @ smaller_gram).abs().sum())
         row += len(expert.values)
     return total
 

@@ -122,7 +122,7 @@ class NativeCounting(Counting):
         return count, products
 
     def distinct_values(self, deltas: Tensor) -> list[Tensor]:
-        """As `Counting.different`, by a hash table that grows when it is half full."""
+        """As `Counting.distinct_values`, by a hash table that grows when it is half full."""
         deltas = deltas.contiguous()
         k, n = len(deltas), deltas[0].numel()
         distinct, counts = torch.empty(k, n, dtype=torch.int32), torch.empty(k, dtype=torch.int64)

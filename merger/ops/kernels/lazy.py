@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from merger._lazy import torch
 from merger.ops.kernels.steps import InPlaceError, Step, carry_out, constant, constant_bits
@@ -59,7 +59,7 @@ class Lazy:
         self._tensor: Tensor | None = None
 
     @classmethod
-    def of(cls, values: Any) -> Lazy:
+    def of(cls, values: Array) -> Lazy:
         """Returns an expression that loads a float32 or bool tensor; an expression is returned as it is."""
         if isinstance(values, Lazy):
             return values
@@ -103,17 +103,17 @@ class Lazy:
         """The number of dimensions, 2 or 3."""
         return len(self.shape)
 
-    def float(self) -> Any:
+    def float(self) -> Array:
         """Returns itself; a mask as zeros and ones."""
         return self if self.dtype == torch.float32 else self.tensor().float()
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> Array:
         """Returns itself where dtype and device are the same."""
         is_type_or_device = not kwargs and len(args) == 1 and isinstance(args[0], torch.dtype | torch.device)
         unchanged = is_type_or_device and args[0] in (self.dtype, self.device)
         return self if unchanged else self.tensor().to(*plain(args), **plain(kwargs))
 
-    def view(self, *shape: Any) -> Any:
+    def view(self, *shape: Any) -> Array:
         """Returns itself for its own shape, a tensor for any other."""
         return self if shape in (self.shape, (self.shape,)) else self.tensor().view(*shape)
 
@@ -125,39 +125,39 @@ class Lazy:
         """Returns the absolute values: without the sign bit."""
         return self._made(Step("AND", step, constant_bits(0x7FFFFFFF)) for step in self.steps)
 
-    def at_least(self, limit: Any) -> Any:
+    def at_least(self, limit: Operand) -> Array:
         """Returns a mask of the elements that are at least ``limit``."""
         return self._with("AT_LEAST", limit, operator.ge, mask=True)
 
-    def __mul__(self, operand: Any) -> Any:
+    def __mul__(self, operand: Operand) -> Array:
         if isinstance(operand, float) and operand == 1:
             return self
         return self._with("MULTIPLY", operand, operator.mul)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, operand: Any) -> Any:
+    def __truediv__(self, operand: Operand) -> Array:
         return self._with("DIVIDE", operand, operator.truediv)
 
-    def __add__(self, operand: Any) -> Any:
+    def __add__(self, operand: Operand) -> Array:
         return self._with("ADD", operand, operator.add)
 
     __radd__ = __add__
 
-    def __sub__(self, operand: Any) -> Any:
+    def __sub__(self, operand: Operand) -> Array:
         return self._with("SUBTRACT", operand, operator.sub)
 
-    def __rsub__(self, operand: Any) -> Any:
+    def __rsub__(self, operand: Operand) -> Array:
         if isinstance(operand, int | float) and self.dtype == torch.float32:
             return self._made(Step("SUBTRACT", constant(operand), step) for step in self.steps)
         return plain(operand) - self.tensor()
 
-    def __and__(self, operand: Any) -> Any:
+    def __and__(self, operand: Operand) -> Array:
         return self._with("AND", operand, operator.and_, mask=True)
 
     __rand__ = __and__
 
-    def __or__(self, operand: Any) -> Any:
+    def __or__(self, operand: Operand) -> Array:
         return self._with("OR", operand, operator.or_, mask=True)
 
     __ror__ = __or__
@@ -165,7 +165,7 @@ class Lazy:
     def __invert__(self) -> Lazy:
         return self._made((Step("NOT", step) for step in self.steps), mask=True)
 
-    def __ne__(self, operand: Any) -> Any:
+    def __ne__(self, operand: Operand) -> Array:  # type: ignore[override]
         if self.dtype == torch.float32 and isinstance(operand, int) and operand == 0:
             return self._made((Step("NONZERO", step) for step in self.steps), mask=True)
         return self.tensor() != plain(operand)
@@ -173,7 +173,7 @@ class Lazy:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> Array:
         if self.dim() == 2 and index is None:
             return Lazy(self.steps, (1, *self.shape), mask=self.dtype == torch.bool)
         if self.dim() == 3 and isinstance(index, int):
@@ -183,7 +183,7 @@ class Lazy:
             return Lazy(steps, (len(steps), *self.shape[1:]), mask=self.dtype == torch.bool)
         return self.tensor()[plain(index)]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Array]:
         return (self[i] for i in range(len(self)))
 
     def __getattr__(self, name: str) -> Any:
@@ -213,7 +213,9 @@ class Lazy:
     def _made(self, steps: Iterable[Step], *, mask: bool = False) -> Lazy:
         return Lazy(tuple(steps), self.shape, mask=mask)
 
-    def _with(self, name: str, operand: Any, as_torch: Callable[[Any, Any], Any], *, mask: bool = False) -> Any:
+    def _with(
+        self, name: str, operand: Operand, as_torch: Callable[[Tensor, Number], Tensor], *, mask: bool = False
+    ) -> Array:
         """Adds an operation with ``operand``, or computes it by ``as_torch`` where pieces.c cannot."""
         if isinstance(operand, Lazy) and operand.dim() == 3 and operand.shape[1:] == self.shape:
             return Lazy(self.steps * len(operand), operand.shape)._with(name, operand, as_torch, mask=mask)
@@ -223,7 +225,7 @@ class Lazy:
         pairs = zip(self.steps, rows, strict=True)
         return self._made((Step(name, step, operand_step) for step, operand_step in pairs), mask=mask)
 
-    def _rows_of(self, operand: Any) -> Sequence[Step] | None:
+    def _rows_of(self, operand: Operand) -> Sequence[Step] | None:
         """A step for each row, from a number or an array of the same dtype and a shape that fits; else None."""
         k = len(self.steps)
         if isinstance(operand, int | float):
@@ -243,16 +245,32 @@ class Lazy:
         return rows if len(rows) == k else rows * k
 
 
+Array: TypeAlias = "Tensor | Lazy"
+"""Weights, scores or masks of a slice: in memory, or as an expression that is computed when they are needed."""
+Number: TypeAlias = "Tensor | float"
+Operand: TypeAlias = "Array | float"
+
+
 def _columns(row: Tensor) -> Step:
     """The ``row`` [c], repeated for every row of the slice."""
     return Step("COLUMNS", numbers=(row.data_ptr(), len(row)), memory=row)
 
 
-def stacked(arrays: Sequence[Any]) -> Lazy:
+def stacked(arrays: Sequence[Array]) -> Lazy:
     """Stacks arrays [r c] or [k r c] to one [k r c]."""
     lazy_arrays = [Lazy.of(array) for array in arrays]
     steps = [step for array in lazy_arrays for step in array.steps]
     return Lazy(steps, (len(steps), *lazy_arrays[0].shape[-2:]), mask=lazy_arrays[0].dtype == torch.bool)
+
+
+@overload
+def plain(value: Array) -> Tensor: ...
+@overload
+def plain(value: float) -> float: ...
+@overload
+def plain(value: None) -> None: ...
+@overload
+def plain(value: Any) -> Any: ...
 
 
 def plain(value: Any) -> Any:

@@ -6,9 +6,10 @@ ctypes lets go of Python's lock in a call.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +58,12 @@ def stored_as(dtype: torch.dtype) -> int | None:
 
 
 @cache
-def _loop(name: str, count: int) -> Any:
+def _loop(name: str, count: int) -> Callable[..., int]:
+    """A compiled loop that takes so many whole numbers."""
     loop = getattr(library(), name)
     loop.restype = ctypes.c_int64
     loop.argtypes = [ctypes.c_int64] * count  # an address is a whole number too
-    return loop
+    return cast("Callable[..., int]", loop)
 
 
 def call(name: str, *arguments: Tensor | int | None) -> int:
@@ -70,5 +72,4 @@ def call(name: str, *arguments: Tensor | int | None) -> int:
         argument if isinstance(argument, int) else 0 if argument is None else argument.data_ptr()
         for argument in arguments
     ]
-    answer: int = _loop(name, len(numbers))(*numbers)
-    return answer
+    return _loop(name, len(numbers))(*numbers)

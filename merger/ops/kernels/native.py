@@ -6,22 +6,22 @@ A result is a `Lazy`, which is computed when a tally, a row's order or the outpu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.ops.kernels.lazy import Lazy, plain
+from merger.ops.kernels.lazy import Array, Lazy, plain
 from merger.ops.kernels.library import call, number, stored_as
-from merger.ops.kernels.reference import HIGH, LOW, Reference
+from merger.ops.kernels.reference import HIGH, LOW, blocks_as_rows
 from merger.ops.kernels.steps import OVERFLOW, Step, carry_out, constant
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Native(Reference):
+class Native:
     """The loops over float32 in the memory of the CPU."""
 
-    def difference(self, stored: Tensor, refuse: Callable[[], None]) -> tuple[Any, Any]:
+    def difference(self, stored: Tensor, refuse: Callable[[], None]) -> tuple[Lazy, Lazy]:
         """As `Reference.difference`, but ``refuse`` is called on values that are not finite."""
         stored = stored.contiguous()
         base, *experts = (row.data_ptr() for row in stored)
@@ -32,7 +32,7 @@ class Native(Reference):
         widened = Step("WIDEN", numbers=(base,), dtype=dtype, memory=stored)
         return Lazy([widened], stored.shape[1:]), Lazy(deltas, (len(deltas), *stored.shape[1:]))
 
-    def restored(self, stored: Tensor, base: Any, deltas: Any, delta: Any) -> tuple[Tensor, bool]:
+    def restored(self, stored: Tensor, base: Array, deltas: Array, delta: Array) -> tuple[Tensor, bool]:
         """As `Reference.restored`."""
         stored = stored.contiguous()
         merged = torch.empty_like(stored[0])
@@ -44,54 +44,54 @@ class Native(Reference):
         sink = Step("WRITE", value, changed, numbers=(merged.data_ptr(),), dtype=dtype)
         return merged, not carry_out([sink], merged.numel()) & OVERFLOW
 
-    def keys_of(self, scores: Any) -> Any:
+    def keys_of(self, scores: Array) -> Array:
         """As `Reference.keys_of`, with the bits as floats."""
         return Lazy.of(scores.float())
 
-    def tally_high(self, keys: Any, free: Any, into: Tensor) -> None:
+    def tally_high(self, keys: Array, free: Array | None, into: Tensor) -> None:
         """As `Reference.tally_high`."""
         assert into.shape == (len(keys), HIGH)
         _count("TALLY_HIGH", keys, free, [()] * len(keys), into)
 
-    def tally_low(self, keys: Any, free: Any, buckets: list[int], into: Tensor) -> None:
+    def tally_low(self, keys: Array, free: Array | None, buckets: list[int], into: Tensor) -> None:
         """As `Reference.tally_low`."""
         assert into.shape == (len(keys), LOW)
         _count("TALLY_LOW", keys, free, [(bucket,) for bucket in buckets], into)
 
-    def tally_near(self, keys: Any, free: Any, first: list[int], into: Tensor) -> None:
+    def tally_near(self, keys: Array, free: Array | None, first: list[int], into: Tensor) -> None:
         """As `Reference.tally_near`."""
         assert len(into) == len(keys)
         _count("TALLY_NEAR", keys, free, [(key, into.shape[1] - 1) for key in first], into)
 
-    def count_equal(self, keys: Any, free: Any, last: list[int]) -> Tensor:
+    def count_equal(self, keys: Array, free: Array | None, last: list[int]) -> Tensor:
         """As `Reference.count_equal`."""
         equal = torch.zeros(len(keys), dtype=torch.int64)
         _count("COUNT_EQUAL", keys, free, [(level,) for level in last], equal.view(-1, 1))
         return equal
 
-    def mark_top(self, keys: Any, free: Any, last: list[int], room: list[int]) -> Any:
+    def mark_top(self, keys: Array, free: Array | None, last: list[int], room: list[int]) -> Array:
         """As `Reference.mark_top`."""
         rows = zip(_rows(keys, free), last, room, strict=True)
         steps = [Step("MARK", *row, numbers=(level, max(0, space))) for row, level, space in rows]
         return Lazy(steps, keys.shape, mask=True)
 
-    def top_of_rows(self, scores: Any, counts: Tensor, free: Any) -> Tensor:
+    def top_of_rows(self, scores: Array, counts: Tensor, free: Array) -> Tensor:
         """As `Reference.top_of_rows`."""
         mask = torch.empty(scores.shape, dtype=torch.bool)
         rows = counts.expand(scores.shape[:-1]).to(torch.int64).contiguous()
-        open_ = free.expand_as(scores).contiguous()
+        open_ = free.expand(scores.shape).contiguous()
         if not call("top_of_rows", scores.float().contiguous(), open_, rows, rows.numel(), scores.shape[-1], mask):
             raise MemoryError
         return mask
 
-    def top_of_blocks(self, scores: Any, n: int, m: int, free: Any, tail: int) -> Any:
+    def top_of_blocks(self, scores: Array, n: int, m: int, free: Array | None, tail: int) -> Array:
         """As `Reference.top_of_blocks`."""
         if number("piece") % m:
-            return super().top_of_blocks(scores, n, m, free, tail)
+            return blocks_as_rows(self.top_of_rows, plain(scores), n, m, plain(free), tail)
         steps = [Step("TOP_OF_BLOCKS", *row, numbers=(m, n, tail)) for row in _rows(scores.float(), free)]
         return Lazy(steps, scores.shape, mask=True)
 
-    def ranks_of_rows(self, scores: Any) -> Any:
+    def ranks_of_rows(self, scores: Array) -> Array:
         """As `Reference.ranks_of_rows`."""
         ranks = torch.empty(scores.shape, dtype=torch.float32)
         columns = ranks.shape[-1]
@@ -99,22 +99,22 @@ class Native(Reference):
             raise MemoryError
         return Lazy.of(ranks)
 
-    def at_least(self, values: Any, limits: Any) -> Any:
+    def at_least(self, values: Array, limits: Array) -> Array:
         """As `Reference.at_least`."""
         return Lazy.of(values).at_least(limits)
 
-    def keep(self, deltas: Any, mask: Any) -> Any:
+    def keep(self, deltas: Array, mask: Array) -> Array:
         """As `Reference.keep`."""
-        deltas, mask = Lazy.of(deltas), Lazy.of(mask.expand_as(deltas) if mask.shape != deltas.shape else mask)
+        deltas, mask = Lazy.of(deltas), Lazy.of(mask.expand(deltas.shape) if mask.shape != deltas.shape else mask)
         pairs = zip(deltas.steps, mask.steps, strict=True)
         return Lazy([Step("AND", delta, mask_row) for delta, mask_row in pairs], deltas.shape)
 
-    def weighted_sum(self, deltas: Any, weights: Tensor) -> Any:
+    def weighted_sum(self, deltas: Array, weights: Tensor) -> Array:
         """As `Reference.weighted_sum`."""
         deltas = Lazy.of(deltas)
         return Lazy([_sum_of(deltas.steps, [constant(weight) for weight in weights.tolist()])], deltas.shape[1:])
 
-    def anchored_sum(self, deltas: Any, weights: Tensor) -> Any:
+    def anchored_sum(self, deltas: Array, weights: Tensor) -> Array:
         """As `Reference.anchored_sum`."""
         deltas = Lazy.of(deltas)
         anchor, *tail = deltas.steps
@@ -123,7 +123,7 @@ class Native(Reference):
             total = Step("ADD_PRODUCT", total, Step("SUBTRACT", delta, anchor), constant(weight))
         return Lazy([total], deltas.shape[1:])
 
-    def mean_of_agreeing(self, deltas: Any, elected: Any, weights: Tensor) -> Any:
+    def mean_of_agreeing(self, deltas: Array, elected: Array, weights: Tensor) -> Array:
         """As `Reference.mean_of_agreeing`."""
         deltas = Lazy.of(deltas)
         (sign,) = Lazy.of(elected).steps
@@ -139,7 +139,7 @@ class Native(Reference):
         shares = [Step("AGREE", delta, sign, ratios[weight]) for delta, weight in pairs]
         return Lazy([_sum_of(deltas.steps, shares)], deltas.shape[1:])
 
-    def uniforms(self, key: bytes, start: int, shape: Sequence[int], *, double: bool) -> Any:
+    def uniforms(self, key: bytes, start: int, shape: Sequence[int], *, double: bool) -> Array:
         """As `Reference.uniforms`."""
         halves = [int.from_bytes(key[i : i + 8], "little") for i in (0, 8)]
         if not double:
@@ -153,7 +153,7 @@ class AtOnce(Native):
     """The same loops for tensors: results are computed at once."""
 
 
-def _at_once(loop: Callable[..., Any]) -> Callable[..., Any]:
+def _at_once(loop: Callable[..., Array]) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: plain(loop(*args, **kwargs))
 
 
@@ -178,15 +178,16 @@ def _sum_of(values: Sequence[Step], factors: Sequence[Step]) -> Step:
     return total
 
 
-def _rows(keys: Any, free: Any) -> list[tuple[Step, ...]]:
+def _rows(keys: Array, free: Array | None) -> list[tuple[Step, ...]]:
     """The keys of each expert, with its free positions if there is a mask."""
     keys = Lazy.of(keys)
     if free is None:
         return [(row,) for row in keys.steps]
-    return list(zip(keys.steps, Lazy.of(free if free.shape == keys.shape else free.expand_as(keys)).steps, strict=True))
+    masks = Lazy.of(free if free.shape == keys.shape else free.expand(keys.shape))
+    return list(zip(keys.steps, masks.steps, strict=True))
 
 
-def _count(name: str, keys: Any, free: Any, numbers: Sequence[tuple[int, ...]], into: Tensor) -> None:
+def _count(name: str, keys: Array, free: Array | None, numbers: Sequence[tuple[int, ...]], into: Tensor) -> None:
     """Adds the counts of each expert to its row of ``into``."""
     experts = zip(_rows(keys, free), numbers, into, strict=True)
     sinks = [Step(name, *row, numbers=(counters.data_ptr(), *arguments)) for row, arguments, counters in experts]

@@ -99,15 +99,7 @@ class Reference:
 
     def top_of_blocks(self, scores: Tensor, n: int, m: int, free: Tensor | None, tail: int) -> Tensor:
         """The ``n`` highest free scores [k r c] of every ``m`` elements, ``tail`` of a shorter last block: bool."""
-        k, size = scores.shape[0], scores[0].numel()
-        padding = -size % m
-        free = torch.ones_like(scores, dtype=torch.bool) if free is None else free.expand_as(scores)
-        flat = torch.nn.functional.pad(scores.flatten(1), (0, padding)).view(k, -1, m)
-        open_ = torch.nn.functional.pad(free.flatten(1), (0, padding)).view(k, -1, m)
-        counts = torch.full(flat.shape[:2], n, device=scores.device)
-        if padding:
-            counts[:, -1] = tail
-        return self.top_of_rows(flat, counts, open_).flatten(1)[:, :size].view(scores.shape)
+        return blocks_as_rows(self.top_of_rows, scores, n, m, free, tail)
 
     def ranks_of_rows(self, scores: Tensor) -> Tensor:
         """Each element's place in its row [k r c] as float32, 0 for the highest score; equal scores rank by column."""
@@ -163,6 +155,26 @@ class Reference:
         dtype = numpy.float64 if double else numpy.float32
         drawn = numpy.random.Generator(bits).random(skip + math.prod(shape), dtype=dtype)[skip:]
         return torch.from_numpy(drawn).view(*shape)
+
+
+def blocks_as_rows(
+    top_of_rows: Callable[[Tensor, Tensor, Tensor], Tensor],
+    scores: Tensor,
+    n: int,
+    m: int,
+    free: Tensor | None,
+    tail: int,
+) -> Tensor:
+    """`Reference.top_of_blocks` by a selection in rows, of which each block is one."""
+    k, size = scores.shape[0], scores[0].numel()
+    padding = -size % m
+    free = torch.ones_like(scores, dtype=torch.bool) if free is None else free.expand_as(scores)
+    flat = torch.nn.functional.pad(scores.flatten(1), (0, padding)).view(k, -1, m)
+    open_ = torch.nn.functional.pad(free.flatten(1), (0, padding)).view(k, -1, m)
+    counts = torch.full(flat.shape[:2], n, device=scores.device)
+    if padding:
+        counts[:, -1] = tail
+    return top_of_rows(flat, counts, open_).flatten(1)[:, :size].view(scores.shape)
 
 
 def _free_ones(keys: Tensor, free: Tensor | None) -> list[Tensor]:

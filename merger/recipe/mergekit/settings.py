@@ -91,7 +91,7 @@ class Settings:
         return [OUTSIDE, CONV1D, *texts]
 
     def number(self, name: str, default: Any, group: Group, model: Reference | None = None, missing: Any = None) -> Any:
-        """A number for the tensors of a group, or a list of them over the depth; ``missing`` where the model is not."""
+        """A number for the tensors of a group, or a list over the depth; ``missing`` in slices without the model."""
         values = []
         for part in self.slices:
             lacks_model = (
