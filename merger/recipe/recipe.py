@@ -213,7 +213,7 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         return faults
     if calibration is None:
         return [_without_text(recipe), *faults]
-    streams = sorted({source.stream for source in _inputs(recipe) if source.granularity == "block"})
+    streams = sorted({source.stream for source in _inputs(recipe) if source.granularity == "block"}, reverse=True)
     if len(streams) > 1:
         reason = "all text goes one way through the model"
         faults.append(((), f"inputs: {streams[0]} in one method and {streams[1]} in another; {reason}"))
