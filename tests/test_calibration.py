@@ -302,6 +302,19 @@ def test_progress_is_told_for_each_block_and_batch(build):
     assert calls == [(count, 9) for count in range(1, 10)]
 
 
+@pytest.mark.parametrize(("merged", "finished", "total"), [(True, 0, 18), (True, 1, 15), (False, 1, 9)])
+def test_progress_counts_every_pass_through_a_block(build, merged, finished, total):
+    folder, calls = build("llama")[1], []
+    collected(
+        folder,
+        4,
+        merged_weights=opened(folder) if merged else None,
+        finished_units=[f"model.layers.{block}" for block in range(finished)],
+        progress=lambda count, total: calls.append((count, total)),
+    )
+    assert calls == [(count, total) for count in range(1, total + 1)]
+
+
 def test_a_model_that_cannot_be_run_block_by_block_runs_whole_and_says_so(build):
     notices = []
     collected(build("albert")[1], notice=notices.append)

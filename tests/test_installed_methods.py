@@ -44,11 +44,11 @@ def install(site, name, modules, *, version="1.2", points=None):
         file.write_text(text)
 
 
-def run(site, *arguments):
+def run(site, *arguments, timeout=None):
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "merger", *arguments]
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, cwd=site.parent, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, cwd=site.parent, capture_output=True, text=True, env=environment, timeout=timeout)
 
 
 def test_a_method_of_an_installed_package_merges(site):
@@ -162,3 +162,39 @@ def test_help_imports_no_methods(site):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+
+
+ASKS = '''
+"""Asks about the model."""
+from merger.ops.questions import PrefixSum, Size, Sum
+from merger.pipeline.registry import merger
+
+
+@merger()
+def first(deltas):
+    """The first expert's task vector over a number of the model."""
+    return deltas[0] / (yield QUESTION)
+'''
+QUESTIONS = {
+    "a sum": 'Sum(deltas.double().square().sum(), "global")',
+    "a size": 'Size("global")',
+    "a prefix sum": 'PrefixSum(lambda: (deltas[0] != 0).sum(), "global")',
+}
+METHODS = {"as the method": "method: first", "inside another": "method: knots\nparameters: {inner: first}"}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+def test_a_question_about_the_model_without_a_scope_is_refused(tmp_path, question, method):
+    trio(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(
+        f"base: base\nexperts: {{code: code, math: math}}\n{method}\noutput: {{path: out}}\n"
+    )
+    install(tmp_path / "site", "acme-merging", {"acme": ASKS.replace("QUESTION", question)})
+
+    ran = run(tmp_path / "site", "run", "recipe.yaml", timeout=60)
+
+    assert ran.returncode == 2
+    assert "stage first: ValueError: it asks about the whole model, so it needs a parameter `scope" in ran.stderr
+    assert f"{tmp_path}/site/acme.py:10" in ran.stderr
+    assert not (tmp_path / "out").exists()

@@ -82,6 +82,13 @@ def test_a_plan_notes_parameters_that_leave_everything_at_the_base(planned, choi
     assert planned(LLAMA, LLAMA, **choice).notes == ((note,) if note else ())
 
 
+def test_a_plan_notes_every_stage_of_a_name(planned):
+    stages = ["sum", *({"consensus": {"k": k}} for k in (3, 4, 1))]
+    assert planned(LLAMA, LLAMA, LLAMA, pipeline=stages).notes == tuple(
+        f"consensus: k is {k}, more than there are experts (2), so all stays at the base" for k in (3, 4)
+    )
+
+
 @pytest.mark.parametrize(
     ("method", "notes"),
     [("metagpt", ("metagpt: takes no weight, so the experts' own have no effect",)), ("task_arithmetic", ())],
@@ -389,7 +396,10 @@ def test_a_nested_vocabulary_grows_too(planned):
 def test_rows_that_are_no_tokens_are_not_added(planned, name, base, expert):
     with pytest.raises(CheckpointError) as caught:
         planned({**LLAMA, name: base}, {**LLAMA, name: expert})
-    assert f"lm: {name} is {list(expert)}, but {list(base)} in base" in faults(caught)
+    assert (
+        f"lm: {name} is {list(expert)}, but {list(base)} in base; name it in a rule {{tensors: ..., use: base}}"
+        in faults(caught)
+    )
 
 
 # --- tensors that only some have ------------------------------------------------------------------
@@ -407,6 +417,15 @@ def test_all_that_does_not_fit_is_told_at_once(planned):
         f"lm: has no {UP}",
         "math: model.norm.weight is [9], but [8] in base",
     ]
+
+
+def test_all_experts_that_hold_integers_for_floats_are_named(planned):
+    name = "steps"
+    integers = {**LLAMA, name: ("I64", (4,))}
+    with pytest.raises(CheckpointError) as caught:
+        planned({**LLAMA, name: (4,)}, integers, integers)
+    remedy = "name it in a rule {tensors: ..., use: base}"
+    assert faults(caught) == [f"{label}: {name} holds I64, but BF16 in base; {remedy}" for label in ("lm", "math")]
 
 
 def test_of_many_faults_of_a_kind_twenty_are_told(planned):

@@ -24,11 +24,20 @@ ROWS, COLUMNS = 12, 8
 
 
 @dataclass
-class Ages:
-    """A number for each row of every matrix: here, of row i of expert k, i * (k + 1)."""
+class RowNumbers:
+    """A number for each row of every matrix under the name ``name``: of row i of expert k, i * (k + 1) * ``factor``."""
 
-    inputs = (StageInput("age", "model", by_row, needs_text=False),)
-    supplies = frozenset({"age"})
+    name: str = "age"
+    factor: int = 1
+    searches: int = 0
+
+    @property
+    def inputs(self):
+        return (StageInput(self.name, "model", by_row, needs_text=False),)
+
+    @property
+    def supplies(self):
+        return frozenset({self.name})
 
     def cost(self, plan):
         return Cost(making=1 << 40)
@@ -40,21 +49,24 @@ class Ages:
         return {}
 
     def files(self, plan, options, hidden_memory):
-        paths = {name: plan.recipe.folder / f"{name}.ages.json" for name in plan.recipe.experts}
+        self.searches += 1
+        paths = {name: plan.recipe.folder / f"{name}.{self.name}.json" for name in plan.recipe.experts}
         for k, path in enumerate(paths.values()):
-            path.write_text(json.dumps([row * (k + 1) for row in range(ROWS)]))
+            path.write_text(json.dumps([row * (k + 1) * self.factor for row in range(ROWS)]))
         return paths
 
     def open(self, plan, files):
-        return AgeSource(torch.tensor([json.loads(path.read_text()) for path in files.values()], dtype=torch.float32))
+        numbers = [json.loads(path.read_text()) for path in files.values()]
+        return RowNumberSource(self.name, torch.tensor(numbers, dtype=torch.float32))
 
 
 @dataclass
-class AgeSource:
-    ages: torch.Tensor  # [k r]
+class RowNumberSource:
+    name: str
+    numbers: torch.Tensor  # [k r]
 
     def of_part(self, tensor, part, note):
-        return {"age": self.ages}
+        return {self.name: self.numbers}
 
 
 @pytest.fixture
@@ -67,7 +79,7 @@ def aged(monkeypatch):
 
     aged_sum.__annotations__ = {"lambda_": "float"}
     monkeypatch.setattr(provider, "_PROVIDERS", list(provider._PROVIDERS))  # after those of merger are imported
-    register(Ages())
+    register(RowNumbers())
     register_merger()(aged_sum)
     yield
     del INPUTS["age"], ENTRIES["aged_sum"]
@@ -111,3 +123,34 @@ def test_an_input_that_nothing_supplies_is_named_with_the_nearest(tmp_path, aged
             )
     finally:
         del ENTRIES["lost"]
+
+
+@pytest.fixture
+def aged_and_ranked(aged):
+    """A second provider beside that of `age`, and the method `aged_and_ranked_sum`, which takes the inputs of both."""
+
+    def aged_and_ranked_sum(deltas, age, rank):
+        """Adds the task vectors, each row times its age and its rank."""
+        return summed(deltas * age * rank)
+
+    ranks = RowNumbers("rank", factor=10)
+    register(ranks)
+    register_merger()(aged_and_ranked_sum)
+    yield ranks
+    del INPUTS["rank"], ENTRIES["aged_and_ranked_sum"]
+
+
+def test_every_provider_opens_its_own_files(tmp_path, aged_and_ranked):
+    base = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
+    for label, change in {"base": 0, "code": 1, "math": 2}.items():
+        save(tmp_path / label, {"model.layers.0.mlp.up_proj.weight": base + change})
+    content = {"base": "base", "experts": {"code": "code", "math": "math"}, "pipeline": ["aged_and_ranked_sum"]}
+
+    merge(Recipe.parse({**content, "output": {"path": "out"}}, tmp_path))
+
+    (merged,) = load_file(tmp_path / "out" / "model.safetensors").values()
+    rows = torch.arange(ROWS, dtype=torch.float32).view(-1, 1)
+    assert torch.equal(merged, base + 1 * (rows * 10 * rows) + 2 * (rows * 2 * rows * 20))
+    assert aged_and_ranked.searches == 1
+    manifest = json.loads((tmp_path / "out" / "merger.json").read_text())
+    assert sorted(manifest["statistics"]) == ["age of code", "age of math", "rank of code", "rank of math"]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -361,3 +362,20 @@ def test_a_disk_that_fails_later_is_a_resource_error_too(tmp_path, monkeypatch, 
         work()
     writer.abandon()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fails_while_it_is_hashed_stops_the_next_write(tmp_path, monkeypatch):
+    names = ["x", "y", "z"]
+    shards_of_one = {name: torch.arange(4.0) for name in names}
+    writer = begun(tmp_path / "out", shards_of_one, shard_size=16)
+
+    def failing(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    fill(writer, {"x": shards_of_one["x"]})
+    wait([writer._hashing])
+
+    with pytest.raises(ResourceError, match=r"model-00001-.*: cannot be written: Input/output error"):
+        fill(writer, {"y": shards_of_one["y"]})
+    writer.abandon()

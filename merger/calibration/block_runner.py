@@ -15,6 +15,7 @@ else in every pass; that is checked on the first batch. A model that fails the c
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
@@ -69,16 +70,19 @@ def run_blocks(
         runner = BlockRunner(model.blocks, model.watch, HiddenStates(host_memory, Path(folder)))
         for number, batch in enumerate(model.batches):
             run_batch(model, runner, EMBEDDING, number, batch, "both")
-        for block, name in enumerate(names):
+        units = [model.unit_name(name) for name in names]
+        passes = sum(1 if merged_weights is None or unit in finished_units else 2 for unit in units)
+        count_batch = batch_counter(passes * len(model.batches), progress)
+        for block, (name, unit) in enumerate(zip(names, units, strict=True)):
             model.randomise_embedding(seed=block)
-            unit = model.unit_name(name)
             if unit not in finished_units:
-                run_block(model, runner, block, model.weights, "both" if merged_weights is None else "watch", progress)
+                purpose: Purpose = "both" if merged_weights is None else "watch"
+                run_block(model, runner, block, model.weights, purpose, count_batch)
                 moments = model.take(name)
                 model.loader.drop(name)
                 yield unit, moments
             if merged_weights is not None or unit in finished_units:
-                run_block(model, runner, block, merged_weights or model.weights, "carry", progress)
+                run_block(model, runner, block, merged_weights or model.weights, "carry", count_batch)
                 model.loader.drop(name)
         yield "", model.outer_moments()
 
@@ -92,14 +96,25 @@ def check_blocks_are_separate(model: ObservedModel) -> None:
         raise UnsupportedBlocks("its blocks share weights")
 
 
+def batch_counter(total: int, progress: Progress) -> Callable[[], None]:
+    """A function that reports one more batch, out of a ``total`` over all passes, each time that it is called."""
+    counts = itertools.count(1)
+    return lambda: progress(next(counts), total)
+
+
 def run_block(
-    model: ObservedModel, runner: BlockRunner, block: int, source: TensorSource, purpose: Purpose, progress: Progress
+    model: ObservedModel,
+    runner: BlockRunner,
+    block: int,
+    source: TensorSource,
+    purpose: Purpose,
+    count_batch: Callable[[], None],
 ) -> None:
-    """Runs all batches through one block with the block's weights from ``source``."""
+    """Runs all batches through one block with the block's weights from ``source``; counts each."""
     model.loader.load(model.block_names[block], source)
     for number, batch in enumerate(model.batches):
         run_batch(model, runner, block, number, batch, purpose)
-        progress(block * len(model.batches) + number + 1, len(model.block_names) * len(model.batches))
+        count_batch()
 
 
 def run_batch(

@@ -20,6 +20,7 @@ from merger.calibration.block_runner import (
     HiddenStates,
     Results,
     UnsupportedBlocks,
+    batch_counter,
     check_blocks_are_separate,
     run_batch,
     run_block,
@@ -91,6 +92,7 @@ def _run_pairs(
             runners[role] = BlockRunner(model.blocks, model.watch, HiddenStates(memory, states))
             for number, batch in enumerate(model.batches):
                 run_batch(model, runners[role], EMBEDDING, number, batch, "both")
+        count_batch = batch_counter(2 * len(student.block_names) * len(student.batches), progress)
         for block, name in enumerate(student.block_names):
             for model, source in ((teacher, teacher.weights), (student, draft)):
                 model.randomise_embedding(seed=block)
@@ -98,11 +100,12 @@ def _run_pairs(
             for number, batch in enumerate(student.batches):
                 run_batch(teacher, runners["teacher"], block, number, batch, "both")
                 run_batch(student, runners["student"], block, number, batch, "watch")
+                count_batch()
             teacher.watch.begin(student.batches[0], teacher.loader.device)  # its last rows belong to no other batch
             moments = student.take(name)
             for model in (teacher, student):
                 model.loader.drop(name)
             yield student.unit_name(name), moments
-            run_block(student, runners["student"], block, merged, "carry", progress)
+            run_block(student, runners["student"], block, merged, "carry", count_batch)
             student.loader.drop(name)
         yield "", student.outer_moments()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from merger.errors import ResourceError, system_reason
 
+CHUNK = 8 << 20
+"""Bytes that are read or hashed together, a multiple of every number's width."""
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 """Errors of a file system that lacks a call, such as fsync of a folder on CIFS."""
 

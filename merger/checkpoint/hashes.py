@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.checkpoint.cache import recall, remember
+from merger.checkpoint.disk import CHUNK
 from merger.errors import CheckpointError, UnreadableError, system_reason
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 SETTLED = 2.0
 """Seconds since its last change after which a file is sure to have another time stamp when it changes again."""
 
-CHUNK = 8 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

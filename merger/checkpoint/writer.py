@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.disk import allocate, disk_error, read_at, sync, sync_data, sync_open
+from merger.checkpoint.disk import CHUNK, allocate, disk_error, read_at, sync, sync_data, sync_open
 from merger.checkpoint.files import write_json
 from merger.checkpoint.journal import Finished
 from merger.checkpoint.layout import Shard, index, index_name
@@ -23,7 +24,6 @@ from merger.checkpoint.tensor_info import Info
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 8 << 20
 DIRTY = 256 << 20
 """Bytes of a shard after which the disk is made to write: at the end there is little left to wait for."""
 
@@ -49,7 +49,7 @@ class Writer(Output):
         self._begun: set[str] = set()  # the shards that this run writes
         self._files = OpenFiles(os.O_RDWR)
         self._pool = ThreadPoolExecutor(1, "merger-hash")
-        self._hashes: Future[None] | None = None
+        self._hashing: Future[None] | None = None
 
     def _stored_infos(self) -> dict[str, Info]:
         """Where each tensor lies in the files."""
@@ -65,38 +65,46 @@ class Writer(Output):
             if shard.file not in self.journal.finished:
                 self._create(shard)
         sync(self.folder)
-        self._hashes = self._pool.submit(self._hash)
+        self._hashing = self._pool.submit(self._finish_shards)
 
     @property
     def unfinished(self) -> frozenset[str]:
-        """Returns the tensors that are not written yet."""
+        """The tensors of shards that no run has finished; all of a shard's tensors are written anew."""
         finished_files = self.journal.finished
         return frozenset(name for shard in self._shards if shard.file not in finished_files for name in shard.offsets)
 
     def _create(self, shard: Shard) -> None:
         """Makes a file at its full size, so that a full disk is found before the work; its header is in it."""
-        target = self.folder / shard.file
-        try:
-            with self._files.use(target, os.O_CREAT | os.O_EXCL) as file:
-                allocate(file, shard.size)
-                os.pwrite(file, shard.header, 0)
-        except OSError as error:
-            raise disk_error(target, error, shard.size) from None
+        with self._descriptor(shard.file, os.O_CREAT | os.O_EXCL, shard.size) as descriptor:
+            allocate(descriptor, shard.size)
+            os.pwrite(descriptor, shard.header, 0)
         self._begun.add(shard.file)
 
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        """Writes ``data`` from byte ``start`` of a tensor on."""
-        shard, offset = self._places[name]
-        if shard not in self._begun:
-            return  # it was finished by an earlier run
-        position = offset + start
+    @contextmanager
+    def _descriptor(self, file: str, flags: int = 0, size: int = 0) -> Iterator[int]:
+        """The descriptor of a shard's file; ResourceError if the disk fails, with the ``size`` that the file needs."""
+        path = self.folder / file
         try:
-            with self._files.use(self.folder / shard) as file:
-                while data:
-                    count = os.pwrite(file, data, position)
-                    data, position = data[count:], position + count
+            with self._files.use(path, flags) as descriptor:
+                yield descriptor
         except OSError as error:
-            raise disk_error(self.folder / shard, error) from None
+            raise disk_error(path, error, size) from None
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Writes ``data`` from byte ``start`` of a tensor on.
+
+        Raises ResourceError if the disk fails, or has failed under the thread that hashes.
+        """
+        file, offset = self._places[name]
+        if file not in self._begun:
+            return  # it was finished by an earlier run
+        if self._hashing is not None and self._hashing.done():
+            self._hashing.result()
+        position = offset + start
+        with self._descriptor(file) as descriptor:
+            while data:
+                count = os.pwrite(descriptor, data, position)
+                data, position = data[count:], position + count
 
     def finish_tensor(self, name: str, notes: Sequence[str] = ()) -> None:
         """Says that all bytes of a tensor are written, with the remarks on it."""
@@ -105,49 +113,47 @@ class Writer(Output):
 
     def read(self, name: str) -> Tensor | None:
         """A tensor that is complete, by this run or an earlier one; else None."""
-        shard, _ = self._places[name]
-        return self._stored.read(name) if shard not in self._begun or self._written_events[name].is_set() else None
+        file, _ = self._places[name]
+        return self._stored.read(name) if file not in self._begun or self._written_events[name].is_set() else None
 
-    def _hash(self) -> None:
-        """Follows the tensors in file order; each shard that is complete is put on disk, and then in the journal."""
+    def _finish_shards(self) -> None:
+        """Finishes shard after shard, until all are finished or the writer is stopped."""
         buffer = memoryview(bytearray(CHUNK))
         for shard in self._shards:
-            if shard.file in self._begun and not self._hash_shard(shard, buffer):
+            if shard.file in self._begun and not self._finish_shard(shard, buffer):
                 return
 
-    def _hash_shard(self, shard: Shard, buffer: memoryview) -> bool:
-        """Hashes one shard as its tensors become complete; False if the writer was stopped before."""
+    def _finish_shard(self, shard: Shard, buffer: memoryview) -> bool:
+        """Hashes a shard as its tensors become complete, puts it on disk, and only then notes it in the journal.
+
+        Returns False if the writer was stopped before.
+        """
         digest = hashlib.sha256(shard.header)
         for name, offset in shard.offsets.items():
             self._written_events[name].wait()
             if self._stopped:
                 return False
             self._hash_tensor(digest, shard.file, offset, offset + self._infos[name].nbytes, buffer)
-        try:
-            with self._files.use(self.folder / shard.file) as file:
-                sync_open(file)
-        except OSError as error:
-            raise disk_error(self.folder / shard.file, error) from None
+        with self._descriptor(shard.file) as descriptor:
+            sync_open(descriptor)
         notes = [note for name in shard.offsets for note in self._notes[name]]
         self.journal.add(Finished(shard.file, digest.hexdigest(), notes))
         return True
 
-    def _hash_tensor(self, digest: hashlib._Hash, shard: str, offset: int, end: int, buffer: memoryview) -> None:
-        try:
-            with self._files.use(self.folder / shard) as file:
-                while offset < end:
-                    count = read_at(file, buffer[: min(CHUNK, end - offset)], offset)
-                    digest.update(buffer[:count])
-                    offset += count
-                    if offset // DIRTY > (offset - count) // DIRTY:
-                        sync_data(file)
-        except OSError as error:
-            raise disk_error(self.folder / shard, error) from None
+    def _hash_tensor(self, digest: hashlib._Hash, file: str, offset: int, end: int, buffer: memoryview) -> None:
+        """Adds the bytes of a file from ``offset`` to ``end`` to the digest."""
+        with self._descriptor(file) as descriptor:
+            while offset < end:
+                count = read_at(descriptor, buffer[: min(CHUNK, end - offset)], offset)
+                digest.update(buffer[:count])
+                offset += count
+                if offset // DIRTY > (offset - count) // DIRTY:
+                    sync_data(descriptor)
 
     def digests(self) -> dict[str, str]:
         """The SHA-256 of every shard, once all tensors are done and on disk."""
-        assert self._hashes is not None, "it was never opened"
-        self._hashes.result()
+        assert self._hashing is not None, "it was never opened"
+        self._hashing.result()
         return {shard.file: self.journal.finished[shard.file].sha256 for shard in self._shards}
 
     def finish(self, *, force: bool) -> None:

@@ -29,10 +29,23 @@ class StageInputs:
     options: RunOptions  # with a definite device
     hidden_memory: int | None  # bytes of hidden states that may stay in memory; None: all of them
 
-    @cached_property
+    @property
     def files(self) -> Mapping[str, Path]:
-        """The files of inputs for the whole model, by expert; none where no stage takes any. Raises CheckpointError."""
-        return {name: path for provider in model_providers(self.plan) for name, path in self.find(provider).items()}
+        """The files of inputs for the whole model; none where no stage takes any. Raises CheckpointError.
+
+        Their keys are the experts; where there are several providers, each with the inputs it makes: ``age of code``.
+        """
+        single = len(self._provider_files) == 1
+        return {
+            name if single else f"{', '.join(sorted(provider.supplies))} of {name}": path
+            for provider, paths in self._provider_files
+            for name, path in paths.items()
+        }
+
+    @cached_property
+    def _provider_files(self) -> Sequence[tuple[ModelProvider, Mapping[str, Path]]]:
+        """Each provider of inputs for the whole model, with its files by expert."""
+        return [(provider, self.find(provider)) for provider in model_providers(self.plan)]
 
     def find(self, provider: ModelProvider) -> Mapping[str, Path]:
         """The files of one provider: of an earlier run, or new ones."""
@@ -40,7 +53,7 @@ class StageInputs:
 
     def sources(self) -> Sequence[Source]:
         """The inputs for the whole model, in memory."""
-        return [provider.open(self.plan, self.files) for provider in model_providers(self.plan)]
+        return [provider.open(self.plan, paths) for provider, paths in self._provider_files]
 
     def blocks(self, provider: BlockProvider, merge: PartialMerge) -> Iterator[Block]:
         """The inputs of one block after the other, as they are made in lockstep with the merge."""

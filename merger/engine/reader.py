@@ -64,7 +64,7 @@ class PartSlices:
         elements = part.rows * part.columns
         self._step = slice_rows(tensor, part)
         self.count = -(-part.rows // self._step) if part.columns else 0
-        self.sizes = Sizes(elements, reader.ranked_elements[tensor.group])
+        self.sizes = Sizes(elements, reader.ranked_elements[tensor.group] if tensor.ranked else None)
         held_bytes = elements * bytes_held(len(reader.plan.models) - 1)
         self.hold = self.count == 1 or held_bytes <= reader.machine.hold
         self._values_by_slice: dict[int, _Stored] = {}

@@ -98,7 +98,7 @@ def _merge_inside(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: 
         merged.append((yield from _run_stages(stages, deltas, {**supplies, "originals": deltas, "uniform": uniform})))
 
     size = deltas[0].numel()
-    run_slices(1, carry, sizes=Sizes(size, size), hold=True)
+    run_slices(1, carry, sizes=Sizes(size, None), hold=True)
     return merged[0]
 
 

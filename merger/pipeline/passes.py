@@ -29,12 +29,18 @@ SampleNotes = Mapping[int, Sequence[object]]
 """The notes that a flow over a sample of the tensor made, by number."""
 
 
+_NOT_RANKED = (
+    'it asks about the whole model, so it needs a parameter `scope: Whole = "global"`, and asks with `scope`; '
+    "see docs/adding-a-method.md"
+)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The numbers of elements that a density is a share of."""
 
     tensor: int
-    model: int
+    model: int | None  # None where the tensor is ranked by itself, so that nothing answers for the model
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ class TensorPasses:
             if flow is None:
                 flow = PausedFlow(self.start(i))
                 flow.wait_with(next(flow.steps))
-            while (answer := flow.question.reply(self, flow.key, i)) is not UNANSWERED:
+            while (answer := self._reply(flow, i)) is not UNANSWERED:
                 flow.wait_with(flow.steps.send(answer))
         except StopIteration:
             return None
@@ -166,6 +172,15 @@ class TensorPasses:
             self.paused[i] = flow
         question = cast("Total", flow.question)  # no other is left unanswered
         return flow.key, question, question.part(self.counters)
+
+    def _reply(self, flow: PausedFlow, i: int) -> object:
+        """The answer to the flow's question, or `UNANSWERED`.
+
+        A question about the model that nothing answers is raised where it was asked, so that the stage is named.
+        """
+        if flow.question.scope == "global" and self.sizes.model is None:
+            flow.steps.throw(ValueError(_NOT_RANKED))
+        return flow.question.reply(self, flow.key, i)
 
     def _open_total(self, contribution: Contribution | None) -> OpenTotal | None:
         """The open question with the contribution of all slices; None when all flows have ended."""
@@ -187,7 +202,10 @@ class TensorPasses:
 
     def size(self, scope: Whole) -> int:
         """See `Answers`."""
-        return self.sizes.model if scope == "global" else self.sizes.tensor
+        if scope == "tensor":
+            return self.sizes.tensor
+        assert self.sizes.model is not None, "the question was refused"
+        return self.sizes.model
 
     def total(self, key: Key, question: Total) -> object:
         """See `Answers`."""

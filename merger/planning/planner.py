@@ -27,10 +27,14 @@ from merger.planning.plan import ExtraRows, Plan, TensorPlan
 from merger.planning.shared_tensors import SharedTensors
 from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
+from merger.planning.stage_notes import stage_notes
 from merger.planning.tables import vocabulary_tables
 from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import Table, Vocabulary, describe_rows
 from merger.recipe.recipe import Recipe
+
+FAULTS = 20
+"""The most faults of a plan that are shown."""
 
 
 def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) -> Plan:
@@ -139,7 +143,7 @@ class _Planner:
                 *self.notes,
                 *self.shared.notes(),
                 *self._idle_rules({**self.output.repeated, **originals}),
-                *_remarks(tensors),
+                *stage_notes(tensors),
                 *self._aliased_orders(names),
                 *config_differences(self.models),
                 *tokenizer_differences(self.tokenizers, tokenizer_label),
@@ -174,10 +178,10 @@ class _Planner:
         reads = self.shared.stored_names(name)
         if copied:
             return self._copy(name, kind, source, reads)
-        if not self._complete(name, reads):
+        if self._refuse_missing(name, reads):
             return None
         infos = {label: self.models[label].tensors[read] for label, read in reads.items() if read is not None}
-        shapes = self._fit(name, kind, infos)
+        shapes = self._shapes(name, infos)
         if shapes is None:
             return None
         shape, common, extra = shapes
@@ -190,13 +194,12 @@ class _Planner:
             remedy = "set extra_rows: drop" if extra[0].start >= common[0] else f"add a rule that uses {labels} for it"
             self.faults.append(f"{name}: {pack} cannot hold rows that only {labels} has; {remedy}")
             return None
-        dtype = SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype else infos["base"].dtype
         axis = kinds.input_axis(name)
         if axis is None and (stage := needs_input_axis(stages)) is not None:
             self.unoriented.setdefault(stage, []).append(name)
         return TensorPlan(
             name=name,
-            info=Info(dtype, shape),
+            info=Info(self._output_dtype(infos["base"]), shape),
             kind=kind,
             unit=unit,
             place=place,
@@ -230,9 +233,6 @@ class _Planner:
             self.faults.append(f"{source}: has no {name}, which a rule takes from it")
             return None
         info = self.models[source].tensors[read]
-        dtype = (
-            SAFETENSORS_NAMES[self.recipe.output.dtype] if self.recipe.output.dtype and info.is_float else info.dtype
-        )
         # an expert's buffer is read only to tell whether it differs
         needed = {
             label: stored_name
@@ -241,7 +241,7 @@ class _Planner:
         }
         return TensorPlan(
             name=name,
-            info=Info(dtype, info.shape),
+            info=Info(self._output_dtype(info), info.shape),
             kind=kind,
             unit=self.kinds_of(name).unit(name),
             place=Place(()),
@@ -252,34 +252,45 @@ class _Planner:
             parts=parts_of(name, "copied", info.shape, COLUMNS, ()),
         )
 
-    def _complete(self, name: str, reads: Mapping[str, str | None]) -> bool:
-        missing = [label for label, read in reads.items() if read is None]
-        if not missing or ("base" not in missing and self.recipe.missing == "zero"):
-            return True
-        for label in missing:
-            self.faults.append(
-                f"{label}: has no {name}; set `missing: zero` to leave such tensors at the base, "
-                f"or name them in a rule {{tensors: ..., use: base}}"
-            )
-        return False
+    def _output_dtype(self, info: Info) -> str:
+        """The dtype in which a tensor of an input is written."""
+        dtype = self.recipe.output.dtype
+        return SAFETENSORS_NAMES[dtype] if dtype and info.is_float else info.dtype
 
-    def _fit(
-        self, name: str, kind: str, infos: Mapping[str, Info]
+    def _refuse_missing(self, name: str, reads: Mapping[str, str | None]) -> bool:
+        """Adds a fault for every model that lacks a tensor, unless zero may stand for it; returns whether any did."""
+        missing = [label for label, read in reads.items() if read is None]
+        if "base" not in missing and self.recipe.missing == "zero":
+            return False
+        self.faults += [
+            f"{label}: has no {name}; set `missing: zero` to leave such tensors at the base, "
+            f"or name them in a rule {{tensors: ..., use: base}}"
+            for label in missing
+        ]
+        return bool(missing)
+
+    def _shapes(
+        self, name: str, infos: Mapping[str, Info]
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[ExtraRows, ...]] | None:
-        """Returns the output's shape, the shape that all models share, and rows beyond it."""
+        """Returns the output's shape, the shape that all models share, and rows beyond it.
+
+        Returns None after it has added a fault for every expert whose dtype or shape does not fit the base's.
+        """
         base = infos["base"].shape
         if name not in self.tables and all(info.is_float and info.shape == base for info in infos.values()):
             return base, base, ()
         shapes = {label: info.shape for label, info in infos.items()}
         integer_labels = [label for label, info in infos.items() if not info.is_float]
+        remedy = "name it in a rule {tensors: ..., use: base}"
         if integer_labels:
-            self.faults.append(
-                f"{integer_labels[0]}: {name} holds {infos[integer_labels[0]].dtype}, but {infos['base'].dtype} in base"
-            )
+            self.faults += [
+                f"{label}: {name} holds {infos[label].dtype}, but {infos['base'].dtype} in base; {remedy}"
+                for label in integer_labels
+            ]
             return None
         if name not in self.tables or len({shape[1:] for shape in shapes.values()}) > 1:
             self.faults += [
-                f"{label}: {name} is {list(shape)}, but {list(base)} in base"
+                f"{label}: {name} is {list(shape)}, but {list(base)} in base; {remedy}"
                 for label, shape in shapes.items()
                 if shape != base
             ]
@@ -315,7 +326,7 @@ class _Planner:
         inner = dict(text_config(config)) if text_config(config) is not config else config
         by_name = {tensor.name: tensor for tensor in tensors}
         embedding = by_name.get(self.kinds["base"].embedding or "")
-        if embedding is not None and "vocab_size" in inner and embedding.info.shape[0] != self._rows("base"):
+        if embedding is not None and "vocab_size" in inner and embedding.info.shape[0] != self._base_rows():
             inner["vocab_size"] = embedding.info.shape[0]
         if self.recipe.output.dtype:
             for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
@@ -329,9 +340,10 @@ class _Planner:
             )
         return config
 
-    def _rows(self, label: str) -> int:
-        name = self.kinds[label].embedding
-        return self.kinds[label].tensors[name].shape[0] if name else 0
+    def _base_rows(self) -> int:
+        """The number of rows of the base's embedding; 0 if it has none."""
+        kinds = self.kinds["base"]
+        return kinds.tensors[kinds.embedding].shape[0] if kinds.embedding else 0
 
 
 def _bind(stages: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:
@@ -342,22 +354,6 @@ def _bind(stages: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]
         raise RecipeError(f"{entry_of(stages[0].func).name}: {error}") from None
 
 
-def _remarks(tensors: Iterable[TensorPlan]) -> Iterable[str]:
-    """Returns the distinct remarks on the stages' parameters."""
-    notes: dict[str, None] = {}
-    for tensor in {(id(tensor.stages), id(tensor.place)): tensor for tensor in tensors}.values():
-        remarks = {
-            stage.entry.name: stage.entry.remark(len(tensor.place.experts), **stage.values) for stage in tensor.stages
-        }
-        notes |= dict.fromkeys(f"{name}: {remark}" for name, remark in remarks.items() if remark)
-        if (
-            remarks
-            and set(tensor.place.weights) != {1}
-            and not any("weight" in stage.values for stage in tensor.stages)
-        ):
-            notes[f"{', '.join(remarks)}: takes no weight, so the experts' own have no effect"] = None
-    return notes
-
-
-def _shorten(faults: list[str], limit: int = 20) -> list[str]:
-    return faults if len(faults) <= limit else [*faults[:limit], f"... and {len(faults) - limit} more like these"]
+def _shorten(faults: list[str]) -> list[str]:
+    """The first `FAULTS` faults, and how many there are beyond."""
+    return faults if len(faults) <= FAULTS else [*faults[:FAULTS], f"... and {len(faults) - FAULTS} more like these"]

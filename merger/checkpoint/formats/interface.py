@@ -19,9 +19,6 @@ from merger.errors import CheckpointError, system_reason
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 8 << 20
-"""Bytes that are read together, a multiple of every number's width."""
-
 Fill = Callable[[int, memoryview], None]
 """Fills a buffer with a file's bytes from a position on."""
 

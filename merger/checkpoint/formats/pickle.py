@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from merger._lazy import torch
+from merger.checkpoint.disk import CHUNK
 from merger.checkpoint.formats.interface import (
-    CHUNK,
     Fill,
     Format,
     Scan,

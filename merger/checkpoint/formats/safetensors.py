@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from merger._lazy import torch
-from merger.checkpoint.formats.interface import CHUNK, Format, Scan, count_not_finite
+from merger.checkpoint.disk import CHUNK
+from merger.checkpoint.formats.interface import Format, Scan, count_not_finite
 from merger.checkpoint.tensor_info import ITEM_SIZE, Info, checked_name, torch_dtype
 from merger.errors import CheckpointError
 
