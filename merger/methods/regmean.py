@@ -73,18 +73,15 @@ def regmean(
         return (anchored * float(lambda_)).to(deltas)
     evidence = Evidence(deltas[0].double())
     for number, (delta, expert_gram, share) in enumerate(zip(deltas, gram, weight, strict=True)):
-        factor = float(share) / _size(expert_gram, normalize)
+        scale = float(share) / _size(expert_gram, normalize)
         exact = delta.double() if number else evidence.first
         drift = None
         if cross_moment is not None and target:
-            change = _shrunk(cross_moment[number] - expert_gram, float(alpha)).mul_(float(target) * factor)
+            change = _shrunk(cross_moment[number] - expert_gram, float(alpha)).mul_(float(target) * scale)
             drift = (base + exact) @ change
-        evidence.add(exact, _shrunk(expert_gram, float(alpha)).mul_(factor), drift)
-    if stretch == "fit":
-        anchored *= evidence.stretch(anchored)
-    elif stretch != 1:
-        anchored *= float(stretch)
-    return (evidence.solve(anchored, float(ridge)) * float(lambda_)).to(deltas)
+        evidence.add(exact, _shrunk(expert_gram, float(alpha)).mul_(scale), drift)
+    factor = evidence.stretch(anchored) if stretch == "fit" else float(stretch)
+    return (evidence.solve(anchored * factor, float(ridge)) * float(lambda_)).to(deltas)
 
 
 def _shrunk(moments: Tensor, alpha: float) -> Tensor:
