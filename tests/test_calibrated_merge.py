@@ -287,6 +287,72 @@ def test_regmean_behind_merged_blocks_is_that_of_whole_models(place):
         assert (merged[name].double() - expected).norm() / change.norm() < 1e-5, name
 
 
+def rows_entering(model, batch, block):
+    """The inputs of a block's matrices for a batch, padding left out, when the whole model runs."""
+    rows = {}
+
+    def keep_rows(name, _, arguments):
+        rows[name] = arguments[0][batch.mask].double()
+
+    hooks = [
+        module.register_forward_pre_hook(functools.partial(keep_rows, f"{name}.weight"))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and block_of(f"{name}.weight") == block
+    ]
+    with torch.no_grad():
+        model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def regression_towards_experts_features(place, target, ridge):
+    """FeatCal on the mean as it is written, on whole models: a block's mean behind all that is merged by then."""
+    base = {name: value.double() for name, value in load(MODELS / "base").items()}
+    experts = [{name: value.double() for name, value in load(MODELS / task).items()} for task in EXPERTS]
+    mean = {name: sum(expert[name] for expert in experts) / 3 for name in base}
+    merged = dict(mean)
+    student, *teachers = (
+        transformers.AutoModelForCausalLM.from_pretrained(place / "models" / name, dtype=torch.float32).eval()
+        for name in ("base", *EXPERTS)
+    )
+    for block in range(3):
+        student.load_state_dict({name: value.float() for name, value in merged.items()}, strict=False)
+        left, right = {}, {}
+        for task, expert, teacher in zip(EXPERTS, experts, teachers, strict=True):
+            gram, product = {}, {}
+            for batch in batches(samples_of(place, task).tokens):
+                targets = rows_entering(teacher, batch, block)
+                for name, x in rows_entering(student, batch, block).items():
+                    y = target * targets[name] + (1 - target) * x
+                    gram[name] = gram.get(name, 0) + x.T @ x
+                    product[name] = product.get(name, 0) + expert[name] @ y.T @ x
+            for name in gram:
+                left[name] = left.get(name, 0) + gram[name] / gram[name].norm()
+                right[name] = right.get(name, 0) + product[name] / gram[name].norm()
+        for name in left:
+            size = len(left[name])
+            total = left[name] + ridge * torch.eye(size, dtype=torch.float64)
+            merged[name] = torch.linalg.solve(total, (right[name] + ridge * mean[name]).T).T
+    return merged
+
+
+DRAFT = {"inputs": "draft", "target": 0.5, "alpha": 1, "normalize": "frobenius", "ridge": 0.05}
+
+
+def test_regression_towards_the_experts_features_is_that_of_whole_models(place):
+    merger.merge(recipe(place, "regmean", parameters=DRAFT, dtype="float32"))
+    merged, base = load(place / "out"), load(MODELS / "base")
+    for name, expected in regression_towards_experts_features(place, 0.5, 0.05).items():
+        change = expected - base[name].double()
+        assert (merged[name].double() - expected).norm() / change.norm() < 1e-4, name
+
+
+def test_a_target_without_a_draft_is_refused(place):
+    with pytest.raises(RecipeError, match=r"target: needs .* write inputs: draft"):
+        recipe(place, "regmean", parameters={"target": 0.25})
+
+
 def test_merged_inputs_are_other_inputs_than_own_ones(place):
     for inputs in ("own", "merged"):
         merger.merge(recipe(place, "regmean", output=inputs, parameters={"inputs": inputs}, dtype="float32"))
@@ -297,9 +363,10 @@ def test_merged_inputs_are_other_inputs_than_own_ones(place):
     assert {block_of(name) for name in changed_names} >= {1, 2}
 
 
-def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch):
+@pytest.mark.parametrize("parameters", [{"inputs": "merged"}, DRAFT])
+def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch, parameters):
     """What earlier blocks became is read back from the output, whichever run wrote it."""
-    merged_inputs = {"parameters": {"inputs": "merged"}}
+    merged_inputs = {"parameters": parameters}
     finish_tensor = Writer.finish_tensor
 
     def stop(self, name, notes=()):

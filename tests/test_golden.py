@@ -1,6 +1,7 @@
 """Every golden value, each on the whole tensor and on slices of one row."""
 
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -425,7 +426,10 @@ def test_regmean(golden, alpha, base):
     weights, grams = (
         torch.stack([tensor(values) for values in case["inputs"][key].values()]) for key in ("weights", "gram")
     )
-    result = base + regmean(weights - base, grams, alpha=Fraction(alpha), weight=[Fraction(1)] * 2)
+    mean = partial(torch.mean, dim=0)
+    start = torch.full_like(weights[0], base)
+    settings = {"alpha": Fraction(alpha), "weight": [Fraction(1)] * 2}
+    result = base + regmean(weights - base, start, mean, grams, None, **settings)
     assert_close(result, case["outputs"]["merged"])
 
 

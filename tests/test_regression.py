@@ -281,3 +281,105 @@ def test_wudi_refuses_a_negative_ridge():
 def test_wudi_averages_tensors_without_a_matrix(kind):
     deltas = deltas_of(3, 4, 5)
     assert_close(merged("wudi", deltas, {"lambda": 0.5}, kind=kind), 0.5 * merged("mean", deltas))
+
+
+# --- anchors, ridges and filters ------------------------------------------------------------------
+
+
+def divided_by_norm(moments):
+    return [matrix.double() / matrix.double().norm() for matrix in moments]
+
+
+def test_regmean_with_ridge_and_anchor_oracle():
+    deltas, known = deltas_of(3, 5, 7), grams_of(3, 7, 50)
+    grams = divided_by_norm(known.gram)
+    anchor = 1.3 * sum(deltas.values()).double()
+    products = sum(delta.double() @ gram for delta, gram in zip(deltas.values(), grams, strict=True))
+    expected = (products + 0.2 * anchor) @ torch.linalg.inv(sum(grams) + 0.2 * torch.eye(7).double())
+    settings = {"alpha": 1, "normalize": "frobenius", "ridge": 0.2, "anchor": "sum", "stretch": 1.3}
+    assert_close(merged("regmean", deltas, settings, inputs=known), expected.float())
+
+
+@pytest.mark.parametrize("normalize", ["frobenius", "trace"])
+def test_a_normalised_gram_matrix_has_no_unit(normalize):
+    deltas, known = deltas_of(2, 5, 6), grams_of(2, 6, 50)
+    louder = Inputs(known.second_moment, known.mean, torch.stack([known.gram[0], 100 * known.gram[1]]))
+    settings = {"normalize": normalize, "ridge": 0.1}
+    result = merged("regmean", deltas, settings, inputs=known)
+    assert_close(merged("regmean", deltas, settings, inputs=louder), result)
+
+
+def test_a_large_ridge_makes_regmean_the_stretched_anchor():
+    deltas, known = deltas_of(3, 5, 6), grams_of(3, 6, 50)
+    settings = {"ridge": 1e12, "anchor": {"ties": {"density": 0.5}}, "stretch": 2}
+    assert_close(
+        merged("regmean", deltas, settings, inputs=known), 2 * merged("ties", deltas, {"density": 0.5}, inputs=known)
+    )
+
+
+def test_a_matrix_that_no_input_reached_is_the_anchor():
+    deltas, known = deltas_of(3, 5, 6), grams_of(3, 6, 50)
+    silent = Inputs(known.second_moment, known.mean, torch.zeros_like(known.gram))
+    assert torch.equal(merged("regmean", deltas, {"anchor": "ties"}, inputs=silent), merged("ties", deltas, {}))
+
+
+def test_the_stretch_that_fits_errs_least():
+    deltas, known = deltas_of(3, 5, 6), grams_of(3, 6, 50)
+
+    def error(factor):
+        anchor = factor * sum(deltas.values()).double() / 3
+        pairs = zip(deltas.values(), known.gram, strict=True)
+        return float(sum(((anchor - delta) @ gram.double() * (anchor - delta)).sum() for delta, gram in pairs))
+
+    settings = {"alpha": 1, "ridge": 1e12, "stretch": "fit"}
+    mean = merged("mean", deltas)
+    factor = float((merged("regmean", deltas, settings, inputs=known) / mean).mean())
+    assert error(factor) < min(error(factor - 0.01), error(factor + 0.01))
+
+
+def test_directions_without_inputs_go_to_the_mean_and_not_to_the_first_expert():
+    deltas = deltas_of(2, 4, 6)
+    gram = torch.zeros(2, 6, 6)
+    gram[:, :3, :3] = grams_of(2, 3, 50).gram
+    known = Inputs(gram.diagonal(dim1=1, dim2=2), gram.diagonal(dim1=1, dim2=2), gram)
+    assert_close(merged("regmean", deltas, inputs=known)[:, 3:], merged("mean", deltas)[:, 3:])
+
+
+@pytest.mark.parametrize("ridge", [-1, -0.1])
+def test_regmean_refuses_a_negative_ridge(ridge):
+    with pytest.raises(ValueError, match="a ridge cannot be negative"):
+        merged("regmean", deltas_of(2, 3, 2), {"ridge": ridge}, inputs=grams_of(2, 2, 9))
+
+
+@pytest.mark.parametrize(("towards", "factor"), [("mean", 1), ("sum", 3), (1.5, 1.5)])
+@pytest.mark.parametrize("filter_", ["ridge", "exp", "rank"])
+def test_wudis_filters_oracle(towards, factor, filter_):
+    deltas = {expert: delta.double() for expert, delta in deltas_of(3, 5, 7).items()}
+    total = sum(delta.T @ delta / delta.square().sum() for delta in deltas.values())
+    products = sum(delta @ delta.T @ delta / delta.square().sum() for delta in deltas.values())
+    rho = 3 * 0.5 / 7
+    values, vectors = torch.linalg.eigh(total)
+    values = values.clamp(min=1e-12)
+    filters = {
+        "ridge": values / (values + rho),
+        "exp": 1 - torch.exp(-values / rho),
+        "rank": (values > rho).double(),
+    }
+    target = factor * sum(deltas.values()) / 3
+    expected = target + (products - target @ total) @ vectors @ (filters[filter_] / values).diag() @ vectors.T
+    settings = {"omega": 0.5, "filter": filter_, "towards": towards}
+    floats = {expert: delta.float() for expert, delta in deltas.items()}
+    assert_close(merged("wudi", floats, settings), expected.float())
+
+
+@pytest.mark.parametrize("filter_", ["ridge", "exp", "rank"])
+def test_wudi_towards_the_factor_that_fits_is_exact_for_identical_experts(filter_):
+    low_rank = randn(6, 2) @ randn(2, 9)
+    settings = {"towards": "fit", "filter": filter_}
+    assert_close(merged("wudi", dict.fromkeys("abc", low_rank), settings), low_rank)
+
+
+def test_the_factor_that_fits_is_the_number_of_experts_where_none_share_a_direction():
+    rows = torch.linalg.qr(randn(8, 8))[0]
+    deltas = {"a": randn(5, 3) @ rows[:3], "b": randn(5, 3, seed=1) @ rows[3:6]}
+    assert_close(merged("wudi", deltas, {"towards": "fit", "omega": 1e6}), sum(deltas.values()), 1e-4)

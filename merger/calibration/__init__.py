@@ -50,13 +50,16 @@ def collect(
     Raises CheckpointError where the model cannot be run, or an activation is not finite.
     """
     from merger.calibration.block_runner import UnsupportedBlocks, run_blocks, run_whole_model
+    from merger.calibration.input_observer import InputObserver
     from merger.calibration.observed_model import ObservedModel
 
     notice_once = functools.cache(notice)  # repeats no warning
 
     def observed_model() -> ObservedModel:
+        outer_weights = merged_weights or weights
+        observer = functools.partial(InputObserver, gram=gram)
         return ObservedModel(
-            weights, merged_weights or weights, batches, settings, device, dtype, gram, trust_remote_code, notice_once
+            weights, outer_weights, batches, settings, device, dtype, trust_remote_code, notice_once, observer
         )
 
     finished_names: set[str] = set()

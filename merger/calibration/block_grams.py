@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merger.calibration import batches
 from merger.calibration import statistics_files as files
 from merger.calibration.input_fit import check_blocks
 from merger.calibration.moments import Moments, Statistics
@@ -19,7 +21,9 @@ from merger.planning.plan import Plan, TensorPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merger.calibration.provider import MergedTensors
+    from merger.calibration.provider import MergedTensors, PartialMerge
+    from merger.calibration.samples import Samples
+    from merger.pipeline.inputs import Stream
 
 
 class PartlyMergedModel:
@@ -53,32 +57,54 @@ class PartlyMergedModel:
         return values
 
 
+class Drafts:
+    """The tensors of a merge in progress, with drafts of those that wait for inputs of their block.
+
+    That is also so for tensors that an earlier run has completed, so that a resumed run ends in the same bytes.
+    """
+
+    def __init__(self, merge: PartialMerge) -> None:
+        self._merge = merge
+        self._drafts: dict[str, Tensor | None] = {}
+
+    def read(self, name: str) -> Tensor | None:
+        """Returns the draft of a tensor, which is made once, or a tensor that waits for no block."""
+        if name not in self._drafts:
+            self._drafts[name] = self._merge.draft(name)
+        draft = self._drafts[name]
+        return self._merge.read(name) if draft is None else draft
+
+    def clear(self) -> None:
+        """Drops the drafts of a block."""
+        self._drafts.clear()
+
+
 def grams(
-    plan: Plan, options: RunOptions, hidden_memory: int | None, merged: MergedTensors
+    plan: Plan, options: RunOptions, hidden_memory: int | None, merge: PartialMerge, stream: Stream
 ) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
     """Yields the tensors that take Gram matrices, with these matrices; all experts advance together, block by block.
 
-    A block's matrices are dropped when the caller asks for the next block. Where stages need inputs that follow the
-    merged blocks, ``merged`` returns the tensors of these blocks by then. Tensors that no input reached come last,
-    without matrices. Raises as `calibrate` does.
+    A block's matrices are dropped when the caller asks for the next block. Where text goes through merged blocks,
+    ``merge`` has the tensors of these blocks by then. Tensors that no input reached come last, without matrices.
+    Raises as `calibrate` does.
     """
     waiting = [tensor for tensor in plan.tensors if tensor.lockstep]
     experts = tuple(plan.recipe.experts) if waiting else ()
-    follows_merge = any(item.follows_merge for tensor in waiting for item in tensor.inputs)
-    merged_models = {
-        name: PartlyMergedModel(plan, name, merged) if follows_merge else None for name in plan.recipe.experts
-    }
-    gram_folders = _gram_folders(plan, options) if waiting and not follows_merge else {}
+    drafts = Drafts(merge)
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
+    gram_folders = _gram_folders(plan, options) if waiting and stream == "own" else {}
     sample_sets = {name: expert_samples(plan, name, options) for name in experts if name not in gram_folders}
-    streams = [
-        check_blocks(plan, name, files.blocks(gram_folders[name], checkpoint=fingerprint(plan.models[name])))
-        if name in gram_folders
-        else expert_blocks(
-            plan, name, *sample_sets[name], options, memory, gram=True, merged_weights=merged_models[name]
-        )
-        for name in experts
-    ]
+    streams = []
+    for name in experts:
+        if name in gram_folders:
+            blocks = files.blocks(gram_folders[name], checkpoint=fingerprint(plan.models[name]))
+            streams.append(check_blocks(plan, name, blocks))
+        elif stream == "draft":
+            streams.append(_draft_blocks(plan, name, *sample_sets[name], options, memory, merge.read, drafts.read))
+        else:
+            merged = PartlyMergedModel(plan, name, merge.read) if stream == "merged" else None
+            arguments = plan, name, *sample_sets[name], options, memory
+            streams.append(expert_blocks(*arguments, gram=True, merged_weights=merged))
     moments_by_expert: dict[str, dict[str, Moments]] = {name: {} for name in experts}
     for next_blocks in zip_longest(*streams, fillvalue=("", {})):
         for expert_moments, (_, moments) in zip(moments_by_expert.values(), next_blocks, strict=True):
@@ -88,12 +114,40 @@ def grams(
             for t in waiting
             if all(t.reads[name] in expert_moments for name, expert_moments in moments_by_expert.items())
         ]
+        drafts.clear()
         yield complete_tensors, moments_by_expert
         for tensor in complete_tensors:
             waiting.remove(tensor)
             for name, expert_moments in moments_by_expert.items():
                 expert_moments.pop(tensor.reads[name] or "", None)
     yield waiting, {name: {} for name in moments_by_expert}
+
+
+def _draft_blocks(
+    plan: Plan,
+    name: str,
+    key: files.StatisticsKey,
+    samples: Samples,
+    options: RunOptions,
+    hidden_memory: int | None,
+    merged: MergedTensors,
+    drafted: MergedTensors,
+) -> Iterator[tuple[str, dict[str, Moments]]]:
+    from merger.calibration.paired_blocks import collect_pairs  # it imports torch
+
+    blocks = collect_pairs(
+        plan.models[name],
+        PartlyMergedModel(plan, name, drafted),
+        PartlyMergedModel(plan, name, merged),
+        batches(samples.tokens),
+        key.settings,
+        device=options.device,
+        host_memory=hidden_memory,
+        trust_remote_code=options.trust_remote_code,
+        notice=options.notice,
+        progress=partial(options.progress, f"calibrating {name}"),
+    )
+    return check_blocks(plan, name, blocks)
 
 
 def _gram_folders(plan: Plan, options: RunOptions) -> dict[str, Path]:

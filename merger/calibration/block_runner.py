@@ -64,16 +64,12 @@ def run_blocks(
     merged weights, after the caller has received the block's moments. Blocks in ``finished_units`` only carry hidden
     states.
     """
+    check_blocks_are_separate(model)
     names = model.block_names
-    if not names:
-        raise UnsupportedBlocks("it has no list of blocks")
-    weights = [weight for block in model.blocks for weight in block.parameters()]
-    if len(weights) > len(set(weights)):
-        raise UnsupportedBlocks("its blocks share weights")
     with tempfile.TemporaryDirectory(prefix="merger-") as folder:
         runner = BlockRunner(model.blocks, model.watch, HiddenStates(host_memory, Path(folder)))
         for number, batch in enumerate(model.batches):
-            _run_batch(model, runner, EMBEDDING, number, batch, "both")
+            run_batch(model, runner, EMBEDDING, number, batch, "both")
         units = [model.unit_name(name) for name in names]
         passes = sum(1 if merged_weights is None or unit in finished_units else 2 for unit in units)
         count_batch = batch_counter(passes * len(model.batches), progress)
@@ -81,14 +77,23 @@ def run_blocks(
             model.randomise_embedding(seed=block)
             if unit not in finished_units:
                 purpose: Purpose = "both" if merged_weights is None else "watch"
-                _run_block(model, runner, block, model.weights, purpose, count_batch)
+                run_block(model, runner, block, model.weights, purpose, count_batch)
                 moments = model.take(name)
                 model.loader.drop(name)
                 yield unit, moments
             if merged_weights is not None or unit in finished_units:
-                _run_block(model, runner, block, merged_weights or model.weights, "carry", count_batch)
+                run_block(model, runner, block, merged_weights or model.weights, "carry", count_batch)
                 model.loader.drop(name)
         yield "", model.outer_moments()
+
+
+def check_blocks_are_separate(model: ObservedModel) -> None:
+    """Raises UnsupportedBlocks if a model has no blocks, or if they share weights."""
+    if not model.block_names:
+        raise UnsupportedBlocks("it has no list of blocks")
+    weights = [weight for block in model.blocks for weight in block.parameters()]
+    if len(weights) > len(set(weights)):
+        raise UnsupportedBlocks("its blocks share weights")
 
 
 def batch_counter(total: int, progress: Progress) -> Callable[[], None]:
@@ -97,7 +102,7 @@ def batch_counter(total: int, progress: Progress) -> Callable[[], None]:
     return lambda: progress(next(counts), total)
 
 
-def _run_block(
+def run_block(
     model: ObservedModel,
     runner: BlockRunner,
     block: int,
@@ -108,11 +113,11 @@ def _run_block(
     """Runs all batches through one block with the block's weights from ``source``; counts each."""
     model.loader.load(model.block_names[block], source)
     for number, batch in enumerate(model.batches):
-        _run_batch(model, runner, block, number, batch, purpose)
+        run_batch(model, runner, block, number, batch, purpose)
         count_batch()
 
 
-def _run_batch(
+def run_batch(
     model: ObservedModel, runner: BlockRunner, block: int, number: int, batch: Batch, purpose: Purpose
 ) -> None:
     """Runs one batch through one block; restores the true embedding if the first block depends on it too."""

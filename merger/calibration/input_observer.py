@@ -46,7 +46,8 @@ class MatrixKey(NamedTuple):
 class InputObserver(TorchFunctionMode):
     """Sums the inputs of each matrix while the observer is active and ``on``.
 
-    ``find`` returns the name and the parameter that a tensor is, or is a view of.
+    ``find`` returns the name and the parameter that a tensor is, or is a view of. With a ``teacher``, the observer of
+    another model that has run on the same batch before, products with the teacher's inputs are summed too.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class InputObserver(TorchFunctionMode):
         settings: Settings,
         *,
         gram: bool,
+        teacher: RowObserver | None = None,
         notice: Callable[[str], None],
     ) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class InputObserver(TorchFunctionMode):
         self.axes: dict[str, int | None] = {}  # of each parameter, the one that its inputs met: -1, -2, or 0 for both
         self._sums: dict[MatrixKey, InputSums] = {}
         self._other_sums: dict[MatrixKey, InputSums] = {}  # of what is no token, such as a table of relative positions
-        self.gram = gram
+        self.gram, self.teacher = gram, teacher
         self._find, self._settings, self._notice = find, settings, notice
         self._last_reduction: tuple[Tensor, InputSums, bool] | None = None
         self._casts: MutableMapping[Tensor, tuple[str, Tensor]] = WeakTensorKeyDictionary()
@@ -143,23 +145,34 @@ class InputObserver(TorchFunctionMode):
         if self._last_reduction is None or self._last_reduction[0] is not inputs:
             # the rows of one packed expert are some of the tokens, in any order
             rows_are_all_tokens = key.slot is None or row_mask is not None
-            self._last_reduction = inputs, *self._reduce(inputs, row_mask, rows_are_all_tokens)
+            self._last_reduction = inputs, *self._reduce(key, inputs, row_mask, rows_are_all_tokens)
         _, sums, are_tokens = self._last_reduction
         total = self._sums if are_tokens else self._other_sums
         if key not in total:
             total[key] = InputSums.zero(inputs.shape[-1], gram=self.gram, device=inputs.device)
         total[key].add(sums)
 
-    def _reduce(self, inputs: Tensor, row_mask: Tensor | None, rows_are_all_tokens: bool) -> tuple[InputSums, bool]:
+    def _reduce(
+        self, key: MatrixKey, inputs: Tensor, row_mask: Tensor | None, rows_are_all_tokens: bool
+    ) -> tuple[InputSums, bool]:
+        rows, ids = self._counted_rows(inputs, row_mask, rows_are_all_tokens)
+        teacher_rows = None if self.teacher is None else self.teacher.rows_beside(key, rows, ids)
+        weights = None if ids is None else self._weights(ids)
+        return InputSums.of(rows, weights, gram=self.gram, teacher_rows=teacher_rows), ids is not None
+
+    def _counted_rows(
+        self, inputs: Tensor, row_mask: Tensor | None, rows_are_all_tokens: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows [n i] that count, and their token numbers [n]; all rows and None where they are no tokens."""
         ids = self._tokens(inputs) if rows_are_all_tokens else self._ids.get(inputs)
         rows, mask = inputs.reshape(-1, inputs.shape[-1]), row_mask
         if ids is None:
-            return InputSums.of(rows, None, gram=self.gram), False
+            return rows, None
         if not self._all_rows_count:
             mask = self._token_mask[ids] if row_mask is None else self._token_mask[ids] & row_mask
         if mask is not None and not mask.all():
             rows, ids = rows[mask], ids[mask]
-        return InputSums.of(rows, self._weights(ids), gram=self.gram), True
+        return rows, ids
 
     def _weights(self, ids: Tensor) -> Tensor | None:
         """Returns the weights of tokens when samples count alike, or None when tokens do."""
@@ -217,6 +230,39 @@ class InputObserver(TorchFunctionMode):
         except (IndexError, RuntimeError):
             return None
         return picked.flatten() if picked.shape == result.shape[:-1] else None
+
+
+class RowObserver(InputObserver):
+    """Keeps the inputs of each matrix in one batch, for the observer of a model that is its student."""
+
+    def __init__(
+        self, find: Callable[[Tensor], tuple[str, Tensor] | None], settings: Settings, notice: Callable[[str], None]
+    ) -> None:
+        super().__init__(find, settings, gram=False, notice=notice)
+        self.rows: dict[MatrixKey, tuple[Tensor, Tensor | None]] = {}
+
+    def begin(self, batch: Batch, device: torch.device) -> None:
+        """Sets the tokens of the next forward pass, and drops the rows of the last."""
+        super().begin(batch, device)
+        self.rows.clear()
+
+    def rows_beside(self, key: MatrixKey, rows: Tensor, ids: Tensor | None) -> Tensor:
+        """Returns the inputs [n i] of the same tokens, with the student's ``rows`` of tokens that did not come here."""
+        own_rows, own_ids = self.rows.get(key, (None, None))
+        if own_rows is None:
+            return rows
+        if ids is None or own_ids is None:
+            return own_rows if own_rows.shape == rows.shape else rows
+        places = torch.full_like(self._all, -1)
+        places[own_ids] = torch.arange(len(own_ids), device=places.device)
+        place = places[ids]
+        return torch.where((place >= 0)[:, None], own_rows[place.clamp(min=0)], rows)
+
+    def _reduce(
+        self, key: MatrixKey, inputs: Tensor, row_mask: Tensor | None, rows_are_all_tokens: bool
+    ) -> tuple[InputSums, bool]:
+        self.rows[key] = self._counted_rows(inputs, row_mask, rows_are_all_tokens)
+        return InputSums.zero(inputs.shape[-1], gram=False, device=inputs.device), True
 
 
 def _has_rows(value: Any) -> bool:

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MomentSource:
-    """Statistics of all experts as inputs of stages; ``gram`` is the name under which stages take Gram matrices."""
+    """Statistics of all experts as inputs of stages, which take Gram and cross moments under these names."""
 
     statistics: Mapping[str, Statistics]
     gram: str = "gram"
+    cross: str | None = None
 
     def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
         """The inputs of one matrix, [k ...]; none where an expert has none."""
@@ -41,14 +42,24 @@ class MomentSource:
         if not len(second_moments) == len(means) == len(experts):
             return {}
         _note_unreached(second_moments, tensor, part, note)
-        grams = [moments.gram for moments in experts if moments.gram is not None]
         second_moment = torch.stack(second_moments)
         return {
             "second_moment": _replace_zeros(second_moment),
             "mean_input": _replace_zeros(torch.stack(means)),
             "reached": (second_moment != 0).any(1, keepdim=True),
-            **({self.gram: torch.stack(grams)} if len(grams) == len(experts) else {}),
+            **self._matrices(experts),
         }
+
+    def _matrices(self, experts: Sequence[Moments]) -> Mapping[str, Tensor]:
+        """The moments of pairs of features [k c c] by name; where there was no teacher, the Gram matrices alone."""
+        grams = [moments.gram for moments in experts if moments.gram is not None]
+        if len(grams) < len(experts):
+            return {}
+        crosses = [moments.cross for moments in experts if moments.cross is not None]
+        gram = torch.stack(grams)
+        if self.cross is None or len(crosses) < len(experts):
+            return {self.gram: gram}
+        return {self.gram: gram, self.cross: torch.stack(crosses)}
 
     def only(self, tensors: Sequence[TensorPlan]) -> MomentSource:
         """The statistics of these tensors alone."""
@@ -56,7 +67,7 @@ class MomentSource:
             expert: {name: moments[name] for tensor in tensors if (name := tensor.reads[expert] or "") in moments}
             for expert, moments in self.statistics.items()
         }
-        return MomentSource(statistics, self.gram)
+        return MomentSource(statistics, self.gram, self.cross)
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +83,8 @@ def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:
         return moments
     e = tensor.parts.index(part)
     gram = None if moments.gram is None else moments.gram[e]
-    return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram)
+    cross = None if moments.cross is None else moments.cross[e]
+    return Moments(moments.count[e], moments.second_moment[e], moments.mean[e], gram, cross=cross)
 
 
 def _replace_zeros(values: Tensor) -> Tensor:

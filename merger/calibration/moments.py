@@ -35,6 +35,7 @@ class Moments:
     mean: Tensor | None = None  # [i] or [e i], E[x]
     gram: Tensor | None = None  # [i i] or [e i i], E[x x^T], where it was asked for
     token_share: Tensor | None = None  # [v], how often each token occurs, where it is the embedding
+    cross: Tensor | None = None  # like gram, E[y x^T] with the inputs y of the same matrix in a teacher of the model
     axis: int | None = None  # of the stored tensor, that met the inputs: -1, -2, 0 for both; None where it is not known
 
 
@@ -51,6 +52,7 @@ class InputSums:
     totals: Tensor  # [i]
     squares: Tensor  # [i]
     gram: Tensor | None = None  # [i i], float32 where a single product made it
+    cross: Tensor | None = None  # [i i], likewise, where a model has a teacher
 
     @classmethod
     def zero(cls, features: int, *, gram: bool, device: torch.device) -> InputSums:
@@ -60,13 +62,14 @@ class InputSums:
         return cls(0, 0.0, totals, squares, square)
 
     @classmethod
-    def of(cls, rows: Tensor, weights: Tensor | None, *, gram: bool) -> InputSums:
+    def of(cls, rows: Tensor, weights: Tensor | None, *, gram: bool, teacher_rows: Tensor | None = None) -> InputSums:
         """Returns the sums over ``rows`` [n i], each counted once or with its weight [n]."""
         sums = cls.zero(rows.shape[1], gram=False, device=rows.device)
         for values, weighted in _pieces(rows, weights, PIECE // rows.shape[1]):
             sums.totals += weighted.sum(0)
             sums.squares += (weighted * values).sum(0)
         sums.gram = _squares(rows, weights) if gram else None
+        sums.cross = None if teacher_rows is None else _products(teacher_rows, rows, weights)
         sums.count = len(rows)
         sums.weight = float(len(rows)) if weights is None else float(weights.sum())
         return sums
@@ -79,13 +82,24 @@ class InputSums:
         self.squares += summand.squares
         if self.gram is not None and summand.gram is not None:
             self.gram += summand.gram
+        if summand.cross is not None:
+            self.cross = summand.cross.double() if self.cross is None else self.cross.add_(summand.cross)
 
     def moments(self) -> Moments:
         """The averages, on the CPU in float32; zero where no token came by."""
         share = 1 / self.weight if self.weight else 0.0
         mean, second_moment = (self.totals * share).float().cpu(), (self.squares * share).float().cpu()
         gram = None if self.gram is None else to_host((self.gram * share).float())
-        return Moments(torch.tensor(self.count), second_moment, mean, gram)
+        cross = None if self.cross is None else to_host((self.cross * share).float())
+        return Moments(torch.tensor(self.count), second_moment, mean, gram, cross=cross)
+
+
+def _products(teacher_rows: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of y x^T [i i] over the rows y of the teacher and x of the model [n i], with the weights [n]."""
+    weighted = rows.float() if weights is None else rows.float() * weights[:, None]
+    pieces = zip(torch.split(teacher_rows.float(), GRAM_ROWS), torch.split(weighted, GRAM_ROWS), strict=True)
+    products = [teacher_piece.T @ piece for teacher_piece, piece in pieces]
+    return products[0] if len(products) == 1 else torch.stack(products).double().sum(0)
 
 
 def _squares(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -118,6 +132,7 @@ def stack_moments(slices: Sequence[Moments]) -> Moments:
         stack([moments.second_moment for moments in slices]),
         stack([moments.mean for moments in slices]),
         stack([moments.gram for moments in slices]),
+        cross=stack([moments.cross for moments in slices]),
     )
 
 

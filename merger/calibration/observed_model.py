@@ -36,7 +36,8 @@ class EndOfPass(Exception):
 class ObservedModel:
     """A checkpoint's model with its weights and its input observer; whoever runs a block loads it.
 
-    What is outside the blocks comes from ``onward``, the model that hidden states go through.
+    What is outside the blocks comes from ``merged_weights``, the model that hidden states go through. ``observer``
+    makes the input observer of the function that finds parameters, the settings and ``notice``.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class ObservedModel:
         settings: Settings,
         device: str | torch.device,
         dtype: torch.dtype | None,
-        gram: bool,
         trust_remote_code: bool,
         notice: Callable[[str], None],
+        observer: Callable[..., InputObserver],
     ) -> None:
         self.label, self._settings = weights.label, settings
         self.weights, self.merged_weights = weights, merged_weights
@@ -57,9 +58,7 @@ class ObservedModel:
         self.batches = self._cut_batches(batches, notice)
         torch_device = torch.device(device)
         self.loader = Loader(self.model, weights, torch_device, dtype or default_dtype(weights, torch_device))
-        self.watch = InputObserver(
-            self.loader.find, settings, gram=gram, notice=lambda text: notice(f"{self.label}: {text}")
-        )
+        self.watch = observer(self.loader.find, settings, notice=lambda text: notice(f"{self.label}: {text}"))
         self._block_list = block_list(self.model)
         self._module_names = {module: name for name, module in self.model.named_modules()}
         self._embedding = self._input_embedding()

@@ -18,6 +18,16 @@ MergedTensors = Callable[[str], "Tensor | None"]
 """Returns a merged tensor by its name in the output; None while it is not merged."""
 
 
+class PartialMerge(Protocol):
+    """A merge in progress, by the names of its output."""
+
+    def read(self, name: str) -> Tensor | None:
+        """Returns a merged tensor; None while it is not complete."""
+
+    def draft(self, name: str) -> Tensor | None:
+        """Returns a tensor as its stages make it without the inputs of its block; None where it waits for none."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """The most that an input takes of a machine, in bytes, told from headers alone."""
@@ -81,7 +91,7 @@ class BlockProvider(Provider, Protocol):
     """A provider of inputs that exist for one block at a time."""
 
     def blocks(
-        self, plan: Plan, options: RunOptions, hidden_memory: int | None, merged: MergedTensors
+        self, plan: Plan, options: RunOptions, hidden_memory: int | None, merge: PartialMerge
     ) -> Iterator[Block]:
         """Yields the tensors that wait for its inputs, block by block as these are made. Raises CheckpointError."""
 

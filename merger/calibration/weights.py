@@ -169,7 +169,11 @@ def _all_slots(slot_moments: Mapping[int | None, Moments], size: int) -> list[Mo
         return None if tensor is None else torch.zeros_like(tensor)
 
     empty = Moments(
-        torch.zeros_like(example.count), zero(example.second_moment), zero(example.mean), zero(example.gram)
+        torch.zeros_like(example.count),
+        zero(example.second_moment),
+        zero(example.mean),
+        zero(example.gram),
+        cross=zero(example.cross),
     )
     return [slot_moments.get(slot, empty) for slot in range(size)]
 

@@ -205,7 +205,7 @@ def _defaults(entry: Entry) -> dict[str, Any]:
 def _takes(annotation: Any) -> str:
     """A few words on what a recipe may write for a parameter."""
     from merger.pipeline import parameters as kinds
-    from merger.pipeline.registry import Inner, Score
+    from merger.pipeline.registry import Anchor, Inner, Score
 
     descriptions = {
         kinds.Number: "a number, or a list over depth",
@@ -213,7 +213,10 @@ def _takes(annotation: Any) -> str:
         kinds.Numbers: "a number, a list over depth, or a map by expert",
         kinds.Shares: "a share in [0, 1], a list over depth, or a map by expert",
         kinds.SharesOrAuto: "auto, a share, a list over depth, or a map by expert",
+        kinds.Stretch: "fit, a number, or a list over depth",
+        kinds.Towards: "mean, sum, fit, a number, or a list over depth",
         Score: f"a score: {', '.join(SCORES)}",
+        Anchor: "a method, or {method: {parameter: value}}",
         Inner: "a method, or {method: {parameter: value}}",
     }
     for kind, words in descriptions.items():

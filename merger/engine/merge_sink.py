@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
-from merger.checkpoint.tensor_info import torch_dtype
+from merger.checkpoint.tensor_info import Info, torch_dtype
 from merger.engine.memory import SLICE, slice_rows
 from merger.engine.prepare import Prepared
 from merger.engine.reader import PartSlices, rounded
@@ -36,6 +36,25 @@ class ByteSink(Protocol):
         """A tensor by its name; None until it is complete."""
 
 
+class MemoryOutput:
+    """Tensors in memory, as they would be written; many threads may write at once."""
+
+    def __init__(self, infos: Mapping[str, Info]) -> None:
+        self._values = {name: torch.empty(info.shape, dtype=torch_dtype(info)) for name, info in infos.items()}
+        self._bytes = {name: values.view(-1).view(torch.uint8).numpy() for name, values in self._values.items()}
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Stores bytes of a tensor, beginning at byte ``start``."""
+        self._bytes[name][start : start + data.nbytes] = data.cast("B")
+
+    def finish_tensor(self, name: str, notes: Sequence[str]) -> None:
+        """Nothing is left to do for a complete tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, complete or not."""
+        return self._values[name]
+
+
 def merge_schedule(prepared: Prepared, names: Set[str]) -> Schedule:
     """The schedule that makes the tensors ``names`` of the output, and those that are ranked together with them."""
     plan = prepared.plan
@@ -57,7 +76,7 @@ class MergeSink(Sink):
 
     def __init__(self, schedule: Schedule, output: ByteSink) -> None:
         self.plan, self.notes, self.progress = schedule.plan, schedule.notes, schedule.progress
-        self.output = output
+        self.schedule, self.output = schedule, output
 
     def carry(self, slices: PartSlices, i: int) -> Flow[None]:
         """Reads a slice, merges it, and writes the result."""
@@ -101,6 +120,15 @@ class MergeSink(Sink):
     def read(self, name: str) -> Tensor | None:
         """A merged tensor; None until it is complete."""
         return self.output.read(name)
+
+    def draft(self, name: str) -> Tensor | None:
+        """A tensor as it is merged without the inputs of its block; None where it waits for none."""
+        tensor = next((tensor for tensor in self.plan.tensors if tensor.name == name and tensor.lockstep), None)
+        if tensor is None:
+            return None
+        output = MemoryOutput({name: tensor.info})
+        self.schedule.carry_without_inputs(tensor, MergeSink(self.schedule, output))
+        return output.read(name)
 
     def _has(self, label: str, name: str, shape: Sequence[int], rows: range, values: Tensor) -> bool:
         """Whether a model's tensor has this shape, and these values in these rows."""

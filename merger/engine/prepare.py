@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
-from merger.calibration.provider import Block, BlockProvider, MergedTensors, ModelProvider, Source, model_providers
+from merger.calibration.provider import Block, BlockProvider, ModelProvider, PartialMerge, Source, model_providers
 from merger.checkpoint.placement import check_output
 from merger.engine.machine import Machine
 from merger.engine.preflight import check_disk, check_place
@@ -55,9 +55,9 @@ class StageInputs:
         """The inputs for the whole model, in memory."""
         return [provider.open(self.plan, paths) for provider, paths in self._provider_files]
 
-    def blocks(self, provider: BlockProvider, merged: MergedTensors) -> Iterator[Block]:
+    def blocks(self, provider: BlockProvider, merge: PartialMerge) -> Iterator[Block]:
         """The inputs of one block after the other, as they are made in lockstep with the merge."""
-        return provider.blocks(self.plan, self.options, self.hidden_memory, merged)
+        return provider.blocks(self.plan, self.options, self.hidden_memory, merge)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from operator import call
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from merger.calibration.provider import MergedTensors, Source, block_providers
+from merger.calibration.provider import PartialMerge, Source, block_providers
 from merger.engine.machine import assign_sizes, tuned
 from merger.engine.memory import slice_rows
 from merger.engine.prepare import Prepared
@@ -47,6 +47,9 @@ class Sink:
 
     def read(self, name: str) -> Tensor | None:
         """A merged tensor by its name in the output; None until it is complete, and where nothing is merged."""
+
+    def draft(self, name: str) -> Tensor | None:
+        """A tensor that waits for inputs of its block, as it is merged without them; None where nothing is merged."""
 
 
 class Notes:
@@ -113,19 +116,27 @@ class Schedule:
         """Passes every tensor to the sink; raises the first error of any slice and cancels the waiting slices."""
         with ThreadPoolExecutor(self.machine.workers, "merger-slice") as threads:
             try:
-                for tensors, sources in self._batches(sink.read):
+                for tensors, sources in self._batches(sink):
                     reader = Reader(self.plan, self.machine, sources, self.notes.add)
                     self._run_batch(tensors, reader, sink, threads)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _batches(self, merged: MergedTensors) -> Iterator[tuple[list[TensorPlan], Sequence[Source]]]:
+    def carry_without_inputs(self, tensor: TensorPlan, sink: Sink) -> None:
+        """Gives the slices of a tensor to the sink, without the inputs of its block; no progress is reported."""
+        reader = Reader(self.plan, self.machine, (), lambda _, __: None)
+        for part in tensor.parts:
+            slices = reader.slices(tensor, part)
+            passes = TensorPasses(partial(sink.carry, slices), slices.sizes, {}, {}, slices.hold, slices.rehearse)
+            passes.run(slices.count, map)
+
+    def _batches(self, merge: PartialMerge) -> Iterator[tuple[list[TensorPlan], Sequence[Source]]]:
         """Tensors that do not wait for each other, with the sources of their inputs."""
         yield [tensor for tensor in self.tensors if not tensor.lockstep], self._model_sources
         waiting = {tensor.name for tensor in self.tensors if tensor.lockstep}
         for provider in block_providers(self.plan) if waiting else ():
-            for tensors, source in self.inputs.blocks(provider, merged):
+            for tensors, source in self.inputs.blocks(provider, merge):
                 yield [tensor for tensor in tensors if tensor.name in waiting], [source]
 
     def _run_batch(

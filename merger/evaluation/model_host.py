@@ -17,9 +17,9 @@ import torch
 from merger.calibration.model import build
 from merger.calibration.weights import Loader
 from merger.checkpoint.checkpoint import Checkpoint
-from merger.checkpoint.tensor_info import Info, torch_dtype
+from merger.checkpoint.tensor_info import Info
 from merger.engine.machine import select_devices
-from merger.engine.merge_sink import MergeSink, merge_schedule
+from merger.engine.merge_sink import MemoryOutput, MergeSink, merge_schedule
 from merger.engine.prepare import prepare
 from merger.errors import RecipeError
 from merger.evaluation.shared_inputs import InputCache, SharedInputs
@@ -36,8 +36,7 @@ class InMemoryCheckpoint(Checkpoint):
 
     def __init__(self, plan: Plan, directory: Path) -> None:
         super().__init__("the merge", directory, {tensor.name: tensor.info for tensor in plan.tensors}, plan.config)
-        self._values = {name: torch.empty(info.shape, dtype=torch_dtype(info)) for name, info in self.tensors.items()}
-        self._bytes = {name: values.view(-1).view(torch.uint8).numpy() for name, values in self._values.items()}
+        self._output = MemoryOutput(self.tensors)
         (directory / "config.json").write_text(json.dumps(self.config))
 
     def fits(self, plan: Plan) -> bool:
@@ -49,11 +48,11 @@ class InMemoryCheckpoint(Checkpoint):
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Stores bytes of a tensor, beginning at byte ``start``."""
-        self._bytes[name][start : start + data.nbytes] = data.cast("B")
+        self._output.write(name, start, data)
 
     def read(self, name: str) -> Tensor:
         """The tensor itself, which the next merge overwrites."""
-        return self._values[name]
+        return self._output.read(name)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merger.calibration.provider import Block, BlockProvider, MergedTensors, ModelProvider, Provider, Source
+from merger.calibration.provider import Block, BlockProvider, ModelProvider, PartialMerge, Provider, Source
 from merger.engine.prepare import StageInputs
 from merger.planning.plan import Plan
 
@@ -39,7 +39,7 @@ class SharedInputs(StageInputs):
             self.cache.files[key] = super().find(provider)
         return self.cache.files[key]
 
-    def blocks(self, provider: BlockProvider, merged: MergedTensors) -> Iterator[Block]:
+    def blocks(self, provider: BlockProvider, merge: PartialMerge) -> Iterator[Block]:
         """The inputs block by block: those of an earlier merge, or new ones, which are kept while they fit."""
         tensors = {tensor.name: tensor for tensor in self.plan.tensors if tensor.lockstep}
         key = json.dumps([_key(self.plan, provider), sorted(tensors)])
@@ -48,11 +48,11 @@ class SharedInputs(StageInputs):
                 yield [tensors[name] for name in names], source
             return
         if any(stage_input.follows_merge for stage_input in provider.inputs):  # they hold for this merge alone
-            yield from super().blocks(provider, merged)
+            yield from super().blocks(provider, merge)
             return
         blocks: list[NamedBlock] = []
         size = 0
-        for block, source in super().blocks(provider, merged):
+        for block, source in super().blocks(provider, merge):
             block_source = source.only(block)
             size += block_source.nbytes
             if size <= BLOCK_MEMORY:

@@ -1,6 +1,6 @@
 """Weigh each input by how large it is for an expert. RegMean, https://arxiv.org/abs/2212.09849.
 
-See docs/methods/weighting.md.
+See docs/methods/regression.md.
 
 RegMean's least squares with the Gram matrices' diagonals alone (its alpha at 0), which decouples the columns.
 """

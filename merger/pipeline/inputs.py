@@ -24,6 +24,9 @@ PROVIDERS = "merger.calibration.providers"
 
 Granularity = Literal["model", "block"]
 """When an input exists: for the whole model before the merge, or for one block at a time in lockstep with it."""
+Stream = Literal["own", "merged", "draft"]
+"""The models that an expert's text goes through: the expert; the expert's block behind the merged blocks; or the block
+as its stages draft it, behind the merged blocks, beside the expert."""
 Cut = Callable[["Tensor", slice, bool], "Tensor"]
 """Takes an input of a whole matrix, the rows of a slice, and whether in-features run along these rows; returns the
 slice's part, in a shape that broadcasts with deltas [k r c]."""
@@ -37,7 +40,12 @@ class StageInput:
     granularity: Granularity
     cut: Cut
     needs_text: bool = True  # whether it is made from the recipe's calibration text
-    follows_merge: bool = False  # whether it depends on the blocks merged so far, so that no file can hold it
+    stream: Stream = "own"  # the models that text goes through
+
+    @property
+    def follows_merge(self) -> bool:
+        """Whether it depends on the blocks merged so far, so that no file can hold it."""
+        return self.stream != "own"
 
 
 INPUTS: dict[str, StageInput] = {}

@@ -62,12 +62,16 @@ Real = Annotated[Fraction, BeforeValidator(_exact), PlainSerializer(plain), With
 Unit = Annotated[Real, Field(ge=0, le=1)]
 
 
+WORDS = ("auto", "fit", "mean", "sum")
+"""What some parameters take in place of a number."""
+
+
 def _shape(value: Any) -> str:
     if isinstance(value, Mapping):
         return "by_expert"
     if isinstance(value, list | tuple):
         return "by_depth"
-    return "auto" if value == "auto" else "one"
+    return value if isinstance(value, str) and value in WORDS else "one"
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,10 @@ class EachExpert:
 @dataclass(frozen=True)
 class Varying:
     """Marks a parameter that is resolved to one number for the tensor at hand."""
+
+
+def _word(word: str) -> Any:
+    return Annotated[Literal[word], Tag(word)]
 
 
 def _over_depth(number: Any, *extra: Any) -> Any:
@@ -100,13 +108,17 @@ if TYPE_CHECKING:  # a recipe may write more than a function receives, so checke
     Numbers: TypeAlias = Any
     Shares: TypeAlias = Any
     SharesOrAuto: TypeAlias = Any
+    Stretch: TypeAlias = Any
+    Towards: TypeAlias = Any
     Order: TypeAlias = Any
 else:
     Number = Annotated[_over_depth(Real), Varying()]
     Share = Annotated[_over_depth(Unit), Varying()]
     Numbers = Annotated[_by_expert(Real), EachExpert()]
     Shares = Annotated[_by_expert(Unit), EachExpert()]
-    SharesOrAuto = Annotated[_by_expert(Unit, Annotated[Literal["auto"], Tag("auto")]), EachExpert()]
+    SharesOrAuto = Annotated[_by_expert(Unit, _word("auto")), EachExpert()]
+    Stretch = Annotated[_over_depth(Real, _word("fit")), Varying()]
+    Towards = Annotated[_over_depth(Real, _word("mean"), _word("sum"), _word("fit")), Varying()]
 
 
 class Pinned(BaseModel):
@@ -154,7 +166,7 @@ def resolve(annotation: Any, value: Any, place: Place) -> Any:
         _same_names(by_name, place.experts, complete=True)
         return [at_depth(by_name[name], place.depth) for name in place.experts]
     if Varying in marks:
-        return at_depth(value, place.depth)
+        return value if value in WORDS else at_depth(value, place.depth)
     if is_order(annotation) and value is not None:
         return order_of(value, place)
     return value

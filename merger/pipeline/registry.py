@@ -6,7 +6,7 @@ What stands before the ``*`` is supplied by the runner, by name:
     originals      [k r c]  the task vectors before the first stage
     base           [r c]    the base weights, float32
     scores         [k r c]  the score named by the stage's own parameter ``score``
-    inside         merges other task vectors [k r' c] of the same in-features by the stage's own parameter ``inner``
+    inside         merges task vectors [k r' c] of the same in-features by the method that one of its parameters names
     uniform        draws: ``uniform(purpose, double=False)`` -> [k r c] in [0, 1), keyed by tensor and expert
     second_moment  [k 1 c]  E[x_j^2] of each expert's input to this matrix, or None where it has none
     mean_input     [k 1 c]  E[x_j], or None likewise
@@ -344,7 +344,7 @@ Score = Annotated[
 """A parameter that names one of the registered scores."""
 
 
-def _inner(value: Any) -> Stage:
+def _method(value: Any) -> Stage:
     """A method written as its name, or as {name: {parameter: value}}; it ranks one tensor, unless told otherwise."""
     if isinstance(value, partial):
         return value
@@ -359,10 +359,38 @@ def _inner(value: Any) -> Stage:
     return _bound(table[name], {**defaults, **(parameters or {})})
 
 
+@dataclass(frozen=True)
+class Nested:
+    """Marks a parameter that names a method which runs inside another, on the whole matrix."""
+
+    turned: bool  # whether on task vectors in other directions than the base's
+
+
 Inner = Annotated[
-    Any, BeforeValidator(_inner), PlainSerializer(written), WithJsonSchema({"type": ["string", "object"]})
+    Any,
+    BeforeValidator(_method),
+    PlainSerializer(written),
+    WithJsonSchema({"type": ["string", "object"]}),
+    Nested(turned=True),
 ]
-"""A parameter that names a method, which runs inside another."""
+"""A parameter that names a method, which merges task vectors that were turned to other directions."""
+Anchor = Annotated[
+    Any,
+    BeforeValidator(_method),
+    PlainSerializer(written),
+    WithJsonSchema({"type": ["string", "object"]}),
+    Nested(turned=False),
+]
+"""A parameter that names a method, whose result is what another one starts from."""
+
+
+def nested_parameter(function: Callable[..., Any]) -> tuple[str, Nested] | None:
+    """The parameter of a function that names a method which runs inside it, and how that runs."""
+    for name, (annotation, _) in parameters(function).items():
+        for mark in getattr(annotation, "__metadata__", ()):
+            if isinstance(mark, Nested):
+                return name, mark
+    return None
 
 
 @cache

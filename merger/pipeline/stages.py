@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 from merger.errors import naming
 from merger.pipeline.inputs import StageInput, stage_input
 from merger.pipeline.parameters import Place, resolve, turns
-from merger.pipeline.registry import Entry, Form, Stage, Takes, entry_of, parameters, supplied
+from merger.pipeline.registry import (
+    Entry,
+    Form,
+    Nested,
+    Stage,
+    Takes,
+    entry_of,
+    nested_parameter,
+    parameters,
+    supplied,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,29 +133,34 @@ def bind(stage: Stage, place: Place) -> Bound:
         values["weight"] = [w * expert_weight for w, expert_weight in zip(values["weight"], place.weights, strict=True)]
     if entry.check is not None:
         entry.check(**values)
-    score, inner = values.pop("score", None), values.pop("inner", None)
+    score = values.pop("score", None)
     score = None if score is None else bind(score, place)
     if score is not None and score.inputs and values.get("scope") == "global":
         raise ValueError(
             f"scope: global ranks the whole model at once, but {score.entry.name} depends on a layer's own inputs, "
             "so its scores of different tensors share no scale; write scope: tensor"
         )
-    return Bound(entry, values, score, () if inner is None else _bind_inner(inner, place))
+    nested = nested_parameter(entry.function)
+    return Bound(entry, values, score, () if nested is None else _bind_nested(*nested, values.pop(nested[0]), place))
 
 
-def _bind_inner(inner: Stage, place: Place) -> tuple[Bound, ...]:
-    """The stages of a method that merges a matrix in directions of its own; ValueError if one cannot."""
-    stages = tuple(bind(stage, place) for stage in expand(inner, "linear", place.experts))
+def _bind_nested(parameter: str, nested: Nested, method: Stage, place: Place) -> tuple[Bound, ...]:
+    """The stages of a method that runs inside another on a whole matrix; ValueError if one cannot."""
+    stages = tuple(bind(stage, place) for stage in expand(method, "linear", place.experts))
     for stage in stages:
+        name = stage.entry.name
         if stage.entry.packing is not None:
-            raise ValueError(f"inner: {stage.entry.name} makes more than one model; knots merges to one")
-        if "base" in supplied(stage.entry.function):
+            raise ValueError(f"{parameter}: {name} makes more than one model, and one is needed here")
+        if nested.turned and "base" in supplied(stage.entry.function):
             raise ValueError(
-                f"inner: {stage.entry.name} looks at the base's weights, which are not among the directions of the "
+                f"{parameter}: {name} looks at the base's weights, which are not among the directions of the "
                 "task vectors; mean, sum or ties do not"
             )
         if stage.values.get("scope") == "global":
-            raise ValueError("inner: scope: global would rank matrices whose directions differ; write scope: tensor")
+            raise ValueError(
+                f"{parameter}: scope: global ranks the whole model at once, but {name} sees one matrix here; "
+                "write scope: tensor"
+            )
     return stages
 
 

@@ -10,16 +10,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from merger.errors import nearest
+from merger.pipeline.parameters import WORDS
 from merger.recipe.document import KeyPath
 
-_TAGS = {"one", "by_depth", "by_expert", "auto", "pinned", "named", "listed", "location", "source", "list"}
+_TAGS = {"one", "by_depth", "by_expert", *WORDS, "pinned", "named", "listed", "location", "source", "list"}
 _MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
 _EXPECTED = {  # by pydantic's name of the error
     "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,
     "string_too_short": _TEXT, "int_type": _WHOLE, "int_from_float": _WHOLE, "int_parsing": _WHOLE,
     "bool_type": _SWITCH, "bool_parsing": _SWITCH,
 }  # fmt: skip
-_FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert": "a map by expert", "auto": "auto"}
+_FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert": "a map by expert"}
 _LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
 
 

@@ -213,8 +213,10 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         return faults
     if calibration is None:
         return [_without_text(recipe), *faults]
-    if len({source.follows_merge for source in _inputs(recipe) if source.granularity == "block"}) > 1:
-        faults.append(((), "inputs: own in one method and merged in another; all text goes one way through the model"))
+    streams = sorted({source.stream for source in _inputs(recipe) if source.granularity == "block"}, reverse=True)
+    if len(streams) > 1:
+        reason = "all text goes one way through the model"
+        faults.append(((), f"inputs: {streams[0]} in one method and {streams[1]} in another; {reason}"))
     with_data = (
         set(calibration.data) if isinstance(calibration.data, dict) else set(experts if calibration.data else ())
     )

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 import merger.methods  # noqa: F401 registers every method
 from merger.errors import nearest
 from merger.pipeline.parameters import Number, Pinned, Place, resolve
-from merger.pipeline.registry import ENTRIES, SCORES, Stage, checked, parameter_names, parameters
+from merger.pipeline.registry import ENTRIES, SCORES, Stage, checked, nested_parameter, parameter_names, parameters
 from merger.pipeline.stages import bind, expand
 from merger.recipe.document import KeyPath
 from merger.recipe.faults import translate_errors
@@ -165,6 +165,7 @@ def _valid_keys(name: str, arguments: Mapping[str, Any], path: KeyPath) -> set[s
         return parameter_names(name)
     if path[0] == "score":  # written as {name: {parameter: value}}
         return {parameter.rstrip("_") for parameter in parameters(SCORES[next(iter(arguments["score"]))].function)}
-    if path[0] == "inner":
-        return parameter_names(next(iter(arguments["inner"])))
+    nested = nested_parameter(ENTRIES[name].function) if name in ENTRIES else None
+    if nested is not None and path[0] == nested[0]:
+        return parameter_names(next(iter(arguments[nested[0]])))
     return set(Pinned.model_fields)
