@@ -295,9 +295,8 @@ def test_the_hash_of_the_data_covers_every_source_and_its_count(mixed, tmp_path)
 )
 def test_columns_are_taken_for_what_the_recipe_says(tmp_path, tokenizer, record, fields, settings, text):
     written(tmp_path, "a.jsonl", lines(record))
-    (tokens,) = load_samples(
-        TextSource(file="a.jsonl", fields=fields), tmp_path, tokenizer, Settings(**settings)
-    ).tokens
+    source = TextSource(file="a.jsonl", fields=fields)
+    (tokens,) = load_samples(source, tmp_path, tokenizer, Settings(**settings)).tokens
     assert tokenizer.decode(tokens).removeprefix("<s>") == text
 
 

@@ -10,8 +10,9 @@ from merger._lazy import torch
 from merger.checkpoint.tensor_info import Info, torch_dtype
 from merger.engine.memory import SLICE, slice_rows
 from merger.engine.prepare import Prepared
+from merger.engine.progress import ByteProgress
 from merger.engine.reader import PartSlices, rounded
-from merger.engine.schedule import ByteProgress, Schedule, Sink
+from merger.engine.schedule import Schedule, Sink
 from merger.errors import CheckpointError
 from merger.ops.questions import Flow
 from merger.ops.transfer import to_host

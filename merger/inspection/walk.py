@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from merger._lazy import torch
 from merger.engine.prepare import Prepared
+from merger.engine.progress import ByteProgress
 from merger.engine.reader import PartSlices, rounded
-from merger.engine.schedule import ByteProgress, Schedule, Sink
+from merger.engine.schedule import Schedule, Sink
 from merger.inspection.counters import ExpertSlice, MergedSlice
 from merger.inspection.curves import selection_levels
 from merger.inspection.part_counts import PartCounts
