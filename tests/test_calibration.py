@@ -287,7 +287,7 @@ def test_a_block_is_read_when_its_turn_comes_and_every_tensor_once(build):
 
 def test_hidden_states_can_wait_in_files(build):
     _, folder = build("llama")
-    in_memory, in_files = collected(folder), collected(folder, host_memory=0)
+    in_memory, in_files = collected(folder), collected(folder, hidden_memory=0)
     assert all(torch.equal(in_memory[name].count, in_files[name].count) for name in in_memory)
     assert all(
         torch.equal(in_memory[name].second_moment, in_files[name].second_moment)

@@ -143,9 +143,9 @@ def test_a_merge_in_memory_gives_hidden_states_the_memory_that_one_on_disk_gives
 ):
     budgets = []
 
-    def recorded(*arguments, host_memory, **options):
-        budgets.append(host_memory)
-        return collect(*arguments, host_memory=host_memory, **options)
+    def recorded(*arguments, hidden_memory, **options):
+        budgets.append(hidden_memory)
+        return collect(*arguments, hidden_memory=hidden_memory, **options)
 
     monkeypatch.setattr("merger.calibration.statistics.collect", recorded)
     recipe = recipe_of(demo_folder, **METHODS[name], output={"path": str(tmp_path / "out")})

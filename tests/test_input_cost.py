@@ -73,4 +73,4 @@ def test_a_cap_below_a_block_is_refused_and_one_above_leaves_room_for_hidden_sta
     minimum = INTERPRETER + cost(merge_plan).making
     with pytest.raises(ResourceError, match="too little"):
         Machine.of("cpu", minimum - 1, merge_plan)
-    assert Machine.of("cpu", 24 * GB, merge_plan).hidden > GB
+    assert Machine.of("cpu", 24 * GB, merge_plan).hidden_memory > GB

@@ -29,7 +29,7 @@ def collect(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     gram: bool = False,
-    host_memory: int | None = None,
+    hidden_memory: int | None = None,
     merged_weights: TensorSource | None = None,
     finished_units: Container[str] = (),
     trust_remote_code: bool = False,
@@ -40,7 +40,7 @@ def collect(
 
     Names are the checkpoint's own. Modules outside the blocks come last, under the name ``""``: the head's input, and
     the share of each token for the embedding. ``dtype`` is the dtype of the computation: by default float32 on a
-    CPU, else the checkpoint's. Hidden states above ``host_memory`` bytes wait in files. ``notice`` receives warnings,
+    CPU, else the checkpoint's. Hidden states above ``hidden_memory`` bytes wait in files. ``notice`` receives warnings,
     ``progress`` the number of batch passes that are done and their total.
 
     With ``merged_weights`` each block is observed with the checkpoint's weights, but hidden states continue through the
@@ -64,7 +64,7 @@ def collect(
 
     finished_names: set[str] = set()
     try:
-        for unit, moments in run_blocks(observed_model(), host_memory, progress, merged_weights, finished_units):
+        for unit, moments in run_blocks(observed_model(), hidden_memory, progress, merged_weights, finished_units):
             finished_names.update(moments)
             yield unit, moments
         return

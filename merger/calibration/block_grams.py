@@ -142,7 +142,7 @@ def _draft_blocks(
         batches(samples.tokens),
         key.settings,
         device=options.device,
-        host_memory=hidden_memory,
+        hidden_memory=hidden_memory,
         trust_remote_code=options.trust_remote_code,
         notice=options.notice,
         progress=partial(options.progress, f"calibrating {name}"),

@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 Results = Iterator[tuple[str, dict[str, "Moments"]]]
 
 
-Purpose = Literal["watch", "carry", "both"]
+Purpose = Literal["observe", "carry", "both"]
 """The purpose of a pass: to observe the inputs of the matrices, to carry hidden states to the next block, or both."""
 
 EMBEDDING = -1  # the block number of the embedding, which comes before block 0
@@ -53,7 +53,7 @@ class UnsupportedBlocks(Exception):
 
 def run_blocks(
     model: ObservedModel,
-    host_memory: int | None,
+    hidden_memory: int | None,
     progress: Progress,
     merged_weights: TensorSource | None = None,
     finished_units: Container[str] = (),
@@ -67,7 +67,7 @@ def run_blocks(
     check_blocks_are_separate(model)
     names = model.block_names
     with tempfile.TemporaryDirectory(prefix="merger-") as folder:
-        runner = BlockRunner(model.blocks, model.watch, HiddenStates(host_memory, Path(folder)))
+        runner = BlockRunner(model.blocks, model.observer, HiddenStates(hidden_memory, Path(folder)))
         for number, batch in enumerate(model.batches):
             run_batch(model, runner, EMBEDDING, number, batch, "both")
         units = [model.unit_name(name) for name in names]
@@ -76,7 +76,7 @@ def run_blocks(
         for block, (name, unit) in enumerate(zip(names, units, strict=True)):
             model.randomise_embedding(seed=block)
             if unit not in finished_units:
-                purpose: Purpose = "both" if merged_weights is None else "watch"
+                purpose: Purpose = "both" if merged_weights is None else "observe"
                 run_block(model, runner, block, model.weights, purpose, count_batch)
                 moments = model.take(name)
                 model.loader.drop(name)
@@ -148,7 +148,7 @@ def run_whole_model(model: ObservedModel, progress: Progress) -> Results:
     for name, block in zip(model.block_names, model.blocks, strict=True):
         block.register_forward_pre_hook(lambda *_, name=name: model.loader.load(name, model.weights))
         block.register_forward_hook(lambda *_, name=name: model.loader.drop(name))
-    model.watch.on = True
+    model.observer.on = True
     for number, batch in enumerate(model.batches):
         with checkpoint_faults(f"{model.label}: the model cannot be run on text, so take a method without calibration"):
             model.forward(batch)
@@ -194,7 +194,7 @@ class BlockRunner:
         self._observer.on = self._purpose != "carry"
         output = forward(*args, **kwargs)
         self._tuple_lengths[index] = _tuple_length(output)
-        if self._purpose == "watch":
+        if self._purpose == "observe":
             raise EndOfPass
         self._observer.on = True  # what comes after the last block is not in any
         return output
@@ -242,13 +242,13 @@ def _equal_arguments(arguments: Sequence[Any], earlier_arguments: Sequence[Any])
 
 
 class HiddenStates:
-    """The hidden states between two blocks, batch by batch: in host memory, and above ``budget`` bytes in files.
+    """The hidden states between two blocks, batch by batch: in host memory, and above ``hidden_memory`` bytes in files.
 
     Copies to and from a GPU are in the order of its stream, and nobody looks at them here, so nobody waits for them.
     """
 
-    def __init__(self, budget: int | None, folder: Path) -> None:
-        self._free_bytes, self._folder = budget, folder
+    def __init__(self, hidden_memory: int | None, folder: Path) -> None:
+        self._free_bytes, self._folder = hidden_memory, folder
         self._buffers: dict[int, Tensor] = {}
 
     def get(self, batch: int, device: torch.device) -> Tensor:

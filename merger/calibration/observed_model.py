@@ -36,7 +36,7 @@ class EndOfPass(Exception):
 class ObservedModel:
     """A checkpoint's model with its weights and its input observer; whoever runs a block loads it.
 
-    What is outside the blocks comes from ``merged_weights``, the model that hidden states go through. ``observer``
+    What is outside the blocks comes from ``merged_weights``, the model that hidden states go through. ``make_observer``
     makes the input observer of the function that finds parameters, the settings and ``notice``.
     """
 
@@ -50,7 +50,7 @@ class ObservedModel:
         dtype: torch.dtype | None,
         trust_remote_code: bool,
         notice: Callable[[str], None],
-        observer: Callable[..., InputObserver],
+        make_observer: Callable[..., InputObserver],
     ) -> None:
         self.label, self._settings = weights.label, settings
         self.weights, self.merged_weights = weights, merged_weights
@@ -58,7 +58,7 @@ class ObservedModel:
         self.batches = self._cut_batches(batches, notice)
         torch_device = torch.device(device)
         self.loader = Loader(self.model, weights, torch_device, dtype or default_dtype(weights, torch_device))
-        self.watch = observer(self.loader.find, settings, notice=lambda text: notice(f"{self.label}: {text}"))
+        self.observer = make_observer(self.loader.find, settings, notice=lambda text: notice(f"{self.label}: {text}"))
         self._block_list = block_list(self.model)
         self._module_names = {module: name for name, module in self.model.named_modules()}
         self._embedding = self._input_embedding()
@@ -80,21 +80,21 @@ class ObservedModel:
     def forward(self, batch: Batch) -> None:
         """Runs the model on a batch, to its end or until something raises EndOfPass."""
         device = self.loader.device
-        self.watch.begin(batch, device)
+        self.observer.begin(batch, device)
         try:
-            with torch.no_grad(), full_float32(), self.watch:
+            with torch.no_grad(), full_float32(), self.observer:
                 self.model(input_ids=batch.ids.to(device), attention_mask=batch.mask.long().to(device))
         except EndOfPass:
             pass
 
     def take(self, prefix: str) -> dict[str, Moments]:
         """Removes and returns the moments of the parameters below ``prefix``, by the checkpoint's names."""
-        sums = self.watch.take(f"{prefix}." if prefix else "")
+        sums = self.observer.take(f"{prefix}." if prefix else "")
         for key, key_sums in sums.items():  # in the order of the forward pass, so the first is the cause
             if not torch.isfinite(key_sums.squares).all():
                 name = next((source for source, _ in self.loader.stored(key.name)), key.name)
                 raise CheckpointError(f"{self.label}: what enters {name} is not finite: NaN or infinite activations")
-        return self.loader.moments_by_name(self._unreached_sums(prefix) | sums, self.watch.axes)
+        return self.loader.moments_by_name(self._unreached_sums(prefix) | sums, self.observer.axes)
 
     def outer_moments(self) -> dict[str, Moments]:
         """Returns the moments of the modules outside the blocks, and how often each token occurs."""
@@ -114,7 +114,7 @@ class ObservedModel:
         modules = self.model.get_submodule(prefix).named_modules(prefix=prefix)
         return {
             MatrixKey(self.loader.first_name(f"{name}.weight")): InputSums.zero(
-                module.in_features, gram=self.watch.gram, device=self.loader.device
+                module.in_features, gram=self.observer.gram, device=self.loader.device
             )
             for name, module in modules
             if isinstance(module, nn.Linear)
@@ -153,8 +153,8 @@ class ObservedModel:
         rows = head.weight.shape[0]
 
         def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            if self.watch.on:
-                self.watch.record(key, hidden, axis=-1)
+            if self.observer.on:
+                self.observer.record(key, hidden, axis=-1)
             return torch.empty(*hidden.shape[:-1], rows, dtype=hidden.dtype, device="meta")
 
         head.forward = forward

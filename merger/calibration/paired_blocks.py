@@ -45,7 +45,7 @@ def collect_pairs(
     settings: Settings,
     *,
     device: str | torch.device,
-    host_memory: int | None,
+    hidden_memory: int | None,
     trust_remote_code: bool,
     notice: Callable[[str], None],
     progress: Callable[[int, int], None],
@@ -62,10 +62,10 @@ def collect_pairs(
         return ObservedModel(expert, outer_weights, *arguments, observer)
 
     teacher = model(expert, RowObserver)
-    assert isinstance(teacher.watch, RowObserver)
-    student = model(merged, functools.partial(InputObserver, gram=True, teacher=teacher.watch))
+    assert isinstance(teacher.observer, RowObserver)
+    student = model(merged, functools.partial(InputObserver, gram=True, teacher=teacher.observer))
     try:
-        yield from _run_pairs(teacher, student, draft, merged, host_memory, progress)
+        yield from _run_pairs(teacher, student, draft, merged, hidden_memory, progress)
     except UnsupportedBlocks as error:
         raise CheckpointError(
             f"{expert.label}: its blocks cannot be run one at a time ({error}), so there are no merged ones before "
@@ -78,18 +78,18 @@ def _run_pairs(
     student: ObservedModel,
     draft: TensorSource,
     merged: TensorSource,
-    host_memory: int | None,
+    hidden_memory: int | None,
     progress: Callable[[int, int], None],
 ) -> Results:
     for model in (teacher, student):
         check_blocks_are_separate(model)
-    memory = None if host_memory is None else host_memory // 2
+    memory = None if hidden_memory is None else hidden_memory // 2
     with tempfile.TemporaryDirectory(prefix="merger-") as folder:
         runners = {}
         for role, model in (("teacher", teacher), ("student", student)):
             states = Path(folder) / role
             states.mkdir()
-            runners[role] = BlockRunner(model.blocks, model.watch, HiddenStates(memory, states))
+            runners[role] = BlockRunner(model.blocks, model.observer, HiddenStates(memory, states))
             for number, batch in enumerate(model.batches):
                 run_batch(model, runners[role], EMBEDDING, number, batch, "both")
         count_batch = batch_counter(2 * len(student.block_names) * len(student.batches), progress)
@@ -99,9 +99,9 @@ def _run_pairs(
                 model.loader.load(name, source)
             for number, batch in enumerate(student.batches):
                 run_batch(teacher, runners["teacher"], block, number, batch, "both")
-                run_batch(student, runners["student"], block, number, batch, "watch")
+                run_batch(student, runners["student"], block, number, batch, "observe")
                 count_batch()
-            teacher.watch.begin(student.batches[0], teacher.loader.device)  # its last rows belong to no other batch
+            teacher.observer.begin(student.batches[0], teacher.loader.device)  # its last rows belong to no other batch
             moments = student.take(name)
             for model in (teacher, student):
                 model.loader.drop(name)

@@ -99,7 +99,7 @@ def expert_blocks(
         batches(samples.tokens),
         key.settings,
         device=options.device,
-        host_memory=hidden_memory,
+        hidden_memory=hidden_memory,
         trust_remote_code=options.trust_remote_code,
         gram=gram,
         merged_weights=merged_weights,

@@ -27,7 +27,7 @@ def calibrate(
     with prepare(recipe, options) as prepared:
         if gram:
             _check_grams(prepared.plan)
-            return keep_grams(prepared.plan, prepared.options, prepared.machine.hidden, to)
+            return keep_grams(prepared.plan, prepared.options, prepared.machine.hidden_memory, to)
         _check_statistics(prepared.plan)
         paths = prepared.inputs.files
     return paths if to is None else statistics_files.copy(paths, to)

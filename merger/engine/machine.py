@@ -27,7 +27,7 @@ class Machine:
     devices: tuple[str, ...]  # slices are dealt out to them by number
     workers: int  # threads that each carry a slice on its whole trip
     hold: int  # bytes of unfinished slices of one tensor that may stay in memory
-    hidden: int | None = None  # bytes of hidden states that may; None: all of them
+    hidden_memory: int | None = None  # bytes of hidden states that may; None: all of them
     rooms: Mapping[str, Room] = field(default_factory=dict, compare=False)  # by device
 
     @classmethod
@@ -47,8 +47,8 @@ class Machine:
             raise ResourceError(
                 f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
             )
-        hidden = (max_memory - need) // 2 if plan.inputs else 0
-        return cls(devices, workers, min(HOLD, max_memory - need - hidden), hidden, rooms)
+        hidden_memory = (max_memory - need) // 2 if plan.inputs else 0
+        return cls(devices, workers, min(HOLD, max_memory - need - hidden_memory), hidden_memory, rooms)
 
     @property
     def device(self) -> str:

@@ -56,5 +56,7 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     ranked = any(tensor.ranked for tensor in plan.tensors)
     inputs = cost(plan)
     memory = memory_needed(plan, machine.workers, gpu=machine.device != "cpu") + machine.hold
-    memory += inputs.hidden_states if machine.hidden is None else min(machine.hidden, inputs.hidden_states)
+    memory += (
+        inputs.hidden_states if machine.hidden_memory is None else min(machine.hidden_memory, inputs.hidden_states)
+    )
     return Forecast(memory, _free_bytes(output), ranked, inputs.files, machine.devices if device else None)

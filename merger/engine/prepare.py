@@ -98,4 +98,4 @@ def prepare(recipe: Recipe, options: RunOptions, output: Path | None = None, *, 
     options = replace(options, device=machine.device)
     if machine.device == "cpu" and not kernels.compiled():
         options.notice(_SLOW)
-    return Prepared(plan, machine, options, StageInputs(plan, options, machine.hidden))
+    return Prepared(plan, machine, options, StageInputs(plan, options, machine.hidden_memory))

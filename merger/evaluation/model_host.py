@@ -128,7 +128,7 @@ class ModelHost:
                     "a pack holds each expert apart and is no model; judge what `merger extract` rebuilds"
                 )
             checkpoint, loader = self._checkpoint_for(plan)
-            inputs = SharedInputs(plan, prepared.options, prepared.machine.hidden, self._cache)
+            inputs = SharedInputs(plan, prepared.options, prepared.machine.hidden_memory, self._cache)
             schedule = merge_schedule(replace(prepared, inputs=inputs), plan.stored.keys())
             schedule.run(MergeSink(schedule, _CompletedTensors(checkpoint)))
         loader.load("", checkpoint)
