@@ -129,7 +129,7 @@ class InputObserver(TorchFunctionMode):
         if parameter.dim() < 3:
             self.record(MatrixKey(name), inputs, axis_met)
         elif weight.dim() < 3:
-            self.record(MatrixKey(name, weight.storage_offset() // parameter.stride(0)), inputs, axis_met)
+            self.record(MatrixKey(name, int(weight.storage_offset()) // int(parameter.stride(0))), inputs, axis_met)
         else:
             for slot, part in enumerate(inputs):  # all experts at once: zeros are sent to those not chosen
                 self.record(MatrixKey(name, slot), part, axis_met, part.any(-1))
