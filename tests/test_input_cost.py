@@ -56,7 +56,12 @@ def test_two_matrices_at_once_are_two_of_one_block_where_blocks_are_merged_one_b
     assert memory_needed(planned("regmean"), 2) == INTERPRETER + 4 * 2 * SQUARES + down_and_gate
 
 
-@pytest.mark.parametrize(("method", "at_once"), [("obim", 1), ("regmean", 2)])
+def test_a_draft_takes_a_second_models_block_and_the_draft_beside_twice_as_many_matrices(planned):
+    block = max(BLOCK, ROWS * HIDDEN)
+    assert cost(planned("featcal")).making == 4 * BLOCK + 2 * (8 + 4 * 2) * SQUARES + 2 * 4 * block
+
+
+@pytest.mark.parametrize(("method", "at_once"), [("obim", 1), ("regmean", 2), ("featcal", 4)])
 def test_hidden_states_of_all_experts_wait_only_for_gram_matrices(planned, method, at_once):
     assert cost(planned(method)).hidden_states == at_once * 10 * 512 * HIDDEN * 4
 

@@ -27,7 +27,7 @@ class Grams:
     def __init__(self, stream: Stream, gram: str, cross: str | None = None) -> None:
         names = (gram,) if cross is None else (gram, cross)
         self._gram, self._cross, self._stream = gram, cross, stream
-        self._models = 1 if cross is None else 2  # whose blocks and hidden states are in memory at once
+        self._models = 1 if cross is None else 2  # whose hidden states are in memory at once
         self.inputs = tuple(StageInput(name, "block", uncut, stream=stream) for name in names)
         self.supplies = frozenset({*names, "second_moment", "mean_input", "reached", "token_share"})
 
@@ -40,9 +40,10 @@ class Grams:
                 squares[tensor.unit] += sum(part.columns**2 for part in tensor.parts)
                 triangles += sum(part.columns * (part.columns + 1) // 2 for part in tensor.parts)
         matrices = len(self.inputs)
+        beside = 2 if self._stream == "draft" else 0  # the draft itself, and the block of the model that runs on it
         sums = {unit: (8 + 4 * experts) * matrices * count for unit, count in squares.items()}
         return Cost(
-            making=largest_block_bytes(plan, sums) + (self._models - 1) * largest_block_bytes(plan),
+            making=largest_block_bytes(plan, sums) + beside * largest_block_bytes(plan),
             merging=4 * experts * matrices * max(squares.values(), default=0),
             hidden_states=self._models * hidden_state_bytes(plan, experts_at_once=experts),
             files=4 * experts * triangles,
