@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import trio
 from hypothesis import HealthCheck, settings
 from pretended import Pretence
 
@@ -33,6 +34,15 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MERGER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def folder(request, tmp_path, monkeypatch):
+    """A folder with the recipe ``RECIPE`` of the test's file and its models; the current one."""
+    monkeypatch.chdir(tmp_path)
+    trio(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(request.module.RECIPE)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -234,27 +234,34 @@ def block_of(name):
     return int(name.split(".")[2]) if ".layers." in name else -1
 
 
+def rows_entering(model, batch, block):
+    """The inputs of a block's matrices for a batch, padding left out, when the whole model runs."""
+    rows = {}
+
+    def keep_rows(name, _, arguments):
+        rows[name] = arguments[0][batch.mask].double()
+
+    hooks = [
+        module.register_forward_pre_hook(functools.partial(keep_rows, f"{name}.weight"))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and block_of(f"{name}.weight") == block
+    ]
+    with torch.no_grad():
+        model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
 def grams_behind(place, task, weights, block):
     """E[x x^T] of the inputs of a block's matrices, for an expert's text and a model of these weights: run whole."""
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "models" / task, dtype=torch.float32).eval()
     model.load_state_dict(weights, strict=False)
     sums = {}
-
-    def see(name, mask, module, arguments):
-        rows = arguments[0][mask].double()
-        total, count = sums.get(name, (0, 0))
-        sums[name] = total + rows.T @ rows, count + len(rows)
-
     for batch in batches(samples_of(place, task).tokens):
-        hooks = [
-            module.register_forward_pre_hook(functools.partial(see, f"{name}.weight", batch.mask))
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and block_of(f"{name}.weight") == block
-        ]
-        with torch.no_grad():
-            model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
-        for hook in hooks:
-            hook.remove()
+        for name, rows in rows_entering(model, batch, block).items():
+            total, count = sums.get(name, (0, 0))
+            sums[name] = total + rows.T @ rows, count + len(rows)
     return {name: total / count for name, (total, count) in sums.items()}
 
 
@@ -285,25 +292,6 @@ def test_regmean_behind_merged_blocks_is_that_of_whole_models(place):
     for name, expected in regmean_behind_merged_blocks(place, 0.7).items():
         change = expected - base[name].double()
         assert (merged[name].double() - expected).norm() / change.norm() < 1e-5, name
-
-
-def rows_entering(model, batch, block):
-    """The inputs of a block's matrices for a batch, padding left out, when the whole model runs."""
-    rows = {}
-
-    def keep_rows(name, _, arguments):
-        rows[name] = arguments[0][batch.mask].double()
-
-    hooks = [
-        module.register_forward_pre_hook(functools.partial(keep_rows, f"{name}.weight"))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and block_of(f"{name}.weight") == block
-    ]
-    with torch.no_grad():
-        model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return rows
 
 
 def regression_towards_experts_features(place, target, ridge):

@@ -14,7 +14,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from checkpoints import save_headers, trio
+from checkpoints import save_headers
 from typer.main import get_command
 
 from merger import cli
@@ -43,15 +43,6 @@ from merger.cli import main
 sys.argv = ["merger", "run", "recipe.yaml"]
 main()
 """
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder with a recipe and its models; the current one."""
-    monkeypatch.chdir(tmp_path)
-    trio(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return tmp_path
 
 
 # --- help -----------------------------------------------------------------------------------------

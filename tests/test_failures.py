@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoints import llama, save, trio
+from checkpoints import llama, save
 from test_fuzz import fuzz  # noqa: F401 a fixture
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
@@ -25,15 +25,6 @@ from merger.pipeline.registry import ENTRIES, merger
 
 RECIPE = "base: base\nexperts: {code: code, math: math}\nmethod: linear\noutput: {path: out, shard_size: 300}\n"
 ALLOCATION = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9."
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A recipe and its models; the current folder."""
-    monkeypatch.chdir(tmp_path)
-    trio(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return tmp_path
 
 
 def process(*arguments, code="", **options):

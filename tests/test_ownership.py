@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import trio
 
 from merger.calibration import statistics_files
 from merger.calibration.moments import Moments
@@ -24,15 +23,6 @@ from merger.inspection import plots
 
 RECIPE = "base: base\nexperts: {code: code, math: math}\nmethod: linear\noutput: {path: out}\n"
 THESIS = b"my thesis, without a line break at its end"
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A recipe and its models; the current folder."""
-    monkeypatch.chdir(tmp_path)
-    trio(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return tmp_path
 
 
 def everything(folder):

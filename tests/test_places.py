@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import llama, load, same_bits, save, trio
+from checkpoints import llama, load, same_bits, save
 
 from merger.calibration.block_runner import HiddenStates
 from merger.checkpoint.open_files import OpenFiles
@@ -22,15 +22,6 @@ from merger.engine.machine import peak_memory
 from merger.errors import RecipeError, ResourceError
 
 RECIPE = "base: base\nexperts: {code: code, math: math}\nmethod: linear\noutput: {path: out, shard_size: 300}\n"
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A recipe and its models; the current folder."""
-    monkeypatch.chdir(tmp_path)
-    trio(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return tmp_path
 
 
 def run(folder, *, site="", **environment):

@@ -318,17 +318,20 @@ def stage(function: Callable[..., Any], **arguments: Any) -> Stage:
     return _bound(entry_of(function), {name.rstrip("_"): value for name, value in arguments.items()})
 
 
-def _score(value: Any) -> Stage:
-    """A score written as its name, or as {name: {parameter: value}}."""
-    if isinstance(value, partial):
-        return value
+def _choice(value: Any, table: Mapping[str, Entry], kind: str) -> tuple[Entry, Any]:
+    """The entry that is written as its name, or as {name: {parameter: value}}, and its parameters."""
     by_name = {value: {}} if isinstance(value, str) else value
     if not isinstance(by_name, Mapping) or len(by_name) != 1:
-        raise ValueError("expected a score's name, or {name: {parameter: value}}")
+        raise ValueError(f"expected a {kind}'s name, or {{name: {{parameter: value}}}}")
     ((name, parameters),) = by_name.items()
-    if name not in SCORES:
-        raise ValueError(f"there is no score {name!r}; {nearest(str(name), SCORES)}")
-    return _bound(SCORES[name], parameters)
+    if name not in table:
+        raise ValueError(f"there is no {kind} {name!r}; {nearest(str(name), table)}")
+    return table[name], parameters
+
+
+def _score(value: Any) -> Stage:
+    """A score, written as `_choice` reads it."""
+    return value if isinstance(value, partial) else _bound(*_choice(value, SCORES, "score"))
 
 
 def written(stage: Stage) -> dict[str, Any]:
@@ -345,18 +348,13 @@ Score = Annotated[
 
 
 def _method(value: Any) -> Stage:
-    """A method written as its name, or as {name: {parameter: value}}; it ranks one tensor, unless told otherwise."""
+    """A method, written as `_choice` reads it; it ranks one tensor, unless told otherwise."""
     if isinstance(value, partial):
         return value
-    by_name = {value: {}} if isinstance(value, str) else value
-    if not isinstance(by_name, Mapping) or len(by_name) != 1:
-        raise ValueError("expected a method's name, or {name: {parameter: value}}")
-    ((name, parameters),) = by_name.items()
-    table = {key: entry for key, entry in ENTRIES.items() if entry.kind in ("method", "merger")}
-    if name not in table:
-        raise ValueError(f"there is no method {name!r}; {nearest(str(name), table)}")
-    defaults = {"scope": "tensor"} if "scope" in _names(table[name]) else {}
-    return _bound(table[name], {**defaults, **(parameters or {})})
+    methods = {name: entry for name, entry in ENTRIES.items() if entry.kind in ("method", "merger")}
+    entry, parameters = _choice(value, methods, "method")
+    defaults = {"scope": "tensor"} if "scope" in _names(entry) else {}
+    return _bound(entry, {**defaults, **(parameters or {})})
 
 
 @dataclass(frozen=True)
