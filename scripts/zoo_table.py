@@ -67,6 +67,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "regmean": grid(alpha=[0.5, 0.7, 0.9, 0.95, 1]),
     "tsv_m": grid(**{"lambda": [0.8, 1, 1.2]}),
     "wudi": grid(omega=[0.1, 0.3, 1]),
+    "actmat": grid(omega=[0.03, 0.1, 0.3, 1]),
     "iso_c": grid(**{"lambda": [1, 1.5, 2]}),
     "iso_cts": grid(**{"lambda": [1, 1.5, 2]}),
     "star": grid(eta=[40, 80], **{"lambda": [1, 1.5]}),
@@ -80,6 +81,8 @@ HALVES: dict[str, list[dict[str, Any]]] = {  # of CABS: what thins, before the s
     "CA only": [{"top": {"density": 0.25, "exclusive": "listed"}}],
     "BS only": [{"bs": {"n": 64, "m": 256}}],
 }
+CALIBRATED_BY_SVC = ("mean", "sum", "sign_elect", "tsv_m", "iso_c", "wudi")
+"""Mergers by their defaults, whose singular values SVC calibrates."""
 SEVERAL: list[tuple[str, Parameters]] = [  # outputs that hold each expert
     ("emr", {}),
     ("tall_masks", {}),
@@ -287,6 +290,10 @@ def report(table: Table) -> Iterator[str]:
     for n, m in BLOCKS:
         setting = {"n": n, "m": m, "lambda": 1}
         yield table.row("cabs", f"{n}:{m}", table.merged("report", "cabs", setting))
+    yield "\n## SVC after a merger by its defaults\n\n" + head
+    for method in CALIBRATED_BY_SVC:
+        yield table.row(method, "without", table.merged("report", method, {}))
+        yield table.row(method, "with svc", table.merged("report", "pipeline", [{method: {}}, {"svc": {}}]))
     yield "\n## Outputs that hold each expert\n"
     yield "Each expert as `merger extract` rebuilds it, on its own domain; size as a share of the three checkpoints.\n"
     yield head.replace("share kept", "share kept | size") + "---|"

@@ -40,6 +40,7 @@ def wudi(
     ridge: Literal["relative", "absolute"] = "relative",
     filter_: Filter = "ridge",
     towards: Towards = "mean",
+    normalize: Literal["trace", "none"] = "trace",
     weight: Numbers = 1,
     lambda_: Number = 1,
     head: bool = False,
@@ -51,7 +52,8 @@ def wudi(
     and a large one gives the mean; with `ridge: absolute` it is `omega` itself, as in the paper's equation 20,
     in squared weights. Directions without evidence go `towards` the mean, the sum, a multiple of the mean, or with
     `fit` the multiple that interferes least. With `filter: exp` or `rank` an eigenvalue e of the sum of the Gram
-    matrices counts 1 - exp(-e / rho) or, above rho, fully, in place of e / (e + rho). Vectors and embeddings (and
+    matrices counts 1 - exp(-e / rho) or, above rho, fully, in place of e / (e + rho). With `normalize: none` nothing is
+    divided by ||delta_k||^2, so that an expert that changed more has more say. Vectors and embeddings (and
     the head, unless `head`) get the mean. (1, 0) and (0, 1) in the same row make (1, 1) without the ridge,
     (0.75, 0.75) at 1.
     """
@@ -62,8 +64,11 @@ def wudi(
     evidence, mean, rho = Evidence(first), torch.zeros_like(first), 0.0
     for term in terms:
         squares = term.square().sum()
-        evidence.add(term, gram(term.T).div_(squares))
-        share = float(omega) / (first.shape[1] if ridge == "relative" else float(squares))
+        size = squares if normalize == "trace" else torch.ones_like(squares)
+        evidence.add(term, gram(term.T).div_(size))
+        share = float(omega) / float(size)
+        if ridge == "relative":
+            share = float(omega) * float(squares / size) / first.shape[1]
         mean.add_(term - first, alpha=share)
         rho += share
     if not omega:  # from the first on, so that equal task vectors come back bit for bit
