@@ -26,7 +26,7 @@ class Recommendation:
         """The measured share in words."""
         if self.share is None:
             return "the share of the experts' gains that it keeps has not been measured"
-        return f"it kept {self.share} of three experts' gains on a 135M model ({self.source})"
+        return f"it kept {self.share:.3f} of three experts' gains on a 135M model ({self.source})"
 
 
 TEXT = Recommendation("text of each expert", "featcal", "fits each layer's outputs to those of each expert on its text")
@@ -49,3 +49,7 @@ QUICK = Recommendation(
     source=ZOO,
 )
 RECOMMENDATIONS = (TEXT, WEIGHTS, ADAPTERS, MANY, QUICK)
+
+SAMPLES = 20
+"""Texts of each expert that `merger init` asks for."""
+SAMPLES_REASON = f"regmean kept 0.843 of the gains with 20 texts, and 0.846 with 200 ({ZOO})"
