@@ -291,6 +291,15 @@ def test_what_is_wrong_is_told_in_one_line(merger, folder, arguments, message):
     assert faults(merger("init", "models/base", *arguments)) == [message]
 
 
+def test_a_file_without_text_is_told_before_the_recipe_is_written(merger, folder):
+    Path("data/code.jsonl").write_text('{"content": "a"}\n')
+    Path("data/french.jsonl").write_text("\n")
+    assert faults(merger("init", *MODELS, *TEXTS)) == [
+        "data/code.jsonl:1: needs a field messages, prompt or text; found content",
+        "data/french.jsonl: has no text; it holds no record",
+    ]
+
+
 def test_an_adapter_is_no_base(merger, folder):
     save_adapter(folder / "chat")
     assert faults(merger("init", "chat", "models/code")) == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 
 from merger.cli._app import LEARN, command
 from merger.cli._options import new_file_faults
-from merger.errors import RecipeError
+from merger.errors import CheckpointError, RecipeError
 
 
 @command(LEARN)
@@ -46,6 +47,7 @@ def init(
     faults = new_file_faults(output, force=force)
     try:
         starter = starter_recipe(base, experts, data, output)
+        faults += _text_faults(starter.files)
     except RecipeError as error:
         faults += error.faults
     if faults:
@@ -57,3 +59,14 @@ def init(
     print(f"{output}: {starter.method} of {', '.join(starter.experts)}. Next:")
     print(f"  merger plan {file}")
     print(f"  merger run {file}")
+
+
+def _text_faults(files: Iterable[str]) -> Iterator[str]:
+    """The faults of files that calibration cannot read."""
+    from merger.calibration.samples import check_text
+
+    for file in files:
+        try:
+            check_text(file, Path())
+        except CheckpointError as error:
+            yield str(error)

@@ -22,11 +22,12 @@ from merger.recipe.sections import expert_name, unused_expert_name
 
 @dataclass(frozen=True)
 class Starter:
-    """A recipe as text, its method and experts, and remarks on its inputs."""
+    """A recipe as text, its method and experts, the files of text on this machine, and remarks on its inputs."""
 
     text: str
     method: str
     experts: tuple[str, ...]
+    files: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -57,7 +58,8 @@ def starter_recipe(base: str, experts: Sequence[str], texts: Sequence[str], file
     advice = TEXT if data else WEIGHTS
     text = _recipe_text(base_source, sources, advice, data, _unused_output(folder, file.stem))
     Recipe.parse(text, folder)
-    return Starter(text, advice.method, tuple(models), tuple(notes))
+    local_files = dict.fromkeys(file for file in files.values() if location_path(file).is_file())
+    return Starter(text, advice.method, tuple(models), tuple(local_files), tuple(notes))
 
 
 # --- names ----------------------------------------------------------------------------------------
