@@ -32,7 +32,7 @@ def init(
     data: Annotated[
         list[str],
         typer.Option(
-            "--data", metavar="NAME=FILE", help="Text of an expert, once for each: a better method can be used."
+            "--data", metavar="NAME=FILE", help="Text of an expert, once for each; the method then learns from it."
         ),
     ] = [],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RECIPE", help="Where to write it.")] = Path(
