@@ -15,6 +15,8 @@ import jsonschema
 import pytest
 import yaml
 from checkpoints import save_headers
+from markdown import ROOT
+from rich.console import Console
 from typer.main import get_command
 
 from merger import cli
@@ -23,6 +25,7 @@ from merger.cli import app
 from merger.cli._options import RUN_FLAGS
 from merger.options import RunOptions
 from merger.pipeline.registry import ENTRIES, SCORES
+from merger.recipe.recommendations import RECOMMENDATIONS, WEIGHTS
 
 COMMANDS = sorted(get_command(app).commands)
 RECIPE = """\
@@ -293,6 +296,49 @@ def test_what_a_method_expands_to_can_be_pasted_into_a_recipe(merger, folder):
 
     assert (ran.code, pasted.code) == (0, 0)
     assert Path("out/model.safetensors").read_bytes() == Path("spelled/model.safetensors").read_bytes()
+
+
+def test_methods_begin_with_what_to_start_with(merger):
+    lines = merger("methods").out.split("\n\n")[0].splitlines()
+    assert lines[0] == "Start here"
+    rows = [
+        line.strip() for line in lines if any(line.strip().startswith(advice.purpose) for advice in RECOMMENDATIONS)
+    ]
+    assert [re.split(r"  +", row) for row in rows] == [
+        [advice.purpose, advice.method, "-" if advice.share is None else f"{advice.share:.3f}", advice.reason]
+        for advice in RECOMMENDATIONS
+    ]
+    assert lines[-1].startswith("merger init BASE EXPERT... [--data NAME=FILE ...] writes a recipe of the first, ")
+
+
+def test_what_to_start_with_keeps_words_whole_at_80_columns(merger, monkeypatch):
+    monkeypatch.setattr(
+        "merger.cli.methods.make_console", lambda: Console(width=80, force_terminal=True, no_color=True)
+    )
+    lines = re.sub(r"\x1b\[\d*m", "", merger("methods").out).split(" methods  ")[0].splitlines()
+    words = {word for line in lines for word in line.split()}
+    expected = {
+        word for advice in RECOMMENDATIONS for word in f"{advice.purpose} {advice.method} {advice.reason}".split()
+    }
+    assert expected - words == set()
+    assert max(map(len, lines)) <= 80
+
+
+def test_what_to_start_with_is_beside_each_method_in_json(merger):
+    content = json.loads(merger("methods", "--json").out)
+    advice = [advice for entries in content.values() for entry in entries for advice in entry["start_here"]]
+    assert sorted(item["purpose"] for item in advice) == sorted(item.purpose for item in RECOMMENDATIONS)
+    assert json.loads(merger("methods", "wudi", "--json").out)["start_here"][0] == dataclasses.asdict(WEIGHTS)
+
+
+@pytest.mark.parametrize("advice", RECOMMENDATIONS, ids=lambda advice: advice.purpose)
+def test_a_share_that_is_shown_is_that_of_the_benchmark(advice):
+    assert advice.method in ENTRIES
+    assert (advice.share is None) == (advice.source is None)
+    if advice.source is not None:
+        rows = (ROOT / advice.source).read_text().splitlines()
+        of_method = [row for row in rows if re.match(rf"\| {advice.method} (\| {{}} )?\|", row)]
+        assert [row.split(" | ")[-1] for row in of_method] == [f"{advice.share:.3f} |"]
 
 
 def test_methods_in_json_are_one_object_by_kind(merger):

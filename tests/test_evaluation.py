@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jsonschema
 import numpy as np
@@ -21,6 +22,7 @@ from merger.evaluation import evaluate, tasks
 from merger.evaluation.measures import Outcome, TaskEvaluator, log_likelihoods, tokenize_task
 from merger.evaluation.model_host import ModelHost
 from merger.evaluation.scores import Entry, compare, json_schema, objective
+from merger.evaluation.tables import shortfall_lines
 from merger.evaluation.tasks import Example, Task, check_apart, load, split
 from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
@@ -334,6 +336,85 @@ def test_an_expert_without_a_gain_has_no_share_and_is_told():
     )
 
 
+# --- merges below the base or below the best expert -----------------------------------------------
+
+REFERENCES = ENTRIES[:3]  # on task a the expert a is the best with a loss of 2, on b the expert b with 3
+
+
+def answered(name, *right):
+    """A task of prompts and answers, and the outcome of a model with these answers right or wrong."""
+    task = Task(name, "answer", tuple(Example(f"{name} {i}", ("x",)) for i in range(len(right))))
+    return task, {name: Outcome(np.array(right, float), np.ones(len(right)))}
+
+
+def sentences(tasks, *entries):
+    return list(shortfall_lines(compare(tasks, entries, "float32")))
+
+
+BRACKETS = "in brackets: the 95 % interval of the difference; a difference whose interval holds 0 is not named"
+
+
+def test_a_merge_below_the_base_and_below_the_best_expert_is_told_in_one_sentence():
+    assert sentences(TWO, *REFERENCES, Entry("out", "merge", did(a=3.25, b=2.5))) == [
+        "out is below the base on a (loss 0.25 higher [0.25, 0.25]) "
+        "and below the best single expert on a (expert a, loss 1.25 higher [1.25, 1.25])",
+        BRACKETS,
+    ]
+
+
+def test_a_merge_below_the_best_expert_on_two_tasks_names_both():
+    assert sentences(TWO, *REFERENCES, Entry("out", "merge", did(a=2.5, b=3.25))) == [
+        "out is below the best single expert on a (expert a, loss 0.5 higher [0.5, 0.5]), "
+        "b (expert b, loss 0.25 higher [0.25, 0.25])",
+        BRACKETS,
+    ]
+
+
+def test_a_merge_with_fewer_right_answers_is_told_in_points():
+    task, base = answered("quiz", *[1] * 80, *[0] * 20)
+    _, expert = answered("quiz", *[1] * 90, *[0] * 10)
+    _, merged = answered("quiz", *[1] * 30, *[0] * 70)
+    (sentence, _) = sentences(
+        [task], Entry("base", "base", base), Entry("chat", "expert", expert), Entry("out", "merge", merged)
+    )
+    assert sentence == (
+        "out is below the base on quiz (accuracy 50 points lower [40, 60]) "
+        "and below the best single expert on quiz (expert chat, accuracy 60 points lower [51, 69])"
+    )
+
+
+@pytest.mark.parametrize(
+    ("reason", "entries"),
+    [
+        ("the merge is the best", (*REFERENCES, Entry("out", "merge", did(a=1.5, b=2.5)))),
+        ("it is like the best", (*REFERENCES, Entry("out", "merge", did(a=2.0, b=3.0)))),
+        ("there are no experts beside it", (REFERENCES[0], Entry("out", "merge", did(a=2.5, b=3.5)))),
+        ("there is no merge", REFERENCES),
+    ],
+)
+def test_nothing_is_said_where_no_merge_is_below(reason, entries):
+    assert sentences(TWO, *entries) == [], reason
+
+
+def test_a_difference_that_the_choice_of_examples_may_explain_is_not_named():
+    losses = np.array([-0.3, 0.1, -0.2, 0.5])  # above those of the expert by 0.025 in the mean
+    outcomes = {"a": Outcome(10 * (2.0 + losses), np.full(4, 10.0)), **did(b=2.5)}
+    assert sentences(TWO, *REFERENCES, Entry("out", "merge", outcomes)) == []
+
+
+def test_the_json_of_a_comparison_has_what_a_merge_is_below():
+    comparison = compare(TWO, (*REFERENCES, Entry("out", "merge", did(a=3.25, b=2.5))), "float32")
+    content = json.loads(json.dumps(comparison.as_json()))
+    jsonschema.validate(content, json_schema())
+    rows = {row["model"]: row["below"] for row in content["rows"]}
+    assert {model: below for model, below in rows.items() if model != "out"} == {m: [] for m in rows if m != "out"}
+    assert [(below["task"], below["kind"], below["model"]) for below in rows["out"]] == [
+        ("a", "base", "base"),
+        ("a", "expert", "a"),
+    ]
+    assert rows["out"][0]["difference"]["value"] == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("kept", 0.6), ("worst", 0.4), ("loss", -2.9), ("mean", -2.9), ("a", -2.2)]
 )
@@ -362,6 +443,18 @@ def test_a_recipe_and_its_finished_merge_are_judged_alike(merger, recipe_file):
     assert rows["merged"]["tasks"] == rows["recipe"]["tasks"]
     assert rows["upper"]["tasks"]["upper"]["value"] == 1
     assert content["tasks"]["upper"]["measure"] == "accuracy"
+
+
+def test_the_command_ends_in_what_a_merge_is_below(merger, recipe_file):
+    expert_copy = ("--set", "rules=[{tensors: ., use: shift}]", "--set", "evaluation.samples=40")
+    ran = merger("eval", recipe_file, *expert_copy, "-q")
+    assert (ran.code, ran.err) == (0, "")
+    assert re.fullmatch(
+        r"recipe is below the base on upper \(accuracy [\d.]+ points lower \[[\d.]+, [\d.]+\]\), double \(.*\) "
+        r"and below the best single expert on upper \(expert upper, accuracy .*\), double \(expert double, .*\)",
+        ran.out.splitlines()[-2],
+    )
+    assert ran.out.splitlines()[-1] == BRACKETS
 
 
 def test_a_finished_merge_alone_names_its_base_and_experts(merger, recipe_file, demo_folder):  # noqa: F811

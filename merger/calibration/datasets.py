@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from merger.errors import CheckpointError, system_reason
-from merger.recipe.sections import Role, TextSource
+from merger.recipe.sections import Role, TextSource, is_dataset
 
 TARGETS = ("completion", "response", "answer", "output", "target")
 """The columns of which the first one that a record has is the reply to its prompt."""
 HUB_RECORDS = 10_000  # of a Hub dataset only its first ones are looked at: some hold more text than a disk
-
-_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def _read_source(source: str, folder: Path) -> Iterator[Record]:
             raise CheckpointError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {system_reason(error)}") from None
-    elif path.suffix.lower() in _READERS or not _HUB.fullmatch(source):
+    elif not is_dataset(source):
         raise CheckpointError(f"{path}: there is no such file of text")
     else:
         yield from _read_hub(source)

@@ -85,6 +85,14 @@ def _source_texts(source: TextSource, folder: Path, tokenizer: Any, calib_text: 
     return texts
 
 
+def check_text(file: str, folder: Path) -> None:
+    """Raises CheckpointError for a file, relative to ``folder``, without records or whose first one holds no text."""
+    first = next(records(TextSource(file=file), folder), None)
+    if first is None:
+        raise CheckpointError(f"{file}: has no text; it holds no record")
+    _text_field(first)
+
+
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
@@ -109,15 +117,22 @@ def _record_text(record: Record, tokenizer: Any, calib_text: str) -> Text | None
     with_target = calib_text == "input+target"
     fields = record.fields
     target = next((fields[name] for name in TARGETS if fields.get(name)), None) if with_target else None
+    name = _text_field(record)
+    match fields[name]:
+        case list() as turns:
+            return _chat_text(record, turns + target if isinstance(target, list) else turns, tokenizer, with_target)
+        case text if name == "prompt" and isinstance(target, str):
+            return Text(text + target) if text + target else None
+        case text:
+            return Text(text) if text else None
+
+
+def _text_field(record: Record) -> str:
+    """The field of a record that holds its text or its chat; CheckpointError where there is none."""
     for name in ("messages", "prompt", "text"):
-        match fields.get(name):
-            case list() as turns:
-                return _chat_text(record, turns + target if isinstance(target, list) else turns, tokenizer, with_target)
-            case str() as text if name == "prompt" and isinstance(target, str):
-                return Text(text + target) if text + target else None
-            case str() as text:
-                return Text(text) if text else None
-    columns = ", ".join(sorted(map(str, fields))) or "no field at all"
+        if isinstance(record.fields.get(name), list | str):
+            return name
+    columns = ", ".join(sorted(map(str, record.fields))) or "no field at all"
     raise CheckpointError(f"{record.place}: needs a field messages, prompt or text; found {columns}")
 
 

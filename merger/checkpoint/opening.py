@@ -91,11 +91,18 @@ def _find(source: str, label: str, folder: Path, offline: bool) -> Folder:
     return hub.open_repository(source, label=label, offline=offline)
 
 
+def is_adapter(folder: Folder) -> bool:
+    """Whether a folder holds a PEFT adapter and no model."""
+    return CONFIG in folder.names and not any(
+        name in folder.names or f"{name}.index.json" in folder.names for name in MODEL
+    )
+
+
 def _refuse_adapter(model_folder: Folder, model: str) -> None:
     """Raises CheckpointError if the folder of a model holds an adapter, alone or beside the model."""
     if CONFIG not in model_folder.names:
         return
-    if not any(name in model_folder.names or f"{name}.index.json" in model_folder.names for name in MODEL):
+    if is_adapter(model_folder):
         on = read_json(model_folder, CONFIG).get("base_model_name_or_path") or "the model it was trained on"
         raise CheckpointError(
             f"{model_folder.label}: {model} is a PEFT adapter, not a model; write {{model: {on}, adapter: {model}}}"

@@ -99,6 +99,13 @@ def load(path: Path, overrides: list[str]) -> Recipe:
     return Recipe.load(path, overrides)
 
 
+def new_file_faults(file: Path, *, force: bool) -> list[str]:
+    """The fault of a file ``--output`` that is there already, unless ``force``, or whose folder is not."""
+    if file.is_dir() or not file.parent.is_dir():
+        return [f"--output {file}: expected a file in a folder that is there"]
+    return [f"--output {file}: is there already; --force replaces it"] if file.exists() and not force else []
+
+
 def memory_size(text: str | None) -> int | None:
     """What ``--max-memory`` says, in bytes."""
     if text is None:

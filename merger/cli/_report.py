@@ -18,6 +18,7 @@ from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, par
 from merger.pipeline.stages import expand
 from merger.planning.plan import Plan
 from merger.planning.sample import SampledChange, sample_notes
+from merger.recipe.recommendations import RECOMMENDATIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,8 +120,9 @@ def methods_json(name: str | None) -> Any:
 
 
 def print_methods(name: str | None, console: Console) -> None:
-    """One entry in full, or a table of each kind."""
+    """One entry in full, or what to start with and a table of each kind."""
     if name is None:
+        _print_recommendations(console)
         for kind, entries in _by_kind():
             table = _table(f"{kind}s", "what it does")
             for entry in entries:
@@ -145,6 +147,24 @@ def print_methods(name: str | None, console: Console) -> None:
     console.print(table if table.row_count else "no parameters")
 
 
+def _print_recommendations(console: Console) -> None:
+    """Prints the methods to start with, by what a user has."""
+    console.print("[bold]Start here[/]")
+    table = _table("you have, or want", "method", "kept", "because it")
+    for advice in RECOMMENDATIONS:
+        share = "-" if advice.share is None else f"{advice.share:.3f}"
+        _row(table, advice.purpose, advice.method, share, advice.reason)
+    console.print(table)
+    sources = ", ".join(dict.fromkeys(advice.source for advice in RECOMMENDATIONS if advice.source))
+    lines = (
+        f"kept: by its defaults, of three experts' gains on a 135M model ({sources}); - is not measured",
+        "merger init BASE EXPERT... [--data NAME=FILE ...] writes a recipe of the first, or without text of the second",
+    )
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=not console.is_terminal)
+    console.print()
+
+
 def _by_kind() -> Iterable[tuple[str, list[Entry]]]:
     for kind in ("method", "sparsifier", "merger", "pack", "filter", "scale"):
         yield kind, [entry for entry in ENTRIES.values() if entry.kind == kind]
@@ -163,6 +183,7 @@ def _described(entry: Entry) -> dict[str, Any]:
         "name": entry.name,
         "kind": entry.kind,
         "summary": entry.summary,
+        "start_here": [asdict(advice) for advice in RECOMMENDATIONS if advice.method == entry.name],
         "paper": entry.paper,
         "package": None if entry.package is None else str(entry.package),
         "parameters": _parameters(entry),

@@ -68,7 +68,7 @@ def eval_(
     """Say what merges kept: base, experts and merges on the same held-out examples."""
     from merger.evaluation import EvaluationSettings, evaluate
     from merger.evaluation.plots import check_plot, plot_comparison
-    from merger.evaluation.tables import print_comparison
+    from merger.evaluation.tables import print_comparison, print_shortfalls
 
     check_plot(plot)
     harness = _harness(lm_eval, include_path, limit, num_fewshot)
@@ -80,7 +80,9 @@ def eval_(
     if as_json:
         print(json.dumps(comparison.as_json()))
     else:
-        print_comparison(comparison, make_console())
+        console = make_console()
+        print_comparison(comparison, console)
+        print_shortfalls(comparison, console)
 
 
 def _subjects(models: list[Path], overrides: list[str]) -> dict[str, Recipe | Path]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from merger.cli._app import LEARN, command
+from merger.cli._options import new_file_faults
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -30,15 +31,14 @@ def import_(
 
     from merger.checkpoint.files import replace_bytes
     from merger.recipe.document import read
+    from merger.recipe.locations import location_from
     from merger.recipe.mergekit import import_mergekit
 
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise RecipeError(f"--output {output}: expected a file in a folder that is there")
-    if output is not None and output.exists() and not force:
-        raise RecipeError(f"--output {output}: is there already; --force replaces it")
+    if output is not None and (faults := new_file_faults(output, force=force)):
+        raise RecipeError(faults)
     start = Path.cwd() if output is None else output.resolve().parent
     # mergekit itself reads YAML 1.1, in which `no` is false
-    imported = import_mergekit(read(config, yaml.SafeLoader), lambda path: _from(start, path))
+    imported = import_mergekit(read(config, yaml.SafeLoader), partial(location_from, start))
     _check_layers(config, imported, start)
     for note in imported.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -47,11 +47,6 @@ def import_(
         print(text, end="")
     else:
         replace_bytes(output, text.encode())
-
-
-def _from(start: Path, path: str) -> str:
-    """A folder relative to the recipe's; mergekit starts it where it is called. Other sources are unchanged."""
-    return path if os.path.isabs(path) or not Path(path).is_dir() else os.path.relpath(path, start)
 
 
 def _check_layers(config: Path, imported: Imported, start: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any, Literal
@@ -43,6 +43,16 @@ class TaskSummary:
 
 
 @dataclass(frozen=True)
+class Shortfall:
+    """A task on which a merge is worse than the base or the best expert, beyond the choice of examples."""
+
+    task: str
+    kind: Literal["base", "expert"]  # of the better model
+    model: str
+    difference: Estimate  # by how much the merge's loss is higher, or its accuracy lower; the interval is above 0
+
+
+@dataclass(frozen=True)
 class Row:
     """One model: each task's measure, and what it kept of the experts' gains."""
 
@@ -54,6 +64,7 @@ class Row:
     kept_of: dict[str, Estimate]  # by expert: (model - base) / (expert - base) on the task of its name
     kept: Estimate | None  # the mean of these; None where no task has an expert that gained
     behind: Estimate | None  # of a merge: how much less it kept than the best merge
+    below: tuple[Shortfall, ...]  # of a merge: the tasks on which base or best expert are better, by kind
     lm_eval: dict[str, Score]  # by the name of a metric
 
 
@@ -201,6 +212,7 @@ class _Bootstrap:
             for entry in entries:
                 self.values[entry.model, task.name] = _measure_draws(entry.outcomes[task.name], counts)
         self.base = next(candidate.model for candidate in entries if candidate.kind == "base")
+        self.experts = [entry.model for entry in entries if entry.kind == "expert"]
         self.gained = [name for name, _ in _expert_gains(tasks, entries)]
 
     def rows(self) -> list[Row]:
@@ -216,21 +228,29 @@ class _Bootstrap:
         if experts:
             place = 1 + max(i for i, entry in enumerate(self.entries) if entry.kind == "expert")
             ideal = Entry("ideal", "ideal", {}, lm_eval=_best([entry.lm_eval for entry in experts]))
-            rows.insert(place, self._row(ideal, self._ideal([entry.model for entry in experts]), None))
+            ideal_values = {task.name: self.values[self._best_expert(task), task.name] for task in self.tasks}
+            rows.insert(place, self._row(ideal, ideal_values, None))
         return rows
 
     def _values_of(self, model: str) -> dict[str, np.ndarray]:
         return {task.name: self.values[model, task.name] for task in self.tasks}
 
-    def _ideal(self, experts: Sequence[str]) -> dict[str, np.ndarray]:
-        """On every task the expert that is the best there on the examples as they are."""
-        ideal_values = {}
-        for task in self.tasks:
-            best = max if task.measure == "accuracy" else min
-            ideal_values[task.name] = best(
-                (self.values[model, task.name] for model in experts), key=lambda values: values[0]
-            )
-        return ideal_values
+    def _best_expert(self, task: Task) -> str:
+        """The expert that is the best on a task on the examples as they are."""
+        best = max if task.measure == "accuracy" else min
+        return best(self.experts, key=lambda model: self.values[model, task.name][0])
+
+    def _shortfalls(self, merge: str) -> Iterator[Shortfall]:
+        """The tasks on which a merge is below the base, then those on which it is below the best expert."""
+        references: list[tuple[Literal["base", "expert"], Task, str]] = [
+            ("base", task, self.base) for task in self.tasks
+        ]
+        references += [("expert", task, self._best_expert(task)) for task in self.tasks if self.experts]
+        for kind, task, model in references:
+            sign = -1 if task.measure == "accuracy" else 1
+            difference = _estimate(sign * (self.values[merge, task.name] - self.values[model, task.name]))
+            if difference.low > 0:
+                yield Shortfall(task.name, kind, model, difference)
 
     def _shares(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {
@@ -252,6 +272,7 @@ class _Bootstrap:
             kept_of={name: _estimate(share) for name, share in self._shares(values).items()},
             kept=_estimate(self._mean_share(values)) if self.gained else None,
             behind=None if shortfall is None else _estimate(shortfall),
+            below=tuple(self._shortfalls(entry.model)) if entry.kind == "merge" else (),
             lm_eval={metric.name: score for metric, score in entry.lm_eval.items()},
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from merger.evaluation.harness import Score
-from merger.evaluation.scores import Comparison, Estimate, Row
+from merger.evaluation.scores import Comparison, Estimate, Row, Shortfall
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +36,39 @@ def print_comparison(comparison: Comparison, console: Console, *, settings: bool
             console.print(f"{row.model}: {row.setting}", markup=False, soft_wrap=True)
     for line in legend(comparison):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def print_shortfalls(comparison: Comparison, console: Console) -> None:
+    """Prints the lines of `shortfall_lines`, broken between words on a terminal alone."""
+    for line in shortfall_lines(comparison):
+        console.print(line, markup=False, soft_wrap=not console.is_terminal)
+
+
+def shortfall_lines(comparison: Comparison) -> Iterator[str]:
+    """A sentence on each merge that is below the base or the best single expert on a task, and one on its brackets."""
+    rows = [row for row in comparison.rows if row.below]
+    for row in rows:
+        better_base, better_expert = (
+            ", ".join(_shortfall(comparison, shortfall) for shortfall in row.below if shortfall.kind == kind)
+            for kind in ("base", "expert")
+        )
+        clauses = [("the base", better_base), ("the best single expert", better_expert)]
+        text = " and ".join(f"below {reference} on {tasks}" for reference, tasks in clauses if tasks)
+        yield f"{row.model} is {text}"
+    if rows:
+        yield "in brackets: the 95 % interval of the difference; a difference whose interval holds 0 is not named"
+
+
+def _shortfall(comparison: Comparison, shortfall: Shortfall) -> str:
+    """The task with the difference of its measure."""
+    estimate = shortfall.difference
+    expert = f"expert {shortfall.model}, " if shortfall.kind == "expert" else ""
+    if comparison.tasks[shortfall.task].measure == "loss":
+        difference = f"loss {estimate.value:.3g} higher [{estimate.low:.3g}, {estimate.high:.3g}]"
+    else:
+        value, low, high = (100 * share for share in (estimate.value, estimate.low, estimate.high))
+        difference = f"accuracy {value:.3g} points lower [{low:.3g}, {high:.3g}]"
+    return f"{shortfall.task} ({expert}{difference})"
 
 
 def headings(comparison: Comparison) -> list[str]:

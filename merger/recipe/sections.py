@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -87,6 +87,16 @@ class Output(Section):
 
 
 # --- text -----------------------------------------------------------------------------------------
+
+_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}")
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".md")
+"""The ends of files of text that are no names of Hub datasets."""
+
+
+def is_dataset(source: str) -> bool:
+    """Whether a source of text that is no file could be a dataset of the Hub."""
+    return _DATASET.fullmatch(source) is not None and not source.lower().endswith(TEXT_SUFFIXES)
+
 
 Role = Literal["text", "prompt", "messages", "target", "answer", "choices"]
 """What a column of a record is taken for."""
@@ -181,6 +191,15 @@ def expert_name(name: str) -> str:
     if name == "base" or not _NAME.match(name):
         raise ValueError("an expert's name is letters, digits, _ . -, and not `base`")
     return name
+
+
+def unused_expert_name(location: str, used_names: Collection[str]) -> str:
+    """The name of a folder or repository as that of an expert, numbered if it is among ``used_names``."""
+    last = location.partition("@")[0].replace("\\", "/").rstrip("/").rpartition("/")[2]
+    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", last).lstrip(".-") or "model"
+    stem = "base_model" if stem == "base" else stem
+    numbered = (f"{stem}-{i}" for i in range(2, len(used_names) + 3))
+    return stem if stem not in used_names else next(name for name in numbered if name not in used_names)
 
 
 def _pattern(text: str) -> str:

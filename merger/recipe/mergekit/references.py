@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from merger.recipe.document import KeyPath
+from merger.recipe.sections import unused_expert_name
 
 Faults = list[tuple[KeyPath, str]]
 
@@ -57,12 +57,5 @@ def expert_names(references: Iterable[Reference]) -> dict[Reference, str]:
     """Returns a short name for each reference: the name of its folder or repository, numbered if it is not unique."""
     names: dict[Reference, str] = {}
     for reference in references:
-        last = (
-            (reference.adapter or reference.model).partition("@")[0].replace("\\", "/").rstrip("/").rpartition("/")[2]
-        )
-        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", last).lstrip(".-") or "model"
-        stem = "base_model" if stem == "base" else stem
-        used_names = set(names.values())
-        numbered = (f"{stem}-{i}" for i in range(2, len(used_names) + 3))
-        names[reference] = stem if stem not in used_names else next(name for name in numbered if name not in used_names)
+        names[reference] = unused_expert_name(reference.adapter or reference.model, names.values())
     return names
