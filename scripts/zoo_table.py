@@ -67,6 +67,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "regmean": grid(alpha=[0.5, 0.7, 0.9, 0.95, 1]),
     "tsv_m": grid(**{"lambda": [0.8, 1, 1.2]}),
     "wudi": grid(omega=[0.1, 0.3, 1]),
+    "wudi_svc": grid(omega=[0.1, 0.3, 1]),
     "actmat": grid(omega=[0.03, 0.1, 0.3, 1]),
     "iso_c": grid(**{"lambda": [1, 1.5, 2]}),
     "iso_cts": grid(**{"lambda": [1, 1.5, 2]}),

@@ -385,6 +385,18 @@ def test_svc_leaves_out_an_expert_of_weight_zero():
     assert_close(merge(stages, deltas), calibrated({expert: deltas[expert] for expert in "ab"}))
 
 
+def test_wudi_svc_is_wudi_and_then_svc():
+    deltas = deltas_of(3, 6, 8)
+    stages = [checked("wudi", {"omega": 0.1}), checked("svc", {"alpha": 0.2}), checked("scale", {"lambda": 0.7})]
+    assert torch.equal(merged("wudi_svc", deltas, {"omega": 0.1, "alpha": 0.2, "lambda": 0.7}), merge(stages, deltas))
+
+
+def test_svc_calibrates_the_anchor_of_a_regression():
+    deltas = deltas_of(3, 6, 8)
+    anchored = merged("regmean", deltas, {"anchor": "wudi_svc"})  # no text reached the matrix
+    assert_close(anchored, merged("wudi_svc", deltas))
+
+
 # --- rank truncation ------------------------------------------------------------------------------
 
 
