@@ -15,8 +15,8 @@ def featcal(
     *,
     target: Share = 0.25,
     ridge: Number = 0.05,
-    anchor: Anchor = "mean",
-    stretch: Stretch = 2,
+    anchor: Anchor = "wudi_svc",
+    stretch: Stretch = 1,
     weight: Numbers = 1,
     lambda_: Number = 1,
 ) -> list[Stage]:
