@@ -107,42 +107,49 @@ def texts(data: Path, domain: str) -> list[str]:
 class Judge:
     """One model whose weights are swapped in place, and texts that were tokenised once."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """The first tokens of each text, the short ones first, so that a batch needs little padding."""
         rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=TOKENS).input_ids
         return sorted(rows, key=len)
 
-    @torch.inference_mode()
     def losses(self, checkpoint: Path, held_out: Mapping[str, list[list[int]]]) -> dict[str, float]:
         """Token-mean cross-entropy of a checkpoint on each domain's texts."""
+        return {
+            domain: sum(total for total, _ in rows) / sum(count for _, count in rows)
+            for domain, rows in self.text_losses(checkpoint, held_out).items()
+        }
+
+    @torch.inference_mode()
+    def text_losses(
+        self, checkpoint: Path, held_out: Mapping[str, list[list[int]]]
+    ) -> dict[str, list[tuple[float, int]]]:
+        """The summed cross-entropy of a checkpoint on each text, and the text's tokens, by domain."""
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(checkpoint.glob("*.safetensors")):
             weights |= load_file(file)
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not {*missing, *unexpected} - {"lm_head.weight"}, (missing, unexpected)  # the head is tied
-        losses = {}
-        for domain, rows in held_out.items():
-            sums = [self._loss(rows[start : start + 8]) for start in range(0, len(rows), 8)]
-            losses[domain] = sum(sums) / sum(len(row) - 1 for row in rows)
-        return losses
+        return {
+            domain: [pair for start in range(0, len(rows), 8) for pair in self._losses(rows[start : start + 8])]
+            for domain, rows in held_out.items()
+        }
 
-    def _loss(self, rows: list[list[int]]) -> float:
-        """The summed cross-entropy of a batch; logits are made only for tokens that have a next one."""
+    def _losses(self, rows: list[list[int]]) -> list[tuple[float, int]]:
+        """The summed cross-entropies of a batch; logits are made only for tokens that have a next one."""
         longest = max(map(len, rows))
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         hidden = self.model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        target_mask = mask[:, 1:].bool()
-        logits, target = self.model.lm_head(hidden[:, :-1][target_mask]), ids[:, 1:][target_mask]
-        pieces = zip(torch.split(logits, 512), torch.split(target, 512), strict=True)
-        return sum(
-            torch.nn.functional.cross_entropy(logit_piece.float(), target_piece, reduction="sum").item()
-            for logit_piece, target_piece in pieces
-        )
+        losses = []
+        for row, states in zip(rows, hidden, strict=True):
+            logits = self.model.lm_head(states[: len(row) - 1]).float()
+            total = torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")
+            losses.append((total.item(), len(row) - 1))
+        return losses
 
 
 def weights_of(checkpoint: Path) -> int:
