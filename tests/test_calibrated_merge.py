@@ -389,7 +389,7 @@ def test_own_and_merged_inputs_do_not_go_together(place):
 
 
 def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
-    with pytest.raises(RecipeError, match="inputs: merged needs merged blocks"):
+    with pytest.raises(RecipeError, match="`merger run` it, and inspect the output"):
         merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
 
 
@@ -481,7 +481,7 @@ def test_inputs_behind_merged_blocks_are_made_from_text_alone(place):
 
 @pytest.mark.parametrize(
     ("method", "parameters", "message"),
-    [("regmean", {"inputs": "merged"}, "inputs: merged makes Gram matrices while it merges"), ("obim", {}, "no stage")],
+    [("regmean", {"inputs": "merged"}, "made behind the merged blocks"), ("obim", {}, "no stage")],
 )
 def test_gram_matrices_that_no_merge_could_use_are_not_kept(place, method, parameters, message):
     with pytest.raises(RecipeError, match=message):
