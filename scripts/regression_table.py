@@ -95,8 +95,9 @@ class Table:
             self.lines = {entry["key"]: entry for entry in entries}
 
     def model(self, name: str) -> Losses:
-        """The losses of the base or an expert."""
-        return self._entry(name, lambda: self.judge.text_losses(self.zoo / name, self.held_out))
+        """The losses of the base on all domains, or of an expert on its own."""
+        held_out = self.held_out if name == "base" else {name: self.held_out[name]}
+        return self._entry(name, lambda: self.judge.text_losses(self.zoo / name, held_out))
 
     def merge(self, row: Row) -> Losses:
         """The losses of a merge, on the domains of its experts."""
