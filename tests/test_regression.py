@@ -277,10 +277,16 @@ def test_wudi_refuses_a_negative_ridge():
         merged("wudi", deltas_of(2, 3, 2), {"omega": -1})
 
 
-@pytest.mark.parametrize("kind", ["vector", "embedding", "head"])
-def test_wudi_averages_tensors_without_a_matrix(kind):
+@pytest.mark.parametrize(("kind", "head"), [("vector", True), ("embedding", True), ("head", False), ("tied", False)])
+def test_wudi_averages_tensors_without_a_matrix(kind, head):
     deltas = deltas_of(3, 4, 5)
-    assert_close(merged("wudi", deltas, {"lambda": 0.5}, kind=kind), 0.5 * merged("mean", deltas))
+    assert_close(merged("wudi", deltas, {"lambda": 0.5, "head": head}, kind=kind), 0.5 * merged("mean", deltas))
+
+
+@pytest.mark.parametrize("kind", ["head", "tied"])
+def test_a_head_is_a_matrix_to_wudi_whether_or_not_it_is_the_embedding(kind):
+    deltas = deltas_of(3, 4, 5)
+    assert torch.equal(merged("wudi", deltas, kind=kind), merged("wudi", deltas))
 
 
 # --- ACTMat ---------------------------------------------------------------------------------------

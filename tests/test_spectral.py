@@ -194,9 +194,10 @@ def test_tensors_without_a_matrix_get_the_mean_times_the_scale(method, kind):
 
 
 @pytest.mark.parametrize("method", SPECTRAL)
-def test_the_head_is_a_matrix_if_asked(method):
+@pytest.mark.parametrize("kind", ["head", "tied"])
+def test_the_head_is_a_matrix_if_asked(method, kind):
     deltas = deltas_of(3, 6, 8)
-    result = merged(method, deltas, {"head": True}, kind="head")
+    result = merged(method, deltas, {"head": True}, kind=kind)
     assert torch.equal(result, merged(method, deltas))
 
 
@@ -370,12 +371,14 @@ def test_svc_keeps_directions_that_no_expert_counts_positively():
 @pytest.mark.parametrize("kind", ["vector", "embedding", "tied", "head", "other"])
 def test_svc_leaves_tensors_without_a_matrix_as_they_were_merged(kind):
     deltas = deltas_of(3, 6, 8)
-    assert torch.equal(calibrated(deltas, kind=kind), merged("sum", deltas, kind=kind))
+    result = calibrated(deltas, parameters={"head": False}, kind=kind)
+    assert torch.equal(result, merged("sum", deltas, kind=kind))
 
 
-def test_svc_takes_the_head_if_asked():
+@pytest.mark.parametrize("kind", ["tied", "head"])
+def test_svc_takes_the_head_unless_told_otherwise(kind):
     deltas = deltas_of(3, 6, 8)
-    assert torch.equal(calibrated(deltas, parameters={"head": True}, kind="head"), calibrated(deltas))
+    assert torch.equal(calibrated(deltas, kind=kind), calibrated(deltas))
 
 
 def test_svc_leaves_out_an_expert_of_weight_zero():

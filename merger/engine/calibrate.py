@@ -48,6 +48,6 @@ def _check_grams(plan: Plan) -> None:
         raise RecipeError("no stage of this recipe takes Gram matrices: there is nothing to keep with --gram")
     if any(stage_input.follows_merge for stage_input in plan.inputs):
         raise RecipeError(
-            "Gram matrices of this recipe are made behind the merged blocks, during the merge: there is nothing to keep "
-            "with --gram"
+            "Gram matrices of this recipe are made behind the merged blocks, during the merge: there is nothing to "
+            "keep with --gram"
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _averaged(kind: str, *, weight: Any, lambda_: Any, **_: object) -> list[Stage] | None:
-    return None if kind == "tied" else averaged(kind, head=True, weight=weight, lambda_=lambda_)
+    return averaged(kind, head=True, weight=weight, lambda_=lambda_)
 
 
 def _inputs(*, inputs: str, **_: object) -> Mapping[str, str]:

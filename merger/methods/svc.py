@@ -22,15 +22,15 @@ ROUNDING = 2.0**-24
 
 @filter_(exact=False, takes=whole, elsewhere=untouched)
 def svc(
-    deltas: Tensor, originals: Tensor, *, alpha: ShareOrAuto = "auto", weight: Numbers = 1, head: bool = False
+    deltas: Tensor, originals: Tensor, *, alpha: ShareOrAuto = "auto", weight: Numbers = 1, head: bool = True
 ) -> Tensor:
     """Rescales each singular value of the merged task vector by how often it counts what the experts have there.
 
     In the output direction u the merged task vector answers a = u^T tau and expert k answers a_k = u^T delta_k, which a
     counts s_k = <a, a_k> / |a_k|^2 times. The singular value is divided by the mean of max(`alpha`, s_k) over the
-    experts that have an answer there. `auto` is 1 / K; at 1 no singular value grows. What is no matrix (and the
-    head, unless `head`) stays as it was merged. (2, 0), the sum of (1, 0) twice, becomes (1, 0); (1, 1), the sum of
-    (1, 0) and (0, 1), stays.
+    experts that have an answer there. `auto` is 1 / K; at 1 no singular value grows. What is no matrix (and the head,
+    tied or not, without `head`) stays as it was merged. (2, 0), the sum of (1, 0) twice, becomes (1, 0); (1, 1), the
+    sum of (1, 0) and (0, 1), stays.
     """
     directions = svd(deltas)
     floor = 1 / len(originals) if alpha == "auto" else float(alpha)

@@ -19,7 +19,7 @@ def wudi_svc(
     alpha: ShareOrAuto = "auto",
     weight: Numbers = 1,
     lambda_: Number = 1,
-    head: bool = False,
+    head: bool = True,
 ) -> list[Stage]:
     """Interferes least with what each expert changed, then counts each output direction as often as the experts do."""
     return [
