@@ -55,11 +55,10 @@ ROWS: dict[str, list[Row]] = {
         Row("task_arithmetic", "task_arithmetic"),
         Row("linear", "linear"),
     ],
-    "FeatCal: two experts, and how many texts": [
+    "FeatCal: two experts, and fewer texts": [
         Row("code and french", "featcal", experts=("code", "french")),
         Row("5 texts", "featcal", samples=5),
         Row("french and wordnet", "featcal", experts=("french", "wordnet")),
-        Row("100 texts", "featcal", samples=100),
     ],
     "FeatCal: one part at a time, 5 texts": [
         Row("target: 0", "featcal", {"target": 0}, samples=5),
