@@ -51,6 +51,7 @@ ROWS: dict[str, list[Row]] = {
         Row("featcal", "featcal"),
         Row("wudi_svc", "wudi_svc"),
         Row("regmean", "regmean"),
+        Row("wudi with head: true", "wudi", {"head": True}),
         Row("wudi", "wudi"),
         Row("task_arithmetic", "task_arithmetic"),
         Row("linear", "linear"),

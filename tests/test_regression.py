@@ -284,9 +284,9 @@ def test_wudi_averages_tensors_without_a_matrix(kind, head):
 
 
 @pytest.mark.parametrize("kind", ["head", "tied"])
-def test_a_head_is_a_matrix_to_wudi_whether_or_not_it_is_the_embedding(kind):
+def test_a_head_is_a_matrix_to_wudi_if_asked_whether_or_not_it_is_the_embedding(kind):
     deltas = deltas_of(3, 4, 5)
-    assert torch.equal(merged("wudi", deltas, kind=kind), merged("wudi", deltas))
+    assert torch.equal(merged("wudi", deltas, {"head": True}, kind=kind), merged("wudi", deltas))
 
 
 # --- ACTMat ---------------------------------------------------------------------------------------

@@ -371,14 +371,13 @@ def test_svc_keeps_directions_that_no_expert_counts_positively():
 @pytest.mark.parametrize("kind", ["vector", "embedding", "tied", "head", "other"])
 def test_svc_leaves_tensors_without_a_matrix_as_they_were_merged(kind):
     deltas = deltas_of(3, 6, 8)
-    result = calibrated(deltas, parameters={"head": False}, kind=kind)
-    assert torch.equal(result, merged("sum", deltas, kind=kind))
+    assert torch.equal(calibrated(deltas, kind=kind), merged("sum", deltas, kind=kind))
 
 
 @pytest.mark.parametrize("kind", ["tied", "head"])
-def test_svc_takes_the_head_unless_told_otherwise(kind):
+def test_svc_takes_the_head_if_asked(kind):
     deltas = deltas_of(3, 6, 8)
-    assert torch.equal(calibrated(deltas, kind=kind), calibrated(deltas))
+    assert torch.equal(calibrated(deltas, parameters={"head": True}, kind=kind), calibrated(deltas))
 
 
 def test_svc_leaves_out_an_expert_of_weight_zero():

@@ -12,7 +12,7 @@ from merger.pipeline.registry import Stage, method, stage
 
 
 @method()
-def actmat(*, omega: Number = 0.1, weight: Numbers = 1, lambda_: Number = 1, head: bool = True) -> list[Stage]:
+def actmat(*, omega: Number = 0.1, weight: Numbers = 1, lambda_: Number = 1, head: bool = False) -> list[Stage]:
     """The regression of `regmean` with delta_k^T delta_k in place of the Gram matrix of the inputs; needs no text.
 
     That is `wudi` without dividing by ||delta_k||^2. `omega` 0 is the paper's pseudo-inverse.

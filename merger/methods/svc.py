@@ -22,7 +22,7 @@ ROUNDING = 2.0**-24
 
 @filter_(exact=False, takes=whole, elsewhere=untouched)
 def svc(
-    deltas: Tensor, originals: Tensor, *, alpha: ShareOrAuto = "auto", weight: Numbers = 1, head: bool = True
+    deltas: Tensor, originals: Tensor, *, alpha: ShareOrAuto = "auto", weight: Numbers = 1, head: bool = False
 ) -> Tensor:
     """Rescales each singular value of the merged task vector by how often it counts what the experts have there.
 

@@ -44,7 +44,7 @@ def wudi(
     normalize: Literal["trace", "none"] = "trace",
     weight: Numbers = 1,
     lambda_: Number = 1,
-    head: bool = True,
+    head: bool = False,
 ) -> Tensor:
     """Minimizes the interference of the merged task vector with every expert's in closed form.
 
