@@ -21,6 +21,7 @@ from merger.inspection.views import curves_of, pictures_of, views_of
 from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count_stages, count_task_vectors
 from merger.options import RunOptions
 from merger.planning.plan import Plan
+from merger.recipe.input_locations import check_models
 from merger.recipe.recipe import Recipe
 
 __all__ = [
@@ -70,6 +71,7 @@ def inspect_model(
     curves: bool = False,
 ) -> Inspection:
     """Compares one fine-tune with its base; both are folders or Hub repositories."""
+    check_models({"base": base, "model": model})
     name = expert_name(model)
     recipe = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
     with prepare(Recipe.parse(recipe), options) as prepared:
@@ -93,7 +95,7 @@ def inspect_merge(
     an input is missing or differs from the one that was merged, the inspection has the manifest's facts and the reason
     alone. Nothing is downloaded: inputs from the Hub are read from its cache.
     """
-    if not (folder / RECORD).is_file():
+    if folder.is_dir() and not (folder / RECORD).is_file():
         raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give --base for a fine-tune")
     select_devices(options.device)  # refuses a wrong --device, which below would pass for a missing input
     manifest = Manifest.read(folder)

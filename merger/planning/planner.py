@@ -31,6 +31,7 @@ from merger.planning.stage_notes import stage_notes
 from merger.planning.tables import vocabulary_tables
 from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import Table, Vocabulary, describe_rows
+from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe
 
 FAULTS = 20
@@ -43,6 +44,7 @@ def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) ->
     Without ``headers_only`` a Hub repository's weights are downloaded after the plan succeeds. Raises CheckpointError
     for inputs that do not fit together, with all misfits of a kind at once.
     """
+    check_inputs(recipe)
     draft = _plan(recipe, offline=offline, headers_only=True)
     checkpoints = [part for model in draft.models.values() for part in (model, model.adapter) if part is not None]
     if headers_only or all(info.file is not None for part in checkpoints for info in part.tensors.values()):
