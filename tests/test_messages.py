@@ -8,8 +8,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from checkpoints import llama, save
+from checkpoints import CONFIG, llama, save
 
+from merger.cli._terminal import as_flags, program_name
+from merger.demo import demo
+from merger.engine.merge import merge
+from merger.errors import RecipeError
 from merger.recipe.json_schema import json_schema
 from merger.recipe.recipe import Recipe
 
@@ -312,3 +316,110 @@ def test_an_output_that_is_a_number_is_told_with_an_example(merger, folder):
     assert errors(merger("plan", "recipe.yaml"), 2) == [
         "recipe.yaml:6: output: is 7, expected a folder, as in output: out; put a name in quotes"
     ]
+
+
+# --- models of another kind -------------------------------------------------------------------------
+
+
+def neox(path):
+    """A checkpoint with the names of another architecture."""
+    names = {name: f"gpt_neox.{name.removeprefix('model.')}" for name in llama(1)}
+    tensors = {names[name]: tensor for name, tensor in llama(1).items()}
+    save(path, tensors, {**CONFIG, "model_type": "gpt_neox"})
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "inspect", "lock"])
+def test_an_expert_of_another_architecture_is_told_in_a_line(merger, folder, command):
+    neox("models/code")
+    assert errors(merger(command, "recipe.yaml"), 3) == [
+        "code is gpt_neox, base is llama; experts are fine-tunes of the base"
+    ]
+
+
+def test_an_expert_of_another_size_is_told_in_a_line(merger, folder):
+    save("models/code", llama(1, hidden=6, layers=3), {**CONFIG, "hidden_size": 6, "num_hidden_layers": 3})
+    save("models/base", llama(0), {**CONFIG, "hidden_size": 4, "num_hidden_layers": 2})
+    save("models/french", llama(2), {**CONFIG, "hidden_size": 4, "num_hidden_layers": 2})
+    assert errors(merger("plan", "recipe.yaml"), 3) == [
+        "code is llama with num_hidden_layers 3, hidden_size 6, base with num_hidden_layers 2, hidden_size 4; "
+        "experts are fine-tunes of the base"
+    ]
+
+
+def test_misfits_of_other_experts_are_told_beside_an_architecture(merger, folder):
+    neox("models/code")
+    tensors = llama(2)
+    del tensors["model.norm.weight"]
+    save("models/french", tensors)
+    assert errors(merger("plan", "recipe.yaml"), 3) == [
+        "code is gpt_neox, base is llama; experts are fine-tunes of the base",
+        "french: has no model.norm.weight; set `missing: zero` to leave such tensors at the base, or name them in a "
+        "rule {tensors: ..., use: base}",
+    ]
+
+
+def test_another_type_with_the_same_tensors_is_no_fault(merger, folder):
+    save("models/code", llama(1), {**CONFIG, "model_type": "mistral"})
+    assert merger("plan", "recipe.yaml").code == 0
+
+
+# --- options, as Python and the command line write them ----------------------------------------------
+
+
+def test_an_occupied_output_names_the_option_as_it_is_typed(merger, folder):
+    Path("out").mkdir()
+    Path("out/note.txt").write_text("mine")
+    sentence = "output.path: {}/out is there already; choose another folder, or replace it with {}"
+    with pytest.raises(RecipeError) as refusal:
+        merge(Recipe.load("recipe.yaml"))
+    assert str(refusal.value) == sentence.format(folder, "force=True")
+    assert errors(merger("run", "recipe.yaml"), 2) == [sentence.format(folder, "--force")]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("say public=True if that is meant", "say --public if that is meant"),
+        ("device='cuda:9': no such", "--device cuda:9: no such"),
+        ("another with to=FOLDER, or force=True", "another with --to, or --force"),
+        ("max_memory=SIZE: too little", "--max-memory: too little"),
+        ("models/force=Trueish and enforce=True", "models/force=Trueish and enforce=True"),
+    ],
+)
+def test_options_of_python_become_flags(text, flags):
+    assert as_flags(text) == flags
+
+
+# --- what to type next ------------------------------------------------------------------------------
+
+
+def test_a_pack_says_at_the_end_of_a_run_what_loads_it(merger, folder):
+    write("linear", "emr")
+    ran = merger("run", "recipe.yaml")
+    command = f"merger extract {folder}/out code -o {folder}/out-code"
+    assert ran.out.splitlines()[1:] == [
+        f"it packs code, french, which transformers does not load; write one that it does with: {command}"
+    ]
+    assert merger(*command.split()[1:]).code == 0
+
+
+def test_a_model_says_nothing_of_packs(merger, folder):
+    assert len(merger("run", "recipe.yaml").out.splitlines()) == 1
+
+
+def test_the_program_is_typed_by_its_path_where_the_shell_does_not_find_it(tmp_path, monkeypatch):
+    program = tmp_path / "a b" / "merger"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(program)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program_name() == f"'{program}'"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert program_name() == "merger"
+
+
+def test_the_demo_leaves_the_output_of_its_recipe_free(tmp_path):
+    recipe = Recipe.load(demo.prepare(tmp_path / "demo"))
+    outputs = [demo.merge_folder(tmp_path / "demo", method) for method in demo.METHODS]
+    assert recipe.folder / recipe.output.path not in outputs

@@ -209,7 +209,7 @@ def test_a_folder_without_weights_or_config_says_so(tmp_path):
         "config.json: has no config.json; is it a model's folder?",
         "model.safetensors: is missing, and there is no pytorch_model.bin nor an index",
     ]
-    with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere"):
+    with pytest.raises(CheckpointError, match="nowhere: there is no such folder"):
         verify(tmp_path / "nowhere")
 
 

@@ -133,7 +133,7 @@ def _cached(source: str, *, label: str) -> Folder:
         return replace(local_folder(directory, label, directory.name), source=source)
     raise CheckpointError(
         f"{label}: {source} is neither a folder nor in the Hub cache ({constants.HF_HUB_CACHE}), and offline "
-        "nothing is downloaded; run it once without --offline and HF_HUB_OFFLINE"
+        "nothing is downloaded; run it once without offline=True and HF_HUB_OFFLINE"
     )
 
 
@@ -249,6 +249,6 @@ def _explain(error: BaseException, source: str, label: str) -> NoReturn:
         reason = (
             f"there is no folder {source}, and {repository} could not be fetched from {host} "
             f"({type(error).__name__}); check the connection and the name, "
-            "or use what is in the cache with --offline"
+            "or use what is in the cache with offline=True"
         )
     raise CheckpointError(f"{label}: {reason}") from None

@@ -96,7 +96,7 @@ def inspect_merge(
     alone. Nothing is downloaded: inputs from the Hub are read from its cache.
     """
     if folder.is_dir() and not (folder / RECORD).is_file():
-        raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give --base for a fine-tune")
+        raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give base=MODEL for a fine-tune")
     select_devices(options.device)  # refuses a wrong --device, which below would pass for a missing input
     manifest = Manifest.read(folder)
     summary, experts, copied = manifest.summary(), manifest.experts, manifest.copied
@@ -109,7 +109,7 @@ def inspect_merge(
         recipe = recipe_with_merge(manifest, folder, label, inputs)
         prepared = prepare(recipe, replace(options, offline=True))
     except (CheckpointError, RecipeError) as error:
-        reason = f"shares cannot be told from the weights: {error}; --inputs says where they are"
+        reason = f"shares cannot be told from the weights: {error}; inputs=FOLDER says where they are"
         return _with_notes(of_manifest, [reason], options)
     with prepared:
         plan = prepared.plan

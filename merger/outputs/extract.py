@@ -115,7 +115,7 @@ def _base(folder: Path, manifest: Manifest, path: str | None, offline: bool) -> 
     model = open_checkpoint(source["model"], source.get("adapter"), label="base", folder=Path.cwd(), offline=offline)
     if (fault := changed_file(manifest, "base", model)) is not None:
         model.close()
-        raise CheckpointError(f"{fault}, and no expert can be rebuilt on another; --base says where it is")
+        raise CheckpointError(f"{fault}, and no expert can be rebuilt on another; base=MODEL says where it is")
     return model
 
 

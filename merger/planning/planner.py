@@ -19,7 +19,7 @@ from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
 from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
-from merger.planning.differences import config_differences, tokenizer_differences
+from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
 from merger.planning.output_names import matching_rule, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
@@ -130,7 +130,7 @@ class _Planner:
                 planned[name] = tensor
         self.faults += [describe_unknown_axes(names, stage) for stage, names in self.unoriented.items()]
         if self.faults:
-            raise CheckpointError("\n".join(_shorten(self.faults)))
+            raise CheckpointError("\n".join(_shorten(summarize_misfits(self.faults, self.models))))
         for name, original in originals.items():
             planned[name] = replace(planned[original], name=name, parts=(), extra=(), tied_to=original)
         tensors = [planned[name] for name in names]
