@@ -39,7 +39,7 @@ def test_the_demo_writes_a_recipe_that_plans(tmp_path):
 
 @pytest.mark.parametrize("method", demo.METHODS)
 def test_every_merge_of_the_demo_is_a_valid_recipe(method, tmp_path):
-    assert Recipe.parse(demo._recipe(method), tmp_path).method == method
+    assert Recipe.parse(demo._recipe(method, "out"), tmp_path).method == method
 
 
 def test_the_demo_refuses_a_folder_with_other_things_in_it_even_by_force(tmp_path):

@@ -272,7 +272,7 @@ def test_calibration_text_of_any_source_is_no_held_out_text(tmp_path):
 
 def test_calibration_text_is_no_held_out_text(demo_folder):  # noqa: F811
     held_out = tasks.load({"upper": "data/upper.jsonl"}, demo_folder, 5)
-    with pytest.raises(RecipeError, match=r"5 of 5 examples are calibration text too .*--allow-calibration-text"):
+    with pytest.raises(RecipeError, match=r"5 of 5 examples are calibration text too .*allow_calibration_text=True"):
         check_apart(recipe_of(demo_folder), held_out)
     check_apart(recipe_of(demo_folder), tasks.load({"upper": "data/upper.texts.jsonl"}, demo_folder, 5))
 

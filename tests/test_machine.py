@@ -49,7 +49,7 @@ def test_a_machine_without_gpus_uses_the_cpu(gpus):
 def test_a_gpu_that_is_not_there_is_told_in_one_line(gpus, count, device, device_count):
     gpus(count)
     with pytest.raises(
-        ResourceError, match=f"^--device {device}: this machine has {device_count} CUDA devices"
+        ResourceError, match=f"^device='{device}': this machine has {device_count} CUDA devices"
     ) as refused:
         select_devices(device)
     assert "\n" not in str(refused.value)

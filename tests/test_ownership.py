@@ -154,7 +154,7 @@ def test_calibration_copies_statistics_over_statistics_and_nothing_else(tmp_path
 @pytest.mark.parametrize("force", [False, True])
 def test_a_search_touches_no_file_that_is_no_record(tmp_path, force):
     (tmp_path / "trials.jsonl").write_bytes(THESIS)
-    with pytest.raises(RecipeError, match="is no record of a search; give another folder with --to, or move it away"):
+    with pytest.raises(RecipeError, match="is no record of a search; give another folder with to=FOLDER, or move"):
         Record(tmp_path / "trials.jsonl", {"recipe": "1"}, force=force)
     assert everything(tmp_path) == {tmp_path / "trials.jsonl": THESIS}
 

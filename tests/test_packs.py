@@ -458,7 +458,7 @@ def test_a_merge_has_nothing_to_extract(packed):
 
 
 def test_another_base_is_refused(packed):
-    with pytest.raises(CheckpointError, match=r"is not the file that was merged, .* --base says where it is"):
+    with pytest.raises(CheckpointError, match=r"is not the file that was merged, .* base=MODEL says where it is"):
         extract(packed / "out", "code", packed / "x", base=str(packed / "math"))
     assert not (packed / "x").exists()
 

@@ -108,19 +108,32 @@ def quiet_when_piped(*, always: bool = False) -> Iterator[None]:
         enable_progress_bars()
 
 
-def _cached(source: str, *, label: str) -> Folder:
-    from huggingface_hub import constants, try_to_load_from_cache
+def is_cached(source: str) -> bool:
+    """Whether the Hub's cache has the repository ``source``, as far as its config tells."""
+    return _cached_directory(source, "the cache") is not None
+
+
+def _cached_directory(source: str, label: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
 
     repository, _, revision = source.partition("@")
     for name in ("config.json", "adapter_config.json"):
         with _explained(source, label):
             path = try_to_load_from_cache(repository, name, revision=revision or None)
         if isinstance(path, str):
-            directory = Path(path).parent
-            return replace(local_folder(directory, label, directory.name), source=source)
+            return Path(path).parent
+    return None
+
+
+def _cached(source: str, *, label: str) -> Folder:
+    from huggingface_hub import constants
+
+    directory = _cached_directory(source, label)
+    if directory is not None:
+        return replace(local_folder(directory, label, directory.name), source=source)
     raise CheckpointError(
         f"{label}: {source} is neither a folder nor in the Hub cache ({constants.HF_HUB_CACHE}), and offline "
-        "nothing is downloaded; run it once without --offline and HF_HUB_OFFLINE"
+        "nothing is downloaded; run it once without offline=True and HF_HUB_OFFLINE"
     )
 
 
@@ -234,7 +247,8 @@ def _explain(error: BaseException, source: str, label: str) -> NoReturn:
     else:
         host = urlsplit(constants.ENDPOINT).hostname
         reason = (
-            f"{repository} could not be fetched from {host} ({type(error).__name__}); check the connection, "
-            "or use what is in the cache with --offline"
+            f"there is no folder {source}, and {repository} could not be fetched from {host} "
+            f"({type(error).__name__}); check the connection and the name, "
+            "or use what is in the cache with offline=True"
         )
     raise CheckpointError(f"{label}: {reason}") from None

@@ -188,5 +188,5 @@ def _of_another_plan(
     shards = f"{len(finished)} finished {'shard' if len(finished) == 1 else 'shards'}"
     return (
         f"{folder}: holds {shards} of another merge (with other {parts}); run that one to its end, "
-        "or start over with --force"
+        "or start over with force=True"
     )

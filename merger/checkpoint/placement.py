@@ -56,7 +56,7 @@ def is_occupied(path: Path) -> bool:
 
 def occupied(path: Path) -> str:
     """The message for an output that is there already."""
-    return f"output.path: {path} is there already; choose another folder, or replace it with --force"
+    return f"output.path: {path} is there already; choose another folder, or replace it with force=True"
 
 
 def is_mount_point(path: Path) -> bool:

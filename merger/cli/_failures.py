@@ -7,6 +7,7 @@ import errno
 import sys
 import traceback
 
+from merger.cli._terminal import as_flags
 from merger.errors import (
     DEFECT,
     CheckpointError,
@@ -25,7 +26,7 @@ _MACHINE = {
 def report(error: Exception) -> int:
     """Prints why a command failed, one line for each fault; returns its exit code."""
     if isinstance(error, MergerError):
-        return _say(str(error).splitlines(), error.exit_code)
+        return _say(as_flags(str(error)).splitlines(), error.exit_code)
     explained = _explained(error)
     if explained is None:
         traceback.print_exception(error)

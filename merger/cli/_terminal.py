@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import BrokenMethodWarning
@@ -47,6 +51,15 @@ def silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def program_name() -> str:
+    """How this program is typed: ``merger``, or the path by which it was called where the shell would not find it."""
+    program, installed = Path(sys.argv[0]), shutil.which("merger")
+    is_typed = program.name == "merger" and program.is_file()
+    if not is_typed or (installed is not None and os.path.samefile(installed, program)):
+        return "merger"
+    return shlex.quote(str(program))
+
+
 def size_text(count: int) -> str:
     """1.23 GB: three digits, as disks are sold."""
     size, unit = float(count), "B"
@@ -67,6 +80,22 @@ def make_console(*, stderr: bool = False) -> Console:
     return console
 
 
+_OPTION = re.compile(
+    r"\b(force|offline|gram|public|allow_calibration_text|to|base|inputs|device|max_memory)"
+    r"=(True\b|[A-Z]+\b|'[^']*')"
+)
+
+
+def as_flags(text: str) -> str:
+    """A message of the library with its options, such as ``force=True``, as flags of a command: ``--force``."""
+
+    def flag(option: re.Match[str]) -> str:
+        value = f" {option[2][1:-1]}" if option[2].startswith("'") else ""
+        return f"--{option[1].replace('_', '-')}{value}"
+
+    return _OPTION.sub(flag, text)
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[tuple[Progress, Notice]]:
     """The callback for progress, which draws a bar on a terminal and nothing elsewhere, and the one for remarks."""
@@ -76,7 +105,7 @@ def progress_bar(quiet: bool) -> Iterator[tuple[Progress, Notice]]:
         return
 
     def notice(message: str) -> None:
-        console.print(f"note: {message}", markup=False, soft_wrap=True)
+        console.print(f"note: {as_flags(message)}", markup=False, soft_wrap=True)
 
     if not console.is_terminal:
         yield ignore, notice

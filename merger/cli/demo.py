@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from merger.cli._app import LEARN, command
 from merger.cli._options import AsJson, RunFlags, run_flags
-from merger.cli._terminal import make_console
+from merger.cli._terminal import make_console, program_name
 
 
 @command(LEARN)
@@ -30,4 +31,13 @@ def demo(
         print(json.dumps([{"model": s.model, "kind": s.kind, "accuracy": dict(s.accuracy)} for s in scores]))
         return
     demonstration.print_scores(scores, make_console())
-    print(f"The models, the data and a recipe are in {folder}: try  merger plan {folder / 'recipe.yaml'}")
+    _print_next(folder)
+
+
+def _print_next(folder: Path) -> None:
+    """Prints the commands that merge the demo's own recipe, as they must be typed."""
+    program, recipe = program_name(), shlex.quote(str(folder / "recipe.yaml"))
+    force = " --force" if (folder / "merged" / "obim").exists() else ""
+    print(f"The models, the data and a recipe are in {folder}. Next:")
+    print(f"  {program} plan {recipe}")
+    print(f"  {program} run {recipe}{force}")

@@ -87,10 +87,15 @@ def eval_(
 
 def _subjects(models: list[Path], overrides: list[str]) -> dict[str, Recipe | Path]:
     """The recipes and folders by name, or by path where several have the same name."""
+    from merger.checkpoint.near_paths import missing_path
+
     names = [path.resolve().name if path.is_dir() else path.stem for path in models]
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, models, strict=True)]
     if overrides and all(path.is_dir() for path in models):
         raise RecipeError(f"--set changes a recipe, and {models[0]} is none")
+    missing = [missing_path(path, "recipe or folder", Path.exists) for path in models if not path.exists()]
+    if missing:
+        raise RecipeError(missing)
     return {label: path if path.is_dir() else load(path, overrides) for label, path in zip(labels, models, strict=True)}
 
 

@@ -61,6 +61,7 @@ def inspect(
     """Show what a merge would do, or what it did: density, overlap, conflict and balance, by layer and stage."""
     from merger import inspection
     from merger.checkpoint.files import check_replaceable, replace_bytes
+    from merger.checkpoint.near_paths import missing_path
     from merger.inspection import conditions, console, plots
     from merger.inspection import html as page
 
@@ -81,6 +82,8 @@ def inspect(
     with flags.options() as options:
         if base is not None:
             result = inspection.inspect_model(str(model), base, options, **extras)
+        elif not model.exists():
+            raise RecipeError(missing_path(model, "recipe or folder", Path.exists))
         elif model.is_dir():
             result = inspection.inspect_merge(model, options, inputs=inputs, **extras)
         else:

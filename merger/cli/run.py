@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,6 +55,19 @@ def run(
         f"{result.output}: {counts} tensors; read {bytes_read}, wrote {bytes_written} "
         f"in {result.seconds:.1f} s on {result.device}, peak memory {size_text(result.peak_memory_bytes)}"
     )
+    _print_pack(Path(result.output))
+
+
+def _print_pack(output: Path) -> None:
+    """Prints, of an output that packs several experts, what loads it."""
+    from merger.engine.manifest import Manifest
+
+    manifest = Manifest.read(output)
+    if not manifest.is_packed:
+        return
+    experts = manifest.experts
+    command = shlex.join(["merger", "extract", str(output), experts[0], "-o", f"{output}-{experts[0]}"])
+    print(f"it packs {', '.join(experts)}, which transformers does not load; write one that it does with: {command}")
 
 
 _UNCHANGED = "is what the lock says, and whole; nothing to do"

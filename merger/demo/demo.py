@@ -63,7 +63,7 @@ def prepare(folder: Path, *, force: bool = False) -> Path:
     contents = dict(_contents())
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not force:
-            raise RecipeError(f"{folder}: is there already; choose another folder, or replace it with --force")
+            raise RecipeError(f"{folder}: is there already; choose another folder, or replace it with force=True")
         existing = [name for name in contents if (folder / name).is_file()]
         if not existing:
             raise RecipeError(f"{folder}: holds something else than a demo; choose another folder")
@@ -87,10 +87,10 @@ def _contents() -> Iterator[tuple[str, bytes]]:
         lines = [json.dumps({"text": p + a}) for p, a in demo_tasks.examples(task, "calibration", 100)]
         yield f"data/{task}.jsonl", ("\n".join(lines) + "\n").encode()
     remark = "# Try `merger plan recipe.yaml`, then `merger run recipe.yaml`.\n"
-    yield "recipe.yaml", (remark + _recipe("obim")).encode()
+    yield "recipe.yaml", (remark + _recipe("obim", "merged/obim")).encode()
 
 
-def _recipe(method: str) -> str:
+def _recipe(method: str, output: str) -> str:
     tasks = list(demo_tasks.TASKS)
     fields: dict[str, Any] = {
         "base": "models/base",
@@ -98,7 +98,7 @@ def _recipe(method: str) -> str:
         "method": method,
         "parameters": METHODS[method],
         "calibration": {"data": {task: f"data/{task}.jsonl" for task in tasks}, "samples": 100},
-        "output": {"path": f"merged/{method}"},
+        "output": {"path": output},
     }
     return yaml.safe_dump(fields, sort_keys=False)
 
@@ -114,10 +114,16 @@ def demo(folder: Path, options: RunOptions = RunOptions(), *, force: bool = Fals
         scores.append(Score(name, kind, score(folder / "models" / name, held_out)))
     for method in METHODS:
         options.notice(f"merging by {method}")
-        recipe = Recipe.parse(_recipe(method), folder)
+        output = merge_folder(folder, method)
+        recipe = Recipe.parse(_recipe(method, str(output.relative_to(folder))), folder)
         merge(recipe, options, force=force)
-        scores.append(Score(method, "merge", score(folder / "merged" / method, held_out)))
+        scores.append(Score(method, "merge", score(output, held_out)))
     return scores
+
+
+def merge_folder(folder: Path, method: str) -> Path:
+    """Where the demo's merge by a method goes: not where its recipe merges to, so that this can be run as it stands."""
+    return folder / "compared" / method
 
 
 def score(model_path: Path, held_out: Mapping[str, Sequence[demo_tasks.Example]]) -> dict[str, float]:

@@ -38,16 +38,16 @@ def _check_statistics(plan: Plan) -> None:
     if not model_providers(plan):
         raise RecipeError(
             "no stage of this recipe needs statistics that are kept: there is nothing to calibrate"
-            + (" (--gram keeps Gram matrices)" if block_providers(plan) else "")
+            + (" (gram=True keeps Gram matrices)" if block_providers(plan) else "")
         )
 
 
 def _check_grams(plan: Plan) -> None:
     """RecipeError if the recipe needs no Gram matrices, or none that can be made before the merge."""
     if not block_providers(plan):
-        raise RecipeError("no stage of this recipe takes Gram matrices: there is nothing to keep with --gram")
+        raise RecipeError("no stage of this recipe takes Gram matrices: there is nothing to keep with gram=True")
     if any(stage_input.follows_merge for stage_input in plan.inputs):
         raise RecipeError(
             "Gram matrices of this recipe are made behind the merged blocks, during the merge: there is nothing to "
-            "keep with --gram"
+            "keep with gram=True"
         )

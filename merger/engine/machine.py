@@ -45,7 +45,7 @@ class Machine:
             need = memory_needed(plan, workers, gpu=gpu)
         if need > max_memory:
             raise ResourceError(
-                f"--max-memory: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
+                f"max_memory=SIZE: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
             )
         hidden_memory = (max_memory - need) // 2 if plan.inputs else 0
         return cls(devices, workers, min(HOLD, max_memory - need - hidden_memory), hidden_memory, rooms)
@@ -133,14 +133,14 @@ def select_devices(choice: str) -> tuple[str, ...]:
     """Returns torch's names of the devices that ``--device`` selects; raises `MergerError` if there is none."""
     kind, _, number = choice.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
-        raise RecipeError(f"--device {choice}: expected auto, cpu, cuda or cuda:0")
+        raise RecipeError(f"device={choice!r}: expected auto, cpu, cuda or cuda:0")
     if kind == "cpu":
         return ("cpu",)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) >= count:
         first = ", from cuda:0 on" if count else ""
         raise ResourceError(
-            f"--device {choice}: this machine has {count or 'no'} CUDA devices that torch can use{first}"
+            f"device={choice!r}: this machine has {count or 'no'} CUDA devices that torch can use{first}"
         )
     if kind == "cuda" and number:
         return (f"cuda:{int(number)}",)

@@ -18,6 +18,7 @@ from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import write_json
 from merger.checkpoint.hashes import config_digest, stamp
+from merger.checkpoint.near_paths import missing_path
 from merger.engine.manifest_schema import damage
 from merger.errors import CheckpointError, system_reason
 from merger.pipeline.stages import entries_of
@@ -90,6 +91,8 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """The manifest of a finished merge; CheckpointError where ``folder`` has none that can be understood."""
         file = folder / RECORD
+        if not folder.exists():
+            raise CheckpointError(missing_path(folder, "folder", Path.is_dir))
         try:
             return cls.parse(file.read_bytes())
         except FileNotFoundError:

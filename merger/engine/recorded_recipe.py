@@ -9,6 +9,7 @@ from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.hashes import sha256
+from merger.checkpoint.near_paths import missing_path
 from merger.engine.manifest import RECORD, Manifest
 from merger.errors import CheckpointError
 from merger.planning.plan import Plan
@@ -22,6 +23,8 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
     Relative paths of inputs start at the folder ``inputs``, or at the folder of the merge's own recipe.
     """
     recipe = manifest.recipe
+    if inputs is not None and not inputs.is_dir():
+        raise CheckpointError(missing_path(inputs, "folder", Path.is_dir))
     start = inputs or _start(manifest, folder)
     sources = {name: _source(name, record, start) for name, record in manifest.inputs.items()}
     return parse_recorded(

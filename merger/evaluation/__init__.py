@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger.errors import RecipeError
 from merger.options import RunOptions
+from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe
 from merger.recipe.sections import Evaluation
 
@@ -50,12 +51,11 @@ def evaluate(
 
     family = family_of(subjects, settings.inputs)
     section = _section(family, settings)
+    recipes = [subject for subject in subjects.values() if isinstance(subject, Recipe)]
+    check_inputs(family, *recipes, with_evaluation=settings.data is None, texts=settings.data)
     held_out = tasks.load(section.data, family.folder if settings.data is None else Path(), section.samples)
     if not settings.allow_calibration_text:
-        for recipe in (
-            family,
-            *(subject_recipe for subject_recipe in subjects.values() if isinstance(subject_recipe, Recipe)),
-        ):
+        for recipe in (family, *recipes):
             tasks.check_apart(recipe, held_out)
     tasks_of_harness = None if settings.lm_eval is None else harness.load(settings.lm_eval, offline=options.offline)
     with ModelHost(options, section.dtype) as model_host:

@@ -141,7 +141,7 @@ def _load_tasks(name: str, manager: Any, offline: bool) -> dict[str, Any]:
         try:
             index = manager.load(name)
         except Exception as error:  # a task's own templates and functions, and whatever fetches its data
-            hint = "; --offline takes only data that is in the cache" if offline else ""
+            hint = "; offline=True takes only data that is in the cache" if offline else ""
             raise CheckpointError(f"--lm-eval {name}: cannot be loaded: {_error_line(error)}{hint}") from error
     for task, harness_task in index["tasks"].items():
         if getattr(harness_task, "UNSAFE_CODE", False):

@@ -180,7 +180,7 @@ def check_apart(recipe: Recipe, tasks: Iterable[Task]) -> None:
             faults.append(
                 f"evaluation.data.{task.name}: {len(overlapping_files)} of {len(task.examples)} examples are "
                 f"calibration text too ({', '.join(sorted(set(overlapping_files)))}); "
-                f"hold others out, or let them in with --allow-calibration-text"
+                f"hold others out, or let them in with allow_calibration_text=True"
             )
     if faults:
         raise RecipeError(faults)

@@ -21,6 +21,7 @@ from merger.inspection.views import curves_of, pictures_of, views_of
 from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count_stages, count_task_vectors
 from merger.options import RunOptions
 from merger.planning.plan import Plan
+from merger.recipe.input_locations import check_models
 from merger.recipe.recipe import Recipe
 
 __all__ = [
@@ -73,6 +74,7 @@ def inspect_model(
     curves: bool = False,
 ) -> Inspection:
     """Compares one fine-tune with its base; both are folders or Hub repositories."""
+    check_models({"base": base, "model": model})
     name = expert_name(model)
     recipe = {"base": base, "experts": {name: model}, "method": "linear", "output": {"path": "nowhere"}}
     with prepare(Recipe.parse(recipe), options) as prepared:
@@ -96,8 +98,8 @@ def inspect_merge(
     an input is missing or differs from the one that was merged, the inspection has the manifest's facts and the reason
     alone. Nothing is downloaded: inputs from the Hub are read from its cache.
     """
-    if not (folder / RECORD).is_file():
-        raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give --base for a fine-tune")
+    if folder.is_dir() and not (folder / RECORD).is_file():
+        raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give base=MODEL for a fine-tune")
     select_devices(options.device)  # refuses a wrong --device, which below would pass for a missing input
     manifest = Manifest.read(folder)
     summary, experts, copied = manifest.summary(), manifest.experts, manifest.copied
@@ -110,7 +112,7 @@ def inspect_merge(
         recipe = recipe_with_merge(manifest, folder, label, inputs)
         prepared = prepare(recipe, replace(options, offline=True))
     except (CheckpointError, RecipeError) as error:
-        reason = f"shares cannot be told from the weights: {error}; --inputs says where they are"
+        reason = f"shares cannot be told from the weights: {error}; inputs=FOLDER says where they are"
         return _with_notes(of_manifest, [reason], options)
     with prepared:
         plan = prepared.plan

@@ -12,6 +12,7 @@ from typing import Any
 from merger.checkpoint.checkpoint import PACKED, Checkpoint
 from merger.checkpoint.folder import MODEL, Folder, local_folder, read_json
 from merger.checkpoint.formats import format_of
+from merger.checkpoint.near_paths import missing_path
 from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import TensorKinds, block_of, tensor_kinds, text_config
 from merger.checkpoint.tied_weights import tie_word
@@ -67,7 +68,7 @@ class Contents:
 def read_contents(directory: Path) -> Contents:
     """Reads config, index and headers; an unreadable file is a fault."""
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: there is no such folder")
+        raise CheckpointError(missing_path(directory, "folder", Path.is_dir))
     folder = local_folder(directory, "model")
     faults: list[Difference] = []
     config = _read_object(folder, "config.json", faults)

@@ -32,6 +32,7 @@ from merger.ops.rounding import restored
 from merger.options import Progress, RunOptions
 from merger.pipeline.registry import ENTRIES
 from merger.planning.packed import Packed, as_columns, mask_of, open_packed
+from merger.recipe.input_locations import check_models
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,11 +109,13 @@ def _manifest(folder: Path, expert: str) -> Manifest:
 
 def _base(folder: Path, manifest: Manifest, path: str | None, offline: bool) -> Checkpoint:
     """Opens the base of the packed experts; raises CheckpointError if it is missing or has changed."""
+    if path is not None:
+        check_models({"base": path})
     source = base_source(manifest, folder, path)
     model = open_checkpoint(source["model"], source.get("adapter"), label="base", folder=Path.cwd(), offline=offline)
     if (fault := changed_file(manifest, "base", model)) is not None:
         model.close()
-        raise CheckpointError(f"{fault}, and no expert can be rebuilt on another; --base says where it is")
+        raise CheckpointError(f"{fault}, and no expert can be rebuilt on another; base=MODEL says where it is")
     return model
 
 

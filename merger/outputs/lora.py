@@ -27,6 +27,7 @@ from merger.engine.machine import tuned
 from merger.errors import CheckpointError, RecipeError
 from merger.ops.linalg import Factors, strongest, svd
 from merger.options import Progress, RunOptions
+from merger.recipe.input_locations import check_models
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +89,7 @@ def extract_lora(
     """
     if (rank is None) == (energy is None):
         raise RecipeError("give either a rank or an energy")
+    check_models({"base": base, "model": model})
     with ExitStack() as stack:
         models = [
             stack.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=options.offline))

@@ -91,7 +91,7 @@ def _ensure_repository(api: HfApi, repository: str, *, public: bool) -> ModelInf
         api.create_repo(repository, private=not public, exist_ok=True)
         info = _model_info(api, repository)
     if not info.private and not public:
-        raise RecipeError(f"{repository}: everyone can see it; say --public if that is meant, or name another one")
+        raise RecipeError(f"{repository}: everyone can see it; say public=True if that is meant, or name another one")
     return info
 
 

@@ -1,10 +1,12 @@
-"""Notes on differences between the inputs: settings of their configs, and their tokenizers."""
+"""Differences between the inputs, as notes or faults: architectures, settings of configs, tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.tensor_kinds import text_config
 from merger.checkpoint.tokenizers import Tokenizer, splitting_differences
 
 _NOISE = {
@@ -16,6 +18,45 @@ _NOISE = {
     "use_cache",
     "vocab_size",
 }
+
+
+_SIZES = (
+    "num_hidden_layers", "n_layer", "hidden_size", "n_embd", "d_model", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_local_experts", "num_experts",
+)  # fmt: skip
+
+
+def summarize_misfits(faults: Sequence[str], models: Mapping[str, Checkpoint]) -> list[str]:
+    """The faults of a plan, with one line in place of all misfits of an expert of another architecture than the base.
+
+    Faults that name no expert are left out where there is such an expert: they may follow from it.
+    """
+    labels = dict.fromkeys(fault.partition(": ")[0] for fault in faults)
+    differences = {
+        label: difference
+        for label in models
+        if label in labels and (difference := _architecture_difference(models["base"].config, models[label].config))
+    }
+    if not differences:
+        return list(faults)
+    lines = [f"{label} {text}; experts are fine-tunes of the base" for label, text in differences.items()]
+    experts = models.keys() - differences.keys()
+    return [*lines, *(fault for fault in faults if fault.partition(": ")[0] in experts)]
+
+
+def _architecture_difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """How the architecture of a config differs from that of the base; None where type and sizes are the same."""
+    kinds = config.get("model_type"), base.get("model_type")
+    if kinds[0] != kinds[1]:
+        return f"is {kinds[0] or 'without a model_type'}, base is {kinds[1] or 'without a model_type'}"
+    sizes, base_sizes = text_config(config), text_config(base)
+    keys = [key for key in _SIZES if sizes.get(key) != base_sizes.get(key)]
+    if not keys:
+        return None
+    return (
+        f"is {kinds[0]} with {', '.join(f'{key} {sizes.get(key)}' for key in keys)}, "
+        f"base with {', '.join(f'{key} {base_sizes.get(key)}' for key in keys)}"
+    )
 
 
 def config_differences(models: Mapping[str, Checkpoint]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
 from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
-from merger.planning.differences import config_differences, tokenizer_differences
+from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
 from merger.planning.output_names import matching_rule, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
@@ -31,6 +31,7 @@ from merger.planning.stage_notes import stage_notes
 from merger.planning.tables import vocabulary_tables
 from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import Table, Vocabulary, describe_rows
+from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe
 
 FAULTS = 20
@@ -43,6 +44,7 @@ def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) ->
     Without ``headers_only`` a Hub repository's weights are downloaded after the plan succeeds. Raises CheckpointError
     for inputs that do not fit together, with all misfits of a kind at once.
     """
+    check_inputs(recipe)
     draft = _plan(recipe, offline=offline, headers_only=True)
     checkpoints = [part for model in draft.models.values() for part in (model, model.adapter) if part is not None]
     if headers_only or all(info.file is not None for part in checkpoints for info in part.tensors.values()):
@@ -128,7 +130,7 @@ class _Planner:
                 planned[name] = tensor
         self.faults += [describe_unknown_axes(names, stage) for stage, names in self.unoriented.items()]
         if self.faults:
-            raise CheckpointError("\n".join(_shorten(self.faults)))
+            raise CheckpointError("\n".join(_shorten(summarize_misfits(self.faults, self.models))))
         for name, original in originals.items():
             planned[name] = replace(planned[original], name=name, parts=(), extra=(), tied_to=original)
         tensors = [planned[name] for name in names]

@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from merger.checkpoint.near_paths import missing_path
 from merger.errors import RecipeError, system_reason
+from merger.recipe.foreign import foreign_fault
 
 KeyPath = tuple[str | int, ...]
 
@@ -112,6 +114,8 @@ def read(path: Path, loader: type[yaml.SafeLoader] = RecipeLoader) -> Document:
         if size > MAX_BYTES:
             raise RecipeError(f"{path}: is {size:,} bytes; a recipe is a page of YAML")
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(missing_path(path, "file", Path.is_file)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}") from None
@@ -130,7 +134,9 @@ def parse(text: str, label: str, folder: Path, loader: type[yaml.SafeLoader] = R
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from None
     if index.faults:
-        raise RecipeError([_fault(f"{label}:{line}", path, message) for line, path, message in index.faults])
+        foreign = foreign_fault(label, index.lines) if loader is RecipeLoader else None
+        faults = [_fault(f"{label}:{line}", path, message) for line, path, message in index.faults]
+        raise RecipeError(foreign or faults)
     value = {} if value is None else value
     if not isinstance(value, dict):
         raise RecipeError(f"{label}: expected keys and values (base:, experts:, ...), not {type(value).__name__}")

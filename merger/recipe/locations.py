@@ -20,13 +20,14 @@ class InputKind:
 
     noun: str
     is_here: Callable[[Path], bool]
-    remote: str
-    is_remote: Callable[[str], bool]
-    suffix: str  # makes a name that of the Hub, whatever lies here
+    remote: str = ""
+    is_remote: Callable[[str], bool] = lambda location: False
+    suffix: str = ""  # makes a name that of the Hub, whatever lies here
 
 
 FOLDER = InputKind("folder", Path.is_dir, "a repository", is_repository, "@main")
 TEXT_FILE = InputKind("file", Path.is_file, "a data set", is_dataset, ":train")
+STATISTICS = InputKind("file", Path.exists)
 
 
 def location_path(location: str) -> Path:
@@ -34,32 +35,35 @@ def location_path(location: str) -> Path:
     return Path(os.path.expanduser(location))
 
 
-def location_fault(location: str, kind: InputKind) -> str | None:
-    """The fault of a location that is neither here nor on the Hub, as far as its name tells; None if it is none."""
+def location_fault(location: str, kind: InputKind, start: Path = Path(), *, least_remote_parts: int = 2) -> str | None:
+    """The fault of a location that is neither here nor on the Hub, as far as its name tells; None if it is none.
+
+    Relative paths begin at the folder ``start``. A name of the Hub has at least ``least_remote_parts`` parts.
+    """
     path = location_path(location)
     if not location:
         return f"an argument is empty, expected a {kind.noun}"
-    if kind.is_here(path):
+    if kind.is_here(start / path):
         return None
-    if path.is_dir():
+    if (start / path).is_dir():
         return f"{location}: is a folder, expected a file of text"
-    if path.exists():
-        return f"{location}: is a file, expected the folder of a model; a text is given as --data NAME={location}"
+    if (start / path).exists():
+        return f"{location}: is a file, expected the folder of a model"
     is_remote = kind.is_remote(location)
     if is_remote and kind.suffix[0] in location:
         return None
-    is_path = len(path.parts) > 1 and path.parent.is_dir()
-    near = near_path(path, kind.is_here)
-    if near is None and is_remote and not is_path and len(path.parts) > 1:
+    is_path = len(path.parts) > 1 and (start / path).parent.is_dir()
+    near = near_path(path, kind.is_here, start)
+    if near is None and is_remote and not is_path and len(path.parts) >= least_remote_parts:
         return None
-    suggestion = f"; did you mean {near}?" if near else _listing(path.parent, kind)
+    suggestion = f"; did you mean {near}?" if near else _listing(path.parent, kind, start)
     escape = f" (for {kind.remote} of the Hub, write {location}{kind.suffix})" if is_remote and not is_path else ""
     return f"there is no {kind.noun} {location}{suggestion}{escape}"
 
 
-def _listing(folder: Path, kind: InputKind) -> str:
+def _listing(folder: Path, kind: InputKind, start: Path) -> str:
     """A clause with the inputs of a kind in a folder; nothing where there are none."""
-    names = [name for name in names_in(folder, kind.is_here) if not name.startswith(".")]
+    names = [name for name in names_in(start / folder, kind.is_here) if not name.startswith(".")]
     return f"; {'this folder' if folder == Path() else folder} has {', '.join(names[:_NAMES_SHOWN])}" if names else ""
 
 

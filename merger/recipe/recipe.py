@@ -30,35 +30,46 @@ from merger.recipe.sections import (
     Source,
     TextSource,
     expert_name,
+    output_of,
     source_of,
     text_sources,
 )
+from merger.recipe.short_forms import experts_by_name, spell_out
 from merger.recipe.stages import stages_of
+
+_Expert = Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)]
+_ExpertsByName = Annotated[dict[str, _Expert], Field(min_length=1)]
+_ExpertList = Annotated[list[_Expert], Field(min_length=1)]
 
 
 class Recipe(Choice):
     """A merge: inputs, method, rules, output."""
 
     base: Annotated[Source, BeforeValidator(source_of, json_schema_input_type=str | Source)]
-    experts: dict[
-        Annotated[str, AfterValidator(expert_name)],
-        Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)],
-    ] = Field(min_length=1)
+    experts: Annotated[
+        dict[Annotated[str, AfterValidator(expert_name)], _Expert],
+        Field(min_length=1),
+        BeforeValidator(experts_by_name, json_schema_input_type=_ExpertsByName | _ExpertList),
+    ]
     rules: list[Rule] = Field(default_factory=list)
     missing: Literal["error", "zero"] = "error"
     extra_rows: Literal["keep", "drop"] = "keep"
     calibration: Calibration | None = None
     evaluation: Evaluation | None = None
     search: Search | None = None
-    output: Output
+    output: Annotated[Output, BeforeValidator(output_of, json_schema_input_type=str | Output)]
     seed: int = Field(0, ge=0)
-    _folder: Path = PrivateAttr(Path())
+    _document: Document = PrivateAttr(Document("recipe", Path(), {}))
     _overrides: tuple[str, ...] = PrivateAttr(())
 
     @property
     def folder(self) -> Path:
         """The recipe's folder, where relative paths start."""
-        return self._folder
+        return self._document.folder
+
+    def fault(self, path: KeyPath, message: str) -> str:
+        """``file:line: key.path: message``, for a key of the recipe as it was written."""
+        return self._document.fault(path, message)
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -91,7 +102,7 @@ class Recipe(Choice):
         """Returns the paths that an output must not replace: the recipe's folder, texts, statistics."""
         texts = [source.file for source in self._text_sources()]
         statistics = [] if self.calibration is None else self.calibration.stats.values()
-        return [self._folder, *self._existing_paths([*texts, *statistics])]
+        return [self.folder, *self._existing_paths([*texts, *statistics])]
 
     def _text_sources(self) -> Iterator[TextSource]:
         """Yields the sources of text of calibration and of evaluation."""
@@ -104,7 +115,7 @@ class Recipe(Choice):
                 yield from text_sources(value)
 
     def _existing_paths(self, names: Iterable[str | None]) -> list[Path]:
-        paths = [self._folder / os.path.expanduser(name) for name in names if name is not None]
+        paths = [self.folder / os.path.expanduser(name) for name in names if name is not None]
         return [path for path in paths if path.exists()]
 
     def spelled_out(self) -> dict[str, Any]:
@@ -147,7 +158,8 @@ def search_of(document: Document) -> Search:
 
 
 def overridden(document: Document, overrides: Iterable[str]) -> Document:
-    """Applies the changes of `--set` to a document; raises RecipeError for an invalid argument."""
+    """Spells a document out and applies the changes of `--set`; raises RecipeError for an invalid argument."""
+    document = spell_out(document)
     for override in overrides:
         key, equals, value = override.partition("=")
         try:
@@ -160,10 +172,11 @@ def overridden(document: Document, overrides: Iterable[str]) -> Document:
             document = document.changed(path, value_of(value, f"--set {key}"))
         except KeyError as missing:
             raise RecipeError(f"--set {override}: there is no {missing.args[0]} in the list") from None
-    return document
+    return spell_out(document)
 
 
 def _build(document: Document, overrides: Sequence[str]) -> Recipe:
+    document = spell_out(document)
     if open_values := list(marks(document.value)):
         raise RecipeError([document.fault(path, _UNDECIDED) for path, _ in open_values])
     faults: list[tuple[KeyPath, str]] = []
@@ -184,7 +197,7 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
         for choice, stages in zip(recipe.choices(), stage_lists, strict=True):
             choice._stages = tuple(stages)
         faults += _conflicts(recipe)
-        recipe._folder, recipe._overrides = document.folder, tuple(overrides)
+        recipe._document, recipe._overrides = document, tuple(overrides)
     if faults or recipe is None:
         ordered_faults = sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
         raise RecipeError([document.fault(path, message) for path, message in ordered_faults])

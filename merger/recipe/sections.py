@@ -86,6 +86,13 @@ class Output(Section):
     tokenizer: str | None = None  # base or an expert; None: the base, or who added tokens to it
 
 
+def output_of(value: Any) -> Any:
+    """An output, unchanged; ValueError with an example for one that is neither a path nor keys and values."""
+    if isinstance(value, bool | int | float):
+        raise ValueError(f"is {value}, expected a folder, as in output: out; put a name in quotes")
+    return value
+
+
 # --- text -----------------------------------------------------------------------------------------
 
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}")

@@ -44,7 +44,8 @@ def starter_recipe(base: str, experts: Sequence[str], texts: Sequence[str], file
     inputs = [*((model, FOLDER) for model in (base, *models.values())), *((text, TEXT_FILE) for text in files.values())]
     for location, kind in dict.fromkeys(inputs):
         if fault := location_fault(location, kind):
-            faults.append(fault)
+            is_text = kind is FOLDER and location_path(location).is_file()
+            faults.append(f"{fault}; a text is given as --data NAME={location}" if is_text else fault)
         elif not kind.is_here(location_path(location)):
             notes.append(f"{location}: there is no such {kind.noun} here, so it is taken for {kind.remote} of the Hub")
     adapters = _adapters(base, models, faults)

@@ -24,6 +24,7 @@ from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
 from merger.options import RunOptions
 from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.document import Document, read
+from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe, overridden, search_of
 from merger.recipe.sections import Evaluation, Search
 
@@ -76,6 +77,7 @@ def search(
     variants = spaces(document, settings.variants, overrides)
     section = _check_recipe(path, settings, variants)
     family = family_of({name or path.stem: example(space) for name, space in variants.items()})
+    check_inputs(*map(example, variants.values()), with_evaluation=True)
     split = tasks.split(section.data, family.folder, section.samples, settings.samples)
     check_objective(settings.objective, split.search)
     if not allow_calibration_text:

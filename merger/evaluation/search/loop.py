@@ -95,7 +95,7 @@ def _recorded_trial(recorded: Sequence[Trial], number: int, point: Point, record
     if trial.point != point:
         raise RecipeError(
             f"{record.path}: trial {number} is of {json.dumps(trial.point)}, but {json.dumps(point)} is its turn now: "
-            "the strategy is not what it was (another optuna?); give another folder with --to, or --force"
+            "the strategy is not what it was (another optuna?); give another folder with to=FOLDER, or force=True"
         )
     return trial
 

@@ -52,7 +52,9 @@ class Record:
     def _go_on(self, first: Mapping[str, Any], *, force: bool) -> None:
         content = self.path.read_bytes()
         if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
-            raise RecipeError(f"{self.path}: is no record of a search; give another folder with --to, or move it away")
+            raise RecipeError(
+                f"{self.path}: is no record of a search; give another folder with to=FOLDER, or move it away"
+            )
         complete = b"" if force else content[: content.rfind(b"\n") + 1]  # the last line was being written at a kill
         self.lines = _lines_of(complete, self.path)
         self._check(first)
@@ -67,7 +69,7 @@ class Record:
         if differing_keys := [key for key in {**header, **first} if header.get(key) != first.get(key)]:
             raise RecipeError(
                 f"{self.path}: is the record of another search: {', '.join(differing_keys)} differ; "
-                "give another folder with --to, or start over with --force"
+                "give another folder with to=FOLDER, or start over with force=True"
             )
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -110,7 +112,7 @@ def _lines_of(content: bytes, path: Path) -> list[dict[str, Any]]:
         lines = [None]
     if not all(isinstance(line, dict) for line in lines) or (lines and lines[0].get("format") != FORMAT):
         raise RecipeError(
-            f"{path}: is damaged, or of another version of merger; give another folder with --to, "
-            "or start over with --force"
+            f"{path}: is damaged, or of another version of merger; give another folder with to=FOLDER, "
+            "or start over with force=True"
         )
     return lines

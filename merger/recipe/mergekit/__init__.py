@@ -15,6 +15,7 @@ import yaml
 from merger.checkpoint.tensor_kinds import text_config
 from merger.errors import RecipeError, nearest
 from merger.recipe.document import Document, KeyPath
+from merger.recipe.foreign import is_mixture, mixture_fault, recipe_fault
 from merger.recipe.mergekit.references import Faults, Reference, expert_names, reference
 from merger.recipe.mergekit.settings import (
     CONV1D,
@@ -58,6 +59,9 @@ def import_mergekit(document: Document, place: Callable[[str], str] = str) -> Im
 
     ``place`` returns a model's path relative to the recipe.
     """
+    keys = document.lines.keys()
+    if fault := mixture_fault(document.label) if is_mixture(keys) else recipe_fault(document.label, keys):
+        raise RecipeError(fault)
     return _Importer(document, place).import_recipe()
 
 
