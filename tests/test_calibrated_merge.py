@@ -450,7 +450,8 @@ def test_a_calibration_that_was_stopped_goes_on_with_the_blocks_that_it_lacks(pl
     with pytest.raises(KeyboardInterrupt):
         merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
     with pytest.raises(CheckpointError, match=r"upper\.grams: its Gram matrices are not all there"):
-        merger.merge(recipe(place, "regmean", calibration={"stats": {t: f"stats/{t}.grams" for t in EXPERTS}}))
+        stats = {task: f"{'stats' if task == 'upper' else 'whole'}/{task}.grams" for task in EXPERTS}
+        merger.merge(recipe(place, "regmean", calibration={"stats": stats}))
     merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
     assert len(blocks) == len(set(blocks)) + 1  # only the one that failed was made twice
     for task in EXPERTS:
