@@ -1,12 +1,13 @@
-"""What RegMean costs beside plain forward passes of its experts, and what of that its regressions take.
+"""What RegMean and FeatCal cost beside plain forward passes of the experts, and what of that their regressions take.
 
-    python scripts/regmean_cost.py BASE EXPERT=MODEL:TEXT.jsonl ... [--samples 100] [--tokens 512]
+    python scripts/regmean_cost.py BASE EXPERT=MODEL:TEXT.jsonl ... [--samples 100] [--tokens 512] [--rows ROW ...]
 
 Each row is a process of its own on the same samples, which are all cut to the same length: `plain` is
 transformers' own float32 model of each expert on its text, without the logits of its head, one expert after the
 other; `own` and `merged` are `merger run` with RegMean and these `inputs`; `kept` is the same merge from Gram
 matrices that `merger calibrate --gram` made before, so reading, regressions and writing alone. What is asked of
-RegMean is (own - kept) / plain.
+RegMean is (own - kept) / plain. `featcal` has its default anchor; `anchor` is a merge by that alone, which FeatCal
+makes twice: once as the draft of a block and once for its regressions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from calibration_cost import prepared, whole
 
 import merger
 
-KINDS = ("plain", "own", "merged", "kept")
+METHODS: dict[str, tuple[str, dict[str, str]]] = {
+    "own": ("regmean", {"inputs": "own"}),
+    "merged": ("regmean", {"inputs": "merged"}),
+    "featcal": ("featcal", {}),
+    "anchor": ("wudi_svc", {}),
+    "keep": ("regmean", {}),
+    "kept": ("regmean", {}),
+}
+ROWS = ("plain", "own", "merged", "featcal", "anchor", "keep", "kept")  # what is kept would be found by `own`
 
 
 def experts(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
@@ -47,15 +56,16 @@ def long_texts(model: Path, text: Path, args: argparse.Namespace, to: Path) -> N
     to.write_text("\n".join(json.dumps({"text": f"{i} {piece}"}) for i, piece in enumerate(pieces)))
 
 
-def recipe(args: argparse.Namespace, folder: Path, inputs: str) -> merger.Recipe:
-    """RegMean of the experts on the texts in ``folder``."""
+def recipe(args: argparse.Namespace, folder: Path, row: str) -> merger.Recipe:
+    """A row's merge of the experts on the texts in ``folder``."""
     inputs_by_expert = experts(args)
     data = {name: str(folder / f"{name}.jsonl") for name in inputs_by_expert}
+    method, parameters = METHODS[row]
     content = {
         "base": str(args.base.resolve()),
         "experts": {name: str(model.resolve()) for name, (model, _) in inputs_by_expert.items()},
-        "method": "regmean",
-        "parameters": {"inputs": inputs},
+        "method": method,
+        "parameters": parameters,
         "calibration": {"data": data, "samples": args.samples, "max_tokens": args.tokens},
         "output": {"path": str(folder / "out")},
     }
@@ -75,9 +85,9 @@ def one(args: argparse.Namespace) -> None:
     if args.one == "plain":
         plain(args)
     elif args.one == "keep":
-        merger.calibrate(recipe(args, folder, "own"), gram=True)
+        merger.calibrate(recipe(args, folder, args.one), gram=True)
     else:
-        merger.merge(recipe(args, folder, "merged" if args.one == "merged" else "own"), force=True)
+        merger.merge(recipe(args, folder, args.one), force=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": time.monotonic() - began, "peak": peak}))
 
@@ -97,7 +107,8 @@ def main() -> None:
     parser.add_argument("experts", nargs="+", metavar="EXPERT=MODEL:TEXT")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--one", choices=(*KINDS, "keep"), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--one", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -107,14 +118,16 @@ def main() -> None:
         for name, (model, text) in experts(args).items():
             long_texts(model, text, args, Path(folder) / f"{name}.jsonl")
         rows = {}
-        for kind in ("plain", "own", "merged", "keep", "kept"):  # what is kept would be found by `own`
+        for kind in args.rows:
             rows[kind] = measured(kind, args, folder, cache)
             print(kind, rows[kind], file=sys.stderr, flush=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| row | seconds | of plain | without the regressions, of plain | peak memory |\n|---|---|---|---|---|")
-    for kind in (*KINDS, "keep"):
-        seconds, base, baseline = (rows[row]["seconds"] for row in (kind, "plain", "kept"))
-        share = f"{(seconds - baseline) / base:.2f}" if kind in ("own", "merged") else ""
+    rests = {"own": "kept", "merged": "kept"}  # the row that has the same regressions and no forward pass
+    for kind in args.rows:
+        seconds, base = rows[kind]["seconds"], rows[args.rows[0]]["seconds"]
+        rest = rows.get(rests.get(kind, ""))
+        share = "" if rest is None else f"{(seconds - rest['seconds']) / base:.2f}"
         print(f"| {kind} | {seconds:.1f} | {seconds / base:.2f} | {share} | {rows[kind]['peak'] / 1e6:,.0f} MB |")
 
 

@@ -67,6 +67,8 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "regmean": grid(alpha=[0.5, 0.7, 0.9, 0.95, 1]),
     "tsv_m": grid(**{"lambda": [0.8, 1, 1.2]}),
     "wudi": grid(omega=[0.1, 0.3, 1]),
+    "wudi_svc": grid(omega=[0.1, 0.3, 1]),
+    "actmat": grid(omega=[0.03, 0.1, 0.3, 1]),
     "iso_c": grid(**{"lambda": [1, 1.5, 2]}),
     "iso_cts": grid(**{"lambda": [1, 1.5, 2]}),
     "star": grid(eta=[40, 80], **{"lambda": [1, 1.5]}),
@@ -80,6 +82,8 @@ HALVES: dict[str, list[dict[str, Any]]] = {  # of CABS: what thins, before the s
     "CA only": [{"top": {"density": 0.25, "exclusive": "listed"}}],
     "BS only": [{"bs": {"n": 64, "m": 256}}],
 }
+CALIBRATED_BY_SVC = ("mean", "sum", "sign_elect", "tsv_m", "iso_c", "wudi")
+"""Mergers by their defaults, whose singular values SVC calibrates."""
 SEVERAL: list[tuple[str, Parameters]] = [  # outputs that hold each expert
     ("emr", {}),
     ("tall_masks", {}),
@@ -103,42 +107,49 @@ def texts(data: Path, domain: str) -> list[str]:
 class Judge:
     """One model whose weights are swapped in place, and texts that were tokenised once."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """The first tokens of each text, the short ones first, so that a batch needs little padding."""
         rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=TOKENS).input_ids
         return sorted(rows, key=len)
 
-    @torch.inference_mode()
     def losses(self, checkpoint: Path, held_out: Mapping[str, list[list[int]]]) -> dict[str, float]:
         """Token-mean cross-entropy of a checkpoint on each domain's texts."""
+        return {
+            domain: sum(total for total, _ in rows) / sum(count for _, count in rows)
+            for domain, rows in self.text_losses(checkpoint, held_out).items()
+        }
+
+    @torch.inference_mode()
+    def text_losses(
+        self, checkpoint: Path, held_out: Mapping[str, list[list[int]]]
+    ) -> dict[str, list[tuple[float, int]]]:
+        """The summed cross-entropy of a checkpoint on each text, and the text's tokens, by domain."""
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(checkpoint.glob("*.safetensors")):
             weights |= load_file(file)
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not {*missing, *unexpected} - {"lm_head.weight"}, (missing, unexpected)  # the head is tied
-        losses = {}
-        for domain, rows in held_out.items():
-            sums = [self._loss(rows[start : start + 8]) for start in range(0, len(rows), 8)]
-            losses[domain] = sum(sums) / sum(len(row) - 1 for row in rows)
-        return losses
+        return {
+            domain: [pair for start in range(0, len(rows), 8) for pair in self._losses(rows[start : start + 8])]
+            for domain, rows in held_out.items()
+        }
 
-    def _loss(self, rows: list[list[int]]) -> float:
-        """The summed cross-entropy of a batch; logits are made only for tokens that have a next one."""
+    def _losses(self, rows: list[list[int]]) -> list[tuple[float, int]]:
+        """The summed cross-entropies of a batch; logits are made only for tokens that have a next one."""
         longest = max(map(len, rows))
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         hidden = self.model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        target_mask = mask[:, 1:].bool()
-        logits, target = self.model.lm_head(hidden[:, :-1][target_mask]), ids[:, 1:][target_mask]
-        pieces = zip(torch.split(logits, 512), torch.split(target, 512), strict=True)
-        return sum(
-            torch.nn.functional.cross_entropy(logit_piece.float(), target_piece, reduction="sum").item()
-            for logit_piece, target_piece in pieces
-        )
+        losses = []
+        for row, states in zip(rows, hidden, strict=True):
+            logits = self.model.lm_head(states[: len(row) - 1]).float()
+            total = torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")
+            losses.append((total.item(), len(row) - 1))
+        return losses
 
 
 def weights_of(checkpoint: Path) -> int:
@@ -287,6 +298,10 @@ def report(table: Table) -> Iterator[str]:
     for n, m in BLOCKS:
         setting = {"n": n, "m": m, "lambda": 1}
         yield table.row("cabs", f"{n}:{m}", table.merged("report", "cabs", setting))
+    yield "\n## SVC after a merger by its defaults\n\n" + head
+    for method in CALIBRATED_BY_SVC:
+        yield table.row(method, "without", table.merged("report", method, {}))
+        yield table.row(method, "with svc", table.merged("report", "pipeline", [{method: {}}, {"svc": {}}]))
     yield "\n## Outputs that hold each expert\n"
     yield "Each expert as `merger extract` rebuilds it, on its own domain; size as a share of the three checkpoints.\n"
     yield head.replace("share kept", "share kept | size") + "---|"

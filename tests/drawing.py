@@ -6,7 +6,17 @@ from typing import Annotated, Literal, get_args, get_origin
 from hypothesis import strategies as st
 
 import merger.methods  # noqa: F401 registers every method
-from merger.pipeline.parameters import Number, Numbers, Share, Shares, SharesOrAuto, Stretch, Towards, is_order
+from merger.pipeline.parameters import (
+    Number,
+    Numbers,
+    Share,
+    ShareOrAuto,
+    Shares,
+    SharesOrAuto,
+    Stretch,
+    Towards,
+    is_order,
+)
 from merger.pipeline.registry import ENTRIES, SCORES, Anchor, Inner, Score, parameters
 
 NUMBERS = st.sampled_from([0, 1, 2, -1, 0.3, "1/3", 1.2])
@@ -28,6 +38,8 @@ def values_of(annotation, default, experts):
         return numbers(SHARES if annotation == Shares else NUMBERS, experts)
     if annotation == SharesOrAuto:
         return st.just("auto") | st.just(str(Fraction(1, len(experts)))) | numbers(SHARES, experts)
+    if annotation == ShareOrAuto:
+        return st.just("auto") | SHARES | st.lists(SHARES, min_size=2, max_size=3)
     if annotation in (Stretch, Towards):
         words = ["fit"] if annotation == Stretch else ["fit", "mean", "sum"]
         return st.sampled_from(words) | NUMBERS | st.lists(NUMBERS, min_size=2, max_size=3)

@@ -215,8 +215,8 @@ def test_regmean_block_by_block_is_the_regression_over_whole_models(place):
     merger.merge(recipe(place, "regmean", parameters={"alpha": 0.7}, dtype="float32"))
     merged, base = load(place / "out"), load(MODELS / "base")
     experts, moments = [load(MODELS / task) for task in EXPERTS], [moments_of(place, task) for task in EXPERTS]
-    matrices = [name for name in base if ".mlp." in name or "_proj" in name]
-    assert len(matrices) == 3 * 7
+    matrices = [name for name in base if ".mlp." in name or "_proj" in name or "embed" in name]
+    assert len(matrices) == 3 * 7 + 1  # the embedding is the head too
     for name, value in base.items():
         deltas = [expert[name].double() - value.double() for expert in experts]
         expected = sum(deltas) / 3
@@ -234,15 +234,19 @@ def block_of(name):
     return int(name.split(".")[2]) if ".layers." in name else -1
 
 
+TABLE = "model.embed_tokens.weight"  # which is the head too
+BLOCKS = (0, 1, 2, -1)
+
+
 def rows_entering(model, batch, block):
-    """The inputs of a block's matrices for a batch, padding left out, when the whole model runs."""
+    """The inputs of a block's matrices, or the head's (-1), for a batch without padding, when the whole model runs."""
     rows = {}
 
     def keep_rows(name, _, arguments):
         rows[name] = arguments[0][batch.mask].double()
 
     hooks = [
-        module.register_forward_pre_hook(functools.partial(keep_rows, f"{name}.weight"))
+        module.register_forward_pre_hook(functools.partial(keep_rows, TABLE if name == "lm_head" else f"{name}.weight"))
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and block_of(f"{name}.weight") == block
     ]
@@ -270,10 +274,11 @@ def regmean_behind_merged_blocks(place, alpha):
     base = {name: value.double() for name, value in load(MODELS / "base").items()}
     experts = [{name: value.double() for name, value in load(MODELS / task).items()} for task in EXPERTS]
     merged = {name: sum(expert[name] for expert in experts) / 3 for name in base}
-    for block in range(3):
+    for block in BLOCKS:
         grams = []
         for task, expert_weights in zip(EXPERTS, experts, strict=True):
-            weights = {name: (expert_weights if block_of(name) == block else merged)[name].float() for name in base}
+            own_names = {name for name in base if block_of(name) == block != -1}
+            weights = {name: (expert_weights if name in own_names else merged)[name].float() for name in base}
             grams.append(grams_behind(place, task, weights, block))
         for name in grams[0]:
             shrunk_grams = [alpha * gram[name] + (1 - alpha) * gram[name].diagonal().diag() for gram in grams]
@@ -304,7 +309,7 @@ def regression_towards_experts_features(place, target, ridge):
         transformers.AutoModelForCausalLM.from_pretrained(place / "models" / name, dtype=torch.float32).eval()
         for name in ("base", *EXPERTS)
     )
-    for block in range(3):
+    for block in BLOCKS:
         student.load_state_dict({name: value.float() for name, value in merged.items()}, strict=False)
         left, right = {}, {}
         for task, expert, teacher in zip(EXPERTS, experts, teachers, strict=True):
@@ -312,7 +317,7 @@ def regression_towards_experts_features(place, target, ridge):
             for batch in batches(samples_of(place, task).tokens):
                 targets = rows_entering(teacher, batch, block)
                 for name, x in rows_entering(student, batch, block).items():
-                    y = target * targets[name] + (1 - target) * x
+                    y = x if name == TABLE else target * targets[name] + (1 - target) * x
                     gram[name] = gram.get(name, 0) + x.T @ x
                     product[name] = product.get(name, 0) + expert[name] @ y.T @ x
             for name in gram:
@@ -384,7 +389,7 @@ def test_own_and_merged_inputs_do_not_go_together(place):
 
 
 def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
-    with pytest.raises(RecipeError, match="inputs: merged needs merged blocks"):
+    with pytest.raises(RecipeError, match="`merger run` it, and inspect the output"):
         merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
 
 
@@ -476,7 +481,7 @@ def test_inputs_behind_merged_blocks_are_made_from_text_alone(place):
 
 @pytest.mark.parametrize(
     ("method", "parameters", "message"),
-    [("regmean", {"inputs": "merged"}, "inputs: merged makes Gram matrices while it merges"), ("obim", {}, "no stage")],
+    [("regmean", {"inputs": "merged"}, "made behind the merged blocks"), ("obim", {}, "no stage")],
 )
 def test_gram_matrices_that_no_merge_could_use_are_not_kept(place, method, parameters, message):
     with pytest.raises(RecipeError, match=message):

@@ -328,7 +328,7 @@ def test_what_to_start_with_is_beside_each_method_in_json(merger):
     content = json.loads(merger("methods", "--json").out)
     advice = [advice for entries in content.values() for entry in entries for advice in entry["start_here"]]
     assert sorted(item["purpose"] for item in advice) == sorted(item.purpose for item in RECOMMENDATIONS)
-    assert json.loads(merger("methods", "wudi", "--json").out)["start_here"][0] == dataclasses.asdict(WEIGHTS)
+    assert json.loads(merger("methods", "wudi_svc", "--json").out)["start_here"][0] == dataclasses.asdict(WEIGHTS)
 
 
 @pytest.mark.parametrize("advice", RECOMMENDATIONS, ids=lambda advice: advice.purpose)

@@ -67,7 +67,7 @@ def save_adapter(path):
 def test_the_whole_recipe_without_text(merger, folder):
     ran = merger("init", *MODELS)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out == "merge.yaml: wudi of code, french. Next:\n  merger plan merge.yaml\n  merger run merge.yaml\n"
+    assert ran.out == "merge.yaml: wudi_svc of code, french. Next:\n  merger plan merge.yaml\n  merger run merge.yaml\n"
     assert (
         Path("merge.yaml").read_text()
         == f"""\
@@ -80,8 +80,8 @@ experts:
   code: models/code
   french: models/french
 
-# wudi {WEIGHTS.reason}; it kept {WEIGHTS.share:.3f} of three experts' gains on a 135M model ({WEIGHTS.source}).
-method: wudi
+# wudi_svc {WEIGHTS.reason}; it kept {WEIGHTS.share:.3f} of three experts' gains on a 135M model ({WEIGHTS.source}).
+method: wudi_svc
 # With text of each expert, merger init writes {TEXT.method}.
 
 # A new folder; it appears when the merge is whole.

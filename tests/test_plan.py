@@ -536,7 +536,10 @@ def vocabulary(rows, hidden):
 
 LLAMA_13B, QWEN_7B = blocks(5120, 13824, 40), blocks(3584, 18944, 28, narrow=512, biases=True)
 MISTRAL_7B = blocks(4096, 14336, 32, narrow=1024) | vocabulary(32000, 4096)
+LLAMA_3B = blocks(3072, 8192, 28, narrow=1024) | {EMBEDDING: (128256, 3072)}
 PAPERS = {
+    "featcal-llama3.2-3b-mergebench": [LLAMA_3B] * 6,
+    "wudi_svc-llama3.2-3b-mergebench": [LLAMA_3B] * 6,
     "obim-llama2-13b": [LLAMA_13B | vocabulary(rows, 5120) for rows in (32000, 32000, 32001, 32000)],
     "ties_obm-llama2-13b": [LLAMA_13B | vocabulary(rows, 5120) for rows in (32000, 32000, 32001, 32000)],
     "ties_im-llama2-13b": [LLAMA_13B | vocabulary(rows, 5120) for rows in (32000, 32000, 32001, 32000)],
@@ -551,13 +554,18 @@ def test_the_papers_recipes_plan_on_models_of_the_papers_shapes(tmp_path, name):
     content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     labels = ["base", *content["experts"]]
     for label, tensors in zip(labels, PAPERS[name], strict=True):
-        save_headers(tmp_path / label, tensors, CAUSAL)
+        save_headers(tmp_path / label, tensors, {**CAUSAL, "tie_word_embeddings": HEAD not in tensors})
     content |= {"base": "base", "experts": {label: label for label in labels[1:]}}
     merge_plan = plan(Recipe.parse(content, tmp_path))
     merge_plan.close()
     assert {tensor.name for tensor in merge_plan.tensors} == set(PAPERS[name][0])
-    assert bool(merge_plan.inputs) == ("obm" in name or "obim" in name)
-    assert {tensor.kind for tensor in merge_plan.tensors if tensor.inputs} <= {"linear", "head", "embedding", "vector"}
+    large_heads = [
+        note for note in merge_plan.notes if note.endswith("head: false merges it slice by slice, by the mean")
+    ]
+    assert bool(large_heads) == ("mergebench" in name)
+    assert bool(merge_plan.inputs) == any(method in name for method in ("obm", "obim", "featcal"))
+    kinds = {"linear", "head", "tied", "embedding", "vector"}
+    assert {tensor.kind for tensor in merge_plan.tensors if tensor.inputs} <= kinds
     rows = max(tensors[EMBEDDING][0] for tensors in PAPERS[name])
     assert by_name(merge_plan)[EMBEDDING].info.shape[0] == rows
     if name == "obim-llama2-13b":

@@ -277,10 +277,47 @@ def test_wudi_refuses_a_negative_ridge():
         merged("wudi", deltas_of(2, 3, 2), {"omega": -1})
 
 
-@pytest.mark.parametrize("kind", ["vector", "embedding", "head"])
-def test_wudi_averages_tensors_without_a_matrix(kind):
+@pytest.mark.parametrize(("kind", "head"), [("vector", True), ("embedding", True), ("head", False), ("tied", False)])
+def test_wudi_averages_tensors_without_a_matrix(kind, head):
     deltas = deltas_of(3, 4, 5)
-    assert_close(merged("wudi", deltas, {"lambda": 0.5}, kind=kind), 0.5 * merged("mean", deltas))
+    assert_close(merged("wudi", deltas, {"lambda": 0.5, "head": head}, kind=kind), 0.5 * merged("mean", deltas))
+
+
+@pytest.mark.parametrize("kind", ["head", "tied"])
+def test_a_head_is_a_matrix_to_wudi_if_asked_whether_or_not_it_is_the_embedding(kind):
+    deltas = deltas_of(3, 4, 5)
+    assert torch.equal(merged("wudi", deltas, {"head": True}, kind=kind), merged("wudi", deltas))
+
+
+# --- ACTMat ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (9, 6)])
+def test_actmat_oracle(shape):
+    deltas = {e: delta * scale for scale, (e, delta) in zip((1, 2, 5), deltas_of(3, *shape).items(), strict=True)}
+    exact = [delta.double() for delta in deltas.values()]
+    products = sum(delta @ delta.T @ delta for delta in exact)
+    expected = 0.7 * products @ torch.linalg.pinv(sum(delta.T @ delta for delta in exact))
+    assert_close(merged("actmat", deltas, {"omega": 0, "lambda": 0.7}), expected.float())
+
+
+def test_actmats_ridge_draws_to_the_mean_by_squared_norms():
+    deltas = {"a": randn(5, 7), "b": 3 * randn(5, 7, seed=1)}
+    squares = {expert: delta.square().sum() for expert, delta in deltas.items()}
+    mean = sum(squares[expert] * delta for expert, delta in deltas.items()) / sum(squares.values())
+    assert_close(merged("actmat", deltas, {"omega": 1e9}), mean)
+
+
+def test_actmat_of_task_vectors_of_equal_norm_is_wudi():
+    deltas = {expert: delta / delta.norm() for expert, delta in deltas_of(3, 9, 6).items()}
+    assert_close(merged("actmat", deltas, {"omega": 0.3}), merged("wudi", deltas, {"omega": 0.3}))
+
+
+def test_wudi_without_normalising_has_an_absolute_ridge_in_the_unit_of_the_gram_matrix():
+    deltas = {"a": torch.ones(1, 1), "b": torch.full((1, 1), 3.0)}
+    settings = {"omega": 1, "ridge": "absolute", "normalize": "none"}
+    # (1 (1 + 1) + 3 (9 + 1)) / ((1 + 1) + (9 + 1))
+    assert_close(merged("wudi", deltas, settings), torch.full((1, 1), 32 / 12))
 
 
 # --- anchors, ridges and filters ------------------------------------------------------------------

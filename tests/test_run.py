@@ -65,6 +65,7 @@ METHODS = [
     pytest.param("knots", {"inner": {"ties": {"density": 0.5}}}, id="knots"),
     pytest.param("opcm", {}, id="opcm of the whole model"),
     pytest.param("wudi", {}, id="wudi"),
+    pytest.param("wudi_svc", {}, id="wudi_svc"),
 ]
 
 

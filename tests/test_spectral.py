@@ -194,9 +194,10 @@ def test_tensors_without_a_matrix_get_the_mean_times_the_scale(method, kind):
 
 
 @pytest.mark.parametrize("method", SPECTRAL)
-def test_the_head_is_a_matrix_if_asked(method):
+@pytest.mark.parametrize("kind", ["head", "tied"])
+def test_the_head_is_a_matrix_if_asked(method, kind):
     deltas = deltas_of(3, 6, 8)
-    result = merged(method, deltas, {"head": True}, kind="head")
+    result = merged(method, deltas, {"head": True}, kind=kind)
     assert torch.equal(result, merged(method, deltas))
 
 
@@ -317,6 +318,85 @@ def test_cart_is_the_mean_where_nothing_or_everything_is_added(parameters):
 def test_cart_of_identical_experts_is_the_expert():
     delta = randn(6, 8)
     assert torch.equal(merged("cart", dict.fromkeys("abc", delta)), delta)
+
+
+# --- SVC ------------------------------------------------------------------------------------------
+
+
+def calibrated(deltas, merger="sum", parameters=None, **options):
+    return merge([checked(merger, {}), checked("svc", parameters or {})], deltas, **options)
+
+
+def slow_svc(deltas, tau, alpha):
+    left_vectors, values, right_vectors = thin(tau)
+    total = 0
+    for u, value, v in zip(left_vectors.T, values, right_vectors, strict=True):
+        counts = [(value * v) @ (u @ delta) / ((u @ delta) @ (u @ delta)) for delta in deltas]
+        factor = len(deltas) / sum(max(alpha, count) for count in counts)
+        total = total + factor * value * numpy.outer(u, v)
+    return total
+
+
+@pytest.mark.parametrize(("parameters", "alpha"), [({}, 1 / 3), ({"alpha": 1}, 1), ({"alpha": 0.1}, 0.1)])
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (300, 20)])
+def test_svc_oracle(shape, parameters, alpha):
+    deltas = deltas_of(3, *shape)
+    exact = [delta.double().numpy() for delta in deltas.values()]
+    assert_close(calibrated(deltas, parameters=parameters), slow_svc(exact, sum(exact), alpha))
+
+
+def test_svc_counts_once_what_all_experts_share_and_leaves_what_one_has():
+    shared, apart = torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([[0.0, 0], [0, 1]])
+    assert_close(calibrated({"a": shared, "b": shared + apart}), shared + apart)
+
+
+def test_svc_does_not_depend_on_the_scale_of_the_merge_where_every_count_is_above_alpha():
+    deltas = {expert: 0.2 * delta + randn(6, 8, seed=9) for expert, delta in deltas_of(3, 6, 8).items()}
+    assert_close(calibrated(deltas, "mean", {"alpha": 0}), calibrated(deltas, "sum", {"alpha": 0}))
+
+
+def test_svc_at_one_lets_no_singular_value_grow():
+    deltas = deltas_of(3, 6, 8)
+    before, after = values_of(merged("sum", deltas)), values_of(calibrated(deltas, parameters={"alpha": 1}))
+    assert after.norm() < before.norm()
+    assert bool((after <= before + 1e-6).all())
+
+
+def test_svc_keeps_directions_that_no_expert_counts_positively():
+    delta = randn(6, 8)
+    stages = [checked("sum", {}), checked("scale", {"lambda": -1}), checked("svc", {"alpha": 0})]
+    assert_close(merge(stages, {"a": delta, "b": delta}), -2 * delta)
+
+
+@pytest.mark.parametrize("kind", ["vector", "embedding", "tied", "head", "other"])
+def test_svc_leaves_tensors_without_a_matrix_as_they_were_merged(kind):
+    deltas = deltas_of(3, 6, 8)
+    assert torch.equal(calibrated(deltas, kind=kind), merged("sum", deltas, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["tied", "head"])
+def test_svc_takes_the_head_if_asked(kind):
+    deltas = deltas_of(3, 6, 8)
+    assert torch.equal(calibrated(deltas, parameters={"head": True}, kind=kind), calibrated(deltas))
+
+
+def test_svc_leaves_out_an_expert_of_weight_zero():
+    deltas = deltas_of(3, 6, 8)
+    weight = {"a": 1, "b": 1, "c": 0}
+    stages = [checked("sum", {"weight": weight}), checked("svc", {"weight": weight, "alpha": 0.5})]
+    assert_close(merge(stages, deltas), calibrated({expert: deltas[expert] for expert in "ab"}))
+
+
+def test_wudi_svc_is_wudi_and_then_svc():
+    deltas = deltas_of(3, 6, 8)
+    stages = [checked("wudi", {"omega": 0.1}), checked("svc", {"alpha": 0.2}), checked("scale", {"lambda": 0.7})]
+    assert torch.equal(merged("wudi_svc", deltas, {"omega": 0.1, "alpha": 0.2, "lambda": 0.7}), merge(stages, deltas))
+
+
+def test_svc_calibrates_the_anchor_of_a_regression():
+    deltas = deltas_of(3, 6, 8)
+    anchored = merged("regmean", deltas, {"anchor": "wudi_svc"})  # no text reached the matrix
+    assert_close(anchored, merged("wudi_svc", deltas))
 
 
 # --- rank truncation ------------------------------------------------------------------------------

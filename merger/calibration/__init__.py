@@ -73,7 +73,7 @@ def collect(
     if merged_weights is not None:
         raise CheckpointError(
             f"{weights.label}: its blocks cannot be run one at a time ({reason}), so there are no merged ones before "
-            "the next; write inputs: own"
+            "the next; use regmean with inputs: own"
         )
     notice_once(
         f"{weights.label}: its blocks cannot be run one at a time ({reason}), so each batch runs the whole model"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -61,10 +61,12 @@ class Drafts:
     """The tensors of a merge in progress, with drafts of those that wait for inputs of their block.
 
     That is also so for tensors that an earlier run has completed, so that a resumed run ends in the same bytes.
+    ``outer`` names the waiting tensors outside the blocks: they are merged after the last block, but a table that the
+    head shares with the embedding is needed before the first.
     """
 
-    def __init__(self, merge: PartialMerge) -> None:
-        self._merge = merge
+    def __init__(self, merge: PartialMerge, outer: Collection[str]) -> None:
+        self._merge, self._outer = merge, outer
         self._drafts: dict[str, Tensor | None] = {}
 
     def read(self, name: str) -> Tensor | None:
@@ -73,6 +75,10 @@ class Drafts:
             self._drafts[name] = self._merge.draft(name)
         draft = self._drafts[name]
         return self._merge.read(name) if draft is None else draft
+
+    def read_behind(self, name: str) -> Tensor | None:
+        """Returns a tensor as later blocks meet it: merged, or drafted where it waits for the last of them."""
+        return self.read(name) if name in self._outer else self._merge.read(name)
 
     def clear(self) -> None:
         """Drops the drafts of a block."""
@@ -90,7 +96,7 @@ def grams(
     """
     waiting = [tensor for tensor in plan.tensors if tensor.lockstep]
     experts = tuple(plan.recipe.experts) if waiting else ()
-    drafts = Drafts(merge)
+    drafts = Drafts(merge, {tensor.name for tensor in waiting if tensor.follows_blocks})
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
     gram_folders = _gram_folders(plan, options) if waiting and stream == "own" else {}
     sample_sets = {name: expert_samples(plan, name, options) for name in experts if name not in gram_folders}
@@ -100,9 +106,9 @@ def grams(
             blocks = files.blocks(gram_folders[name], checkpoint=fingerprint(plan.models[name]))
             streams.append(check_blocks(plan, name, blocks))
         elif stream == "draft":
-            streams.append(_draft_blocks(plan, name, *sample_sets[name], options, memory, merge.read, drafts.read))
+            streams.append(_draft_blocks(plan, name, *sample_sets[name], options, memory, drafts))
         else:
-            merged = PartlyMergedModel(plan, name, merge.read) if stream == "merged" else None
+            merged = PartlyMergedModel(plan, name, drafts.read_behind) if stream == "merged" else None
             arguments = plan, name, *sample_sets[name], options, memory
             streams.append(expert_blocks(*arguments, gram=True, merged_weights=merged))
     moments_by_expert: dict[str, dict[str, Moments]] = {name: {} for name in experts}
@@ -130,15 +136,14 @@ def _draft_blocks(
     samples: Samples,
     options: RunOptions,
     hidden_memory: int | None,
-    merged: MergedTensors,
-    drafted: MergedTensors,
+    drafts: Drafts,
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
     from merger.calibration.paired_blocks import collect_pairs  # it imports torch
 
     blocks = collect_pairs(
         plan.models[name],
-        PartlyMergedModel(plan, name, drafted),
-        PartlyMergedModel(plan, name, merged),
+        PartlyMergedModel(plan, name, drafts.read),
+        PartlyMergedModel(plan, name, drafts.read_behind),
         batches(samples.tokens),
         key.settings,
         device=options.device,

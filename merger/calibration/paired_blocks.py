@@ -69,7 +69,7 @@ def collect_pairs(
     except UnsupportedBlocks as error:
         raise CheckpointError(
             f"{expert.label}: its blocks cannot be run one at a time ({error}), so there are no merged ones before "
-            "the next; write inputs: own and target: 0"
+            "the next; use regmean with inputs: own"
         ) from None
 
 

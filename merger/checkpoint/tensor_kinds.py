@@ -60,8 +60,19 @@ class TensorKinds:
             width = self.tensors[self.embedding].shape[1]
         return packed_experts(self.tensors, self.config, width)
 
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        """The kinds that were asked for so far."""
+        return {}
+
     def kind(self, name: str) -> str:
         """One of the kinds that a rule can name: linear, conv1d, head, tied, embedding, vector, expert3d, ..."""
+        kind = self._kinds.get(name)
+        if kind is None:
+            kind = self._kinds[name] = self._kind(name)
+        return kind
+
+    def _kind(self, name: str) -> str:
         info = self.tensors[name]
         name = self.copies.get(name, name)
         if not info.is_float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,12 +34,20 @@ class Writer(Output):
     `open` keeps the shards that an earlier run of the same ``plan`` has finished; whatever is written to their
     tensors is ignored. Until `finish`, `abandon` or `suspend`, `write` may be called from several threads.
     A thread of its own follows the finished tensors in file order and hashes them while they are still in
-    the page cache.
+    the page cache; shards with a tensor of ``last``, which is written after all others, come last there.
     """
 
-    def __init__(self, path: Path, shards: Sequence[Shard], infos: Mapping[str, Info], plan: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shards: Sequence[Shard],
+        infos: Mapping[str, Info],
+        plan: Mapping[str, str],
+        *,
+        last: Collection[str] = (),
+    ) -> None:
         super().__init__(path, plan)
-        self._shards = shards
+        self._shards = sorted(shards, key=lambda shard: any(name in shard.offsets for name in last))
         self._infos = infos
         self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
         self._stored = Checkpoint("output", self.folder, self._stored_infos(), {})
@@ -154,12 +162,13 @@ class Writer(Output):
         """The SHA-256 of every shard, once all tensors are done and on disk."""
         assert self._hashing is not None, "it was never opened"
         self._hashing.result()
-        return {shard.file: self.journal.finished[shard.file].sha256 for shard in self._shards}
+        return {file: self.journal.finished[file].sha256 for file in sorted(shard.file for shard in self._shards)}
 
     def finish(self, *, force: bool) -> None:
         """Writes the index and renames the folder into place; only then replaces an earlier output."""
         if len(self._shards) > 1:
-            write_json(self.folder / index_name(self._shards), index(self._shards, self._infos))
+            shards = sorted(self._shards, key=lambda shard: shard.file)
+            write_json(self.folder / index_name(shards), index(shards, self._infos))
         self.digests()
         super().finish(force=force)
 

@@ -47,4 +47,7 @@ def _check_grams(plan: Plan) -> None:
     if not block_providers(plan):
         raise RecipeError("no stage of this recipe takes Gram matrices: there is nothing to keep with gram=True")
     if any(stage_input.follows_merge for stage_input in plan.inputs):
-        raise RecipeError("inputs: merged makes Gram matrices while it merges: there is nothing to keep with gram=True")
+        raise RecipeError(
+            "Gram matrices of this recipe are made behind the merged blocks, during the merge: there is nothing to "
+            "keep with gram=True"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from merger.calibration.provider import cost, input_bytes
@@ -42,16 +43,23 @@ def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan
     """Returns the bytes of ``workers`` slices: the model's largest, or those of one block merged in lockstep."""
     in_lockstep = {id(tensor.stages) for tensor in plan.stage_examples if tensor.lockstep}
     by_block: dict[str, list[int]] = {}
-    # one part of each size, for each combination of stages
+    # one part of each size, for each combination of stages, and how many there are
     separate_parts: dict[tuple[int, int, int], tuple[TensorPlan, Part]] = {}
+    counts = Counter[tuple[int, int, int]]()
     for tensor in plan.tensors:
         if id(tensor.stages) in in_lockstep:
             by_block.setdefault(tensor.unit, []).extend(size(plan, tensor, part) for part in tensor.parts)
         else:
             for part in tensor.parts:
-                separate_parts[id(tensor.stages), part.rows, part.columns] = tensor, part
-    largest = max((size(plan, tensor, part) for tensor, part in separate_parts.values()), default=0)
-    return max(workers * largest, *(sum(sorted(sizes)[-workers:]) for sizes in by_block.values()), 0)
+                key = id(tensor.stages), part.rows, part.columns
+                separate_parts[key] = tensor, part
+                counts[key] += 1 if not _is_sliced(tensor) else workers
+    separate_sizes = [
+        slice_size
+        for key, (tensor, part) in separate_parts.items()
+        for slice_size in [size(plan, tensor, part)] * min(workers, counts[key])
+    ]
+    return max(sum(sorted(sizes)[-workers:]) for sizes in ([0], separate_sizes, *by_block.values()))
 
 
 def bytes_per_element(experts: int) -> int:

@@ -70,7 +70,8 @@ def merge(
             options.notice(note)
         infos = plan.stored
         shards = layout(list(infos.items()), recipe.output.shard_size, PACKED if plan.packed else SINGLE)
-        writer = Writer(output, shards, infos, decisive_inputs(prepared, statistics))
+        last = [name for tensor in plan.tensors if tensor.follows_blocks for name in plan.written_names(tensor)]
+        writer = Writer(output, shards, infos, decisive_inputs(prepared, statistics), last=last)
         with _kept_for_the_next_run(writer, options.notice):
             writer.open(force=force, tell=partial(options.progress, "checking"))
             notes = [*plan_notes, *_earlier_notes(writer, len(shards), options.notice)]

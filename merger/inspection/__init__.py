@@ -55,7 +55,10 @@ def inspect(
     """
     with prepare(recipe, options) as prepared:
         if any(stage_input.follows_merge for stage_input in prepared.plan.inputs):
-            raise RecipeError("inputs: merged needs merged blocks, which are not made here; run it first")
+            raise RecipeError(
+                "this recipe merges a block by its inputs behind the merged blocks, and nothing is merged here; "
+                "`merger run` it, and inspect the output"
+            )
         walk = Walk(prepared, _request(prepared.plan, picture, rank, subspaces, curves))
         return _inspection(walk, count_stages, "recipe", recipe.base.model, list(recipe.experts))
 

@@ -22,8 +22,8 @@ def whole(**_: object) -> Takes:
 
 
 def has_matrix(kind: str, *, head: bool = False) -> bool:
-    """Whether a tensor of this kind maps activations to activations; the head does only with ``head``."""
-    return kind in ("linear", "conv1d", "expert3d") or (head and kind == "head")
+    """Whether a tensor of this kind maps activations to activations; the head, tied or not, does only with ``head``."""
+    return kind in ("linear", "conv1d", "expert3d") or (head and kind in ("head", "tied"))
 
 
 def averaged(kind: str, *, head: bool, weight: Any, lambda_: Any, **_: object) -> list[Stage] | None:

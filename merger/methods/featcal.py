@@ -15,10 +15,11 @@ def featcal(
     *,
     target: Share = 0.25,
     ridge: Number = 0.05,
-    anchor: Anchor = "mean",
-    stretch: Stretch = 2,
+    anchor: Anchor = "wudi_svc",
+    stretch: Stretch = 1,
     weight: Numbers = 1,
     lambda_: Number = 1,
+    head: bool = True,
 ) -> list[Stage]:
     """Calibrates the anchor block by block, so that it answers on its own inputs as each expert does on its own."""
     return [
@@ -33,5 +34,6 @@ def featcal(
             stretch=stretch,
             weight=weight,
             lambda_=lambda_,
+            head=head,
         )
     ]

@@ -14,14 +14,10 @@ from merger.methods._regression import Evidence
 from merger.methods._spectral import averaged, whole
 from merger.methods.regmean_diag import a_share_each
 from merger.pipeline.parameters import Number, Numbers, Share, Stretch
-from merger.pipeline.registry import Anchor, Stage, merger
+from merger.pipeline.registry import Anchor, merger
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _averaged(kind: str, *, weight: Any, lambda_: Any, **_: object) -> list[Stage] | None:
-    return averaged(kind, head=True, weight=weight, lambda_=lambda_)
 
 
 def _inputs(*, inputs: str, **_: object) -> Mapping[str, str]:
@@ -38,7 +34,7 @@ def _check(*, ridge: Fraction, target: Fraction, inputs: str, weight: Any, **_: 
         raise ValueError("target: needs the inputs of the merge and of the expert side by side; write inputs: draft")
 
 
-@merger(exact=False, takes=whole, inputs=_inputs, check=_check, elsewhere=_averaged)
+@merger(exact=False, takes=whole, inputs=_inputs, check=_check, elsewhere=averaged)
 def regmean(
     deltas: Tensor,
     base: Tensor,
@@ -55,6 +51,7 @@ def regmean(
     stretch: Stretch = 1,
     weight: Numbers = 1,
     lambda_: Number = 1,
+    head: bool = True,
 ) -> Tensor:
     """The weights whose outputs come closest, in the least squares, to each expert's on its own inputs.
 
@@ -62,15 +59,17 @@ def regmean(
     `normalize` divides by its norm or trace: (sum of delta_k G_k + ridge stretch anchor) (sum of G_k + ridge I)^-1, in
     float64. What the inputs say nothing about goes to the anchor, the result of any other method, times `stretch` or,
     with `fit`, times the factor that errs least. At `alpha` 0 it is the mean of every column weighted by E[x_j^2]. An
-    expert that no input reached has no say; where none was reached it is the anchor; embeddings, norms and biases
-    get the plain mean. Needs calibration text; the Gram matrices of a block are made and used before those of the next,
-    so none are kept. With `inputs: merged` an expert's text comes to its block through the merged blocks before it, and
-    not through its own; with `draft` also the block is not the expert's, but the anchor, and the outputs to come
-    close to are those on the share `target` of the expert's own inputs and the rest of the draft's.
+    expert that no input reached has no say; where none was reached it is the anchor times `stretch`. Embeddings, norms
+    and biases (and the head, tied or not, without `head`) get the plain mean. Needs calibration text; the Gram matrices
+    of a block are made and used before those of the next, so none are kept. With `inputs: merged` an expert's text
+    comes to its block through the merged blocks before it, and not through its own; with `draft` also the block is not
+    the expert's, but the anchor, and the outputs to come close to are those on the share `target` of the expert's own
+    inputs and the rest of the draft's.
     """
     anchored = inside(deltas).double()
     if gram is None or not gram.any():
-        return (anchored * float(lambda_)).to(deltas)
+        factor = 1.0 if stretch == "fit" else float(stretch)
+        return (anchored * factor * float(lambda_)).to(deltas)
     evidence = Evidence(deltas[0].double())
     for number, (delta, expert_gram, share) in enumerate(zip(deltas, gram, weight, strict=True)):
         scale = float(share) / _size(expert_gram, normalize)

@@ -8,6 +8,6 @@ from merger.pipeline.registry import Stage, method, stage
 
 
 @method()
-def regmean_pp(*, alpha: Share = 0.9, weight: Numbers = 1, lambda_: Number = 1) -> list[Stage]:
+def regmean_pp(*, alpha: Share = 0.9, weight: Numbers = 1, lambda_: Number = 1, head: bool = True) -> list[Stage]:
     """Is `regmean` with `inputs: merged`: an expert's text comes to its block through the merged blocks before it."""
-    return [stage(regmean, inputs="merged", alpha=alpha, weight=weight, lambda_=lambda_)]
+    return [stage(regmean, inputs="merged", alpha=alpha, weight=weight, lambda_=lambda_, head=head)]

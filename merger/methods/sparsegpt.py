@@ -28,7 +28,7 @@ LEAST = 1e-6
 
 
 def _by_magnitude(kind: str, *, density: Any, **_: object) -> list[Stage] | None:
-    return None if has_matrix(kind, head=True) else [stage(top, density=density)]
+    return None if kind != "tied" and has_matrix(kind, head=True) else [stage(top, density=density)]
 
 
 def _enough(*, damping: Fraction, **_: object) -> None:

@@ -10,6 +10,7 @@ Of a 135M model's three fine-tunes it kept 0.867, 0.895, 0.897, 0.882 and 0.809 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
@@ -40,6 +41,7 @@ def wudi(
     ridge: Literal["relative", "absolute"] = "relative",
     filter_: Filter = "ridge",
     towards: Towards = "mean",
+    normalize: Literal["trace", "none"] = "trace",
     weight: Numbers = 1,
     lambda_: Number = 1,
     head: bool = False,
@@ -51,27 +53,37 @@ def wudi(
     and a large one gives the mean; with `ridge: absolute` it is `omega` itself, as in the paper's equation 20,
     in squared weights. Directions without evidence go `towards` the mean, the sum, a multiple of the mean, or with
     `fit` the multiple that interferes least. With `filter: exp` or `rank` an eigenvalue e of the sum of the Gram
-    matrices counts 1 - exp(-e / rho) or, above rho, fully, in place of e / (e + rho). Vectors and embeddings (and
-    the head, unless `head`) get the mean. (1, 0) and (0, 1) in the same row make (1, 1) without the ridge,
+    matrices counts 1 - exp(-e / rho) or, above rho, fully, in place of e / (e + rho). With `normalize: none` nothing is
+    divided by ||delta_k||^2, so that an expert that changed more has more say. Vectors and embeddings (and the head,
+    tied or not, without `head`) get the mean. (1, 0) and (0, 1) in the same row make (1, 1) without the ridge,
     (0.75, 0.75) at 1.
     """
-    terms: list[Tensor] = [vector for vector in weighted(deltas, weight) if vector.any()]  # unchanged ones have no say
-    if not terms:
+    changed = [k for k, delta in enumerate(deltas) if weight[k] and delta.any()]  # the others have no say
+    if not changed:
         return torch.zeros_like(deltas[0])
-    first = terms[0]
+    first = _exact(deltas, weight, changed[0])
     evidence, mean, rho = Evidence(first), torch.zeros_like(first), 0.0
-    for term in terms:
+    for k in changed:
+        term = first if k == changed[0] else _exact(deltas, weight, k)
         squares = term.square().sum()
-        evidence.add(term, gram(term.T).div_(squares))
-        share = float(omega) / (first.shape[1] if ridge == "relative" else float(squares))
+        size = squares if normalize == "trace" else torch.ones_like(squares)
+        evidence.add(term, gram(term.T).div_(size))
+        share = float(omega) / float(size)
+        if ridge == "relative":
+            share = float(omega) * float(squares / size) / first.shape[1]
         mean.add_(term - first, alpha=share)
         rho += share
     if not omega:  # from the first on, so that equal task vectors come back bit for bit
         merged: Tensor = first + evidence.products @ torch.linalg.pinv(evidence.total, rtol=RCOND, hermitian=True)
     else:
         mean = first + mean / rho
-        merged = evidence.solve(mean * _factor(towards, evidence, mean, len(terms)), rho, filter_)
+        merged = evidence.solve(mean * _factor(towards, evidence, mean, len(changed)), rho, filter_)
     return (merged * float(lambda_)).to(deltas)
+
+
+def _exact(deltas: Tensor, weight: Sequence[Fraction], k: int) -> Tensor:
+    """The task vector [r c] of expert k times its weight, in float64: one at a time, for a head is large."""
+    return weighted(deltas[k : k + 1], weight[k : k + 1])[0]
 
 
 def _factor(towards: Fraction | str, evidence: Evidence, mean: Tensor, experts: int) -> float:

@@ -105,6 +105,7 @@ def _by_expert(number: Any, *extra: Any) -> Any:
 if TYPE_CHECKING:  # a recipe may write more than a function receives, so checkers see neither
     Number: TypeAlias = Any
     Share: TypeAlias = Any
+    ShareOrAuto: TypeAlias = Any
     Numbers: TypeAlias = Any
     Shares: TypeAlias = Any
     SharesOrAuto: TypeAlias = Any
@@ -114,6 +115,7 @@ if TYPE_CHECKING:  # a recipe may write more than a function receives, so checke
 else:
     Number = Annotated[_over_depth(Real), Varying()]
     Share = Annotated[_over_depth(Unit), Varying()]
+    ShareOrAuto = Annotated[_over_depth(Unit, _word("auto")), Varying()]
     Numbers = Annotated[_by_expert(Real), EachExpert()]
     Shares = Annotated[_by_expert(Unit), EachExpert()]
     SharesOrAuto = Annotated[_by_expert(Unit, _word("auto")), EachExpert()]

@@ -83,6 +83,11 @@ class TensorPlan:
         return any(item.granularity == "block" for stage in self.stages for item in stage.inputs)
 
     @property
+    def follows_blocks(self) -> bool:
+        """Whether it waits for the last block, as a head does, though the embedding that it may be comes first."""
+        return self.lockstep and self.unit == self.name
+
+    @property
     def ranked(self) -> bool:
         """Whether any of its stages looks at all tensors of its group together."""
         return any(stage.values.get("scope") == "global" for stage in self.stages)

@@ -51,9 +51,10 @@ def sample_changes(plan: Plan) -> dict[str, SampledChange]:
     The result is empty if the sample would be too small, or the base's weights are not on this machine.
     """
     local = [label for label, model in plan.models.items() if _is_local(model)]
-    tensors = [tensor for tensor in plan.tensors if _is_comparable(plan, tensor, local)]
+    tensors = [tensor for tensor in plan.tensors if tensor.stages and tensor.kind in _KINDS]
     count = min(MATRICES, len(tensors))
-    sample = [tensors[i * len(tensors) // count] for i in range(count)]
+    picks = [tensors[i * len(tensors) // count] for i in range(count)]
+    sample = [tensor for tensor in picks if _is_comparable(plan, tensor, local)]
     if "base" not in local or sum(min(ELEMENTS, tensor.info.elements) for tensor in sample) < FEWEST:
         return {}
     base = [_middle(plan.base, tensor.reads["base"]) for tensor in sample]
@@ -87,9 +88,9 @@ def _is_local(model: Checkpoint) -> bool:
 
 
 def _is_comparable(plan: Plan, tensor: TensorPlan, labels: Sequence[str]) -> bool:
-    """Whether a tensor is merged, and a matrix that these models store in one shape and in row order."""
+    """Whether these models store a matrix in one shape and in row order."""
     names = [tensor.reads.get(label) for label in labels]
-    if not tensor.stages or tensor.kind not in _KINDS or None in names:
+    if None in names:
         return False
     infos = [plan.models[label].tensors[name or ""] for label, name in zip(labels, names, strict=True)]
     return all(info.is_float and info.strides is None and info.shape == infos[0].shape for info in infos)

@@ -46,7 +46,7 @@ class Grams:
             making=largest_block_bytes(plan, sums) + beside * largest_block_bytes(plan),
             merging=4 * experts * matrices * max(squares.values(), default=0),
             hidden_states=self._models * hidden_state_bytes(plan, experts_at_once=experts),
-            files=4 * experts * triangles,
+            files=4 * experts * triangles if self._stream == "own" else 0,
         )
 
     def slice_bytes(self, part: Part, experts: int) -> int:
