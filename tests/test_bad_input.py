@@ -276,7 +276,7 @@ RECIPES = [  # all end in exit code 2
     ("a date", added("seed: 2020-13-45"), "recipe.yaml:7: seed: is '2020-13-45', expected a whole number"),
     ("an empty file", recipe(""), "recipe.yaml: experts: is missing"),
     ("a list", recipe("- a\n"), "recipe.yaml: expected keys and values (base:, experts:, ...), not list"),
-    ("no file", gone("recipe.yaml"), "there is no file recipe.yaml"),
+    ("no file", gone("recipe.yaml"), "recipe.yaml: there is no such file"),
     ("a folder", both(gone("recipe.yaml"), lambda: os.mkdir("recipe.yaml")),
         "recipe.yaml: cannot be read: Is a directory"),
     ("bytes that are no text", file("recipe.yaml", b"\xff\xfe\x00"),

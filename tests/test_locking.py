@@ -213,8 +213,17 @@ def test_a_lock_of_what_every_device_makes_alike_holds_on_all(merger, folder, de
     ("text", "message"),
     [
         (None, "recipe.lock: cannot be read: No such file or directory; make it with `merger lock`"),
-        ("{", "recipe.lock: is no lock that this merger understands; make it again with `merger lock`"),
-        ('{"format": 1}', "recipe.lock: is no lock that this merger understands"),
+        (
+            "{",
+            "recipe.lock: is not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
+            "(char 1); make it again with `merger lock`",
+        ),
+        ("[]", "recipe.lock: is no lock of merger; make it again with `merger lock`"),
+        ('{"format": 1}', "recipe.lock: is of format 1, and this version reads 2; make it again with `merger lock`"),
+        (
+            '{"format": 2, "versions": {}, "device": null, "recipe": {}, "inputs": {}, "calibration": {}}',
+            "recipe.lock: is damaged: it has no files and no tensors; make it again with `merger lock`",
+        ),
     ],
 )
 def test_a_lock_that_is_none_says_what_to_do(merger, folder, text, message):

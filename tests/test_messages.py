@@ -152,17 +152,17 @@ def test_a_repository_in_the_cache_is_none_of_the_folders_near_it(merger, folder
 @pytest.mark.parametrize(
     ("arguments", "code", "lines"),
     [
-        (("run", "recipe.yml"), 2, ["there is no file recipe.yml; did you mean recipe.yaml?"]),
-        (("plan", "nothing"), 2, ["there is no file nothing"]),
+        (("run", "recipe.yml"), 2, ["recipe.yml: there is no such file; did you mean recipe.yaml?"]),
+        (("plan", "nothing"), 2, ["nothing: there is no such file"]),
         (
             ("eval", "recip.yaml", "models/cde"),
             2,
             [
-                "there is no recipe or folder recip.yaml; did you mean recipe.yaml?",
-                "there is no recipe or folder models/cde; did you mean models/code?",
+                "recip.yaml: there is no such recipe or folder; did you mean recipe.yaml?",
+                "models/cde: there is no such recipe or folder; did you mean models/code?",
             ],
         ),
-        (("inspect", "models/coda"), 2, ["there is no recipe or folder models/coda; did you mean models/code?"]),
+        (("inspect", "models/coda"), 2, ["models/coda: there is no such recipe or folder; did you mean models/code?"]),
         (
             ("inspect", "models/coda", "--base", "models/bse"),
             3,
@@ -187,9 +187,9 @@ def test_a_repository_in_the_cache_is_none_of_the_folders_near_it(merger, folder
                 "b: there is no file held/french.json; did you mean held/french.jsonl?",
             ],
         ),
-        (("verify", "model"), 3, ["there is no folder model; did you mean models?"]),
-        (("push", "model", "org/x"), 3, ["there is no folder model; did you mean models?"]),
-        (("extract", "model", "a", "-o", "b"), 3, ["there is no folder model; did you mean models?"]),
+        (("verify", "model"), 3, ["model: there is no such folder; did you mean models?"]),
+        (("push", "model", "org/x"), 3, ["model: there is no such folder; did you mean models?"]),
+        (("extract", "model", "a", "-o", "b"), 3, ["model: there is no such folder; did you mean models?"]),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
 )
@@ -423,3 +423,57 @@ def test_the_demo_leaves_the_output_of_its_recipe_free(tmp_path):
     recipe = Recipe.load(demo.prepare(tmp_path / "demo"))
     outputs = [demo.merge_folder(tmp_path / "demo", method) for method in demo.METHODS]
     assert recipe.folder / recipe.output.path not in outputs
+
+
+# --- locks ------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_record_of_a_locked_output_is_told_with_what_to_type(merger, folder):
+    for command in ("lock", "run"):
+        assert merger(command, "recipe.yaml").code == 0
+    Path("out/merger.json").write_text("{")
+    ran = merger("run", "recipe.yaml", "--locked")
+    assert (ran.code, ran.err.splitlines()) == (
+        2,
+        [
+            "note: " + str(folder / "out/merger.json") + ": cannot be read: Expecting property name enclosed in double "
+            "quotes: line 1 column 2 (char 1), so the output is not taken for finished",
+            f"error: output.path: {folder}/out is there already; choose another folder, or replace it with --force",
+        ],
+    )
+
+
+def lock_with(**versions):
+    lock = json.loads(Path("recipe.lock").read_text())
+    Path("recipe.lock").write_text(json.dumps({**lock, "versions": {**lock["versions"], **versions}}))
+    return lock["versions"]
+
+
+def test_an_allowed_version_is_waived_and_recorded(merger, folder):
+    merger("lock", "recipe.yaml")
+    version = lock_with(torch="0.1")["torch"]
+    sentence = f'recipe.lock: versions.torch was "0.1" when it was locked, and is "{version}"'
+    assert errors(merger("run", "recipe.yaml", "--locked"), 2)[0] == sentence
+    ran = merger("run", "recipe.yaml", "--locked", "--allow-versions", "torch")
+    assert (ran.code, ran.err) == (0, f"note: {sentence}, as allowed\n")
+    assert json.loads(Path("out/merger.json").read_text())["notes"] == [f"{sentence}, as allowed"]
+    assert "nothing to do" in merger("run", "recipe.yaml", "--locked", "--allow-versions", "torch").out
+
+
+def test_only_the_versions_that_are_named_are_waived(merger, folder):
+    merger("lock", "recipe.yaml")
+    version = lock_with(torch="0.1", numpy="0.2")["numpy"]
+    assert errors(merger("run", "recipe.yaml", "--locked", "--allow-versions", "torch"), 2) == [
+        f'recipe.lock: versions.numpy was "0.2" when it was locked, and is "{version}"',
+        "recipe.lock: lock the recipe again if that is meant",
+    ]
+
+
+def test_a_package_that_no_lock_names_is_told_with_the_near_one(merger, folder):
+    merger("lock", "recipe.yaml")
+    assert errors(merger("run", "recipe.yaml", "--locked", "--allow-versions", "troch"), 2) == [
+        "--allow-versions troch: is no package of recipe.lock; did you mean 'torch'?"
+    ]
+    assert errors(merger("run", "recipe.yaml", "--allow-versions", "torch"), 2) == [
+        "--allow-versions: is about what --locked would refuse; say both"
+    ]

@@ -30,7 +30,7 @@ def near_path(path: Path, is_suitable: Callable[[Path], bool], start: Path = Pat
 def missing_path(path: Path, noun: str, is_suitable: Callable[[Path], bool]) -> str:
     """The message for a path that leads nowhere, with the near one that was probably meant."""
     near = near_path(path, is_suitable)
-    return f"there is no {noun} {path}{f'; did you mean {near}?' if near else ''}"
+    return f"{path}: there is no such {noun}{f'; did you mean {near}?' if near else ''}"
 
 
 def names_in(folder: Path, is_suitable: Callable[[Path], bool]) -> list[str]:

@@ -81,7 +81,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 _OPTION = re.compile(
-    r"\b(force|offline|gram|public|allow_calibration_text|to|base|inputs|device|max_memory)"
+    r"\b(force|offline|gram|public|allow_calibration_text|allow_versions|to|base|inputs|device|max_memory)"
     r"=(True\b|[A-Z]+\b|'[^']*')"
 )
 

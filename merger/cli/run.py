@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,10 +13,6 @@ from merger.cli._app import MERGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 from merger.cli._terminal import size_text
 from merger.errors import RecipeError
-
-if TYPE_CHECKING:
-    from merger.options import RunOptions
-    from merger.recipe.recipe import Recipe
 
 
 @command(MERGE)
@@ -30,18 +26,28 @@ def run(
         bool,
         typer.Option("--trust-mtime", help="With --locked: take an output of the same size and time for unchanged."),
     ] = False,
+    allow_versions: Annotated[
+        str, typer.Option(metavar="NAME[,NAME...]", help="With --locked: let the versions of these packages differ.")
+    ] = "",
     flags: RunFlags = RunFlags(),
     as_json: AsJson = False,
 ) -> None:
     """Merge: read the inputs, write one checkpoint that transformers loads."""
     from merger.engine.merge import merge
+    from merger.outputs.lock import check_lock, is_done, lock_of
 
     if trust_mtime and not locked:
         raise RecipeError("--trust-mtime: is about what --locked would do; say both")
+    packages = [name.strip() for name in allow_versions.split(",") if name.strip()]
+    if packages and not locked:
+        raise RecipeError("--allow-versions: is about what --locked would refuse; say both")
     loaded = load(recipe, overrides)
     with flags.options() as options:
-        unchanged = locked and _is_done(loaded, recipe, options, trust_mtime)
-        result = None if unchanged else merge(loaded, options, force=force)
+        waived = check_lock(loaded, lock_of(recipe), options, allow_versions=packages) if locked else []
+        unchanged = locked and is_done(
+            loaded, lock_of(recipe), options, trust_mtime=trust_mtime, allow_versions=packages
+        )
+        result = None if unchanged else merge(loaded, options, force=force, remarks=waived)
     if result is None:
         output = loaded.folder / loaded.output.path
         print(json.dumps({"output": str(output), "unchanged": True}) if as_json else f"{output}: {_UNCHANGED}")
@@ -71,11 +77,3 @@ def _print_pack(output: Path) -> None:
 
 
 _UNCHANGED = "is what the lock says, and whole; nothing to do"
-
-
-def _is_done(loaded: Recipe, path: Path, options: RunOptions, trust_mtime: bool) -> bool:
-    """Whether the output is complete and what the recipe's lock says; RecipeError where the recipe is not."""
-    from merger.outputs.lock import check_lock, is_done, lock_of
-
-    check_lock(loaded, lock_of(path), options)
-    return is_done(loaded, lock_of(path), options, trust_mtime=trust_mtime)

@@ -52,17 +52,20 @@ class Result:
         return asdict(self)
 
 
-def merge(recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = False) -> Result:
+def merge(
+    recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = False, remarks: Sequence[str] = ()
+) -> Result:
     """Merges the experts of ``recipe`` into a checkpoint folder, which appears when it is complete, or not at all.
 
-    ``force`` replaces an output that is there already. Raises a `MergerError` for whatever the user can mend.
+    ``force`` replaces an output that is there already. ``remarks`` come first among the recorded notes.
+    Raises a `MergerError` for whatever the user can mend.
     """
     began = time.monotonic()
     output = recipe.folder / Path(recipe.output.path).expanduser()
     with prepare(recipe, options, output, force=force) as prepared:
         plan = prepared.plan
         statistics = origin(prepared.inputs.files)
-        plan_notes = [*plan.notes, *sample_notes(sample_changes(plan))]
+        plan_notes = [*remarks, *plan.notes, *sample_notes(sample_changes(plan))]
         for note in plan_notes:
             options.notice(note)
         infos = plan.stored

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +18,17 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import check_replaceable, json_bytes, replace_bytes
 from merger.checkpoint.hashes import config_digest, digest, note, noted, sha256
 from merger.engine.machine import select_devices
-from merger.engine.manifest import Manifest, inexact, portable, sources_of, tensor_records, value_differences, versions
-from merger.errors import CheckpointError, MergerError, RecipeError, system_reason
+from merger.engine.manifest import (
+    RECORD,
+    Manifest,
+    inexact,
+    portable,
+    sources_of,
+    tensor_records,
+    value_differences,
+    versions,
+)
+from merger.errors import CheckpointError, MergerError, RecipeError, nearest, system_reason
 from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
@@ -50,18 +59,40 @@ def lock_of(recipe: str | Path) -> Path:
     return path
 
 
-def check_lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> None:
-    """Raises RecipeError with all differences between the resolved recipe and the lock at ``path``."""
+def check_lock(
+    recipe: Recipe, path: str | Path, options: RunOptions = RunOptions(), *, allow_versions: Collection[str] = ()
+) -> list[str]:
+    """Raises RecipeError with all differences between the resolved recipe and the lock at ``path``.
+
+    Returns those in the versions of the packages ``allow_versions``, which are no faults.
+    """
     locked, current = _read(Path(path)), _lock_content(recipe, options)
-    faults = [
-        f"{path}: {key} was {_render_value(locked_value)} when it was locked, and is {_render_value(current_value)}"
-        for key, (locked_value, current_value) in _lock_differences(locked, current).items()
-    ]
+    for name in allow_versions:
+        if name not in (names := {**locked["versions"], **current["versions"]}):
+            raise RecipeError(f"allow_versions='{name}': is no package of {path}; {nearest(name, names)}")
+    sentences = {
+        key: f"{path}: {key} was {_render_value(old)} when it was locked, and is {_render_value(new)}"
+        for key, (old, new) in _lock_differences(locked, current).items()
+    }
+    allowed_keys = _version_keys(allow_versions)
+    faults = [sentence for key, sentence in sentences.items() if key not in allowed_keys]
     if faults:
         raise RecipeError([*faults, f"{path}: lock the recipe again if that is meant"])
+    return [f"{sentence}, as allowed" for sentence in sentences.values()]
 
 
-def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions(), *, trust_mtime: bool = False) -> bool:
+def _version_keys(names: Collection[str]) -> set[str]:
+    return {f"versions.{name}" for name in names}
+
+
+def is_done(
+    recipe: Recipe,
+    path: str | Path,
+    options: RunOptions = RunOptions(),
+    *,
+    trust_mtime: bool = False,
+    allow_versions: Collection[str] = (),
+) -> bool:
     """Whether the output exists, is complete, and was made from the locked inputs at ``path``: one pass of hashing.
 
     With ``trust_mtime`` a shard with unchanged size and modification time is not hashed again; only headers are read.
@@ -69,11 +100,13 @@ def is_done(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()
     output = recipe.folder / Path(recipe.output.path).expanduser()
     try:
         manifest = Manifest.read(output)
-    except CheckpointError:
+    except CheckpointError as error:
+        if (output / RECORD).exists():
+            options.notice(f"{error}, so the output is not taken for finished")
         return False
     device = manifest.content["device"] if manifest.content["device-dependent"] else None
     content = {**{key: manifest.content[key] for key in _PARTS}, "tensors": _hash(manifest.tensors), "device": device}
-    if _lock_differences(_read(Path(path)), content):
+    if _lock_differences(_read(Path(path)), content).keys() - _version_keys(allow_versions):
         return False
     try:
         whole_merge(output)
@@ -177,11 +210,23 @@ def _read(path: Path) -> dict[str, Any]:
         locked = json.loads(path.read_bytes())
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {system_reason(error)}; make it with `merger lock`") from None
-    except (ValueError, RecursionError):
-        locked = None
-    if not isinstance(locked, dict) or locked.get("format") != FORMAT or not locked.keys() >= set(_PARTS):
-        raise RecipeError(f"{path}: is no lock that this merger understands; make it again with `merger lock`")
-    return locked
+    except (ValueError, RecursionError) as error:
+        damage: str | None = f"is not valid JSON: {error}"
+    else:
+        damage = _damage(locked)
+    if damage is not None:
+        raise RecipeError(f"{path}: {damage}; make it again with `merger lock`")
+    return dict(locked)
+
+
+def _damage(locked: Any) -> str | None:
+    """Why the content of a file is no lock that this version reads; None if it is one."""
+    if not isinstance(locked, dict) or "format" not in locked:
+        return "is no lock of merger"
+    if locked["format"] != FORMAT:
+        return f"is of format {locked['format']}, and this version reads {FORMAT}"
+    missing = [key for key in _PARTS if key not in locked]
+    return f"is damaged: it has no {' and no '.join(missing)}" if missing else None
 
 
 def _lock_differences(locked: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
