@@ -449,8 +449,8 @@ def test_a_calibration_that_was_stopped_goes_on_with_the_blocks_that_it_lacks(pl
     monkeypatch.setattr(files, "save_block", stop)
     with pytest.raises(KeyboardInterrupt):
         merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
+    stats = {task: f"{'stats' if task == 'upper' else 'whole'}/{task}.grams" for task in EXPERTS}
     with pytest.raises(CheckpointError, match=r"upper\.grams: its Gram matrices are not all there"):
-        stats = {task: f"{'stats' if task == 'upper' else 'whole'}/{task}.grams" for task in EXPERTS}
         merger.merge(recipe(place, "regmean", calibration={"stats": stats}))
     merger.calibrate(recipe(place, "regmean"), to=place / "stats", gram=True)
     assert len(blocks) == len(set(blocks)) + 1  # only the one that failed was made twice
