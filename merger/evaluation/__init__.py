@@ -52,7 +52,7 @@ def evaluate(
     family = family_of(subjects, settings.inputs)
     section = _section(family, settings)
     recipes = [subject for subject in subjects.values() if isinstance(subject, Recipe)]
-    check_inputs(family, *recipes, with_evaluation=settings.data is None, texts=settings.data)
+    check_inputs(family, *recipes, with_evaluation=settings.data is None, examples=settings.data)
     held_out = tasks.load(section.data, family.folder if settings.data is None else Path(), section.samples)
     if not settings.allow_calibration_text:
         for recipe in (family, *recipes):

@@ -44,7 +44,7 @@ def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) ->
     Without ``headers_only`` a Hub repository's weights are downloaded after the plan succeeds. Raises CheckpointError
     for inputs that do not fit together, with all misfits of a kind at once.
     """
-    check_inputs(recipe)
+    check_inputs(recipe, with_texts=False)
     draft = _plan(recipe, offline=offline, headers_only=True)
     checkpoints = [part for model in draft.models.values() for part in (model, model.adapter) if part is not None]
     if headers_only or all(info.file is not None for part in checkpoints for info in part.tensors.values()):

@@ -12,23 +12,29 @@ from merger.recipe.locations import FOLDER, STATISTICS, TEXT_FILE, InputKind, lo
 from merger.recipe.recipe import Recipe, is_calibrated
 from merger.recipe.sections import Source, TextData, TextDataOfAll, TextSource
 
+_GRAMS = ".grams"  # a folder that may be unfinished: its reader tells how to go on
 _Input = tuple[KeyPath, str, InputKind]
 """The key of an input in the recipe, its location, and what is expected there."""
 
 
-def check_inputs(*recipes: Recipe, with_evaluation: bool = False, texts: Mapping[str, str] | None = None) -> None:
+def check_inputs(
+    *recipes: Recipe,
+    with_texts: bool = True,
+    with_evaluation: bool = False,
+    examples: Mapping[str, str] | None = None,
+) -> None:
     """Raises CheckpointError with all locations that lead nowhere, each with its line and key; opens no connection.
 
-    Texts and statistics of a recipe count where a stage takes them, held-out examples ``with_evaluation`` alone.
-    ``texts`` are further examples by task, relative to the working folder.
+    Texts and statistics of a recipe count ``with_texts`` where a stage takes them, held-out examples
+    ``with_evaluation`` alone. ``examples`` are further ones by task, relative to the working folder.
     """
     faults = [
         recipe.fault(path, fault)
         for recipe in recipes
-        for path, location, kind in _inputs(recipe, with_evaluation)
+        for path, location, kind in _inputs(recipe, with_texts, with_evaluation)
         if (fault := _fault(location, kind, recipe.folder))
     ]
-    _refuse([*faults, *_argument_faults(texts or {}, TEXT_FILE)])
+    _refuse([*faults, *_argument_faults(examples or {}, TEXT_FILE)])
 
 
 def check_models(models: Mapping[str, str]) -> None:
@@ -52,14 +58,15 @@ def _fault(location: str, kind: InputKind, start: Path) -> str | None:
     return None if is_known else fault
 
 
-def _inputs(recipe: Recipe, with_evaluation: bool) -> Iterator[_Input]:
+def _inputs(recipe: Recipe, with_texts: bool, with_evaluation: bool) -> Iterator[_Input]:
     yield from _model_inputs(("base",), recipe.base)
     for name, expert in recipe.experts.items():
         yield from _model_inputs(("experts", name), expert)
-    if recipe.calibration is not None and is_calibrated(recipe):
+    if with_texts and recipe.calibration is not None and is_calibrated(recipe):
         yield from _text_inputs(("calibration", "data"), recipe.calibration.data)
         for name, location in recipe.calibration.stats.items():
-            yield ("calibration", "stats", name), location, STATISTICS
+            if not location.endswith(_GRAMS):
+                yield ("calibration", "stats", name), location, STATISTICS
     if recipe.evaluation is not None and with_evaluation:
         yield from _text_inputs(("evaluation", "data"), recipe.evaluation.data)
 
