@@ -116,7 +116,7 @@ def test_json_is_exactly_one_object(merger, folder):
     content = json.loads(ran.out)
     assert {
         "output", "seconds", "bytes_read", "bytes_written", "tensors", "peak_memory_bytes",
-        "peak_device_memory_bytes", "device", "seed",
+        "peak_device_memory_bytes", "device", "seed", "packed",
     } <= content.keys()  # fmt: skip
     assert content["tensors"] == {"merged": 21, "copied": 0, "dropped": 0}
     assert content["seed"] == 5

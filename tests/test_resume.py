@@ -220,7 +220,7 @@ def test_what_another_plan_finished_is_refused_and_forgotten_by_force(folder, mo
     with pytest.raises(
         RecipeError,
         match=rf"out\.partial: holds \d finished shards of another merge \(with other {part}\); "
-        "run that one to its end, or start over with --force",
+        "run that one to its end, or start over with force=True",
     ):
         run(folder, **options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -61,19 +61,14 @@ def run(
         f"{result.output}: {counts} tensors; read {bytes_read}, wrote {bytes_written} "
         f"in {result.seconds:.1f} s on {result.device}, peak memory {size_text(result.peak_memory_bytes)}"
     )
-    _print_pack(Path(result.output))
+    if result.packed:
+        print(_unpacking(result.output, result.packed))
 
 
-def _print_pack(output: Path) -> None:
-    """Prints, of an output that packs several experts, what loads it."""
-    from merger.engine.manifest import Manifest
-
-    manifest = Manifest.read(output)
-    if not manifest.is_packed:
-        return
-    experts = manifest.experts
-    command = shlex.join(["merger", "extract", str(output), experts[0], "-o", f"{output}-{experts[0]}"])
-    print(f"it packs {', '.join(experts)}, which transformers does not load; write one that it does with: {command}")
+def _unpacking(output: str, experts: Sequence[str]) -> str:
+    """The sentence on an output that packs several experts: what loads it."""
+    command = shlex.join(["merger", "extract", output, experts[0], "-o", f"{output}-{experts[0]}"])
+    return f"it packs {', '.join(experts)}, which transformers does not load; write one that it does with: {command}"
 
 
 _UNCHANGED = "is what the lock says, and whole; nothing to do"

@@ -46,6 +46,7 @@ class Result:
     device: str
     seed: int
     notes: list[str]
+    packed: list[str]  # the experts that the output holds apart; empty where it is one model
 
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary for machines."""
@@ -93,6 +94,7 @@ def merge(
         device=", ".join(prepared.machine.devices),
         seed=recipe.seed,
         notes=notes,
+        packed=list(recipe.experts) if plan.packed else [],
     )
 
 
