@@ -47,7 +47,8 @@ class Writer(Output):
         last: Collection[str] = (),
     ) -> None:
         super().__init__(path, plan)
-        self._shards = sorted(shards, key=lambda shard: any(name in shard.offsets for name in last))
+        self._shards = shards
+        self._last = frozenset(last)
         self._infos = infos
         self._places = {name: (shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
         self._stored = Checkpoint("output", self.folder, self._stored_infos(), {})
@@ -127,7 +128,7 @@ class Writer(Output):
     def _finish_shards(self) -> None:
         """Finishes shard after shard, until all are finished or the writer is stopped."""
         buffer = memoryview(bytearray(CHUNK))
-        for shard in self._shards:
+        for shard in sorted(self._shards, key=lambda shard: not self._last.isdisjoint(shard.offsets)):
             if shard.file in self._begun and not self._finish_shard(shard, buffer):
                 return
 
@@ -162,13 +163,12 @@ class Writer(Output):
         """The SHA-256 of every shard, once all tensors are done and on disk."""
         assert self._hashing is not None, "it was never opened"
         self._hashing.result()
-        return {file: self.journal.finished[file].sha256 for file in sorted(shard.file for shard in self._shards)}
+        return {shard.file: self.journal.finished[shard.file].sha256 for shard in self._shards}
 
     def finish(self, *, force: bool) -> None:
         """Writes the index and renames the folder into place; only then replaces an earlier output."""
         if len(self._shards) > 1:
-            shards = sorted(self._shards, key=lambda shard: shard.file)
-            write_json(self.folder / index_name(shards), index(shards, self._infos))
+            write_json(self.folder / index_name(self._shards), index(self._shards, self._infos))
         self.digests()
         super().finish(force=force)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,10 @@ from merger.cli._app import MERGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, load, run_flags
 from merger.cli._terminal import size_text
 from merger.errors import RecipeError
+
+if TYPE_CHECKING:
+    from merger.options import RunOptions
+    from merger.recipe.recipe import Recipe
 
 
 @command(MERGE)
@@ -34,7 +39,6 @@ def run(
 ) -> None:
     """Merge: read the inputs, write one checkpoint that transformers loads."""
     from merger.engine.merge import merge
-    from merger.outputs.lock import check_lock, is_done, lock_of
 
     if trust_mtime and not locked:
         raise RecipeError("--trust-mtime: is about what --locked would do; say both")
@@ -43,10 +47,7 @@ def run(
         raise RecipeError("--allow-versions: is about what --locked would refuse; say both")
     loaded = load(recipe, overrides)
     with flags.options() as options:
-        waived = check_lock(loaded, lock_of(recipe), options, allow_versions=packages) if locked else []
-        unchanged = locked and is_done(
-            loaded, lock_of(recipe), options, trust_mtime=trust_mtime, allow_versions=packages
-        )
+        waived, unchanged = _compare(loaded, recipe, options, trust_mtime, packages) if locked else ([], False)
         result = None if unchanged else merge(loaded, options, force=force, remarks=waived)
     if result is None:
         output = loaded.folder / loaded.output.path
@@ -63,6 +64,17 @@ def run(
     )
     if result.packed:
         print(_unpacking(result.output, result.packed))
+
+
+def _compare(
+    recipe: Recipe, path: Path, options: RunOptions, trust_mtime: bool, packages: Sequence[str]
+) -> tuple[list[str], bool]:
+    """The allowed differences from the recipe's lock, and whether the output is what the lock says, and whole."""
+    from merger.outputs.lock import check_lock, is_done, lock_of
+
+    lock = lock_of(path)
+    waived = check_lock(recipe, lock, options, allow_versions=packages)
+    return waived, is_done(recipe, lock, options, trust_mtime=trust_mtime, allow_versions=packages)
 
 
 def _unpacking(output: str, experts: Sequence[str]) -> str:
