@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
 
 import merger.methods  # noqa: F401 registers every method
+from merger._display import name_list
 from merger.errors import RecipeError, nearest
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
@@ -45,22 +46,45 @@ _ExpertList = Annotated[list[_Expert], Field(min_length=1)]
 class Recipe(Choice):
     """A merge: inputs, method, rules, output."""
 
-    base: Annotated[Source, BeforeValidator(source_of, json_schema_input_type=str | Source)]
+    base: Annotated[Source, BeforeValidator(source_of, json_schema_input_type=str | Source)] = Field(
+        description="The model that the experts were tuned from."
+    )
     experts: Annotated[
         dict[Annotated[str, AfterValidator(expert_name)], _Expert],
         Field(min_length=1),
         BeforeValidator(experts_by_name, json_schema_input_type=_ExpertsByName | _ExpertList),
-    ]
-    rules: list[Rule] = Field(default_factory=list)
-    missing: Literal["error", "zero"] = "error"
-    extra_rows: Literal["keep", "drop"] = "keep"
-    calibration: Calibration | None = None
-    evaluation: Evaluation | None = None
-    search: Search | None = None
-    output: Annotated[Output, BeforeValidator(output_of, json_schema_input_type=str | Output)]
-    seed: int = Field(0, ge=0)
+    ] = Field(description="Its fine-tunes by name, in merging order; or a list, where folders give the names.")
+    rules: list[Rule] = Field(
+        default_factory=list, description="Other methods for some tensors; the first rule that matches wins."
+    )
+    missing: Literal["error", "zero"] = Field(
+        "error", description="What a tensor is that an expert lacks: an error, or a difference of zero."
+    )
+    extra_rows: Literal["keep", "drop"] = Field(
+        "keep", description="Whether rows of a vocabulary that not all models have stay in the output."
+    )
+    calibration: Calibration | None = Field(
+        default=None, description="Text of each expert, for methods that look at layer inputs."
+    )
+    evaluation: Evaluation | None = Field(
+        default=None, description="Held-out examples for `merger eval` and `merger search`; decides no byte of a merge."
+    )
+    search: Search | None = Field(
+        default=None, description="How `merger search` finds the values that the recipe leaves open."
+    )
+    output: Annotated[Output, BeforeValidator(output_of, json_schema_input_type=str | Output)] = Field(
+        description="Where the merged checkpoint goes; a path alone is enough."
+    )
+    seed: int = Field(0, ge=0, description="Of methods that draw at random, and of the choice of texts.")
     _document: Document = PrivateAttr(Document("recipe", Path(), {}))
     _overrides: tuple[str, ...] = PrivateAttr(())
+
+    def __repr__(self) -> str:
+        stages = [name for stage in self.stages for name in written(stage)]
+        experts = name_list(list(self.experts))
+        return f"Recipe({' + '.join(stages)} of {experts}; base {self.base.model}, output {self.output.path})"
+
+    __str__ = __repr__
 
     @property
     def folder(self) -> Path:
@@ -131,6 +155,11 @@ class Recipe(Choice):
         yield from self.rules
 
 
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """Returns a recipe unchanged, or reads the file that a path names."""
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+
+
 def _spelled_rule(rule: Rule) -> dict[str, Any]:
     entry = rule.model_dump(mode="json", include={"tensors", "kinds", "use"}, exclude_none=True)
     return entry if rule.use else {**entry, **_spelled_choice(rule)}
@@ -145,7 +174,9 @@ def _spelled_choice(choice: Choice) -> dict[str, Any]:
 
 # --- building: every fault at once ----------------------------------------------------------------
 
-_UNDECIDED = "is left open for `merger search`, which writes a recipe with the best value; or give one with --set"
+_UNDECIDED = (
+    "is left open for `merger search`, which writes a recipe with the best value; or give one with overrides=VALUES"
+)
 
 
 def search_of(document: Document) -> Search:
@@ -167,11 +198,11 @@ def overridden(document: Document, overrides: Iterable[str]) -> Document:
         except ValueError:
             path = ()
         if not equals or not path:
-            raise RecipeError(f"--set {override}: expected key.path=value, with a key that holds a dot in quotes")
+            raise RecipeError(f"overrides='{override}': expected key.path=value, with a key that holds a dot in quotes")
         try:
-            document = document.changed(path, value_of(value, f"--set {key}"))
+            document = document.changed(path, value_of(value, f"overrides='{key}'"))
         except KeyError as missing:
-            raise RecipeError(f"--set {override}: there is no {missing.args[0]} in the list") from None
+            raise RecipeError(f"overrides='{override}': there is no {missing.args[0]} in the list") from None
     return spell_out(document)
 
 
