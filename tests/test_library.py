@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from markdown import ROOT, assert_shown, blocks
 
 import merger
+from merger.demo import demo
 from merger.evaluation import EvaluationSettings
 from merger.inspection.report import Inspection
 
@@ -18,6 +21,8 @@ experts: {code: code, math: math}
 method: ties
 output: {path: out}
 """
+MEASURES = re.compile(r"[\d.]+ (s|MB|GB)\b")
+"""Seconds and sizes, which differ between machines."""
 
 
 def closed_plan(recipe):
@@ -83,11 +88,10 @@ def test_an_inspection_without_views_is_a_table_of_names():
 
 def test_a_result_in_a_line_and_as_a_table(folder):
     result = replace(merger.merge("recipe.yaml"), notes=["a < b"])
-    stable = re.compile(r"[\d.]+ (s|MB|GB)\b")
-    assert stable.sub("#", repr(result)) == (
+    assert MEASURES.sub("#", repr(result)) == (
         f"Result({folder}/out: 21 merged tensors; read 14.5 kB, wrote 1.62 kB in # on cpu, peak memory #)"
     )
-    assert stable.sub("#", result._repr_html_()) == (
+    assert MEASURES.sub("#", result._repr_html_()) == (
         "<table><caption>Result of a merge</caption><tr><th></th><th></th></tr>"
         f"<tr><td>output</td><td>{folder}/out</td></tr><tr><td>tensors merged</td><td>21</td></tr>"
         "<tr><td>read</td><td>14.5 kB</td></tr><tr><td>written</td><td>1.62 kB</td></tr>"
@@ -124,3 +128,24 @@ def test_a_path_of_no_recipe_is_told_with_the_near_one(folder):
     with pytest.raises(merger.RecipeError) as refusal:
         merger.plan("recip.yaml")
     assert str(refusal.value) == "recip.yaml: there is no such file; did you mean recipe.yaml?"
+
+
+# --- docs/python.md -----------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_prints_what_it_shows(tmp_path, monkeypatch, capsys):
+    demo.prepare(tmp_path / "demo")
+    monkeypatch.chdir(tmp_path / "demo")
+    namespace = {}
+    for block in blocks("docs/python.md", "python"):
+        exec(compile(block.text, "docs/python.md", "exec"), namespace)
+    output = MEASURES.sub("#", capsys.readouterr().out).replace(str(tmp_path), "/home/you")
+    for block in blocks("docs/python.md", "text"):
+        assert_shown(MEASURES.sub("#", block.text).splitlines(), output)
+
+
+def test_the_page_names_every_public_function():
+    page = (ROOT / "docs" / "python.md").read_text()
+    table = "".join(re.findall(r"^\| `.*$", page.partition("## All functions")[2], re.MULTILINE))
+    functions = {name for name in merger.__all__ if inspect.isfunction(getattr(merger, name))}
+    assert set(re.findall(r"`?(\w+)\(", table)) == functions
