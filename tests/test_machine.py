@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from math import inf
+from pathlib import Path
 from threading import Barrier, Lock
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from checkpoints import save_headers
 from test_input_cost import planned  # noqa: F401 a fixture
 
-from merger.engine.machine import Machine, Room, assign_sizes, free_memory, select_devices
+from merger.engine.machine import Machine, Room, assign_sizes, free_host_memory, free_memory, select_devices
 from merger.engine.memory import CUDA, memory_needed
 from merger.errors import ResourceError
 
@@ -59,6 +60,30 @@ def test_there_is_a_worker_for_every_device(gpus, planned, monkeypatch):  # noqa
     gpus(8)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert Machine.of("cuda", None, planned("linear")).workers == 8
+
+
+def test_there_are_as_many_workers_as_the_free_memory_is_enough_for(monkeypatch, planned):  # noqa: F811
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    merge_plan = planned("tsv_m")
+    for free, workers in ((memory_needed(merge_plan, 8), 8), (memory_needed(merge_plan, 4), 4), (0, 1)):
+        monkeypatch.setattr("merger.engine.machine.free_host_memory", lambda free=free: free)
+        assert Machine.of("cpu", None, merge_plan).workers == workers
+
+
+def test_the_free_memory_is_what_the_system_and_the_control_group_leave(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:       5 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+
+    def read(path, *_):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert free_host_memory() == 5 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "4096\n"
+    assert free_host_memory() == 4096
+    files.clear()
+    assert free_host_memory() == inf
 
 
 def together(room, sizes):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from merger.calibration.provider import cost, input_bytes
-from merger.pipeline.stages import step_rows
+from merger.pipeline.stages import slice_height
 from merger.planning.plan import Part, Plan, TensorPlan
 
 SLICE = 1 << 19
@@ -48,12 +48,14 @@ def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan
     counts = Counter[tuple[int, int, int]]()
     for tensor in plan.tensors:
         if id(tensor.stages) in in_lockstep:
-            by_block.setdefault(tensor.unit, []).extend(size(plan, tensor, part) for part in tensor.parts)
+            sizes = by_block.setdefault(tensor.unit, [])
+            for part in tensor.parts:
+                sizes.extend([size(plan, tensor, part)] * (workers if is_cut(tensor, part) else 1))
         else:
             for part in tensor.parts:
                 key = id(tensor.stages), part.rows, part.columns
                 separate_parts[key] = tensor, part
-                counts[key] += 1 if not _is_sliced(tensor) else workers
+                counts[key] += workers if is_cut(tensor, part) else 1
     separate_sizes = [
         slice_size
         for key, (tensor, part) in separate_parts.items()
@@ -80,10 +82,23 @@ def slice_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
     """
     elements, experts = _slice_elements(tensor, part), len(plan.models) - 1
     extra = 0
-    if not _is_sliced(tensor):
-        extra = 8 * (elements * (experts + 8) + 3 * part.columns**2)
+    if not is_sliced(tensor):
+        extra = 8 * (elements * (experts + 8) + (3 + _sums(tensor, part, experts)) * part.columns**2)
     extra += input_bytes(tensor, part, experts)
     return elements * bytes_per_element(experts) + extra
+
+
+def _sums(tensor: TensorPlan, part: Part, experts: int) -> int:
+    """The sums over rows, each as large as the square of the columns, that stages ask for: an expert's, and one more.
+
+    Stages with inputs have their sums in these, and wide matrices are whole. A matrix that is cut has one run's beside
+    those of all.
+    """
+    if part.rows <= part.columns:
+        return 0
+    stages = (stage for outer in tensor.stages for stage in outer.parts)
+    asking = sum(stage.entry.takes(**stage.values) == "runs" and not stage.arguments for stage in stages)
+    return (asking + (asking > 0 and is_cut(tensor, part))) * (experts + 1)
 
 
 def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
@@ -92,7 +107,7 @@ def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
     Twice that, for torch rounds pinned allocations up to powers of two. Random draws are of slices alone.
     """
     experts = len(plan.models) - 1
-    staged = bytes_per_element(experts) if _is_sliced(tensor) else 8 + 8 * experts  # float32, and an adapter's changes
+    staged = bytes_per_element(experts) if is_sliced(tensor) else 8 + 8 * experts  # float32, and an adapter's changes
     return 2 * staged * _slice_elements(tensor, part)
 
 
@@ -100,13 +115,18 @@ def _slice_elements(tensor: TensorPlan, part: Part) -> int:
     return min(part.rows, slice_rows(tensor, part)) * part.columns
 
 
-def _is_sliced(tensor: TensorPlan) -> bool:
-    """Whether no stage must see the whole matrix."""
-    return all(stage.takes != "matrix" for stage in tensor.stages)
+def is_cut(tensor: TensorPlan, part: Part) -> bool:
+    """Whether a part is merged in more than one slice."""
+    return slice_rows(tensor, part) < part.rows
+
+
+def is_sliced(tensor: TensorPlan) -> bool:
+    """Whether no stage must see a whole matrix, or a long run of its rows."""
+    return all(stage.takes not in ("runs", "matrix") for stage in tensor.stages)
 
 
 def slice_rows(tensor: TensorPlan, part: Part) -> int:
     """Rows of one slice: all of them where a stage needs the whole matrix or another orientation."""
-    if part.transposed or not part.columns or not _is_sliced(tensor):
+    if part.transposed:
         return max(1, part.rows)
-    return step_rows(part.columns, tensor.stages, SLICE)
+    return slice_height(part.rows, part.columns, tensor.stages, SLICE)
