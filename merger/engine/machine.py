@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Condition
 
 from merger._lazy import torch
-from merger.engine.memory import HOLD, memory_needed
+from merger.engine.memory import HOLD, MemoryNeed
 from merger.errors import RecipeError, ResourceError
 from merger.ops.precision import full_float32
 from merger.planning.plan import Plan
@@ -26,6 +26,7 @@ class Machine:
 
     devices: tuple[str, ...]  # slices are dealt out to them by number
     workers: int  # threads that each carry a slice on its whole trip
+    needed: int  # bytes of host memory that the merge takes at least with so many
     hold: int  # bytes of unfinished slices of one tensor that may stay in memory
     hidden_memory: int | None = None  # bytes of hidden states that may; None: all of them
     rooms: Mapping[str, Room] = field(default_factory=dict, compare=False)  # by device
@@ -38,21 +39,21 @@ class Machine:
         """
         devices = select_devices(device)
         workers = max(len(devices), min(os.cpu_count() or 1, 16))
-        gpu = devices != ("cpu",)
-        need = memory_needed(plan, workers, gpu=gpu)
+        need = MemoryNeed.of(plan, gpu=devices != ("cpu",))
         limit = free_host_memory() if max_memory is None else max_memory
-        while workers > 1 and need > limit:
+        while workers > 1 and need.bytes(workers) > limit:
             workers -= 1
-            need = memory_needed(plan, workers, gpu=gpu)
+        needed = need.bytes(workers)
         rooms = {device: Room(device) for device in devices}
         if max_memory is None:
-            return cls(devices, workers, HOLD, rooms=rooms)
-        if need > max_memory:
+            return cls(devices, workers, needed, HOLD, rooms=rooms)
+        if needed > max_memory:
             raise ResourceError(
-                f"max_memory=SIZE: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
+                f"max_memory=SIZE: {max_memory:,} bytes are too little; this merge needs about {needed:,} at least"
             )
-        hidden_memory = (max_memory - need) // 2 if plan.inputs else 0
-        return cls(devices, workers, min(HOLD, max_memory - need - hidden_memory), hidden_memory, rooms)
+        hidden_memory = (max_memory - needed) // 2 if plan.inputs else 0
+        hold = min(HOLD, max_memory - needed - hidden_memory)
+        return cls(devices, workers, needed, hold, hidden_memory, rooms)
 
     @property
     def device(self) -> str:
