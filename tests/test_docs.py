@@ -25,7 +25,7 @@ from merger.evaluation.search.space import example, spaces
 from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.document import Document
 from merger.recipe.recipe import search_of
-from merger.recipe.recommendations import RECOMMENDATIONS
+from merger.recipe.recommendations import QUICK, RECOMMENDATIONS, TEXT, WEIGHTS
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"{path.relative_to(ROOT)}" for path in ROOT.glob("docs/**/*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -332,6 +332,18 @@ def test_what_a_script_writes_into_the_docs_is_up_to_date(script):
     path = ROOT / "scripts" / f"{script}.py"
     checked = subprocess.run([sys.executable, path, "--check"], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_words_for_the_picture_have_its_figures(page):
+    (words,) = re.findall(r"!\[(.*)\]\(.*share-kept\.svg\)", text(page))
+    (label,) = re.findall(r'aria-label="([^"]*)"', text("docs/pictures/share-kept.svg"))
+    assert re.findall(r"0\.\d+", words) == re.findall(r"0\.\d+", label)
+
+
+def test_the_shares_of_the_first_screen_are_those_that_were_measured():
+    shares = re.findall(r"(\d+) %", README.partition("![")[0])
+    assert shares == [f"{100 * advice.share:.0f}" for advice in (QUICK, WEIGHTS, TEXT)]
 
 
 def test_the_readme_can_be_read_in_five_minutes():
