@@ -45,7 +45,8 @@ def tables() -> str:
     properties["Recipe"] = schema["properties"]
     parts = []
     for heading, (model, remark) in SECTIONS.items():
-        rows = [row(key, key in required(model), properties[model.__name__][key]) for key in model.model_fields]
+        keys = sorted(model.model_fields, key=lambda key: key not in required(model))
+        rows = [row(key, key in required(model), properties[model.__name__][key]) for key in keys]
         lines = [f"### {heading}", "", *([remark, ""] if remark else []), "| key | value | default | |"]
         lines.append("|---|---|---|---|")
         parts.append("\n".join([*lines, *rows]))
