@@ -113,7 +113,7 @@ def test_an_svg_needs_no_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setattr("merger.charts.files.find_spec", lambda name: None)
     check_plot(tmp_path / "x.svg")
     with pytest.raises(
-        RecipeError, match=r"x\.png: needs matplotlib: pip install 'merger\[plot\]'; a name that ends in"
+        RecipeError, match=r"plot='.*x\.png': needs matplotlib: pip install 'merger\[plot\]'; a name that ends in"
     ):
         check_plot(tmp_path / "x.png")
 
