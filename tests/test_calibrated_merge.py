@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import load
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import merger
 from merger.calibration import Settings, batches, collect_all
@@ -476,6 +476,26 @@ def test_learning_may_start_from_a_regression_of_the_same_block(place):
     learned, start = load(place / "out"), load(place / "start")
     for name, values in learned.items():
         torch.testing.assert_close(values, start[name], rtol=0, atol=2e-6)
+
+
+def test_experts_that_transformers_packs_stay_at_the_anchor_and_a_note_says_so(place):
+    for seed, name in enumerate(["base", *EXPERTS]):
+        torch.manual_seed(seed)
+        config = MixtralConfig(
+            vocab_size=58, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        )  # fmt: skip
+        MixtralForCausalLM(config).save_pretrained(place / "models" / name)
+    result = merger.merge(recipe(place, "distill", parameters=LEARNED, dtype="float32"))
+    merger.merge(recipe(place, "mean", output="mean", dtype="float32"))
+    learned, anchor = load(place / "out"), load(place / "mean")
+    changed_names = {name for name, values in learned.items() if not torch.equal(values, anchor[name])}
+    assert {name.split(".")[3] for name in changed_names} == {"self_attn", "block_sparse_moe"}
+    assert not any("experts" in name for name in changed_names)
+    note = (
+        "some layers of model.layers: transformers does not compute with them as they are stored; they are not learned"
+    )
+    assert result.notes.count(note) == 1
 
 
 def test_an_expert_of_weight_zero_teaches_nothing(place):

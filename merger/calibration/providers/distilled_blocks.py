@@ -33,10 +33,15 @@ class LearnedSource:
     learned: Mapping[str, Tensor]
 
     def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
-        """The inputs of one matrix."""
+        """The inputs of one matrix; notes those of blocks that were not learned."""
         inputs = self.moments.of_part(tensor, part, note)
         weights = self.learned.get(tensor.name)
-        return inputs if weights is None else {**inputs, "learned": weights.T if part.transposed else weights}
+        if weights is None:
+            if tensor.is_layer and not tensor.follows_blocks:
+                label = f"some layers of {tensor.unit.rpartition('.')[0]}"
+                note(f"{label}: transformers does not compute with them as they are stored; they are not learned")
+            return inputs
+        return {**inputs, "learned": weights.T if part.transposed else weights}
 
     def only(self, tensors: Sequence[TensorPlan]) -> LearnedSource:
         """The inputs of these tensors alone."""
