@@ -16,6 +16,7 @@ BENCHMARK = ROOT / "benchmarks" / "regression-135M_202611.md"
 PICTURE = ROOT / "docs" / "pictures" / "share-kept.svg"
 NEEDS = {
     "featcal": "20 texts of each expert",
+    "distill": "20 texts of each expert",
     "regmean": "20 texts of each expert",
     "wudi_svc": "weights alone",
     "wudi": "weights alone",
