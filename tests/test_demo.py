@@ -1,14 +1,23 @@
-"""The demo's tasks and its front door; the whole demo is run by scripts/demo.sh."""
+"""The demo: its tasks, its folder, its figures, and what it shows on the terminal and as a page."""
 
 from __future__ import annotations
 
+import html.parser
+import io
+import json
+import math
 import random
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from merger.demo import demo
+from merger.demo import demo, report
+from merger.demo.folder import recipe_text
+from merger.demo.scores import Score, Share
 from merger.demo.tasks import TASKS, double, examples, shift, split_of, upper
 from merger.errors import RecipeError
+from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
 
 
@@ -37,9 +46,19 @@ def test_the_demo_writes_a_recipe_that_plans(tmp_path):
     assert list(recipe.experts) == list(TASKS)
 
 
+def test_every_recipe_of_the_demo_merges_to_a_folder_of_its_own(tmp_path):
+    folder = demo.prepare(tmp_path / "demo").parent
+    recipes = {path.name: Recipe.load(path) for path in folder.glob("*.yaml")}
+    assert {name: recipe.method for name, recipe in recipes.items()} == {
+        "recipe.yaml": "obim",
+        "featcal.yaml": "featcal",
+    }
+    assert {str(recipe.output.path) for recipe in recipes.values()} == {"merged/obim", "merged/featcal"}
+
+
 @pytest.mark.parametrize("method", demo.METHODS)
 def test_every_merge_of_the_demo_is_a_valid_recipe(method, tmp_path):
-    assert Recipe.parse(demo._recipe(method, "out"), tmp_path).method == method
+    assert Recipe.parse(recipe_text(method, demo.METHODS[method], "out"), tmp_path).method == method
 
 
 def test_the_demo_refuses_a_folder_with_other_things_in_it_even_by_force(tmp_path):
@@ -47,3 +66,104 @@ def test_the_demo_refuses_a_folder_with_other_things_in_it_even_by_force(tmp_pat
     with pytest.raises(RecipeError, match="holds something else"):
         demo.prepare(tmp_path, force=True)
     assert (tmp_path / "thesis.txt").read_text() == "do not lose"
+
+
+# --- the figures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory):
+    return demo.demo(tmp_path_factory.mktemp("figures") / "demo", RunOptions(device="cpu"))
+
+
+def test_an_interval_is_wilsons():
+    share, z = Share.of(7, 50), 1.96
+    for end in (share.low, share.high):  # where the score test is at its limit
+        assert abs(0.14 - end) == pytest.approx(z * math.sqrt(end * (1 - end) / 50))
+    assert (Share.of(0, 100).low, Share.of(100, 100).high) == pytest.approx((0, 1))
+    assert Share.of(100, 100).low == pytest.approx(100 / (100 + z**2))
+
+
+# --- what is shown ----------------------------------------------------------------------------------
+
+
+def score_of(model, kind, right):
+    replies = {task: f"{model} <{task}>" for task in TASKS}
+    return Score(model, kind, dict.fromkeys(TASKS, right), 100, replies)
+
+
+def few_scores(obim):
+    scores = (score_of("base", "base", 1), score_of("linear", "merge", 60), score_of("obim", "merge", obim))
+    return demo.Demonstration(scores, tuple(examples(task, "heldout", 1)[0] for task in TASKS))
+
+
+@pytest.mark.parametrize(("obim", "relation"), [(80, "ahead of"), (62, "neither ahead of nor behind"), (40, "behind")])
+def test_obim_is_said_to_be_where_the_intervals_put_it(obim, relation):
+    assert few_scores(obim).findings()[1] == f"OBIM is {relation} the average on these tiny models."
+
+
+def test_the_terminal_shows_table_samples_and_findings_within_80_columns(demonstration):
+    text = io.StringIO()
+    report.print_report(demonstration, Console(file=text, width=80))
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    assert lines[0] == "right answers to 300 held-out prompts, 100 of each task"
+    assert max(map(len, lines[: lines.index(demonstration.findings()[0])])) <= 80
+    for sample in demonstration.samples:
+        words = [*sample.prompt.split(), sample.answer, sample.base, sample.average, sample.best]
+        assert words in [line.split() for line in lines]
+    base, rows = demonstration.score("base").total, [line.split() for line in lines]
+    interval = [f"[{100 * base.low:.0f},", f"{100 * base.high:.0f}]"]
+    assert ["base", *interval] in [[row[0], *row[-2:]] for row in rows if row]
+
+
+class Page(html.parser.HTMLParser):
+    """The texts of a page by the element that they stand in; checks that elements are closed in their order."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.stack, self.texts = [], {}
+        self.feed(text)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if self.stack:
+            self.texts.setdefault(self.stack[-1], []).append(data)
+
+
+def test_the_page_is_well_formed_and_has_bars_samples_and_commands():
+    shown = few_scores(80)
+    page = Page(report.page(shown, ["merger plan 'a & b/featcal.yaml'", "merger run x"]))
+    assert page.texts["h1"] == [report.TITLE]
+    assert page.texts["p"][:2] == shown.findings()
+    assert page.texts["pre"] == ["merger plan 'a & b/featcal.yaml'\nmerger run x"]
+    assert {*TASKS, "base", "linear (average)", "obim"} <= set(page.texts["text"])
+    for sample in shown.samples:
+        assert {sample.prompt.strip(), sample.answer, sample.base, sample.best} <= set(page.texts["td"])
+
+
+def test_the_command_writes_the_page_and_ends_with_commands_that_can_be_typed(merger, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "METHODS", {"linear": {}, "obim": {}})
+    ran = merger("demo", "my demo", "--quiet")
+    *_, named, plan, run = ran.out.splitlines()
+    assert named.startswith("my demo/demo.html shows this with a picture.")
+    assert [plan, run] == ["  merger plan 'my demo/featcal.yaml'", "  merger run 'my demo/featcal.yaml'"]
+    assert Page(Path("my demo/demo.html").read_text()).texts["pre"] == [f"{plan.strip()}\n{run.strip()}"]
+
+    again = merger("demo", "my demo", "--quiet", "--force", "--json")
+    rows = json.loads(again.out)
+    assert [row["model"] for row in rows] == ["base", *TASKS, "linear", "obim"]
+    assert rows[1]["accuracy"]["upper"] > 0.95
+    assert rows[1]["interval"]["upper"][0] < rows[1]["accuracy"]["upper"]

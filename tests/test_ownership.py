@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from merger.calibration.settings import ForwardPass, Settings
 from merger.checkpoint import files
 from merger.checkpoint.files import MARK, check_replaceable, replace_bytes, replacing
 from merger.demo import demo
+from merger.demo.folder import usable_folder
 from merger.errors import RecipeError, ResourceError
 from merger.evaluation.measures import Outcome
 from merger.evaluation.plots import check_plot
@@ -202,6 +204,86 @@ def test_a_demo_whose_recipe_was_edited_is_not_overwritten(demo_folder, tmp_path
     with pytest.raises(RecipeError, match=r"recipe\.yaml: is not as the demo wrote it; move it, or choose another"):
         demo.prepare(tmp_path / "demo", force=True)
     assert (tmp_path / "demo" / "recipe.yaml").read_bytes() == THESIS
+
+
+def test_files_that_an_earlier_demo_wrote_are_replaced(demo_folder, tmp_path):
+    shutil.copytree(demo_folder, tmp_path / "demo")
+    expected = everything(tmp_path)
+    old_files = {"recipe.yaml": b"base: old\n", "data/upper.jsonl": b"{}\n"}
+    for name, content in old_files.items():
+        (tmp_path / "demo" / name).write_bytes(content)
+    hashes = {name: sha256(content).hexdigest() for name, content in old_files.items()}
+    (tmp_path / "demo" / "demo.json").write_text(json.dumps({"sha256": hashes}))
+    demo.prepare(tmp_path / "demo", force=True)
+    assert everything(tmp_path) == expected
+
+
+OLD_RECIPE = """# Try `merger plan recipe.yaml`, then `merger run recipe.yaml`.
+base: models/base
+experts:
+  upper: models/upper
+  shift: models/shift
+  double: models/double
+method: obim
+parameters:
+  density: auto
+calibration:
+  data:
+    upper: data/upper.jsonl
+    shift: data/shift.jsonl
+    double: data/double.jsonl
+  samples: 100
+output:
+  path: merged/obim
+"""
+"""The recipe of demos that wrote no manifest and no held-out examples."""
+
+
+def test_a_demo_from_before_there_was_a_manifest_is_replaced(demo_folder, tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "recipe.yaml").write_text(OLD_RECIPE)
+    demo.prepare(tmp_path / "demo", force=True)
+    assert everything(tmp_path / "demo").keys() == {
+        tmp_path / "demo" / path.relative_to(demo_folder) for path in everything(demo_folder)
+    }
+    assert (tmp_path / "demo" / "recipe.yaml").read_bytes() == (demo_folder / "recipe.yaml").read_bytes()
+
+
+def test_all_changed_files_of_a_demo_are_named_and_nothing_is_written(demo_folder, tmp_path):
+    shutil.copytree(demo_folder, tmp_path / "demo")
+    for name in ("recipe.yaml", "data/upper.jsonl"):
+        (tmp_path / "demo" / name).write_bytes(THESIS)
+    (tmp_path / "demo" / "data" / "shift.jsonl").unlink()
+    contents_before = everything(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        demo.prepare(tmp_path / "demo", force=True)
+    names = f"{tmp_path}/demo/data/upper.jsonl, {tmp_path}/demo/recipe.yaml"
+    assert str(caught.value) == f"{names}: are not as the demo wrote them; move them, or choose another folder"
+    assert everything(tmp_path) == contents_before
+
+
+def test_a_manifest_that_no_demo_wrote_is_not_overwritten(demo_folder, tmp_path):
+    shutil.copytree(demo_folder, tmp_path / "demo")
+    (tmp_path / "demo" / "demo.json").write_bytes(THESIS)
+    with pytest.raises(RecipeError, match=r"demo\.json: is not as the demo wrote it"):
+        demo.prepare(tmp_path / "demo", force=True)
+
+
+def test_a_page_that_no_demo_wrote_is_told_before_anything_is_written(tmp_path):
+    (tmp_path / "demo.html").write_bytes(THESIS)
+    with pytest.raises(RecipeError, match=r"demo\.html: is there already, and merger did not write it"):
+        demo.demo(tmp_path, force=True)
+    assert everything(tmp_path) == {tmp_path / "demo.html": THESIS}
+
+
+def test_the_folder_beside_a_changed_demo_is_usable(demo_folder, tmp_path):
+    assert usable_folder(tmp_path / "demo") == tmp_path / "demo"
+    shutil.copytree(demo_folder, tmp_path / "demo")
+    assert usable_folder(tmp_path / "demo") == tmp_path / "demo"
+    (tmp_path / "demo" / "recipe.yaml").write_bytes(THESIS)
+    (tmp_path / "demo-2").mkdir()
+    (tmp_path / "demo-2" / "thesis.txt").write_bytes(THESIS)
+    assert usable_folder(tmp_path / "demo") == tmp_path / "demo-3"
 
 
 def test_a_demo_that_was_stopped_leaves_no_half_written_file(tmp_path, monkeypatch):

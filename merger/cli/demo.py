@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from merger.cli._app import LEARN, command
 from merger.cli._options import AsJson, RunFlags, run_flags
 from merger.cli._terminal import make_console, program_name
+
+if TYPE_CHECKING:
+    from merger.demo.scores import Score
 
 
 @command(LEARN)
@@ -23,21 +26,35 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Merge three tiny fine-tunes that come with merger, and show what each model can do."""
+    from merger.checkpoint.files import replace_bytes
     from merger.demo import demo as demonstration
+    from merger.demo import report
 
     with flags.options() as options:
-        scores = demonstration.demo(folder, options, force=force)
+        result = demonstration.demo(folder, options, force=force)
+    commands, page = _next_commands(folder), folder / demonstration.PAGE
+    replace_bytes(page, report.page(result, commands).encode())
     if as_json:
-        print(json.dumps([{"model": s.model, "kind": s.kind, "accuracy": dict(s.accuracy)} for s in scores]))
+        print(json.dumps([_as_json(score) for score in result.scores]))
         return
-    demonstration.print_scores(scores, make_console())
-    _print_next(folder)
+    report.print_report(result, make_console())
+    print(f"\n{page} shows this with a picture. Models, texts and recipes are in {folder}. Next:")
+    for line in commands:
+        print(f"  {line}")
 
 
-def _print_next(folder: Path) -> None:
-    """Prints the commands that merge the demo's own recipe, as they must be typed."""
-    program, recipe = program_name(), shlex.quote(str(folder / "recipe.yaml"))
-    force = " --force" if (folder / "merged" / "obim").exists() else ""
-    print(f"The models, the data and a recipe are in {folder}. Next:")
-    print(f"  {program} plan {recipe}")
-    print(f"  {program} run {recipe}{force}")
+def _as_json(score: Score) -> dict[str, Any]:
+    return {
+        "model": score.model,
+        "kind": score.kind,
+        "examples": score.examples,  # of each task
+        "accuracy": {task: share.value for task, share in score.tasks.items()},
+        "interval": {task: [share.low, share.high] for task, share in score.tasks.items()},
+    }
+
+
+def _next_commands(folder: Path) -> list[str]:
+    """The commands that merge by the demo's recipe for experts with text, as they must be typed."""
+    program, recipe = program_name(), shlex.quote(str(folder / "featcal.yaml"))
+    force = " --force" if (folder / "merged" / "featcal").exists() else ""
+    return [f"{program} plan {recipe}", f"{program} run {recipe}{force}"]

@@ -2,157 +2,106 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
-
-from merger.checkpoint.files import make_folder, replace_bytes
+from merger.checkpoint.files import check_replaceable
 from merger.demo import tasks as demo_tasks
+from merger.demo.folder import HELD_OUT, prepare, recipe_text
+from merger.demo.scores import Score, score
 from merger.engine.merge import merge
-from merger.errors import RecipeError
 from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
-    "task_arithmetic": {"lambda": 0.5},
     "ties": {"density": 0.3},
-    "dare_linear": {"density": 0.7, "lambda": 0.5},
-    "cabs": {"n": 85, "m": 256},
+    "wudi_svc": {},
     "obim": {"density": "auto"},
+    "regmean": {},
+    "featcal": {},
 }
-"""The merges of the demo: method -> parameters."""
+"""The merges of the demo: method -> parameters. ``linear`` is the plain average."""
 
-HELD_OUT = 100
-"""Examples of each task that no model has seen."""
+PAGE = "demo.html"
+"""The file of a demo's folder with its pictures."""
 
 
 @dataclass(frozen=True)
-class Score:
-    """How often one model answers exactly right, by task."""
+class Sample:
+    """The first held-out prompt of a task, with its right answer and what three models reply."""
 
-    model: str
-    kind: str  # base, expert or merge
-    accuracy: Mapping[str, float]
+    prompt: str
+    answer: str
+    base: str
+    average: str
+    best: str
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """The scores of base, experts and merges, and a sample of each task."""
+
+    scores: tuple[Score, ...]
+    examples: tuple[demo_tasks.Example, ...]  # the first held-out one of each task
 
     @property
-    def mean(self) -> float:
-        """Over all tasks."""
-        return sum(self.accuracy.values()) / len(self.accuracy)
+    def best(self) -> Score:
+        """The merge with the most right answers."""
+        return max((score for score in self.scores if score.kind == "merge"), key=lambda score: score.total.value)
+
+    def score(self, model: str) -> Score:
+        """The score of one model."""
+        return next(score for score in self.scores if score.model == model)
 
     @property
-    def worst(self) -> float:
-        """On the task it does worst."""
-        return min(self.accuracy.values())
+    def samples(self) -> list[Sample]:
+        """One sample of each task: the first held-out example, whatever the models make of it."""
+        base, average, best = (model.replies for model in (self.score("base"), self.score("linear"), self.best))
+        return [
+            Sample(prompt, answer, base[task], average[task], best[task])
+            for task, (prompt, answer) in zip(demo_tasks.TASKS, self.examples, strict=True)
+        ]
+
+    def findings(self) -> list[str]:
+        """What the figures say, in a sentence each."""
+        base, average, obim = (self.score(model).total for model in ("base", "linear", "obim"))
+        best = self.best.total
+        return [
+            f"{self.best.model} answers {best.value:.0%} of the prompts right, the plain average (linear) "
+            f"{average.value:.0%}, the base {base.value:.0%}.",
+            f"OBIM is {_relation(obim.low > average.high, obim.high < average.low)} the average on these tiny models.",
+        ]
 
 
-def prepare(folder: Path, *, force: bool = False) -> Path:
-    """Writes models, calibration text, held-out examples and a recipe into ``folder``; returns the recipe.
+def _relation(is_above: bool, is_below: bool) -> str:
+    return "ahead of" if is_above else "behind" if is_below else "neither ahead of nor behind"
 
-    With ``force`` the folder may be that of an earlier demo: a file that it lacks is written, a file that was changed
-    is refused, and every other file stays.
+
+def demo(folder: Path, options: RunOptions = RunOptions(), *, force: bool = False) -> Demonstration:
+    """Merges the demo's experts by every method of `METHODS` and scores all models on all tasks.
+
+    Raises RecipeError, before anything is written, if that would replace a file that no demo wrote.
     """
-    contents = dict(_contents())
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not force:
-            raise RecipeError(f"{folder}: is there already; choose another folder, or replace it with force=True")
-        existing = [name for name in contents if (folder / name).is_file()]
-        if not existing:
-            raise RecipeError(f"{folder}: holds something else than a demo; choose another folder")
-        for name in existing:
-            if (folder / name).read_bytes() != contents[name]:
-                raise RecipeError(f"{folder / name}: is not as the demo wrote it; move it, or choose another folder")
-    for name, content in contents.items():
-        path = folder / name
-        if not path.is_file():
-            make_folder(path.parent)
-            replace_bytes(path, content)
-    return folder / "recipe.yaml"
-
-
-def _contents() -> Iterator[tuple[str, bytes]]:
-    """The files of a demo's folder by their names in it."""
-    with as_file(files("merger.demo") / "models") as models:
-        for path in sorted(path for path in models.rglob("*") if path.is_file()):
-            yield f"models/{path.relative_to(models).as_posix()}", path.read_bytes()
-    for task in demo_tasks.TASKS:
-        lines = [json.dumps({"text": p + a}) for p, a in demo_tasks.examples(task, "calibration", 100)]
-        yield f"data/{task}.jsonl", ("\n".join(lines) + "\n").encode()
-        lines = [json.dumps({"prompt": p, "answer": a}) for p, a in demo_tasks.examples(task, "heldout", HELD_OUT)]
-        yield f"held-out/{task}.jsonl", ("\n".join(lines) + "\n").encode()
-    remark = "# Try `merger plan recipe.yaml`, then `merger run recipe.yaml`.\n"
-    yield "recipe.yaml", (remark + _recipe("obim", "merged/obim")).encode()
-
-
-def _recipe(method: str, output: str) -> str:
-    tasks = list(demo_tasks.TASKS)
-    fields: dict[str, Any] = {
-        "base": "models/base",
-        "experts": {task: f"models/{task}" for task in tasks},
-        "method": method,
-        "parameters": METHODS[method],
-        "calibration": {"data": {task: f"data/{task}.jsonl" for task in tasks}, "samples": 100},
-        "evaluation": {"data": {task: f"held-out/{task}.jsonl" for task in tasks}},
-        "output": {"path": output},
-    }
-    return yaml.safe_dump(fields, sort_keys=False)
-
-
-def demo(folder: Path, options: RunOptions = RunOptions(), *, force: bool = False) -> list[Score]:
-    """Merges the demo's experts by every method of `METHODS` and scores all models on all tasks."""
+    if folder.is_dir():
+        check_replaceable(folder / PAGE)
     prepare(folder, force=force)
     held_out = {task: demo_tasks.examples(task, "heldout", HELD_OUT) for task in demo_tasks.TASKS}
     scores = []
     for name in ("base", *demo_tasks.TASKS):
         options.notice(f"scoring {name}")
         kind = "base" if name == "base" else "expert"
-        scores.append(Score(name, kind, score(folder / "models" / name, held_out)))
-    for method in METHODS:
+        scores.append(score(name, kind, folder / "models" / name, held_out))
+    for method, parameters in METHODS.items():
         options.notice(f"merging by {method}")
         output = merge_folder(folder, method)
-        recipe = Recipe.parse(_recipe(method, str(output.relative_to(folder))), folder)
+        recipe = Recipe.parse(recipe_text(method, parameters, str(output.relative_to(folder))), folder)
         merge(recipe, options, force=force)
-        scores.append(Score(method, "merge", score(output, held_out)))
-    return scores
+        scores.append(score(method, "merge", output, held_out))
+    return Demonstration(tuple(scores), tuple(examples[0] for examples in held_out.values()))
 
 
 def merge_folder(folder: Path, method: str) -> Path:
     """Where the demo's merge by a method goes: not where its recipe merges to, so that this can be run as it stands."""
     return folder / "compared" / method
-
-
-def score(model_path: Path, held_out: Mapping[str, Sequence[demo_tasks.Example]]) -> dict[str, float]:
-    """The share of right answers of one checkpoint, by task."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32").eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    return {task: demo_tasks.accuracy(model, tokenizer, sample) for task, sample in held_out.items()}
-
-
-def print_scores(scores: Sequence[Score], console: Console) -> None:
-    """One table: what each expert can do, and what each merge can."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="right answers on held-out examples", title_justify="left")
-    table.add_column("model")
-    for task in (*demo_tasks.TASKS, "mean", "worst"):
-        table.add_column(task, justify="right")
-    best = max((score for score in scores if score.kind == "merge"), key=lambda score: score.worst)
-    for i, score in enumerate(scores):
-        last_of_kind = i + 1 < len(scores) and scores[i + 1].kind != score.kind
-        cells = [f"{100 * value:.0f} %" for value in (*score.accuracy.values(), score.mean, score.worst)]
-        name = score.model if score.kind != "expert" else f"expert in {score.model}"
-        table.add_row(name, *cells, style="bold" if score is best else None, end_section=last_of_kind)
-    console.print(table)

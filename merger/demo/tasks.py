@@ -92,14 +92,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example]) -> dict
     }
 
 
+def replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[str]:
+    """What greedy decoding makes of the prompts of examples, cut a token behind the longest answer."""
+    # Padding goes on the left, so that every prompt ends where its answer has to begin.
+    prompts = [prompt for prompt, _ in examples]
+    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    longest = max(len(answer) for _, answer in examples) + 1  # and the end-of-text token
+    output: Tensor = model.generate(**inputs.to(model.device), max_new_tokens=longest, do_sample=False)
+    texts: list[str] = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def count_right(replies: Sequence[str], examples: Sequence[Example]) -> int:
+    """The number of replies that are exactly the answers."""
+    return sum(reply == answer for reply, (_, answer) in zip(replies, examples, strict=True))
+
+
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
     """The share of prompts that greedy decoding answers exactly right."""
-    prompts = [prompt for prompt, _ in examples]
-    answers = [answer for _, answer in examples]
-    # Padding goes on the left, so that every prompt ends where its answer has to begin.
-    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-    longest = max(map(len, answers)) + 1  # and the end-of-text token
-    output: Tensor = model.generate(**inputs.to(model.device), max_new_tokens=longest, do_sample=False)
-    replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    right_answers: int = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
-    return right_answers / len(answers)
+    return count_right(replies(model, tokenizer, examples), examples) / len(examples)
