@@ -10,7 +10,7 @@ else
 from pathlib import Path
 from merger.demo.folder import usable_folder
 print(usable_folder(Path("demo")))')
-  [[ $folder == demo ]] || echo "demo holds files that no demo wrote; they stay, and this demo goes to $folder"
+  [[ $folder == demo ]] || echo "demo is not as a demo wrote it: it stays, and this demo goes to $folder"
 fi
 echo "the demo: .venv/bin/merger demo $folder --force"
 exec .venv/bin/merger demo "$folder" --force

@@ -445,12 +445,13 @@ def test_a_recipe_and_its_finished_merge_are_judged_alike(merger, recipe_file):
     assert content["tasks"]["upper"]["measure"] == "accuracy"
 
 
-def test_the_command_ends_in_what_a_merge_is_below(merger, recipe_file):
+def test_the_command_ends_in_what_a_merge_is_below(merger, recipe_file, demo_folder):  # noqa: F811
     expert_copy = ("--set", "rules=[{tensors: ., use: shift}]", "--set", "evaluation.samples=40")
-    ran = merger("eval", recipe_file, *expert_copy, "-q")
+    base_in_upper = ("--set", f"base={demo_folder}/models/upper")
+    ran = merger("eval", recipe_file, *base_in_upper, *expert_copy, "-q")
     assert (ran.code, ran.err) == (0, "")
     assert re.fullmatch(
-        r"recipe is below the base on upper \(accuracy [\d.]+ points lower \[[\d.]+, [\d.]+\]\), double \(.*\) "
+        r"recipe is below the base on upper \(accuracy [\d.]+ points lower \[[\d.]+, [\d.]+\]\) "
         r"and below the best single expert on upper \(expert upper, accuracy .*\), double \(expert double, .*\)",
         ran.out.splitlines()[-2],
     )

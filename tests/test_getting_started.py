@@ -42,11 +42,8 @@ def test_the_commands_of_the_page_print_what_it_shows(folder, merger, capsys):
     (recipe,) = blocks(PAGE, "yaml")
     assert yaml.safe_load(Path("merge.yaml").read_text()) == yaml.safe_load(recipe.text)
     behind = dict(re.findall(r"^ (recipe|linear|weights) .* \[(-?[\d.]+), [\d.]+\] *$", outputs["eval"], re.MULTILINE))
-    assert {merge: float(low) > 0 for merge, low in behind.items()} == {
-        "recipe": False,
-        "linear": False,
-        "weights": True,
-    }
+    assert behind.keys() == {"recipe", "linear", "weights"}
+    assert all(float(low) > 0 for low in behind.values())  # behind for certain, as the page says
     (code,) = blocks(PAGE, "python")
     exec(compile(code.text, PAGE, "exec"), {})
     (answers,) = blocks(PAGE, "text")
@@ -54,6 +51,8 @@ def test_the_commands_of_the_page_print_what_it_shows(folder, merger, capsys):
 
 
 def test_the_page_begins_with_the_table_of_the_demo():
-    (table,) = (lines for words, lines in CONSOLES if words == ["merger", "demo"])
-    names = [line.split()[0] for line in table[3:]]
-    assert names == ["base", *["expert"] * len(demo.demo_tasks.TASKS), *demo.METHODS]
+    (lines,) = (lines for words, lines in CONSOLES if words == ["merger", "demo"])
+    rows = [re.match(r" (expert in \w+|\w+)", line) for line in lines[3:]]
+    names = [row[1] for row in rows if row is not None]
+    models = ["base", *(f"expert in {task}" for task in demo.demo_tasks.TASKS), *demo.METHODS]
+    assert names[: len(models)] == models

@@ -9,7 +9,7 @@ from typing import Any
 from merger.checkpoint.files import check_replaceable
 from merger.demo import tasks as demo_tasks
 from merger.demo.folder import HELD_OUT, prepare, recipe_text
-from merger.demo.scores import Score, score
+from merger.demo.scores import Score, Share, percent, score
 from merger.engine.merge import merge
 from merger.options import RunOptions
 from merger.recipe.recipe import Recipe
@@ -66,17 +66,18 @@ class Demonstration:
 
     def findings(self) -> list[str]:
         """What the figures say, in a sentence each."""
-        base, average, obim = (self.score(model).total for model in ("base", "linear", "obim"))
-        best = self.best.total
+        base, average, obim, wudi_svc = (self.score(model).total for model in ("base", "linear", "obim", "wudi_svc"))
         return [
-            f"{self.best.model} answers {best.value:.0%} of the prompts right, the plain average (linear) "
-            f"{average.value:.0%}, the base {base.value:.0%}.",
-            f"OBIM is {_relation(obim.low > average.high, obim.high < average.low)} the average on these tiny models.",
+            f"{self.best.model} answers {percent(self.best.total)} of the prompts right, the plain average (linear) "
+            f"{percent(average)}, the base {percent(base)}.",
+            f"On models this tiny OBIM is {_relation(obim, average)} the average, "
+            f"wudi_svc {_relation(wudi_svc, average)} it.",
         ]
 
 
-def _relation(is_above: bool, is_below: bool) -> str:
-    return "ahead of" if is_above else "behind" if is_below else "neither ahead of nor behind"
+def _relation(share: Share, mark: Share) -> str:
+    """Where a share is by its interval: ahead of the mark, behind it, or neither."""
+    return "ahead of" if share.low > mark.high else "behind" if share.high < mark.low else "neither ahead of nor behind"
 
 
 def demo(folder: Path, options: RunOptions = RunOptions(), *, force: bool = False) -> Demonstration:

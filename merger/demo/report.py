@@ -12,7 +12,7 @@ from merger._version import MARK
 from merger.charts import Bar, BarChart
 from merger.charts.svg import STYLE, themed
 from merger.demo.demo import Demonstration
-from merger.demo.scores import Score, Share
+from merger.demo.scores import Score, Share, percent
 from merger.demo.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -28,8 +28,14 @@ caption, figcaption { color: var(--faint); text-align: left; padding-bottom: .4r
 figure { margin: 1.6rem 0; overflow-x: auto; }
 th, td { text-align: left; padding: .15rem 1.2rem .15rem 0; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { font-weight: 500; }
+.scores :is(th, td):not(:first-child) { text-align: right; }
 pre { overflow-x: auto; border-left: 3px solid var(--rule); padding: .3rem .8rem; }
 """
+
+COLUMNS = ("model", *TASKS, "all", "95 % interval")
+"""The columns of the scores; the interval is that of all tasks."""
+
+SAMPLES = "replies to the first prompt of each task"
 
 SAMPLE_COLUMNS = ("prompt", "right answer", "base", "average")
 """The columns of the samples before that of the best merge."""
@@ -60,7 +66,7 @@ def _page_parts(demonstration: Demonstration, commands: Sequence[str]) -> Iterat
     yield from (f"<p>{escape(sentence)}</p>" for sentence in demonstration.findings())
     yield f"<figure><figcaption>{escape(chart.caption)}</figcaption>{themed(chart.drawing(), chart.title)}</figure>"
     yield f"<figure>{_html_samples(demonstration)}</figure>"
-    yield f"<figure>{_html_scores(demonstration)}</figure>"
+    yield f'<figure class="scores">{_html_scores(demonstration)}</figure>'
     yield "<p>Next, from the folder in which you started the demo:</p>"
     yield f"<pre>{escape(chr(10).join(commands))}</pre>"
 
@@ -90,10 +96,7 @@ def _cells(score: Score) -> list[str]:
     """The row of one model: each task, all tasks, and the interval of the latter, in percent."""
     total = score.total
     shares = [*score.tasks.values(), total]
-    return [*(f"{share.value:.0%}" for share in shares), f"[{100 * total.low:.0f}, {100 * total.high:.0f}]"]
-
-
-COLUMNS = ("model", *TASKS, "all", "95 % interval")
+    return [*(percent(share) for share in shares), f"[{100 * total.low:.0f}, {100 * total.high:.0f}]"]
 
 
 def _title(demonstration: Demonstration) -> str:
@@ -108,8 +111,7 @@ def _samples(demonstration: Demonstration) -> Iterator[tuple[str, ...]]:
 
 
 def _html_samples(demonstration: Demonstration) -> str:
-    caption = "The first held-out prompt of each task, and what the models reply"
-    return html_table(caption, (*SAMPLE_COLUMNS, demonstration.best.model), _samples(demonstration))
+    return html_table(SAMPLES.capitalize(), (*SAMPLE_COLUMNS, demonstration.best.model), _samples(demonstration))
 
 
 def _html_scores(demonstration: Demonstration) -> str:
@@ -137,7 +139,7 @@ def _score_table(demonstration: Demonstration) -> Table:
 
 
 def _sample_table(demonstration: Demonstration) -> Table:
-    table = _table("the first held-out prompt of each task, and what the models reply")
+    table = _table(SAMPLES)
     for column in (*SAMPLE_COLUMNS, demonstration.best.model):
         table.add_column(column, no_wrap=True)
     for row in _samples(demonstration):

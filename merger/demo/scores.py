@@ -30,6 +30,11 @@ class Share:
         return cls(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
+def percent(share: Share) -> str:
+    """The share as people write it: 95 %."""
+    return f"{100 * share.value:.0f} %"
+
+
 @dataclass(frozen=True)
 class Score:
     """How often one model answers exactly right, by task."""
