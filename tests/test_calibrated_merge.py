@@ -409,9 +409,17 @@ def test_own_and_merged_inputs_do_not_go_together(place):
         recipe(place, "regmean", rules=rules)
 
 
-def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
-    with pytest.raises(RecipeError, match="`merger run` it, and inspect the output"):
-        merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
+@pytest.mark.parametrize(("method", "parameters"), [("regmean", {"inputs": "merged"}), ("featcal", {})])
+def test_before_anything_is_merged_an_inspection_shows_the_task_vectors_alone_and_says_so(place, method, parameters):
+    rules = [{"tensors": "norm", "use": "base"}, {"tensors": "mlp", "method": "ties"}]
+    inspection = merger.inspect(recipe(place, method, parameters=parameters, rules=rules))
+    plain = merger.inspect(recipe(place, "linear", rules=rules[:1]))
+    assert inspection.view("task_vectors") == plain.view("task_vectors")
+    assert [view.name for view in inspection.views] == ["task_vectors"]
+    assert inspection.notes[0] == (
+        "its stages look at blocks behind the merged ones, so this shows the task vectors before them; "
+        "`merger run` it, and inspect the output for what became of them"
+    )
 
 
 # --- learning -------------------------------------------------------------------------------------

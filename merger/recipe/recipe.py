@@ -264,7 +264,7 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     with_data = (
         set(calibration.data) if isinstance(calibration.data, dict) else set(experts if calibration.data else ())
     )
-    from_text = any(source.follows_merge for source in _inputs(recipe))
+    from_text = follows_merge(recipe)
     experts_without_text = [
         name for name in experts if name not in (with_data if from_text else with_data | set(calibration.stats))
     ]
@@ -286,6 +286,11 @@ def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
         (*place, "pipeline" if choice.pipeline else "method"),
         f"looks at layer inputs; add `calibration: {{data: {{{files}}}}}`, text of each expert (docs/calibration.md)",
     )
+
+
+def follows_merge(recipe: Recipe) -> bool:
+    """Whether stages look at blocks behind the merged ones, so that nothing can be said before these are merged."""
+    return any(source.follows_merge for source in _inputs(recipe))
 
 
 def is_calibrated(recipe: Recipe) -> bool:
