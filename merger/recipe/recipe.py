@@ -20,6 +20,8 @@ from merger.recipe.document import Document, KeyPath, key_path, parse, read, val
 from merger.recipe.faults import translate_errors
 from merger.recipe.open_values import marks
 from merger.recipe.sections import (
+    ROW_SOURCES,
+    UNION,
     Calibration,
     Choice,
     Evaluation,
@@ -29,6 +31,7 @@ from merger.recipe.sections import (
     Search,
     Source,
     TextSource,
+    TokenRow,
     expert_name,
     output_of,
     source_of,
@@ -54,6 +57,8 @@ class Recipe(Choice):
     rules: list[Rule] = Field(default_factory=list)
     missing: Literal["error", "zero"] = "error"
     extra_rows: Literal["keep", "drop"] = "keep"
+    tokenizer: str | None = None  # base, an expert or union; None: the base, or who added tokens to it
+    tokens: dict[str, TokenRow] = Field(default_factory=dict)
     calibration: Calibration | None = None
     evaluation: Evaluation | None = None
     search: Search | None = None
@@ -70,6 +75,11 @@ class Recipe(Choice):
     def fault(self, path: KeyPath, message: str) -> str:
         """``file:line: key.path: message``, for a key of the recipe as it was written."""
         return self._document.fault(path, message)
+
+    @property
+    def named_tokenizer(self) -> str | None:
+        """The tokenizer of the output that the recipe names: base, an expert or union."""
+        return self.tokenizer or self.output.tokenizer
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -119,9 +129,15 @@ class Recipe(Choice):
         return [path for path in paths if path.exists()]
 
     def spelled_out(self) -> dict[str, Any]:
-        """Returns the recipe with all defaults, as the manifest stores it: everything that decides the merge."""
+        """Returns the recipe with all defaults, as the manifest stores it: everything that decides the merge.
+
+        Keys of later versions are left out where they are absent, so that an older recipe has the same record.
+        """
         separate_keys = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
+        separate_keys |= {key for key in ("tokenizer", "tokens") if not getattr(self, key)}
         sections = self.model_dump(mode="json", by_alias=True, exclude=separate_keys)
+        if self.output.pad_rows_to is None:
+            del sections["output"]["pad_rows_to"]
         models = {key: sections.pop(key) for key in ("base", "experts")}
         return {**models, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **sections}
 
@@ -206,11 +222,29 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
 
 def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Returns the faults between the sections of a well-formed recipe."""
-    faults: list[tuple[KeyPath, str]] = []
-    if recipe.output.tokenizer not in (None, "base", *recipe.experts):
-        suggestion = nearest(str(recipe.output.tokenizer), ["base", *recipe.experts])
-        faults.append((("output", "tokenizer"), f"there is no expert {recipe.output.tokenizer!r}; {suggestion}"))
-    return faults + _calibration_faults(recipe)
+    return [*_tokenizer_faults(recipe), *_calibration_faults(recipe)]
+
+
+def _tokenizer_faults(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    path: KeyPath = ("output", "tokenizer") if recipe.tokenizer is None else ("tokenizer",)
+    name, experts = recipe.named_tokenizer, list(recipe.experts)
+    if None not in (recipe.tokenizer, recipe.output.tokenizer):
+        yield (
+            ("output", "tokenizer"),
+            "is the older place of `tokenizer`, which is there too; leave it out",
+        )
+    if name not in (None, "base", UNION, *experts):
+        yield path, f"there is no expert {name!r}; {nearest(str(name), ['base', UNION, *experts])}"
+    if name == UNION and UNION in experts:
+        yield path, "means the tokens of all models; give the expert `union` another name"
+    if name == UNION and recipe.extra_rows == "drop":
+        yield ("extra_rows",), "drop leaves out tokens that not all models have, which `tokenizer: union` keeps"
+    if recipe.tokens and name is None:
+        yield ("tokens",), "needs a tokenizer that has these tokens; add `tokenizer: base`, an expert or `union`"
+    for token, row in recipe.tokens.items():
+        if row.source not in (*ROW_SOURCES, *experts):
+            suggestion = nearest(row.source, [*ROW_SOURCES, *experts])
+            yield ("tokens", token, "from"), f"there is no expert {row.source!r}; {suggestion}"
 
 
 def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
@@ -289,6 +323,7 @@ _SECTIONS: dict[str | int, Any] = {
     "evaluation": Evaluation,
     "search": Search,
     "rules": Rule,
+    "tokens": TokenRow,
 }
 
 
@@ -296,7 +331,7 @@ def _valid_fields(path: KeyPath) -> set[str]:
     """Returns the valid keys at ``path`` of the recipe."""
     is_text = len(path) > 2 and path[1] == "data" and path[0] in ("calibration", "evaluation")
     section = TextSource if is_text else _SECTIONS.get(path[0], Recipe) if path else Recipe
-    return set(section.model_fields)
+    return {field.alias or name for name, field in section.model_fields.items()}
 
 
 # --- for editors ----------------------------------------------------------------------------------

@@ -75,6 +75,20 @@ def byte_size(value: Any) -> Any:
     return value
 
 
+UNION = "union"
+"""The word for the tokens of all models, in place of the name of one."""
+
+
+ROW_SOURCES = ("base", "mean", "zero")
+"""The sources of a token's row that are no expert."""
+
+
+class TokenRow(Section):
+    """The source of one token's row in the tables of the output."""
+
+    source: str = Field(alias="from")  # base, an expert, mean (of the experts that have the token), or zero
+
+
 class Output(Section):
     """Where the merged checkpoint goes, and in what form."""
 
@@ -83,7 +97,8 @@ class Output(Section):
     shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = (
         5_000_000_000
     )
-    tokenizer: str | None = None  # base or an expert; None: the base, or who added tokens to it
+    tokenizer: str | None = None  # the older place of the recipe's `tokenizer`
+    pad_rows_to: Annotated[int, Field(ge=1)] | None = None  # the tables' rows are a multiple of it
 
 
 def output_of(value: Any) -> Any:
