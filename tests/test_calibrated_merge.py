@@ -10,6 +10,7 @@ import torch
 import transformers
 from checkpoints import load
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import merger
 from merger.calibration import Settings, batches, collect_all
@@ -18,6 +19,7 @@ from merger.calibration import statistics_files as files
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.writer import Writer
 from merger.demo import tasks as demo_tasks
+from merger.engine.memory import slice_rows
 from merger.errors import CheckpointError, RecipeError
 from merger.outputs.verify import DeepCheck
 
@@ -343,6 +345,25 @@ def test_regression_towards_the_experts_features_is_that_of_whole_models(place):
     for name, expected in regression_towards_experts_features(place, 0.5, 0.05).items():
         change = expected - base[name].double()
         assert (merged[name].double() - expected).norm() / change.norm() < 1e-4, name
+
+
+@pytest.mark.parametrize("method", ["regmean", "featcal", "wudi_svc"])
+def test_a_head_that_is_merged_in_runs_of_its_rows_has_the_values_of_one_merged_whole(place, monkeypatch, method):
+    for seed, name in enumerate(["base", *EXPERTS]):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=58, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+        )
+        LlamaForCausalLM(config).save_pretrained(place / "models" / name)
+    for output, elements in (("whole", 1 << 19), ("runs", 2)):
+        monkeypatch.setattr("merger.engine.memory.SLICE", elements)
+        merger.merge(recipe(place, method, output=output, dtype="float32"))
+    head = next(tensor for tensor in merger.plan(recipe(place, method)).tensors if tensor.kind == "head")
+    assert slice_rows(head, head.parts[0]) == 8  # of 58
+    whole, runs = load(place / "whole"), load(place / "runs")
+    assert whole.keys() == runs.keys()
+    for name, values in whole.items():
+        torch.testing.assert_close(runs[name], values, rtol=1e-5, atol=1e-5)
 
 
 def test_a_target_without_a_draft_is_refused(place):

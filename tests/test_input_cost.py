@@ -6,7 +6,7 @@ from test_plan import CAUSAL, blocks, vocabulary
 
 from merger.calibration.provider import Cost, cost
 from merger.engine.machine import Machine
-from merger.engine.memory import INTERPRETER, memory_needed
+from merger.engine.memory import INTERPRETER, MemoryNeed
 from merger.engine.preflight import preview
 from merger.errors import ResourceError
 from merger.planning.planner import plan
@@ -53,7 +53,7 @@ def test_gram_matrices_take_float64_for_the_expert_that_runs_and_float32_for_all
 
 def test_two_matrices_at_once_are_two_of_one_block_where_blocks_are_merged_one_by_one(planned):
     down_and_gate = 2 * INNER * HIDDEN * (12 + 2 * 18 + 8 * (2 + 8)) + (3 * 8 + 16 + 4 * 2) * (INNER**2 + HIDDEN**2)
-    assert memory_needed(planned("regmean"), 2) == INTERPRETER + 4 * 2 * SQUARES + down_and_gate
+    assert MemoryNeed.of(planned("regmean")).bytes(2) == INTERPRETER + 4 * 2 * SQUARES + down_and_gate
 
 
 def test_a_draft_takes_a_second_models_block_and_the_draft_beside_twice_as_many_matrices(planned):

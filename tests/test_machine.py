@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from math import inf
+from pathlib import Path
 from threading import Barrier, Lock
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 from checkpoints import save_headers
 from test_input_cost import planned  # noqa: F401 a fixture
 
-from merger.engine.machine import Machine, Room, assign_sizes, free_memory, select_devices
-from merger.engine.memory import CUDA, memory_needed
+from merger.engine.machine import Machine, Room, assign_sizes, free_host_memory, free_memory, select_devices
+from merger.engine.memory import CUDA, MemoryNeed
 from merger.errors import ResourceError
 
 
@@ -61,6 +62,30 @@ def test_there_is_a_worker_for_every_device(gpus, planned, monkeypatch):  # noqa
     assert Machine.of("cuda", None, planned("linear")).workers == 8
 
 
+def test_there_are_as_many_workers_as_the_free_memory_is_enough_for(monkeypatch, planned):  # noqa: F811
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    merge_plan = planned("tsv_m")
+    for free, workers in ((MemoryNeed.of(merge_plan).bytes(8), 8), (MemoryNeed.of(merge_plan).bytes(4), 4), (0, 1)):
+        monkeypatch.setattr("merger.engine.machine.free_host_memory", lambda free=free: free)
+        assert Machine.of("cpu", None, merge_plan).workers == workers
+
+
+def test_the_free_memory_is_what_the_system_and_the_control_group_leave(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:       5 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+
+    def read(path, *_):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert free_host_memory() == 5 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "4096\n"
+    assert free_host_memory() == 4096
+    files.clear()
+    assert free_host_memory() == inf
+
+
 def together(room, sizes):
     """The most bytes that slices of these sizes have of a room at the same time, a thread for each."""
     lock, reservations, peaks, barrier = Lock(), [], [], Barrier(len(sizes))
@@ -100,9 +125,9 @@ def test_a_gpu_has_the_memory_that_is_free_and_what_torch_holds_unused(monkeypat
 
 def test_a_merge_on_a_gpu_takes_a_context_but_no_factors_of_host_memory(planned):  # noqa: F811
     merge_plan = planned("tsv_m")
-    on_cpu, on_gpu = memory_needed(merge_plan, 16), memory_needed(merge_plan, 16, gpu=True)
+    on_cpu, on_gpu = MemoryNeed.of(merge_plan).bytes(16), MemoryNeed.of(merge_plan, gpu=True).bytes(16)
     assert on_gpu < on_cpu / 2
-    assert memory_needed(merge_plan, 0, gpu=True) - memory_needed(merge_plan, 0) == CUDA
+    assert MemoryNeed.of(merge_plan, gpu=True).bytes(0) - MemoryNeed.of(merge_plan).bytes(0) == CUDA
 
 
 def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():

@@ -481,7 +481,7 @@ def test_a_method_of_whole_matrices_needs_room_for_its_factors(drawn):
         content = {"base": "base", "experts": {n: n for n in drawn.tensors if n != "base"}, "output": {"path": "x"}}
         merge_plan = plan(Recipe.parse({**content, "method": method}, drawn.folder))
         merge_plan.close()
-        return merger.engine.memory.memory_needed(merge_plan, 1)
+        return merger.engine.memory.MemoryNeed.of(merge_plan).bytes(1)
 
     copies, grams = 4 * 8 * (2 + 8), 3 * 8 * 8  # of the largest matrix, 4 x 8, for two experts
     assert needed("wudi") - needed("linear") == 8 * (copies + grams)

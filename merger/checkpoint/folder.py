@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -149,4 +149,4 @@ def _header(folder: Folder, file: str) -> dict[str, Info]:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
         tensors = format_.parse(stream, size, Path(folder.source) / file, with_offsets=False)
-    return {name: replace(info, file=None, offset=0) for name, info in tensors.items()}
+    return {name: info._replace(file=None, offset=0) for name, info in tensors.items()}

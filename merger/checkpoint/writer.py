@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
@@ -63,7 +62,7 @@ class Writer(Output):
     def _stored_infos(self) -> dict[str, Info]:
         """Where each tensor lies in the files."""
         return {
-            name: replace(self._infos[name], file=self.folder / file, offset=offset)
+            name: self._infos[name]._replace(file=self.folder / file, offset=offset)
             for name, (file, offset) in self._places.items()
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -38,7 +37,7 @@ def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
     return dict(
         Counter(
             (
-                re.sub(r"(?<![a-zA-Z_])\d+(?=\.|$)", "*", tensor.name),
+                ".".join("*" if part.isdigit() else part for part in tensor.name.split(".")),
                 "x".join(map(str, tensor.info.shape)) or "scalar",
                 tensor.info.dtype,
                 tensor.kind,

@@ -7,14 +7,14 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from threading import Condition
 
 from merger._lazy import torch
-from merger.engine.memory import HOLD, memory_needed
+from merger.engine.memory import HOLD, MemoryNeed
 from merger.errors import RecipeError, ResourceError
 from merger.ops.precision import full_float32
 from merger.planning.plan import Plan
@@ -26,29 +26,34 @@ class Machine:
 
     devices: tuple[str, ...]  # slices are dealt out to them by number
     workers: int  # threads that each carry a slice on its whole trip
+    needed: int  # bytes of host memory that the merge takes at least with so many
     hold: int  # bytes of unfinished slices of one tensor that may stay in memory
     hidden_memory: int | None = None  # bytes of hidden states that may; None: all of them
     rooms: Mapping[str, Room] = field(default_factory=dict, compare=False)  # by device
 
     @classmethod
     def of(cls, device: str, max_memory: int | None, plan: Plan) -> Machine:
-        """Chooses the devices and divides the memory; raises ResourceError if the memory is too small."""
+        """Chooses the devices and divides the memory; raises ResourceError if less is allowed than a merge needs.
+
+        Without a limit there are only so many threads as the free memory is enough for, but one at least.
+        """
         devices = select_devices(device)
         workers = max(len(devices), min(os.cpu_count() or 1, 16))
-        gpu = devices != ("cpu",)
-        need = memory_needed(plan, workers, gpu=gpu)
+        need = MemoryNeed.of(plan, gpu=devices != ("cpu",))
+        limit = free_host_memory() if max_memory is None else max_memory
+        while workers > 1 and need.bytes(workers) > limit:
+            workers -= 1
+        needed = need.bytes(workers)
         rooms = {device: Room(device) for device in devices}
         if max_memory is None:
-            return cls(devices, workers, HOLD, rooms=rooms)
-        while workers > 1 and need > max_memory:
-            workers -= 1
-            need = memory_needed(plan, workers, gpu=gpu)
-        if need > max_memory:
+            return cls(devices, workers, needed, HOLD, rooms=rooms)
+        if needed > max_memory:
             raise ResourceError(
-                f"max_memory=SIZE: {max_memory:,} bytes are too little; this merge needs about {need:,} at least"
+                f"max_memory=SIZE: {max_memory:,} bytes are too little; this merge needs about {needed:,} at least"
             )
-        hidden_memory = (max_memory - need) // 2 if plan.inputs else 0
-        return cls(devices, workers, min(HOLD, max_memory - need - hidden_memory), hidden_memory, rooms)
+        hidden_memory = (max_memory - needed) // 2 if plan.inputs else 0
+        hold = min(HOLD, max_memory - needed - hidden_memory)
+        return cls(devices, workers, needed, hold, hidden_memory, rooms)
 
     @property
     def device(self) -> str:
@@ -102,6 +107,21 @@ def free_memory(device: str) -> float:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return USABLE * (free + unused)
+
+
+def free_host_memory() -> float:
+    """Bytes of host memory that a process may still take: what Linux says is available, within its control group.
+
+    Infinite where the system does not say.
+    """
+    sizes = [inf]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes.append(next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024)
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no limit
+            sizes.append(int(Path(file).read_text()))
+    return min(sizes)
 
 
 def assign_sizes(sizes: Iterable[int], hands: int) -> list[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from merger.calibration.provider import cost, input_bytes
-from merger.pipeline.stages import step_rows
+from merger.calibration.provider import Cost, cost, input_bytes
+from merger.pipeline.stages import slice_height
 from merger.planning.plan import Part, Plan, TensorPlan
 
 SLICE = 1 << 19
@@ -31,35 +32,56 @@ cuBLAS and cuSOLVER are an estimate, which scripts/gpu_check.sh checks.
 """
 
 
-def memory_needed(plan: Plan, workers: int, *, gpu: bool = False) -> int:
-    """Bytes of host memory that the merge takes at least, with so many slices at once, on the CPU or on GPUs."""
-    slices = _largest_together(plan, workers, _staged_bytes if gpu else slice_bytes)
-    process = INTERPRETER + (CUDA if gpu else 0)
-    inputs = cost(plan)
-    return process + max(inputs.making, inputs.merging + slices)
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The host memory that a merge takes at least, in bytes, by how many slices are merged at once."""
+
+    process: int
+    inputs: Cost
+    groups: Sequence[Mapping[int, int]]  # how many slices of each size there are, of those that may meet
+
+    @classmethod
+    def of(cls, plan: Plan, *, gpu: bool = False) -> MemoryNeed:
+        """The need of a plan whose slices are merged on the CPU or on GPUs."""
+        size = _staged_bytes if gpu else slice_bytes
+        return cls(INTERPRETER + (CUDA if gpu else 0), cost(plan), list(_groups(plan, size)))
+
+    def bytes(self, workers: int) -> int:
+        """The need with so many threads, of which each has a slice."""
+        slices = max((_largest(sizes, workers) for sizes in self.groups), default=0)
+        return self.process + max(self.inputs.making, self.inputs.merging + slices)
 
 
-def _largest_together(plan: Plan, workers: int, size: Callable[[Plan, TensorPlan, Part], int]) -> int:
-    """Returns the bytes of ``workers`` slices: the model's largest, or those of one block merged in lockstep."""
+MANY = 1 << 16
+"""More slices than are ever merged at once, as a part of several has."""
+
+
+def _groups(plan: Plan, size: Callable[[Plan, TensorPlan, Part], int]) -> Iterator[Mapping[int, int]]:
+    """The numbers of slices by size: those of each block merged in lockstep, and those that wait for none."""
     in_lockstep = {id(tensor.stages) for tensor in plan.stage_examples if tensor.lockstep}
-    by_block: dict[str, list[int]] = {}
-    # one part of each size, for each combination of stages, and how many there are
-    separate_parts: dict[tuple[int, int, int], tuple[TensorPlan, Part]] = {}
-    counts = Counter[tuple[int, int, int]]()
+    kinds: dict[str, Counter[tuple[int, int, int]]] = defaultdict(Counter)  # by block
+    examples: dict[tuple[int, int, int], tuple[TensorPlan, Part]] = {}
     for tensor in plan.tensors:
-        if id(tensor.stages) in in_lockstep:
-            by_block.setdefault(tensor.unit, []).extend(size(plan, tensor, part) for part in tensor.parts)
-        else:
-            for part in tensor.parts:
-                key = id(tensor.stages), part.rows, part.columns
-                separate_parts[key] = tensor, part
-                counts[key] += 1 if not _is_sliced(tensor) else workers
-    separate_sizes = [
-        slice_size
-        for key, (tensor, part) in separate_parts.items()
-        for slice_size in [size(plan, tensor, part)] * min(workers, counts[key])
-    ]
-    return max(sum(sorted(sizes)[-workers:]) for sizes in ([0], separate_sizes, *by_block.values()))
+        block = tensor.unit if id(tensor.stages) in in_lockstep else ""
+        for part in tensor.parts:
+            kind = id(tensor.stages), part.rows, part.columns
+            kinds[block][kind] += 1
+            examples[kind] = tensor, part
+    sizes = {kind: size(plan, *example) for kind, example in examples.items()}
+    for counts in kinds.values():
+        slices = Counter[int]()
+        for kind, count in counts.items():
+            slices[sizes[kind]] += MANY if is_cut(*examples[kind]) else count
+        yield slices
+
+
+def _largest(counts: Mapping[int, int], number: int) -> int:
+    """The sum of the largest ``number`` sizes, given how many there are of each."""
+    total = 0
+    for size, count in sorted(counts.items(), reverse=True):
+        taken = min(count, number)
+        total, number = total + size * taken, number - taken
+    return total
 
 
 def bytes_per_element(experts: int) -> int:
@@ -80,10 +102,23 @@ def slice_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
     """
     elements, experts = _slice_elements(tensor, part), len(plan.models) - 1
     extra = 0
-    if not _is_sliced(tensor):
-        extra = 8 * (elements * (experts + 8) + 3 * part.columns**2)
+    if not is_sliced(tensor):
+        extra = 8 * (elements * (experts + 8) + (3 + _sums(tensor, part, experts)) * part.columns**2)
     extra += input_bytes(tensor, part, experts)
     return elements * bytes_per_element(experts) + extra
+
+
+def _sums(tensor: TensorPlan, part: Part, experts: int) -> int:
+    """The sums over rows, each as large as the square of the columns, that stages ask for: an expert's, and one more.
+
+    Stages with inputs have their sums in these, and wide matrices are whole. A matrix that is cut has one run's beside
+    those of all.
+    """
+    if part.rows <= part.columns:
+        return 0
+    stages = (stage for outer in tensor.stages for stage in outer.parts)
+    asking = sum(stage.entry.takes(**stage.values) == "runs" and not stage.arguments for stage in stages)
+    return (asking + (asking > 0 and is_cut(tensor, part))) * (experts + 1)
 
 
 def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
@@ -92,7 +127,7 @@ def _staged_bytes(plan: Plan, tensor: TensorPlan, part: Part) -> int:
     Twice that, for torch rounds pinned allocations up to powers of two. Random draws are of slices alone.
     """
     experts = len(plan.models) - 1
-    staged = bytes_per_element(experts) if _is_sliced(tensor) else 8 + 8 * experts  # float32, and an adapter's changes
+    staged = bytes_per_element(experts) if is_sliced(tensor) else 8 + 8 * experts  # float32, and an adapter's changes
     return 2 * staged * _slice_elements(tensor, part)
 
 
@@ -100,13 +135,18 @@ def _slice_elements(tensor: TensorPlan, part: Part) -> int:
     return min(part.rows, slice_rows(tensor, part)) * part.columns
 
 
-def _is_sliced(tensor: TensorPlan) -> bool:
-    """Whether no stage must see the whole matrix."""
-    return all(stage.takes != "matrix" for stage in tensor.stages)
+def is_cut(tensor: TensorPlan, part: Part) -> bool:
+    """Whether a part is merged in more than one slice."""
+    return slice_rows(tensor, part) < part.rows
+
+
+def is_sliced(tensor: TensorPlan) -> bool:
+    """Whether no stage must see a whole matrix, or a long run of its rows."""
+    return all(stage.takes not in ("runs", "matrix") for stage in tensor.stages)
 
 
 def slice_rows(tensor: TensorPlan, part: Part) -> int:
     """Rows of one slice: all of them where a stage needs the whole matrix or another orientation."""
-    if part.transposed or not part.columns or not _is_sliced(tensor):
+    if part.transposed:
         return max(1, part.rows)
-    return step_rows(part.columns, tensor.stages, SLICE)
+    return slice_height(part.rows, part.columns, tensor.stages, SLICE)

@@ -10,7 +10,6 @@ from merger.calibration.provider import cost
 from merger.checkpoint.output import unfinished_bytes
 from merger.checkpoint.placement import check_output
 from merger.engine.machine import Machine
-from merger.engine.memory import memory_needed
 from merger.errors import ResourceError
 from merger.planning.plan import Plan
 
@@ -55,7 +54,7 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     machine = Machine.of(device or "cpu", max_memory, plan)
     ranked = any(tensor.ranked for tensor in plan.tensors)
     inputs = cost(plan)
-    memory = memory_needed(plan, machine.workers, gpu=machine.device != "cpu") + machine.hold
+    memory = machine.needed + machine.hold
     memory += (
         inputs.hidden_states if machine.hidden_memory is None else min(machine.hidden_memory, inputs.hidden_states)
     )

@@ -15,7 +15,7 @@ from merger.checkpoint.packed_experts import ROWS
 from merger.checkpoint.tensor_info import TORCH_NAMES
 from merger.engine.aligned_rows import AlignedTensor
 from merger.engine.machine import Machine
-from merger.engine.memory import bytes_held, slice_bytes, slice_rows
+from merger.engine.memory import bytes_held, is_sliced, slice_bytes, slice_rows
 from merger.errors import CheckpointError
 from merger.ops import kernels
 from merger.ops.rounding import restored
@@ -70,11 +70,16 @@ class PartSlices:
         self.hold = self.count == 1 or held_bytes <= reader.machine.hold
         self._values_by_slice: dict[int, _Stored] = {}
 
+    @property
+    def are_large(self) -> bool:
+        """Whether a GPU merges one of these slices at a time, for each is a matrix or a long run of its rows."""
+        return self._reader.machine.device != "cpu" and not is_sliced(self.tensor)
+
     def room(self) -> AbstractContextManager[None]:
-        """Memory of the device for a part that is merged in one piece; slices are small enough to need no leave."""
+        """Memory of the device for a slice that is large or alone; other slices are small enough to need no leave."""
         machine = self._reader.machine
         size = slice_bytes(self._reader.plan, self.tensor, self.part)
-        return machine.rooms[machine.device].reserve(size) if self.count == 1 else nullcontext()
+        return machine.rooms[machine.device].reserve(size) if self.count == 1 or self.are_large else nullcontext()
 
     def read(self, i: int) -> tuple[Tensor, Slice]:
         """Slice ``i``: base and experts as stored [1+k r c], and the slice that the stages see."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from merger.calibration.provider import PartialMerge, Source, block_providers
 from merger.engine.machine import assign_sizes, tuned
-from merger.engine.memory import slice_rows
+from merger.engine.memory import is_cut
 from merger.engine.prepare import Prepared
 from merger.engine.progress import ByteProgress, Notes
 from merger.engine.reader import PartSlices, Reader
@@ -142,7 +142,7 @@ class Schedule:
                 flow = partial(sink.carry, slices)
                 passes = TensorPasses(flow, slices.sizes, model_totals, earlier_sums, slices.hold, slices.rehearse)
                 with slices.room():
-                    open_total = passes.run(slices.count, mapper)
+                    open_total = passes.run(slices.count, map if slices.are_large else mapper)
             else:
                 sink.copy(tensor, part)
         self._end_pass(unit, sink, is_last=open_total is None)
@@ -161,4 +161,4 @@ class Schedule:
 
 def _is_single_slice(tensor: TensorPlan, part: Part) -> bool:
     """Whether a part is one slice that waits for no other tensor, such as a matrix that a stage takes whole."""
-    return slice_rows(tensor, part) >= part.rows and not tensor.ranked
+    return not is_cut(tensor, part) and not tensor.ranked

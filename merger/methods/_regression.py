@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
+from merger.ops.questions import Flow, Sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +37,14 @@ class Evidence:
         if drift is not None:
             self.products += drift
 
-    def stretch(self, target: Tensor) -> float:
-        """Returns the factor on ``target`` [r c] that brings it closest to the evidence.
+    def fit(self, target: Tensor) -> Flow[float]:
+        """Asks for the factor on the whole matrix of ``target`` [r c] that brings it closest to the evidence.
 
         That is the s at which sum_k ||(s target - delta_k) C_k^(1/2)||^2 is least; 1 where there is no evidence on it.
         """
         weighed = target @ self.total
-        size = (target * weighed).sum()
         overlap = (weighed * self.first).sum() + (target * self.products).sum()
+        overlap, size = yield Sum(torch.stack([overlap, (target * weighed).sum()]))
         return float(overlap / size) if size > 0 else 1.0
 
     def solve(self, target: Tensor, ridge: float, filter_: Filter = "ridge") -> Tensor:

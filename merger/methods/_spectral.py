@@ -21,6 +21,11 @@ def whole(**_: object) -> Takes:
     return "matrix"
 
 
+def runs(**_: object) -> Takes:
+    """Such a stage takes an oriented matrix in runs of many rows, for sums over them tell it the rest."""
+    return "runs"
+
+
 def has_matrix(kind: str, *, head: bool = False) -> bool:
     """Whether a tensor of this kind maps activations to activations; the head, tied or not, does only with ``head``."""
     return kind in ("linear", "conv1d", "expert3d") or (head and kind in ("head", "tied"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.methods._spectral import has_matrix, whole
 from merger.ops.linalg import svd
+from merger.ops.questions import Flow
 from merger.pipeline.registry import Inner, Stage, merger
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ def _inner_alone(kind: str, *, head: bool, inner: Stage) -> list[Stage] | None:
 @merger(exact=False, takes=whole, elsewhere=_inner_alone)
 def knots(
     deltas: Tensor,
-    inside: Callable[[Tensor], Tensor],
+    inside: Callable[[Tensor], Flow[Tensor]],
     *,
     inner: Inner = TIES,
     head: bool = False,
-) -> Tensor:
+) -> Flow[Tensor]:
     """Turns all task vectors to the singular directions of their outputs together, and merges them there.
 
     `inner` is any method that looks at task vectors alone; one that only adds them gives what it gives
@@ -41,5 +42,5 @@ def knots(
     turned = left_vectors.T @ exact
     # an expert has nothing in another's directions, but rounding would give it a vote there
     negligible = turned.abs() <= 2.0**-24 * exact.norm(dim=1, keepdim=True)
-    merged = inside(turned.masked_fill_(negligible, 0).to(deltas))
+    merged = yield from inside(turned.masked_fill_(negligible, 0).to(deltas))
     return (left_vectors @ merged.double()).to(deltas)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from merger._lazy import torch
 from merger.methods._regression import Evidence
-from merger.methods._spectral import averaged, whole
+from merger.methods._spectral import averaged, runs
 from merger.methods.regmean_diag import a_share_each
+from merger.ops.questions import Flow
 from merger.pipeline.parameters import Number, Numbers, Share, Stretch
 from merger.pipeline.registry import Anchor, merger
 
@@ -34,11 +35,11 @@ def _check(*, ridge: Fraction, target: Fraction, inputs: str, weight: Any, **_: 
         raise ValueError("target: needs the inputs of the merge and of the expert side by side; write inputs: draft")
 
 
-@merger(exact=False, takes=whole, inputs=_inputs, check=_check, elsewhere=averaged)
+@merger(exact=False, takes=runs, inputs=_inputs, check=_check, elsewhere=averaged)
 def regmean(
     deltas: Tensor,
     base: Tensor,
-    inside: Callable[[Tensor], Tensor],
+    inside: Callable[[Tensor], Flow[Tensor]],
     gram: Tensor | None,
     cross_moment: Tensor | None,
     *,
@@ -52,7 +53,7 @@ def regmean(
     weight: Numbers = 1,
     lambda_: Number = 1,
     head: bool = True,
-) -> Tensor:
+) -> Flow[Tensor]:
     """The weights whose outputs come closest, in the least squares, to each expert's on its own inputs.
 
     With G_k = E[x x^T] [c c] of expert k, of which `alpha` keeps that share of what is off the diagonal and
@@ -66,7 +67,7 @@ def regmean(
     the expert's, but the anchor, and the outputs to come close to are those on the share `target` of the expert's own
     inputs and the rest of the draft's.
     """
-    anchored = inside(deltas).double()
+    anchored = (yield from inside(deltas)).double()
     if gram is None or not gram.any():
         factor = 1.0 if stretch == "fit" else float(stretch)
         return (anchored * factor * float(lambda_)).to(deltas)
@@ -79,7 +80,7 @@ def regmean(
             change = _shrunk(cross_moment[number] - expert_gram, float(alpha)).mul_(float(target) * scale)
             drift = (base + exact) @ change
         evidence.add(exact, _shrunk(expert_gram, float(alpha)).mul_(scale), drift)
-    factor = evidence.stretch(anchored) if stretch == "fit" else float(stretch)
+    factor = (yield from evidence.fit(anchored)) if stretch == "fit" else float(stretch)
     return (evidence.solve(anchored * factor, float(ridge)) * float(lambda_)).to(deltas)
 
 

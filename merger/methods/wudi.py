@@ -10,14 +10,16 @@ Of a 135M model's three fine-tunes it kept 0.867, 0.895, 0.897, 0.882 and 0.809 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from merger._lazy import torch
 from merger.methods._regression import Evidence, Filter
-from merger.methods._spectral import averaged, weighted, whole
+from merger.methods._spectral import averaged, runs, weighted
 from merger.ops.linalg import gram
+from merger.ops.questions import Flow, MatrixSums, Size
 from merger.pipeline.parameters import Number, Numbers, Towards
 from merger.pipeline.registry import merger
 
@@ -33,7 +35,7 @@ def _not_negative(omega: Fraction, **_: object) -> None:
         raise ValueError(f"omega is {float(omega):g}, but a ridge cannot be negative")
 
 
-@merger(exact=False, takes=whole, check=_not_negative, elsewhere=averaged)
+@merger(exact=False, takes=runs, check=_not_negative, elsewhere=averaged)
 def wudi(
     deltas: Tensor,
     *,
@@ -45,7 +47,7 @@ def wudi(
     weight: Numbers = 1,
     lambda_: Number = 1,
     head: bool = False,
-) -> Tensor:
+) -> Flow[Tensor]:
     """Minimizes the interference of the merged task vector with every expert's in closed form.
 
     That is the sum of (||(tau - delta_k) delta_k^T||^2 + rho_k ||tau - delta_k||^2) / ||delta_k||^2. The ridge
@@ -58,26 +60,27 @@ def wudi(
     tied or not, without `head`) get the mean. (1, 0) and (0, 1) in the same row make (1, 1) without the ridge,
     (0.75, 0.75) at 1.
     """
-    changed = [k for k, delta in enumerate(deltas) if weight[k] and delta.any()]  # the others have no say
+    squares, gram_of = yield from _sums(deltas, weight)
+    changed = [k for k in range(len(deltas)) if squares[k]]  # the others have no say
     if not changed:
         return torch.zeros_like(deltas[0])
     first = _exact(deltas, weight, changed[0])
     evidence, mean, rho = Evidence(first), torch.zeros_like(first), 0.0
     for k in changed:
         term = first if k == changed[0] else _exact(deltas, weight, k)
-        squares = term.square().sum()
-        size = squares if normalize == "trace" else torch.ones_like(squares)
-        evidence.add(term, gram(term.T).div_(size))
-        share = float(omega) / float(size)
+        size = float(squares[k]) if normalize == "trace" else 1.0
+        evidence.add(term, gram_of(k).div_(size))
+        share = float(omega) / size
         if ridge == "relative":
-            share = float(omega) * float(squares / size) / first.shape[1]
+            share = float(omega) * (float(squares[k]) / size) / first.shape[1]
         mean.add_(term - first, alpha=share)
         rho += share
     if not omega:  # from the first on, so that equal task vectors come back bit for bit
         merged: Tensor = first + evidence.products @ torch.linalg.pinv(evidence.total, rtol=RCOND, hermitian=True)
     else:
         mean = first + mean / rho
-        merged = evidence.solve(mean * _factor(towards, evidence, mean, len(changed)), rho, filter_)
+        factor = yield from _factor(towards, evidence, mean, len(changed))
+        merged = evidence.solve(mean * factor, rho, filter_)
     return (merged * float(lambda_)).to(deltas)
 
 
@@ -86,9 +89,29 @@ def _exact(deltas: Tensor, weight: Sequence[Fraction], k: int) -> Tensor:
     return weighted(deltas[k : k + 1], weight[k : k + 1])[0]
 
 
-def _factor(towards: Fraction | str, evidence: Evidence, mean: Tensor, experts: int) -> float:
+def _sums(deltas: Tensor, weight: Sequence[Fraction]) -> Flow[tuple[Tensor, Callable[[int], Tensor]]]:
+    """The squares [k] of task vectors times their weights, and a function that returns expert k's Gram matrix [c c]."""
+    if (yield Size()) > deltas.shape[-1] ** 2:  # it may be a run of rows, and the sums are smaller than the matrix
+        grams, squares = yield MatrixSums(partial(_grams, deltas, weight))
+        return squares, lambda k: grams[k].to(deltas.device, copy=True)
+    squares = torch.stack([_exact(deltas, weight, k).square().sum() for k in range(len(deltas))])
+    return squares, lambda k: gram(_exact(deltas, weight, k).T)
+
+
+def _grams(deltas: Tensor, weight: Sequence[Fraction]) -> tuple[Tensor, Tensor]:
+    """The Gram matrices [k c c] of the columns of task vectors [k r c] times their weights, and their squares [k]."""
+    experts, _, columns = deltas.shape
+    grams = torch.empty(experts, columns, columns, dtype=torch.float64, device=deltas.device)
+    squares = torch.empty(experts, dtype=torch.float64, device=deltas.device)
+    for k in range(experts):
+        exact = _exact(deltas, weight, k)
+        grams[k], squares[k] = gram(exact.T), exact.square().sum()
+    return grams, squares
+
+
+def _factor(towards: Fraction | str, evidence: Evidence, mean: Tensor, experts: int) -> Flow[float]:
     if towards == "fit":
-        return evidence.stretch(mean)
+        return (yield from evidence.fit(mean))
     if towards == "sum":
         return experts
     return 1 if towards == "mean" else float(towards)

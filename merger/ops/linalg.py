@@ -98,6 +98,36 @@ def svd(matrix: Tensor, *, rank: int | None = None, rounding: float = 0.0) -> Fa
     return Factors(left * signs, values, right * signs)
 
 
+def right_directions(squares: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The existing right singular vectors [n r] of a matrix of so many rows, and their values [r], the strongest first.
+
+    ``squares`` [n n] is the Gram matrix of its columns, float64.
+    """
+    share = max(rows, len(squares)) * 2.0**-23
+    span = _span_of_squares(squares, share)
+    values, vectors = torch.linalg.eigh(squares if span is None else span.T @ squares @ span)
+    values, vectors = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    existing = int((values > share * values[0]).sum())
+    vectors = vectors[:, :existing]
+    return (vectors if span is None else span @ vectors), values[:existing]
+
+
+def _span_of_squares(squares: Tensor, share: float) -> Tensor | None:
+    """As `_span`, of a matrix whose Gram matrix this is, and whose singular values exist above ``share``."""
+    if len(squares) < max(SMALL, 2 * SKETCH):
+        return None
+    random = torch.Generator().manual_seed(0)
+    draws = torch.randn(len(squares), SKETCH, generator=random).to(squares)
+    for rows in (squares[: 2 * SKETCH], squares):  # some rows tell it of most matrices
+        sketch = rows @ draws
+        spread = torch.linalg.svdvals(sketch)
+        if spread[-1] > share**2 * spread[0]:
+            return None
+    span, _ = torch.linalg.qr(sketch)
+    in_span = (span * (squares @ span)).sum()
+    return span if squares.trace() - in_span <= (share / 10) ** 2 * in_span / SKETCH else None
+
+
 def _laid_wide(matrix: Tensor) -> tuple[Tensor, bool]:
     """The matrix in float64 with no more rows than columns, and whether it was turned for that."""
     tall = matrix.shape[0] > matrix.shape[1]

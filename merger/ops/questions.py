@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from merger._lazy import torch
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+P = TypeVar("P")
 Scope = Literal["tensor", "row", "global"]
 """What a selection ranks together: a tensor, a row, or all tensors of the same pipeline."""
 Whole = Literal["tensor", "global"]
@@ -35,7 +36,7 @@ class Answers(Protocol):
     def size(self, scope: Whole) -> int:
         """Returns the number of elements of the tensor, or of all tensors that are ranked together."""
 
-    def total(self, key: Key, question: Total) -> object:
+    def total(self, key: Key, question: Total[Any]) -> object:
         """Returns the answer to a question that all slices contributed to, or `UNANSWERED`."""
 
     def prefix_sum(self, key: Key, i: int, question: PrefixSum) -> Tensor:
@@ -93,7 +94,7 @@ class PrefixSum(Question):
         return answers.prefix_sum(key, i, self)
 
 
-class Total(Question):
+class Total(Question, Generic[P]):
     """A question that every slice contributes a part to."""
 
     def reply(self, answers: Answers, key: Key, i: int) -> object:
@@ -101,20 +102,20 @@ class Total(Question):
         return answers.total(key, self)
 
     @abstractmethod
-    def part(self, counters: list[Tensor]) -> Tensor | None:
-        """Returns this slice's part on the CPU; None if it was added to one of the ``counters`` instead."""
+    def part(self, counters: list[Tensor]) -> P | None:
+        """Returns this slice's part; None if it was added to one of the ``counters`` instead."""
 
-    def join(self, total: Tensor, part: Tensor) -> Tensor:
+    @abstractmethod
+    def join(self, total: P, part: P) -> P:
         """Returns the total of the slices before together with the next part."""
-        return total + part
 
-    def answer(self, total: Tensor) -> object:
+    def answer(self, total: P) -> object:
         """Returns the answer for all slices, given the total of their parts."""
         return total
 
 
 @dataclass(frozen=True)
-class Sum(Total):
+class Sum(Total["Tensor"]):
     """Asks for the sum of a value over all slices, in their order.
 
     A value that takes a pass over the slice to compute is given as a function. With ``finish`` the answer is the result
@@ -134,13 +135,36 @@ class Sum(Total):
         """Returns the value."""
         return self.value.cpu()
 
+    def join(self, total: Tensor, part: Tensor) -> Tensor:
+        """Returns the sum."""
+        return total + part
+
     def answer(self, total: Tensor) -> object:
         """Returns the sum, or the result of ``finish``."""
         return total if self.finish is None else self.finish(total)
 
 
 @dataclass(frozen=True)
-class Max(Total):
+class MatrixSums(Total[tuple["Tensor", ...]]):
+    """Asks for the sums over all slices of several values, such as Gram matrices, that are too large to send about.
+
+    They stay on the device of the first slice.
+    """
+
+    of: Callable[[], tuple[Tensor, ...]]
+    scope: Whole = "tensor"
+
+    def part(self, counters: list[Tensor]) -> tuple[Tensor, ...]:
+        """Returns the values."""
+        return self.of()
+
+    def join(self, total: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Returns the sums, in place of the first ones."""
+        return tuple(value.add_(addition.to(value.device)) for value, addition in zip(total, part, strict=True))
+
+
+@dataclass(frozen=True)
+class Max(Total["Tensor"]):
     """Asks for the largest value over all slices, element by element."""
 
     value: Tensor

@@ -33,7 +33,7 @@ NEAR = 10
 
 
 @dataclass(frozen=True)
-class Tally(Total):
+class Tally(Total["Tensor"]):
     """Asks for counts over all slices, which ``add`` adds to int64 counters of this shape.
 
     The answer is the result of ``finish`` on the counts.
@@ -52,6 +52,10 @@ class Tally(Total):
             free = torch.zeros(self.counters, dtype=torch.int64)
         self.add(free)
         counters.append(free)
+
+    def join(self, total: Tensor, part: Tensor) -> Tensor:
+        """Returns the sum of the counts."""
+        return total + part
 
     def answer(self, total: Tensor) -> object:
         """Returns the result of ``finish``."""

@@ -69,7 +69,7 @@ def _run_stages(
 ) -> Flow[Tensor]:
     """Runs the stages on deltas [k r c], each on the result of the one before."""
     for i, stage in enumerate(stages):
-        stage_supplies = {**supplies, "deltas": deltas, "inside": partial(_merge_inside, stage.inner, supplies)}
+        stage_supplies = {**supplies, "deltas": deltas, "inside": partial(_run_inner, stage, supplies)}
         for name, step in (("scores", stage.score), ("deltas", stage)):
             if step is not None:
                 inputs = {argument: supplies.get(source.name) for argument, source in step.arguments.items()}
@@ -82,11 +82,19 @@ def _run_stages(
     return deltas
 
 
-def _merge_inside(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: Tensor) -> Tensor:
-    """Runs an inner method on other task vectors [k r' c], r' <= r: a density is a share of one of them. [r' c]
+def _run_inner(stage: Bound, supplies: Mapping[str, Any], deltas: Tensor) -> Flow[Tensor]:
+    """Runs the inner method of a stage on task vectors [k r c] of the same slice; its result is [r c].
 
-    A stage with an inner method sees the whole matrix as one slice, so all questions are answered here.
+    Where they are of another matrix, in other directions, the stage sees it whole, and all questions are answered here.
     """
+    if stage.turns_inner:
+        return _run_alone(stage.inner, supplies, deltas)
+    merged: Tensor = yield from _run_stages(stage.inner, deltas, {**supplies, "originals": deltas})
+    return merged
+
+
+def _run_alone(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: Tensor) -> Tensor:
+    """Merges task vectors [k r' c], r' <= r, of a whole matrix: a density is a share of one of them. [r' c]"""
     rows = deltas.shape[1]
     merged: list[Tensor] = []
 

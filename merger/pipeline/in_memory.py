@@ -15,7 +15,7 @@ from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import EarlierSums, ModelTotals, OpenTotal, Sizes, run_slices, run_tensors
 from merger.pipeline.registry import Stage
-from merger.pipeline.stages import bind, expand, natural, rebuilt, step_rows
+from merger.pipeline.stages import bind, expand, natural, rebuilt, slice_height
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,11 +57,7 @@ def merge_tensors(
             name, kind, place, height, width, seed=seed, features_are_rows=kind == "conv1d", inputs=tensor_inputs
         )
         bound = [bind(s, place) for stage in pipeline for s in expand(stage, kind, place.experts)]
-        rows = (
-            base_matrix.shape[0]
-            if any(s.takes == "matrix" for s in bound)
-            else step_rows(base_matrix.shape[1], bound, slice_elements)
-        )
+        rows = slice_height(height, width, bound, slice_elements)
         firsts = range(0, base_matrix.shape[0], rows)
 
         def carry(j: int) -> Flow[None]:

@@ -49,11 +49,11 @@ class OpenTotal:
     """A question that flows wait with, and the sum of the parts that were collected so far."""
 
     key: Key
-    question: Total
-    part: Tensor | None  # None while it is in the counters of the threads
+    question: Total[Any]
+    part: Any  # None while it is in the counters of the threads
 
     @property
-    def total(self) -> Tensor:
+    def total(self) -> Any:
         """The sum of the parts of all slices."""
         assert self.part is not None, "the counters are not added up yet"
         return self.part
@@ -175,7 +175,7 @@ class TensorPasses:
             raise
         if self.hold:
             self.paused[i] = flow
-        question = cast("Total", flow.question)  # no other is left unanswered
+        question = cast("Total[Any]", flow.question)  # no other is left unanswered
         return OpenTotal(flow.key, question, question.part(self.counters))
 
     def _reply(self, flow: PausedFlow, i: int) -> object:
@@ -202,7 +202,7 @@ class TensorPasses:
         assert self.sizes.model is not None, "the question was refused"
         return self.sizes.model
 
-    def total(self, key: Key, question: Total) -> object:
+    def total(self, key: Key, question: Total[Any]) -> object:
         """See `Answers`."""
         with self.lock:
             if key not in self.answers and key in self.model_totals:

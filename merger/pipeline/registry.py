@@ -6,7 +6,7 @@ What stands before the ``*`` is supplied by the runner, by name:
     originals      [k r c]  the task vectors before the first stage
     base           [r c]    the base weights, float32
     scores         [k r c]  the score named by the stage's own parameter ``score``
-    inside         merges task vectors [k r' c] of the same in-features by the method that one of its parameters names
+    inside         a flow that merges task vectors [k r' c] of the same in-features by the method that a parameter names
     uniform        draws: ``uniform(purpose, double=False)`` -> [k r c] in [0, 1), keyed by tensor and expert
     second_moment  [k 1 c]  E[x_j^2] of each expert's input to this matrix, or None where it has none
     mean_input     [k 1 c]  E[x_j], or None likewise
@@ -48,8 +48,9 @@ from merger.errors import BrokenMethodWarning, nearest
 from merger.pipeline.inputs import SLICE_SUPPLIES
 
 Kind = Literal["score", "sparsifier", "merger", "pack", "filter", "scale", "method"]
-Takes = Literal["slice", "rows", "matrix"]
-"""Any slice; rows, one for each output neuron; the whole oriented matrix."""
+Takes = Literal["slice", "rows", "runs", "matrix"]
+"""The least that a stage must see at once: any slice; rows, one for each output neuron; a run of more rows than there
+are columns, or all rows; the whole oriented matrix."""
 F = TypeVar("F", bound=Callable[..., Any])
 Stage = partial[Any]
 """A registered function with the parameters of one recipe."""
@@ -359,9 +360,9 @@ def _method(value: Any) -> Stage:
 
 @dataclass(frozen=True)
 class Nested:
-    """Marks a parameter that names a method which runs inside another, on the whole matrix."""
+    """Marks a parameter that names a method which runs inside another."""
 
-    turned: bool  # whether on task vectors in other directions than the base's
+    turned: bool  # whether on a whole matrix of task vectors, in other directions than the base's
 
 
 Inner = Annotated[

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from merger.errors import naming
 from merger.pipeline.inputs import StageInput, stage_input
@@ -71,8 +71,15 @@ class Bound:
 
     @cached_property
     def takes(self) -> Takes:
-        """The least this stage must see at once."""
-        return self.entry.takes(**self.values)
+        """The least that this stage and its inner method must see at once."""
+        own: Takes = self.entry.takes(**self.values)
+        return max((own, *(stage.takes for stage in self.inner)), key=get_args(Takes).index)
+
+    @property
+    def turns_inner(self) -> bool:
+        """Whether its inner method merges task vectors in other directions than the base's."""
+        nested = nested_parameter(self.entry.function)
+        return nested is not None and nested[1].turned
 
     @cached_property
     def parts(self) -> tuple[Bound, ...]:
@@ -162,6 +169,21 @@ def _bind_nested(parameter: str, nested: Nested, method: Stage, place: Place) ->
                 "write scope: tensor"
             )
     return stages
+
+
+RUN = 16
+"""Slices that a run of rows is as large as, if it has at least as many rows as columns: its sums are no larger then."""
+
+
+def slice_height(rows: int, columns: int, stages: Sequence[Bound], elements: int) -> int:
+    """The rows of a matrix that its stages see at once, of about ``elements`` where any slice will do."""
+    takes = {stage.takes for stage in stages}
+    if not columns or "matrix" in takes:
+        return max(1, rows)
+    if "runs" in takes:
+        run = max(columns, RUN * elements // columns)
+        return run if rows > 4 * run else max(1, rows)  # as a head has, and no other matrix of most models
+    return step_rows(columns, stages, elements)
 
 
 def step_rows(columns: int, stages: Sequence[Bound], elements: int) -> int:

@@ -6,7 +6,7 @@ A tensor is one matrix, or several of packed experts one after another; each res
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def open_packed(folder: Path) -> Checkpoint:
 
 def as_columns(packed: Checkpoint) -> Checkpoint:
     """The same tensors, each as one column of numbers, of which any can be read."""
-    columns = {name: replace(info, shape=(info.elements, 1)) for name, info in packed.tensors.items()}
+    columns = {name: info._replace(shape=(info.elements, 1)) for name, info in packed.tensors.items()}
     return Checkpoint(packed.label, packed.directory, columns, {})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.forward_order import LAYERS
@@ -20,8 +20,7 @@ from merger.planning.row_map import RowMap
 from merger.recipe.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One matrix of a stored tensor: all of it, or one slice of packed experts."""
 
     name: str  # of the tensor, with [e] for slice e

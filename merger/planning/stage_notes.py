@@ -39,7 +39,7 @@ def _idle_weights(tensor: TensorPlan) -> Iterator[str]:
 
 def _whole_head(tensor: TensorPlan) -> Iterator[str]:
     """Says that a large head is in memory whole, and how to merge it slice by slice."""
-    names = [stage.entry.name for stage in tensor.stages if stage.values.get("head")]
+    names = [stage.entry.name for stage in tensor.stages if stage.values.get("head") and stage.takes == "matrix"]
     if names and tensor.kind in ("head", "tied") and tensor.elements >= LARGE_HEAD:
         yield (
             f"{tensor.name}: {names[0]} merges the head as one matrix, which takes most of the memory; "
