@@ -13,15 +13,18 @@ from safetensors.torch import load_file, save_file
 from tasks import TASKS, demo_folder, recipe_of, text_of  # noqa: F401 a fixture
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vocabularies import WORDS, bpe_json, save_tokenizer, tokenizer_json, write
+from vocabularies import WORDS, bpe_json, save_tokenizer, sentencepiece, tokenizer_json, write
 
 import merger as library
 from merger.calibration.block_grams import PartlyMergedModel
+from merger.checkpoint.side_files import write_side_files
+from merger.checkpoint.tokenizers import open_tokenizers
 from merger.checkpoint.united_tokenizer import united_files
 from merger.engine.manifest import Manifest, decisive
 from merger.engine.merge import merge
 from merger.engine.recorded_recipe import recipe_with_merge
 from merger.errors import RecipeError
+from merger.evaluation import evaluate
 from merger.outputs.lock import check_lock, lock
 from merger.outputs.verify import DeepCheck, verify
 from merger.planning.planner import plan
@@ -178,15 +181,32 @@ def test_a_tokenizer_without_tokenizer_json_gets_added_tokens_through_its_config
         write(tmp_path / name / "merges.txt", "#version: 0.2\na b\nab c\n")
         write(tmp_path / name / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", **roles})
         write(tmp_path / name / "added_tokens.json", added)
-    from merger.checkpoint.side_files import write_side_files
-    from merger.checkpoint.tokenizers import open_tokenizers
-
     tokenizers = open_tokenizers({name: tmp_path / name for name in ("base", "a")})
     (tmp_path / "out").mkdir()
     write_side_files(united_files(tokenizers["base"], tokenizers["a"].added_tokens), tmp_path / "out")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded.convert_tokens_to_ids(["a", "abc", "<x>"]) == [0, 5, 6]
     assert loaded.tokenize("ab<x>c") == ["ab", "<x>", "c"]
+
+
+def test_a_sentencepiece_model_gets_added_tokens_through_its_config(family):
+    pieces = sentencepiece(["<unk>", "a", "b"])
+    for name, added in (("base", []), ("a", ["<x>"]), ("b", ["<y>"])):
+        family.add(name, 3 + len(added), tokenizer=False)
+        write(family.folder / name / "tokenizer.model", pieces)
+        write(family.folder / name / "added_tokens.json", dict.fromkeys(added, 3))
+    merged = family.merge(tokenizer="union")
+    decoder = family.output("tokenizer_config.json")["added_tokens_decoder"]
+    assert {i: entry["content"] for i, entry in decoder.items()} == {"3": "<x>", "4": "<y>"}
+    assert open_tokenizers({"out": family.folder / "out"})["out"].tokens[4] == "<y>"
+    assert same_bits(merged[EMBEDDING][4], family.tensors["b"][EMBEDDING][3])
+
+
+def test_rows_are_padded_to_a_multiple_without_any_other_key(family):
+    family.add("base", tied=True).add("a", tied=True)
+    merged = family.merge(output={"path": "out", "pad_rows_to": 8})
+    assert same_bits(merged[EMBEDDING][:N], family.tensors["a"][EMBEDDING])
+    assert (merged[EMBEDDING].shape, int(merged[EMBEDDING][N:].count_nonzero())) == ((16, 8), 0)
 
 
 # --- the tokenizer of one model -------------------------------------------------------------------
@@ -330,6 +350,16 @@ def test_a_base_without_a_tokenizer_unites_nothing(family):
     )
 
 
+def test_ids_with_gaps_into_which_added_tokens_would_come_are_refused(family):
+    family.add("base", 16, tokenizer=False).add("a", 16, ["<x>"])
+    content = tokenizer_json()
+    content["model"]["vocab"] = {word: i + (i > 5) for i, word in enumerate(WORDS)}
+    write(family.folder / "base" / "tokenizer.json", content)
+    assert family.refusal(tokenizer="union").startswith(
+        "base: its ids have gaps, into which the library `tokenizers` would put added tokens; write `tokenizer: base`"
+    )
+
+
 def test_a_table_that_is_copied_must_have_the_rows_of_the_union(clash):
     refusal = clash.refusal(tokenizer="union", rules=[{"kinds": ["embedding"], "use": "base"}])
     assert refusal.startswith(f"{EMBEDDING} is copied from base, which has no row for '<tool>' (12), '</tool>' (13), ")
@@ -459,8 +489,6 @@ def test_a_united_model_loads_with_its_tokens(renumbered):
 
 
 def test_a_merge_in_memory_is_judged_by_the_tokens_of_its_output(renumbered):
-    from merger.evaluation import evaluate
-
     recipe = recipe_of(renumbered, "texts", tasks=("shift",), method="linear", calibration=None, tokenizer="shift")
     losses = {row.model: row.tasks["shift"].value for row in evaluate({"merge": recipe}).rows}
     assert losses["merge"] == pytest.approx(losses["shift"], abs=1e-5)

@@ -84,7 +84,8 @@ class Tokenizer:
     def added_tokens(self) -> Mapping[str, Mapping[str, Any]]:
         """The tokens that are found in a text before it is split, with their flags, wherever they are stored."""
         decoder = self._config.get("added_tokens_decoder")
-        entries = [*self.splitting.get("added tokens", {}).values(), *(decoder or {}).values()]
+        stored = decoder.values() if isinstance(decoder, dict) else ()
+        entries = [*self.splitting.get("added tokens", {}).values(), *stored]
         flags = {token: entry for entry in entries if (token := _token_of(entry)) is not None}
         roles = {*self.special_tokens.values(), *self._extra_tokens()}
         names = dict.fromkeys((*(self.vocabulary.added if self.vocabulary else ()), *self._added_tokens()))

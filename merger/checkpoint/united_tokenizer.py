@@ -38,7 +38,7 @@ def united_files(tokenizer: Tokenizer, added: Mapping[str, Flags]) -> dict[str, 
         changed[_TOKENIZER] = {**read_object(vocabulary_file), "added_tokens": entries}
     if _TOKENIZER not in changed or "added_tokens_decoder" in config:
         decoder = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in entries}
-        changed[_CONFIG] = {**config, "added_tokens_decoder": decoder}
+        changed[_CONFIG] = {**config, "added_tokens_decoder": decoder | config.get("added_tokens_decoder", {})}
     if _ADDED in tokenizer.files:
         stored = read_object(tokenizer.files[_ADDED])
         changed[_ADDED] = {**stored, **{token: ids[token] for token in added}}
@@ -46,6 +46,9 @@ def united_files(tokenizer: Tokenizer, added: Mapping[str, Flags]) -> dict[str, 
 
 
 def _added_tokens(tokenizer: Tokenizer, added: Mapping[str, Flags]) -> Iterator[tuple[str, Flags]]:
-    """The tokenizer's own added tokens, then the others, in the order in which they get ids."""
-    yield from tokenizer.added_tokens.items()
+    """The added tokens that the tokenizer lists or numbers itself, then the others, in the order of their ids."""
+    vocabulary = tokenizer.vocabulary
+    assert vocabulary is not None, "only readable tokenizers are united"
+    pieces = set(vocabulary.tokens.values()) - set(vocabulary.added)
+    yield from ((token, flags) for token, flags in tokenizer.added_tokens.items() if token not in pieces)
     yield from ((token, flags) for token, flags in added.items() if token not in tokenizer.added_tokens)

@@ -89,7 +89,8 @@ def tokenizer_differences(tokenizers: Mapping[str, Tokenizer], label: str, added
                 yield f"{model}: its tokenizer is not that of {label}, and their tokens cannot be compared"
         else:
             source = f"which gets the tokenizer of {label}"
-            yield from (f"{model}: {note}, {source}" for note in _token_notes(tokenizer, tokens))
+            token_source = "which has the tokens of all models" if added else source
+            yield from (f"{model}: {note}, {token_source}" for note in _token_notes(tokenizer, tokens))
             parts = ", ".join(_differing_settings(tokenizer, output))
             advice = f"; `output: {{tokenizer: {model}}}` takes its own" if tokenizer.tokens == tokens else ""
             if parts:

@@ -109,16 +109,16 @@ class Vocabulary:
 
     def _row_map(self, label: str, length: int, count: int) -> RowMap:
         """The rows of a model with the tokens of the output's rows; rows without a token are matched by number."""
-        tokens = self.tokens.get(label, {})
-        if tokens == self.meaning:
+        tokens, meaning = self.tokens.get(label, {}), self.meaning
+        if tokens == meaning:
             return RowMap((Run(0, min(length, count), 0),))
         ids = {token: i for i, token in tokens.items() if i < length}
         rows: dict[int, int] = {}
         for i in range(count):
-            token = self.meaning.get(i)
+            token = meaning.get(i)
             if i < length and tokens.get(i) == token:
                 rows[i] = i
-            elif token in ids and token in self._names:
+            elif token in ids:
                 rows[i] = ids[token]
             elif token not in self._names and i < length and tokens.get(i) not in self._placed:
                 rows[i] = i
