@@ -109,3 +109,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'merger' has no attribute {name!r}")
     return getattr(import_module(f"merger.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, which completion in a notebook offers."""
+    return [*__all__, "__version__"]

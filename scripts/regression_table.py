@@ -61,6 +61,11 @@ ROWS: dict[str, list[Row]] = {
         Row("5 texts", "featcal", samples=5),
         Row("french and wordnet", "featcal", experts=("french", "wordnet")),
     ],
+    "Learning block by block, 20 texts": [
+        Row("distill", "distill"),
+        Row("distill, anchor: featcal", "distill", {"anchor": "featcal"}),
+        Row("distill, steps: 90", "distill", {"steps": 90}),
+    ],
     "FeatCal: one part at a time, 5 texts": [
         Row("target: 0", "featcal", {"target": 0}, samples=5),
         Row("anchor: mean", "featcal", {"anchor": "mean"}, samples=5),

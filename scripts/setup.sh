@@ -19,6 +19,6 @@ if ! cmp -s <(cat "${decisive[@]}") "$stamp" 2>/dev/null; then
     cp constraints.txt .venv/constraints.txt
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt torch
   fi
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[dev]'
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[dev,docs]'
   cat "${decisive[@]}" >"$stamp"
 fi

@@ -10,7 +10,7 @@ import torch
 import transformers
 from checkpoints import load
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import merger
 from merger.calibration import Settings, batches, collect_all
@@ -381,8 +381,10 @@ def test_merged_inputs_are_other_inputs_than_own_ones(place):
     assert {block_of(name) for name in changed_names} >= {1, 2}
 
 
-@pytest.mark.parametrize("parameters", [{"inputs": "merged"}, DRAFT])
-def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch, parameters):
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("regmean", {"inputs": "merged"}), ("regmean", DRAFT), ("distill", {"steps": 2})]
+)
+def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(place, monkeypatch, method, parameters):
     """What earlier blocks became is read back from the output, whichever run wrote it."""
     merged_inputs = {"parameters": parameters}
     finish_tensor = Writer.finish_tensor
@@ -394,14 +396,12 @@ def test_a_merge_behind_merged_blocks_goes_on_where_it_was_killed_and_verifies(p
 
     monkeypatch.setattr(Writer, "finish_tensor", stop)
     with pytest.raises(KeyboardInterrupt):
-        merger.merge(recipe(place, "regmean", shard_size=20_000, **merged_inputs))
+        merger.merge(recipe(place, method, shard_size=20_000, **merged_inputs))
     monkeypatch.setattr(Writer, "finish_tensor", finish_tensor)
     messages = []
-    merger.merge(
-        recipe(place, "regmean", shard_size=20_000, **merged_inputs), merger.RunOptions(notice=messages.append)
-    )
+    merger.merge(recipe(place, method, shard_size=20_000, **merged_inputs), merger.RunOptions(notice=messages.append))
     assert any("goes on where an earlier run stopped" in line for line in messages)
-    merger.merge(recipe(place, "regmean", output="whole", **merged_inputs))
+    merger.merge(recipe(place, method, output="whole", **merged_inputs))
     resumed, uninterrupted = load(place / "out"), load(place / "whole")
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
     assert merger.verify(place / "whole", deep=DeepCheck(sample=6)).differences == ()
@@ -416,6 +416,123 @@ def test_own_and_merged_inputs_do_not_go_together(place):
 def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
     with pytest.raises(RecipeError, match="`merger run` it, and inspect the output"):
         merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+def with_blocks(weights, models):
+    """A whole model of these weights, whose blocks' outputs are kept as it runs: the model and the list."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype=torch.float32).eval()
+    model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
+    models.append(model)
+    outputs = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
+    return model, outputs
+
+
+def distilled(place, start, steps, rate):
+    """The learned model as it is written, on whole models: a block's matrices behind all that is learned by then."""
+    models = []
+    student, answers = with_blocks(start, models)
+    teachers = [with_blocks(load(MODELS / task), models) for task in EXPERTS]
+    texts_by_expert = [batches(samples_of(place, task).tokens, 1024) for task in EXPERTS]
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        parameter.requires_grad_(False)
+    for block, layer in enumerate(student.model.layers):
+        matrices = [parameter.requires_grad_(True) for parameter in layer.parameters() if parameter.dim() == 2]
+        optimizer = torch.optim.Adam(matrices, lr=rate)
+        for step in range(steps):
+            optimizer.zero_grad()
+            for text, (teacher, targets) in zip(texts_by_expert, teachers, strict=True):
+                batch = text[step % len(text)]
+                for model, outputs in ((teacher, targets), (student, answers)):
+                    outputs.clear()
+                    model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+                answer, target = answers[block][batch.mask], targets[block][batch.mask]
+                ((answer - target).square().sum() / target.square().sum()).backward()
+            optimizer.step()
+        for parameter in matrices:
+            parameter.requires_grad_(False)
+    return student.state_dict()
+
+
+LEARNED = {"steps": 3, "rate": 1e-3, "anchor": "mean"}
+
+
+def test_learning_block_by_block_is_that_on_whole_models(place):
+    merger.merge(recipe(place, "distill", parameters=LEARNED, dtype="float32"))
+    merger.merge(recipe(place, "mean", output="mean", dtype="float32"))
+    merged, start = load(place / "out"), load(place / "mean")
+    expected = distilled(place, start, 3, 1e-3)
+    for name, values in merged.items():
+        learned = expected[name] - start[name]
+        if "_proj" in name:
+            assert learned.abs().max() > 1e-3, name
+        assert (values - expected[name]).norm() <= 1e-4 * learned.norm(), name
+
+
+def test_learning_may_start_from_a_regression_of_the_same_block(place):
+    parameters = {"anchor": "featcal", "steps": 1, "rate": "1/100000000"}
+    merger.merge(recipe(place, "distill", parameters=parameters, dtype="float32"))
+    merger.merge(recipe(place, "featcal", output="start", dtype="float32"))
+    learned, start = load(place / "out"), load(place / "start")
+    for name, values in learned.items():
+        torch.testing.assert_close(values, start[name], rtol=0, atol=2e-6)
+
+
+def test_experts_that_transformers_packs_stay_at_the_anchor_and_a_note_says_so(place):
+    for seed, name in enumerate(["base", *EXPERTS]):
+        torch.manual_seed(seed)
+        config = MixtralConfig(
+            vocab_size=58, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        )  # fmt: skip
+        MixtralForCausalLM(config).save_pretrained(place / "models" / name)
+    result = merger.merge(recipe(place, "distill", parameters=LEARNED, dtype="float32"))
+    merger.merge(recipe(place, "mean", output="mean", dtype="float32"))
+    learned, anchor = load(place / "out"), load(place / "mean")
+    changed_names = {name for name, values in learned.items() if not torch.equal(values, anchor[name])}
+    assert {name.split(".")[3] for name in changed_names} == {"self_attn", "block_sparse_moe"}
+    assert not any("experts" in name for name in changed_names)
+    note = (
+        "some layers of model.layers: transformers does not compute with them as they are stored; they are not learned"
+    )
+    assert result.notes.count(note) == 1
+
+
+def test_an_expert_of_weight_zero_teaches_nothing(place):
+    weights = {"upper": 1, "shift": 0, "double": 0}
+    merger.merge(recipe(place, "distill", parameters={**LEARNED, "weight": weights}, dtype="float32"))
+    (place / "shift.jsonl").write_text(json.dumps({"text": "another text"}))
+    merger.merge(recipe(place, "distill", output="again", parameters={**LEARNED, "weight": weights}, dtype="float32"))
+    assert load(place / "out").keys() == load(place / "again").keys()
+    for name, values in load(place / "out").items():
+        assert torch.equal(values, load(place / "again")[name]), name
+
+
+def test_a_rate_that_lets_the_loss_go_out_of_bounds_is_told(place):
+    with pytest.raises(CheckpointError, match=r"the loss of a block is no number at step \d+; lower rate"):
+        merger.merge(recipe(place, "distill", parameters={"steps": 40, "rate": 1e20}))
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rate": 0}, "rate is 0, but steps of no length learn nothing"),
+        ({"weight": 0}, "weight: an expert cannot count less than nothing, nor all of them nothing"),
+        ({"steps": 0}, "parameters.steps: is 0, expected at least 1"),
+    ],
+)
+def test_what_learns_nothing_is_refused(place, parameters, message):
+    with pytest.raises(RecipeError) as refused:
+        recipe(place, "distill", parameters=parameters)
+    assert message in str(refused.value)
+
+
+# --- Gram matrices that are kept ------------------------------------------------------------------
 
 
 def kept_grams(place, **options):

@@ -6,7 +6,8 @@ import pytest
 
 from merger.charts import Bar, BarChart, CellMap, Heatmap, LineChart, Series, files, in_row
 from merger.charts.drawing import Cells, Path, Scale, Text
-from merger.charts.svg import standalone, themed
+from merger.charts.paint import DARK, LIGHT
+from merger.charts.svg import adaptive, standalone, themed
 from merger.errors import RecipeError
 from merger.evaluation.plots import check_plot, trials_chart
 
@@ -77,6 +78,15 @@ def test_a_file_needs_no_style_sheet(chart):
     assert "color-mix" not in standalone(chart.titled())
 
 
+def test_a_file_for_browsers_brings_its_colours_for_light_and_dark():
+    root = xml.etree.ElementTree.fromstring(adaptive(BARS.titled(), "what was <kept>"))
+    style = root.find("{*}style").text
+    assert root.get("aria-label") == "what was <kept>"
+    assert f"--paper: {LIGHT['paper']}" in style.partition("prefers-color-scheme: dark")[0]
+    assert f"--paper: {DARK['paper']}" in style.partition("prefers-color-scheme: dark")[2]
+    assert root.find("{*}rect").get("style") == "fill:var(--paper)"
+
+
 def test_shapes_lie_within_the_drawing():
     for chart in CHARTS:
         drawing = in_row([chart.titled()])
@@ -103,7 +113,7 @@ def test_an_svg_needs_no_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setattr("merger.charts.files.find_spec", lambda name: None)
     check_plot(tmp_path / "x.svg")
     with pytest.raises(
-        RecipeError, match=r"x\.png: needs matplotlib: pip install 'merger\[plot\]'; a name that ends in"
+        RecipeError, match=r"plot='.*x\.png': needs matplotlib: pip install 'merger\[plot\]'; a name that ends in"
     ):
         check_plot(tmp_path / "x.png")
 

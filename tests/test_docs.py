@@ -25,6 +25,7 @@ from merger.evaluation.search.space import example, spaces
 from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.document import Document
 from merger.recipe.recipe import search_of
+from merger.recipe.recommendations import QUICK, RECOMMENDATIONS, TEXT, WEIGHTS
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"{path.relative_to(ROOT)}" for path in ROOT.glob("docs/**/*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -151,8 +152,9 @@ def test_the_first_recipe_of_the_readme_plans_and_merges(folder, merger):
     assert merger("verify", "out/merged").code == 0
 
 
-def test_the_pipeline_of_the_readme_plans(folder):
-    recipe, fragment = (yaml.safe_load(first_recipe()), yaml.safe_load(blocks("README.md", "yaml")[1].text))
+def test_the_pipeline_of_the_reference_plans(folder):
+    (pipeline,) = blocks("docs/recipe-reference.md", "yaml")
+    recipe, fragment = (yaml.safe_load(first_recipe()), yaml.safe_load(pipeline.text))
     recipe = {key: value for key, value in recipe.items() if key not in ("method", "parameters")} | fragment
     recipe["calibration"] = {"data": {expert: f"{expert}.jsonl" for expert in recipe["experts"]}}
     stages = {
@@ -161,13 +163,12 @@ def test_the_pipeline_of_the_readme_plans(folder):
     }
     assert stages["model.layers.0.mlp.up_proj.weight"] == ["bs", "sign_elect", "scale"]
     assert (stages["lm_head.weight"], stages["model.norm.weight"]) == (["linear"], [])
-    assert len(blocks("README.md", "yaml")) == 2
 
 
 FRAGMENTS = [
     pytest.param(block, id=f"{page}:{block.line}")
     for page in PAGES
-    if page not in ("README.md", "docs/adding-a-method.md", "docs/ci.md")
+    if page not in ("README.md", "docs/adding-a-method.md", "docs/ci.md", "docs/recipe-reference.md")
     for block in blocks(page, "yaml")
 ]
 
@@ -192,26 +193,24 @@ def test_a_part_of_a_recipe_in_the_docs_is_valid(block: Block, tmp_path):
         Recipe.of(document)
 
 
-def test_a_wrong_recipe_is_told_as_the_readme_shows(folder, merger):
+def test_a_wrong_recipe_is_told_as_the_reference_shows(folder, merger):
     (folder / "recipe.yaml").write_text(
         "base: models/base\nexperts:\n  math: models/code\n  lm: {model: models/french,\n    wieght: 0.5}\n"
         "method: ties\nparameters:\n  density: 1.5\nrules:\n  - {kinds: [head], use: mth}\noutput: {path: out}\n"
     )
-    (expected,) = (
-        lines for block in blocks("README.md", "console") for _, lines in commands(block) if "wieght" in str(lines)
-    )
+    ((_, expected),) = (entry for block in blocks("docs/recipe-reference.md", "console") for entry in commands(block))
     ran = merger("run", "recipe.yaml")
     assert (ran.code, ran.err.splitlines()) == (2, expected)
 
 
-def test_a_condition_that_holds_is_told_as_the_readme_shows(folder, merger):
+def test_a_condition_that_holds_is_told_as_its_page_shows(folder, merger):
     recipe = yaml.safe_load(first_recipe())
     recipe["experts"].pop("chat")
     recipe["parameters"] = {"density": 0.9}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     ((command, (line,)),) = (
         (command, lines)
-        for block in blocks("README.md", "console")
+        for block in blocks("docs/inspect.md", "console")
         for command, lines in commands(block)
         if "--fail-if" in command
     )
@@ -238,8 +237,8 @@ def test_the_library_code_of_the_readme_runs(folder, capsys):
     assert merger.verify(folder / "out" / "merged").differences == ()
 
 
-def test_the_readme_names_all_run_options():
-    (sentence,) = re.findall(r"takes the same `RunOptions`: ([\w\s,]+)\.", README)
+def test_the_python_page_names_all_run_options():
+    (sentence,) = re.findall(r"takes the same `RunOptions`: ([\w\s,]+)\.", text("docs/python.md"))
     assert re.findall(r"\w+", sentence.replace(" and ", ", ")) == [
         field.name for field in dataclasses.fields(RunOptions)
     ]
@@ -262,10 +261,11 @@ def rows(page, heading):
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
 
 
-def test_the_methods_of_the_readme_are_all_that_there_are():
-    names = {
-        name for method, _ in rows("README.md", "| method | in a line |") for name in re.findall(r"`(\w+)`", method)
-    }
+CHOICE = "docs/choosing-a-method.md"
+
+
+def test_the_methods_in_a_line_each_are_all_that_there_are():
+    names = {name for method, _ in rows(CHOICE, "| method | in a line |") for name in re.findall(r"`(\w+)`", method)}
     with_recipe = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     methods = {
         name
@@ -276,13 +276,21 @@ def test_the_methods_of_the_readme_are_all_that_there_are():
     assert methods - names == set()
 
 
-def test_the_scores_of_the_readme_are_all_that_there_are():
-    (sentence,) = re.findall(r"is said by a score: (.*?)\. ", README, re.DOTALL)
+def test_the_advice_is_that_of_the_library():
+    table = [
+        (re.findall(r"`(\w+)`", method)[0], kept) for _, method, kept, _ in rows(CHOICE, "| you have | begin with |")
+    ]
+    assert table == [
+        (advice.method, "not measured" if advice.share is None else f"{advice.share:.3f}") for advice in RECOMMENDATIONS
+    ]
+
+
+def test_the_scores_of_the_reference_are_all_that_there_are():
+    (sentence,) = re.findall(r"is said by a score: (.*?)\. ", text("docs/recipe-reference.md"), re.DOTALL)
     assert set(re.findall(r"`(\w+)`", sentence)) == SCORES.keys()
 
 
-def test_the_exit_codes_of_the_readme_are_those_of_the_errors():
-    (sentence,) = re.findall(r"\*\*Exit codes\*\*: (.*?)\n\n", README, re.DOTALL)
+def test_the_exit_codes_of_the_commands_are_those_of_the_errors():
     kinds = [
         errors.ConditionError,
         errors.RecipeError,
@@ -291,7 +299,7 @@ def test_the_exit_codes_of_the_readme_are_those_of_the_errors():
         errors.VerifyError,
     ]
     ends = [errors.DEFECT, errors.INTERRUPTED, errors.CLOSED_PIPE]
-    codes = [int(part.split()[0]) for part in re.sub(r"\s+", " ", sentence).split("; ")]
+    codes = [int(code) for code, _ in rows("docs/commands.md", "| code | meaning |")]
     assert codes == [0, *(kind.exit_code for kind in kinds), *ends]
 
 
@@ -316,10 +324,37 @@ def test_the_index_of_methods_names_every_page_and_method():
     assert [name for name in {**ENTRIES, **SCORES} if not any(pattern.fullmatch(name) for pattern in patterns)] == []
 
 
-def test_the_table_of_parameters_is_that_of_the_signatures():
-    script = ROOT / "scripts" / "methods_table.py"
-    checked = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+WRITERS = ["methods_table", "recipe_reference", "commands_reference", "docs_pictures"]
+
+
+@pytest.mark.parametrize("script", WRITERS)
+def test_what_a_script_writes_into_the_docs_is_up_to_date(script):
+    path = ROOT / "scripts" / f"{script}.py"
+    checked = subprocess.run([sys.executable, path, "--check"], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_words_for_the_picture_have_its_figures(page):
+    (words,) = re.findall(r"!\[(.*)\]\(.*share-kept\.svg\)", text(page))
+    (label,) = re.findall(r'aria-label="([^"]*)"', text("docs/pictures/share-kept.svg"))
+    assert re.findall(r"0\.\d+", words) == re.findall(r"0\.\d+", label)
+
+
+def test_the_shares_of_the_first_screen_are_those_that_were_measured():
+    shares = re.findall(r"(\d+) %", README.partition("![")[0])
+    assert shares == [f"{100 * advice.share:.0f}" for advice in (QUICK, WEIGHTS, TEXT)]
+
+
+def test_the_readme_can_be_read_in_five_minutes():
+    assert len(README.split()) < 1200
+
+
+def test_the_index_names_every_page():
+    links = set(re.findall(r"\]\(([\w/-]+\.(?:md|ipynb))\)", text("docs/index.md")))
+    pages = {f"{path.relative_to(ROOT / 'docs')}" for path in ROOT.glob("docs/*.md")}
+    assert pages - links == {"index.md"}
+    assert {f"notebooks/{path.name}" for path in ROOT.glob("docs/notebooks/*.ipynb")} <= links
 
 
 @pytest.mark.parametrize("name", ["obim", "cabs"])

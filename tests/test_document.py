@@ -206,7 +206,7 @@ def test_a_key_path_is_its_keys_as_written(text, path):
 @pytest.mark.parametrize("text", ["", ".", "a..b", 'a."b', "a.", 'a"b"'])
 def test_what_is_no_key_path_is_refused(text):
     (fault,) = fault_of(RECIPE.format(name="a"), f"{text}=3")
-    assert fault == f"--set {text}=3: expected key.path=value, with a key that holds a dot in quotes"
+    assert fault == f"overrides='{text}=3': expected key.path=value, with a key that holds a dot in quotes"
 
 
 @pytest.mark.parametrize("name", ["no", "1", "010", "v1.5", "1.5"])
@@ -224,10 +224,10 @@ def test_set_makes_an_expert_with_a_dot_in_its_name_if_it_is_quoted():
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("seed=010", "--set seed: YAML 1.1 and 1.2 read 010 differently; write a number in plain digits"),
-        ("experts={a: x, a: y}", "--set experts: a: stands here a second time"),
+        ("seed=010", "overrides='seed': YAML 1.1 and 1.2 read 010 differently; write a number in plain digits"),
+        ("experts={a: x, a: y}", "overrides='experts': a: stands here a second time"),
         ("output.path=7", "recipe.yaml:6: output.path: is 7, expected text; put it in quotes"),
-        ("seed=1:30", "--set seed: YAML 1.1 and 1.2 read 1:30 differently"),
+        ("seed=1:30", "overrides='seed': YAML 1.1 and 1.2 read 1:30 differently"),
     ],
 )
 def test_set_has_the_same_faults_as_the_file(override, fault):

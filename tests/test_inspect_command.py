@@ -157,7 +157,7 @@ def test_a_condition_is_a_metric_a_sign_and_a_number(text, parts):
 def test_a_malformed_condition_is_told_with_the_nearest_name(text, words):
     with pytest.raises(RecipeError) as caught:
         conditions.parse(text)
-    assert str(caught.value) == f"--fail-if {text!r}: {words}" + (
+    assert str(caught.value) == f"fail_if='{text}': {words}" + (
         ": 'overlap > 0.3'" if words.endswith("a number") else ""
     )
 

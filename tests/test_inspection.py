@@ -550,7 +550,7 @@ def test_a_chosen_tensor_is_mapped_before_and_after_every_stage(models, recipe):
 
 
 def test_an_unknown_tensor_offers_the_near_one(recipe):
-    with pytest.raises(RecipeError, match=r"--tensor model.norm: no such tensor is merged; did you mean 'model.norm"):
+    with pytest.raises(RecipeError, match=r"picture='model.norm': no such tensor is merged; did you mean 'model.norm"):
         inspect(recipe("linear"), picture="model.norm")
 
 

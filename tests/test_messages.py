@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 from checkpoints import CONFIG, llama, save
+from markdown import ROOT
 
 from merger.cli._terminal import as_flags, program_name
 from merger.demo import demo
@@ -376,6 +379,21 @@ def test_an_occupied_output_names_the_option_as_it_is_typed(merger, folder):
     assert errors(merger("run", "recipe.yaml"), 2) == [sentence.format(folder, "--force")]
 
 
+def messages_of(path):
+    """The texts in calls and formatted strings of a module, without commands that are written out."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call | ast.JoinedStr)]
+    parts = [part.value for node in nodes for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return [re.sub(r"merger \w+ --[a-z-]+", "", part) for part in parts if isinstance(part, str)]
+
+
+def test_no_message_of_the_library_names_a_flag_of_a_command():
+    package = ROOT / "merger"
+    terminal = [*package.glob("cli/*.py"), package / "inspection" / "console.py"]  # which print for commands alone
+    library = sorted(set(package.rglob("*.py")) - set(terminal))
+    flags = [text for path in library for text in messages_of(path) if re.search(r"(?<!\S)--[a-z]", text)]
+    assert flags == []
+
+
 @pytest.mark.parametrize(
     ("text", "flags"),
     [
@@ -383,6 +401,10 @@ def test_an_occupied_output_names_the_option_as_it_is_typed(merger, folder):
         ("device='cuda:9': no such", "--device cuda:9: no such"),
         ("another with to=FOLDER, or force=True", "another with --to, or --force"),
         ("max_memory=SIZE: too little", "--max-memory: too little"),
+        ("give data=FILES or lm_eval=TASKS", "give --data or --lm-eval"),
+        ("picture='norm': no such tensor", "--tensor norm: no such tensor"),
+        ("overrides='seed': is text", "--set seed: is text"),
+        ("fail_if='overlap > 0.3': holds", "--fail-if 'overlap > 0.3': holds"),
         ("models/force=Trueish and enforce=True", "models/force=Trueish and enforce=True"),
     ],
 )

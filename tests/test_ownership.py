@@ -114,7 +114,7 @@ def test_plots_go_to_a_folder_of_plots_and_not_among_other_pictures(merger, fold
     assert all(MARK.encode() in content for content in drawn.values())
     plots.check(folder / "plots")
     (folder / "plots" / "cat.png").write_bytes(b"\x89PNG a cat")
-    with pytest.raises(RecipeError, match=r"--plot .*plots: cat\.png: is there already, and merger did not write it"):
+    with pytest.raises(RecipeError, match=r"plot='.*plots': cat\.png: is there already, and merger did not write it"):
         plots.check(folder / "plots")
 
 

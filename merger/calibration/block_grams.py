@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -22,8 +23,10 @@ from merger.planning.row_map import Run
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merger.calibration.paired_blocks import Pair
     from merger.calibration.provider import MergedTensors, PartialMerge
-    from merger.calibration.samples import Samples
+    from merger.calibration.samples import Batch, Samples
+    from merger.calibration.settings import Settings
     from merger.pipeline.inputs import Stream
 
 
@@ -110,8 +113,21 @@ def grams(
             merged = PartlyMergedModel(plan, name, drafts.read_behind) if stream == "merged" else None
             arguments = plan, name, *sample_sets[name], options, memory
             streams.append(expert_blocks(*arguments, gram=True, merged_weights=merged))
-    moments_by_expert: dict[str, dict[str, Moments]] = {name: {} for name in experts}
-    for next_blocks in zip_longest(*streams, fillvalue=("", {})):
+    for block in together(waiting, dict(zip(experts, streams, strict=True))):
+        drafts.clear()
+        yield block
+
+
+def together(
+    tensors: Sequence[TensorPlan], streams: Mapping[str, Iterator[tuple[str, dict[str, Moments]]]]
+) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics]]]:
+    """Yields the tensors whose moments all experts' ``streams`` have given, with the moments by expert.
+
+    Tensors that no input reached come last, without moments.
+    """
+    waiting = list(tensors)
+    moments_by_expert: dict[str, dict[str, Moments]] = {name: {} for name in streams}
+    for next_blocks in zip_longest(*streams.values(), fillvalue=("", {})):
         for expert_moments, (_, moments) in zip(moments_by_expert.values(), next_blocks, strict=True):
             expert_moments.update(moments)
         complete_tensors = [
@@ -119,7 +135,6 @@ def grams(
             for t in waiting
             if all(t.reads[name] in expert_moments for name, expert_moments in moments_by_expert.items())
         ]
-        drafts.clear()
         yield complete_tensors, moments_by_expert
         for tensor in complete_tensors:
             waiting.remove(tensor)
@@ -137,21 +152,34 @@ def _draft_blocks(
     hidden_memory: int | None,
     drafts: Drafts,
 ) -> Iterator[tuple[str, dict[str, Moments]]]:
-    from merger.calibration.paired_blocks import collect_pairs  # it imports torch
+    with pair_with_expert(plan, name, batches(samples.tokens), key.settings, options, hidden_memory, drafts) as pair:
+        yield from check_blocks(plan, name, pair.blocks(partial(options.progress, f"calibrating {name}")))
 
-    blocks = collect_pairs(
+
+def pair_with_expert(
+    plan: Plan,
+    name: str,
+    text: Sequence[Batch],
+    settings: Settings,
+    options: RunOptions,
+    hidden_memory: int | None,
+    drafts: Drafts,
+    *,
+    gram: bool = True,
+) -> AbstractContextManager[Pair]:
+    """The merge in progress and an expert, both on the expert's text."""
+    from merger.calibration.paired_blocks import open_pair  # it imports torch
+
+    return open_pair(
         plan.models[name],
         PartlyMergedModel(plan, name, drafts.read),
         PartlyMergedModel(plan, name, drafts.read_behind),
-        batches(samples.tokens),
-        key.settings,
-        device=options.device,
+        text,
+        settings,
+        options,
         hidden_memory=hidden_memory,
-        trust_remote_code=options.trust_remote_code,
-        notice=options.notice,
-        progress=partial(options.progress, f"calibrating {name}"),
+        gram=gram,
     )
-    return check_blocks(plan, name, blocks)
 
 
 def _gram_folders(plan: Plan, options: RunOptions) -> dict[str, Path]:

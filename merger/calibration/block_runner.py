@@ -18,6 +18,7 @@ import functools
 import itertools
 import tempfile
 from collections.abc import Callable, Container, Iterator, Sequence
+from operator import call
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,8 +42,9 @@ Progress = Callable[[int, int], None]
 Results = Iterator[tuple[str, dict[str, "Moments"]]]
 
 
-Purpose = Literal["observe", "carry", "both"]
-"""The purpose of a pass: to observe the inputs of the matrices, to carry hidden states to the next block, or both."""
+Purpose = Literal["observe", "carry", "both", "learn"]
+"""The purpose of a pass: to observe the inputs of the matrices, to carry hidden states to the next block, or both; or
+to compute the block alone."""
 
 EMBEDDING = -1  # the block number of the embedding, which comes before block 0
 
@@ -160,7 +162,9 @@ class BlockRunner:
     """Stands in for all blocks of a model but one, in the forward pass that the model itself makes."""
 
     def __init__(self, blocks: Sequence[nn.Module], observer: InputObserver, hidden_states: HiddenStates) -> None:
-        self._observer, self._hidden_states = observer, hidden_states
+        self._observer, self.hidden_states = observer, hidden_states
+        self._last = len(blocks) - 1
+        self.compute: Callable[..., Any] = call  # calls the forward pass of the real block with its arguments
         self._tuple_lengths: dict[int, int] = {}  # how long a tuple each block returns; 0 for a bare tensor
         self._expected_arguments: list[Any] = []  # of the next block and the first batch, without hidden states
         for index, block in enumerate(blocks):
@@ -186,16 +190,18 @@ class BlockRunner:
         if index > self._block:
             if self._batch == 0:
                 self._expected_arguments = arguments
-            self._hidden_states.put(self._batch, hidden)
+            self.hidden_states.put(self._batch, hidden)
             raise EndOfPass
         if self._batch == 0 and not _equal_arguments(arguments, self._expected_arguments):
             raise UnsupportedBlocks("its blocks depend on one another by more than hidden states")
-        args, kwargs = _with_hidden_states(args, kwargs, self._hidden_states.get(self._batch, hidden.device))
-        self._observer.on = self._purpose != "carry"
-        output = forward(*args, **kwargs)
+        args, kwargs = _with_hidden_states(args, kwargs, self.hidden_states.get(self._batch, hidden.device))
+        self._observer.on = self._purpose in ("observe", "both")
+        output = self.compute(forward, *args, **kwargs)
         self._tuple_lengths[index] = _tuple_length(output)
-        if self._purpose == "observe":
+        if self._purpose in ("observe", "learn"):
             raise EndOfPass
+        if index == self._last:  # no next block keeps what it is given
+            self.hidden_states.put(self._batch, output[0] if self._tuple_lengths[index] else output)
         self._observer.on = True  # what comes after the last block is not in any
         return output
 

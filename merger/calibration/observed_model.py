@@ -87,6 +87,10 @@ class ObservedModel:
         except EndOfPass:
             pass
 
+    def counted_tokens(self, batch: Batch) -> Tensor:
+        """Which tokens [samples length] of a batch count, on the model's device."""
+        return batch.counted_tokens(self._settings.skip_first_tokens).to(self.loader.device)
+
     def take(self, prefix: str) -> dict[str, Moments]:
         """Removes and returns the moments of the parameters below ``prefix``, by the checkpoint's names."""
         sums = self.observer.take(f"{prefix}." if prefix else "")

@@ -24,8 +24,8 @@ class PartialMerge(Protocol):
     def read(self, name: str) -> Tensor | None:
         """Returns a merged tensor; None while it is not complete."""
 
-    def draft(self, name: str) -> Tensor | None:
-        """Returns a tensor as its stages make it without the inputs of its block; None where it waits for none."""
+    def draft(self, name: str, sources: Sequence[Source] = ()) -> Tensor | None:
+        """Returns a tensor as its stages make it of these inputs of its block alone; None where it waits for none."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,9 @@ def model_providers(plan: Plan) -> list[ModelProvider]:
 
 
 def block_providers(plan: Plan) -> list[BlockProvider]:
-    """The providers that work in lockstep with the merge of this plan."""
-    return _providers({item.name for item in plan.inputs if item.granularity == "block"})
+    """The providers that work in lockstep with the merge of this plan; none whose inputs another one supplies too."""
+    found: list[BlockProvider] = _providers({item.name for item in plan.inputs if item.granularity == "block"})
+    return [p for p in found if not any(q is not p and q.supplies >= {item.name for item in p.inputs} for q in found)]
 
 
 def providers(plan: Plan) -> list[Provider]:

@@ -20,6 +20,12 @@ def largest_block_bytes(plan: Plan, sums: Mapping[str, int] | None = None) -> in
     return max(weights.values())
 
 
+def activation_bytes(plan: Plan, tokens: int = 1024) -> int:
+    """Bytes that a block's activations take while gradients go through it: some forty vectors for each token."""
+    width = text_config(plan.base.config).get("hidden_size", 0)
+    return 4 * 40 * tokens * (width if isinstance(width, int) else 0)
+
+
 def hidden_state_bytes(plan: Plan, experts_at_once: int) -> int:
     """Bytes of all samples' hidden states, which wait between two blocks: of one expert, or of all at once."""
     calibration = plan.recipe.calibration

@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,6 +77,13 @@ class Loader:
         parameters[leaf] = parameter
         if not parameter.is_meta:
             self._at[parameter.untyped_storage().data_ptr()] = self.first_name(name), parameter
+
+    @cached_property
+    def plain_parameters(self) -> Mapping[str, str]:
+        """By name of a stored tensor, the parameter that it is as it is stored."""
+        groups = [group for group in self._groups.values() if group.converter is None]
+        names = {group.target: [name for _, name in group.names] for group in groups}
+        return {name: target for target, [name, *further] in names.items() if not further}
 
     def find(self, tensor: Tensor) -> tuple[str, Tensor] | None:
         """The loaded parameter that a tensor is, or is a part of, by its first name and itself."""

@@ -19,20 +19,20 @@ POINTS = 72 / PIXELS_PER_INCH
 """Points of a pixel."""
 
 
-def check_format(option: str, path: Path) -> None:
-    """RecipeError if no chart can be written as ``path``; ``option`` is what the user typed before it."""
+def check_format(path: Path, label: str) -> None:
+    """RecipeError that begins with ``label`` if no chart can be written as ``path``."""
     ending = path.suffix.lstrip(".").lower()
     if ending == "svg":
         return
     if find_spec("matplotlib") is None:
         raise RecipeError(
-            f"{option} {path}: needs matplotlib: pip install 'merger[plot]'; a name that ends in .svg needs nothing"
+            f"{label}: needs matplotlib: pip install 'merger[plot]'; a name that ends in .svg needs nothing"
         )
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = sorted(FigureCanvasBase.get_supported_filetypes())
     if ending not in formats:
-        raise RecipeError(f"{option} {path}: expected a name that ends in one of {', '.join(formats)}")
+        raise RecipeError(f"{label}: expected a name that ends in one of {', '.join(formats)}")
 
 
 def write(drawing: Drawing, path: Path) -> None:

@@ -38,6 +38,14 @@ def standalone(drawing: Drawing) -> str:
     return f"{head}\n<metadata>{MARK}</metadata>\n{paper}\n{_elements(drawing, _Plain())}\n</svg>\n"
 
 
+def adaptive(drawing: Drawing, label: str) -> str:
+    """A complete SVG file in light or dark colours, as the browser that shows it prefers."""
+    element = themed(drawing, label).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    head, _, body = element.partition(">")
+    paper = '<rect width="100%" height="100%" style="fill:var(--paper)"/>'
+    return f"{head}>\n<metadata>{MARK}</metadata>\n<style>{STYLE}</style>\n{paper}\n{body}\n"
+
+
 class _Plain:
     """Colours as they are."""
 

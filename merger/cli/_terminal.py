@@ -1,4 +1,4 @@
-"""The terminal: streams that print any text, sizes, the console for tables, the progress bar."""
+"""The terminal: streams that print any text, the console for tables, the progress bar."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merger._display import size_text
 from merger.errors import BrokenMethodWarning
 from merger.options import Notice, Progress, ignore
 
@@ -60,16 +61,6 @@ def program_name() -> str:
     return shlex.quote(str(program))
 
 
-def size_text(count: int) -> str:
-    """1.23 GB: three digits, as disks are sold."""
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
-
-
 def make_console(*, stderr: bool = False) -> Console:
     """A console that does not wrap what goes to a file or to another program."""
     from rich.console import Console
@@ -81,17 +72,19 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 _OPTION = re.compile(
-    r"\b(force|offline|gram|public|allow_calibration_text|allow_versions|to|base|inputs|device|max_memory)"
-    r"=(True\b|[A-Z]+\b|'[^']*')"
+    r"\b(force|offline|gram|public|allow_calibration_text|allow_versions|to|base|inputs|device|max_memory|data|fail_if"
+    r"|html|include_path|lm_eval|overrides|picture|plot)=(True\b|[A-Z]+\b|'[^']*')"
 )
+_FLAGS = {"overrides": "set", "picture": "tensor"}
+"""The flags that do not have the name of the library's option."""
 
 
 def as_flags(text: str) -> str:
     """A message of the library with its options, such as ``force=True``, as flags of a command: ``--force``."""
 
     def flag(option: re.Match[str]) -> str:
-        value = f" {option[2][1:-1]}" if option[2].startswith("'") else ""
-        return f"--{option[1].replace('_', '-')}{value}"
+        value = f" {shlex.quote(option[2][1:-1])}" if option[2].startswith("'") else ""
+        return f"--{_FLAGS.get(option[1], option[1]).replace('_', '-')}{value}"
 
     return _OPTION.sub(flag, text)
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from merger._display import size_text
 from merger.cli._app import USE, command
 from merger.cli._options import AsJson, RunFlags, run_flags
-from merger.cli._terminal import size_text
 
 
 @command(USE)

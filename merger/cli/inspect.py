@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from merger._display import size_text
 from merger.cli._app import JUDGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RunFlags, load, run_flags
-from merger.cli._terminal import make_console, size_text
+from merger.cli._terminal import make_console
 from merger.errors import RecipeError
 
 

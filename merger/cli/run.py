@@ -12,7 +12,6 @@ import typer
 
 from merger.cli._app import MERGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, load, run_flags
-from merger.cli._terminal import size_text
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -56,12 +55,7 @@ def run(
     if as_json:
         print(json.dumps(result.as_json()))
         return
-    counts = ", ".join(f"{count} {action}" for action, count in result.tensors.items() if count)
-    bytes_read, bytes_written = size_text(result.bytes_read), size_text(result.bytes_written)
-    print(
-        f"{result.output}: {counts} tensors; read {bytes_read}, wrote {bytes_written} "
-        f"in {result.seconds:.1f} s on {result.device}, peak memory {size_text(result.peak_memory_bytes)}"
-    )
+    print(result.summary)
     if result.packed:
         print(_unpacking(result.output, result.packed))
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from merger._display import size_text
 from merger.cli._app import JUDGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, RunFlags, run_flags
-from merger.cli._terminal import size_text
 from merger.errors import VerifyError
 
 

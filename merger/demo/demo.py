@@ -55,7 +55,7 @@ class Score:
 
 
 def prepare(folder: Path, *, force: bool = False) -> Path:
-    """Writes models, calibration text and a recipe into ``folder``; returns the recipe.
+    """Writes models, calibration text, held-out examples and a recipe into ``folder``; returns the recipe.
 
     With ``force`` the folder may be that of an earlier demo: a file that it lacks is written, a file that was changed
     is refused, and every other file stays.
@@ -86,6 +86,8 @@ def _contents() -> Iterator[tuple[str, bytes]]:
     for task in demo_tasks.TASKS:
         lines = [json.dumps({"text": p + a}) for p, a in demo_tasks.examples(task, "calibration", 100)]
         yield f"data/{task}.jsonl", ("\n".join(lines) + "\n").encode()
+        lines = [json.dumps({"prompt": p, "answer": a}) for p, a in demo_tasks.examples(task, "heldout", HELD_OUT)]
+        yield f"held-out/{task}.jsonl", ("\n".join(lines) + "\n").encode()
     remark = "# Try `merger plan recipe.yaml`, then `merger run recipe.yaml`.\n"
     yield "recipe.yaml", (remark + _recipe("obim", "merged/obim")).encode()
 
@@ -98,6 +100,7 @@ def _recipe(method: str, output: str) -> str:
         "method": method,
         "parameters": METHODS[method],
         "calibration": {"data": {task: f"data/{task}.jsonl" for task in tasks}, "samples": 100},
+        "evaluation": {"data": {task: f"held-out/{task}.jsonl" for task in tasks}},
         "output": {"path": output},
     }
     return yaml.safe_dump(fields, sort_keys=False)

@@ -12,19 +12,19 @@ from merger.engine.prepare import prepare
 from merger.errors import RecipeError
 from merger.options import RunOptions
 from merger.planning.plan import Plan
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import Recipe, as_recipe
 
 
 def calibrate(
-    recipe: Recipe, options: RunOptions = RunOptions(), *, to: Path | None = None, gram: bool = False
+    recipe: Recipe | str | Path, options: RunOptions = RunOptions(), *, to: Path | None = None, gram: bool = False
 ) -> Mapping[str, Path]:
     """Makes the statistics of a recipe's experts, or finds those of an earlier run; copies them to the folder ``to``.
 
-    With ``gram`` they hold Gram matrices, are as large as the models, and are made in ``to`` itself, where an
-    unfinished one is continued. Returns the file or folder of each expert, as ``calibration: {stats: ...}`` of a
-    recipe takes them.
+    ``recipe`` may be the path of its file. With ``gram`` they hold Gram matrices, are as large as the models, and are
+    made in ``to`` itself, where an unfinished one is continued. Returns the file or folder of each expert, as
+    ``calibration: {stats: ...}`` of a recipe takes them.
     """
-    with prepare(recipe, options) as prepared:
+    with prepare(as_recipe(recipe), options) as prepared:
         if gram:
             _check_grams(prepared.plan)
             return keep_grams(prepared.plan, prepared.options, prepared.machine.hidden_memory, to)

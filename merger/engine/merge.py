@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merger._display import html_table, size_text
 from merger.calibration.origins import origin
 from merger.calibration.provider import block_providers, origins
 from merger.calibration.statistics import statistics_keys
@@ -29,7 +30,7 @@ from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.options import Notice, RunOptions
 from merger.planning.plan import Plan
 from merger.planning.sample import sample_changes, sample_notes
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import Recipe, as_recipe
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,50 @@ class Result:
     notes: list[str]
     packed: list[str]  # the experts that the output holds apart; empty where it is one model
 
+    def __repr__(self) -> str:
+        return f"Result({self.summary})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("output", self.output),
+            *((f"tensors {action}", count) for action, count in self.tensors.items() if count),
+            ("read", size_text(self.bytes_read)),
+            ("written", size_text(self.bytes_written)),
+            ("time", f"{self.seconds:.1f} s on {self.device}"),
+            ("peak memory", size_text(self.peak_memory_bytes)),
+            *(("note", note) for note in self.notes),
+        ]
+        return html_table("Result of a merge", ("", ""), rows)
+
+    @property
+    def summary(self) -> str:
+        """The output, the number of tensors, bytes, seconds and memory in a line."""
+        counts = ", ".join(f"{count} {action}" for action, count in self.tensors.items() if count)
+        return (
+            f"{self.output}: {counts} tensors; "
+            f"read {size_text(self.bytes_read)}, wrote {size_text(self.bytes_written)} "
+            f"in {self.seconds:.1f} s on {self.device}, peak memory {size_text(self.peak_memory_bytes)}"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary for machines."""
         return asdict(self)
 
 
 def merge(
-    recipe: Recipe, options: RunOptions = RunOptions(), *, force: bool = False, remarks: Sequence[str] = ()
+    recipe: Recipe | str | Path,
+    options: RunOptions = RunOptions(),
+    *,
+    force: bool = False,
+    remarks: Sequence[str] = (),
 ) -> Result:
-    """Merges the experts of ``recipe`` into a checkpoint folder, which appears when it is complete, or not at all.
+    """Merges the experts of a recipe into a checkpoint folder, which appears when it is complete, or not at all.
 
-    ``force`` replaces an output that is there already. ``remarks`` come first among the recorded notes.
-    Raises a `MergerError` for whatever the user can mend.
+    ``recipe`` may be the path of its file. ``force`` replaces an output that is there already. ``remarks`` come first
+    among the recorded notes. Raises a `MergerError` for whatever the user can mend.
     """
     began = time.monotonic()
+    recipe = as_recipe(recipe)
     output = recipe.folder / Path(recipe.output.path).expanduser()
     with prepare(recipe, options, output, force=force) as prepared:
         plan = prepared.plan

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merger._lazy import torch
+from merger.calibration.provider import Source
 from merger.checkpoint.tensor_info import Info, torch_dtype
 from merger.engine.aligned_rows import AlignedTensor
 from merger.engine.memory import SLICE, slice_rows
@@ -123,13 +124,13 @@ class MergeSink(Sink):
         """A merged tensor; None until it is complete."""
         return self.output.read(name)
 
-    def draft(self, name: str) -> Tensor | None:
-        """A tensor as it is merged without the inputs of its block; None where it waits for none."""
+    def draft(self, name: str, sources: Sequence[Source] = ()) -> Tensor | None:
+        """A tensor as it is merged with these inputs of its block alone; None where it waits for none."""
         tensor = next((tensor for tensor in self.plan.tensors if tensor.name == name and tensor.lockstep), None)
         if tensor is None:
             return None
         output = MemoryOutput({name: tensor.info})
-        self.schedule.carry_without_inputs(tensor, MergeSink(self.schedule, output))
+        self.schedule.carry_alone(tensor, MergeSink(self.schedule, output), sources)
         return output.read(name)
 
     def _has(self, label: str, name: str, shape: Sequence[int], rows: range, values: Tensor) -> bool:

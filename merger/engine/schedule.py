@@ -48,8 +48,8 @@ class Sink:
     def read(self, name: str) -> Tensor | None:
         """A merged tensor by its name in the output; None until it is complete, and where nothing is merged."""
 
-    def draft(self, name: str) -> Tensor | None:
-        """A tensor that waits for inputs of its block, as it is merged without them; None where nothing is merged."""
+    def draft(self, name: str, sources: Sequence[Source] = ()) -> Tensor | None:
+        """A tensor that waits for inputs of its block, as these alone make it; None where nothing is merged."""
 
 
 class Schedule:
@@ -79,9 +79,9 @@ class Schedule:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def carry_without_inputs(self, tensor: TensorPlan, sink: Sink) -> None:
-        """Gives the slices of a tensor to the sink, without the inputs of its block; no progress is reported."""
-        reader = Reader(self.plan, self.machine, (), lambda _, __: None)
+    def carry_alone(self, tensor: TensorPlan, sink: Sink, sources: Sequence[Source]) -> None:
+        """Gives the slices of a tensor to the sink, with the inputs of these sources; no progress is reported."""
+        reader = Reader(self.plan, self.machine, sources, lambda _, __: None)
         for part in tensor.parts:
             slices = reader.slices(tensor, part)
             passes = TensorPasses(partial(sink.carry, slices), slices.sizes, {}, {}, slices.hold, slices.rehearse)

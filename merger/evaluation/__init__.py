@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from merger.errors import RecipeError
 from merger.options import RunOptions
 from merger.recipe.input_locations import check_inputs
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import Recipe, as_recipe
 from merger.recipe.sections import Evaluation
 
 if TYPE_CHECKING:
@@ -33,12 +33,14 @@ class EvaluationSettings:
 
 
 def evaluate(
-    subjects: Mapping[str, Recipe | Path],
+    subjects: Mapping[str, Recipe | str | Path],
     options: RunOptions = RunOptions(),
     *,
     settings: EvaluationSettings = EvaluationSettings(),
 ) -> Comparison:
     """Evaluates base, experts and the ``subjects`` by name: recipes are merged in memory, folders are read.
+
+    A subject is a recipe, the path of its file, or a folder.
 
     Base and experts are those of the first recipe, or else of the first folder that merger made; all recipes must
     have the same. Raises a `MergerError` for whatever the user can mend.
@@ -49,9 +51,10 @@ def evaluate(
     from merger.evaluation.references import family_of
     from merger.evaluation.scores import compare
 
-    family = family_of(subjects, settings.inputs)
+    merges = {label: _recipe_or_folder(subject) for label, subject in subjects.items()}
+    family = family_of(merges, settings.inputs)
     section = _section(family, settings)
-    recipes = [subject for subject in subjects.values() if isinstance(subject, Recipe)]
+    recipes = [merge for merge in merges.values() if isinstance(merge, Recipe)]
     check_inputs(family, *recipes, with_evaluation=settings.data is None, examples=settings.data)
     held_out = tasks.load(section.data, family.folder if settings.data is None else Path(), section.samples)
     if not settings.allow_calibration_text:
@@ -60,8 +63,13 @@ def evaluate(
     tasks_of_harness = None if settings.lm_eval is None else harness.load(settings.lm_eval, offline=options.offline)
     with ModelHost(options, section.dtype) as model_host:
         evaluator = Evaluator(model_host, family, held_out, section.max_tokens, tasks_of_harness)
-        entries = [*evaluator.references(), *(evaluator.merge(label, subject) for label, subject in subjects.items())]
+        entries = [*evaluator.references(), *(evaluator.merge(label, merge) for label, merge in merges.items())]
         return compare(held_out, entries, evaluator.dtype)
+
+
+def _recipe_or_folder(subject: Recipe | str | Path) -> Recipe | Path:
+    """The folder that a path names, or else the recipe."""
+    return Path(subject) if not isinstance(subject, Recipe) and Path(subject).is_dir() else as_recipe(subject)
 
 
 def _section(family: Recipe, settings: EvaluationSettings) -> Evaluation:
@@ -76,7 +84,7 @@ def _section(family: Recipe, settings: EvaluationSettings) -> Evaluation:
         return family.evaluation.model_copy(update=changed)
     if settings.data is None and settings.lm_eval is None:
         raise RecipeError(
-            "there is nothing to judge by: write evaluation: {data: {TASK: FILE}} into the recipe, or give --data or "
-            "--lm-eval"
+            "there is nothing to judge by: write evaluation: {data: {TASK: FILE}} into the recipe, or give data=FILES "
+            "or lm_eval=TASKS"
         )
     return Evaluation.model_construct(**{"data": {}, **changed})  # no examples where lm-eval's tasks alone judge

@@ -86,7 +86,7 @@ class Harness:
                     log_samples=False,
                 )
             except Exception as error:  # a task's own templates and functions may raise anything
-                raise CheckpointError(f"--lm-eval: the harness stopped at {label}: {_error_line(error)}") from error
+                raise CheckpointError(f"lm_eval=TASKS: the harness stopped at {label}: {_error_line(error)}") from error
         return dict(_read_scores(results, self.names))
 
 
@@ -96,7 +96,7 @@ def load(request: HarnessTasks, *, offline: bool) -> Harness:
     RecipeError without the package or for a name that it does not know, CheckpointError for a task that it cannot load.
     """
     if request.include_path is not None and not request.include_path.is_dir():
-        raise RecipeError(f"--include-path {request.include_path}: there is no such folder")
+        raise RecipeError(f"include_path='{request.include_path}': there is no such folder")
     manager = _manager(request.include_path)
     harness_tasks: dict[str, Any] = {}
     for name in _matched_names(request.tasks, manager):
@@ -111,7 +111,7 @@ def _manager(include_path: Path | None) -> Any:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise RecipeError(
-                f"--lm-eval needs lm-evaluation-harness ({error}): pip install 'merger[lm-eval]'"
+                f"lm_eval=TASKS needs lm-evaluation-harness ({error}): pip install 'merger[lm-eval]'"
             ) from None
         return TaskManager(include_path=None if include_path is None else str(include_path))
 
@@ -120,7 +120,7 @@ def _matched_names(patterns: Sequence[str], manager: Any) -> list[str]:
     """The task names that match the patterns; RecipeError for a pattern without a match."""
     matched = {pattern: manager.match_tasks([pattern]) for pattern in patterns}
     faults = [
-        f"--lm-eval: there is no task {pattern!r}; " + _suggestion(pattern, manager)
+        f"lm_eval=TASKS: there is no task {pattern!r}; " + _suggestion(pattern, manager)
         for pattern, task_names in matched.items()
         if not task_names
     ]
@@ -142,10 +142,10 @@ def _load_tasks(name: str, manager: Any, offline: bool) -> dict[str, Any]:
             index = manager.load(name)
         except Exception as error:  # a task's own templates and functions, and whatever fetches its data
             hint = "; offline=True takes only data that is in the cache" if offline else ""
-            raise CheckpointError(f"--lm-eval {name}: cannot be loaded: {_error_line(error)}{hint}") from error
+            raise CheckpointError(f"lm_eval='{name}': cannot be loaded: {_error_line(error)}{hint}") from error
     for task, harness_task in index["tasks"].items():
         if getattr(harness_task, "UNSAFE_CODE", False):
-            raise RecipeError(f"--lm-eval {name}: {task} runs code that the model writes, which merger does not do")
+            raise RecipeError(f"lm_eval='{name}': {task} runs code that the model writes, which merger does not do")
     groups: dict[str, Any] = index.get("groups", {})
     return {name: groups[name]} if name in groups else dict(index["tasks"])
 

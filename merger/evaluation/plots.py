@@ -16,8 +16,8 @@ def check_plot(path: Path | None) -> None:
     """RecipeError if a chart was asked for that cannot be written as ``path``; called before anything is computed."""
     if path is None:
         return
-    check_replaceable(path, f"--plot {path}")
-    check_format("--plot", path)
+    check_replaceable(path, f"plot='{path}'")
+    check_format(path, f"plot='{path}'")
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:

@@ -22,7 +22,7 @@ from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count
 from merger.options import RunOptions
 from merger.planning.plan import Plan
 from merger.recipe.input_locations import check_models
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import Recipe, as_recipe
 
 __all__ = [
     "Curve",
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def inspect(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     options: RunOptions = RunOptions(),
     *,
     picture: str | None = None,
@@ -49,10 +49,11 @@ def inspect(
 ) -> Inspection:
     """Compares the experts with the base, and the task vectors that every stage of the recipe leaves; writes nothing.
 
-    ``picture`` names a tensor whose positions are mapped. ``rank`` asks for effective ranks, ``subspaces`` for the
-    statistics that decompose every matrix, ``curves`` for overlap and balance against density. Raises a `MergerError`
-    as `merge` does.
+    ``recipe`` may be the path of its file. ``picture`` names a tensor whose positions are mapped. ``rank`` asks for
+    effective ranks, ``subspaces`` for the statistics that decompose every matrix, ``curves`` for overlap and balance
+    against density. Raises a `MergerError` as `merge` does.
     """
+    recipe = as_recipe(recipe)
     with prepare(recipe, options) as prepared:
         if any(stage_input.follows_merge for stage_input in prepared.plan.inputs):
             raise RecipeError(
@@ -83,7 +84,7 @@ def inspect_model(
 
 
 def inspect_merge(
-    folder: Path,
+    folder: str | Path,
     options: RunOptions = RunOptions(),
     *,
     inputs: Path | None = None,
@@ -98,9 +99,10 @@ def inspect_merge(
     an input is missing or differs from the one that was merged, the inspection has the manifest's facts and the reason
     alone. Nothing is downloaded: inputs from the Hub are read from its cache.
     """
+    folder = Path(folder)
     if folder.is_dir() and not (folder / RECORD).is_file():
         raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give base=MODEL for a fine-tune")
-    select_devices(options.device)  # refuses a wrong --device, which below would pass for a missing input
+    select_devices(options.device)  # refuses a wrong device, which below would pass for a missing input
     manifest = Manifest.read(folder)
     summary, experts, copied = manifest.summary(), manifest.experts, manifest.copied
     base = summary["inputs"]["base"]
@@ -157,7 +159,7 @@ def _request(plan: Plan, picture: str | None, rank: bool, subspaces: bool, curve
     """The request; RecipeError with the nearest name if no merged tensor has the name ``picture``."""
     names = [tensor.name for tensor in plan.tensors if tensor.stages]
     if picture is not None and picture not in names:
-        raise RecipeError(f"--tensor {picture}: no such tensor is merged; {nearest(picture, names[:40])}")
+        raise RecipeError(f"picture='{picture}': no such tensor is merged; {nearest(picture, names[:40])}")
     groups = {"rank": rank, "subspaces": subspaces}
     return InspectionRequest(
         picture, frozenset(group for group, is_asked_for in groups.items() if is_asked_for), curves

@@ -57,19 +57,19 @@ def parse(text: str) -> Condition:
     """The condition as typed; RecipeError that offers the nearest name for an unknown one."""
     match = _FORM.match(text)
     if match is None:
-        raise RecipeError(f"--fail-if {text!r}: expected a metric, one of > >= < <=, and a number: 'overlap > 0.3'")
+        raise RecipeError(f"fail_if='{text}': expected a metric, one of > >= < <=, and a number: 'overlap > 0.3'")
     *prefixes, metric = match[1].split(".")
     if not _declarations(metric):
-        raise RecipeError(f"--fail-if {text!r}: there is no metric {metric!r}; {nearest(metric, _metrics())}")
+        raise RecipeError(f"fail_if='{text}': there is no metric {metric!r}; {nearest(metric, _metrics())}")
     places = [prefix for prefix in prefixes if prefix in PLACES]
     views = [prefix for prefix in prefixes if prefix in VIEWS]
     unknown = [prefix for prefix in prefixes if prefix not in places + views]
     if unknown:
         suggestion = nearest(unknown[0], (*PLACES, *VIEWS))
-        raise RecipeError(f"--fail-if {text!r}: there is no place or view {unknown[0]!r}; {suggestion}")
+        raise RecipeError(f"fail_if='{text}': there is no place or view {unknown[0]!r}; {suggestion}")
     view = views[0] if views else _only_view(metric)
     if prefixes != views[:1] + places[:1] or not _has(view, metric):
-        raise RecipeError(f"--fail-if {text!r}: expected [task_vectors. or result.][{'|'.join(PLACES)}.]METRIC")
+        raise RecipeError(f"fail_if='{text}': expected [task_vectors. or result.][{'|'.join(PLACES)}.]METRIC")
     return Condition(text.strip(), view, places[0] if places else None, metric, match[2], float(match[3]))
 
 
@@ -112,7 +112,7 @@ def _offence_line(condition: Condition, inspection: Inspection) -> str | None:
     if not views:
         missing = f"a {inspection.subject} has no {condition.view or 'experts'} to look at"
         reason = inspection.notes[0] if inspection.notes else missing
-        raise CheckpointError(f"--fail-if {condition.text!r} cannot be told: {reason}")
+        raise CheckpointError(f"fail_if='{condition.text}' cannot be told: {reason}")
     worst = _worst(condition, views, condition.place)
     if worst is None or not SIGNS[condition.sign](worst.value, condition.limit):
         return None

@@ -23,11 +23,13 @@ def check(folder: Path) -> None:
     A folder with a picture that merger did not draw is refused, for a figure might have its name.
     """
     if find_spec("matplotlib") is None:
-        raise RecipeError("--plot needs matplotlib, which is not installed: pip install 'merger[plot]', or matplotlib")
+        raise RecipeError(
+            "plot=FOLDER needs matplotlib, which is not installed: pip install 'merger[plot]', or matplotlib"
+        )
     if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"--plot {folder}: expected a folder, or a name for one")
+        raise RecipeError(f"plot='{folder}': expected a folder, or a name for one")
     for picture in (path for kind in KINDS for path in sorted(folder.glob(f"*.{kind}"))):
-        check_replaceable(picture, f"--plot {folder}: {picture.name}")
+        check_replaceable(picture, f"plot='{folder}': {picture.name}")
 
 
 def write(inspection: Inspection, folder: Path) -> list[Path]:

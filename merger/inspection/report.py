@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
+from merger._display import html_table, name_list
 from merger.inspection.counters import Subject
 from merger.inspection.statistic import Statistic, statistics
 
@@ -143,6 +144,20 @@ class Inspection:
     seconds: float = 0.0
     bytes_read: int = 0
     peak_memory_bytes: int = 0
+
+    def __repr__(self) -> str:
+        views = ", ".join(view.name for view in self.views) or "none"
+        return f"Inspection(of a {self.subject}: {name_list(self.experts)} against {self.base}; views: {views})"
+
+    def _repr_html_(self) -> str:
+        metrics = ("norm", "relative_size", "density")
+        facts = next((view.whole for view in self.views if view.about == "experts"), None)
+        columns = [] if facts is None else [getattr(facts, metric) or {} for metric in metrics]
+        rows = [
+            (expert, *(f"{values[expert]:.3f}" if expert in values else "" for values in columns))
+            for expert in self.experts
+        ]
+        return html_table(repr(self), ("expert", *metrics[: len(columns)]), rows)
 
     def view(self, name: str) -> View:
         """The view of that name; KeyError if there is none."""

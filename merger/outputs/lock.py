@@ -34,20 +34,21 @@ from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
 from merger.planning.planner import plan
 from merger.recipe.input_locations import check_inputs
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import Recipe, as_recipe
 
 FORMAT = 2  # since 2 with the configs of all inputs, and with the kind of device where it decides the bytes
 _PARTS = ("versions", "device", "recipe", "inputs", "calibration", "files", "tensors")
 
 
-def lock(recipe: Recipe, path: str | Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
+def lock(recipe: Recipe | str | Path, path: str | Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
     """Writes the resolved recipe to ``path``: all defaults, inputs by commit and SHA-256, versions.
 
-    Only configs and headers of a Hub repository are fetched. An existing file is replaced only if it is a lock.
+    ``recipe`` may be the path of its file, here and below. Only configs and headers of a Hub repository are fetched. An
+    existing file is replaced only if it is a lock.
     """
     target = Path(path)
     check_replaceable(target, is_ours=_is_lock)
-    content = _lock_content(recipe, options)
+    content = _lock_content(as_recipe(recipe), options)
     replace_bytes(target, json_bytes(content))
     return content
 
@@ -61,13 +62,17 @@ def lock_of(recipe: str | Path) -> Path:
 
 
 def check_lock(
-    recipe: Recipe, path: str | Path, options: RunOptions = RunOptions(), *, allow_versions: Collection[str] = ()
+    recipe: Recipe | str | Path,
+    path: str | Path,
+    options: RunOptions = RunOptions(),
+    *,
+    allow_versions: Collection[str] = (),
 ) -> list[str]:
     """Raises RecipeError with all differences between the resolved recipe and the lock at ``path``.
 
     Returns those in the versions of the packages ``allow_versions``, which are no faults.
     """
-    locked, current = _read(Path(path)), _lock_content(recipe, options)
+    locked, current = _read(Path(path)), _lock_content(as_recipe(recipe), options)
     for name in allow_versions:
         if name not in (names := {**locked["versions"], **current["versions"]}):
             raise RecipeError(f"allow_versions='{name}': is no package of {path}; {nearest(name, names)}")
@@ -87,7 +92,7 @@ def _version_keys(names: Collection[str]) -> set[str]:
 
 
 def is_done(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     path: str | Path,
     options: RunOptions = RunOptions(),
     *,
@@ -98,6 +103,7 @@ def is_done(
 
     With ``trust_mtime`` a shard with unchanged size and modification time is not hashed again; only headers are read.
     """
+    recipe = as_recipe(recipe)
     output = recipe.folder / Path(recipe.output.path).expanduser()
     try:
         manifest = Manifest.read(output)

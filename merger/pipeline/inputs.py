@@ -82,6 +82,11 @@ def by_row(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:
     return values[:, rows].unsqueeze(-1)
 
 
+def by_matrix_row(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:
+    """A value for each element, [r c]: returns the slice's rows."""
+    return values[rows]
+
+
 def by_expert(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:
     """A value for each expert, [k 1]: returns [k 1 1]."""
     return values.unsqueeze(-1)

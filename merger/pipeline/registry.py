@@ -13,6 +13,7 @@ What stands before the ``*`` is supplied by the runner, by name:
     gram           [k c c]  E[x x^T] likewise, made for this matrix and dropped after it
     reached        [k 1 1]  whether any token came to this matrix (its moments are all 1 where not), or None likewise
     token_share    [k r 1]  how often each row of an embedding is looked up, or None elsewhere
+    learned        [r c]    the weights that were learned of the block, or None where it was not
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
 
@@ -193,10 +194,13 @@ def _register(kind: Kind, table: dict[str, Entry], **traits: Any) -> Callable[[F
 def _check_rival(function: Callable[..., Any], rival: Entry) -> None:
     """Decides which of two files registers a name: in one folder, the file of that name.
 
-    Warns that the rival is left out. Raises ValueError if this file has another name or another folder.
+    Warns that the rival is left out. Raises ValueError if this file has another name or another folder. A cell of a
+    notebook that is run again replaces its own method.
     """
     folder, _, file = function.__module__.rpartition(".")
     rival_module = rival.function.__module__
+    if function.__module__ == rival_module == "__main__":
+        return
     if file != rival.name or rival_module.rpartition(".")[0] != folder:
         origin = rival_module if rival.package is None else f"{rival_module} of {rival.package}"
         raise ValueError(f"there is another {rival.name} in {origin}; give this one another name")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from merger._display import html_table, size_text
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.forward_order import LAYERS
 from merger.checkpoint.packed_experts import COLUMNS
@@ -152,6 +153,28 @@ class Plan:
     config: Mapping[str, Any]  # config.json of the output
     tokenizer: str  # the model whose tokenizer the output gets
     side_files: Mapping[str, SideFile]  # all files beside the weights, by name
+
+    def __repr__(self) -> str:
+        merged = sum(bool(tensor.stages) for tensor in self.tensors)
+        counts = f"{len(self.tensors)} tensors, {merged} of them merged"
+        return (
+            f"Plan({counts}; reads {size_text(self.bytes_read)}, writes {size_text(self.bytes_written)}; {self.recipe})"
+        )
+
+    def _repr_html_(self) -> str:
+        groups: dict[str, list[TensorPlan]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(tensor.kind, []).append(tensor)
+        rows = [
+            (
+                kind,
+                len(tensors),
+                sum(bool(tensor.stages) for tensor in tensors),
+                size_text(sum(info.nbytes for tensor in tensors for info in tensor.stored.values())),
+            )
+            for kind, tensors in groups.items()
+        ]
+        return html_table(repr(self), ("kind", "tensors", "merged", "bytes"), rows)
 
     @property
     def base(self) -> Checkpoint:

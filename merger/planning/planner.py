@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
@@ -32,18 +33,19 @@ from merger.planning.tables import describe_unpackable, source_faults, table_row
 from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
 from merger.recipe.input_locations import check_inputs
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import Recipe, as_recipe
 
 FAULTS = 20
 """The most faults of a plan that are shown."""
 
 
-def plan(recipe: Recipe, *, offline: bool = False, headers_only: bool = True) -> Plan:
+def plan(recipe: Recipe | str | Path, *, offline: bool = False, headers_only: bool = True) -> Plan:
     """Opens the inputs' headers and plans every tensor; writes nothing.
 
-    Without ``headers_only`` a Hub repository's weights are downloaded after the plan succeeds. Raises CheckpointError
-    for inputs that do not fit together, with all misfits of a kind at once.
+    ``recipe`` may be the path of its file. Without ``headers_only`` a Hub repository's weights are downloaded after the
+    plan succeeds. Raises CheckpointError for inputs that do not fit together, with all misfits of a kind at once.
     """
+    recipe = as_recipe(recipe)
     check_inputs(recipe, with_texts=False)
     draft = _plan(recipe, offline=offline, headers_only=True)
     checkpoints = [part for model in draft.models.values() for part in (model, model.adapter) if part is not None]

@@ -51,9 +51,10 @@ def json_schema() -> dict[str, Any]:
     }
     methods = sorted({**ENTRIES, **SCORES})
     for holder in (recipe_schema, definitions["Rule"]):
-        method_schema = {"enum": methods, "description": "A method, or a single stage."}
-        holder["properties"]["method"] = _allow_mark(method_schema)
-        holder["properties"]["pipeline"] = {"type": "array", "items": {"$ref": "#/$defs/stage"}}
+        properties = holder["properties"]
+        properties["method"] = _allow_mark({"enum": methods, "description": properties["method"]["description"]})
+        properties["pipeline"] |= {"type": "array", "items": {"$ref": "#/$defs/stage"}}
+        del properties["pipeline"]["anyOf"]
         holder["allOf"] = [
             {
                 "if": {"properties": {"method": {"const": name}}, "required": ["method"]},

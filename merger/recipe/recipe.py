@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
 
 import merger.methods  # noqa: F401 registers every method
+from merger._display import name_list
 from merger.errors import RecipeError, nearest
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
@@ -20,8 +21,6 @@ from merger.recipe.document import Document, KeyPath, key_path, parse, read, val
 from merger.recipe.faults import translate_errors
 from merger.recipe.open_values import marks
 from merger.recipe.sections import (
-    ROW_SOURCES,
-    UNION,
     Calibration,
     Choice,
     Evaluation,
@@ -39,6 +38,7 @@ from merger.recipe.sections import (
 )
 from merger.recipe.short_forms import experts_by_name, spell_out
 from merger.recipe.stages import stages_of
+from merger.recipe.vocabulary_faults import vocabulary_faults
 
 _Expert = Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)]
 _ExpertsByName = Annotated[dict[str, _Expert], Field(min_length=1)]
@@ -48,24 +48,53 @@ _ExpertList = Annotated[list[_Expert], Field(min_length=1)]
 class Recipe(Choice):
     """A merge: inputs, method, rules, output."""
 
-    base: Annotated[Source, BeforeValidator(source_of, json_schema_input_type=str | Source)]
+    base: Annotated[Source, BeforeValidator(source_of, json_schema_input_type=str | Source)] = Field(
+        description="The model that the experts were tuned from."
+    )
     experts: Annotated[
         dict[Annotated[str, AfterValidator(expert_name)], _Expert],
         Field(min_length=1),
         BeforeValidator(experts_by_name, json_schema_input_type=_ExpertsByName | _ExpertList),
-    ]
-    rules: list[Rule] = Field(default_factory=list)
-    missing: Literal["error", "zero"] = "error"
-    extra_rows: Literal["keep", "drop"] = "keep"
-    tokenizer: str | None = None  # base, an expert or union; None: the base, or who added tokens to it
-    tokens: dict[str, TokenRow] = Field(default_factory=dict)
-    calibration: Calibration | None = None
-    evaluation: Evaluation | None = None
-    search: Search | None = None
-    output: Annotated[Output, BeforeValidator(output_of, json_schema_input_type=str | Output)]
-    seed: int = Field(0, ge=0)
+    ] = Field(description="Its fine-tunes by name, in merging order; or a list, where folders give the names.")
+    rules: list[Rule] = Field(
+        default_factory=list, description="Other methods for some tensors; the first rule that matches wins."
+    )
+    missing: Literal["error", "zero"] = Field(
+        "error", description="What a tensor is that an expert lacks: an error, or a difference of zero."
+    )
+    extra_rows: Literal["keep", "drop"] = Field(
+        "keep", description="Whether rows of a vocabulary that not all models have stay in the output."
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="`base`, an expert or `union`, whose tokens the output has; rows are then matched by token. Left "
+        "out, the tokenizer is the base's, or that of an expert that added tokens to it.",
+    )
+    tokens: dict[str, TokenRow] = Field(
+        default_factory=dict, description="By token: one source for its row, in place of the merge."
+    )
+    calibration: Calibration | None = Field(
+        default=None, description="Text of each expert, for methods that look at layer inputs."
+    )
+    evaluation: Evaluation | None = Field(
+        default=None, description="Held-out examples for `merger eval` and `merger search`; decides no byte of a merge."
+    )
+    search: Search | None = Field(
+        default=None, description="How `merger search` finds the values that the recipe leaves open."
+    )
+    output: Annotated[Output, BeforeValidator(output_of, json_schema_input_type=str | Output)] = Field(
+        description="Where the merged checkpoint goes; a path alone is enough."
+    )
+    seed: int = Field(0, ge=0, description="Of methods that draw at random, and of the choice of texts.")
     _document: Document = PrivateAttr(Document("recipe", Path(), {}))
     _overrides: tuple[str, ...] = PrivateAttr(())
+
+    def __repr__(self) -> str:
+        stages = [name for stage in self.stages for name in written(stage)]
+        experts = name_list(list(self.experts))
+        return f"Recipe({' + '.join(stages)} of {experts}; base {self.base.model}, output {self.output.path})"
+
+    __str__ = __repr__
 
     @property
     def folder(self) -> Path:
@@ -147,6 +176,11 @@ class Recipe(Choice):
         yield from self.rules
 
 
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """Returns a recipe unchanged, or reads the file that a path names."""
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+
+
 def _spelled_rule(rule: Rule) -> dict[str, Any]:
     entry = rule.model_dump(mode="json", include={"tensors", "kinds", "use"}, exclude_none=True)
     return entry if rule.use else {**entry, **_spelled_choice(rule)}
@@ -161,7 +195,9 @@ def _spelled_choice(choice: Choice) -> dict[str, Any]:
 
 # --- building: every fault at once ----------------------------------------------------------------
 
-_UNDECIDED = "is left open for `merger search`, which writes a recipe with the best value; or give one with --set"
+_UNDECIDED = (
+    "is left open for `merger search`, which writes a recipe with the best value; or give one with overrides=VALUES"
+)
 
 
 def search_of(document: Document) -> Search:
@@ -183,11 +219,11 @@ def overridden(document: Document, overrides: Iterable[str]) -> Document:
         except ValueError:
             path = ()
         if not equals or not path:
-            raise RecipeError(f"--set {override}: expected key.path=value, with a key that holds a dot in quotes")
+            raise RecipeError(f"overrides='{override}': expected key.path=value, with a key that holds a dot in quotes")
         try:
-            document = document.changed(path, value_of(value, f"--set {key}"))
+            document = document.changed(path, value_of(value, f"overrides='{key}'"))
         except KeyError as missing:
-            raise RecipeError(f"--set {override}: there is no {missing.args[0]} in the list") from None
+            raise RecipeError(f"overrides='{override}': there is no {missing.args[0]} in the list") from None
     return spell_out(document)
 
 
@@ -222,29 +258,7 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
 
 def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Returns the faults between the sections of a well-formed recipe."""
-    return [*_tokenizer_faults(recipe), *_calibration_faults(recipe)]
-
-
-def _tokenizer_faults(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    path: KeyPath = ("output", "tokenizer") if recipe.tokenizer is None else ("tokenizer",)
-    name, experts = recipe.named_tokenizer, list(recipe.experts)
-    if None not in (recipe.tokenizer, recipe.output.tokenizer):
-        yield (
-            ("output", "tokenizer"),
-            "is the older place of `tokenizer`, which is there too; leave it out",
-        )
-    if name not in (None, "base", UNION, *experts):
-        yield path, f"there is no expert {name!r}; {nearest(str(name), ['base', UNION, *experts])}"
-    if name == UNION and UNION in experts:
-        yield path, "means the tokens of all models; give the expert `union` another name"
-    if name == UNION and recipe.extra_rows == "drop":
-        yield ("extra_rows",), "drop leaves out tokens that not all models have, which `tokenizer: union` keeps"
-    if recipe.tokens and name is None:
-        yield ("tokens",), "needs a tokenizer that has these tokens; add `tokenizer: base`, an expert or `union`"
-    for token, row in recipe.tokens.items():
-        if row.source not in (*ROW_SOURCES, *experts):
-            suggestion = nearest(row.source, [*ROW_SOURCES, *experts])
-            yield ("tokens", token, "from"), f"there is no expert {row.source!r}; {suggestion}"
+    return [*vocabulary_faults(recipe), *_calibration_faults(recipe)]
 
 
 def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:

@@ -50,14 +50,16 @@ Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
 class Source(Section):
     """A checkpoint: a folder, or a Hub repository with an optional @revision, and an adapter on top of it."""
 
-    model: Location
-    adapter: Location | None = None
+    model: Location = Field(description="A folder, or a repository of the Hub as org/name or org/name@revision.")
+    adapter: Location | None = Field(
+        default=None, description="A PEFT LoRA adapter on top of the model: a folder or repository."
+    )
 
 
 class Expert(Source):
     """A fine-tune of the base, or an adapter for it."""
 
-    weight: Number = Fraction(1)
+    weight: Number = Field(Fraction(1), description="How much the expert counts, for methods that take weights.")
 
 
 def source_of(value: Any) -> Any:
@@ -86,19 +88,28 @@ ROW_SOURCES = ("base", "mean", "zero")
 class TokenRow(Section):
     """The source of one token's row in the tables of the output."""
 
-    source: str = Field(alias="from")  # base, an expert, mean (of the experts that have the token), or zero
+    source: str = Field(
+        alias="from", description="`base`, an expert, `mean` of the experts that have the token, or `zero`."
+    )
 
 
 class Output(Section):
     """Where the merged checkpoint goes, and in what form."""
 
-    path: Location
-    dtype: DType | None = None  # None: that of each base tensor
-    shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = (
-        5_000_000_000
+    path: Location = Field(description="The folder to write, relative to the recipe; it appears when it is complete.")
+    dtype: DType | None = Field(
+        default=None, description="How numbers are stored; left out, as each tensor of the base is."
     )
-    tokenizer: str | None = None  # the older place of the recipe's `tokenizer`
-    pad_rows_to: Annotated[int, Field(ge=1)] | None = None  # the tables' rows are a multiple of it
+    shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = Field(
+        5_000_000_000, description="The most bytes of a weight file: a number, or as in 5GB or 500MiB."
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="The older place of the recipe's `tokenizer`.",
+    )
+    pad_rows_to: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Rows of zeros make the rows of the vocabulary a multiple of this number."
+    )
 
 
 def output_of(value: Any) -> Any:
@@ -127,9 +138,17 @@ Role = Literal["text", "prompt", "messages", "target", "answer", "choices"]
 class TextSource(Section):
     """Text from one file or Hub dataset: how much of it, and from which columns."""
 
-    file: Location  # relative to the recipe; NAME, NAME:SPLIT or NAME:CONFIG:SPLIT on the Hub
-    samples: Annotated[int, Field(ge=1)] | None = None  # at most; None: its share of the section's own
-    fields: dict[Role, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)  # the column of each role
+    file: Location = Field(
+        description="JSON Lines, JSON, Parquet or text, relative to the recipe; or NAME, NAME:SPLIT or "
+        "NAME:CONFIG:SPLIT on the Hub."
+    )
+    samples: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="The most samples of this source; left out, its share of the section's `samples`."
+    )
+    fields: dict[Role, Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="The columns of text, prompt, messages, target, answer and choices, if called otherwise.",
+    )
 
 
 def _form(value: Any) -> str:
@@ -170,33 +189,56 @@ def text_sources(data: str | TextSource | Sequence[str | TextSource]) -> tuple[T
 class Evaluation(Section):
     """The held-out examples that models are judged by; no byte of a merge depends on them."""
 
-    data: dict[str, TextData] = Field(min_length=1)  # by task; one that is named as an expert is that expert's own
-    samples: int = Field(100, ge=1)  # of each task at most; a search asks for as many of its own beside them
-    max_tokens: int = Field(1024, ge=2)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the forward pass; None: what is fast here
+    data: dict[str, TextData] = Field(
+        min_length=1, description="Text by task; a task with an expert's name is that expert's own."
+    )
+    samples: int = Field(100, ge=1, description="The most examples of a task.")
+    max_tokens: int = Field(1024, ge=2, description="The most tokens of an example.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None,
+        description="Of forward passes; left out, bfloat16 where models are stored so and the device is fast at it.",
+    )
 
 
 class Search(Section):
     """How `merger search` looks for values where the recipe is marked with {search: ...}."""
 
-    strategy: Literal["grid", "two-step", "random", "tpe", "cmaes"] = "grid"
-    trials: Annotated[int, Field(ge=1)] | None = None  # for each variant; None: the whole grid
-    objective: str = "kept"  # kept, worst, mean, loss, or a task
-    samples: int = Field(32, ge=1)  # of each task, none of which the report is made on
-    seed: int = Field(0, ge=0)
-    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)  # keys of the recipe that each sets, by name
+    strategy: Literal["grid", "two-step", "random", "tpe", "cmaes"] = Field(
+        "grid", description="How the next values are chosen."
+    )
+    trials: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="How many merges of a variant are judged; left out, the complete grid."
+    )
+    objective: str = Field(
+        "kept", description="What decides which merge is best: `kept`, `worst`, `mean`, `loss`, or a task."
+    )
+    samples: int = Field(32, ge=1, description="Examples of a task that trials are judged by; the report uses others.")
+    seed: int = Field(0, ge=0, description="Of the strategy's random choices.")
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="By a name, the keys of the recipe that this variant sets."
+    )
 
 
 class Calibration(Section):
     """The text that goes through the experts, or the statistics that came out of it earlier."""
 
-    data: TextDataOfAll | None = None
-    stats: dict[str, Location] = Field(default_factory=dict)
-    samples: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] = 100
-    max_tokens: int = Field(2048, ge=1)
-    weighting: Literal["token", "sample"] = "token"
-    skip_first_tokens: int = Field(0, ge=0)
-    calib_text: Literal["input", "input+target"] = "input"
+    data: TextDataOfAll | None = Field(
+        default=None, description="Text of each expert by its name, or one text for all."
+    )
+    stats: dict[str, Location] = Field(
+        default_factory=dict, description="By expert, statistics that `merger calibrate --to` made, in place of text."
+    )
+    samples: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] = Field(
+        100, description="The number of texts of an expert; a map gives each expert its own."
+    )
+    max_tokens: int = Field(2048, ge=1, description="The most tokens of a text.")
+    weighting: Literal["token", "sample"] = Field(
+        "token", description="Whether every token counts alike, or every sample however long."
+    )
+    skip_first_tokens: int = Field(0, ge=0, description="Tokens at the start of a text that are not counted.")
+    calib_text: Literal["input", "input+target"] = Field(
+        "input", description="Whether the reply of a record goes through the model too."
+    )
 
     def sources(self, expert: str) -> tuple[TextSource, ...]:
         """The sources of an expert's text; none where it has no text."""
@@ -235,9 +277,13 @@ def _pattern(text: str) -> str:
 class Choice(Section):
     """A method with its parameters, or a pipeline of stages."""
 
-    method: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    pipeline: list[str | dict[str, Any]] | None = None
+    method: str | None = Field(default=None, description="A method or a single stage; or else give a pipeline.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Those of the method; `merger methods NAME` lists them."
+    )
+    pipeline: list[str | dict[str, Any]] | None = Field(
+        default=None, description="Stages in order: names, or {stage: {parameter: value}}."
+    )
     _stages: tuple[Stage, ...] = PrivateAttr(())
 
     @property
@@ -249,9 +295,11 @@ class Choice(Section):
 class Rule(Choice):
     """What happens to the tensors whose name or kind it matches; the first rule that matches wins."""
 
-    tensors: Annotated[str, AfterValidator(_pattern)] | None = None  # a regular expression, found anywhere in the name
-    kinds: list[Kind] | None = None
-    use: str | None = None  # `base` or an expert: copied, not merged
+    tensors: Annotated[str, AfterValidator(_pattern)] | None = Field(
+        default=None, description="A regular expression that is found anywhere in a tensor's name."
+    )
+    kinds: list[Kind] | None = Field(default=None, description="Kinds of tensors that the rule is about.")
+    use: str | None = Field(default=None, description="`base` or an expert: its tensor is copied, nothing is merged.")
 
     @model_validator(mode="after")
     def _says_what_it_is_about(self) -> Rule:

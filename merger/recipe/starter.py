@@ -45,7 +45,7 @@ def starter_recipe(base: str, experts: Sequence[str], texts: Sequence[str], file
     for location, kind in dict.fromkeys(inputs):
         if fault := location_fault(location, kind):
             is_text = kind is FOLDER and location_path(location).is_file()
-            faults.append(f"{fault}; a text is given as --data NAME={location}" if is_text else fault)
+            faults.append(f"{fault}; a text is given as data='NAME={location}'" if is_text else fault)
         elif not kind.is_here(location_path(location)):
             notes.append(f"{location}: there is no such {kind.noun} here, so it is taken for {kind.remote} of the Hub")
     adapters = _adapters(base, models, faults)
@@ -96,18 +96,18 @@ def _named_texts(arguments: Sequence[str], experts: Mapping[str, str], faults: l
     for argument in arguments:
         name, equals, file = argument.partition("=")
         if not equals:
-            faults.append(f"--data {argument}: expected NAME=FILE, as in --data {next(iter(experts))}={argument}")
+            faults.append(f"data='{argument}': expected NAME=FILE, as in data='{next(iter(experts))}={argument}'")
             continue
         if name not in experts:
-            faults.append(f"--data {argument}: there is no expert {name!r}; {nearest(name, experts)}")
+            faults.append(f"data='{argument}': there is no expert {name!r}; {nearest(name, experts)}")
             name = next(iter(difflib.get_close_matches(name, experts, n=1)), name)
         if name in files:
-            faults.append(f"--data {argument}: the text of {name} is {files[name]} already")
+            faults.append(f"data='{argument}': the text of {name} is {files[name]} already")
         files.setdefault(name, file)
     without_text = [name for name in experts if name not in files]
     if files and without_text:
-        options = " ".join(f"--data {name}=FILE" for name in without_text)
-        faults.append(f"--data: no text for {', '.join(without_text)}; add {options}, or leave all texts out")
+        options = " ".join(f"data='{name}=FILE'" for name in without_text)
+        faults.append(f"data=FILES: no text for {', '.join(without_text)}; add {options}, or leave all texts out")
     return files
 
 

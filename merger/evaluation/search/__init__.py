@@ -57,7 +57,7 @@ class SearchResult:
 
 
 def search(
-    path: Path,
+    path: str | Path,
     overrides: Sequence[str] = (),
     options: RunOptions = RunOptions(),
     *,
@@ -72,6 +72,7 @@ def search(
     """
     from merger.evaluation.model_host import ModelHost
 
+    path = Path(path)
     document = overridden(read(path), overrides)
     settings = search_of(document)
     variants = spaces(document, settings.variants, overrides)

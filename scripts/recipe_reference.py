@@ -1,0 +1,115 @@
+"""Writes the tables of a recipe's keys in docs/recipe-reference.md from the models that check recipes.
+
+python scripts/recipe_reference.py            # rewrites the tables
+python scripts/recipe_reference.py --check    # exits with 1 if they differ
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from merger.recipe.json_schema import json_schema
+from merger.recipe.recipe import Recipe
+from merger.recipe.sections import Calibration, Evaluation, Expert, Output, Rule, Search, Section, TextSource, TokenRow
+
+DOCS = Path(__file__).parents[1] / "docs" / "recipe-reference.md"
+BEGIN, END = "<!-- keys: written by scripts/recipe_reference.py -->\n", "<!-- end of keys -->\n"
+SECTIONS: dict[str, tuple[type[Section], str]] = {
+    "The recipe": (Recipe, ""),
+    "`base`, and each of `experts`": (Expert, "A location alone is `{model: LOCATION}`. The base has no weight."),
+    "`output`": (Output, "A path alone is `{path: PATH}`."),
+    "Each of `tokens`": (TokenRow, "[Tokenizers](vocabulary.md) says where a row comes from otherwise."),
+    "Each of `rules`": (Rule, "Give `tensors` or `kinds`, or both; and `use`, a method or a pipeline."),
+    "`calibration`": (Calibration, "[Calibration text](calibration.md) has an example of each key."),
+    "A source of text": (
+        TextSource,
+        "In `calibration.data` and `evaluation.data`. A location alone is `{file: LOCATION}`.",
+    ),
+    "`evaluation`": (Evaluation, "[Did it work](evaluation.md) says what is measured."),
+    "`search`": (Search, "[Did it work](evaluation.md#search) says what the strategies do."),
+}
+REFERENCES = {
+    "Calibration": "`calibration`",
+    "Evaluation": "`evaluation`",
+    "Search": "`search`",
+    "Output": "an output",
+    "Rule": "rules",
+    "Source": "a model",
+    "Expert": "an expert",
+    "TextSource": "a source of text",
+    "TokenRow": "its source",
+}
+
+
+def tables() -> str:
+    schema = json_schema()
+    properties = {name: definition.get("properties", {}) for name, definition in schema["$defs"].items()}
+    properties["Recipe"] = schema["properties"]
+    parts = []
+    for heading, (model, remark) in SECTIONS.items():
+        keys = sorted(
+            (field.alias or name for name, field in model.model_fields.items()),
+            key=lambda key: key not in required(model),
+        )
+        rows = [row(key, key in required(model), properties[model.__name__][key]) for key in keys]
+        lines = [f"### {heading}", "", *([remark, ""] if remark else []), "| key | value | default | |"]
+        lines.append("|---|---|---|---|")
+        parts.append("\n".join([*lines, *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def required(model: type[Section]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items() if field.is_required()}
+
+
+def row(key: str, is_required: bool, schema: dict[str, Any]) -> str:
+    cells = [f"`{key}`", value_text(schema), default_text(is_required, schema), description(key, schema)]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def description(key: str, schema: dict[str, Any]) -> str:
+    if "description" not in schema:
+        sys.exit(f"{key} has no description in merger/recipe")
+    return str(schema["description"])
+
+
+def default_text(is_required: bool, schema: dict[str, Any]) -> str:
+    default = schema.get("default")
+    if is_required:
+        return "required"
+    return "" if default is None else f"`{default}`"
+
+
+def value_text(schema: dict[str, Any], joint: str = ", or ") -> str:
+    """What may be written as a value, in words; ``joint`` stands between alternatives."""
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            options = [value_text(option, joint) for option in schema[keyword] if option.get("type") != "null"]
+            return joint.join(dict.fromkeys(option for option in options if option))
+    if "$ref" in schema:
+        return REFERENCES.get(schema["$ref"].rpartition("/")[2], "")
+    if "enum" in schema:
+        return "any method" if len(schema["enum"]) > 20 else ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {value_text(schema['items'], ' / ') or 'stages'}"
+    if schema.get("type") == "object":
+        entries = schema.get("additionalProperties")
+        kinds = value_text(entries, " / ") if isinstance(entries, dict) else ""
+        return f"map to {kinds}" if kinds else "map"
+    names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "yes or no"}
+    least = f" from {schema['minimum']}" if "minimum" in schema else ""
+    return names.get(schema.get("type", ""), "") + least
+
+
+def main() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    head, _, tail = text.partition(BEGIN)
+    _, _, foot = tail.partition(END)
+    page = f"{head}{BEGIN}{tables()}{END}{foot}"
+    if "--check" not in sys.argv[1:]:
+        DOCS.write_text(page, encoding="utf-8")
+    elif page != text:
+        sys.exit(f"{DOCS} differs from merger/recipe; run python scripts/{Path(__file__).name}")
+
+
+main()
