@@ -18,6 +18,7 @@ from merger.calibration.statistics import expert_blocks, expert_samples
 from merger.checkpoint.cache import cache_folder
 from merger.options import RunOptions
 from merger.planning.plan import Plan, TensorPlan
+from merger.planning.row_map import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,23 +41,21 @@ class PartlyMergedModel:
         self._expert = expert
 
     def read(self, name: str) -> Tensor:
-        """Returns a whole tensor in the expert's own shape.
+        """Returns a whole tensor in the expert's own shape and by its own token ids.
 
-        Rows of its vocabulary that were dropped, or that are another token in the output, stay its own.
+        Rows of tokens that the output lacks stay the expert's.
         """
         tensor = self._tensors.get(name)
         merged = self._merged(name if tensor is None else tensor.name)
         if merged is None:
             return self._model.read(name)
-        foreign = [rows for rows in (tensor.extra if tensor else ()) if self._expert not in rows.models]
-        if merged.shape == self._model.tensors[name].shape and not foreign:
+        row_map = None if tensor is None else tensor.row_maps.get(self._expert)
+        if merged.shape == self._model.tensors[name].shape and row_map is None:
             return merged
-        expert_values = self._model.read(name).to(merged.dtype)
-        values = expert_values.clone()
-        common = min(len(expert_values), len(merged))
-        values[:common] = merged[:common]
-        for rows in foreign:
-            values[rows.start : rows.stop] = expert_values[rows.start : rows.stop]
+        values = self._model.read(name).to(merged.dtype, copy=True)
+        runs = [Run(0, min(len(values), len(merged)), 0)] if row_map is None else row_map.runs
+        for run in runs:
+            values[run.first : run.last] = merged[run.start : run.stop]
         return values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
 from merger.planning.packed import Packed
+from merger.planning.row_map import RowMap
 from merger.recipe.recipe import Recipe
 
 
@@ -43,11 +44,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ExtraRows:
-    """Rows that are not the same token in all models, or that not all models have: the mean of ``models``."""
+    """Rows that are not merged, because models lack their token or the recipe says so: the mean of ``models``."""
 
     start: int
     stop: int
-    models: tuple[str, ...]
+    models: tuple[str, ...]  # none: the rows are zero
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class TensorPlan:
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
     parts: tuple[Part, ...] = ()
     extra: tuple[ExtraRows, ...] = ()
+    row_maps: Mapping[str, RowMap] = field(default_factory=dict)  # of the models whose rows have other numbers, or gaps
     tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
 
     @property

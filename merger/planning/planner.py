@@ -24,14 +24,14 @@ from merger.planning.differences import config_differences, summarize_misfits, t
 from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
 from merger.planning.output_names import matching_rule, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
-from merger.planning.plan import ExtraRows, Plan, TensorPlan
+from merger.planning.plan import Plan, TensorPlan
 from merger.planning.shared_tensors import SharedTensors
 from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
 from merger.planning.stage_notes import stage_notes
-from merger.planning.tables import vocabulary_tables
+from merger.planning.tables import describe_unpackable, source_faults, table_rows, vocabulary_tables
 from merger.planning.tokenizer_choice import choose_tokenizer
-from merger.planning.vocabulary import Table, Vocabulary, describe_rows
+from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
 from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe, as_recipe
 
@@ -110,7 +110,7 @@ class _Planner:
         self.faults = self.output.faults
         self.notes = [remark for model in models.values() for remark in model.remarks]
         self.tokenizers = open_tokenizers({label: tokenizer_folder(model) for label, model in models.items()})
-        self.tables: dict[str, Table] = {}  # the output's tensors with a row for each token
+        self.tables: dict[str, TableRows] = {}  # the rows of the output's tensors with a row for each token
         self.vocabulary = Vocabulary("base")
         self.unoriented: dict[str, list[str]] = {}  # packed experts of which a stage must know more than shapes show
         # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
@@ -150,21 +150,27 @@ class _Planner:
                 *stage_notes(tensors),
                 *self._aliased_orders(names),
                 *config_differences(self.models),
-                *tokenizer_differences(self.tokenizers, tokenizer_label),
+                *tokenizer_differences(self.tokenizers, tokenizer_label, self.vocabulary.added),
                 *uncopied_notes(base.directory, tokenizer.folder),
             ),
             config=config,
             tokenizer=tokenizer_label,
-            side_files=plan_side_files(base, model, tokenizer, config),
+            side_files=plan_side_files(base, model, tokenizer, config, self.vocabulary.flags),
         )
 
     def _choose_tokenizer(self, names: Iterable[str]) -> None:
         """Decides the tokens of the output's rows before any tensor is planned."""
-        self.tables = vocabulary_tables(self.recipe, names, self.kinds, self.shared)
-        requested, drop = self.recipe.output.tokenizer, self.recipe.extra_rows == "drop"
-        tables = list(self.tables.values())
-        self.vocabulary, faults = choose_tokenizer(self.tokenizers, tables, requested=requested, drop=drop)
-        self.faults += faults
+        tables = vocabulary_tables(self.recipe, names, self.kinds, self.shared)
+        drop, multiple = self.recipe.extra_rows == "drop", self.recipe.output.pad_rows_to or 1
+        self.vocabulary, faults = choose_tokenizer(
+            self.tokenizers,
+            list(tables.values()),
+            requested=self.recipe.named_tokenizer,
+            drop=drop,
+            sources={token: row.source for token, row in self.recipe.tokens.items()},
+        )
+        self.faults += faults or source_faults(self.recipe, self.vocabulary)
+        self.tables = table_rows(tables, self.vocabulary, drop=drop, multiple=multiple)
 
     def kinds_of(self, name: str) -> TensorKinds:
         """The kinds of the first model that holds the tensor."""
@@ -185,25 +191,24 @@ class _Planner:
         if self._refuse_missing(name, reads):
             return None
         infos = {label: self.models[label].tensors[read] for label, read in reads.items() if read is not None}
-        shapes = self._shapes(name, infos)
-        if shapes is None:
+        if self._refuse_shapes(name, infos):
             return None
-        shape, common, extra = shapes
+        shape = infos["base"].shape
+        rows = self.tables.get(name) or TableRows.of(shape)
+        self._note_rows(name, rows, infos)
         group = 0 if rule is None else self.recipe.rules.index(rule) + 1
         unit = kinds.unit(name)
         place = self._place(name, unit, kinds, number % self.turns[group])
         stages = self._stages(group, kind, unit, place)
-        if extra and stages[-1].entry.packing is not None:
-            pack, labels = stages[-1].entry.name, " and ".join(extra[-1].models)
-            remedy = "set extra_rows: drop" if extra[0].start >= common[0] else f"add a rule that uses {labels} for it"
-            self.faults.append(f"{name}: {pack} cannot hold rows that only {labels} has; {remedy}")
+        if stages[-1].entry.packing is not None and not rows.is_plain:
+            self.faults.append(describe_unpackable(name, stages[-1].entry.name, rows))
             return None
         axis = kinds.input_axis(name)
         if axis is None and (stage := needs_input_axis(stages)) is not None:
             self.unoriented.setdefault(stage, []).append(name)
         return TensorPlan(
             name=name,
-            info=Info(self._output_dtype(infos["base"]), shape),
+            info=Info(self._output_dtype(infos["base"]), rows.shape(shape)),
             kind=kind,
             unit=unit,
             place=place,
@@ -211,8 +216,9 @@ class _Planner:
             stages=stages,
             source="base",
             reads=reads,
-            parts=parts_of(name, kind, common, axis, stages),
-            extra=extra,
+            parts=parts_of(name, kind, rows.merged_shape(shape), axis, stages),
+            extra=rows.extra,
+            row_maps=rows.row_maps,
         )
 
     def _place(self, name: str, unit: str, kinds: TensorKinds, linear: int) -> Place:
@@ -237,6 +243,7 @@ class _Planner:
             self.faults.append(f"{source}: has no {name}, which a rule takes from it")
             return None
         info = self.models[source].tensors[read]
+        rows = self.tables.get(name) or TableRows.of(info.shape)
         # an expert's buffer is read only to tell whether it differs
         needed = {
             label: stored_name
@@ -245,7 +252,7 @@ class _Planner:
         }
         return TensorPlan(
             name=name,
-            info=Info(self._output_dtype(info), info.shape),
+            info=Info(self._output_dtype(info), rows.shape(info.shape)),
             kind=kind,
             unit=self.kinds_of(name).unit(name),
             place=Place(()),
@@ -254,6 +261,7 @@ class _Planner:
             source=source,
             reads=needed,
             parts=parts_of(name, "copied", info.shape, COLUMNS, ()),
+            extra=rows.extra,
         )
 
     def _output_dtype(self, info: Info) -> str:
@@ -273,39 +281,33 @@ class _Planner:
         ]
         return bool(missing)
 
-    def _shapes(
-        self, name: str, infos: Mapping[str, Info]
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[ExtraRows, ...]] | None:
-        """Returns the output's shape, the shape that all models share, and rows beyond it.
-
-        Returns None after it has added a fault for every expert whose dtype or shape does not fit the base's.
-        """
+    def _refuse_shapes(self, name: str, infos: Mapping[str, Info]) -> bool:
+        """Adds a fault for every expert whose dtype or shape does not fit the base's; returns whether any did."""
         base = infos["base"].shape
         if name not in self.tables and all(info.is_float and info.shape == base for info in infos.values()):
-            return base, base, ()
-        shapes = {label: info.shape for label, info in infos.items()}
-        integer_labels = [label for label, info in infos.items() if not info.is_float]
+            return False
         remedy = "name it in a rule {tensors: ..., use: base}"
+        integer_labels = [label for label, info in infos.items() if not info.is_float]
         if integer_labels:
             self.faults += [
                 f"{label}: {name} holds {infos[label].dtype}, but {infos['base'].dtype} in base; {remedy}"
                 for label in integer_labels
             ]
-            return None
-        if name not in self.tables or len({shape[1:] for shape in shapes.values()}) > 1:
-            self.faults += [
-                f"{label}: {name} is {list(shape)}, but {list(base)} in base; {remedy}"
-                for label, shape in shapes.items()
-                if shape != base
-            ]
-            return None
-        rows, drop = {label: shape[0] for label, shape in shapes.items()}, self.recipe.extra_rows == "drop"
-        common, longest = min(rows.values()), max(rows.values())
-        extra = self.vocabulary.extra_rows(rows, drop=drop)
-        if drop and common < longest:
-            self.notes.append(f"{name}: rows from {common} on are dropped (extra_rows: drop)")
-        self.notes += describe_rows(name, extra)
-        return (common if drop else longest, *base[1:]), (common, *base[1:]), extra
+            return True
+        misfits = [label for label, info in infos.items() if info.shape != base]
+        if name in self.tables and len({info.shape[1:] for info in infos.values()}) == 1:
+            return False
+        self.faults += [
+            f"{label}: {name} is {list(infos[label].shape)}, but {list(base)} in base; {remedy}" for label in misfits
+        ]
+        return True
+
+    def _note_rows(self, name: str, rows: TableRows, infos: Mapping[str, Info]) -> None:
+        """Notes the rows of a table that are dropped or not merged."""
+        if name in self.tables:
+            if self.recipe.extra_rows == "drop" and rows.merged < max(info.shape[0] for info in infos.values()):
+                self.notes.append(f"{name}: rows from {rows.merged} on are dropped (extra_rows: drop)")
+            self.notes += describe_rows(name, rows.extra)
 
     # --- the whole ---
 
