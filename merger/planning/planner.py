@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.side_files import uncopied_notes
-from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
+from merger.checkpoint.tensor_info import ITEM_SIZE, SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds, text_config
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError, RecipeError
@@ -35,6 +35,7 @@ from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
 from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe, as_recipe
 
+_NO_DIGITS = str.maketrans("", "", "0123456789")
 FAULTS = 20
 """The most faults of a plan that are shown."""
 
@@ -117,6 +118,7 @@ class _Planner:
         self.turns = [linear_turns(choice.stages, len(recipe.experts)) for choice in recipe.choices()]
         self.places: dict[tuple[str, int], Place] = {}
         self.bound: dict[tuple[int, str, str, int], tuple[Bound, ...]] = {}
+        self.examples: dict[Hashable, TensorPlan] = {}
 
     def plan(self) -> Plan:
         names = sorted(self.output.names, key=natural)
@@ -128,7 +130,7 @@ class _Planner:
         self._choose_tokenizer(name for name in names if name not in originals)
         planned: dict[str, TensorPlan] = {}
         for name in names:
-            if name not in originals and (tensor := self._tensor(name, numbers.get(name, 0))) is not None:
+            if name not in originals and (tensor := self._planned(name, numbers.get(name, 0))) is not None:
                 planned[name] = tensor
         self.faults += [describe_unknown_axes(names, stage) for stage, names in self.unoriented.items()]
         if self.faults:
@@ -179,6 +181,27 @@ class _Planner:
 
     # --- one tensor ---
 
+    def _planned(self, name: str, number: int) -> TensorPlan | None:
+        """The plan of a tensor, after that of its like: the same matrix of another expert of a mixture, for example."""
+        key = None if self.recipe.rules or number else self._likeness(name)
+        if key in self.examples:
+            return self.examples[key].renamed(name)
+        tensor = self._tensor(name, number)
+        if key is not None and tensor is not None:
+            self.examples[key] = tensor
+        return tensor
+
+    def _likeness(self, name: str) -> Hashable:
+        """What decides the plan of a plain matrix in a block: its block, name without numbers, dtypes and shapes."""
+        kinds = self.kinds["base"]
+        unit = kinds.unit(name)
+        if unit == name or kinds.conv1d or name in self.tables or self.shared.is_shared(name):
+            return None
+        infos = [info for kinds in self.kinds.values() if (info := kinds.tensors.get(name)) is not None]
+        if len(infos) < len(self.kinds) or len(infos[0].shape) != 2:
+            return None
+        return unit, name[len(unit) :].translate(_NO_DIGITS), *[(info.dtype, info.shape) for info in infos]
+
     def _tensor(self, name: str, number: int) -> TensorPlan | None:
         kinds = self.kinds_of(name)
         kind = kinds.kind(name)
@@ -216,6 +239,7 @@ class _Planner:
             stages=stages,
             source="base",
             reads=reads,
+            item_bytes=sum(ITEM_SIZE[info.dtype] for info in infos.values()),
             parts=parts_of(name, kind, rows.merged_shape(shape), axis, stages),
             extra=rows.extra,
             row_maps=rows.row_maps,
@@ -260,9 +284,13 @@ class _Planner:
             stages=(),
             source=source,
             reads=needed,
+            item_bytes=sum(self._item_size(label, stored) for label, stored in needed.items() if stored),
             parts=parts_of(name, "copied", info.shape, COLUMNS, ()),
             extra=rows.extra,
         )
+
+    def _item_size(self, label: str, stored: str) -> int:
+        return ITEM_SIZE[self.models[label].tensors[stored].dtype]
 
     def _output_dtype(self, info: Info) -> str:
         """The dtype in which a tensor of an input is written."""
