@@ -14,7 +14,7 @@ from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.side_files import uncopied_notes
 from merger.checkpoint.tensor_info import ITEM_SIZE, SAFETENSORS_NAMES, Info
-from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds, text_config
+from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
@@ -22,6 +22,7 @@ from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
 from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
+from merger.planning.output_config import with_size
 from merger.planning.output_names import matching_rule, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
 from merger.planning.plan import Plan, TensorPlan
@@ -30,6 +31,7 @@ from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
 from merger.planning.stage_notes import stage_notes
 from merger.planning.tables import describe_unpackable, source_faults, table_rows, vocabulary_tables
+from merger.planning.tensor_faults import missing_faults, shape_faults
 from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
 from merger.recipe.input_locations import check_inputs
@@ -211,10 +213,12 @@ class _Planner:
         reads = self.shared.stored_names(name)
         if copied:
             return self._copy(name, kind, source, reads)
-        if self._refuse_missing(name, reads):
+        if faults := missing_faults(name, reads, zero=self.recipe.missing == "zero"):
+            self.faults += faults
             return None
         infos = {label: self.models[label].tensors[read] for label, read in reads.items() if read is not None}
-        if self._refuse_shapes(name, infos):
+        if faults := shape_faults(name, infos, is_table=name in self.tables):
+            self.faults += faults
             return None
         shape = infos["base"].shape
         rows = self.tables.get(name) or TableRows.of(shape)
@@ -297,39 +301,6 @@ class _Planner:
         dtype = self.recipe.output.dtype
         return SAFETENSORS_NAMES[dtype] if dtype and info.is_float else info.dtype
 
-    def _refuse_missing(self, name: str, reads: Mapping[str, str | None]) -> bool:
-        """Adds a fault for every model that lacks a tensor, unless zero may stand for it; returns whether any did."""
-        missing = [label for label, read in reads.items() if read is None]
-        if "base" not in missing and self.recipe.missing == "zero":
-            return False
-        self.faults += [
-            f"{label}: has no {name}; set `missing: zero` to leave such tensors at the base, "
-            f"or name them in a rule {{tensors: ..., use: base}}"
-            for label in missing
-        ]
-        return bool(missing)
-
-    def _refuse_shapes(self, name: str, infos: Mapping[str, Info]) -> bool:
-        """Adds a fault for every expert whose dtype or shape does not fit the base's; returns whether any did."""
-        base = infos["base"].shape
-        if name not in self.tables and all(info.is_float and info.shape == base for info in infos.values()):
-            return False
-        remedy = "name it in a rule {tensors: ..., use: base}"
-        integer_labels = [label for label, info in infos.items() if not info.is_float]
-        if integer_labels:
-            self.faults += [
-                f"{label}: {name} holds {infos[label].dtype}, but {infos['base'].dtype} in base; {remedy}"
-                for label in integer_labels
-            ]
-            return True
-        misfits = [label for label, info in infos.items() if info.shape != base]
-        if name in self.tables and len({info.shape[1:] for info in infos.values()}) == 1:
-            return False
-        self.faults += [
-            f"{label}: {name} is {list(infos[label].shape)}, but {list(base)} in base; {remedy}" for label in misfits
-        ]
-        return True
-
     def _note_rows(self, name: str, rows: TableRows, infos: Mapping[str, Info]) -> None:
         """Notes the rows of a table that are dropped or not merged."""
         if name in self.tables:
@@ -354,30 +325,16 @@ class _Planner:
         turns = dict.fromkeys(turn for turn in self.turns if turn > 1)
         return [note for turn in turns for note in describe_aliasing(names, self.kinds_of, turn)]
 
-    def _config(self, tensors: list[TensorPlan], own_head: str | None) -> dict[str, Any]:
+    def _config(self, tensors: Iterable[TensorPlan], own_head: str | None) -> dict[str, Any]:
         """Returns the base's config, adjusted to the tensors: dtype, tied head, rows of the vocabulary."""
-        config = self.shared.config(own_head)
-        inner = dict(text_config(config)) if text_config(config) is not config else config
-        by_name = {tensor.name: tensor for tensor in tensors}
-        embedding = by_name.get(self.kinds["base"].embedding or "")
-        if embedding is not None and "vocab_size" in inner and embedding.info.shape[0] != self._base_rows():
-            inner["vocab_size"] = embedding.info.shape[0]
-        if self.recipe.output.dtype:
-            for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
-                config[key] = self.recipe.output.dtype
-        if inner is not config:
-            config["text_config"] = inner
-        tokenizer_label = self.vocabulary.tokenizer
-        if tokenizer_label != "base":
-            config = with_special_ids(
-                config, special_ids(self.tokenizers[tokenizer_label], self.models[tokenizer_label].config)
-            )
-        return config
-
-    def _base_rows(self) -> int:
-        """The number of rows of the base's embedding; 0 if it has none."""
-        kinds = self.kinds["base"]
-        return kinds.tensors[kinds.embedding].shape[0] if kinds.embedding else 0
+        kinds, label = self.kinds["base"], self.vocabulary.tokenizer
+        rows = next((tensor.info.shape[0] for tensor in tensors if tensor.name == kinds.embedding), None)
+        if kinds.embedding is not None and rows == kinds.tensors[kinds.embedding].shape[0]:
+            rows = None
+        config = with_size(self.shared.config(own_head), dtype=self.recipe.output.dtype, rows=rows)
+        if label == "base":
+            return config
+        return with_special_ids(config, special_ids(self.tokenizers[label], self.models[label].config))
 
 
 def _bind(stages: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:
