@@ -369,5 +369,6 @@ def test_without_a_terminal_a_long_merge_prints_a_line_of_progress_now_and_then(
     size = r"[\d.]+ (B|kB|MB)"
     assert re.fullmatch(rf"(merging: \d+% of {size}\n)+", ran.err)
     shares = [int(share) for share in re.findall(r"(\d+)%", ran.err)]
-    assert shares == sorted(shares) and shares[-1] == 100
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
     assert merger("run", "recipe.yaml", "--force", "--quiet").err == ""
