@@ -481,6 +481,13 @@ def test_learning_block_by_block_is_that_on_whole_models(place):
         assert (values - expected[name]).norm() <= 1e-4 * learned.norm(), name
 
 
+def test_learning_is_in_float32_where_models_run_in_another_dtype(place, monkeypatch):
+    merger.merge(recipe(place, "distill", parameters=LEARNED, dtype="float32"))
+    monkeypatch.setattr("merger.calibration.observed_model.default_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    merger.merge(recipe(place, "distill", output="again", parameters=LEARNED, dtype="float32"))
+    assert weights(place) == weights(place, "again")
+
+
 def test_learning_may_start_from_a_regression_of_the_same_block(place):
     parameters = {"anchor": "featcal", "steps": 1, "rate": "1/100000000"}
     merger.merge(recipe(place, "distill", parameters=parameters, dtype="float32"))

@@ -21,6 +21,7 @@ from merger.planning.plan import Plan, TensorPlan
 from merger.planning.row_map import Run
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from merger.calibration.paired_blocks import Pair
@@ -166,8 +167,9 @@ def pair_with_expert(
     drafts: Drafts,
     *,
     gram: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> AbstractContextManager[Pair]:
-    """The merge in progress and an expert, both on the expert's text."""
+    """The merge in progress and an expert, both on the expert's text; see `open_pair`."""
     from merger.calibration.paired_blocks import open_pair  # it imports torch
 
     return open_pair(
@@ -179,6 +181,7 @@ def pair_with_expert(
         options,
         hidden_memory=hidden_memory,
         gram=gram,
+        dtype=dtype,
     )
 
 

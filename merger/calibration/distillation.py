@@ -74,7 +74,7 @@ def distilled(
             key, samples = expert_samples(plan, name, options)
             text = batches(samples.tokens, BATCH)
             arguments = plan, name, text, key.settings, options, memory, drafts
-            pairs[name] = stack.enter_context(pair_with_expert(*arguments, gram=gram))
+            pairs[name] = stack.enter_context(pair_with_expert(*arguments, gram=gram, dtype=torch.float32))
         streams = {
             name: check_blocks(plan, name, pair.blocks(partial(options.progress, f"calibrating {name}")))
             for name, pair in pairs.items()
