@@ -10,7 +10,7 @@ from typing import Any
 
 from merger.recipe.json_schema import json_schema
 from merger.recipe.recipe import Recipe
-from merger.recipe.sections import Calibration, Evaluation, Expert, Output, Rule, Search, Section, TextSource
+from merger.recipe.sections import Calibration, Evaluation, Expert, Output, Rule, Search, Section, TextSource, TokenRow
 
 DOCS = Path(__file__).parents[1] / "docs" / "recipe-reference.md"
 BEGIN, END = "<!-- keys: written by scripts/recipe_reference.py -->\n", "<!-- end of keys -->\n"
@@ -18,6 +18,7 @@ SECTIONS: dict[str, tuple[type[Section], str]] = {
     "The recipe": (Recipe, ""),
     "`base`, and each of `experts`": (Expert, "A location alone is `{model: LOCATION}`. The base has no weight."),
     "`output`": (Output, "A path alone is `{path: PATH}`."),
+    "Each of `tokens`": (TokenRow, "[Tokenizers](vocabulary.md) says where a row comes from otherwise."),
     "Each of `rules`": (Rule, "Give `tensors` or `kinds`, or both; and `use`, a method or a pipeline."),
     "`calibration`": (Calibration, "[Calibration text](calibration.md) has an example of each key."),
     "A source of text": (
@@ -36,6 +37,7 @@ REFERENCES = {
     "Source": "a model",
     "Expert": "an expert",
     "TextSource": "a source of text",
+    "TokenRow": "its source",
 }
 
 
@@ -45,7 +47,10 @@ def tables() -> str:
     properties["Recipe"] = schema["properties"]
     parts = []
     for heading, (model, remark) in SECTIONS.items():
-        keys = sorted(model.model_fields, key=lambda key: key not in required(model))
+        keys = sorted(
+            (field.alias or name for name, field in model.model_fields.items()),
+            key=lambda key: key not in required(model),
+        )
         rows = [row(key, key in required(model), properties[model.__name__][key]) for key in keys]
         lines = [f"### {heading}", "", *([remark, ""] if remark else []), "| key | value | default | |"]
         lines.append("|---|---|---|---|")
@@ -54,7 +59,7 @@ def tables() -> str:
 
 
 def required(model: type[Section]) -> set[str]:
-    return {name for name, field in model.model_fields.items() if field.is_required()}
+    return {field.alias or name for name, field in model.model_fields.items() if field.is_required()}
 
 
 def row(key: str, is_required: bool, schema: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ class Row:
 
 ROWS: dict[str, list[Row]] = {
     "Defaults, with 20 texts of each expert where a method takes text": [
+        Row("distill", "distill"),
         Row("featcal", "featcal"),
         Row("wudi_svc", "wudi_svc"),
         Row("regmean", "regmean"),
@@ -62,7 +63,6 @@ ROWS: dict[str, list[Row]] = {
         Row("french and wordnet", "featcal", experts=("french", "wordnet")),
     ],
     "Learning block by block, 20 texts": [
-        Row("distill", "distill"),
         Row("distill, anchor: featcal", "distill", {"anchor": "featcal"}),
         Row("distill, steps: 90", "distill", {"steps": 90}),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import load
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import merger
@@ -183,20 +184,23 @@ def test_activations_that_are_not_numbers_are_an_error_before_anything_is_writte
 
 
 def test_text_is_split_by_the_experts_tokenizer_whatever_the_output_gets(place):
+    """Two letters of one expert trade their ids, in its tokenizer and in its table: the merge stays what it was."""
+    merger.merge(recipe(place, output="before"))
     file = place / "models" / "shift" / "tokenizer.json"
     document = json.loads(file.read_text())
     vocabulary = document["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    a, b = vocabulary["a"], vocabulary["b"]
+    vocabulary["a"], vocabulary["b"] = b, a
     file.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match="the models' tokenizers give one id to different tokens"):
         merger.merge(recipe(place))
+    table = load(place / "models" / "shift")
+    table["model.embed_tokens.weight"][[a, b]] = table["model.embed_tokens.weight"][[b, a]]
+    save_file(table, place / "models" / "shift" / "model.safetensors", {"format": "pt"})
     content = {**recipe(place).spelled_out(), "output": {"path": "out", "tokenizer": "base"}}
     merger.merge(merger.Recipe.parse(content, folder=place))
-    embedding, a, b = load(place / "out")["model.embed_tokens.weight"], vocabulary["a"], vocabulary["b"]
-    expected = [load(MODELS / task)["model.embed_tokens.weight"] for task in ("upper", "double")]
-    for i in (a, b):
-        mean = torch.stack([table[i].double() for table in expected]).mean(0)
-        assert torch.equal(embedding[i], mean.bfloat16())
+    rows, before = (load(place / folder)["model.embed_tokens.weight"][[a, b]] for folder in ("out", "before"))
+    torch.testing.assert_close(rows, before)
 
 
 # --- Gram matrices --------------------------------------------------------------------------------
@@ -409,9 +413,17 @@ def test_own_and_merged_inputs_do_not_go_together(place):
         recipe(place, "regmean", rules=rules)
 
 
-def test_merged_inputs_cannot_be_inspected_before_anything_is_merged(place):
-    with pytest.raises(RecipeError, match="`merger run` it, and inspect the output"):
-        merger.inspect(recipe(place, "regmean", parameters={"inputs": "merged"}))
+@pytest.mark.parametrize(("method", "parameters"), [("regmean", {"inputs": "merged"}), ("featcal", {})])
+def test_before_anything_is_merged_an_inspection_shows_the_task_vectors_alone_and_says_so(place, method, parameters):
+    rules = [{"tensors": "norm", "use": "base"}, {"tensors": "mlp", "method": "ties"}]
+    inspection = merger.inspect(recipe(place, method, parameters=parameters, rules=rules))
+    plain = merger.inspect(recipe(place, "linear", rules=rules[:1]))
+    assert inspection.view("task_vectors") == plain.view("task_vectors")
+    assert [view.name for view in inspection.views] == ["task_vectors"]
+    assert inspection.notes[0] == (
+        "its stages look at blocks behind the merged ones, so this shows the task vectors before them; "
+        "`merger run` it, and inspect the output for what became of them"
+    )
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -467,6 +479,13 @@ def test_learning_block_by_block_is_that_on_whole_models(place):
         if "_proj" in name:
             assert learned.abs().max() > 1e-3, name
         assert (values - expected[name]).norm() <= 1e-4 * learned.norm(), name
+
+
+def test_learning_is_in_float32_where_models_run_in_another_dtype(place, monkeypatch):
+    merger.merge(recipe(place, "distill", parameters=LEARNED, dtype="float32"))
+    monkeypatch.setattr("merger.calibration.observed_model.default_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    merger.merge(recipe(place, "distill", output="again", parameters=LEARNED, dtype="float32"))
+    assert weights(place) == weights(place, "again")
 
 
 def test_learning_may_start_from_a_regression_of_the_same_block(place):

@@ -360,3 +360,15 @@ def test_the_schema_is_a_json_schema_that_accepts_the_recipe(merger):
     assert (ran.code, ran.err) == (0, "")
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.Draft202012Validator(schema).validate(yaml.safe_load(RECIPE))
+
+
+def test_without_a_terminal_a_long_merge_prints_a_line_of_progress_now_and_then(merger, folder, monkeypatch):
+    assert merger("run", "recipe.yaml").err == ""
+    monkeypatch.setattr("merger.cli._terminal.INTERVAL", 0)
+    ran = merger("run", "recipe.yaml", "--force")
+    size = r"[\d.]+ (B|kB|MB)"
+    assert re.fullmatch(rf"(merging: \d+% of {size}\n)+", ran.err)
+    shares = [int(share) for share in re.findall(r"(\d+)%", ran.err)]
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    assert merger("run", "recipe.yaml", "--force", "--quiet").err == ""

@@ -197,13 +197,60 @@ def test_models_of_one_name_are_told_apart():
         ("", {}),
         ("dtype: bfloat16", {"dtype": "bfloat16"}),
         ("dtype: float32\nout_dtype: torch.bfloat16", {"dtype": "bfloat16"}),
-        ("tokenizer_source: base", {"tokenizer": "base"}),
-        ("tokenizer_source: b", {"tokenizer": "b"}),
-        ("tokenizer: {source: b}", {"tokenizer": "b"}),
+        ("tokenizer: {pad_to_multiple_of: 64}", {"pad_rows_to": 64}),
     ],
 )
-def test_the_output_has_the_dtype_and_the_tokenizer(options, expected):
+def test_the_output_has_the_dtype_and_the_multiple_of_rows(options, expected):
     assert imported(config("task_arithmetic", options)).recipe["output"] == {"path": "out/merged", **expected}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {}),
+        ("tokenizer_source: base", {"tokenizer": "base"}),
+        ("tokenizer_source: b", {"tokenizer": "b"}),
+        ("tokenizer_source: union", {"tokenizer": "union"}),
+        ("tokenizer: {source: b}", {"tokenizer": "b"}),
+        ("tokenizer: {}", {"tokenizer": "union"}),
+        (
+            "tokenizer: {source: union, tokens: {<x>: {source: b, force: true}, <y>: {source: {kind: zero}}}}",
+            {"tokenizer": "union", "tokens": {"<x>": {"from": "b"}, "<y>": {"from": "zero"}}},
+        ),
+        (
+            "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: base, token: <x>}, force: true}, <y>: {}}}",
+            {"tokenizer": "union", "tokens": {"<x>": {"from": "base"}}},
+        ),
+    ],
+)
+def test_the_vocabulary_is_that_of_the_file(options, expected):
+    recipe = imported(config("task_arithmetic", options)).recipe
+    assert {key: recipe[key] for key in ("tokenizer", "tokens") if key in recipe} == expected
+
+
+def test_a_row_that_mergekit_takes_only_where_it_is_missing_is_noted():
+    text = config("task_arithmetic", "tokenizer: {source: base, tokens: {<x>: {source: b}}}")
+    assert imported(text).recipe["tokens"] == {"<x>": {"from": "b"}}
+    assert imported(text).notes == (
+        "tokenizer.tokens.<x>: without force, mergekit merges the rows of all models that have the token; here its row "
+        "is that of b.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fault"),
+    [
+        ("3", "tokens: expected tokens with their sources, as in {<pad>: {source: {kind: zero}}}"),
+        ("{<x>: 3}", "tokens.<x>: expected a source, as in {source: model, force: true}"),
+        ("{<x>: {source: c}}", "tokens.<x>.source: 'c' is none of the models that are merged"),
+        (
+            "{<x>: {source: {kind: model_token, model: b, token: <y>}}}",
+            "tokens.<x>.source: the row of another token has no equivalent; a token's row is that of the same token",
+        ),
+    ],
+)
+def test_a_row_without_an_equivalent_is_refused(tokens, fault):
+    assert faults(config("task_arithmetic", f"tokenizer: {{tokens: {tokens}}}")) == [f"m.yml:6: tokenizer.{fault}"]
 
 
 def test_what_mergekit_does_not_look_at_is_noted():
@@ -358,7 +405,7 @@ models:
     parameters: 0.5
 dtype: int8
 chat_template: chatml
-tokenizer: {source: union, pad_to_multiple_of: 8}
+tokenizer: {source: union, pad_to_multiple_of: 0}
 """
     assert faults(text) == [
         "m.yml:1: merge_method: 'breadcrums' has no equivalent; did you mean 'breadcrumbs'?",
@@ -366,9 +413,7 @@ tokenizer: {source: union, pad_to_multiple_of: 8}
         "m.yml:7: dtype: 'int8' has no equivalent; choose from bfloat16, float16, float32, float64",
         "m.yml:8: chat_template: has no equivalent: the tokenizer keeps its own; leave it out, and put another beside "
         "the output",
-        "m.yml:9: tokenizer.pad_to_multiple_of: has no equivalent",
-        "m.yml:9: tokenizer.source: union has no equivalent: vocabularies are not put together; "
-        "if all models share one, write base",
+        "m.yml:9: tokenizer.pad_to_multiple_of: is 0, expected a whole number from 1 on",
     ]
 
 

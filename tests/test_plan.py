@@ -13,6 +13,7 @@ from architectures import ALL, config, expected, shapes
 from checkpoints import save_headers
 
 from merger.errors import CheckpointError, RecipeError
+from merger.planning import planner
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
 
@@ -591,3 +592,29 @@ def test_four_models_of_7b_are_planned_without_torch(tmp_path):
     assert record["bytes_written"] == 13_476_831_232
     assert record["bytes_read"] == 4 * record["bytes_written"]
     assert sum(os.stat(path).st_blocks for path in tmp_path.glob("*/model.safetensors")) < 4096  # no data here
+
+
+@pytest.mark.parametrize("method", ["ties", "obim", "tsv_m", "linear"])
+def test_a_tensor_is_planned_after_its_like_as_it_would_be_by_itself(tmp_path, monkeypatch, method):
+    names = [f"experts.{expert}.{leaf}" for expert in range(3) for leaf in ("w1", "w2", "w3")] + ["gate"]
+    shapes = {
+        f"model.layers.{block}.mlp.{name}.weight": (6, 4) if name.endswith("w2") else (4, 6)
+        for block in range(3)
+        for name in names
+    }
+    shapes["model.layers.1.mlp.experts.1.w1.weight"] = ("F32", (4, 6))
+    for label in ("base", "a", "b"):
+        save_headers(tmp_path / label, {**shapes, EMBEDDING: (16, 6), HEAD: (16, 6), "model.norm.weight": (6,)})
+    content = {
+        "base": "base",
+        "experts": {"a": "a", "b": {"model": "b", "weight": [1, 2]}},
+        "method": method,
+        "output": {"path": "out"},
+        "calibration": {"data": {"a": "a.jsonl", "b": "b.jsonl"}},
+    }
+    with_likes = plan(Recipe.parse(content, tmp_path))
+    monkeypatch.setattr(planner._Planner, "_likeness", lambda self, name: None)
+    alone = plan(Recipe.parse(content, tmp_path))
+    assert [vars(tensor) for tensor in with_likes.tensors] == [vars(tensor) for tensor in alone.tensors]
+    assert with_likes.bytes_read == alone.bytes_read
+    assert len(alone.tensors) == len(shapes) + 3

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from checkpoints import CONFIG, load, same_bits, save, save_headers
+from families import BIAS, EMBEDDING, HEAD, NORM, Family, N
 from safetensors.torch import save_file
 from vocabularies import WORDS, bpe_json, save_tokenizer, sentencepiece, tokenizer_json, write
 
@@ -17,50 +18,6 @@ from merger.errors import CheckpointError, RecipeError
 from merger.outputs.lock import check_lock, lock
 from merger.outputs.verify import DeepCheck, verify
 from merger.planning.planner import plan
-from merger.recipe.recipe import Recipe
-
-EMBEDDING, HEAD, BIAS, NORM = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", "model.norm.weight"
-N = len(WORDS)
-
-
-class Family:
-    """A base and experts in folders of their names, each with rows and a tokenizer of its own."""
-
-    def __init__(self, folder):
-        self.folder, self.experts, self.tensors = folder, {}, {}
-
-    def add(self, name, rows=N, added=(), *, words=WORDS, config=None, bias=False, tokenizer=True, **settings):
-        generator = torch.Generator().manual_seed(len(self.tensors))
-        shapes = {EMBEDDING: (rows, 8), HEAD: (rows, 8), NORM: (8,)} | ({BIAS: (rows,)} if bias else {})
-        self.tensors[name] = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-        save(self.folder / name, self.tensors[name], {**CONFIG, "vocab_size": rows, **(config or {})})
-        if tokenizer:
-            save_tokenizer(self.folder / name, words, added, **settings)
-        if name != "base":
-            self.experts[name] = name
-        return self
-
-    def recipe(self, **options):
-        choice = {} if options.keys() & {"method", "pipeline"} else {"method": "task_arithmetic"}
-        content = {"base": "base", "experts": self.experts, "output": {"path": "out"}, **choice}
-        return Recipe.parse({**content, **options}, self.folder)
-
-    def plan(self, **options):
-        merge_plan = plan(self.recipe(**options))
-        merge_plan.close()
-        return merge_plan
-
-    def merge(self, **options):
-        merge(self.recipe(**options))
-        return load(self.folder / "out")
-
-    def refusal(self, **options):
-        with pytest.raises(CheckpointError) as caught:
-            self.plan(**options)
-        return str(caught.value)
-
-    def output(self, name):
-        return json.loads((self.folder / "out" / name).read_text())
 
 
 @pytest.fixture
@@ -89,9 +46,9 @@ def extra(merge_plan, name=EMBEDDING):
 def test_different_tokens_at_one_id_are_refused_by_name(clash):
     assert clash.refusal() == (
         "the models' tokenizers give one id to different tokens: 12 is '<tool>' in a and '<think>' in b and "
-        "13 is '</tool>' in a and '</think>' in b; write `output: {tokenizer: base}` (or a or b) to keep the tokens of "
-        "one model, or `extra_rows: drop` to leave out the tokens that not all models have, or "
-        "`{kinds: [embedding, head], use: base}` (or a or b) as the first rule"
+        "13 is '</tool>' in a and '</think>' in b; write `tokenizer: union` to keep the tokens of all models, "
+        "or `tokenizer: base` (or a or b) to keep the tokens of one model, or `extra_rows: drop` to leave out the "
+        "tokens that not all models have, or `{kinds: [embedding, head], use: base}` (or a or b) as the first rule"
     )
 
 
@@ -259,7 +216,7 @@ def test_dropping_keeps_no_tokenizer_that_names_a_dropped_row(family):
     assert family.plan(extra_rows="drop").tokenizer == "a"
     refusal = family.refusal(extra_rows="drop", output=named("base"))
     assert refusal.startswith("extra_rows: drop leaves out the rows of '<x>' (12) and '<y>' (13), which the tokenizer")
-    assert "write `output: {tokenizer: a}`" in refusal
+    assert "write `tokenizer: a`" in refusal
 
 
 def test_dropping_does_not_mix_what_is_left(family):
@@ -285,7 +242,7 @@ def test_a_copied_table_must_have_the_rows_of_the_tokenizer(clash):
     rules = [{"kinds": ["embedding", "head"], "use": "b"}]
     refusal = clash.refusal(rules=rules, output=named("a"))
     assert "lm_head.weight is copied from b, which has no row for '<tool>' (12) and '</tool>' (13) of a" in refusal
-    assert "write `output: {tokenizer: b}` to keep" in refusal
+    assert "write `tokenizer: b` to keep" in refusal
     assert clash.plan(rules=rules, output=named("b")).tokenizer == "b"
 
 
@@ -342,7 +299,7 @@ def test_the_only_tokenizer_is_not_lost(family):
 
 def test_a_model_without_a_tokenizer_cannot_give_the_outputs(family):
     family.add("base").add("a", tokenizer=False)
-    assert family.refusal(output=named("a")).startswith("output.tokenizer: a has no tokenizer; write `output: {tok")
+    assert family.refusal(output=named("a")).startswith("tokenizer: a has no tokenizer; write `tokenizer: base`")
 
 
 def test_without_any_tokenizer_rows_alone_count(family):

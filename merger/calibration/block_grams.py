@@ -18,8 +18,10 @@ from merger.calibration.statistics import expert_blocks, expert_samples
 from merger.checkpoint.cache import cache_folder
 from merger.options import RunOptions
 from merger.planning.plan import Plan, TensorPlan
+from merger.planning.row_map import Run
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from merger.calibration.paired_blocks import Pair
@@ -40,23 +42,21 @@ class PartlyMergedModel:
         self._expert = expert
 
     def read(self, name: str) -> Tensor:
-        """Returns a whole tensor in the expert's own shape.
+        """Returns a whole tensor in the expert's own shape and by its own token ids.
 
-        Rows of its vocabulary that were dropped, or that are another token in the output, stay its own.
+        Rows of tokens that the output lacks stay the expert's.
         """
         tensor = self._tensors.get(name)
         merged = self._merged(name if tensor is None else tensor.name)
         if merged is None:
             return self._model.read(name)
-        foreign = [rows for rows in (tensor.extra if tensor else ()) if self._expert not in rows.models]
-        if merged.shape == self._model.tensors[name].shape and not foreign:
+        row_map = None if tensor is None else tensor.row_maps.get(self._expert)
+        if merged.shape == self._model.tensors[name].shape and row_map is None:
             return merged
-        expert_values = self._model.read(name).to(merged.dtype)
-        values = expert_values.clone()
-        common = min(len(expert_values), len(merged))
-        values[:common] = merged[:common]
-        for rows in foreign:
-            values[rows.start : rows.stop] = expert_values[rows.start : rows.stop]
+        values = self._model.read(name).to(merged.dtype, copy=True)
+        runs = [Run(0, min(len(values), len(merged)), 0)] if row_map is None else row_map.runs
+        for run in runs:
+            values[run.first : run.last] = merged[run.start : run.stop]
         return values
 
 
@@ -167,8 +167,9 @@ def pair_with_expert(
     drafts: Drafts,
     *,
     gram: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> AbstractContextManager[Pair]:
-    """The merge in progress and an expert, both on the expert's text."""
+    """The merge in progress and an expert, both on the expert's text; see `open_pair`."""
     from merger.calibration.paired_blocks import open_pair  # it imports torch
 
     return open_pair(
@@ -180,6 +181,7 @@ def pair_with_expert(
         options,
         hidden_memory=hidden_memory,
         gram=gram,
+        dtype=dtype,
     )
 
 

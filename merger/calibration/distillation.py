@@ -74,7 +74,7 @@ def distilled(
             key, samples = expert_samples(plan, name, options)
             text = batches(samples.tokens, BATCH)
             arguments = plan, name, text, key.settings, options, memory, drafts
-            pairs[name] = stack.enter_context(pair_with_expert(*arguments, gram=gram))
+            pairs[name] = stack.enter_context(pair_with_expert(*arguments, gram=gram, dtype=torch.float32))
         streams = {
             name: check_blocks(plan, name, pair.blocks(partial(options.progress, f"calibrating {name}")))
             for name, pair in pairs.items()
@@ -106,7 +106,8 @@ def _learn(
     learned = [nn.Parameter(values.to(device, torch.float32, copy=True)) for values in starts if values is not None]
     for expert, pair in pairs.items():
         pair.share({t.reads[expert] or t.name: weights for t, weights in zip(tensors, learned, strict=True)})
-    schedule = Schedule.of(tensors[0])
+    schedule, first = Schedule.of(tensors[0]), next(iter(pairs.values()))
+    block, blocks = first.block, len(first.student.block_names)
     optimizer = torch.optim.Adam(learned, lr=schedule.rate)
     for step in range(schedule.steps):
         optimizer.zero_grad()
@@ -115,7 +116,7 @@ def _learn(
             if not isfinite(loss):
                 raise CheckpointError(f"{expert}: the loss of a block is no number at step {step + 1}; lower rate")
         optimizer.step()
-        options.progress("learning a block", step + 1, schedule.steps)
+        options.progress("learning", block * schedule.steps + step + 1, blocks * schedule.steps)
     for pair in pairs.values():
         pair.drop()
     return {tensor.name: weights.detach() for tensor, weights in zip(tensors, learned, strict=True)}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from merger._lazy import torch
 from merger.calibration.moments import Moments, Statistics
 from merger.planning.plan import Part, TensorPlan
+from merger.planning.row_map import RowMap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +34,14 @@ class MomentSource:
         ):
             _note_unseen(tensor, note)
             return {}
-        shares = [moments.token_share for moments in experts if moments.token_share is not None]
+        shares = [
+            _aligned_share(moments.token_share, tensor.row_maps.get(expert), part)
+            for expert, moments in zip(tensor.place.experts, experts, strict=True)
+            if moments.token_share is not None
+        ]
         if tensor.kind == "embedding":  # an expert that ties its own has the moments of its head as well
             complete = len(shares) == len(experts)
-            return {"token_share": torch.stack([share[: part.rows] for share in shares])} if complete else {}
+            return {"token_share": torch.stack(shares)} if complete else {}
         second_moments = [moments.second_moment for moments in experts if moments.second_moment is not None]
         means = [moments.mean for moments in experts if moments.mean is not None]
         if not len(second_moments) == len(means) == len(experts):
@@ -75,6 +80,11 @@ class MomentSource:
         moments = (layer for expert in self.statistics.values() for layer in expert.values())
         grams = [layer.gram for layer in moments if layer.gram is not None]
         return sum({gram.untyped_storage().data_ptr(): gram.nbytes for gram in grams}.values())
+
+
+def _aligned_share(share: Tensor, row_map: RowMap | None, part: Part) -> Tensor:
+    """How often the token of each row of the output occurs in an expert's text: [r]."""
+    return share[: part.rows] if row_map is None else row_map.gather(share, part.rows)
 
 
 def _of_part(moments: Moments, tensor: TensorPlan, part: Part) -> Moments:

@@ -55,17 +55,19 @@ def open_pair(
     *,
     hidden_memory: int | None = None,
     gram: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Pair]:
     """Opens a merge in progress beside an expert, with the hidden states of both.
 
     ``draft`` has the blocks as they are observed, ``merged`` as hidden states pass through them once the caller asks
-    for the next block. With ``gram`` inputs are multiplied with each other, and with the expert's. Raises
-    CheckpointError where blocks cannot be run one at a time, or an activation is not finite.
+    for the next block. With ``gram`` inputs are multiplied with each other, and with the expert's. ``dtype`` is that
+    of the computation, by default the device's own for the checkpoint. Raises CheckpointError where blocks cannot be
+    run one at a time, or an activation is not finite.
     """
     notice = functools.cache(options.notice)
 
     def model(outer_weights: TensorSource, observer: Callable[..., InputObserver]) -> ObservedModel:
-        arguments = batches, settings, options.device, None, options.trust_remote_code, notice
+        arguments = batches, settings, options.device, dtype, options.trust_remote_code, notice
         return ObservedModel(expert, outer_weights, *arguments, observer)
 
     teacher = model(expert, RowObserver)

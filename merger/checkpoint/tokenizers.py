@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Tokenizer:
     @property
     def is_readable(self) -> bool:
         """Whether the tokens can be read from the files."""
-        return self._vocabulary is not None
+        return self.vocabulary is not None
 
     @cached_property
     def digest(self) -> str:
@@ -76,23 +76,25 @@ class Tokenizer:
     @cached_property
     def tokens(self) -> Mapping[int, str]:
         """The token of each id, with those that transformers adds to the vocabulary when it loads the tokenizer."""
-        if self._vocabulary is None:
+        if self.vocabulary is None:
             return {}
-        tokens = dict(self._vocabulary.tokens)
-        ids = {token: i for i, token in tokens.items()}
-        size, end = len(tokens), 0
-        for token in (*self._vocabulary.added, *self._added_tokens()):
-            # As in the library `tokenizers`: an added token takes the next id, whatever id its file names.
-            if token not in ids:
-                ids[token] = max(size, end)
-                tokens[ids[token]] = token
-            end = max(end, ids[token] + 1)
-        return tokens
+        return number_tokens(self.vocabulary.tokens, (*self.vocabulary.added, *self._added_tokens()))
+
+    @cached_property
+    def added_tokens(self) -> Mapping[str, Mapping[str, Any]]:
+        """The tokens that are found in a text before it is split, with their flags, wherever they are stored."""
+        decoder = self._config.get("added_tokens_decoder")
+        stored = decoder.values() if isinstance(decoder, dict) else ()
+        entries = [*self.splitting.get("added tokens", {}).values(), *stored]
+        flags = {token: entry for entry in entries if (token := _token_of(entry)) is not None}
+        roles = {*self.special_tokens.values(), *self._extra_tokens()}
+        names = dict.fromkeys((*(self.vocabulary.added if self.vocabulary else ()), *self._added_tokens()))
+        return {token: _flags(flags.get(token), is_special=token in roles) for token in names}
 
     @property
     def splitting(self) -> Mapping[str, Any]:
         """The settings that decide the splitting of text, by part; only parts that the files name."""
-        return self._vocabulary.splitting if self._vocabulary is not None else {}
+        return self.vocabulary.splitting if self.vocabulary is not None else {}
 
     @cached_property
     def special_tokens(self) -> Mapping[str, str]:
@@ -119,7 +121,8 @@ class Tokenizer:
         return {name: text for name, text in templates.items() if isinstance(text, str)}
 
     @cached_property
-    def _vocabulary(self) -> VocabularyFile | None:
+    def vocabulary(self) -> VocabularyFile | None:
+        """The content of the vocabulary file; None where it cannot be read."""
         if self.vocabulary_file is None:
             return None
         if self.vocabulary_digest not in self._vocabularies:
@@ -145,11 +148,31 @@ class Tokenizer:
         else:
             stored = read_object(self.folder / "added_tokens.json")
             entries = {i: token for token, i in stored.items() if type(i) is int}
-        extra = self._settings.get("extra_special_tokens") or self._settings.get("additional_special_tokens")
-        extra_tokens = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
         yield from (token for _, token in sorted(entries.items()) if token is not None)
         yield from self.special_tokens.values()
+        yield from self._extra_tokens()
+
+    def _extra_tokens(self) -> Iterator[str]:
+        """Special tokens without a role of their own."""
+        extra = self._settings.get("extra_special_tokens") or self._settings.get("additional_special_tokens")
+        extra_tokens = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
         yield from (token for entry in extra_tokens if (token := _token_of(entry)) is not None)
+
+
+def number_tokens(vocabulary: Mapping[int, str], added: Iterable[str]) -> dict[int, str]:
+    """The token of each id, once tokens are added to a vocabulary.
+
+    As in the library `tokenizers`, an added token takes the next id, whatever id its file names.
+    """
+    tokens = dict(vocabulary)
+    ids = {token: i for i, token in tokens.items()}
+    size, end = len(tokens), 0
+    for token in added:
+        if token not in ids:
+            ids[token] = max(size, end)
+            tokens[ids[token]] = token
+        end = max(end, ids[token] + 1)
+    return tokens
 
 
 def open_tokenizers(folders: Mapping[str, Path]) -> dict[str, Tokenizer]:
@@ -198,6 +221,14 @@ def _split_alike(tokenizer: Tokenizer, reference: Tokenizer) -> bool:
         return all(len({tuple(splitter.encode(text).ids) for splitter in splitters}) == 1 for text in _PROBE)
     except Exception:  # the library raises plain exceptions for files that it cannot load
         return False
+
+
+def _flags(entry: Any, *, is_special: bool) -> dict[str, Any]:
+    """The flags of an added token, as its entry gives them; the library's defaults where it gives none."""
+    stored = entry if isinstance(entry, dict) else {}
+    special = bool(stored.get("special", is_special))
+    flags = {key: bool(stored.get(key, False)) for key in ("single_word", "lstrip", "rstrip")}
+    return {**flags, "normalized": bool(stored.get("normalized", not special)), "special": special}
 
 
 def _token_of(entry: Any) -> str | None:

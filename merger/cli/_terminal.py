@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,9 +90,30 @@ def as_flags(text: str) -> str:
     return _OPTION.sub(flag, text)
 
 
+_COUNTED = ("calibrating", "factoring", "judging", "learning", "searching")
+"""The steps whose progress is no number of bytes."""
+INTERVAL = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+def _progress_lines(console: Console) -> Progress:
+    """A callback that prints a line of progress at most every `INTERVAL`, for logs."""
+    last = time.monotonic()
+
+    def tell(step: str, count: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= INTERVAL and total:
+            last = now
+            amount = "" if step.startswith(_COUNTED) else f" of {size_text(total)}"
+            console.print(f"{step}: {count / total:.0%}{amount}", markup=False, soft_wrap=True)
+
+    return tell
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[tuple[Progress, Notice]]:
-    """The callback for progress, which draws a bar on a terminal and nothing elsewhere, and the one for remarks."""
+    """The callback for progress, a bar on a terminal and a line now and then elsewhere, and the one for remarks."""
     console = make_console(stderr=True)
     if quiet:
         yield ignore, ignore
@@ -101,7 +123,7 @@ def progress_bar(quiet: bool) -> Iterator[tuple[Progress, Notice]]:
         console.print(f"note: {as_flags(message)}", markup=False, soft_wrap=True)
 
     if not console.is_terminal:
-        yield ignore, notice
+        yield _progress_lines(console), notice
         return
     from rich.progress import (
         BarColumn,
@@ -129,7 +151,7 @@ def progress_bar(quiet: bool) -> Iterator[tuple[Progress, Notice]]:
                 tasks[step] = bar.add_task(step, amount="")
             speed = next(task.speed for task in bar.tasks if task.id == tasks[step]) or 0
             summary = f"{size_text(count)} of {size_text(total)}, {size_text(int(speed))}/s"
-            amount = "" if step.startswith(("calibrating", "factoring", "judging", "searching")) else summary
+            amount = "" if step.startswith(_COUNTED) else summary
             bar.update(tasks[step], completed=count, total=total, amount=amount)
 
         yield tell, notice

@@ -27,6 +27,7 @@ from merger.recipe.recipe import Recipe, portable_location
 if TYPE_CHECKING:
     from merger.checkpoint.tensor_info import Info
     from merger.planning.plan import Plan, TensorPlan
+    from merger.planning.row_map import RowMap
     from merger.recipe.sections import Source
 
 RECORD = "merger.json"
@@ -244,8 +245,21 @@ def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
         return record | {"tied to": tensor.tied_to} | ({} if tensor.stored else {"stored as": {}})
     if tensor.extra:
         record["rows"] = {f"{rows.start} to {rows.stop - 1}": list(rows.models) for rows in tensor.extra}
+    if maps := {label: row_map for label, row_map in tensor.row_maps.items() if _decides(tensor, row_map)}:
+        record["row maps"] = {label: _row_map_record(row_map) for label, row_map in maps.items()}
     renamed = {label: name for label, name in tensor.reads.items() if name != tensor.name}
     return record | ({"reads": renamed} if renamed else {})
+
+
+def _decides(tensor: TensorPlan, row_map: RowMap) -> bool:
+    """Whether a row map decides more than the rows that are not merged, which have their record."""
+    gaps = row_map.gaps(0, tensor.info.shape[0])
+    return row_map.moves_rows or any(any(tensor.merged_rows(gap.start, gap.stop)) for gap in gaps)
+
+
+def _row_map_record(row_map: RowMap) -> str:
+    """A row map as the manifest names it: it is as long as a vocabulary, so by its SHA-256."""
+    return hashlib.sha256(json.dumps(row_map.runs).encode()).hexdigest()
 
 
 def inexact(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from merger._lazy import torch
 from merger.calibration.provider import Source
 from merger.checkpoint.tensor_info import Info, torch_dtype
+from merger.engine.aligned_rows import AlignedTensor
 from merger.engine.memory import SLICE, slice_rows
 from merger.engine.prepare import Prepared
 from merger.engine.progress import ByteProgress
@@ -155,23 +156,23 @@ class MergeSink(Sink):
             self._write([name], *_rounded(slices, stored, piece, delta))
 
     def _write_extra_rows(self, tensor: TensorPlan, rows: ExtraRows) -> None:
-        """Writes rows that are not merged: the mean of the models that have them."""
+        """Writes rows that are not merged: the mean of some models, or zeros."""
         dtype = torch_dtype(tensor.info)
-        step = SLICE if len(tensor.info.shape) == 1 else max(1, SLICE // max(1, tensor.info.matrix[1]))
+        columns = 1 if len(tensor.info.shape) == 1 else tensor.info.matrix[1]
+        step = max(1, SLICE // max(1, columns))
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             values = [self._read_extra_rows(tensor, label, start, stop) for label in rows.models]
-            mean = values[0] if len(values) == 1 else torch.stack([expert.double() for expert in values]).mean(0)
+            mean = values[0] if len(values) == 1 else _mean(values, (stop - start, columns))
             self._write(self.plan.written_names(tensor), start, _cast(mean, dtype, tensor))
 
     def _read_extra_rows(self, tensor: TensorPlan, label: str, start: int, stop: int) -> Tensor:
         """Rows of one model [r c]; CheckpointError if they are not finite."""
-        model, name = self.plan.models[label], tensor.reads[label]
-        assert name is not None, "the planner names models that have the rows"
-        is_vector = len(tensor.info.shape) == 1
-        values = model.read(name)[start:stop].unsqueeze(1) if is_vector else model.read_rows(name, start, stop)
+        model = AlignedTensor.of(self.plan, tensor, label)
+        assert model is not None, "the planner names models that have the rows"
+        values = model.read_tokens(start, stop)
         if not torch.isfinite(values).all():
-            raise CheckpointError(f"{label}: {name} holds NaN or infinity")
+            raise CheckpointError(f"{label}: {model.name} holds NaN or infinity")
         return values
 
     def _write(self, names: Sequence[str], row: int, values: Tensor) -> None:
@@ -180,6 +181,11 @@ class MergeSink(Sink):
         width = values.shape[-1] * values.element_size()
         for name in names:
             self.output.write(name, row * width, data)
+
+
+def _mean(values: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """The mean of rows of this shape in float64; zeros where there are none."""
+    return torch.stack([rows.double() for rows in values]).mean(0) if values else torch.zeros(shape)
 
 
 def _rounded(slices: PartSlices, stored: Tensor, piece: Slice, delta: Tensor) -> tuple[int, Tensor]:

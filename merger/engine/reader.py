@@ -13,6 +13,7 @@ from merger._lazy import torch
 from merger.calibration.provider import Source
 from merger.checkpoint.packed_experts import ROWS
 from merger.checkpoint.tensor_info import TORCH_NAMES
+from merger.engine.aligned_rows import AlignedTensor
 from merger.engine.machine import Machine
 from merger.engine.memory import bytes_held, is_sliced, slice_bytes, slice_rows
 from merger.errors import CheckpointError
@@ -146,22 +147,23 @@ class Reader:
         first, last = part.row + rows.start, part.row + rows.stop
         if part.transposed:
             first, last = part.row, part.row + part.columns  # rows of the stored tensor are its columns
-        models = [(self.plan.models[label], tensor.reads[label]) for label in ("base", *tensor.place.experts)]
-        dtypes = [model.dtype(name) for model, name in models if name is not None]
+        models = [AlignedTensor.of(self.plan, tensor, label) for label in ("base", *tensor.place.experts)]
+        dtypes = [model.dtype for model in models if model is not None]
         shape = len(models), last - first, part.rows if part.transposed else part.columns
         stored = buffer(shape, reduce(torch.promote_types, dtypes), device)
+        base, *experts = models
+        assert base is not None, "the planner refuses tensors that the base lacks"
+        base.read_into(stored[0], first, last)
         changes = {}
-        for k, (model, name) in enumerate(models):
-            change = None if name is None else model.change_rows(name, first, last)
-            if name is None:  # `missing: zero`
-                stored[k] = stored[0]
+        for k, expert in enumerate(experts):
+            change = None if expert is None else expert.change_rows(first, last, base)
+            if expert is None:  # `missing: zero`
+                stored[k + 1] = stored[0]
             elif change is not None:
-                torch.add(stored[0], change, out=stored[k])
-                changes[k - 1] = to_device(change, device)
-            elif len(tensor.info.shape) == 1 and model.tensors[name].elements > part.columns:  # a longer vocabulary
-                stored[k] = model.read_rows(name, first, last)[:, : part.columns]
+                torch.add(stored[0], change, out=stored[k + 1])
+                changes[k] = to_device(change, device)
             else:
-                model.read_into(stored[k], name, first, last)
+                expert.read_into(stored[k + 1], first, last, absent=stored[0])
         _equalise(tensor, range(first, last), stored, changes)
         return _Stored(to_device(stored, device), changes)
 

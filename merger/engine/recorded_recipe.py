@@ -35,6 +35,7 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
             "rules": [rule for rule in recipe["rules"] if "use" in rule],
             "missing": recipe["missing"],
             "extra_rows": recipe["extra_rows"],
+            **{key: recipe[key] for key in ("tokenizer", "tokens") if key in recipe},
             "output": {"path": "nowhere", "tokenizer": recipe["output"]["tokenizer"]},
         },
         folder,

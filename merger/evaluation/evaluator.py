@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from merger.calibration.samples import load_tokenizer
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.tensor_kinds import text_config
-from merger.checkpoint.tokenizers import tokenizer_folder
+from merger.checkpoint.tokenizers import Tokenizer, tokenizer_folder
 from merger.errors import checkpoint_faults
 from merger.evaluation.harness import Harness
 from merger.evaluation.measures import Outcome, TaskEvaluator, ends_of, tokenize_task
@@ -22,8 +23,21 @@ from merger.planning.planner import open_models
 from merger.recipe.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class JudgedModel:
+    """A transformers model in memory."""
+
+    label: str
+    model: Any
+    tokens_of: Checkpoint | None  # the checkpoint in whose tokens it gets the tasks; None: those of the base
+
+
 class Evaluator:
-    """Evaluates the models of a family; all of them get the tasks tokenised by the base's tokenizer."""
+    """Evaluates the models of a family; all of them get the tasks tokenised by the base's tokenizer.
+
+    Where a recipe names the tokenizer of its output, tokens may have other ids in each model, and each gets the tasks
+    in its own tokens: the base and the experts if the family's recipe does so, a merge if its own does.
+    """
 
     def __init__(
         self,
@@ -34,28 +48,23 @@ class Evaluator:
         harness: Harness | None = None,
     ) -> None:
         self.model_host, self.family, self.harness = model_host, family, harness
+        self._tasks, self._max_tokens = tasks, max_tokens
+        self._by_tokenizer: dict[tuple[str, tuple[int, ...]], TaskEvaluator] = {}
         with _open(model_host, family.base.model, family.base.adapter, "base", family.folder) as base:
-            tokenizer = load_tokenizer(
-                tokenizer_folder(base), "base", trust_remote_code=model_host.options.trust_remote_code
-            )
-            with checkpoint_faults("base: its tokenizer cannot read the tasks"):
-                limit = min(max_tokens, tokenizer.model_max_length, _positions(base) or max_tokens)
-                ends = ends_of(base.directory, tokenizer)
-                tokenized_tasks = tuple(tokenize_task(task, tokenizer, limit) for task in tasks)
             self.dtype = str(model_host.dtype_for(base)).removeprefix("torch.")
-        self.task_evaluator = TaskEvaluator(tokenized_tasks, tokenizer, ends)
+            self.task_evaluator = self._tokenize(base)
 
     def references(self) -> Iterator[Entry]:
         """The outcomes of the base, then of the experts in the recipe's order."""
-        for label, model in self.models():
-            yield self._entry(label, kind_of(label), model)
+        for model in self.models():
+            yield self._entry(model, kind_of(model.label))
 
-    def models(self) -> Iterator[tuple[str, Any]]:
-        """The base and the experts as transformers models, one after the other."""
+    def models(self) -> Iterator[JudgedModel]:
+        """The base and the experts, one after the other."""
         models = open_models(self.family, offline=self.model_host.options.offline, headers_only=False)
         try:
-            for label, model in models.items():
-                yield label, self.model_host.model_of(model)
+            for label, weights in models.items():
+                yield JudgedModel(label, self.model_host.model_of(weights), self._own(weights, self.family))
         finally:
             for model in models.values():
                 model.close()
@@ -63,24 +72,52 @@ class Evaluator:
     def merge(self, label: str, subject: Recipe | Path, setting: str = "") -> Entry:
         """The outcomes of a merge, which is computed in memory from a recipe or read from a folder."""
         if isinstance(subject, Recipe):
-            return self._entry(label, "merge", self.model_host.merged(subject)[0], setting)
-        with _open(self.model_host, str(subject), None, label, Path()) as checkpoint:
-            return self._entry(label, "merge", self.model_host.model_of(checkpoint), setting)
+            return self._entry(self.merged(label, subject), "merge", setting)
+        with _open(self.model_host, str(subject), None, label, Path()) as weights:
+            model = self.model_host.model_of(weights)
+            return self._entry(JudgedModel(label, model, self._own(weights, self.family)), "merge", setting)
 
-    def outcomes(self, model: Any, label: str) -> dict[str, Outcome]:
+    def merged(self, label: str, recipe: Recipe) -> JudgedModel:
+        """The merge of a recipe in memory, which the next merge may overwrite."""
+        model, weights = self.model_host.merged(recipe)
+        return JudgedModel(label, model, self._own(weights, recipe))
+
+    def outcomes(self, judged: JudgedModel) -> dict[str, Outcome]:
         """The outcomes of a model by task; progress and faults are reported under its label."""
-        with checkpoint_faults(f"{label}: the model cannot be judged by text"):
-            return self.task_evaluator.outcomes(model, partial(self.model_host.options.progress, f"judging {label}"))
+        with checkpoint_faults(f"{judged.label}: the model cannot be judged by text"):
+            tell = partial(self.model_host.options.progress, f"judging {judged.label}")
+            return self.tasks_of(judged).outcomes(judged.model, tell)
 
-    def _entry(self, label: str, kind: Literal["base", "expert", "merge"], model: Any, setting: str = "") -> Entry:
-        outcomes = self.outcomes(model, label)
+    def tasks_of(self, judged: JudgedModel) -> TaskEvaluator:
+        """The tasks in the tokens that a model reads."""
+        return self.task_evaluator if judged.tokens_of is None else self._tokenize(judged.tokens_of)
+
+    def _own(self, weights: Checkpoint, recipe: Recipe) -> Checkpoint | None:
+        """The checkpoint itself, if its tasks are to be in its own tokens."""
+        return None if recipe.named_tokenizer is None else weights
+
+    def _tokenize(self, weights: Checkpoint) -> TaskEvaluator:
+        """The tasks in the tokens of a checkpoint, tokenised once for each tokenizer."""
+        folder, label = tokenizer_folder(weights), weights.label
+        tokenizer = load_tokenizer(folder, label, trust_remote_code=self.model_host.options.trust_remote_code)
+        with checkpoint_faults(f"{label}: its tokenizer cannot read the tasks"):
+            ends = ends_of(weights.directory, tokenizer)
+            key = Tokenizer(folder).digest, ends
+            if key not in self._by_tokenizer:
+                limit = min(self._max_tokens, tokenizer.model_max_length, _positions(weights) or self._max_tokens)
+                tasks = tuple(tokenize_task(task, tokenizer, limit) for task in self._tasks)
+                self._by_tokenizer[key] = TaskEvaluator(tasks, tokenizer, ends)
+        return self._by_tokenizer[key]
+
+    def _entry(self, judged: JudgedModel, kind: Literal["base", "expert", "merge"], setting: str = "") -> Entry:
+        outcomes = self.outcomes(judged)
         if self.harness is None:
-            return Entry(label, kind, outcomes, setting)
-        tell = partial(self.model_host.options.progress, f"judging {label} by lm-eval")
+            return Entry(judged.label, kind, outcomes, setting)
+        tell = partial(self.model_host.options.progress, f"judging {judged.label} by lm-eval")
         tell(0, 1)
-        scores = self.harness.scores(model, self.task_evaluator.tokenizer, label)
+        scores = self.harness.scores(judged.model, self.tasks_of(judged).tokenizer, judged.label)
         tell(1, 1)
-        return Entry(label, kind, outcomes, setting, scores)
+        return Entry(judged.label, kind, outcomes, setting, scores)
 
 
 def kind_of(label: str) -> Literal["base", "expert"]:

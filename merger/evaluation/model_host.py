@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from merger.calibration.model import build
 from merger.calibration.weights import Loader
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.side_files import write_side_files
 from merger.checkpoint.tensor_info import Info
 from merger.engine.machine import select_devices
 from merger.engine.merge_sink import MemoryOutput, MergeSink, merge_schedule
@@ -32,18 +32,24 @@ if TYPE_CHECKING:
 
 
 class InMemoryCheckpoint(Checkpoint):
-    """The weights of a merge in memory, as `merger run` would write them; many threads may write at once."""
+    """The weights of a merge in memory, as `merger run` would write them; many threads may write at once.
+
+    Config and tokenizer are in its folder.
+    """
 
     def __init__(self, plan: Plan, directory: Path) -> None:
         super().__init__("the merge", directory, {tensor.name: tensor.info for tensor in plan.tensors}, plan.config)
         self._output = MemoryOutput(self.tensors)
-        (directory / "config.json").write_text(json.dumps(self.config))
+        self._side_files = plan.side_files
+        write_side_files(self._side_files, directory)
 
     def fits(self, plan: Plan) -> bool:
-        """Whether a plan has the same tensor names, dtypes, shapes and config."""
-        has_same_names = self.tensors.keys() == {tensor.name for tensor in plan.tensors} and self.config == plan.config
-        return has_same_names and all(
-            _has_same_layout(self.tensors[tensor.name], tensor.info) for tensor in plan.tensors
+        """Whether a plan has the same tensor names, dtypes, shapes, config and tokenizer."""
+        has_same_names = self.tensors.keys() == {tensor.name for tensor in plan.tensors}
+        return (
+            has_same_names
+            and self._side_files == plan.side_files
+            and all(_has_same_layout(self.tensors[tensor.name], tensor.info) for tensor in plan.tensors)
         )
 
     def write(self, name: str, start: int, data: memoryview) -> None:

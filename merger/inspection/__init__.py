@@ -22,7 +22,7 @@ from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count
 from merger.options import RunOptions
 from merger.planning.plan import Plan
 from merger.recipe.input_locations import check_models
-from merger.recipe.recipe import Recipe, as_recipe
+from merger.recipe.recipe import Recipe, as_recipe, follows_merge
 
 __all__ = [
     "Curve",
@@ -51,17 +51,27 @@ def inspect(
 
     ``recipe`` may be the path of its file. ``picture`` names a tensor whose positions are mapped. ``rank`` asks for
     effective ranks, ``subspaces`` for the statistics that decompose every matrix, ``curves`` for overlap and balance
-    against density. Raises a `MergerError` as `merge` does.
+    against density. Where stages follow the merged blocks, the task vectors alone are compared. Raises a `MergerError`
+    as `merge` does.
     """
     recipe = as_recipe(recipe)
+    notes, count_slice = [], count_stages
+    if follows_merge(recipe):
+        recipe, count_slice = _averaged(recipe), count_task_vectors
+        notes.append(
+            "its stages look at blocks behind the merged ones, so this shows the task vectors before them; "
+            "`merger run` it, and inspect the output for what became of them"
+        )
     with prepare(recipe, options) as prepared:
-        if any(stage_input.follows_merge for stage_input in prepared.plan.inputs):
-            raise RecipeError(
-                "this recipe merges a block by its inputs behind the merged blocks, and nothing is merged here; "
-                "`merger run` it, and inspect the output"
-            )
         walk = Walk(prepared, _request(prepared.plan, picture, rank, subspaces, curves))
-        return _inspection(walk, count_stages, "recipe", recipe.base.model, list(recipe.experts))
+        return _inspection(walk, count_slice, "recipe", recipe.base.model, list(recipe.experts), notes)
+
+
+def _averaged(recipe: Recipe) -> Recipe:
+    """The same models under a method that needs nothing else, for what is compared before any stage."""
+    content = {key: value for key, value in recipe.spelled_out().items() if key not in ("pipeline", "calibration")}
+    rules = [rule for rule in content["rules"] if "use" in rule]
+    return Recipe.parse({**content, "method": "linear", "parameters": {}, "rules": rules}, recipe.folder)
 
 
 def inspect_model(
@@ -133,10 +143,18 @@ def _with_notes(of_manifest: Inspection, notes: Sequence[str], options: RunOptio
     return replace(of_manifest, notes=list(notes))
 
 
-def _inspection(walk: Walk, count_slice: CountSlice, subject: Any, base: str, experts: Sequence[str]) -> Inspection:
+def _inspection(
+    walk: Walk,
+    count_slice: CountSlice,
+    subject: Any,
+    base: str,
+    experts: Sequence[str],
+    remarks: Sequence[str] = (),
+) -> Inspection:
     start = time.monotonic()
     plan = walk.plan
-    for note in plan.notes:
+    notes = [*remarks, *plan.notes]
+    for note in notes:
         walk.options.notice(note)
     walk.run(count_slice)
     return Inspection(
@@ -148,7 +166,7 @@ def _inspection(walk: Walk, count_slice: CountSlice, subject: Any, base: str, ex
         pictures=pictures_of(walk.work, walk.request.picture, experts),
         curves=curves_of(walk.work, experts),
         copied={tensor.name: tensor.source for tensor in plan.tensors if not tensor.stages},
-        notes=list(plan.notes),
+        notes=notes,
         seconds=round(time.monotonic() - start, 3),
         bytes_read=walk.progress.done,
         peak_memory_bytes=peak_memory(),

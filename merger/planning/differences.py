@@ -72,9 +72,13 @@ def config_differences(models: Mapping[str, Checkpoint]) -> Iterator[str]:
             yield f"{label}: config differs from the base: {'; '.join(changed)[:300]}"
 
 
-def tokenizer_differences(tokenizers: Mapping[str, Tokenizer], label: str) -> Iterator[str]:
-    """Yields notes on parts of the other tokenizers that the tokenizer of the model ``label`` lacks."""
+def tokenizer_differences(tokenizers: Mapping[str, Tokenizer], label: str, added: Mapping[int, str]) -> Iterator[str]:
+    """Yields notes on parts of the other tokenizers that the output lacks.
+
+    It has the tokenizer of the model ``label`` with ``added`` tokens.
+    """
     output = tokenizers[label]
+    tokens = {**output.tokens, **added}
     for model, tokenizer in tokenizers.items():
         if not output.exists or tokenizer.digest == output.digest:
             continue
@@ -85,16 +89,17 @@ def tokenizer_differences(tokenizers: Mapping[str, Tokenizer], label: str) -> It
                 yield f"{model}: its tokenizer is not that of {label}, and their tokens cannot be compared"
         else:
             source = f"which gets the tokenizer of {label}"
-            yield from (f"{model}: {note}, {source}" for note in _token_notes(tokenizer, output))
+            token_source = "which has the tokens of all models" if added else source
+            yield from (f"{model}: {note}, {token_source}" for note in _token_notes(tokenizer, tokens))
             parts = ", ".join(_differing_settings(tokenizer, output))
-            advice = f"; `output: {{tokenizer: {model}}}` takes its own" if tokenizer.tokens == output.tokens else ""
+            advice = f"; `output: {{tokenizer: {model}}}` takes its own" if tokenizer.tokens == tokens else ""
             if parts:
                 yield f"{model}: its tokenizer differs from that of the output, {source}, in {parts}{advice}"
 
 
-def _token_notes(tokenizer: Tokenizer, output: Tokenizer) -> Iterator[str]:
-    names = set(output.tokens.values())
-    changed = [(i, token) for i, token in sorted(tokenizer.tokens.items()) if output.tokens.get(i) != token]
+def _token_notes(tokenizer: Tokenizer, tokens: Mapping[int, str]) -> Iterator[str]:
+    names = set(tokens.values())
+    changed = [(i, token) for i, token in sorted(tokenizer.tokens.items()) if tokens.get(i) != token]
     lost = [f"{token!r} ({i})" for i, token in changed if token not in names]
     if lost:
         count = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,8 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.side_files import uncopied_notes
-from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
-from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds, text_config
+from merger.checkpoint.tensor_info import ITEM_SIZE, SAFETENSORS_NAMES, Info
+from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError, RecipeError
 from merger.pipeline.parameters import Number, Place, resolve
@@ -22,19 +22,22 @@ from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import Bound, bind, expand, natural
 from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
+from merger.planning.output_config import with_size
 from merger.planning.output_names import matching_rule, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
-from merger.planning.plan import ExtraRows, Plan, TensorPlan
+from merger.planning.plan import Plan, TensorPlan
 from merger.planning.shared_tensors import SharedTensors
 from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
 from merger.planning.stage_notes import stage_notes
-from merger.planning.tables import vocabulary_tables
+from merger.planning.tables import describe_unpackable, source_faults, table_rows, vocabulary_tables
+from merger.planning.tensor_faults import missing_faults, shape_faults
 from merger.planning.tokenizer_choice import choose_tokenizer
-from merger.planning.vocabulary import Table, Vocabulary, describe_rows
+from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
 from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe, as_recipe
 
+_NO_DIGITS = str.maketrans("", "", "0123456789")
 FAULTS = 20
 """The most faults of a plan that are shown."""
 
@@ -110,13 +113,14 @@ class _Planner:
         self.faults = self.output.faults
         self.notes = [remark for model in models.values() for remark in model.remarks]
         self.tokenizers = open_tokenizers({label: tokenizer_folder(model) for label, model in models.items()})
-        self.tables: dict[str, Table] = {}  # the output's tensors with a row for each token
+        self.tables: dict[str, TableRows] = {}  # the rows of the output's tensors with a row for each token
         self.vocabulary = Vocabulary("base")
         self.unoriented: dict[str, list[str]] = {}  # packed experts of which a stage must know more than shapes show
         # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
         self.turns = [linear_turns(choice.stages, len(recipe.experts)) for choice in recipe.choices()]
         self.places: dict[tuple[str, int], Place] = {}
         self.bound: dict[tuple[int, str, str, int], tuple[Bound, ...]] = {}
+        self.examples: dict[Hashable, TensorPlan] = {}
 
     def plan(self) -> Plan:
         names = sorted(self.output.names, key=natural)
@@ -128,7 +132,7 @@ class _Planner:
         self._choose_tokenizer(name for name in names if name not in originals)
         planned: dict[str, TensorPlan] = {}
         for name in names:
-            if name not in originals and (tensor := self._tensor(name, numbers.get(name, 0))) is not None:
+            if name not in originals and (tensor := self._planned(name, numbers.get(name, 0))) is not None:
                 planned[name] = tensor
         self.faults += [describe_unknown_axes(names, stage) for stage, names in self.unoriented.items()]
         if self.faults:
@@ -150,21 +154,27 @@ class _Planner:
                 *stage_notes(tensors),
                 *self._aliased_orders(names),
                 *config_differences(self.models),
-                *tokenizer_differences(self.tokenizers, tokenizer_label),
+                *tokenizer_differences(self.tokenizers, tokenizer_label, self.vocabulary.added),
                 *uncopied_notes(base.directory, tokenizer.folder),
             ),
             config=config,
             tokenizer=tokenizer_label,
-            side_files=plan_side_files(base, model, tokenizer, config),
+            side_files=plan_side_files(base, model, tokenizer, config, self.vocabulary.flags),
         )
 
     def _choose_tokenizer(self, names: Iterable[str]) -> None:
         """Decides the tokens of the output's rows before any tensor is planned."""
-        self.tables = vocabulary_tables(self.recipe, names, self.kinds, self.shared)
-        requested, drop = self.recipe.output.tokenizer, self.recipe.extra_rows == "drop"
-        tables = list(self.tables.values())
-        self.vocabulary, faults = choose_tokenizer(self.tokenizers, tables, requested=requested, drop=drop)
-        self.faults += faults
+        tables = vocabulary_tables(self.recipe, names, self.kinds, self.shared)
+        drop, multiple = self.recipe.extra_rows == "drop", self.recipe.output.pad_rows_to or 1
+        self.vocabulary, faults = choose_tokenizer(
+            self.tokenizers,
+            list(tables.values()),
+            requested=self.recipe.named_tokenizer,
+            drop=drop,
+            sources={token: row.source for token, row in self.recipe.tokens.items()},
+        )
+        self.faults += faults or source_faults(self.recipe, self.vocabulary)
+        self.tables = table_rows(tables, self.vocabulary, drop=drop, multiple=multiple)
 
     def kinds_of(self, name: str) -> TensorKinds:
         """The kinds of the first model that holds the tensor."""
@@ -172,6 +182,27 @@ class _Planner:
         return base if name in base.tensors else next(kinds for kinds in self.kinds.values() if name in kinds.tensors)
 
     # --- one tensor ---
+
+    def _planned(self, name: str, number: int) -> TensorPlan | None:
+        """The plan of a tensor, after that of its like: the same matrix of another expert of a mixture, for example."""
+        key = None if self.recipe.rules or number else self._likeness(name)
+        if key in self.examples:
+            return self.examples[key].renamed(name)
+        tensor = self._tensor(name, number)
+        if key is not None and tensor is not None:
+            self.examples[key] = tensor
+        return tensor
+
+    def _likeness(self, name: str) -> Hashable:
+        """What decides the plan of a plain matrix in a block: its block, name without numbers, dtypes and shapes."""
+        kinds = self.kinds["base"]
+        unit = kinds.unit(name)
+        if unit == name or kinds.conv1d or name in self.tables or self.shared.is_shared(name):
+            return None
+        infos = [info for kinds in self.kinds.values() if (info := kinds.tensors.get(name)) is not None]
+        if len(infos) < len(self.kinds) or len(infos[0].shape) != 2:
+            return None
+        return unit, name[len(unit) :].translate(_NO_DIGITS), *[(info.dtype, info.shape) for info in infos]
 
     def _tensor(self, name: str, number: int) -> TensorPlan | None:
         kinds = self.kinds_of(name)
@@ -182,28 +213,29 @@ class _Planner:
         reads = self.shared.stored_names(name)
         if copied:
             return self._copy(name, kind, source, reads)
-        if self._refuse_missing(name, reads):
+        if faults := missing_faults(name, reads, zero=self.recipe.missing == "zero"):
+            self.faults += faults
             return None
         infos = {label: self.models[label].tensors[read] for label, read in reads.items() if read is not None}
-        shapes = self._shapes(name, infos)
-        if shapes is None:
+        if faults := shape_faults(name, infos, is_table=name in self.tables):
+            self.faults += faults
             return None
-        shape, common, extra = shapes
+        shape = infos["base"].shape
+        rows = self.tables.get(name) or TableRows.of(shape)
+        self._note_rows(name, rows, infos)
         group = 0 if rule is None else self.recipe.rules.index(rule) + 1
         unit = kinds.unit(name)
         place = self._place(name, unit, kinds, number % self.turns[group])
         stages = self._stages(group, kind, unit, place)
-        if extra and stages[-1].entry.packing is not None:
-            pack, labels = stages[-1].entry.name, " and ".join(extra[-1].models)
-            remedy = "set extra_rows: drop" if extra[0].start >= common[0] else f"add a rule that uses {labels} for it"
-            self.faults.append(f"{name}: {pack} cannot hold rows that only {labels} has; {remedy}")
+        if stages[-1].entry.packing is not None and not rows.is_plain:
+            self.faults.append(describe_unpackable(name, stages[-1].entry.name, rows))
             return None
         axis = kinds.input_axis(name)
         if axis is None and (stage := needs_input_axis(stages)) is not None:
             self.unoriented.setdefault(stage, []).append(name)
         return TensorPlan(
             name=name,
-            info=Info(self._output_dtype(infos["base"]), shape),
+            info=Info(self._output_dtype(infos["base"]), rows.shape(shape)),
             kind=kind,
             unit=unit,
             place=place,
@@ -211,8 +243,10 @@ class _Planner:
             stages=stages,
             source="base",
             reads=reads,
-            parts=parts_of(name, kind, common, axis, stages),
-            extra=extra,
+            item_bytes=sum(ITEM_SIZE[info.dtype] for info in infos.values()),
+            parts=parts_of(name, kind, rows.merged_shape(shape), axis, stages),
+            extra=rows.extra,
+            row_maps=rows.row_maps,
         )
 
     def _place(self, name: str, unit: str, kinds: TensorKinds, linear: int) -> Place:
@@ -237,6 +271,7 @@ class _Planner:
             self.faults.append(f"{source}: has no {name}, which a rule takes from it")
             return None
         info = self.models[source].tensors[read]
+        rows = self.tables.get(name) or TableRows.of(info.shape)
         # an expert's buffer is read only to tell whether it differs
         needed = {
             label: stored_name
@@ -245,7 +280,7 @@ class _Planner:
         }
         return TensorPlan(
             name=name,
-            info=Info(self._output_dtype(info), info.shape),
+            info=Info(self._output_dtype(info), rows.shape(info.shape)),
             kind=kind,
             unit=self.kinds_of(name).unit(name),
             place=Place(()),
@@ -253,59 +288,25 @@ class _Planner:
             stages=(),
             source=source,
             reads=needed,
+            item_bytes=sum(self._item_size(label, stored) for label, stored in needed.items() if stored),
             parts=parts_of(name, "copied", info.shape, COLUMNS, ()),
+            extra=rows.extra,
         )
+
+    def _item_size(self, label: str, stored: str) -> int:
+        return ITEM_SIZE[self.models[label].tensors[stored].dtype]
 
     def _output_dtype(self, info: Info) -> str:
         """The dtype in which a tensor of an input is written."""
         dtype = self.recipe.output.dtype
         return SAFETENSORS_NAMES[dtype] if dtype and info.is_float else info.dtype
 
-    def _refuse_missing(self, name: str, reads: Mapping[str, str | None]) -> bool:
-        """Adds a fault for every model that lacks a tensor, unless zero may stand for it; returns whether any did."""
-        missing = [label for label, read in reads.items() if read is None]
-        if "base" not in missing and self.recipe.missing == "zero":
-            return False
-        self.faults += [
-            f"{label}: has no {name}; set `missing: zero` to leave such tensors at the base, "
-            f"or name them in a rule {{tensors: ..., use: base}}"
-            for label in missing
-        ]
-        return bool(missing)
-
-    def _shapes(
-        self, name: str, infos: Mapping[str, Info]
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[ExtraRows, ...]] | None:
-        """Returns the output's shape, the shape that all models share, and rows beyond it.
-
-        Returns None after it has added a fault for every expert whose dtype or shape does not fit the base's.
-        """
-        base = infos["base"].shape
-        if name not in self.tables and all(info.is_float and info.shape == base for info in infos.values()):
-            return base, base, ()
-        shapes = {label: info.shape for label, info in infos.items()}
-        integer_labels = [label for label, info in infos.items() if not info.is_float]
-        remedy = "name it in a rule {tensors: ..., use: base}"
-        if integer_labels:
-            self.faults += [
-                f"{label}: {name} holds {infos[label].dtype}, but {infos['base'].dtype} in base; {remedy}"
-                for label in integer_labels
-            ]
-            return None
-        if name not in self.tables or len({shape[1:] for shape in shapes.values()}) > 1:
-            self.faults += [
-                f"{label}: {name} is {list(shape)}, but {list(base)} in base; {remedy}"
-                for label, shape in shapes.items()
-                if shape != base
-            ]
-            return None
-        rows, drop = {label: shape[0] for label, shape in shapes.items()}, self.recipe.extra_rows == "drop"
-        common, longest = min(rows.values()), max(rows.values())
-        extra = self.vocabulary.extra_rows(rows, drop=drop)
-        if drop and common < longest:
-            self.notes.append(f"{name}: rows from {common} on are dropped (extra_rows: drop)")
-        self.notes += describe_rows(name, extra)
-        return (common if drop else longest, *base[1:]), (common, *base[1:]), extra
+    def _note_rows(self, name: str, rows: TableRows, infos: Mapping[str, Info]) -> None:
+        """Notes the rows of a table that are dropped or not merged."""
+        if name in self.tables:
+            if self.recipe.extra_rows == "drop" and rows.merged < max(info.shape[0] for info in infos.values()):
+                self.notes.append(f"{name}: rows from {rows.merged} on are dropped (extra_rows: drop)")
+            self.notes += describe_rows(name, rows.extra)
 
     # --- the whole ---
 
@@ -324,30 +325,16 @@ class _Planner:
         turns = dict.fromkeys(turn for turn in self.turns if turn > 1)
         return [note for turn in turns for note in describe_aliasing(names, self.kinds_of, turn)]
 
-    def _config(self, tensors: list[TensorPlan], own_head: str | None) -> dict[str, Any]:
+    def _config(self, tensors: Iterable[TensorPlan], own_head: str | None) -> dict[str, Any]:
         """Returns the base's config, adjusted to the tensors: dtype, tied head, rows of the vocabulary."""
-        config = self.shared.config(own_head)
-        inner = dict(text_config(config)) if text_config(config) is not config else config
-        by_name = {tensor.name: tensor for tensor in tensors}
-        embedding = by_name.get(self.kinds["base"].embedding or "")
-        if embedding is not None and "vocab_size" in inner and embedding.info.shape[0] != self._base_rows():
-            inner["vocab_size"] = embedding.info.shape[0]
-        if self.recipe.output.dtype:
-            for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
-                config[key] = self.recipe.output.dtype
-        if inner is not config:
-            config["text_config"] = inner
-        tokenizer_label = self.vocabulary.tokenizer
-        if tokenizer_label != "base":
-            config = with_special_ids(
-                config, special_ids(self.tokenizers[tokenizer_label], self.models[tokenizer_label].config)
-            )
-        return config
-
-    def _base_rows(self) -> int:
-        """The number of rows of the base's embedding; 0 if it has none."""
-        kinds = self.kinds["base"]
-        return kinds.tensors[kinds.embedding].shape[0] if kinds.embedding else 0
+        kinds, label = self.kinds["base"], self.vocabulary.tokenizer
+        rows = next((tensor.info.shape[0] for tensor in tensors if tensor.name == kinds.embedding), None)
+        if kinds.embedding is not None and rows == kinds.tensors[kinds.embedding].shape[0]:
+            rows = None
+        config = with_size(self.shared.config(own_head), dtype=self.recipe.output.dtype, rows=rows)
+        if label == "base":
+            return config
+        return with_special_ids(config, special_ids(self.tokenizers[label], self.models[label].config))
 
 
 def _bind(stages: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:

@@ -88,9 +88,9 @@ def _is_local(model: Checkpoint) -> bool:
 
 
 def _is_comparable(plan: Plan, tensor: TensorPlan, labels: Sequence[str]) -> bool:
-    """Whether these models store a matrix in one shape and in row order."""
+    """Whether these models store a matrix in one shape, in row order, and with the same rows."""
     names = [tensor.reads.get(label) for label in labels]
-    if None in names:
+    if None in names or any(row_map.moves_rows for row_map in tensor.row_maps.values()):
         return False
     infos = [plan.models[label].tensors[name or ""] for label, name in zip(labels, names, strict=True)]
     return all(info.is_float and info.strides is None and info.shape == infos[0].shape for info in infos)

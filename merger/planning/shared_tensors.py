@@ -25,6 +25,10 @@ class SharedTensors:
         self._names = copies | self._heads | self._embeddings
         self._untied_copies = {label for label in models if self._stores_untied_copy(label)}
 
+    def is_shared(self, name: str) -> bool:
+        """Whether some model holds the tensor of this name under another name too, or it is an embedding or a head."""
+        return name in self._names
+
     def stored_names(self, name: str) -> dict[str, str | None]:
         """The stored tensor of each model that stands for the output tensor ``name``."""
         if name not in self._names:

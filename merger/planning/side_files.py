@@ -9,6 +9,7 @@ from typing import Any
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.side_files import SideFile, base_files
 from merger.checkpoint.tokenizers import Tokenizer
+from merger.checkpoint.united_tokenizer import Flags, united_files
 from merger.checkpoint.vocabulary_files import read_object
 from merger.planning.special_ids import special_ids, with_special_ids
 
@@ -16,13 +17,18 @@ _GENERATION = "generation_config.json"
 
 
 def plan_side_files(
-    base: Checkpoint, tokenizer_model: Checkpoint, tokenizer: Tokenizer, config: Mapping[str, Any]
+    base: Checkpoint,
+    tokenizer_model: Checkpoint,
+    tokenizer: Tokenizer,
+    config: Mapping[str, Any],
+    added: Mapping[str, Flags],
 ) -> dict[str, SideFile]:
     """All files beside the weights, given the output's config and the model whose tokenizer the output gets.
 
+    Tokens are ``added`` to that tokenizer, in this order.
     That model's settings for generation come with its tokenizer; where it has none, those of the base name its tokens.
     """
-    files: dict[str, SideFile] = {**base_files(base.directory), **tokenizer.files, "config.json": config}
+    files: dict[str, SideFile] = {**base_files(base.directory), **united_files(tokenizer, added), "config.json": config}
     file, base_file = tokenizer_model.directory / _GENERATION, base.directory / _GENERATION
     if tokenizer_model is base or file.is_file():
         settings = read_object(file)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from merger.checkpoint.tensor_kinds import TensorKinds
+from merger.errors import nearest
 from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import expand
 from merger.planning.output_names import matching_rule
+from merger.planning.plan import ExtraRows
 from merger.planning.shared_tensors import SharedTensors
-from merger.planning.vocabulary import Table
+from merger.planning.vocabulary import Table, TableRows, Vocabulary, round_up
 from merger.recipe.recipe import Recipe
 
 
@@ -29,6 +31,52 @@ def vocabulary_tables(
             packed = _is_packed((recipe if rule is None else rule).stages, kind, list(recipe.experts))
             tables[name] = Table(name, kind, rows, source=None if rule is None else rule.use, packed=packed)
     return tables
+
+
+def table_rows(
+    tables: Mapping[str, Table], vocabulary: Vocabulary, *, drop: bool, multiple: int
+) -> dict[str, TableRows]:
+    """The rows of the output's tables by name; those of a copied table, and zeros up to a ``multiple``."""
+    alike: dict[tuple[tuple[str, int], ...], TableRows] = {}  # embedding and head have the same rows
+    rows = {}
+    for name, table in tables.items():
+        if table.source is not None:
+            length = table.rows.get(table.source, 0)
+            padded = round_up(length, multiple)
+            rows[name] = TableRows(padded, length, extra=(ExtraRows(length, padded, ()),) if length < padded else ())
+            continue
+        key = tuple(table.rows.items())
+        if key not in alike:
+            alike[key] = vocabulary.table_rows(table.rows, drop=drop, multiple=multiple)
+        rows[name] = alike[key]
+    return rows
+
+
+def source_faults(recipe: Recipe, vocabulary: Vocabulary) -> list[str]:
+    """The faults of the recipe's `tokens`: those that the output lacks, and sources without them."""
+    faults = []
+    names = sorted(set(vocabulary.meaning.values()))
+    for token, row in recipe.tokens.items():
+        holders = [label for label, tokens in vocabulary.tokens.items() if token in tokens.values()]
+        if token not in names:
+            message = f"is no token of the output, which has the tokens of {vocabulary.label}; {nearest(token, names)}"
+            faults.append(recipe.fault(("tokens", token), message))
+        elif row.source not in ("mean", "zero", *holders):
+            message = f"{row.source} has no row for {token!r}; take it from {' or '.join(holders) or 'zero'}"
+            faults.append(recipe.fault(("tokens", token, "from"), message))
+    return faults
+
+
+def describe_unpackable(name: str, pack: str, rows: TableRows) -> str:
+    """The fault of a table whose rows are not those with the same numbers of all models."""
+    if not rows.extra:
+        labels = " and ".join(rows.row_maps)
+        return f"{name}: {pack} cannot hold rows whose numbers in {labels} are other tokens; leave `tokenizer` out"
+    labels = " and ".join(rows.extra[-1].models)
+    if not labels:
+        return f"{name}: {pack} cannot hold rows that no model has; add a rule that uses base for it"
+    remedy = "set extra_rows: drop" if rows.extra[0].start >= rows.merged else f"add a rule that uses {labels} for it"
+    return f"{name}: {pack} cannot hold rows that only {labels} has; {remedy}"
 
 
 def _is_packed(stages: Iterable[Stage], kind: str, experts: Sequence[str]) -> bool:

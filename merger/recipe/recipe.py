@@ -30,6 +30,7 @@ from merger.recipe.sections import (
     Search,
     Source,
     TextSource,
+    TokenRow,
     expert_name,
     output_of,
     source_of,
@@ -37,6 +38,7 @@ from merger.recipe.sections import (
 )
 from merger.recipe.short_forms import experts_by_name, spell_out
 from merger.recipe.stages import stages_of
+from merger.recipe.vocabulary_faults import vocabulary_faults
 
 _Expert = Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)]
 _ExpertsByName = Annotated[dict[str, _Expert], Field(min_length=1)]
@@ -62,6 +64,14 @@ class Recipe(Choice):
     )
     extra_rows: Literal["keep", "drop"] = Field(
         "keep", description="Whether rows of a vocabulary that not all models have stay in the output."
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="`base`, an expert or `union`, whose tokens the output has; rows are then matched by token. Left "
+        "out, the tokenizer is the base's, or that of an expert that added tokens to it.",
+    )
+    tokens: dict[str, TokenRow] = Field(
+        default_factory=dict, description="By token: one source for its row, in place of the merge."
     )
     calibration: Calibration | None = Field(
         default=None, description="Text of each expert, for methods that look at layer inputs."
@@ -94,6 +104,11 @@ class Recipe(Choice):
     def fault(self, path: KeyPath, message: str) -> str:
         """``file:line: key.path: message``, for a key of the recipe as it was written."""
         return self._document.fault(path, message)
+
+    @property
+    def named_tokenizer(self) -> str | None:
+        """The tokenizer of the output that the recipe names: base, an expert or union."""
+        return self.tokenizer or self.output.tokenizer
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -143,9 +158,15 @@ class Recipe(Choice):
         return [path for path in paths if path.exists()]
 
     def spelled_out(self) -> dict[str, Any]:
-        """Returns the recipe with all defaults, as the manifest stores it: everything that decides the merge."""
+        """Returns the recipe with all defaults, as the manifest stores it: everything that decides the merge.
+
+        Keys of later versions are left out where they are absent, so that an older recipe has the same record.
+        """
         separate_keys = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
+        separate_keys |= {key for key in ("tokenizer", "tokens") if not getattr(self, key)}
         sections = self.model_dump(mode="json", by_alias=True, exclude=separate_keys)
+        if self.output.pad_rows_to is None:
+            del sections["output"]["pad_rows_to"]
         models = {key: sections.pop(key) for key in ("base", "experts")}
         return {**models, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **sections}
 
@@ -237,11 +258,7 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
 
 def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Returns the faults between the sections of a well-formed recipe."""
-    faults: list[tuple[KeyPath, str]] = []
-    if recipe.output.tokenizer not in (None, "base", *recipe.experts):
-        suggestion = nearest(str(recipe.output.tokenizer), ["base", *recipe.experts])
-        faults.append((("output", "tokenizer"), f"there is no expert {recipe.output.tokenizer!r}; {suggestion}"))
-    return faults + _calibration_faults(recipe)
+    return [*vocabulary_faults(recipe), *_calibration_faults(recipe)]
 
 
 def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
@@ -264,7 +281,7 @@ def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     with_data = (
         set(calibration.data) if isinstance(calibration.data, dict) else set(experts if calibration.data else ())
     )
-    from_text = any(source.follows_merge for source in _inputs(recipe))
+    from_text = follows_merge(recipe)
     experts_without_text = [
         name for name in experts if name not in (with_data if from_text else with_data | set(calibration.stats))
     ]
@@ -286,6 +303,11 @@ def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
         (*place, "pipeline" if choice.pipeline else "method"),
         f"looks at layer inputs; add `calibration: {{data: {{{files}}}}}`, text of each expert (docs/calibration.md)",
     )
+
+
+def follows_merge(recipe: Recipe) -> bool:
+    """Whether stages look at blocks behind the merged ones, so that nothing can be said before these are merged."""
+    return any(source.follows_merge for source in _inputs(recipe))
 
 
 def is_calibrated(recipe: Recipe) -> bool:
@@ -320,6 +342,7 @@ _SECTIONS: dict[str | int, Any] = {
     "evaluation": Evaluation,
     "search": Search,
     "rules": Rule,
+    "tokens": TokenRow,
 }
 
 
@@ -327,7 +350,7 @@ def _valid_fields(path: KeyPath) -> set[str]:
     """Returns the valid keys at ``path`` of the recipe."""
     is_text = len(path) > 2 and path[1] == "data" and path[0] in ("calibration", "evaluation")
     section = TextSource if is_text else _SECTIONS.get(path[0], Recipe) if path else Recipe
-    return set(section.model_fields)
+    return {field.alias or name for name, field in section.model_fields.items()}
 
 
 # --- for editors ----------------------------------------------------------------------------------

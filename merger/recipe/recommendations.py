@@ -37,6 +37,13 @@ TEXT = Recommendation(
     share=0.936,
     source=REGRESSION,
 )
+TIME = Recommendation(
+    "text of each expert, and time",
+    "distill",
+    "learns each block from the experts' outputs of it; some three times as long, and memory for a block's gradients",
+    share=0.949,
+    source=REGRESSION,
+)
 WEIGHTS = Recommendation(
     "the weights alone",
     "wudi_svc",
@@ -61,7 +68,7 @@ QUICK = Recommendation(
     share=0.663,
     source=REGRESSION,
 )
-RECOMMENDATIONS = (TEXT, WEIGHTS, ADAPTERS, MANY, QUICK)
+RECOMMENDATIONS = (TEXT, TIME, WEIGHTS, ADAPTERS, MANY, QUICK)
 
 SAMPLES = 20
 """Texts of each expert that `merger init` asks for."""

@@ -77,6 +77,22 @@ def byte_size(value: Any) -> Any:
     return value
 
 
+UNION = "union"
+"""The word for the tokens of all models, in place of the name of one."""
+
+
+ROW_SOURCES = ("base", "mean", "zero")
+"""The sources of a token's row that are no expert."""
+
+
+class TokenRow(Section):
+    """The source of one token's row in the tables of the output."""
+
+    source: str = Field(
+        alias="from", description="`base`, an expert, `mean` of the experts that have the token, or `zero`."
+    )
+
+
 class Output(Section):
     """Where the merged checkpoint goes, and in what form."""
 
@@ -89,8 +105,10 @@ class Output(Section):
     )
     tokenizer: str | None = Field(
         default=None,
-        description="`base` or an expert, whose tokenizer the output gets; left out, the base's, or that of an expert "
-        "that added tokens to it.",
+        description="The older place of the recipe's `tokenizer`.",
+    )
+    pad_rows_to: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Rows of zeros make the rows of the vocabulary a multiple of this number."
     )
 
 

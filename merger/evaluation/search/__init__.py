@@ -181,9 +181,9 @@ class _Search:
 
         def evaluate_point(space: Space, point: Point) -> tuple[float, dict[str, float], float, float]:
             began = time.monotonic()
-            model, _ = self.model_host.merged(space.recipe(point))
+            model = self.evaluator.merged(variant, space.recipe(point))
             merged = time.monotonic()
-            entry = Entry(variant, "merge", self.evaluator.task_evaluator.outcomes(model))
+            entry = Entry(variant, "merge", self.evaluator.tasks_of(model).outcomes(model.model))
             value = objective(self.settings.objective, self.split.search, [*references, entry])
             values = {task: outcome.value for task, outcome in entry.outcomes.items()}
             return value, values, merged - began, time.monotonic() - merged
@@ -227,9 +227,9 @@ class _Search:
         names = ["base", *self.family.experts]
         recorded = {(part, name): record.outcomes(f"{part} {name}") for part in evaluators for name in names}
         if any(outcomes is None for outcomes in recorded.values()):
-            for name, model in self.evaluator.models():
+            for model in self.evaluator.models():
                 for part, evaluator in evaluators.items():
-                    if recorded[part, name] is None:
-                        recorded[part, name] = evaluator.outcomes(model, name)
-                        record.add_outcomes(f"{part} {name}", recorded[part, name] or {})
+                    if recorded[part, model.label] is None:
+                        recorded[part, model.label] = evaluator.outcomes(model)
+                        record.add_outcomes(f"{part} {model.label}", recorded[part, model.label] or {})
         return {part: [Entry(name, kind_of(name), recorded[part, name] or {}) for name in names] for part in evaluators}

@@ -28,6 +28,7 @@ from merger.recipe.mergekit.settings import (
     rule_condition,
 )
 from merger.recipe.mergekit.table import METHODS, Method
+from merger.recipe.mergekit.vocabulary import Vocabulary
 from merger.recipe.recipe import Recipe
 from merger.recipe.sections import DType
 
@@ -36,7 +37,6 @@ _KEYS = {
     "tokenizer", "modules",
 }  # fmt: skip
 _TEMPLATE = "has no equivalent: the tokenizer keeps its own; leave it out, and put another beside the output"
-_UNION = "union has no equivalent: vocabularies are not put together; if all models share one, write base"
 _PATH = "out/merged"
 
 
@@ -90,11 +90,13 @@ class _Importer:
         self._note_other_keys()
         start, experts = self._roles(method or METHODS["linear"], base, slices)
         names = expert_names(experts)
+        vocabulary = Vocabulary(self.config, {**names, start: "base"}, self.faults, self.notes)
         recipe = {
             "base": self._relocate(start),
             "experts": {name: self._relocate(model) for model, name in names.items()},
             **(self._choices(method, slices, names, delta=start not in experts) if method and names else {}),
-            "output": {"path": _PATH, **self._dtype(), **self._tokenizer(start, names)},
+            **vocabulary.recipe_keys(),
+            "output": {"path": _PATH, **self._dtype(), **vocabulary.output_keys()},
         }
         self._raise_faults()
         try:
@@ -271,31 +273,6 @@ class _Importer:
                 if dtype["dtype"] not in get_args(DType):
                     self.faults.append(((key,), f"{value!r} has no equivalent; {nearest(str(value), get_args(DType))}"))
         return dtype
-
-    def _tokenizer(self, base: Reference, names: Mapping[Reference, str]) -> dict[str, str]:
-        path: KeyPath = ("tokenizer_source",)
-        source, tokenizer = self.config.get("tokenizer_source"), self.config.get("tokenizer")
-        if not isinstance(tokenizer, Mapping | None):
-            self.faults.append((("tokenizer",), "expected keys and values, as in {source: base}"))
-        elif source is None and tokenizer is not None:
-            path = ("tokenizer", "source")
-            source = tokenizer.get("source", "union")
-            unsupported_keys = [key for key in ("tokens", "pad_to_multiple_of") if tokenizer.get(key)]
-            self.faults += [(("tokenizer", key), "has no equivalent") for key in unsupported_keys]
-        if source is None:
-            return {}
-        self.notes.append(
-            "Vocabulary rows are matched by number, where mergekit matches the tokens that they stand for."
-        )
-        if source == "union":
-            self.faults.append((path, _UNION))
-            return {}
-        model = base if source == "base" else reference(source, path, self.faults)
-        if model is None or model == base:
-            return {"tokenizer": "base"}
-        if model not in names:
-            self.faults.append((path, f"{source!r} is none of the models that are merged"))
-        return {"tokenizer": names.get(model, "base")}
 
     def _note_other_keys(self) -> None:
         if self.config.get("chat_template") is not None:
