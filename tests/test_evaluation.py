@@ -62,8 +62,13 @@ def test_each_texts_loss_is_its_own_whatever_stands_beside_it(demo_folder, exper
     assert batched == pytest.approx(single, abs=1e-4)
 
 
-def test_exact_answers_are_counted_as_one_prompt_at_a_time_would(demo_folder, expert):  # noqa: F811
-    model, tokenizer = expert
+@pytest.mark.parametrize(("step", "few", "most"), [(0.15, 1, 11), (1.0, 12, 12)])
+def test_exact_answers_are_counted_as_one_prompt_at_a_time_would(demo_folder, expert, step, few, most):  # noqa: F811
+    trained, tokenizer = expert
+    model = AutoModelForCausalLM.from_pretrained(demo_folder / "models" / "base", dtype="float32").eval()
+    with torch.no_grad():  # a model on the way from the base to the expert answers some prompts right
+        for weight, target in zip(model.parameters(), trained.parameters(), strict=True):
+            weight.lerp_(target, step)
     answered = {}
     for name in TASKS:
         (task,) = load({name: f"data/{name}.answers.jsonl"}, demo_folder, 12)
@@ -73,7 +78,7 @@ def test_exact_answers_are_counted_as_one_prompt_at_a_time_would(demo_folder, ex
         pairs = [(example.prompt, example.replies[0]) for example in task.examples]
         expected = [demo_tasks.accuracy(model, tokenizer, [pair]) for pair in pairs]
         assert answered[name][name].total.tolist() == expected
-    assert answered["shift"]["shift"].value == 1
+    assert few <= answered["shift"]["shift"].total.sum() <= most
 
 
 def test_the_likeliest_choice_is_taken(expert):
