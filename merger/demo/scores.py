@@ -52,7 +52,7 @@ class Score:
 
     @property
     def total(self) -> Share:
-        """The share over all tasks."""
+        """The share over all tasks; its interval, of all prompts as one sample, is rather too wide than too narrow."""
         return Share.of(sum(self.right.values()), self.examples * len(self.right))
 
 
