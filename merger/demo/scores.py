@@ -22,9 +22,9 @@ class Share:
     high: float
 
     @classmethod
-    def of(cls, right: int, count: int) -> Share:
-        """The share of ``right`` among ``count`` answers, with its interval (Wilson, 1927, JASA 22)."""
-        share, weight = right / count, Z**2 / count
+    def of(cls, hits: int, count: int) -> Share:
+        """The share of ``hits`` among ``count`` answers, with its interval (Wilson, 1927, JASA 22)."""
+        share, weight = hits / count, Z**2 / count
         middle = (share + weight / 2) / (1 + weight)
         half = Z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
         return cls(share, max(0.0, middle - half), min(1.0, middle + half))
@@ -41,19 +41,19 @@ class Score:
 
     model: str
     kind: str  # base, expert or merge
-    right: Mapping[str, int]
+    hits: Mapping[str, int]  # right answers by task
     examples: int  # of each task
     replies: Mapping[str, str]  # to the first held-out prompt of each task
 
     @property
     def tasks(self) -> dict[str, Share]:
         """The share of each task."""
-        return {task: Share.of(right, self.examples) for task, right in self.right.items()}
+        return {task: Share.of(hits, self.examples) for task, hits in self.hits.items()}
 
     @property
     def total(self) -> Share:
         """The share over all tasks; its interval, of all prompts as one sample, is rather too wide than too narrow."""
-        return Share.of(sum(self.right.values()), self.examples * len(self.right))
+        return Share.of(sum(self.hits.values()), self.examples * len(self.hits))
 
 
 def score(name: str, kind: str, path: Path, held_out: Mapping[str, Sequence[demo_tasks.Example]]) -> Score:
@@ -64,9 +64,9 @@ def score(name: str, kind: str, path: Path, held_out: Mapping[str, Sequence[demo
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    right, first_replies = {}, {}
+    hits, first_replies = {}, {}
     for task, examples in held_out.items():
         replies = demo_tasks.replies(model, tokenizer, examples)
-        right[task] = demo_tasks.count_right(replies, examples)
+        hits[task] = demo_tasks.count_right(replies, examples)
         first_replies[task] = replies[0]
-    return Score(name, kind, right, len(next(iter(held_out.values()))), first_replies)
+    return Score(name, kind, hits, len(next(iter(held_out.values()))), first_replies)
