@@ -142,7 +142,7 @@ class Schedule:
                 flow = partial(sink.carry, slices)
                 passes = TensorPasses(flow, slices.sizes, model_totals, earlier_sums, slices.hold, slices.rehearse)
                 with slices.room():
-                    open_total = passes.run(slices.count, map if slices.are_large else mapper)
+                    open_total = passes.run(slices.count, _in_turn(mapper) if slices.are_large else mapper)
             else:
                 sink.copy(tensor, part)
         self._end_pass(unit, sink, is_last=open_total is None)
@@ -157,6 +157,11 @@ class Schedule:
             is_complete = self._parts_left[tensor.name] == 0
         if is_complete:
             sink.end_tensor(tensor)
+
+
+def _in_turn(mapper: Mapper) -> Mapper:
+    """The mapper, one slice after the other."""
+    return lambda visit, slices: (result for i in slices for result in mapper(visit, [i]))
 
 
 def _is_single_slice(tensor: TensorPlan, part: Part) -> bool:
