@@ -4,11 +4,11 @@ python scripts/commands_reference.py            # rewrites the reference
 python scripts/commands_reference.py --check    # exits with 1 if it differs
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
+from generated import rewrite
 
 from merger.cli import app
 from merger.cli._app import JUDGE, LEARN, MERGE, USE
@@ -67,15 +67,5 @@ def default_text(parameter: Any) -> str:
     return f"`{parameter.default}`"
 
 
-def main() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    head, _, tail = text.partition(BEGIN)
-    _, _, foot = tail.partition(END)
-    page = f"{head}{BEGIN}{reference()}{END}{foot}"
-    if "--check" not in sys.argv[1:]:
-        DOCS.write_text(page, encoding="utf-8")
-    elif page != text:
-        sys.exit(f"{DOCS} differs from the commands; run python scripts/{Path(__file__).name}")
-
-
-main()
+if __name__ == "__main__":
+    rewrite(DOCS, BEGIN, END, reference(), "the commands")

@@ -5,9 +5,10 @@ python scripts/methods_table.py --check    # exits with 1 if they differ
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from generated import rewrite
 
 from merger.cli._report import methods_json
 
@@ -43,15 +44,5 @@ def yaml_text(default: Any) -> str:
     return default if isinstance(default, str) else json.dumps(default)
 
 
-def main() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    rewritten = f"{before}{BEGIN}{tables()}{END}{after}"
-    if "--check" not in sys.argv[1:]:
-        DOCS.write_text(rewritten, encoding="utf-8")
-    elif rewritten != text:
-        sys.exit(f"{DOCS} differs from the signatures; run python {Path(__file__).name}")
-
-
-main()
+if __name__ == "__main__":
+    rewrite(DOCS, BEGIN, END, tables(), "the signatures")

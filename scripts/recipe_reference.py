@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from generated import rewrite
+
 from merger.recipe.json_schema import json_schema
 from merger.recipe.recipe import Recipe
 from merger.recipe.sections import Calibration, Evaluation, Expert, Output, Rule, Search, Section, TextSource, TokenRow
@@ -101,15 +103,5 @@ def value_text(schema: dict[str, Any], joint: str = ", or ") -> str:
     return names.get(schema.get("type", ""), "") + least
 
 
-def main() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    head, _, tail = text.partition(BEGIN)
-    _, _, foot = tail.partition(END)
-    page = f"{head}{BEGIN}{tables()}{END}{foot}"
-    if "--check" not in sys.argv[1:]:
-        DOCS.write_text(page, encoding="utf-8")
-    elif page != text:
-        sys.exit(f"{DOCS} differs from merger/recipe; run python scripts/{Path(__file__).name}")
-
-
-main()
+if __name__ == "__main__":
+    rewrite(DOCS, BEGIN, END, tables(), "merger/recipe")

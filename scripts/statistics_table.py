@@ -4,8 +4,9 @@ python scripts/statistics_table.py            # rewrites the table
 python scripts/statistics_table.py --check    # exits with 1 if the table differs
 """
 
-import sys
 from pathlib import Path
+
+from generated import rewrite
 
 from merger.inspection.statistic import Statistic, statistics
 
@@ -30,15 +31,5 @@ def row(entry: Statistic, about: str) -> str:
     return f"| `{entry.name}` | {about} | {entry.unit} | {entry.explanation}{option} | {formula} |"
 
 
-def main() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    head, _, tail = text.partition(BEGIN)
-    _, _, foot = tail.partition(END)
-    page = f"{head}{BEGIN}{table()}{END}{foot}"
-    if "--check" not in sys.argv[1:]:
-        DOCS.write_text(page, encoding="utf-8")
-    elif page != text:
-        sys.exit(f"{DOCS} differs from the declared statistics; run python {Path(__file__).name}")
-
-
-main()
+if __name__ == "__main__":
+    rewrite(DOCS, BEGIN, END, table(), "the declared statistics")

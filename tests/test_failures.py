@@ -152,7 +152,7 @@ def test_a_model_that_reads_no_text_merges_and_is_refused_where_text_is_needed(m
     [
         (PermissionError(errno.EACCES, "Permission denied", "text.jsonl"), 3, "text.jsonl: Permission denied"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), 3, "data: Is a directory"),
-        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), 4, "/tmp/x: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 4, "out/x: No space left on device"),
         (OSError(errno.EMFILE, "Too many open files", "a"), 4, "a: Too many open files"),
         (ConnectionError("the host is gone"), 4, "the host is gone"),
         (RuntimeError("can't start new thread"), 4, "out of memory (can't start new thread)"),
