@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
+
+from merger.display.page import html_table as table_element
+from merger.display.table import Column, Table, text_row
 
 
 def size_text(count: int) -> str:
@@ -24,9 +26,5 @@ def name_list(names: Sequence[str]) -> str:
 
 def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """An HTML table for `_repr_html_`; all texts are escaped."""
-
-    def line(cells: Iterable[object], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f"<table><caption>{escape(caption)}</caption>{line(columns, 'th')}{body}</table>"
+    table = Table([Column(heading) for heading in columns], [text_row(*row) for row in rows], caption)
+    return table_element(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from merger.charts.drawing import Chart, Drawing, Path, Scale, Shape, Text, legend, rectangle, text_width
+from merger.charts.drawing import Chart, Drawing, Path, Scale, Shape, Text, legend, number_text, rectangle, text_width
 from merger.charts.paint import series_paint
 
 WIDTH, BAR, GAP = 440.0, 14.0, 12.0
@@ -28,9 +28,20 @@ class BarChart(Chart):
     x_label: str
     rows: Sequence[str]
     series: Mapping[str, Sequence[Bar | None]]  # in the order of the rows
+    numbers: Sequence[int] = ()  # of the colours of the series; in their order, if empty
+
+    def summary(self) -> str:
+        """Every bar's value by row."""
+        rows = []
+        for i, row in enumerate(self.rows):
+            bars = {name: series[i] for name, series in self.series.items()}
+            values = ", ".join(f"{name} {number_text(bar.value)}" for name, bar in bars.items() if bar is not None)
+            rows.append(f"{row}: {values}")
+        return f"{'; '.join(rows)}."
 
     def drawing(self) -> Drawing:
         """Draws the bars with their rows' names, the scale and the legend."""
+        numbers = self.numbers or range(len(self.series))
         bars = [bar for series in self.series.values() for bar in series if bar is not None]
         scale = Scale.around(min([0.0, *(bar.low for bar in bars)]), max([0.0, *(bar.high for bar in bars)]))
         margin = 12 + max((text_width(name) for name in self.rows), default=0)
@@ -48,9 +59,9 @@ class BarChart(Chart):
         for i, name in enumerate(self.rows):
             top = i * row_height + GAP / 2
             shapes.append(Text(margin - 8, top + (row_height - GAP) / 2 + 4, name, "end"))
-            for number, series in enumerate(self.series.values()):
-                shapes += _bar(series[i], number, top + number * BAR, place(0), place)
-        key, height = legend(enumerate(self.series), margin, bottom + 48, WIDTH)
+            for line, (number, series) in enumerate(zip(numbers, self.series.values(), strict=True)):
+                shapes += _bar(series[i], number, top + line * BAR, place(0), place)
+        key, height = legend(zip(numbers, self.series, strict=True), margin, bottom + 48, WIDTH)
         return Drawing(margin + WIDTH + 16, bottom + 48 + height, [*shapes, *key])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from merger.charts.paint import series_paint
+from merger.charts.paint import HEAT, series_paint
 
 Point = tuple[float, float]
 TEXT = 12.0
@@ -69,6 +69,7 @@ class Cells:
     width: float
     height: float
     heats: Sequence[Sequence[float | None]]  # top row first
+    paint: str = HEAT  # the role of the colour of the strongest heat
 
     def moved(self, x: float, y: float) -> Cells:
         """The same elsewhere."""
@@ -97,6 +98,14 @@ class Chart(ABC):
     @abstractmethod
     def drawing(self) -> Drawing:
         """Draws the chart, without its title and caption."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """The figures in a few words, for readers who do not see the chart."""
+
+    def description(self) -> str:
+        """The title, the caption and the figures in words."""
+        return f"{self.title}: {self.caption.rstrip('.')}. {self.summary()}"
 
     def titled(self) -> Drawing:
         """Draws the chart below its title and caption."""
@@ -149,13 +158,13 @@ def legend(names: Iterable[tuple[int, str]], x: float, y: float, width: float) -
     return shapes, line + 20 - y
 
 
-def heat_scale(low: float, high: float, x: float, y: float) -> tuple[list[Shape], float]:
+def heat_scale(low: float, high: float, x: float, y: float, paint: str = HEAT) -> tuple[list[Shape], float]:
     """A bar from the least to the greatest heat with their numbers, and the width that it takes."""
     start = x + text_width(number_text(low)) + 8
     heats = [[i / 31 for i in range(32)]]
     shapes: list[Shape] = [
         Text(x, y + 10, number_text(low)),
-        Cells(start, y, 160, 11, heats),
+        Cells(start, y, 160, 11, heats, paint),
         Text(start + 168, y + 10, number_text(high)),
     ]
     return shapes, start + 176 + text_width(number_text(high)) - x
@@ -163,7 +172,7 @@ def heat_scale(low: float, high: float, x: float, y: float) -> tuple[list[Shape]
 
 def text_width(text: str, size: float = TEXT) -> float:
     """About as wide as a text is in a sans-serif font."""
-    return 0.58 * size * len(text)
+    return 0.62 * size * len(text)
 
 
 def number_text(value: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from merger._version import MARK
 from merger.charts import drawing as shapes
 from merger.charts.drawing import Drawing
-from merger.charts.paint import LIGHT
+from merger.charts.paint import LIGHT, heat_colour
 from merger.charts.svg import standalone
 from merger.errors import RecipeError
 
@@ -92,7 +92,7 @@ def _add_text(axes: Any, text: shapes.Text) -> None:
 def _add_cells(axes: Any, cells: shapes.Cells) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    heat = LinearSegmentedColormap.from_list("heat", [LIGHT["low"], LIGHT["high"]])
+    heat = LinearSegmentedColormap.from_list("heat", [heat_colour(0, cells.paint), heat_colour(1, cells.paint)])
     values = [[float("nan") if value is None else value for value in row] for row in cells.heats]
     extent = (cells.x, cells.x + cells.width, cells.y + cells.height, cells.y)
     axes.imshow(values, heat, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")

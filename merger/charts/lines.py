@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from merger.charts.drawing import Chart, Drawing, Path, Point, Scale, Shape, Text, legend, mark, text_width
+from merger.charts.drawing import Chart, Drawing, Path, Point, Scale, Shape, Text, legend, mark, number_text, text_width
 from merger.charts.paint import series_paint
 
 WIDTH, HEIGHT = 440.0, 300.0
@@ -35,6 +35,15 @@ class LineChart(Chart):
     top: float | None = None  # where the scale of y ends, by default at the greatest value
     diagonal: bool = False  # whether x = y is drawn
 
+    def summary(self) -> str:
+        """The ends of every line that the legend names."""
+        lines = [
+            f"{series.name or self.title} from {_place(series.points[0])} to {_place(series.points[-1])}"
+            for series in self.series
+            if series.points and (series.name or len(self.series) == 1)
+        ]
+        return f"{'; '.join(lines)}."
+
     def drawing(self) -> Drawing:
         """Draws axes, lines and legend."""
         x_scale, y_scale = self._scales()
@@ -60,6 +69,10 @@ class LineChart(Chart):
         across, up = [x for x, _ in points], [y for _, y in points]
         top = max(up) if self.top is None else self.top
         return Scale.around(min(0, *across), max(across)), Scale.around(0 if self.from_zero else min(up), top)
+
+
+def _place(point: Point) -> str:
+    return f"{number_text(point[1])} at {number_text(point[0])}"
 
 
 def _axes(x_scale: Scale, y_scale: Scale, margin: float) -> list[Shape]:

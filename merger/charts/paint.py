@@ -41,8 +41,14 @@ DARK = {
 SERIES = 6
 """Colours of series: more cannot be told apart."""
 
+HEAT = "high"
+"""The role of the strongest heat of charts that are about no expert in particular."""
+
 DEEP = 0.6
 """The share of the strongest heat from which on the ink on it is `on-high`, the more legible there."""
+
+TINT = 0.6
+"""How much of a series' colour is in the strongest heat of a chart in it: ink stays legible on all of that chart."""
 
 
 def series_paint(number: int) -> str:
@@ -50,9 +56,14 @@ def series_paint(number: int) -> str:
     return f"series{number % SERIES}"
 
 
-def ink_on(heat: float) -> str:
+def strength(heat: float, paint: str = HEAT) -> float:
+    """How much of the paint a heat in [0, 1] mixes into the ground."""
+    return heat if paint == HEAT else heat * TINT
+
+
+def ink_on(heat: float, paint: str = HEAT) -> str:
     """The role of the ink on a heat in [0, 1]."""
-    return "on-high" if heat > DEEP else "on-low"
+    return "on-high" if paint == HEAT and heat > DEEP else "on-low"
 
 
 def css_variables(palette: dict[str, str]) -> str:
@@ -60,7 +71,8 @@ def css_variables(palette: dict[str, str]) -> str:
     return " ".join(f"--{role}: {colour};" for role, colour in palette.items())
 
 
-def heat_colour(heat: float) -> str:
+def heat_colour(heat: float, paint: str = HEAT) -> str:
     """The light palette's colour of a heat in [0, 1], as #rrggbb."""
-    low, high = (bytes.fromhex(LIGHT[role][1:]) for role in ("low", "high"))
-    return "#" + bytes(round(a + (b - a) * heat) for a, b in zip(low, high, strict=True)).hex()
+    low, high = (bytes.fromhex(LIGHT[role][1:]) for role in ("low", paint))
+    share = strength(heat, paint)
+    return "#" + bytes(round(a + (b - a) * share) for a, b in zip(low, high, strict=True)).hex()

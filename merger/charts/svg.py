@@ -9,24 +9,25 @@ from itertools import groupby
 
 from merger._version import MARK
 from merger.charts.drawing import TEXT, Cells, Drawing, Path, Point, Shape, Text
-from merger.charts.paint import DARK, LIGHT, css_variables, heat_colour
+from merger.charts.paint import DARK, LIGHT, css_variables, heat_colour, strength
 
 LEVELS = 64
 """Shades of a heat: enough that neighbours cannot be told apart."""
 
 STYLE = (
     f":root {{ color-scheme: light dark; {css_variables(LIGHT)} }}\n"
-    f"@media (prefers-color-scheme: dark) {{ :root {{ {css_variables(DARK)} }} }}\n"
+    f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {css_variables(DARK)} }} }}\n"
+    "@media print { :root { color-scheme: light; } }\n"
     "svg.chart { display: block; font-size: 12px; font-family: system-ui, sans-serif; }\n"
 )
 """The style sheet of a page with themed drawings."""
 
 
 def themed(drawing: Drawing, label: str) -> str:
-    """An SVG element in the colours of the page, light or dark; screen readers read the ``label``."""
+    """An SVG element in the colours of the page, light or dark; screen readers read the ``label``, mice show it."""
     size = f'width="{drawing.width:.0f}" height="{drawing.height:.0f}"'
     box = f'viewBox="0 0 {drawing.width:.0f} {drawing.height:.0f}" role="img" aria-label="{escape(label)}"'
-    return f'<svg class="chart" {size} {box}>{_elements(drawing, _Themed())}</svg>'
+    return f'<svg class="chart" {size} {box}><title>{escape(label)}</title>{_elements(drawing, _Themed())}</svg>'
 
 
 def standalone(drawing: Drawing) -> str:
@@ -53,9 +54,9 @@ class _Plain:
         """The colour of a role."""
         return LIGHT[role] if role else "none"
 
-    def heat(self, heat: float) -> str:
+    def heat(self, heat: float, paint: str) -> str:
         """The colour of a heat in [0, 1]."""
-        return heat_colour(heat)
+        return heat_colour(heat, paint)
 
 
 class _Themed(_Plain):
@@ -65,9 +66,9 @@ class _Themed(_Plain):
         """The variable of a role."""
         return f"var(--{role})" if role else "none"
 
-    def heat(self, heat: float) -> str:
+    def heat(self, heat: float, paint: str) -> str:
         """A mixture of the two ends of the scale."""
-        return f"color-mix(in oklab, var(--high) {heat:.1%}, var(--low))"
+        return f"color-mix(in oklab, var(--{paint}) {strength(heat, paint):.1%}, var(--low))"
 
 
 def _elements(drawing: Drawing, colours: _Plain) -> str:
@@ -114,7 +115,7 @@ def _cells(cells: Cells, colours: _Plain) -> str:
             if heat is not None:
                 shades[round(heat * (LEVELS - 1))].append(f"M{x} {y}h1v1h-1z")
     paths = "".join(
-        f'<path style="fill:{colours.heat(level / (LEVELS - 1))}" d="{"".join(shades[level])}"/>'
+        f'<path style="fill:{colours.heat(level / (LEVELS - 1), cells.paint)}" d="{"".join(shades[level])}"/>'
         for level in sorted(shades)
     )
     scale = f"scale({cells.width / len(cells.heats[0]):.4g} {cells.height / len(cells.heats):.4g})"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import sys
 import traceback
 
-from merger.cli._terminal import as_flags
+from merger.cli._terminal import as_flags, make_console
+from merger.display.terminal import print_text
 from merger.errors import (
     DEFECT,
     CheckpointError,
@@ -37,8 +37,9 @@ def report(error: Exception) -> int:
 
 def _say(lines: list[str], code: int) -> int:
     with contextlib.suppress(OSError):  # nobody reads stderr either
+        console = make_console(stderr=True)
         for line in lines:
-            print(f"error: {line}", file=sys.stderr)
+            print_text(f"error: {line}", console)
     return code
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 import merger.methods  # noqa: F401 registers every method
+from merger.display import Cell, Column, Row, Table, text_row
+from merger.display.terminal import fits, print_table, print_text
 from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
-from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
+from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, stage_names, written
 from merger.pipeline.stages import expand
 from merger.planning.plan import Plan
 from merger.planning.sample import SampledChange, sample_notes
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 def method_names(plan: Plan) -> list[str]:
     """The stages of the recipe's own method, then those of each rule, as the table of a plan names them."""
-    names = ["+".join(next(iter(written(stage))) for stage in choice.stages) for choice in plan.recipe.choices()]
+    names = [stage_names(choice.stages) for choice in plan.recipe.choices()]
     return [f"{name} (rule {i})" if i else name for i, name in enumerate(names)]
 
 
@@ -67,45 +69,67 @@ def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChang
 
 def print_plan(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange], console: Console) -> None:
     """Prints the plan as a table, the size of the experts' changes, and the cost of the merge."""
-    table = _table("tensors", "count", "shape", "dtype", "kind", "action")
-    for (name, shape, dtype, kind, fate), count in groups(plan).items():
-        _row(table, name, count, shape, dtype, kind, fate)
-    console.print(table)
+    table = plan_table(plan)
+    print_table(table if fits(table, console.width) else _by_block(table), console)
     for label, names in plan.dropped.items():
         for name, reason in names.items():
-            console.print(f"dropped from {label}: {name}: {reason}", markup=False, soft_wrap=True)
+            print_text(f"dropped from {label}: {name}: {reason}", console)
     _print_changes(changes, console)
     for note in (*plan.notes, *sample_notes(changes)):
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        print_text(f"note: {note}", console)
+    for line in _cost(plan, forecast):
+        print_text(line, console)
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row for each group of tensors."""
+    headings = ("tensors", "count", "shape", "dtype", "kind", "action")
+    columns = [Column(heading, "right" if heading == "count" else "left") for heading in headings]
+    rows = [text_row(name, count, *facts) for (name, *facts), count in groups(plan).items()]
+    return Table(columns, rows)
+
+
+def _by_block(table: Table) -> Table:
+    """The narrow form of the plan's table: names within a block are below the block's name, and indented."""
+    rows: list[Row] = []
+    block = ""
+    for row in table.rows:
+        name = row.cells[0].text
+        prefix, star, rest = name.partition("*.")
+        if star and prefix != block:
+            rows.append(text_row(f"{prefix}*"))
+        block = prefix if star else ""
+        rows.append(replace(row, cells=[Cell(f"  {rest}" if star else name), *row.cells[1:]]))
+    return replace(table, rows=rows)
+
+
+def _cost(plan: Plan, forecast: Forecast) -> Iterator[str]:
+    """Sentences on bytes, memory and devices."""
     gigabytes = 1e9
-    console.print(
+    yield (
         f"reads {plan.bytes_read / gigabytes:.2f} GB"
         f"{' (more than once where the whole model is ranked)' if forecast.passes_over_model else ''}, "
         f"writes {plan.bytes_written / gigabytes:.2f} GB of {forecast.disk_free / gigabytes:.1f} GB free; "
-        f"needs about {forecast.memory / gigabytes:.2f} GB of memory",
-        markup=False,
+        f"needs about {forecast.memory / gigabytes:.2f} GB of memory"
     )
     if forecast.devices is not None:
-        console.print(f"slices are dealt out to {', '.join(forecast.devices)}", markup=False, soft_wrap=True)
+        yield f"slices are dealt out to {', '.join(forecast.devices)}"
     if forecast.kept_grams:
-        console.print(
-            f"Gram matrices are made and dropped block by block; merger calibrate --gram would keep them, "
-            f"in at most {forecast.kept_grams / gigabytes:.2f} GB",
-            markup=False,
-            soft_wrap=True,
+        yield (
+            "Gram matrices are made and dropped block by block; merger calibrate --gram would keep them, "
+            f"in at most {forecast.kept_grams / gigabytes:.2f} GB"
         )
 
 
 def _print_changes(changes: Mapping[str, SampledChange], console: Console) -> None:
     if not changes:
         return
-    table = _table("expert", "|delta| / |base|", "weights changed")
-    for expert, change in changes.items():
-        _row(table, expert, f"{change.relative_size:.4f}", f"{change.changed:.1%}")
-    console.print(table)
-    console.print(
-        "of a sample of the matrices; fine-tunes are below 0.1, unrelated models at 1 and above", markup=False
-    )
+    columns = [Column("expert"), Column("|delta| / |base|"), Column("weights changed")]
+    rows = [
+        text_row(expert, f"{change.relative_size:.4f}", f"{change.changed:.1%}") for expert, change in changes.items()
+    ]
+    print_table(Table(columns, rows), console)
+    print_text("of a sample of the matrices; fine-tunes are below 0.1, unrelated models at 1 and above", console)
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -123,44 +147,59 @@ def print_methods(name: str | None, console: Console) -> None:
     if name is None:
         _print_recommendations(console)
         for kind, entries in _by_kind():
-            table = _table(f"{kind}s", "what it does")
-            for entry in entries:
-                _row(table, entry.name, entry.summary)
-            console.print(table)
+            columns = [Column(f"{kind}s"), Column("what it does", is_prose=True)]
+            print_table(Table(columns, [text_row(entry.name, entry.summary) for entry in entries]), console)
         return
     entry = _find(name)
     console.print(f"[bold]{entry.name}[/] ({entry.kind})")
-    console.print(inspect.getdoc(entry.function) or "", markup=False)
+    for line in _paragraphs(inspect.getdoc(entry.function) or ""):
+        print_text(line, console)
     if entry.paper:
-        console.print(f"paper: {entry.paper}", markup=False)
+        print_text(f"paper: {entry.paper}", console)
     if entry.package:
-        console.print(f"package: {entry.package}", markup=False)
+        print_text(f"package: {entry.package}", console)
     expansion = _expansion(entry)
     if expansion:
         console.print("\nexpands to:")
         for stage in expansion:
-            console.print(f"  - {_one_line(stage)}", markup=False, soft_wrap=True)
-    table = _table("parameter", "default", "takes")
-    for parameter, facts in _parameters(entry).items():
-        _row(table, parameter, facts["default"], facts["takes"])
-    console.print(table if table.row_count else "no parameters")
+            print_text(f"  - {_one_line(stage)}", console)
+    rows = [text_row(parameter, facts["default"], facts["takes"]) for parameter, facts in _parameters(entry).items()]
+    columns = [Column("parameter"), Column("default"), Column("takes", is_prose=True)]
+    if rows:
+        print_table(Table(columns, rows), console)
+    else:
+        print_text("no parameters", console)
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs of a docstring, each in one line, with an empty line between two; indented lines stay."""
+    for i, paragraph in enumerate(text.split("\n\n")):
+        yield from [""] if i else []
+        lines = paragraph.splitlines()
+        yield from lines if any(line.startswith(" ") for line in lines) else [" ".join(lines)]
 
 
 def _print_recommendations(console: Console) -> None:
     """Prints the methods to start with, by what a user has."""
     console.print("[bold]Start here[/]")
-    table = _table("you have, or want", "method", "kept", "because it")
-    for advice in RECOMMENDATIONS:
-        share = "-" if advice.share is None else f"{advice.share:.3f}"
-        _row(table, advice.purpose, advice.method, share, advice.reason)
-    console.print(table)
+    columns = [
+        Column("you have, or want", is_prose=True),
+        Column("method"),
+        Column("kept"),
+        Column("because it", is_prose=True),
+    ]
+    rows = [
+        text_row(advice.purpose, advice.method, "-" if advice.share is None else f"{advice.share:.3f}", advice.reason)
+        for advice in RECOMMENDATIONS
+    ]
+    print_table(Table(columns, rows), console)
     sources = ", ".join(dict.fromkeys(advice.source for advice in RECOMMENDATIONS if advice.source))
     lines = (
         f"kept: by its defaults, of three experts' gains on a 135M model ({sources}); - is not measured",
         "merger init BASE EXPERT... [--data NAME=FILE ...] writes a recipe of the first, or without text of the second",
     )
     for line in lines:
-        console.print(line, markup=False, soft_wrap=not console.is_terminal)
+        print_text(line, console)
     console.print()
 
 
@@ -259,25 +298,3 @@ def _one_line(stage: Stage) -> str:
     ((name, settings),) = written(stage).items()
     parameters = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=10**6).strip()
     return f"{name}: {parameters}" if settings else name
-
-
-def _table(*headings: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, heading in enumerate(headings):
-        table.add_column(
-            heading,
-            justify="right" if heading == "count" else "left",
-            overflow="fold",
-            no_wrap=i == 0 and len(headings) == 2,
-        )
-    return table
-
-
-def _row(table: Any, *cells: object) -> None:
-    """Adds a row of plain text: a tensor's name may look like markup."""
-    from rich.text import Text
-
-    table.add_row(*(Text(str(cell)) for cell in cells))

@@ -9,12 +9,13 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger._display import size_text
+from merger.display.terminal import print_text
 from merger.errors import BrokenMethodWarning
 from merger.options import Notice, Progress, ignore
 
@@ -41,7 +42,7 @@ def note_broken_methods() -> None:
 
     def showwarning(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
         if issubclass(category, BrokenMethodWarning):
-            print(f"note: {message}", file=sys.stderr)
+            print_notes([str(message)])
         else:
             show(message, category, *place, **options)
 
@@ -70,6 +71,13 @@ def make_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = 200  # a file or another program wants whole names
     return console
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints remarks on stderr."""
+    console = make_console(stderr=True)
+    for note in notes:
+        print_text(f"note: {note}", console)
 
 
 _OPTION = re.compile(
@@ -120,7 +128,7 @@ def progress_bar(quiet: bool) -> Iterator[tuple[Progress, Notice]]:
         return
 
     def notice(message: str) -> None:
-        console.print(f"note: {as_flags(message)}", markup=False, soft_wrap=True)
+        print_text(f"note: {as_flags(message)}", console)
 
     if not console.is_terminal:
         yield _progress_lines(console), notice

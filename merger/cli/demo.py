@@ -12,6 +12,7 @@ import typer
 from merger.cli._app import LEARN, command
 from merger.cli._options import AsJson, RunFlags, run_flags
 from merger.cli._terminal import make_console, program_name
+from merger.display.terminal import print_text
 
 if TYPE_CHECKING:
     from merger.demo.scores import Score
@@ -37,8 +38,10 @@ def demo(
     if as_json:
         print(json.dumps([_as_json(score) for score in result.scores]))
         return
-    report.print_report(result, make_console())
-    print(f"\n{page} shows this with a picture. Models, texts and recipes are in {folder}. Next:")
+    terminal = make_console()
+    report.print_report(result, terminal)
+    print()
+    print_text(f"{page} shows this with a picture. Models, texts and recipes are in {folder}. Next:", terminal)
     for line in commands:
         print(f"  {line}")
 

@@ -58,6 +58,7 @@ def eval_(
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="With --lm-eval: worked examples before each question.")
     ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the same as one page for a browser.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it; all formats but .svg need matplotlib.")
     ] = None,
@@ -66,17 +67,23 @@ def eval_(
     as_json: AsJson = False,
 ) -> None:
     """Say what merges kept: base, experts and merges on the same held-out examples."""
+    from merger.checkpoint.files import check_replaceable, replace_bytes
     from merger.evaluation import EvaluationSettings, evaluate
+    from merger.evaluation.pages import comparison_page
     from merger.evaluation.plots import check_plot, plot_comparison
     from merger.evaluation.tables import print_comparison, print_shortfalls
 
     check_plot(plot)
+    if html is not None:
+        check_replaceable(html, f"--html {html}")
     harness = _harness(lm_eval, include_path, limit, num_fewshot)
     settings = EvaluationSettings(_by_task(data), samples, max_tokens, inputs, allow_calibration_text, harness)
     with flags.options() as options:
         comparison = evaluate(_subjects(models, overrides), options, settings=settings)
     if plot is not None:
         plot_comparison(comparison, plot)
+    if html is not None:
+        replace_bytes(html, comparison_page(comparison).encode())
     if as_json:
         print(json.dumps(comparison.as_json()))
     else:

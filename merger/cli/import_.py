@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ import typer
 
 from merger.cli._app import LEARN, command
 from merger.cli._options import new_file_faults
+from merger.cli._terminal import print_notes
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def import_(
     # mergekit itself reads YAML 1.1, in which `no` is false
     imported = import_mergekit(read(config, yaml.SafeLoader), partial(location_from, start))
     _check_layers(config, imported, start)
-    for note in imported.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(imported.notes)
     text = imported.written(config.name)
     if output is None:
         print(text, end="")

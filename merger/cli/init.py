@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 
 from merger.cli._app import LEARN, command
 from merger.cli._options import new_file_faults
+from merger.cli._terminal import print_notes
 from merger.errors import CheckpointError, RecipeError
 
 
@@ -53,8 +53,7 @@ def init(
     if faults:
         raise RecipeError(faults)
     replace_bytes(output, starter.text.encode())
-    for note in starter.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(starter.notes)
     file = shlex.quote(str(output))
     print(f"{output}: {starter.method} of {', '.join(starter.experts)}. Next:")
     print(f"  merger plan {file}")

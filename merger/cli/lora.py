@@ -12,6 +12,8 @@ import typer
 from merger.cli._app import USE, command
 from merger.cli._options import AsJson, RunFlags, run_flags
 from merger.cli._terminal import make_console
+from merger.display import Column, Table, text_row
+from merger.display.terminal import print_table, print_text
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -52,23 +54,21 @@ def lora(
 
 
 def _print(adapter: LoraExtraction, console: Console) -> None:
-    """The error of each layer, then of the whole."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table("layer", "matrices", "rank", "error", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, layer in adapter.layers.items():
-        ranks = "-".join(map(str, dict.fromkeys(layer.ranks)))
-        table.add_row(name, str(layer.matrices), ranks, f"{layer.error:.4f}")
-    console.print(table)
+    """Prints the error of each layer, then of the model."""
+    rows = [
+        text_row(name, layer.matrices, "-".join(map(str, dict.fromkeys(layer.ranks))), f"{layer.error:.4f}")
+        for name, layer in adapter.layers.items()
+    ]
+    print_table(Table([Column("layer"), Column("matrices"), Column("rank"), Column("error")], rows), console)
     for name, share in sorted(adapter.left_out.items(), key=lambda item: -item[1])[:10]:
-        console.print(f"left out: {name}, {share:.2%} of the model's change", markup=False, soft_wrap=True)
+        print_text(f"left out: {name}, {share:.2%} of the model's change", console)
     remaining = len(adapter.left_out) - 10
     if remaining > 0:
-        console.print(f"left out: {remaining} other tensors that changed less")
-    print(
+        print_text(f"left out: {remaining} other tensors that changed less", console)
+    print_text(
         f"{adapter.output}: {adapter.parameters:,} parameters; error {adapter.error:.4f} of the matrices' change, "
-        f"{adapter.whole_error:.4f} of the model's"
+        f"{adapter.whole_error:.4f} of the model's",
+        console,
     )
 
 

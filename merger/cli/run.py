@@ -12,6 +12,8 @@ import typer
 
 from merger.cli._app import MERGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, load, run_flags
+from merger.cli._terminal import make_console
+from merger.display.terminal import print_text
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -55,9 +57,10 @@ def run(
     if as_json:
         print(json.dumps(result.as_json()))
         return
-    print(result.summary)
+    console = make_console()
+    print_text(result.summary, console)
     if result.packed:
-        print(_unpacking(result.output, result.packed))
+        print_text(_unpacking(result.output, result.packed), console)
 
 
 def _compare(

@@ -11,6 +11,8 @@ import typer
 from merger._display import size_text
 from merger.cli._app import JUDGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, RunFlags, run_flags
+from merger.cli._terminal import make_console
+from merger.display.terminal import print_text
 from merger.errors import VerifyError
 
 
@@ -42,4 +44,5 @@ def verify(
     if not as_json:
         state = "is what merger.json says" if verification.recorded else "agrees with itself; it has no merger.json"
         recomputed = f"; {len(verification.recomputed)} tensors merged again are the same bits" if deep else ""
-        print(f"{folder}: {state}: {verification.tensors} tensors, {size_text(verification.bytes)}{recomputed}")
+        size = size_text(verification.bytes)
+        print_text(f"{folder}: {state}: {verification.tensors} tensors, {size}{recomputed}", make_console())

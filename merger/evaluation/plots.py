@@ -35,14 +35,17 @@ def plot_trials(values: Mapping[str, Sequence[float | None]], objective: str, pa
 def comparison_chart(comparison: Comparison) -> BarChart:
     """A row of bars for each merge, a bar for each expert and one for their mean."""
     merges = [row for row in comparison.rows if row.kind == "merge"]
-    estimates = {name: [row.kept_of.get(name) for row in merges] for name in comparison.tasks}
+    experts = [row.model for row in comparison.rows if row.kind == "expert"]
+    estimates = {name: [row.kept_of.get(name) for row in merges] for name in experts}
     estimates["mean"] = [row.kept for row in merges]
+    series = {name: [_bar(estimate) for estimate in row] for name, row in estimates.items() if any(row)}
     return BarChart(
         title="share of the experts' gains that each merge kept",
         caption="with 95 % intervals",
         x_label="share of the gain",
         rows=[row.model for row in merges],
-        series={name: [_bar(estimate) for estimate in row] for name, row in estimates.items() if any(row)},
+        series=series,
+        numbers=[[*experts, "mean"].index(name) for name in series],
     )
 
 
@@ -50,10 +53,10 @@ def _bar(estimate: Estimate | None) -> Bar | None:
     return None if estimate is None else Bar(estimate.value, estimate.low, estimate.high)
 
 
-def trials_chart(values: Mapping[str, Sequence[float | None]], objective: str) -> LineChart:
+def trials_chart(values: Mapping[str, Sequence[float | None]], objective: str, *, first_colour: int = 0) -> LineChart:
     """Points for the trials of each variant, and steps for the best so far; a trial without a value is left out."""
     series = []
-    for number, (variant, trials) in enumerate(values.items()):
+    for number, (variant, trials) in enumerate(values.items(), first_colour):
         points = [(float(place), value) for place, value in enumerate(trials, 1) if value is not None]
         if points:
             best = accumulate((value for _, value in points), max)
@@ -61,7 +64,7 @@ def trials_chart(values: Mapping[str, Sequence[float | None]], objective: str) -
             series += [Series("", points, number, "dots"), Series(variant, steps, number, "steps")]
     return LineChart(
         title=f"{objective} by trial",
-        caption="points: trials; line: the best so far",
+        caption="points: trials; line: the best so far; the scale does not begin at 0",
         x_label="trial",
         series=series,
         from_zero=False,

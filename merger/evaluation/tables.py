@@ -1,11 +1,16 @@
-"""A comparison as a table: for a terminal, and as Markdown for a page."""
+"""A comparison as a table, with sentences on it, and as Markdown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from merger import display
+from merger.charts.paint import series_paint
+from merger.display import Cell, Column, Table
+from merger.display.terminal import print_table, print_text
 from merger.evaluation.harness import Score
 from merger.evaluation.scores import Comparison, Estimate, Row, Shortfall
 
@@ -18,30 +23,35 @@ def print_comparison(comparison: Comparison, console: Console, *, settings: bool
 
     With ``settings`` the setting that a search chose for each merge is printed below.
     """
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model")
-    for heading in headings(comparison):
-        table.add_column(heading, justify="right")
-    for i, row in enumerate(comparison.rows):
-        last_of_kind = i + 1 < len(comparison.rows) and comparison.rows[i + 1].kind != row.kind
-        table.add_row(
-            _name(row), *cells(comparison, row), style="bold" if _is_best(row) else None, end_section=last_of_kind
-        )
-    console.print(table)
+    print_table(comparison_table(comparison), console)
     for row in comparison.rows if settings else ():
         if row.setting:
-            console.print(f"{row.model}: {row.setting}", markup=False, soft_wrap=True)
+            print_text(f"{row.model}: {row.setting}", console)
     for line in legend(comparison):
-        console.print(line, markup=False, soft_wrap=True)
+        print_text(line, console)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row for each model, marked with the colour of its expert, and a column for each figure."""
+    columns = [Column(heading, "right", explanation) for heading, explanation in headings(comparison).items()]
+    experts = [row.model for row in comparison.rows if row.kind == "expert"]
+    kinds = [*(row.kind for row in comparison.rows), "end"]
+    rows = [
+        display.Row(
+            [Cell(_name(row)), *map(Cell, cells(comparison, row))],
+            is_bold=_is_best(row),
+            ends_section=kind != next_kind,
+            swatch=series_paint(experts.index(row.model)) if row.kind == "expert" else "",
+        )
+        for row, (kind, next_kind) in zip(comparison.rows, pairwise(kinds), strict=True)
+    ]
+    return Table([Column("model"), *columns], rows)
 
 
 def print_shortfalls(comparison: Comparison, console: Console) -> None:
-    """Prints the lines of `shortfall_lines`, broken between words on a terminal alone."""
+    """Prints the lines of `shortfall_lines`."""
     for line in shortfall_lines(comparison):
-        console.print(line, markup=False, soft_wrap=not console.is_terminal)
+        print_text(line, console)
 
 
 def shortfall_lines(comparison: Comparison) -> Iterator[str]:
@@ -71,11 +81,23 @@ def _shortfall(comparison: Comparison, shortfall: Shortfall) -> str:
     return f"{shortfall.task} ({expert}{difference})"
 
 
-def headings(comparison: Comparison) -> list[str]:
-    """The column headings after the model's name."""
-    tasks = [f"{name} {task.measure}" for name, task in comparison.tasks.items()]
-    means = ["mean"] if tasks else []
-    return [*tasks, *means, *(["kept", "behind the best"] if _has_shares(comparison) else []), *comparison.lm_eval]
+def headings(comparison: Comparison) -> dict[str, str]:
+    """The column headings after the model's name, each with a sentence on the column."""
+    columns = {f"{name} {task.measure}": _explanation(name, task.measure) for name, task in comparison.tasks.items()}
+    if columns:
+        columns["mean"] = "The mean over the tasks."
+    if _has_shares(comparison):
+        columns["kept"] = "The mean share of the experts' gains over the base, with its 95 % interval."
+        columns["behind the best"] = "How much less was kept than by the best merge; an interval with 0 tells nothing."
+    return columns | {name: f"{name} by lm-evaluation-harness." for name in comparison.lm_eval}
+
+
+def _explanation(task: str, measure: str) -> str:
+    if measure == "loss":
+        figure = f"Cross-entropy of a token on {task}, less is better; its perplexity after the slash"
+    else:
+        figure = f"Share of right answers on {task}"
+    return f"{figure}; in brackets the share of the expert's gain that is kept, where there is one."
 
 
 def cells(comparison: Comparison, row: Row) -> list[str]:
@@ -99,13 +121,17 @@ def legend(comparison: Comparison) -> Iterator[str]:
     if any(task.measure == "loss" for task in comparison.tasks.values()):
         yield "loss: mean cross-entropy of a token, its perplexity after the slash"
     if _has_shares(comparison):
-        yield "kept: share of the experts' gains over the base, on the task of each expert's name; in brackets 95 %"
-        yield "intervals over the examples, drawn alike for all models; one that holds 0 does not tell two models apart"
+        yield (
+            "kept: share of the experts' gains over the base, on the task of each expert's name; in brackets 95 % "
+            "intervals over the examples, drawn alike for all models; one that holds 0 does not tell two models apart"
+        )
     if comparison.lm_eval:
         names = ", ".join(dict.fromkeys(metric.task for metric in comparison.lm_eval.values()))
         version = comparison.versions["lm_eval"]
-        yield f"{names}: by lm-evaluation-harness {version}; ± its own standard error over examples"
-        yield "(about half of a 95 % interval), of each model by itself, not of a difference between two"
+        yield (
+            f"{names}: by lm-evaluation-harness {version}; ± its own standard error over examples (about half of a "
+            "95 % interval), of each model by itself, not of a difference between two"
+        )
     yield from (f"note: {note}" for note in comparison.notes)
 
 

@@ -15,7 +15,8 @@ from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import changed_input, expert_name, recipe_with_merge, unused_name
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.inspection import masks
-from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, Picture, View
+from merger.inspection.merge_facts import facts_of_manifest, facts_of_recipe
+from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, Merged, MergeFacts, Picture, View
 from merger.inspection.request import InspectionRequest
 from merger.inspection.views import curves_of, pictures_of, views_of
 from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count_stages, count_task_vectors
@@ -29,6 +30,7 @@ __all__ = [
     "Curves",
     "Facts",
     "Inspection",
+    "MergeFacts",
     "Merged",
     "Picture",
     "View",
@@ -55,6 +57,7 @@ def inspect(
     as `merge` does.
     """
     recipe = as_recipe(recipe)
+    facts = facts_of_recipe(recipe)
     notes, count_slice = [], count_stages
     if follows_merge(recipe):
         recipe, count_slice = _averaged(recipe), count_task_vectors
@@ -64,7 +67,8 @@ def inspect(
         )
     with prepare(recipe, options) as prepared:
         walk = Walk(prepared, _request(prepared.plan, picture, rank, subspaces, curves))
-        return _inspection(walk, count_slice, "recipe", recipe.base.model, list(recipe.experts), notes)
+        inspection = _inspection(walk, count_slice, "recipe", recipe.base.model, list(recipe.experts), notes)
+        return replace(inspection, merge=facts)
 
 
 def _averaged(recipe: Recipe) -> Recipe:
@@ -117,7 +121,8 @@ def inspect_merge(
     summary, experts, copied = manifest.summary(), manifest.experts, manifest.copied
     base = summary["inputs"]["base"]
     label = unused_name("merged", experts)
-    of_manifest = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=summary)
+    facts = facts_of_manifest(manifest, folder)
+    of_manifest = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=summary, merge=facts)
     if manifest.is_packed:
         return _with_notes(of_manifest, masks.describe(folder, manifest.content, experts), options)
     try:
@@ -133,7 +138,7 @@ def inspect_merge(
             return _with_notes(of_manifest, [f"{difference}, so shares cannot be told from the weights"], options)
         walk = Walk(prepared, _request(plan, picture, rank, subspaces, curves))
         inspection = _inspection(walk, partial(count_finished_merge, plan.models[label]), "merge", base, experts)
-        return replace(inspection, made=summary, copied=copied)
+        return replace(inspection, made=summary, merge=facts, copied=copied)
 
 
 def _with_notes(of_manifest: Inspection, notes: Sequence[str], options: RunOptions) -> Inspection:

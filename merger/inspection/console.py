@@ -1,19 +1,19 @@
-"""An inspection on a terminal: tables that fit 80 columns."""
+"""An inspection on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from merger.charts.drawing import number_text
+from merger.display.terminal import print_columns, print_table, print_text
+from merger.inspection.findings import findings
 from merger.inspection.presentation import present, readings
 from merger.inspection.report import Inspection, View
-from merger.inspection.statistic import Unit
 from merger.inspection.tables import (
-    Column,
     Table,
     curve_table,
+    display_table,
     expert_table,
     layer_table,
     pair_table,
@@ -22,33 +22,35 @@ from merger.inspection.tables import (
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
-BAR = 4
-"""Characters of a heat bar."""
 ROWS = 12
 """Rows of a table by layer or projection, unless all are asked for."""
-WIDTH = 80
 
 
 def print_inspection(inspection: Inspection, console: Console, *, all_rows: bool = False) -> None:
-    """The whole model first, then layers and projections; ``all_rows`` shows all of those."""
+    """Prints the whole model, then layers and projections, and what the figures say.
+
+    Of a long table by layer the first rows are printed, or all of them with ``all_rows``.
+    """
     if inspection.made is not None:
         _print_summary(inspection, console)
     for block in _tables_of_whole(inspection):
         if isinstance(block, str):
-            console.print(block, markup=False)
-            continue
-        for part in _split(block):
-            console.print(_drawn(part))
+            print_text(block, console)
+        else:
+            print_table(display_table(block), console)
     for table in _tables_by_layer(inspection):
         rows = table.rows if all_rows else table.rows[:ROWS]
-        console.print(_drawn(next(_split(replace(table, rows=rows)))))
+        absent = print_columns(display_table(replace(table, rows=rows)), console)
+        if absent:
+            print_text(f"without {', '.join(absent)}, which a wider window or --json has", console)
         if len(rows) < len(table.rows):
-            console.print(f"... and {len(table.rows) - len(rows)} more; --all shows them", markup=False)
+            print_text(f"... and {len(table.rows) - len(rows)} more; --all shows them", console)
     copied = len(inspection.copied)
     if copied:
-        console.print(f"{copied} {'tensor is' if copied == 1 else 'tensors are'} copied, and not counted", markup=False)
+        print_text(f"{copied} {'tensor is' if copied == 1 else 'tensors are'} copied, and not counted", console)
+    for sentence in findings(inspection):
+        print_text(sentence, console)
 
 
 def _tables_of_whole(inspection: Inspection) -> Iterator[Table | str]:
@@ -88,70 +90,6 @@ def _print_summary(inspection: Inspection, console: Console) -> None:
     summary = inspection.made or {}
     method = summary.get("method") or "+".join(name for stage in summary.get("pipeline", ()) for name in stage)
     counts = ", ".join(f"{count} {action}" for action, count in summary["tensors"].items())
-    console.print(f"{method} by merger {summary['versions']['merger']}, seed {summary['seed']}: {counts}", markup=False)
+    print_text(f"{method} by merger {summary['versions']['merger']}, seed {summary['seed']}: {counts}", console)
     for label, source in summary["inputs"].items():
-        console.print(f"  {label}: {source}", markup=False, soft_wrap=True)
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def _split(table: Table) -> Iterator[Table]:
-    """The table in parts that fit the width, each with the names of the rows that have numbers there."""
-    names = max(map(len, (*table.rows, *table.heading.split("\n"))), default=0) + 3
-    columns: list[Column] = []
-    for column in table.columns:
-        if columns and names + sum(map(_width, (*columns, column))) > WIDTH:
-            yield _with_columns(table, columns)
-            columns = []
-        columns.append(column)
-    yield _with_columns(table, columns)
-
-
-def _with_columns(table: Table, columns: Sequence[Column]) -> Table:
-    rows = [row for row in table.rows if any(row in column.numbers for column in columns)]
-    return replace(table, rows=rows, columns=columns)
-
-
-def _width(column: Column) -> int:
-    """The characters that a column takes, its distance from the next included."""
-    numbers = [len(_number(number, column.unit)) for number in column.numbers.values()]
-    bar = BAR + 1 if column.unit == "share" else 0
-    return max(max(numbers, default=0) + bar, *map(len, _stacked(column.heading).split("\n"))) + 2
-
-
-def _stacked(heading: str) -> str:
-    """A heading of several words in two lines."""
-    return heading if "\n" in heading else heading.replace(" ", "\n", 1)
-
-
-def _drawn(table: Table) -> Any:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, heading in enumerate([table.heading, *(_stacked(column.heading) for column in table.columns)]):
-        drawn.add_column(heading, overflow="fold", no_wrap=i > 0)
-    for row in table.rows:
-        cells = [_cell(column, column.numbers.get(row)) for column in table.columns]
-        drawn.add_row(Text(row), *cells)  # a name may look like markup and is plain text
-    return drawn
-
-
-def _cell(column: Column, number: float | None) -> Text:
-    """A number; of a share with a bar."""
-    from rich.text import Text
-
-    if number is None:
-        return Text("")
-    if column.unit != "share":
-        return Text(_number(number, column.unit))
-    eighths = round(max(0.0, min(1.0, number / (column.full or 1))) * BAR * 8)
-    blocks, remainder = divmod(eighths, 8)
-    bar = "█" * blocks + ("▏▎▍▌▋▊▉"[remainder - 1] if remainder else "")
-    return Text.assemble(_number(number, column.unit), " ", (bar.ljust(BAR), "cyan"))
-
-
-def _number(number: float, unit: Unit) -> str:
-    return f"{number:+.3f}" if unit == "cosine" else number_text(number)
+        print_text(f"  {label}: {source}", console)

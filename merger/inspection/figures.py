@@ -7,22 +7,31 @@ from itertools import combinations
 from typing import Any
 
 from merger.charts import CellMap, Chart, Heatmap, LineChart, Series
-from merger.charts.paint import SERIES
+from merger.charts.paint import HEAT, SERIES, series_paint
 from merger.inspection.presentation import LayerColumn, columns_by_layer, present, shortened
 from merger.inspection.report import Curve, Curves, Inspection, Picture, View
 from merger.inspection.statistic import BY_PAIR, Statistic
+
+NEUTRAL = SERIES - 1
+"""The number of the colour of lines that are about all experts: that of texts."""
 
 
 def charts_of(inspection: Inspection) -> dict[str, list[Chart]]:
     """Every figure by name, each one or more charts that belong side by side."""
     figures: dict[str, list[Chart]] = {}
-    if inspection.curves is not None:
-        figures |= {chart.title: [chart] for chart in curve_charts(inspection.curves)}
     for view in inspection.views:
         figures |= {f"{view.name}.{name}": charts for name, charts in view_charts(view).items()}
     for picture in inspection.pictures:
         figures[f"{picture.view}.{picture.tensor}"] = picture_charts(picture)
+    if inspection.curves is not None:
+        figures |= {chart.title: [chart] for chart in curve_charts(inspection.curves)}
     return figures
+
+
+def colours(experts: Iterable[str]) -> dict[str, int]:
+    """The number of the colour and mark of each expert and of each pair ``A, B``, the same in all charts."""
+    names = list(experts)
+    return {name: i for i, name in enumerate([*names, *(f"{a}, {b}" for a, b in combinations(names, 2))])}
 
 
 def view_charts(view: View) -> dict[str, list[Chart]]:
@@ -53,7 +62,7 @@ def series_charts(view: View) -> list[Chart]:
         values = getattr(view.whole, entry.name)
         if entry.axis is not None and len(values) > 2:
             points = list(zip(entry.axis.points(len(values) - 1), values, strict=True))
-            charts.append(LineChart(entry.title, entry.explanation, entry.axis.name, [Series("", points, 0)]))
+            charts.append(LineChart(entry.title, entry.explanation, entry.axis.name, [Series("", points, NEUTRAL)]))
     return charts
 
 
@@ -66,6 +75,7 @@ def curve_charts(curves: Curves) -> list[Chart]:
 
 def _curve_charts(suffix: str, curve: Curve) -> list[Chart]:
     """The pairs that overlap most, and the experts' balance: magnitude as a line, random masks dashed."""
+    numbers = colours(curve.uneven_rows)
     caption = "solid: the largest by magnitude; dashed: as many of the changed positions at random"
     pairs = sorted(combinations(curve.uneven_rows, 2), key=lambda pair: -sum(curve.overlap[pair[0]][pair[1]]))
     overlap = {f"{a}, {b}": (curve.overlap[a][b], curve.overlap_random[a][b]) for a, b in pairs}
@@ -73,17 +83,20 @@ def _curve_charts(suffix: str, curve: Curve) -> list[Chart]:
     title = f"against density{suffix}"
     charts: list[Chart] = []
     if overlap:
-        lines = _magnitude_and_random(curve.densities, overlap)
+        lines = _magnitude_and_random(curve.densities, overlap, numbers)
         charts.append(LineChart(f"overlap {title}", caption, "density", lines, top=1.0, diagonal=True))
-    lines = _magnitude_and_random(curve.densities, uneven)
+    lines = _magnitude_and_random(curve.densities, uneven, numbers)
     return [*charts, LineChart(f"uneven rows {title}", caption, "density", lines)]
 
 
 def _magnitude_and_random(
-    densities: Sequence[float], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    densities: Sequence[float],
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    numbers: Mapping[str, int],
 ) -> list[Series]:
     lines = []
-    for number, (name, (magnitude, random)) in enumerate(list(curves.items())[:SERIES]):
+    for name, (magnitude, random) in list(curves.items())[:SERIES]:
+        number = numbers[name]
         lines.append(Series("", list(zip(densities, random, strict=True)), number, "dashed"))
         lines.append(Series(name, list(zip(densities, magnitude, strict=True)), number))
     return lines
@@ -91,9 +104,12 @@ def _magnitude_and_random(
 
 def picture_charts(picture: Picture) -> list[Chart]:
     """The map of a tensor's positions, of each expert by itself."""
-    values = [value for rows in picture.density.values() for row in rows for value in row]
+    top = max(value for rows in picture.density.values() for row in rows for value in row)
     caption = f"{picture.tensor} ({picture.view}): density in equal cells of the matrix"
-    return [CellMap(name, caption, rows, (min(values), max(values))) for name, rows in picture.density.items()]
+    return [
+        CellMap(name, caption, rows, (0.0, top), paint=series_paint(i))
+        for i, (name, rows) in enumerate(picture.density.items())
+    ]
 
 
 # --- by layer and projection ----------------------------------------------------------------------
@@ -110,6 +126,7 @@ def by_layer(view: View) -> dict[str, list[Chart]]:
 
 def _layer_charts(view: View, statistic: LayerColumn) -> list[Chart]:
     short = shortened(view.cells)
+    paint = HEAT if statistic.expert is None else series_paint(statistic.expert)
     blocks = {short[layer]: cells for layer, cells in view.cells.items() if layer not in view.tensors}
     outer = {short[layer]: cells for layer, cells in view.cells.items() if layer in view.tensors}
     charts: list[Chart] = []
@@ -120,10 +137,11 @@ def _layer_charts(view: View, statistic: LayerColumn) -> list[Chart]:
             layer: {column: statistic.number(cells[column]) if column in cells else None for column in columns}
             for layer, cells in blocks.items()
         }
-        charts += [Heatmap(title, statistic.caption, columns, rows)] if columns else []
+        charts += [Heatmap(title, statistic.caption, columns, rows, paint)] if columns else []
     if outer:
         rows = {layer: {statistic.name: statistic.number(next(iter(cells.values())))} for layer, cells in outer.items()}
-        charts.append(Heatmap(f"{statistic.name} outside the blocks", statistic.caption, [statistic.name], rows))
+        title = f"{statistic.name} outside the blocks"
+        charts.append(Heatmap(title, statistic.caption, [statistic.name], rows, paint))
     return charts
 
 

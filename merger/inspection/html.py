@@ -1,95 +1,59 @@
-"""An inspection as one HTML page: no network, no script, light and dark."""
+"""An inspection as one HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
+from dataclasses import replace
 
-from merger._version import MARK
-from merger.charts import Chart
-from merger.charts.drawing import number_text
-from merger.charts.svg import STYLE, themed
+from merger.charts.paint import series_paint
+from merger.display.page import Charts, Fold, Part, Section
+from merger.display.page import page as html_page
 from merger.inspection.figures import by_layer, curve_charts, pair_charts, picture_charts, series_charts
+from merger.inspection.findings import findings, opening
 from merger.inspection.presentation import readings
 from merger.inspection.report import Inspection, View
-from merger.inspection.tables import Column, Table, expert_table
+from merger.inspection.tables import display_table, expert_table
 
-PAGE_STYLE = """
-body { background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; max-width: 72rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h2 { border-top: 1px solid var(--rule); padding-top: 1.2rem; margin-top: 2.2rem; }
-p, figcaption { color: var(--faint); }
-summary { cursor: pointer; padding: .3rem 0; }
-figure { margin: .6rem 0 1.6rem; overflow-x: auto; }
-table { border-collapse: separate; border-spacing: 1px; font-variant-numeric: tabular-nums; font-size: 13px; }
-th { font-weight: 500; text-align: left; padding: .1rem .6rem .1rem 0; white-space: nowrap; }
-thead th { vertical-align: bottom; padding: 0 .45rem .3rem; text-align: right; }
-td { padding: .12rem .45rem; text-align: right; }
-.beside { display: flex; flex-wrap: wrap; align-items: end; gap: 0 2.5rem; }
-.beside figcaption { max-width: 30rem; padding-bottom: .4rem; }
-"""
 TITLES = {"recipe": "What a merge would do", "merge": "What a merge did", "model": "Where a fine-tune changed"}
+SCALES = (
+    "Each expert has one colour on the page. Heats and axes begin at 0, or at the least number where one is negative; "
+    "the bar below a chart has both ends of its scale."
+)
+SWEEP = "Against density"
+"""The heading of what does not belong to the recipe: overlap and balance at densities that it does not name."""
 
 
 def page(inspection: Inspection) -> str:
-    """The whole page."""
-    title = TITLES[inspection.subject]
-    names = ", ".join(map(escape, inspection.experts))
-    base = escape(inspection.base)
-    parts = [
-        f"<h1>{title}</h1>",
-        f"<p>{names} against {base}. Colours run from the least to the greatest value of each chart.</p>",
-        *(f"<p>{escape(note)}</p>" for note in inspection.notes),
-        "" if inspection.curves is None else _beside(curve_charts(inspection.curves)),
-        *(_view(view, inspection) for view in inspection.views),
-    ]
-    head = f"<title>{title}</title><style>{STYLE}{PAGE_STYLE}</style>"
-    meta = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<meta name="generator" content="{MARK}">'
-    )
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{meta}{head}</head>\n<body>\n{body}\n</body></html>\n'
+    """The page: the recipe's own stages in their order, then the curves over densities that it does not name."""
+    sections = [_view(view, inspection) for view in inspection.views]
+    if inspection.curves is not None:
+        sections.append(Section(SWEEP, [Charts(curve_charts(inspection.curves))]))
+    if inspection.notes:
+        sections.append(Section("Notes", inspection.notes))
+    note = SCALES if inspection.views else ""
+    return html_page(TITLES[inspection.subject], opening(inspection), findings(inspection), sections, note)
 
 
-def _view(view: View, inspection: Inspection) -> str:
-    pictures = [picture for picture in inspection.pictures if picture.view == view.name]
-    layers = [
-        _details(f"{name} by layer", charts, is_open=i == 0) for i, (name, charts) in enumerate(by_layer(view).items())
-    ]
-    parts = [
-        f"<h2>{escape(view.name)}</h2>",
-        _table(expert_table(view, inspection.experts)),
-        *(f"<p>{escape(sentence)}</p>" for sentence in readings(view)),
-        _beside([*pair_charts(view), *series_charts(view)]),
-        *layers,
-        *(_beside(picture_charts(picture)) for picture in pictures),
-    ]
-    return "\n".join(parts)
+def _view(view: View, inspection: Inspection) -> Section:
+    heading = "expert" if view.about == "experts" else "input"
+    table = replace(expert_table(view, inspection.experts), heading=heading)
+    parts: list[Part] = [_subject(view), display_table(table, swatches(inspection)), *readings(view)]
+    parts.append(Charts([*pair_charts(view), *series_charts(view)]))
+    parts += [Fold(f"{name} by layer", charts, i == 0) for i, (name, charts) in enumerate(by_layer(view).items())]
+    parts += [Charts(picture_charts(picture)) for picture in inspection.pictures if picture.view == view.name]
+    return Section(view.name, parts)
 
 
-def _details(summary: str, charts: Iterable[Chart], *, is_open: bool) -> str:
-    return f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary>{_beside(charts)}</details>"
+def _subject(view: View) -> str:
+    """What a view is of, in a sentence."""
+    if view.name == "task_vectors":
+        return "The task vectors: the experts minus the base. A position is an expert's where its task vector is not 0."
+    if view.name == "result":
+        return "The merge: at which input's value each position ends, and the merge minus the base."
+    if view.about == "merged":
+        return f"The merge after the stage {view.name}."
+    return f"What the stage {view.name} leaves of the task vectors."
 
 
-def _beside(charts: Iterable[Chart]) -> str:
-    return f'<div class="beside">{"".join(map(_figure, charts))}</div>'
-
-
-def _figure(chart: Chart) -> str:
-    caption = f"<figcaption>{escape(chart.title)}: {escape(chart.caption)}</figcaption>"
-    return f"<figure>{caption}{themed(chart.drawing(), chart.title)}</figure>"
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(column.heading)}</th>" for column in table.columns)
-    body = "".join(
-        f"<tr><th>{escape(row)}</th>{''.join(_cell(column, row) for column in table.columns)}</tr>"
-        for row in table.rows
-    )
-    return f"<figure><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></figure>"
-
-
-def _cell(column: Column, row: str) -> str:
-    number = column.numbers.get(row)
-    return f"<td>{'' if number is None else number_text(number)}</td>"
+def swatches(inspection: Inspection) -> dict[str, str]:
+    """The colour of each expert."""
+    return {name: series_paint(i) for i, name in enumerate(inspection.experts)}

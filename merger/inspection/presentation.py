@@ -17,6 +17,7 @@ class LayerColumn:
     caption: str
     unit: Unit
     number: Callable[[Facts | Merged], float | None]
+    expert: int | None = None  # the place of the expert that the column is about, or None
 
 
 def present(view: View) -> list[Statistic]:
@@ -41,8 +42,8 @@ def columns_by_layer(entry: Statistic, view: View) -> list[LayerColumn]:
         return []
     if entry.per_expert:
         return [
-            LayerColumn(f"at {name}", f"{entry.explanation} Here: {name}.", entry.unit, _of_expert(entry, name))
-            for name in getattr(view.whole, entry.name)
+            LayerColumn(f"at {name}", f"{entry.explanation} Here: {name}.", entry.unit, _of_expert(entry, name), i)
+            for i, name in enumerate(getattr(view.whole, entry.name))
         ]
     extreme = "smallest" if entry.worst is min else "largest"
     group = "pairs" if entry.form is BY_PAIR else "experts"

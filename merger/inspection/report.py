@@ -124,6 +124,20 @@ class Curves:
 
 @with_config(_DESCRIBED)
 @dataclass(frozen=True)
+class MergeFacts:
+    """What is merged, how, and into what."""
+
+    method: str
+    """The method, or the stages of the pipeline with + between them."""
+    rules: int
+    """The number of rules that treat some tensors in another way."""
+    inputs: dict[str, str]
+    """The location of the base and of each expert, by label."""
+    output: str
+
+
+@with_config(_DESCRIBED)
+@dataclass(frozen=True)
 class Inspection:
     """The result of an inspection."""
 
@@ -141,6 +155,8 @@ class Inspection:
     """Null unless asked for."""
     made: dict[str, Any] | None = None
     """Of a finished merge: a summary of its manifest."""
+    merge: MergeFacts | None = None
+    """Null where one fine-tune is compared with its base."""
     seconds: float = 0.0
     bytes_read: int = 0
     peak_memory_bytes: int = 0

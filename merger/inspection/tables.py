@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from merger import display
+from merger.charts.drawing import number_text
 from merger.inspection.presentation import columns_by_layer, present, shortened
 from merger.inspection.report import Curve, Facts, Merged, View
 from merger.inspection.statistic import BY_PAIR, NUMBER, Unit
@@ -13,12 +15,13 @@ from merger.inspection.statistic import BY_PAIR, NUMBER, Unit
 
 @dataclass(frozen=True)
 class Column:
-    """One column of numbers; rows without a number are empty."""
+    """A column of numbers; rows without a number are empty."""
 
     heading: str
     unit: Unit
     numbers: Mapping[str, float]
     full: float = 1.0  # the number of a full bar
+    explanation: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,27 @@ class Table:
     columns: Sequence[Column]
 
 
+def display_table(table: Table, swatches: Mapping[str, str] = {}) -> display.Table:
+    """The table with its numbers as texts; ``swatches`` are the colours of rows by name."""
+    columns = [display.Column(column.heading, explanation=column.explanation) for column in table.columns]
+    rows = [
+        display.Row(
+            [display.Cell(name), *(_cell(column, column.numbers.get(name)) for column in table.columns)],
+            swatch=swatches.get(name, ""),
+        )
+        for name in table.rows
+    ]
+    return display.Table([display.Column(table.heading), *columns], rows)
+
+
+def _cell(column: Column, number: float | None) -> display.Cell:
+    """A number; of a share with a bar."""
+    if number is None:
+        return display.Cell()
+    text = f"{number:+.3f}" if column.unit == "cosine" else number_text(number)
+    return display.Cell(text, number / (column.full or 1) if column.unit == "share" else None)
+
+
 def expert_table(view: View, experts: Sequence[str]) -> Table:
     """The numbers of each expert, and of the whole beside them; of a merged vector the base is a row too."""
     columns: dict[str, Column] = {}
@@ -37,7 +61,7 @@ def expert_table(view: View, experts: Sequence[str]) -> Table:
         if entry.axis is None and entry.form is not BY_PAIR:
             value = getattr(view.whole, entry.name)
             numbers = {entry.row: value} if entry.form is NUMBER else value
-            column = columns.get(entry.label, Column(entry.label, entry.unit, {}))
+            column = columns.get(entry.label, Column(entry.label, entry.unit, {}, explanation=entry.explanation))
             columns[entry.label] = replace(column, numbers={**column.numbers, **numbers})
     names = dict.fromkeys(name for column in columns.values() for name in column.numbers)
     inputs = [name for name in ("base", *experts) if name in names]

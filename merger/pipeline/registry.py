@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
@@ -344,6 +344,11 @@ def written(stage: Stage) -> dict[str, Any]:
     entry = entry_of(stage.func)
     model = schema(entry).model_construct(**stage.keywords)
     return {entry.name: model.model_dump(mode="json", by_alias=True)}
+
+
+def stage_names(stages: Iterable[Stage]) -> str:
+    """The names of stages with + between them."""
+    return "+".join(entry_of(stage.func).name for stage in stages)
 
 
 Score = Annotated[
