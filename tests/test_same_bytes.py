@@ -28,7 +28,7 @@ from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.recipe import Recipe
 
 EXPERTS = ("code", "math", "wiki")
-GRAM = ("distill", "featcal", "regmean", "regmean_pp", "sparsegpt")  # whose Gram matrices are on no file here
+GRAM = ("distill", "featcal", "learn", "regmean", "regmean_pp", "sparsegpt")  # whose inputs are on no file here
 SHARDS = 400
 ALL = [name for name in [*ENTRIES, *SCORES] if name not in GRAM]
 
