@@ -13,6 +13,7 @@ What stands before the ``*`` is supplied by the runner, by name:
     gram           [k c c]  E[x x^T] likewise, made for this matrix and dropped after it
     reached        [k 1 1]  whether any token came to this matrix (its moments are all 1 where not), or None likewise
     token_share    [k r 1]  how often each row of an embedding is looked up, or None elsewhere
+    fisher         [k r c]  the diagonal Fisher information of each expert's weights, or None where it has none
     learned        [r c]    the weights that were learned with the block, or None where they were not
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
