@@ -200,6 +200,56 @@ def test_an_argument_that_leads_nowhere_is_told_with_its_near_name(merger, folde
     assert errors(merger(*arguments), code) == lines
 
 
+@pytest.mark.parametrize("command", ["run", "plan", "inspect", "lock", "calibrate"])
+def test_keys_values_and_missing_inputs_of_a_recipe_are_told_together(merger, folder, command):
+    write(
+        "method: linear", "methd: linear\nseed: -1", "models/code", "models/cod", more=CALIBRATED.replace("h.j", ".j")
+    )
+    assert errors(merger(command, "recipe.yaml"), 2) == [
+        "recipe.yaml: expected a method or a pipeline, found none",
+        "recipe.yaml:3: experts.code: there is no folder models/cod; did you mean models/code?",
+        "recipe.yaml:5: methd: unknown key; did you mean 'method'?",
+        "recipe.yaml:6: seed: is -1, expected at least 0",
+        "recipe.yaml:11: calibration.data.french: there is no file data/frenc.jsonl; did you mean data/french.jsonl?",
+    ]
+
+
+def test_missing_inputs_are_told_with_a_fault_of_a_parameter_and_names_of_the_hub_are_not(merger, folder):
+    write("base: models/base", "base: org/base", "models/code", "{model: models/base, adapter: ./fr}",
+          "method: linear", "method: ties\nparameters: {density: 2}", more=CALIBRATED.replace("h.j", ".j"))  # fmt: skip
+    assert errors(merger("plan", "recipe.yaml"), 2) == [
+        "recipe.yaml:3: experts.code.adapter: there is no folder ./fr; this folder has data, held, models",
+        "recipe.yaml:6: parameters.density: is 2, expected at most 1",
+        "recipe.yaml:11: calibration.data.french: there is no file data/frenc.jsonl; did you mean data/french.jsonl?",
+    ]
+
+
+def test_a_location_that_is_none_is_told_once(merger, folder):
+    write("models/code", "''", "models/french", "f" * 300)
+    assert errors(merger("plan", "recipe.yaml"), 2) == [
+        "recipe.yaml:3: experts.code.model: is empty, expected text",
+        f"recipe.yaml:4: experts.french.model: is '{'f' * 80}', which no folder can be named",
+    ]
+
+
+def test_missing_inputs_are_told_with_values_that_are_left_open(merger, folder):
+    write("models/code", "models/cod", "method: linear", "method: ties\nparameters: {density: {search: [0.1, 0.2]}}")
+    assert errors(merger("plan", "recipe.yaml"), 2) == [
+        "recipe.yaml:3: experts.code: there is no folder models/cod; did you mean models/code?",
+        "recipe.yaml:6: parameters.density: is left open for `merger search`, which writes a recipe with the best "
+        "value; or give --set parameters.density=VALUE",
+    ]
+
+
+def test_a_recipe_in_python_tells_faults_and_missing_inputs_together(folder):
+    with pytest.raises(RecipeError) as refusal:
+        Recipe.parse({**yaml.safe_load(RECIPE), "base": "models/bse", "seed": "one"}, folder)
+    assert refusal.value.faults == [
+        "recipe: seed: is 'one', expected a whole number",
+        "recipe: base: there is no folder models/bse; did you mean models/base?",
+    ]
+
+
 # --- configurations of mergekit, and short forms ----------------------------------------------------
 
 MERGEKIT = """\

@@ -30,10 +30,8 @@ def plan(
     from merger.engine.preflight import preview
     from merger.planning.planner import plan as make_plan
     from merger.planning.sample import sample_changes
-    from merger.recipe.input_locations import check_inputs
 
     loaded = load(recipe, overrides)
-    check_inputs(loaded)
     merge_plan = make_plan(loaded, offline=flags.offline)
     gc.freeze()  # a plan of 45,000 tensors is a million objects that stay to the end: the collector need not see them
     output = loaded.folder / Path(loaded.output.path).expanduser()

@@ -46,10 +46,11 @@ def plan(recipe: Recipe | str | Path, *, offline: bool = False, headers_only: bo
     """Opens the inputs' headers and plans every tensor; writes nothing.
 
     ``recipe`` may be the path of its file. Without ``headers_only`` a Hub repository's weights are downloaded after the
-    plan succeeds. Raises CheckpointError for inputs that do not fit together, with all misfits of a kind at once.
+    plan succeeds. Raises CheckpointError for inputs that are not there, before any network, and for inputs that do not
+    fit together, with all misfits of a kind at once.
     """
     recipe = as_recipe(recipe)
-    check_inputs(recipe, with_texts=False)
+    check_inputs(recipe)
     draft = _plan(recipe, offline=offline, headers_only=True)
     checkpoints = [part for model in draft.models.values() for part in (model, model.adapter) if part is not None]
     if headers_only or all(info.file is not None for part in checkpoints for info in part.tensors.values()):
