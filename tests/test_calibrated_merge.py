@@ -10,7 +10,14 @@ import torch
 import transformers
 from checkpoints import load
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import merger
 from merger.calibration import Settings, batches, collect_all
@@ -411,6 +418,43 @@ def test_own_and_merged_inputs_do_not_go_together(place):
     rules = [{"tensors": "mlp", "method": "regmean", "parameters": {"inputs": "merged"}}]
     with pytest.raises(RecipeError, match="inputs: own in one method and merged in another"):
         recipe(place, "regmean", rules=rules)
+
+
+def one_block_called_twice(place):
+    """Models of the recipe's names whose blocks share all weights, with the demo's tokenizer."""
+    config = AlbertConfig(
+        vocab_size=58, embedding_size=8, hidden_size=8, num_attention_heads=2, intermediate_size=16,
+        num_hidden_layers=2, architectures=["AlbertForMaskedLM"],
+    )  # fmt: skip
+    for seed, name in enumerate(("base", *EXPERTS)):
+        torch.manual_seed(seed)
+        AlbertForMaskedLM(config).save_pretrained(place / "models" / name)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "remedy"),
+    [
+        ("regmean", {"inputs": "merged"}, "give regmean the parameter inputs: own"),
+        ("regmean", {"inputs": "draft", "target": 0.5}, "give regmean the parameter inputs: own"),
+        ("featcal", {}, "take the method regmean in place of featcal"),
+        ("distill", {"anchor": "ties"}, "take the method regmean in place of distill"),
+    ],
+)
+def test_a_model_without_separate_blocks_is_told_what_to_write_in_place_of_the_method(
+    place, method, parameters, remedy
+):
+    one_block_called_twice(place)
+    with pytest.raises(CheckpointError) as refusal:
+        merger.merge(recipe(place, method, parameters=parameters))
+    assert str(refusal.value) == (
+        "upper: its blocks cannot be run one at a time (its blocks do not follow one another), so none can be merged "
+        f"before the next one runs, as {method} needs it; {remedy}"
+    )
+
+
+def test_what_a_model_without_separate_blocks_is_told_to_take_merges_it(place):
+    one_block_called_twice(place)
+    assert merger.merge(recipe(place, "regmean")).tensors["merged"] > 0
 
 
 @pytest.mark.parametrize(("method", "parameters"), [("regmean", {"inputs": "merged"}), ("featcal", {})])

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,7 @@ import torch
 from torch import nn
 
 from merger.calibration import batches
-from merger.calibration.block_grams import Drafts, pair_with_expert, together
-from merger.calibration.input_fit import check_blocks
+from merger.calibration.block_grams import Drafts, pair_blocks, pair_with_expert, together
 from merger.calibration.moment_source import MomentSource
 from merger.calibration.statistics import expert_samples
 from merger.errors import CheckpointError
@@ -75,10 +73,7 @@ def distilled(
             text = batches(samples.tokens, BATCH)
             arguments = plan, name, text, key.settings, options, memory, drafts
             pairs[name] = stack.enter_context(pair_with_expert(*arguments, gram=gram, dtype=torch.float32))
-        streams = {
-            name: check_blocks(plan, name, pair.blocks(partial(options.progress, f"calibrating {name}")))
-            for name, pair in pairs.items()
-        }
+        streams = {name: pair_blocks(plan, name, pair, options) for name, pair in pairs.items()}
         for tensors, statistics in together(waiting, streams):
             sources = [MomentSource(statistics, "draft_gram", "cross_moment")] if gram else []
             learners = [tensor for tensor in tensors if _learns(tensor) and _is_plain(tensor, pairs)]

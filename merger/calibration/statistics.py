@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,7 @@ def expert_blocks(
     gram: bool = False,
     merged_weights: TensorSource | None = None,
     finished_units: Container[str] = (),
-) -> Iterator[tuple[str, dict[str, Moments]]]:
+) -> Generator[tuple[str, dict[str, Moments]], None, None]:
     """Yields the moments of an expert's inputs block by block; raises CheckpointError if a matrix has another shape."""
     blocks = collect(
         plan.models[name],

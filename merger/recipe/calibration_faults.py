@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from merger.errors import nearest
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
-from merger.pipeline.stages import Bound, bind, expand
+from merger.pipeline.registry import Stage, written
+from merger.pipeline.stages import bind, expand
 from merger.recipe.document import KeyPath
 
 if TYPE_CHECKING:
     from merger.recipe.recipe import Recipe
-    from merger.recipe.sections import Choice
 
 
 def calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
@@ -29,7 +30,9 @@ def calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         return faults
     if calibration is None:
         return [_without_text(recipe), *faults]
-    streams = sorted({source.stream for source in _inputs(recipe) if source.granularity == "block"}, reverse=True)
+    streams = sorted(
+        {source.stream for source in _inputs(recipe, _stages(recipe)) if source.granularity == "block"}, reverse=True
+    )
     if len(streams) > 1:
         reason = "all text goes one way through the model"
         faults.append(((), f"inputs: {streams[0]} in one method and {streams[1]} in another; {reason}"))
@@ -51,7 +54,9 @@ def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
     places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
     choices = zip(places, recipe.choices(), strict=True)
     place, choice = next(
-        (place, choice) for place, choice in choices if any(source.needs_text for source in _inputs(recipe, choice))
+        (place, choice)
+        for place, choice in choices
+        if any(source.needs_text for source in _inputs(recipe, choice.stages))
     )
     files = ", ".join(f"{expert}: {expert}.jsonl" for expert in list(recipe.experts)[:3])
     return (
@@ -62,28 +67,30 @@ def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
 
 def follows_merge(recipe: Recipe) -> bool:
     """Whether stages look at blocks behind the merged ones, so that nothing can be said before these are merged."""
-    return any(source.follows_merge for source in _inputs(recipe))
+    return bool(methods_behind_merge(recipe))
+
+
+def methods_behind_merge(recipe: Recipe) -> list[str]:
+    """Returns the methods and stages, by their names in the recipe, that look at blocks behind the merged ones."""
+    behind = [stage for stage in _stages(recipe) if any(item.follows_merge for item in _inputs(recipe, [stage]))]
+    return [name for stage in behind for name in written(stage)]
 
 
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether a stage needs an input that is made from calibration text."""
-    return any(source.needs_text for source in _inputs(recipe))
+    return any(item.needs_text for item in _inputs(recipe, _stages(recipe)))
 
 
-def _inputs(recipe: Recipe, *choices: Choice) -> set[StageInput]:
-    """Returns the inputs besides weights that the stages of ``choices`` need, by default of all choices."""
-    return {source for bound in _bounds(recipe, *choices) for source in bound.inputs}
+def _stages(recipe: Recipe) -> list[Stage]:
+    """Returns the stages of all choices of a recipe."""
+    return [stage for choice in recipe.choices() for stage in choice.stages]
 
 
-def _bounds(recipe: Recipe, *choices: Choice) -> list[Bound]:
-    """Binds the stages of ``choices``, by default of all choices, for a matrix."""
+def _inputs(recipe: Recipe, stages: Iterable[Stage]) -> set[StageInput]:
+    """Returns the inputs besides weights that stages need for a matrix."""
     place = Place(tuple(recipe.experts))
     try:
-        return [
-            bind(expanded, place)
-            for choice in choices or recipe.choices()
-            for stage in choice.stages
-            for expanded in expand(stage, "linear", place.experts)
-        ]
+        bounds = [bind(expanded, place) for stage in stages for expanded in expand(stage, "linear", place.experts)]
     except ValueError:  # is a fault already
-        return []
+        return set()
+    return {item for bound in bounds for item in bound.inputs}
