@@ -475,8 +475,26 @@ def test_a_pack_says_at_the_end_of_a_run_what_loads_it(merger, folder):
     assert merger(*command.split()[1:]).code == 0
 
 
-def test_a_model_says_nothing_of_packs(merger, folder):
-    assert len(merger("run", "recipe.yaml").out.splitlines()) == 1
+def test_a_merge_ends_with_the_command_that_shows_what_each_expert_gave(merger, folder):
+    assert merger("run", "recipe.yaml").out.splitlines()[1:] == [
+        f"transformers loads it as it is; see what each expert gave: merger inspect {folder}/out"
+    ]
+    assert merger("inspect", f"{folder}/out").code == 0
+
+
+def test_a_merge_with_held_out_examples_ends_with_the_command_that_judges_it(merger, folder):
+    Path("recipe.yaml").rename("my recipe.yaml")
+    Path("my recipe.yaml").write_text(RECIPE + EVALUATED)
+    ran = merger("run", "my recipe.yaml", "--set", "output.dtype=bfloat16")
+    assert ran.out.splitlines()[1:] == [
+        "transformers loads it as it is; see what it kept of each expert: "
+        "merger eval 'my recipe.yaml' --set output.dtype=bfloat16"
+    ]
+
+
+def test_quiet_leaves_out_what_to_type_next(merger, folder):
+    write("linear", "emr")
+    assert len(merger("run", "recipe.yaml", "--quiet").out.splitlines()) == 1
 
 
 def test_the_program_is_typed_by_its_path_where_the_shell_does_not_find_it(tmp_path, monkeypatch):

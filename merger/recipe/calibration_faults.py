@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from merger.errors import nearest
@@ -31,7 +31,7 @@ def calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     if calibration is None:
         return [_without_text(recipe), *faults]
     streams = sorted(
-        {source.stream for source in _inputs(recipe, _stages(recipe)) if source.granularity == "block"}, reverse=True
+        {source.stream for source in _inputs(_stages(recipe), experts) if source.granularity == "block"}, reverse=True
     )
     if len(streams) > 1:
         reason = "all text goes one way through the model"
@@ -54,9 +54,7 @@ def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
     places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
     choices = zip(places, recipe.choices(), strict=True)
     place, choice = next(
-        (place, choice)
-        for place, choice in choices
-        if any(source.needs_text for source in _inputs(recipe, choice.stages))
+        (place, choice) for place, choice in choices if needs_text(choice.stages, list(recipe.experts))
     )
     files = ", ".join(f"{expert}: {expert}.jsonl" for expert in list(recipe.experts)[:3])
     return (
@@ -72,13 +70,20 @@ def follows_merge(recipe: Recipe) -> bool:
 
 def methods_behind_merge(recipe: Recipe) -> list[str]:
     """Returns the methods and stages, by their names in the recipe, that look at blocks behind the merged ones."""
-    behind = [stage for stage in _stages(recipe) if any(item.follows_merge for item in _inputs(recipe, [stage]))]
+    behind = [
+        stage for stage in _stages(recipe) if any(item.follows_merge for item in _inputs([stage], recipe.experts))
+    ]
     return [name for stage in behind for name in written(stage)]
 
 
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether a stage needs an input that is made from calibration text."""
-    return any(item.needs_text for item in _inputs(recipe, _stages(recipe)))
+    return needs_text(_stages(recipe), list(recipe.experts))
+
+
+def needs_text(stages: Iterable[Stage], experts: Sequence[str]) -> bool:
+    """Whether one of these stages needs an input that is made from calibration text."""
+    return any(item.needs_text for item in _inputs(stages, experts))
 
 
 def _stages(recipe: Recipe) -> list[Stage]:
@@ -86,9 +91,9 @@ def _stages(recipe: Recipe) -> list[Stage]:
     return [stage for choice in recipe.choices() for stage in choice.stages]
 
 
-def _inputs(recipe: Recipe, stages: Iterable[Stage]) -> set[StageInput]:
+def _inputs(stages: Iterable[Stage], experts: Iterable[str]) -> set[StageInput]:
     """Returns the inputs besides weights that stages need for a matrix."""
-    place = Place(tuple(recipe.experts))
+    place = Place(tuple(experts))
     try:
         bounds = [bind(expanded, place) for stage in stages for expanded in expand(stage, "linear", place.experts)]
     except ValueError:  # is a fault already
