@@ -9,9 +9,11 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 import yaml
 from checkpoints import CONFIG, llama, save
 from markdown import ROOT
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from merger.cli._terminal import as_flags, program_name
 from merger.demo import demo
@@ -414,6 +416,79 @@ def test_misfits_of_other_experts_are_told_beside_an_architecture(merger, folder
 def test_another_type_with_the_same_tensors_is_no_fault(merger, folder):
     save("models/code", llama(1), {**CONFIG, "model_type": "mistral"})
     assert merger("plan", "recipe.yaml").code == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "inspect", "lock"])
+def test_gguf_is_told_with_what_to_merge_in_its_place(merger, folder, command):
+    for file in Path("models/code").iterdir():
+        file.unlink()
+    Path("models/code/code-Q4_K_M.gguf").write_bytes(b"GGUF")
+    assert errors(merger(command, "recipe.yaml"), 3) == [
+        "code: models/code holds code-Q4_K_M.gguf, weights in GGUF, which is made for inference and is not merged; "
+        "merge the safetensors folder that it was made from, and convert the result again"
+    ]
+    write("models/code", "models/code/code-Q4_K_M.gguf", "models/french", "models/frensh")
+    assert errors(merger(command, "recipe.yaml"), 3) == [
+        "recipe.yaml:3: experts.code: models/code/code-Q4_K_M.gguf: is a file in GGUF, which is made for inference and "
+        "is not merged; merge the safetensors folder that it was made from, and convert the result again",
+        "recipe.yaml:4: experts.french: there is no folder models/frensh; did you mean models/french?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "kind"),
+    [
+        ("config.json", {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
+        ("model_index.json", [], "model"),
+    ],
+)
+def test_a_model_of_diffusers_is_told_with_what_merges_its_tensors(merger, folder, file, content, kind):
+    Path("models/base/config.json").unlink()
+    Path("models/base/model.safetensors").rename("models/base/diffusion_pytorch_model.safetensors")
+    Path("models/base", file).write_text(json.dumps(content))
+    assert errors(merger("plan", "recipe.yaml"), 3) == [
+        f"base: models/base is a {kind} of diffusers, and merger merges models of transformers; in Python, "
+        "merger.merge_tensors merges the tensors of any safetensors files"
+    ]
+
+
+def encoder_decoder(kind):
+    """The models of the recipe as those of an architecture with an encoder and a decoder."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=64, d_model=8, d_ff=16, d_kv=4, num_layers=1, num_heads=2, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    for seed, name in enumerate(("base", "code", "french")):
+        torch.manual_seed(seed)
+        AutoModelForSeq2SeqLM.from_config(config).save_pretrained(f"models/{name}")
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_plan_tells_under_which_limits_an_encoder_with_a_decoder_is_merged(merger, folder, kind):
+    encoder_decoder(kind)
+    ran = merger("plan", "recipe.yaml")
+    sentence = (
+        f"note: base is {kind}, with an encoder and a decoder: methods without text merge it, "
+        "but calibration and merger eval do not run it"
+    )
+    assert (ran.code, ran.out.splitlines().count(sentence)) == (0, 1)
+    assert merger("run", "recipe.yaml").code == 0
+    models = [AutoModelForSeq2SeqLM.from_pretrained(name).state_dict() for name in ("models/code", "models/french")]
+    merged = AutoModelForSeq2SeqLM.from_pretrained("out").state_dict()
+    for name, values in merged.items():
+        torch.testing.assert_close(values, (models[0][name] + models[1][name]) / 2)
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "lock", "calibrate"])
+def test_a_method_that_needs_text_is_refused_for_an_encoder_with_a_decoder(merger, folder, command):
+    encoder_decoder("t5")
+    write("linear", "obim", more=CALIBRATED)
+    assert errors(merger(command, "recipe.yaml"), 3) == [
+        "base is t5, with an encoder and a decoder, which calibration does not run; take a method that needs no text, "
+        "such as wudi_svc (merger methods lists them)"
+    ]
 
 
 # --- options, as Python and the command line write them ----------------------------------------------
