@@ -420,6 +420,43 @@ def test_own_and_merged_inputs_do_not_go_together(place):
         recipe(place, "regmean", rules=rules)
 
 
+def text_lines(ran):
+    assert ran.code == 0
+    return [line for line in ran.out.splitlines() if line.startswith(("text of", "calibration"))]
+
+
+def test_a_plan_tells_of_each_text_its_tokens_and_whether_statistics_are_there(merger, place):
+    path = place / "recipe.yaml"
+    path.write_text(json.dumps(recipe(place).spelled_out()))
+    cost = "calibration runs 806 tokens through 3 of the models"
+    lines = [
+        "text of upper: upper.jsonl: 12 samples, 250 tokens; statistics {}",
+        "text of shift: shift.jsonl: 12 samples, 238 tokens; statistics {}",
+        "text of double: double.jsonl: 12 samples, 318 tokens; statistics {}",
+    ]
+    before, during = ([line.format(f"made {time} the merge") for line in lines] for time in ("before", "during"))
+    assert text_lines(merger("plan", path)) == [*before, cost]
+    assert text_lines(merger("plan", path, "--set", "method=featcal", "--set", "parameters={}")) == [*during, cost]
+    assert merger("calibrate", path).code == 0
+    assert text_lines(merger("plan", path)) == [line.format("in the cache") for line in lines]
+    assert text_lines(merger("plan", path, "--set", "method=linear", "--set", "parameters={}")) == []
+
+
+def test_a_plan_tells_the_faults_of_all_texts(merger, place):
+    path = place / "recipe.yaml"
+    path.write_text(json.dumps(recipe(place).spelled_out()))
+    (place / "upper.jsonl").write_text('{"txt": "a"}')
+    (place / "double.jsonl").write_text('{"text": ""}')
+    ran = merger("plan", path)
+    assert (ran.code, ran.err.splitlines()) == (
+        3,
+        [
+            f"error: {place}/upper.jsonl:1: needs a field messages, prompt or text; found txt",
+            "error: double.jsonl: has no text; all its records are empty",
+        ],
+    )
+
+
 def one_block_called_twice(place):
     """Models of the recipe's names whose blocks share all weights, with the demo's tokenizer."""
     config = AlbertConfig(

@@ -1,0 +1,64 @@
+"""What calibration will do for a plan, told before any forward pass: texts, tokens, statistics that are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from merger.calibration import statistics_files as files
+from merger.calibration.provider import block_providers
+from merger.calibration.statistics import expert_text, statistics_key
+from merger.checkpoint.cache import cache_folder
+from merger.checkpoint.hashes import recorded_sha256
+from merger.errors import CheckpointError
+from merger.options import RunOptions
+from merger.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class TextForecast:
+    """The text of one expert, and the statistics that it makes."""
+
+    sources: list[str]
+    samples: int | None  # None for a data set of the Hub, which is not read
+    tokens: int | None
+    statistics: str  # "in the cache", "made before the merge" or "made during the merge"
+
+
+def forecast_texts(plan: Plan, options: RunOptions) -> dict[str, TextForecast]:
+    """Reads the text of each expert whose model will run; runs none. Raises CheckpointError with the faults of all.
+
+    Weights are not hashed: where they never were, there are no statistics of them either.
+    """
+    if not plan.runs_models:
+        return {}
+    calibration = plan.recipe.calibration
+    assert calibration is not None, "the plan runs models on its text"
+    stats = {} if plan.follows_merge else calibration.stats
+    forecasts, faults = {}, []
+    for name in plan.recipe.experts:
+        if name in stats:
+            continue
+        try:
+            forecasts[name] = _forecast(plan, name, options)
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError("\n".join(dict.fromkeys(faults)))
+    return forecasts
+
+
+def _forecast(plan: Plan, expert: str, options: RunOptions) -> TextForecast:
+    calibration = plan.recipe.calibration
+    assert calibration is not None, "the plan runs models on its text"
+    sources = [source.file for source in calibration.sources(expert)]
+    time = "made during the merge" if block_providers(plan) else "made before the merge"
+    if not all((plan.recipe.folder / Path(source).expanduser()).is_file() for source in sources):
+        return TextForecast(sources, None, None, time)
+    settings, samples = expert_text(plan, expert, options)
+    if not plan.follows_merge and all(recorded_sha256(file) for file in plan.models[expert].files):
+        key = statistics_key(plan, expert, settings, samples, options)
+        is_complete = files.is_complete(cache_folder() / key.folder_name())
+        is_cached = is_complete if block_providers(plan) else files.find(cache_folder(), key) is not None
+        time = "in the cache" if is_cached else time
+    return TextForecast(sources, len(samples.tokens), sum(map(len, samples.tokens)), time)
