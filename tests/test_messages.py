@@ -13,12 +13,15 @@ import torch
 import yaml
 from checkpoints import CONFIG, llama, save
 from markdown import ROOT
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
 
 from merger.cli._terminal import as_flags, program_name
 from merger.demo import demo
 from merger.engine.merge import merge
 from merger.errors import RecipeError
+from merger.evaluation.scores import Comparison, Estimate, Row, TaskSummary, objective_text
+from merger.evaluation.search import SearchResult
+from merger.evaluation.search.loop import Trial
 from merger.recipe.json_schema import json_schema
 from merger.recipe.recipe import Recipe
 
@@ -491,6 +494,15 @@ def test_a_method_that_needs_text_is_refused_for_an_encoder_with_a_decoder(merge
     ]
 
 
+def test_names_of_dtypes_in_other_tools_are_told_with_the_near_one(merger, folder):
+    for name, near in {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}.items():
+        write("{path: out}", f"{{path: out, dtype: {name}}}")
+        assert errors(merger("plan", "recipe.yaml"), 2) == [
+            f"recipe.yaml:6: output.dtype: is '{name}', expected 'float64', 'float32', 'bfloat16' or 'float16'; "
+            f"did you mean '{near}'?"
+        ]
+
+
 # --- options, as Python and the command line write them ----------------------------------------------
 
 
@@ -642,3 +654,63 @@ def test_a_package_that_no_lock_names_is_told_with_the_near_one(merger, folder):
     assert errors(merger("run", "recipe.yaml", "--allow-versions", "torch"), 2) == [
         "--allow-versions: is about what --locked would refuse; say both"
     ]
+
+
+# --- adapters and searches ----------------------------------------------------------------------------
+
+
+def fine_tune(matrices, vectors):
+    """A LLaMA model in models/tuned whose matrices and norms differ from the base's by random values of these sizes."""
+    base = LlamaForCausalLM(LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    ))  # fmt: skip
+    base.save_pretrained("models/base")
+    torch.manual_seed(1)
+    for name, values in base.named_parameters():
+        size = vectors if values.dim() == 1 else matrices * ("embed" not in name)
+        values.data += size * torch.randn_like(values)
+    base.save_pretrained("models/tuned")
+
+
+def omission(merger, rank):
+    ran = merger("lora", "models/base", "models/tuned", "-o", f"adapter-{rank}", "--rank", rank)
+    assert ran.code == 0
+    return [line for line in ran.err.splitlines() if "omits" in line]
+
+
+def test_an_adapter_that_omits_most_of_the_change_is_told_with_a_remedy(merger, folder):
+    fine_tune(matrices=1, vectors=0)
+    assert omission(merger, 1) == [
+        "note: the adapter omits 78% of the squared change, 0% in tensors that are no matrix of a layer; "
+        "a higher rank keeps more"
+    ]
+    assert omission(merger, 16) == []
+    fine_tune(matrices=0.01, vectors=1)
+    assert omission(merger, 16) == [
+        "note: the adapter omits 100% of the squared change, 100% in tensors that are no matrix of a layer; "
+        "no rank keeps it; push or merge the model itself"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("loss", "1.2500"), ("prose", "1.2500"), ("quiz", "-1.2500"), ("kept", "-1.2500")]
+)
+def test_a_search_prints_a_loss_as_a_loss(name, text):
+    assert objective_text(name, -1.25, {"prose": "loss", "quiz": "accuracy"}) == text
+
+
+def test_a_comparison_and_a_search_are_short_in_a_notebook():
+    estimate = Estimate(0.5, 0.4, 0.6)
+    tasks = {"prose": TaskSummary("loss", 2, "0")}
+    row = Row("merged", "merge", "", {"prose": estimate}, estimate, {}, estimate, None, (), {})
+    comparison = Comparison(tasks, {}, (row,), "float32", {}, ())
+    assert repr(comparison) == "Comparison(merged on prose)"
+    assert comparison._repr_html_() == (
+        "<table><caption>Comparison</caption><tr><th>model</th><th>prose</th><th>kept</th></tr>"
+        "<tr><td>merged</td><td>0.5000</td><td>0.500</td></tr></table>"
+    )
+    trial = Trial("", 1, {}, -1.25, {"prose": 1.25}, 0.0, 0.0, None)
+    result = SearchResult("recipe.search", "loss", {"": (trial,)}, {"": trial}, comparison)
+    assert repr(result) == "SearchResult(1 trials; loss 1.2500 at best; recipe.search)"
+    assert result._repr_html_() == comparison._repr_html_()
