@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from merger.calibration import statistics_files as files
-from merger.calibration.provider import block_providers
+from merger.calibration.provider import block_providers, model_providers, providers
 from merger.calibration.statistics import expert_text, statistics_key
-from merger.checkpoint.cache import cache_folder
 from merger.checkpoint.hashes import recorded_sha256
 from merger.errors import CheckpointError
 from merger.options import RunOptions
 from merger.planning.plan import Plan
+
+CACHED = "in the cache"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TextForecast:
     sources: list[str]
     samples: int | None  # None for a data set of the Hub, which is not read
     tokens: int | None
-    statistics: str  # "in the cache", "made before the merge" or "made during the merge"
+    statistics: str  # `CACHED`, or when they are made
 
 
 def forecast_texts(plan: Plan, options: RunOptions) -> dict[str, TextForecast]:
@@ -52,13 +52,13 @@ def _forecast(plan: Plan, expert: str, options: RunOptions) -> TextForecast:
     calibration = plan.recipe.calibration
     assert calibration is not None, "the plan runs models on its text"
     sources = [source.file for source in calibration.sources(expert)]
-    time = "made during the merge" if block_providers(plan) else "made before the merge"
+    times = [time for time, makers in (("before", model_providers(plan)), ("during", block_providers(plan))) if makers]
+    statistics = f"made {' and '.join(times)} the merge"
     if not all((plan.recipe.folder / Path(source).expanduser()).is_file() for source in sources):
-        return TextForecast(sources, None, None, time)
+        return TextForecast(sources, None, None, statistics)
     settings, samples = expert_text(plan, expert, options)
     if not plan.follows_merge and all(recorded_sha256(file) for file in plan.models[expert].files):
         key = statistics_key(plan, expert, settings, samples, options)
-        is_complete = files.is_complete(cache_folder() / key.folder_name())
-        is_cached = is_complete if block_providers(plan) else files.find(cache_folder(), key) is not None
-        time = "in the cache" if is_cached else time
-    return TextForecast(sources, len(samples.tokens), sum(map(len, samples.tokens)), time)
+        if all(provider.is_cached(key) for provider in providers(plan)):
+            statistics = CACHED
+    return TextForecast(sources, len(samples.tokens), sum(map(len, samples.tokens)), statistics)

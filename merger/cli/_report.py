@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 import merger.methods  # noqa: F401 registers every method
-from merger.calibration.text_forecast import TextForecast
+from merger.calibration.text_forecast import CACHED, TextForecast
 from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
@@ -99,6 +99,13 @@ def print_plan(
     )
     if forecast.devices is not None:
         console.print(f"slices are dealt out to {', '.join(forecast.devices)}", markup=False, soft_wrap=True)
+    if forecast.cached:
+        console.print(
+            f"what backward passes find is as large as the experts in float32: {forecast.cached / gigabytes:.2f} GB in "
+            "the cache, unless calibration.stats names files of it",
+            markup=False,
+            soft_wrap=True,
+        )
     if forecast.kept_grams:
         console.print(
             f"Gram matrices are made and dropped block by block; merger calibrate --gram would keep them, "
@@ -116,7 +123,7 @@ def _text_lines(texts: Mapping[str, TextForecast]) -> Iterable[str]:
         if text.samples is not None:
             amount = f"{text.samples:,} samples, {text.tokens:,} tokens"
         yield f"text of {expert}: {files}: {amount}; statistics {text.statistics}"
-    tokens = [text.tokens or 0 for text in texts.values() if text.statistics != "in the cache"]
+    tokens = [text.tokens or 0 for text in texts.values() if text.statistics != CACHED]
     if sum(tokens):
         yield f"calibration runs {sum(tokens):,} tokens through {len(tokens)} of the models"
 

@@ -1,4 +1,4 @@
-"""Weights of a block that were learned from the experts' outputs of that block, made while the model is merged.
+"""Parameters of a block that were learned from the experts' outputs of that block, made while the model is merged.
 
 They are as large as the block, so they are dropped when it is merged. The moments of the block's inputs come with them,
 for methods that the learning starts from.
@@ -14,6 +14,7 @@ from merger.calibration.moment_source import MomentSource
 from merger.calibration.origins import sources
 from merger.calibration.provider import Block, Cost, PartialMerge, register
 from merger.calibration.providers.grams import Grams
+from merger.calibration.statistics_files import StatisticsKey
 from merger.calibration.text_cost import activation_bytes, largest_block_bytes
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput, by_matrix_row
@@ -27,13 +28,13 @@ _DRAFTS = Grams("draft", "draft_gram", "cross_moment")
 
 @dataclass(frozen=True)
 class LearnedSource:
-    """The learned weights of a block by the output's names, and the moments of its inputs."""
+    """The learned parameters of a block by the output's names, and the moments of its inputs."""
 
     moments: MomentSource
     learned: Mapping[str, Tensor]
 
     def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
-        """The inputs of one matrix; notes those of blocks that were not learned."""
+        """The inputs of one matrix or vector; notes the matrices of blocks that were not learned."""
         inputs = self.moments.of_part(tensor, part, note)
         weights = self.learned.get(tensor.name)
         if weights is None:
@@ -41,7 +42,8 @@ class LearnedSource:
                 label = f"some layers of {tensor.unit.rpartition('.')[0]}"
                 note(f"{label}: transformers does not compute with them as they are stored; they are not learned")
             return inputs
-        return {**inputs, "learned": weights.T if part.transposed else weights}
+        matrix = weights.reshape(-1, weights.shape[-1])
+        return {**inputs, "learned": matrix.T if part.transposed else matrix}
 
     def only(self, tensors: Sequence[TensorPlan]) -> LearnedSource:
         """The inputs of these tensors alone."""
@@ -72,6 +74,10 @@ class DistilledBlocks:
     def slice_bytes(self, part: Part, experts: int) -> int:
         """Nothing beside the block's weights."""
         return 0
+
+    def is_cached(self, key: StatisticsKey) -> bool:
+        """No: they are dropped with their block."""
+        return False
 
     def origins(self, plan: Plan) -> Mapping[str, str | None]:
         """The SHA-256 of texts, statistics files and tokenizers."""
