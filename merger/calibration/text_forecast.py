@@ -28,7 +28,7 @@ class TextForecast:
 def forecast_texts(plan: Plan, options: RunOptions) -> dict[str, TextForecast]:
     """Reads the text of each expert whose model will run; runs none. Raises CheckpointError with the faults of all.
 
-    Weights are not hashed: where they never were, there are no statistics of them either.
+    Weights are not read for it: where no hash of them is on record, the cache is taken to have no statistics of them.
     """
     if not plan.runs_models:
         return {}

@@ -125,7 +125,7 @@ def _text_lines(texts: Mapping[str, TextForecast]) -> Iterable[str]:
         yield f"text of {expert}: {files}: {amount}; statistics {text.statistics}"
     tokens = [text.tokens or 0 for text in texts.values() if text.statistics != CACHED]
     if sum(tokens):
-        yield f"calibration runs {sum(tokens):,} tokens through {len(tokens)} of the models"
+        yield f"calibration runs {sum(tokens):,} tokens in all, each text through its own model"
 
 
 def _print_changes(changes: Mapping[str, SampledChange], console: Console) -> None:
