@@ -11,6 +11,8 @@ import transformers
 from checkpoints import load
 from safetensors.torch import save_file
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -418,6 +420,82 @@ def test_own_and_merged_inputs_do_not_go_together(place):
     rules = [{"tensors": "mlp", "method": "regmean", "parameters": {"inputs": "merged"}}]
     with pytest.raises(RecipeError, match="inputs: own in one method and merged in another"):
         recipe(place, "regmean", rules=rules)
+
+
+def text_lines(ran):
+    assert ran.code == 0
+    return [line for line in ran.out.splitlines() if line.startswith(("text of", "calibration"))]
+
+
+def test_a_plan_tells_of_each_text_its_tokens_and_whether_statistics_are_there(merger, place, monkeypatch):
+    monkeypatch.setattr("merger.checkpoint.hashes.SETTLED", -1)  # hashes of files this new are not kept otherwise
+    path = place / "recipe.yaml"
+    path.write_text(json.dumps(recipe(place).spelled_out()))
+    cost = "calibration runs 806 tokens in all, each text through its own model"
+    lines = [
+        "text of upper: upper.jsonl: 12 samples, 250 tokens; statistics {}",
+        "text of shift: shift.jsonl: 12 samples, 238 tokens; statistics {}",
+        "text of double: double.jsonl: 12 samples, 318 tokens; statistics {}",
+    ]
+    before, during = ([line.format(f"made {time} the merge") for line in lines] for time in ("before", "during"))
+    assert text_lines(merger("plan", path)) == [*before, cost]
+    assert text_lines(merger("plan", path, "--set", "method=featcal", "--set", "parameters={}")) == [*during, cost]
+    assert merger("calibrate", path).code == 0
+    assert text_lines(merger("plan", path)) == [line.format("in the cache") for line in lines]
+    assert text_lines(merger("plan", path, "--set", "method=fisher", "--set", "parameters={}")) == [*before, cost]
+    assert text_lines(merger("plan", path, "--set", "method=linear", "--set", "parameters={}")) == []
+
+
+def test_a_plan_tells_the_faults_of_all_texts(merger, place):
+    path = place / "recipe.yaml"
+    path.write_text(json.dumps(recipe(place).spelled_out()))
+    (place / "upper.jsonl").write_text('{"txt": "a"}')
+    (place / "double.jsonl").write_text('{"text": ""}')
+    ran = merger("plan", path)
+    assert (ran.code, ran.err.splitlines()) == (
+        3,
+        [
+            f"error: {place}/upper.jsonl:1: needs a field messages, prompt or text; found txt",
+            "error: double.jsonl: has no text; all its records are empty",
+        ],
+    )
+
+
+def one_block_called_twice(place):
+    """Models of the recipe's names whose blocks share all weights, with the demo's tokenizer."""
+    config = AlbertConfig(
+        vocab_size=58, embedding_size=8, hidden_size=8, num_attention_heads=2, intermediate_size=16,
+        num_hidden_layers=2, architectures=["AlbertForMaskedLM"],
+    )  # fmt: skip
+    for seed, name in enumerate(("base", *EXPERTS)):
+        torch.manual_seed(seed)
+        AlbertForMaskedLM(config).save_pretrained(place / "models" / name)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "remedy"),
+    [
+        ("regmean", {"inputs": "merged"}, "give regmean the parameter inputs: own"),
+        ("regmean", {"inputs": "draft", "target": 0.5}, "give regmean the parameter inputs: own"),
+        ("featcal", {}, "take the method regmean in place of featcal"),
+        ("distill", {"anchor": "ties"}, "take the method regmean in place of distill"),
+    ],
+)
+def test_a_model_without_separate_blocks_is_told_what_to_write_in_place_of_the_method(
+    place, method, parameters, remedy
+):
+    one_block_called_twice(place)
+    with pytest.raises(CheckpointError) as refusal:
+        merger.merge(recipe(place, method, parameters=parameters))
+    assert str(refusal.value) == (
+        "upper: its blocks cannot be run one at a time (its blocks do not follow one another), so none can be merged "
+        f"before the next one runs, as {method} needs it; {remedy}"
+    )
+
+
+def test_what_a_model_without_separate_blocks_is_told_to_take_merges_it(place):
+    one_block_called_twice(place)
+    assert merger.merge(recipe(place, "regmean")).tensors["merged"] > 0
 
 
 @pytest.mark.parametrize(("method", "parameters"), [("regmean", {"inputs": "merged"}), ("featcal", {})])

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from merger.calibration import batches
-from merger.calibration.block_grams import Drafts, pair_with_expert, together
-from merger.calibration.input_fit import check_blocks
+from merger.calibration.block_grams import Drafts, pair_blocks, pair_with_expert, together
 from merger.calibration.learned_values import COEFFICIENTS, WEIGHTS, LearnedCoefficients, LearnedWeights
 from merger.calibration.moment_source import MomentSource
 from merger.calibration.statistics import expert_samples
@@ -73,10 +72,7 @@ def distilled(
             text = batches(samples.tokens, BATCH)
             arguments = plan, name, text, key.settings, options, memory, drafts
             pairs[name] = stack.enter_context(pair_with_expert(*arguments, gram=gram, dtype=torch.float32))
-        streams = {
-            name: check_blocks(plan, name, pair.blocks(partial(options.progress, f"calibrating {name}")))
-            for name, pair in pairs.items()
-        }
+        streams = {name: pair_blocks(plan, name, pair, options) for name, pair in pairs.items()}
         for matrices, statistics in together([tensor for tensor in waiting if tensor.is_layer], streams):
             tensors = [*matrices, *_take_block(vectors, {tensor.unit for tensor in matrices})]
             sources = [MomentSource(statistics, "draft_gram", "cross_moment")] if gram else []

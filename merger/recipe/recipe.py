@@ -12,13 +12,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 import merger.methods  # noqa: F401 registers every method
 from merger._display import name_list
-from merger.errors import RecipeError, nearest
-from merger.pipeline.inputs import StageInput
-from merger.pipeline.parameters import Place
+from merger.errors import RecipeError
 from merger.pipeline.registry import written
-from merger.pipeline.stages import Bound, bind, expand
+from merger.recipe.calibration_faults import calibration_faults, is_calibrated
 from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.recipe.faults import translate_errors
+from merger.recipe.named_inputs import missing_inputs
 from merger.recipe.open_values import marks
 from merger.recipe.sections import (
     Calibration,
@@ -105,6 +104,14 @@ class Recipe(Choice):
         """``file:line: key.path: message``, for a key of the recipe as it was written."""
         return self._document.fault(path, message)
 
+    def missing_inputs(self, *, with_evaluation: bool = False) -> list[str]:
+        """Returns a fault for each input that its stages take and that is neither here nor on the Hub.
+
+        Held-out examples count ``with_evaluation``.
+        """
+        faults = missing_inputs(self._document, with_texts=is_calibrated(self), with_evaluation=with_evaluation)
+        return [self.fault(path, message) for path, message in faults]
+
     @property
     def named_tokenizer(self) -> str | None:
         """The tokenizer of the output that the recipe names: base, an expert or union."""
@@ -117,20 +124,30 @@ class Recipe(Choice):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Reads and checks a recipe; raises RecipeError with all faults at once, each with its line and key."""
+        """Reads and checks a recipe; raises RecipeError with all faults at once, each with its line and key.
+
+        With the faults of a recipe come its inputs that are not there. A recipe without faults may be made before its
+        inputs are; whatever opens them checks that they are there.
+        """
         return cls.of(overridden(read(Path(path)), overrides), overrides)
 
     @classmethod
     def of(cls, document: Document, overrides: Sequence[str] = ()) -> Recipe:
-        """Builds the recipe of a document to which ``overrides`` have been applied."""
-        return _build(document, overrides)
+        """Builds the recipe of a document to which ``overrides`` have been applied; raises as `load` does."""
+        document = spell_out(document)
+        recipe, faults = _parse(document)
+        if recipe is None or faults:
+            faults += missing_inputs(document, with_texts=_may_take_text(recipe))
+            raise RecipeError([document.fault(path, message) for path, message in _in_order(document, faults)])
+        recipe._document, recipe._overrides = document, tuple(overrides)
+        return recipe
 
     @classmethod
     def parse(cls, text: str | Mapping[str, Any], folder: str | Path = ".") -> Recipe:
         """Builds a recipe from YAML text or from a dictionary; relative paths start at ``folder``."""
         if isinstance(text, str):
-            return _build(parse(text, "recipe", Path(folder).resolve()), ())
-        return _build(Document("recipe", Path(folder).resolve(), dict(text)), ())
+            return cls.of(parse(text, "recipe", Path(folder).resolve()))
+        return cls.of(Document("recipe", Path(folder).resolve(), dict(text)))
 
     def folders(self) -> list[Path]:
         """Returns the folders of models and adapters that exist on this machine."""
@@ -195,10 +212,6 @@ def _spelled_choice(choice: Choice) -> dict[str, Any]:
 
 # --- building: every fault at once ----------------------------------------------------------------
 
-_UNDECIDED = (
-    "is left open for `merger search`, which writes a recipe with the best value; or give one with overrides=VALUES"
-)
-
 
 def search_of(document: Document) -> Search:
     """Parses the section ``search`` alone, of a recipe that still holds search marks."""
@@ -227,10 +240,16 @@ def overridden(document: Document, overrides: Iterable[str]) -> Document:
     return spell_out(document)
 
 
-def _build(document: Document, overrides: Sequence[str]) -> Recipe:
-    document = spell_out(document)
-    if open_values := list(marks(document.value)):
-        raise RecipeError([document.fault(path, _UNDECIDED) for path, _ in open_values])
+def recipe_faults(document: Document) -> list[tuple[KeyPath, str]]:
+    """Returns the faults of a document by key, in its order; whether its inputs are there is none of them."""
+    _, faults = _parse(spell_out(document))
+    return _in_order(document, faults)
+
+
+def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+    """Returns the recipe of a document, as far as there is one, and the document's faults."""
+    if open_values := [(path, _undecided(path)) for path, _ in marks(document.value)]:
+        return None, open_values
     faults: list[tuple[KeyPath, str]] = []
     recipe = None
     try:
@@ -248,90 +267,28 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     if recipe is not None:
         for choice, stages in zip(recipe.choices(), stage_lists, strict=True):
             choice._stages = tuple(stages)
-        faults += _conflicts(recipe)
-        recipe._document, recipe._overrides = document, tuple(overrides)
-    if faults or recipe is None:
-        ordered_faults = sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
-        raise RecipeError([document.fault(path, message) for path, message in ordered_faults])
-    return recipe
+        faults += [*vocabulary_faults(recipe), *calibration_faults(recipe)]
+    return recipe, faults
 
 
-def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
-    """Returns the faults between the sections of a well-formed recipe."""
-    return [*vocabulary_faults(recipe), *_calibration_faults(recipe)]
+def _in_order(document: Document, faults: Iterable[tuple[KeyPath, str]]) -> list[tuple[KeyPath, str]]:
+    """Returns the faults in the order of their lines, each once."""
+    return sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
 
 
-def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
-    faults: list[tuple[KeyPath, str]] = []
-    experts, calibration = tuple(recipe.experts), recipe.calibration
-    if calibration is not None:
-        by_expert = {"data": calibration.data, "stats": calibration.stats, "samples": calibration.samples}
-        for key, value in by_expert.items():
-            for name in value if isinstance(value, dict) else ():
-                if name not in experts:
-                    faults.append((("calibration", key, name), f"there is no such expert; {nearest(name, experts)}"))
-    if not is_calibrated(recipe):
-        return faults
-    if calibration is None:
-        return [_without_text(recipe), *faults]
-    streams = sorted({source.stream for source in _inputs(recipe) if source.granularity == "block"}, reverse=True)
-    if len(streams) > 1:
-        reason = "all text goes one way through the model"
-        faults.append(((), f"inputs: {streams[0]} in one method and {streams[1]} in another; {reason}"))
-    with_data = (
-        set(calibration.data) if isinstance(calibration.data, dict) else set(experts if calibration.data else ())
-    )
-    from_text = follows_merge(recipe)
-    experts_without_text = [
-        name for name in experts if name not in (with_data if from_text else with_data | set(calibration.stats))
-    ]
-    if experts_without_text:
-        reason = "no data, as inputs behind merged blocks need it," if from_text else "no data and no stats"
-        faults.append((("calibration",), f"{reason} for {', '.join(experts_without_text)}"))
-    return faults
-
-
-def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
-    """Returns the fault of the first choice that needs text, for a recipe without text."""
-    places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
-    choices = zip(places, recipe.choices(), strict=True)
-    place, choice = next(
-        (place, choice) for place, choice in choices if any(source.needs_text for source in _inputs(recipe, choice))
-    )
-    files = ", ".join(f"{expert}: {expert}.jsonl" for expert in list(recipe.experts)[:3])
+def _undecided(path: KeyPath) -> str:
+    """Returns the fault of a value that is left open where a definite one is needed."""
+    key = ".".join(map(str, path))
     return (
-        (*place, "pipeline" if choice.pipeline else "method"),
-        f"looks at layer inputs; add `calibration: {{data: {{{files}}}}}`, text of each expert (docs/calibration.md)",
+        f"is left open for `merger search`, which writes a recipe with the best value; or give overrides='{key}=VALUE'"
     )
 
 
-def follows_merge(recipe: Recipe) -> bool:
-    """Whether stages look at blocks behind the merged ones, so that nothing can be said before these are merged."""
-    return any(source.follows_merge for source in _inputs(recipe))
-
-
-def is_calibrated(recipe: Recipe) -> bool:
-    """Whether a stage needs an input that is made from calibration text."""
-    return any(source.needs_text for source in _inputs(recipe))
-
-
-def _inputs(recipe: Recipe, *choices: Choice) -> set[StageInput]:
-    """Returns the inputs besides weights that the stages of ``choices`` need, by default of all choices."""
-    return {source for bound in _bounds(recipe, *choices) for source in bound.inputs}
-
-
-def _bounds(recipe: Recipe, *choices: Choice) -> list[Bound]:
-    """Binds the stages of ``choices``, by default of all choices, for a matrix."""
-    place = Place(tuple(recipe.experts))
-    try:
-        return [
-            bind(expanded, place)
-            for choice in choices or recipe.choices()
-            for stage in choice.stages
-            for expanded in expand(stage, "linear", place.experts)
-        ]
-    except ValueError:  # is a fault already
-        return []
+def _may_take_text(recipe: Recipe | None) -> bool:
+    """Whether some stage takes text, or cannot be told because of a fault."""
+    if recipe is None or is_calibrated(recipe):
+        return True
+    return any(not choice.stages for choice in recipe.choices() if choice.method or choice.pipeline)
 
 
 _SECTIONS: dict[str | int, Any] = {

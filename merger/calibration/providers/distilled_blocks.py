@@ -14,6 +14,7 @@ from merger.calibration.moment_source import MomentSource
 from merger.calibration.origins import sources
 from merger.calibration.provider import Block, Cost, PartialMerge, register
 from merger.calibration.providers.grams import Grams
+from merger.calibration.statistics_files import StatisticsKey
 from merger.calibration.text_cost import activation_bytes, largest_block_bytes
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput, by_coefficient_row, by_matrix_row
@@ -82,6 +83,10 @@ class DistilledBlocks:
     def slice_bytes(self, part: Part, experts: int) -> int:
         """Nothing beside the block's weights."""
         return 0
+
+    def is_cached(self, key: StatisticsKey) -> bool:
+        """No: they are dropped with their block."""
+        return False
 
     def origins(self, plan: Plan) -> Mapping[str, str | None]:
         """The SHA-256 of texts, statistics files and tokenizers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -29,7 +30,7 @@ from merger.recipe.mergekit.settings import (
 )
 from merger.recipe.mergekit.table import METHODS, Method
 from merger.recipe.mergekit.vocabulary import Vocabulary
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import recipe_faults
 from merger.recipe.sections import DType
 
 _KEYS = {
@@ -99,11 +100,10 @@ class _Importer:
             "output": {"path": _PATH, **self._dtype(), **vocabulary.output_keys()},
         }
         self._raise_faults()
-        try:
-            Recipe.parse(recipe)
-        except RecipeError as error:
-            self.faults += [(("merge_method",), fault.removeprefix("recipe: ")) for fault in error.faults]
-            self._raise_faults()
+        document = Document("recipe", Path(), recipe)
+        faults = [document.fault(path, message).removeprefix("recipe: ") for path, message in recipe_faults(document)]
+        self.faults += [(("merge_method",), fault) for fault in faults]
+        self._raise_faults()
         counts = [part.layers for part in slices if part.layers is not None]
         layers = sum(counts) if counts else None
         if layers is not None:
