@@ -13,7 +13,20 @@ from merger.errors import nearest
 from merger.pipeline.parameters import WORDS
 from merger.recipe.document import KeyPath
 
-_TAGS = {"one", "by_depth", "by_expert", *WORDS, "pinned", "named", "listed", "location", "source", "list"}
+_TAGS = {
+    "one",
+    "by_depth",
+    "by_expert",
+    *WORDS,
+    "pinned",
+    "named",
+    "listed",
+    "location",
+    "source",
+    "list",
+    "scheme",
+    "average",
+}
 _MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
 _EXPECTED = {  # by pydantic's name of the error
     "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,
@@ -30,7 +43,12 @@ _ALIASES = {
     "double": "float64",
 }
 """The names that other tools have for dtypes."""
-_LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
+_LIMITS = {
+    "less_than_equal": ("le", "at most"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "greater_than": ("gt", "more than"),
+}
 
 
 def translate_errors(

@@ -62,7 +62,13 @@ def json_schema() -> dict[str, Any]:
             }
             for name in methods
         ]
+    recipe_schema["required"].remove("base")
+    recipe_schema["allOf"].append({"if": _IS_ONE_RUN, "else": {"required": ["base"]}})
     return recipe_schema
+
+
+_IS_ONE_RUN = {"properties": {"experts": {"type": "object", "required": ["glob"]}}}
+"""The schema of recipes whose experts are a pattern, which need no base."""
 
 
 _OPEN = {"$ref": "#/$defs/search mark"}

@@ -13,6 +13,7 @@ from merger.checkpoint.hub import is_cached
 from merger.recipe.document import Document, KeyPath
 from merger.recipe.locations import FOLDER, STATISTICS, TEXT_FILE, InputKind, location_fault
 from merger.recipe.sections import is_location
+from merger.recipe.trajectory import is_trajectory
 
 _GRAMS = ".grams"  # a folder that may be unfinished: its reader tells how to go on
 _Input = tuple[KeyPath, Any, InputKind]
@@ -41,7 +42,8 @@ def input_fault(location: str, kind: InputKind, start: Path) -> str | None:
 
 def _inputs(recipe: dict[str, Any], with_texts: bool, with_evaluation: bool) -> Iterator[_Input]:
     yield from _model_inputs(("base",), recipe.get("base"))
-    for name, expert in _entries(recipe.get("experts")):
+    experts = recipe.get("experts")
+    for name, expert in [] if is_trajectory(experts) else _entries(experts):
         yield from _model_inputs(("experts", name), expert)
     calibration = dict(_entries(recipe.get("calibration"))) if with_texts else {}
     yield from _text_inputs(("calibration", "data"), calibration.get("data"))

@@ -37,6 +37,7 @@ from merger.recipe.sections import (
 )
 from merger.recipe.short_forms import experts_by_name, spell_out
 from merger.recipe.stages import stages_of
+from merger.recipe.trajectory import Trajectory, trajectory_faults
 from merger.recipe.vocabulary_faults import vocabulary_faults
 
 _Expert = Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)]
@@ -53,8 +54,11 @@ class Recipe(Choice):
     experts: Annotated[
         dict[Annotated[str, AfterValidator(expert_name)], _Expert],
         Field(min_length=1),
-        BeforeValidator(experts_by_name, json_schema_input_type=_ExpertsByName | _ExpertList),
-    ] = Field(description="Its fine-tunes by name, in merging order; or a list, where folders give the names.")
+        BeforeValidator(experts_by_name, json_schema_input_type=_ExpertsByName | _ExpertList | Trajectory),
+    ] = Field(
+        description="Its fine-tunes by name, in merging order; or a list, where folders give the names; or the "
+        "checkpoints of one run as {glob: PATTERN, weights: SCHEME}, which need no base."
+    )
     rules: list[Rule] = Field(
         default_factory=list, description="Other methods for some tensors; the first rule that matches wins."
     )
@@ -250,6 +254,8 @@ def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]
     """Returns the recipe of a document, as far as there is one, and the document's faults."""
     if open_values := [(path, _undecided(path)) for path, _ in marks(document.value)]:
         return None, open_values
+    if unmatched := trajectory_faults(document):
+        return None, unmatched
     faults: list[tuple[KeyPath, str]] = []
     recipe = None
     try:
