@@ -100,17 +100,20 @@ def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
-def lora_config(base: str, ranks: Mapping[str, int], *, fan_in_fan_out: bool) -> dict[str, Any]:
+def lora_config(base: str, ranks: Mapping[str, int], *, on_hub: bool, fan_in_fan_out: bool) -> dict[str, Any]:
     """The config of an adapter for the model ``base``, given the rank of each module; every scale is 1.
 
-    ``fan_in_fan_out`` says that the model stores its weights [in, out].
+    ``on_hub`` says that the model is a repository of the Hub, perhaps with a revision behind an @, which peft has
+    under a key of its own; ``fan_in_fan_out`` says that the model stores its weights [in, out].
     """
+    name, _, revision = base.partition("@") if on_hub else (base, "", "")
     rank = max(ranks.values())
     exceptions = {module: lower for module, lower in ranks.items() if lower != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        **({"revision": revision} if revision else {}),
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": exceptions,

@@ -126,7 +126,8 @@ def _write(
         report = _extract(base, model, modules, file, cut, progress)
         file.finish()
     ranks = {module: file.tensors[factor_names(module)[0]].shape[0] for module in modules.values()}
-    write_json(folder / CONFIG, lora_config(source, ranks, fan_in_fan_out=bool(_kinds(base).conv1d)))
+    on_hub, transposed = base.commit is not None, bool(_kinds(base).conv1d)
+    write_json(folder / CONFIG, lora_config(source, ranks, on_hub=on_hub, fan_in_fan_out=transposed))
     return {"parameters": sum(info.elements for info in file.tensors.values()), **report}
 
 

@@ -20,6 +20,7 @@ from merger.pipeline.stages import Bound, bind, expand
 from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.recipe.faults import translate_errors
 from merger.recipe.open_values import marks
+from merger.recipe.output_faults import output_faults
 from merger.recipe.sections import (
     Calibration,
     Choice,
@@ -165,10 +166,16 @@ class Recipe(Choice):
         separate_keys = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
         separate_keys |= {key for key in ("tokenizer", "tokens") if not getattr(self, key)}
         sections = self.model_dump(mode="json", by_alias=True, exclude=separate_keys)
-        if self.output.pad_rows_to is None:
-            del sections["output"]["pad_rows_to"]
+        absent_keys = [key for key in ("pad_rows_to", "rank") if getattr(self.output, key) is None]
+        for key in (*absent_keys, *(["form"] if self.output.form == "model" else [])):
+            del sections["output"][key]
         models = {key: sections.pop(key) for key in ("base", "experts")}
         return {**models, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **sections}
+
+    def as_model(self) -> Recipe:
+        """The same merge with a model as its output, for what looks at the merge and not at its files."""
+        output = self.output.model_copy(update={"form": "model", "rank": None})
+        return self.model_copy(update={"output": output})
 
     def choices(self) -> Iterator[Choice]:
         """Yields the recipe's own choice, then the choice of each rule."""
@@ -258,7 +265,8 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
 
 def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Returns the faults between the sections of a well-formed recipe."""
-    return [*vocabulary_faults(recipe), *_calibration_faults(recipe)]
+    stages = [_bounds(recipe, choice) for choice in recipe.choices()]
+    return [*vocabulary_faults(recipe), *output_faults(recipe, stages), *_calibration_faults(recipe)]
 
 
 def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
