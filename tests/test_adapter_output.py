@@ -105,7 +105,7 @@ def factors(folder):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("method", ["linear", "knots"])
+@pytest.mark.parametrize("method", ["linear", "knots", "core_space"])
 def test_an_adapter_of_adapters_is_the_merge(adapters, tmp_path, kind, method):
     folder = adapters(kind)
     result = merger.merge(recipe(folder, method=method))

@@ -235,7 +235,7 @@ def _defaults(entry: Entry) -> dict[str, Any]:
 def _takes(annotation: Any) -> str:
     """A few words on what a recipe may write for a parameter."""
     from merger.pipeline import parameters as kinds
-    from merger.pipeline.registry import Anchor, Inner, Score
+    from merger.pipeline.registry import Anchor, CoreInner, Inner, Score
 
     descriptions = {
         kinds.Number: "a number, or a list over depth",
@@ -248,6 +248,7 @@ def _takes(annotation: Any) -> str:
         Score: f"a score: {', '.join(SCORES)}",
         Anchor: "a method, or {method: {parameter: value}}",
         Inner: "a method, or {method: {parameter: value}}",
+        CoreInner: "a method, or {method: {parameter: value}}",
     }
     for kind, words in descriptions.items():
         if annotation == kind:
