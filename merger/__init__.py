@@ -19,6 +19,7 @@ from merger._version import VERSION
 if TYPE_CHECKING:
     from merger.engine.calibrate import calibrate
     from merger.engine.merge import Result, merge
+    from merger.engine.output_plan import plan
     from merger.engine.tensors import merge_tensors
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.evaluation import evaluate
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from merger.outputs.push import Pushed, push
     from merger.outputs.verify import DeepCheck, Verification, verify
     from merger.planning.plan import Plan
-    from merger.planning.planner import plan
     from merger.recipe.recipe import Recipe
 
 __version__ = VERSION
@@ -64,7 +64,7 @@ _HOMES = {
     "lock": "outputs.lock",
     "merge": "engine.merge",
     "merge_tensors": "engine.tensors",
-    "plan": "planning.planner",
+    "plan": "engine.output_plan",
     "push": "outputs.push",
     "search": "evaluation.search",
     "verify": "outputs.verify",

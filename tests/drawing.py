@@ -18,7 +18,7 @@ from merger.pipeline.parameters import (
     Towards,
     is_order,
 )
-from merger.pipeline.registry import ENTRIES, SCORES, Anchor, Inner, Score, parameters
+from merger.pipeline.registry import ENTRIES, SCORES, Anchor, CoreInner, Inner, Score, parameters
 
 NUMBERS = st.sampled_from([0, 1, 2, -1, 0.3, "1/3", 1.2])
 SHARES = st.sampled_from([0, 1, 0.5, "1/3", 0.29, 0.2, "1/8"])
@@ -48,6 +48,8 @@ def values_of(annotation, default, experts):
         return st.sampled_from(["mean", "ties", "wudi", "slerp" if len(experts) == 2 else "sce"])
     if annotation == Inner:
         return st.sampled_from(["ties", "mean", "dare_linear", "obim", "cabs", "iso_c"])
+    if annotation == CoreInner:
+        return st.sampled_from(["ties", "mean", "dare_linear", "cabs", "iso_c"])
     if annotation == Score:
         return st.sampled_from(sorted(SCORES))
     if is_order(annotation):

@@ -593,7 +593,7 @@ def test_the_card_has_the_recipe_and_takes_no_folder_for_a_repository(drawn):
 
 def test_the_card_links_to_what_came_from_the_hub():
     hub = {"source": "org/base@main", "commit": "a" * 40}
-    text = manifest.card("merged", {"base": hub, "code": {"source": "models/code"}, "math": hub}, {}, {}, packed=False)
+    text = manifest.card("merged", {"base": hub, "code": {"source": "models/code"}, "math": hub}, {}, {}, "model")
     front = yaml.safe_load(text.split("---\n")[1])
     assert (front["base_model"], front["base_model_relation"]) == (["org/base"], "merge")
 

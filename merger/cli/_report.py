@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
 from merger.pipeline.stages import expand
-from merger.planning.plan import Plan
+from merger.planning.plan import Plan, TensorPlan
 from merger.planning.sample import SampledChange, sample_notes
 from merger.recipe.recommendations import RECOMMENDATIONS
 
@@ -42,11 +42,21 @@ def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
                 "x".join(map(str, tensor.info.shape)) or "scalar",
                 tensor.info.dtype,
                 tensor.kind,
-                methods[tensor.group] if tensor.stages else f"copy from {tensor.source}",
+                _action(tensor, methods),
             )
             for tensor in plan.tensors
         )
     )
+
+
+def _action(tensor: TensorPlan, methods: Sequence[str]) -> str:
+    """What happens to a tensor, in a few words."""
+    if tensor.factors is None:
+        return methods[tensor.group] if tensor.stages else f"copy from {tensor.source}"
+    if not tensor.factors:
+        return "not in the adapter" if tensor.stages else "as in the base"
+    (rank, _), *_ = (info.shape for info in tensor.factors.values())
+    return f"{methods[tensor.group]}, rank {rank}"
 
 
 def plan_json(
@@ -257,7 +267,7 @@ def _defaults(entry: Entry) -> dict[str, Any]:
 def _takes(annotation: Any) -> str:
     """A few words on what a recipe may write for a parameter."""
     from merger.pipeline import parameters as kinds
-    from merger.pipeline.registry import Anchor, Inner, Score
+    from merger.pipeline.registry import Anchor, CoreInner, Inner, Score
 
     descriptions = {
         kinds.Number: "a number, or a list over depth",
@@ -270,6 +280,7 @@ def _takes(annotation: Any) -> str:
         Score: f"a score: {', '.join(SCORES)}",
         Anchor: "a method, or {method: {parameter: value}}",
         Inner: "a method, or {method: {parameter: value}}",
+        CoreInner: "a method, or {method: {parameter: value}}",
     }
     for kind, words in descriptions.items():
         if annotation == kind:

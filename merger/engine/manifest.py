@@ -143,6 +143,11 @@ class Manifest:
         return any("packed" in record for record in self.tensors.values())
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether the output is an adapter for the base."""
+        return bool(self.recipe["output"].get("form") == "adapter")
+
+    @property
     def copied(self) -> dict[str, str]:
         """The model that each copied tensor comes from, by tensor."""
         return {name: record["copied from"] for name, record in self.tensors.items() if "copied from" in record}
@@ -238,6 +243,8 @@ def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
     method = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
     record: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
     record |= {"merged by": method} if tensor.stages else {"copied from": tensor.source}
+    if tensor.factors is not None:
+        record["stored as"] = {name: stored_as(info) for name, info in tensor.factors.items()}
     if tensor.packed is not None:
         stored = {name: stored_as(info) for name, info in tensor.packed.infos.items()}
         record |= {"packed": tensor.packed.as_record(), "stored as": stored}

@@ -38,6 +38,7 @@ class _Output(_Part):
     dtype: str | None
     shard_size: Annotated[int, Field(ge=1)]
     tokenizer: str | None
+    form: Literal["model", "adapter"] = "model"
 
 
 class _Recipe(_Part):
@@ -154,7 +155,7 @@ def _contradictions(manifest: _Manifest) -> Iterator[str]:
             yield f"tensors.{name}.copied from"
         elif tensor.tied_to is not None and tensor.tied_to not in manifest.tensors:
             yield f"tensors.{name}.tied to"
-        elif (tensor.packed is None) == _is_of_several(tensor):
+        elif recipe.output.form == "model" and (tensor.packed is None) == _is_of_several(tensor):
             yield f"tensors.{name}.packed"
 
 

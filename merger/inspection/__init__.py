@@ -55,7 +55,7 @@ def inspect(
     against density. Where stages follow the merged blocks, the task vectors alone are compared. Raises a `MergerError`
     as `merge` does.
     """
-    recipe = as_recipe(recipe)
+    recipe = as_recipe(recipe).as_model()
     notes, count_slice = [], count_stages
     if follows_merge(recipe):
         recipe, count_slice = _averaged(recipe), count_task_vectors

@@ -94,13 +94,16 @@ def _run_inner(stage: Bound, supplies: Mapping[str, Any], deltas: Tensor) -> Flo
 
 
 def _run_alone(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: Tensor) -> Tensor:
-    """Merges task vectors [k r' c], r' <= r, of a whole matrix: a density is a share of one of them. [r' c]"""
-    rows = deltas.shape[1]
+    """Merges task vectors [k r' c'] of a matrix in its directions, r' <= r and c' <= c, to one [r' c'].
+
+    A density is a share of the elements of one of them.
+    """
+    rows, columns = deltas.shape[1:]
     merged: list[Tensor] = []
 
     def uniform(purpose: str, *, double: bool = False) -> Tensor:
         draws: Tensor = supplies["uniform"](purpose, double=double)
-        return draws[:, :rows]
+        return draws[:, :rows, :columns]
 
     def carry(_: int) -> Flow[None]:
         merged.append((yield from _run_stages(stages, deltas, {**supplies, "originals": deltas, "uniform": uniform})))

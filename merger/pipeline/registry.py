@@ -6,7 +6,7 @@ What stands before the ``*`` is supplied by the runner, by name:
     originals      [k r c]  the task vectors before the first stage
     base           [r c]    the base weights, float32
     scores         [k r c]  the score named by the stage's own parameter ``score``
-    inside         a flow that merges task vectors [k r' c] of the same in-features by the method that a parameter names
+    inside         a flow that merges task vectors [k r' c'], in any directions, by the method that a parameter names
     uniform        draws: ``uniform(purpose, double=False)`` -> [k r c] in [0, 1), keyed by tensor and expert
     second_moment  [k 1 c]  E[x_j^2] of each expert's input to this matrix, or None where it has none
     mean_input     [k 1 c]  E[x_j], or None likewise
@@ -369,6 +369,7 @@ class Nested:
     """Marks a parameter that names a method which runs inside another."""
 
     turned: bool  # whether on a whole matrix of task vectors, in other directions than the base's
+    has_features: bool = True  # whether its columns are the matrix's in-features, of which statistics can be taken
 
 
 Inner = Annotated[
@@ -379,6 +380,14 @@ Inner = Annotated[
     Nested(turned=True),
 ]
 """A parameter that names a method, which merges task vectors that were turned to other directions."""
+CoreInner = Annotated[
+    Any,
+    BeforeValidator(_method),
+    PlainSerializer(written),
+    WithJsonSchema({"type": ["string", "object"]}),
+    Nested(turned=True, has_features=False),
+]
+"""A parameter that names a method, which merges task vectors that were turned on both sides."""
 Anchor = Annotated[
     Any,
     BeforeValidator(_method),

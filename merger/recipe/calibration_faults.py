@@ -9,7 +9,7 @@ from merger.errors import nearest
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import Stage, written
-from merger.pipeline.stages import bind, expand
+from merger.pipeline.stages import Bound, bind, expand
 from merger.recipe.document import KeyPath
 
 if TYPE_CHECKING:
@@ -93,9 +93,13 @@ def _stages(recipe: Recipe) -> list[Stage]:
 
 def _inputs(stages: Iterable[Stage], experts: Iterable[str]) -> set[StageInput]:
     """Returns the inputs besides weights that stages need for a matrix."""
+    return {item for bound in matrix_stages(stages, experts) for item in bound.inputs}
+
+
+def matrix_stages(stages: Iterable[Stage], experts: Iterable[str]) -> list[Bound]:
+    """Returns the stages as they are bound for a matrix; none where they cannot be, which is a fault already."""
     place = Place(tuple(experts))
     try:
-        bounds = [bind(expanded, place) for stage in stages for expanded in expand(stage, "linear", place.experts)]
-    except ValueError:  # is a fault already
-        return set()
-    return {item for bound in bounds for item in bound.inputs}
+        return [bind(expanded, place) for stage in stages for expanded in expand(stage, "linear", place.experts)]
+    except ValueError:
+        return []

@@ -19,6 +19,7 @@ from merger.recipe.document import Document, KeyPath, key_path, parse, read, val
 from merger.recipe.faults import translate_errors
 from merger.recipe.named_inputs import missing_inputs
 from merger.recipe.open_values import marks
+from merger.recipe.output_faults import output_faults
 from merger.recipe.sections import (
     Calibration,
     Choice,
@@ -186,10 +187,16 @@ class Recipe(Choice):
         separate_keys = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
         separate_keys |= {key for key in ("tokenizer", "tokens") if not getattr(self, key)}
         sections = self.model_dump(mode="json", by_alias=True, exclude=separate_keys)
-        if self.output.pad_rows_to is None:
-            del sections["output"]["pad_rows_to"]
+        absent_keys = [key for key in ("pad_rows_to", "rank") if getattr(self.output, key) is None]
+        for key in (*absent_keys, *(["form"] if self.output.form == "model" else [])):
+            del sections["output"][key]
         models = {key: sections.pop(key) for key in ("base", "experts")}
         return {**models, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **sections}
+
+    def as_model(self) -> Recipe:
+        """The same merge with a model as its output, for what looks at the merge and not at its files."""
+        output = self.output.model_copy(update={"form": "model", "rank": None})
+        return self.model_copy(update={"output": output})
 
     def choices(self) -> Iterator[Choice]:
         """Yields the recipe's own choice, then the choice of each rule."""
@@ -273,7 +280,7 @@ def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]
     if recipe is not None:
         for choice, stages in zip(recipe.choices(), stage_lists, strict=True):
             choice._stages = tuple(stages)
-        faults += [*vocabulary_faults(recipe), *calibration_faults(recipe)]
+        faults += [*vocabulary_faults(recipe), *output_faults(recipe), *calibration_faults(recipe)]
     return recipe, faults
 
 

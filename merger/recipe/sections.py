@@ -105,8 +105,16 @@ class Output(Section):
     """Where the merged checkpoint goes, and in what form."""
 
     path: Location = Field(description="The folder to write, relative to the recipe; it appears when it is complete.")
+    form: Literal["model", "adapter"] = Field(
+        "model", description="`model`, or `adapter`: a PEFT LoRA adapter that holds the changes of the linear layers."
+    )
+    rank: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Of an adapter's factors; left out, the sum of those of the experts, if all are adapters.",
+    )
     dtype: DType | None = Field(
-        default=None, description="How numbers are stored; left out, as each tensor of the base is."
+        default=None,
+        description="How numbers are stored; left out, as each tensor of the base is, and an adapter as float32.",
     )
     shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = Field(
         5_000_000_000, description="The most bytes of a weight file: a number, or as in 5GB or 500MiB."
