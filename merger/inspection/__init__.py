@@ -21,8 +21,9 @@ from merger.inspection.views import curves_of, pictures_of, views_of
 from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count_stages, count_task_vectors
 from merger.options import RunOptions
 from merger.planning.plan import Plan
+from merger.recipe.calibration_faults import follows_merge
 from merger.recipe.input_locations import check_models
-from merger.recipe.recipe import Recipe, as_recipe, follows_merge
+from merger.recipe.recipe import Recipe, as_recipe
 
 __all__ = [
     "Curve",
@@ -153,7 +154,7 @@ def _inspection(
 ) -> Inspection:
     start = time.monotonic()
     plan = walk.plan
-    notes = [*remarks, *plan.notes]
+    notes = [*remarks, *walk.remarks, *plan.notes]
     for note in notes:
         walk.options.notice(note)
     walk.run(count_slice)

@@ -13,7 +13,7 @@ from merger.errors import nearest
 from merger.pipeline.parameters import WORDS
 from merger.recipe.document import KeyPath
 
-_TAGS = {"one", "by_depth", "by_expert", *WORDS, "pinned", "named", "listed", "location", "source", "list"}
+_TAGS = {"one", "by_depth", "by_expert", "by_model", *WORDS, "pinned", "named", "listed", "location", "source", "list"}
 _MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
 _EXPECTED = {  # by pydantic's name of the error
     "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from merger.checkpoint.hub import is_cached
 from merger.errors import CheckpointError
+from merger.recipe.calibration_faults import is_calibrated
 from merger.recipe.document import KeyPath
 from merger.recipe.locations import FOLDER, STATISTICS, TEXT_FILE, InputKind, location_fault
-from merger.recipe.recipe import Recipe, is_calibrated
+from merger.recipe.recipe import Recipe
 from merger.recipe.sections import Source, TextData, TextDataOfAll, TextSource
 
 _GRAMS = ".grams"  # a folder that may be unfinished: its reader tells how to go on

@@ -16,6 +16,7 @@ def json_schema() -> dict[str, Any]:
     recipe_schema = Recipe.model_json_schema()
     recipe_schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     recipe_schema["title"] = "merger recipe"
+    recipe_schema["anyOf"] = [{"required": ["experts"]}, {"required": ["layers"]}]
     definitions = recipe_schema.setdefault("$defs", {})
     for entry in (*ENTRIES.values(), *SCORES.values()):
         parameters = schema(entry).model_json_schema(ref_template="#/$defs/{model}")
@@ -50,7 +51,7 @@ def json_schema() -> dict[str, Any]:
         "description": "A stage's name, or {stage: {parameter: value}}.",
     }
     methods = sorted({**ENTRIES, **SCORES})
-    for holder in (recipe_schema, definitions["Rule"]):
+    for holder in (recipe_schema, definitions["Rule"], definitions["Layer"]):
         properties = holder["properties"]
         properties["method"] = _allow_mark({"enum": methods, "description": properties["method"]["description"]})
         properties["pipeline"] |= {"type": "array", "items": {"$ref": "#/$defs/stage"}}
