@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from checkpoints import CONFIG, llama, load, same_bits, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from merger import CheckpointError, Recipe, RecipeError, merge, plan
+from merger.demo import tasks as demo_tasks
 from merger.engine.manifest import Manifest
+from merger.inspection import inspect, inspect_merge
 from merger.outputs.lock import check_lock, lock
 from merger.outputs.verify import DeepCheck, verify
 
@@ -263,7 +266,7 @@ def test_the_manifest_says_which_tensors_were_read(models, tmp_path):
 def test_blocks_in_no_entry_are_left_out_with_the_reason(models, tmp_path):
     merge_plan = plan(recipe_of(tmp_path, LAYERS))
     assert {name.split(".")[2] for name in merge_plan.dropped["b"]} == {"0", "1", "2", "5"}
-    assert set(merge_plan.dropped["base"].values()) == {"its block is in no entry of `layers`"}
+    assert set(merge_plan.dropped["base"].values()) == {"no entry of `layers` has its block"}
     assert "layers: no entry has base 3; b 0-2, 5" in merge_plan.notes
 
 
@@ -369,3 +372,61 @@ def test_a_model_without_numbered_blocks_is_refused(models, tmp_path):
 def test_without_layers_a_recipe_needs_experts(tmp_path):
     with pytest.raises(RecipeError, match="experts: is missing"):
         Recipe.parse("base: a\nmethod: ties\noutput: out", tmp_path)
+
+
+# --- text -------------------------------------------------------------------------------------------
+
+EXPERTS = ("upper", "shift")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A recipe's keys for two of the demo's models, with text of each."""
+    folder = tmp_path_factory.mktemp("demo")
+    for task in EXPERTS:
+        lines = (json.dumps({"text": p + a}) for p, a in demo_tasks.examples(task, "calibration", 8))
+        (folder / f"{task}.jsonl").write_text("\n".join(lines))
+    models = Path(demo_tasks.__file__).parent / "models"
+    calibration = {"data": {task: str(folder / f"{task}.jsonl") for task in EXPERTS}}
+    return {
+        "base": str(models / "base"),
+        "experts": {task: str(models / task) for task in EXPERTS},
+        "calibration": calibration,
+    }
+
+
+WANDA = {"pipeline": [{"wanda": {"density": 0.5}}, "mean"]}
+
+
+@pytest.mark.parametrize("method", [WANDA, {"method": "regmean"}], ids=["statistics", "grams"])
+def test_a_repeated_block_is_judged_by_the_inputs_of_the_experts_block(demo, tmp_path, method):
+    merge(Recipe.parse({**demo, **method, "output": "plain"}, tmp_path))
+    layers = [{"range": [0, 2]}, {"range": [1, 2]}, {"model": "upper", "range": [0, 1]}]
+    merge(Recipe.parse({**demo, **method, "layers": layers, "output": "out"}, tmp_path))
+    plain, output = load(tmp_path / "plain"), load(tmp_path / "out")
+    assert [same_bits(block(output, i), block(plain, n)) for i, n in enumerate([0, 1, 1])] == [True] * 3
+
+
+def test_an_entry_of_one_expert_is_merged_by_the_inputs_of_the_block_it_names(demo, tmp_path):
+    layers = [{"range": [0, 1]}, {"range": {"base": [0, 1], "shift": [1, 2]}, "method": "regmean"}]
+    merge(Recipe.parse({**demo, "method": "regmean", "layers": layers, "output": "out"}, tmp_path))
+    shift = load(demo["experts"]["shift"])
+    torch.testing.assert_close(block(load(tmp_path / "out"), 1)[UP], block(shift, 1)[UP], atol=1e-2, rtol=1e-2)
+
+
+# --- what other commands do with it -----------------------------------------------------------------
+
+
+def test_an_inspection_of_the_recipe_counts_the_blocks_that_all_experts_have(models, tmp_path):
+    layers = [{"range": [0, 1]}, {"model": "b", "range": [3, 5]}, {"range": [2, 3]}]
+    inspection = inspect(recipe_of(tmp_path, layers, method="linear"))
+    blocks = [name for name in inspection.views[0].layers if ".layers." in name]
+    assert blocks == ["model.layers.0", "model.layers.3"]
+
+
+def test_an_inspection_of_the_output_says_why_it_compares_no_weights(models, tmp_path):
+    merge(recipe_of(tmp_path, LAYERS))
+    notes = inspect_merge(tmp_path / "out").notes
+    assert notes == [
+        "its blocks have other numbers in its inputs (`layers`), so shares cannot be told from the weights"
+    ]

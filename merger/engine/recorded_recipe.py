@@ -25,8 +25,6 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
     recipe = manifest.recipe
     if inputs is not None and not inputs.is_dir():
         raise CheckpointError(missing_path(inputs, "folder", Path.is_dir))
-    if recipe.get("layers"):
-        raise CheckpointError(f"{folder}: its blocks are other blocks of its inputs (`layers`)")
     start = inputs or _start(manifest, folder)
     sources = {name: _source(name, record, start) for name, record in manifest.inputs.items()}
     return parse_recorded(

@@ -13,7 +13,7 @@ from merger.recipe.document import KeyPath
 from merger.recipe.layers import Layer
 from merger.recipe.recipe import Recipe
 
-NO_ENTRY = "its block is in no entry of `layers`"
+NO_ENTRY = "no entry of `layers` has its block"
 """The reason for which tensors of an input are left out."""
 SHOWN = 8
 """The most entries of `layers` that a note shows."""

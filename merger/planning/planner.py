@@ -16,13 +16,12 @@ from merger.checkpoint.side_files import uncopied_notes
 from merger.checkpoint.tensor_info import ITEM_SIZE, SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import BLOCK_COUNTS, TensorKinds, tensor_kinds
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
-from merger.errors import CheckpointError, RecipeError
-from merger.pipeline.parameters import Number, Place, resolve
-from merger.pipeline.registry import Stage, entry_of
-from merger.pipeline.stages import Bound, bind, expand, natural
+from merger.errors import CheckpointError
+from merger.pipeline.parameters import Place
+from merger.pipeline.stages import natural
 from merger.planning.block_map import NO_ENTRY, block_map
 from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
-from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
+from merger.planning.linear_order import describe_aliasing, number_layers
 from merger.planning.output_config import BlockSettings, with_size
 from merger.planning.output_names import Choices, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
@@ -30,6 +29,7 @@ from merger.planning.plan import Plan, TensorPlan
 from merger.planning.shared_tensors import SharedTensors
 from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
+from merger.planning.stage_binder import StageBinder
 from merger.planning.stage_notes import stage_notes
 from merger.planning.tables import describe_unpackable, source_faults, table_rows, vocabulary_tables
 from merger.planning.tensor_faults import missing_faults, shape_faults
@@ -126,12 +126,7 @@ class _Planner:
         self.tables: dict[str, TableRows] = {}  # the rows of the output's tensors with a row for each token
         self.vocabulary = Vocabulary("base")
         self.unoriented: dict[str, list[str]] = {}  # packed experts of which a stage must know more than shapes show
-        # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
-        self.turns = [
-            linear_turns(choice.stages, len(recipe.experts_of(choice))) for choice in recipe.choices().values()
-        ]
-        self.places: dict[tuple[str, int, bool], Place] = {}
-        self.bound: dict[tuple[int, str, str, int], tuple[Bound, ...]] = {}
+        self.stages = StageBinder(self.choices)
         self.examples: dict[Hashable, TensorPlan] = {}
 
     def plan(self) -> Plan:
@@ -140,7 +135,7 @@ class _Planner:
         own_head = self.shared.own_head(names)
         if own_head is not None:
             self.kinds = {label: kinds.untied() for label, kinds in self.kinds.items()}
-        numbers = number_layers(names, self.kinds_of) if max(self.turns) > 1 else {}
+        numbers = number_layers(names, self.kinds_of) if max(self.stages.turns) > 1 else {}
         self._choose_tokenizer(name for name in names if name not in originals)
         planned: dict[str, TensorPlan] = {}
         for name in names:
@@ -241,8 +236,8 @@ class _Planner:
         self._note_rows(name, rows, infos)
         group = self.choices.group(choice)
         unit = kinds.unit(name)
-        place = self._place(name, unit, choice, number % self.turns[group])
-        stages = self._stages(group, kind, unit, place)
+        place = self.stages.place(name, kinds, choice, number)
+        stages = self.stages.bound(choice, kind, unit, place)
         if stages[-1].entry.packing is not None and not rows.is_plain:
             self.faults.append(describe_unpackable(name, stages[-1].entry.name, rows))
             return None
@@ -272,29 +267,6 @@ class _Planner:
         labels = self.choices.models(name, choice)
         names = {label: self.blocks.stored_name(label, name) for label in labels if stored[label] == name}
         return {label: names.get(label, stored[label]) for label in labels}
-
-    def _place(self, name: str, unit: str, choice: Rule | Layer | None, linear: int) -> Place:
-        """Where a tensor stands: the same object for all tensors of a block.
-
-        Lists in the parameters of an entry of `layers` go from its first block to its last, others over all blocks.
-        """
-        key = unit, linear, isinstance(choice, Layer)
-        if key not in self.places:
-            kinds, block = self.kinds_of(name), self.blocks.block(name)
-            depth, experts = kinds.depth(name), self.choices.models(name, choice)[1:]
-            place = Place((), depth=depth)
-            weights = tuple(resolve(Number, self.recipe.experts[expert].weight, place) for expert in experts)
-            entry_depth = block.depth if block is not None and isinstance(choice, Layer) else depth
-            self.places[key] = Place(tuple(experts), weights, entry_depth, kinds.rotation(name), linear)
-        return self.places[key]
-
-    def _stages(self, group: int, kind: str, unit: str, place: Place) -> tuple[Bound, ...]:
-        """The stages that the method of a group has for tensors of a kind in a block, bound once for all of them."""
-        key = group, kind, unit, place.linear
-        if key not in self.bound:
-            choice = list(self.recipe.choices().values())[group]
-            self.bound[key] = _bind(choice.stages, kind, place)
-        return self.bound[key]
 
     def _copy(
         self, name: str, kind: str, choice: Rule | Layer | None, reads: Mapping[str, str | None]
@@ -363,7 +335,7 @@ class _Planner:
                 yield f"rule {number} has no effect: {name} is {of}, stored once more, and follows its rule"
 
     def _aliased_orders(self, names: Sequence[str]) -> list[str]:
-        turns = dict.fromkeys(turn for turn in self.turns if turn > 1)
+        turns = dict.fromkeys(turn for turn in self.stages.turns if turn > 1)
         return [note for turn in turns for note in describe_aliasing(names, self.kinds_of, turn)]
 
     def _config(self, config: Mapping[str, Any], tensors: Iterable[TensorPlan]) -> dict[str, Any]:
@@ -376,14 +348,6 @@ class _Planner:
         if label == "base":
             return config
         return with_special_ids(config, special_ids(self.tokenizers[label], self.models[label].config))
-
-
-def _bind(stages: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:
-    """Binds the stages of a method for tensors of a kind at a place; raises RecipeError if parameters conflict."""
-    try:
-        return tuple(bind(expansion, place) for stage in stages for expansion in expand(stage, kind, place.experts))
-    except ValueError as error:
-        raise RecipeError(f"{entry_of(stages[0].func).name}: {error}") from None
 
 
 def _shorten(faults: list[str]) -> list[str]:

@@ -41,7 +41,7 @@ from merger.recipe.stages import stages_of
 from merger.recipe.vocabulary_faults import vocabulary_faults
 
 _Expert = Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)]
-_ExpertsByName = Annotated[dict[str, _Expert], Field(min_length=1)]
+_ExpertsByName = dict[str, _Expert]
 _ExpertList = Annotated[list[_Expert], Field(min_length=1)]
 
 
