@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import merger.methods  # noqa: F401 registers every method
 from merger.pipeline.parameters import (
     Number,
+    NumberOrAuto,
     Numbers,
     Share,
     ShareOrAuto,
@@ -40,8 +41,8 @@ def values_of(annotation, default, experts):
         return st.just("auto") | st.just(str(Fraction(1, len(experts)))) | numbers(SHARES, experts)
     if annotation == ShareOrAuto:
         return st.just("auto") | SHARES | st.lists(SHARES, min_size=2, max_size=3)
-    if annotation in (Stretch, Towards):
-        words = ["fit"] if annotation == Stretch else ["fit", "mean", "sum"]
+    if annotation in (NumberOrAuto, Stretch, Towards):
+        words = {NumberOrAuto: ["auto"], Stretch: ["fit"], Towards: ["fit", "mean", "sum"]}[annotation]
         return st.sampled_from(words) | NUMBERS | st.lists(NUMBERS, min_size=2, max_size=3)
     if annotation == Anchor:
         return st.sampled_from(["mean", "ties", "wudi", "slerp" if len(experts) == 2 else "sce"])

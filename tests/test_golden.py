@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tiny import Inputs, inputs_of, kept, merge, sliced, sparse, tensor
+from tiny import Inputs, Rows, inputs_of, kept, merge, sliced, sparse, tensor
 
 from merger.methods.magprune import magprune
 from merger.methods.obm import obm
@@ -413,6 +413,17 @@ def test_a_short_last_block(golden, tail):
     stage = checked("bs", {**case["params"], "tail": tail})
     result = kept(stage, {"a": case["inputs"]["delta"]})["a"]
     assert result.tolist() == case["outputs"][f"tail_{tail}"]
+
+
+# --- weights from gradients -----------------------------------------------------------------------
+
+
+def test_fisher(golden, slice_elements):
+    case = golden["fisher"]
+    inputs, stage = case["inputs"], checked("fisher", {"normalize": False})
+    rows = {"fisher": Rows(stacked(inputs["fisher"]))}
+    result = merge(stage, inputs["deltas"], base=inputs["base"], inputs=rows, slice_elements=slice_elements)
+    assert_close(result, case["outputs"]["merged"])
 
 
 # --- regression -----------------------------------------------------------------------------------

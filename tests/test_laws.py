@@ -16,7 +16,7 @@ from drawing import parameters_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pretended import CudaRounding, Pretence
-from tiny import Inputs, bits
+from tiny import Inputs, Rows, bits
 
 from merger.methods._spectral import runs, whole
 from merger.ops.questions import MatrixSums, Sum
@@ -113,13 +113,17 @@ def cases(draw, name, parameters=None, base=FEW[-1]):
 
 
 def _inputs(generator, kind, k, shape):
+    *rows, columns = shape or (1,)
+    fisher = Rows(drawn(generator, (k, math.prod(rows), columns), (0.0, 0.25, 1.0, 4.0)))
     if kind == "embedding":
-        return Inputs(token_share=drawn(generator, (k, math.prod(shape[:-1])), (0.0, 0.25, 0.5)))
+        share = drawn(generator, (k, math.prod(shape[:-1])), (0.0, 0.25, 0.5))
+        return Inputs(token_share=share, fisher=fisher)
     if kind in ("vector", "other"):
-        return Inputs()
+        return Inputs(fisher=fisher)
     return Inputs(
         second_moment=drawn(generator, (k, shape[-1]), (0.0, 0.25, 1.0, 4.0)),
         mean=drawn(generator, (k, shape[-1]), (-1.0, 0.0, 0.5)),
+        fisher=fisher,
     )
 
 

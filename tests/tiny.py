@@ -18,7 +18,7 @@ def tensor(values):
 class Inputs(dict):
     """Inputs of stages for one matrix, as calibration makes them of its statistics."""
 
-    def __init__(self, second_moment=None, mean=None, gram=None, token_share=None):
+    def __init__(self, second_moment=None, mean=None, gram=None, token_share=None, fisher=None):
         self.second_moment, self.mean, self.gram = second_moment, mean, gram
         reached = None if second_moment is None else (second_moment != 0).any(1, keepdim=True)
         inputs = {
@@ -28,8 +28,19 @@ class Inputs(dict):
             "gram": gram,
             "merged_gram": gram,
             "token_share": token_share,
+            "fisher": fisher,
         }
         super().__init__({name: values for name, values in inputs.items() if values is not None})
+
+
+class Rows:
+    """An input of as many elements as the task vectors [k r c], in memory, read as a provider reads files."""
+
+    def __init__(self, values):
+        self._values = values
+
+    def read(self, rows):
+        return self._values[:, rows]
 
 
 def _ones_for_zeros(values):

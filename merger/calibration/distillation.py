@@ -1,4 +1,4 @@
-"""Learning a block's merged weights: a few steps of gradient descent towards the experts' outputs of the block.
+"""Learning a block's parameters: a few steps of gradient descent towards the experts' outputs of the block.
 
 The blocks before are merged already, so that the block learns to answer on what will enter it, and each step takes one
 batch of every expert's text. See docs/methods/regression.md.
@@ -6,7 +6,7 @@ batch of every expert's text. See docs/methods/regression.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BATCH = 1024
 """Tokens of each expert in one step."""
 LEARNED = "learned"
-"""The input that holds the learned weights."""
+"""The input that holds the learned parameters."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ class Schedule:
 def distilled(
     plan: Plan, options: RunOptions, hidden_memory: int | None, merge: PartialMerge
 ) -> Iterator[tuple[list[TensorPlan], Mapping[str, Statistics], Mapping[str, Tensor]]]:
-    """Yields the tensors of each block with its moments and its learned weights, which are by the output's names.
+    """Yields the tensors of each block with its moments and its learned parameters, which are by the output's names.
 
     Learning starts at what the stages make of the block with its moments. A tensor that transformers loads together
     with others, such as a packed expert, is not learned. Raises as `calibrate` does, and CheckpointError where a loss
     is no number.
     """
     waiting = [tensor for tensor in plan.tensors if tensor.lockstep]
+    vectors = [tensor for tensor in waiting if not tensor.is_layer]
     drafts = Drafts(merge, {tensor.name for tensor in waiting if tensor.follows_blocks})
     gram = any(item.name == "draft_gram" for item in plan.inputs)
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
@@ -79,16 +80,26 @@ def distilled(
             name: check_blocks(plan, name, pair.blocks(partial(options.progress, f"calibrating {name}")))
             for name, pair in pairs.items()
         }
-        for tensors, statistics in together(waiting, streams):
+        for matrices, statistics in together([tensor for tensor in waiting if tensor.is_layer], streams):
+            tensors = [*matrices, *_take_block(vectors, {tensor.unit for tensor in matrices})]
             sources = [MomentSource(statistics, "draft_gram", "cross_moment")] if gram else []
             learners = [tensor for tensor in tensors if _learns(tensor) and _is_plain(tensor, pairs)]
             starts = [merge.draft(t.name, sources) if gram else drafts.read(t.name) for t in learners]
             drafts.clear()
             yield tensors, statistics, _learn(learners, starts, pairs, options) if learners else {}
+    yield vectors, {}, {}  # those outside the blocks
+
+
+def _take_block(vectors: list[TensorPlan], units: Collection[str]) -> list[TensorPlan]:
+    """Takes the tensors of these blocks out of the list."""
+    block = [tensor for tensor in vectors if tensor.unit in units]
+    for tensor in block:
+        vectors.remove(tensor)
+    return block
 
 
 def _learns(tensor: TensorPlan) -> bool:
-    """Whether a tensor of a block takes learned weights."""
+    """Whether a tensor of a block takes learned parameters."""
     return not tensor.follows_blocks and any(item.name == LEARNED for item in tensor.inputs)
 
 
@@ -100,7 +111,7 @@ def _is_plain(tensor: TensorPlan, pairs: Mapping[str, Pair]) -> bool:
 def _learn(
     tensors: Sequence[TensorPlan], starts: Sequence[Tensor | None], pairs: Mapping[str, Pair], options: RunOptions
 ) -> dict[str, Tensor]:
-    """The learned weights of a block by the output's names, float32; they start at these."""
+    """The learned parameters of a block by the output's names, float32; they start at these."""
     students = {expert: pair.student for expert, pair in pairs.items()}
     device = next(iter(students.values())).loader.device
     learned = [nn.Parameter(values.to(device, torch.float32, copy=True)) for values in starts if values is not None]

@@ -36,6 +36,7 @@ class Cost:
     merging: int = 0  # of host memory, while a block is merged
     hidden_states: int = 0  # of host memory or, where that is too little, of disk
     files: int = 0  # of disk, where the user asks to keep it
+    cached: int = 0  # of disk, in the cache
 
 
 class Source(Protocol):
@@ -140,6 +141,7 @@ def cost(plan: Plan) -> Cost:
         merging=max((item.merging for item in costs), default=0),
         hidden_states=max((item.hidden_states for item in costs), default=0),
         files=sum(item.files for item in costs),
+        cached=sum(item.cached for item in costs),
     )
 
 

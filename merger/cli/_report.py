@@ -95,6 +95,13 @@ def print_plan(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChan
     )
     if forecast.devices is not None:
         console.print(f"slices are dealt out to {', '.join(forecast.devices)}", markup=False, soft_wrap=True)
+    if forecast.cached:
+        console.print(
+            f"what backward passes find is as large as the experts in float32: {forecast.cached / gigabytes:.2f} GB in "
+            "the cache, unless calibration.stats names files of it",
+            markup=False,
+            soft_wrap=True,
+        )
     if forecast.kept_grams:
         console.print(
             f"Gram matrices are made and dropped block by block; merger calibrate --gram would keep them, "

@@ -44,6 +44,7 @@ class Forecast:
     disk_free: int
     passes_over_model: bool  # whether some stage ranks all tensors together, and so reads them again
     kept_grams: int  # bytes of disk that `merger calibrate --gram` would take at most
+    cached: int  # bytes of disk that inputs of stages take in the cache, where they are as large as weights
     devices: tuple[str, ...] | None  # None: nobody asked, and torch need not be loaded
 
 
@@ -58,4 +59,6 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     memory += (
         inputs.hidden_states if machine.hidden_memory is None else min(machine.hidden_memory, inputs.hidden_states)
     )
-    return Forecast(memory, _free_bytes(output), ranked, inputs.files, machine.devices if device else None)
+    return Forecast(
+        memory, _free_bytes(output), ranked, inputs.files, inputs.cached, machine.devices if device else None
+    )

@@ -35,7 +35,7 @@ class Subject:
     first: int = 0  # its first element's position in the stored tensor (a slice of packed experts)
     transposed: bool = False  # stored [in, out] and oriented to [out, in] here
     features_are_rows: bool = False  # in-features run along the rows: it is stored, and seen, as [in, out]
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # of the whole matrix, by name
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # of the whole matrix, by name, as their cuts take them
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
     """What a stage may ask for by name; the registry's docstring explains each."""
     rows = slice(part.row, part.row + part.base.shape[0])
     inputs = {
-        name: stage_input(name).cut(to_device(values, part.base.device), rows, subject.features_are_rows)
+        name: to_device(stage_input(name).cut(values, rows, subject.features_are_rows), part.base.device)
         for name, values in subject.inputs.items()
     }
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from merger.errors import nearest
 
@@ -27,9 +27,9 @@ Granularity = Literal["model", "block"]
 Stream = Literal["own", "merged", "draft"]
 """The models that an expert's text goes through: the expert; the expert's block behind the merged blocks; or the block
 as its stages draft it, behind the merged blocks, beside the expert."""
-Cut = Callable[["Tensor", slice, bool], "Tensor"]
-"""Takes an input of a whole matrix, the rows of a slice, and whether in-features run along these rows; returns the
-slice's part, in a shape that broadcasts with deltas [k r c]."""
+Cut = Callable[[Any, slice, bool], "Tensor"]
+"""Takes an input of a whole matrix, a tensor or what its provider reads slices from, the rows of a slice, and whether
+in-features run along these rows; returns the slice's part, in a shape that broadcasts with deltas [k r c]."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ What stands before the ``*`` is supplied by the runner, by name:
     gram           [k c c]  E[x x^T] likewise, made for this matrix and dropped after it
     reached        [k 1 1]  whether any token came to this matrix (its moments are all 1 where not), or None likewise
     token_share    [k r 1]  how often each row of an embedding is looked up, or None elsewhere
-    learned        [r c]    the weights that were learned of the block, or None where it was not
+    fisher         [k r c]  the diagonal Fisher information of each expert's weights, or None where it has none
+    learned        [r c]    the weights that were learned with the block, or None where they were not
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
 
@@ -237,7 +238,7 @@ def pack(*, forms: Callable[..., dict[str, Form]], unpack: Callable[..., Tensor]
 
 
 def filter_(**traits: Any) -> Callable[[F], F]:
-    """Registers a stage 1 -> 1 that keeps part of what was merged [r c], by the ``originals``."""
+    """Registers a stage 1 -> 1 that changes what was merged [r c], such as by the ``originals``."""
     return _register("filter", ENTRIES, **traits)
 
 

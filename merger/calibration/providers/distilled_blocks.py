@@ -1,4 +1,4 @@
-"""Weights of a block that were learned from the experts' outputs of that block, made while the model is merged.
+"""Parameters of a block that were learned from the experts' outputs of that block, made while the model is merged.
 
 They are as large as the block, so they are dropped when it is merged. The moments of the block's inputs come with them,
 for methods that the learning starts from.
@@ -27,13 +27,13 @@ _DRAFTS = Grams("draft", "draft_gram", "cross_moment")
 
 @dataclass(frozen=True)
 class LearnedSource:
-    """The learned weights of a block by the output's names, and the moments of its inputs."""
+    """The learned parameters of a block by the output's names, and the moments of its inputs."""
 
     moments: MomentSource
     learned: Mapping[str, Tensor]
 
     def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
-        """The inputs of one matrix; notes those of blocks that were not learned."""
+        """The inputs of one matrix or vector; notes the matrices of blocks that were not learned."""
         inputs = self.moments.of_part(tensor, part, note)
         weights = self.learned.get(tensor.name)
         if weights is None:
@@ -41,7 +41,8 @@ class LearnedSource:
                 label = f"some layers of {tensor.unit.rpartition('.')[0]}"
                 note(f"{label}: transformers does not compute with them as they are stored; they are not learned")
             return inputs
-        return {**inputs, "learned": weights.T if part.transposed else weights}
+        matrix = weights.reshape(-1, weights.shape[-1])
+        return {**inputs, "learned": matrix.T if part.transposed else matrix}
 
     def only(self, tensors: Sequence[TensorPlan]) -> LearnedSource:
         """The inputs of these tensors alone."""
