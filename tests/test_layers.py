@@ -328,8 +328,19 @@ def test_a_recipe_written_out_is_the_same_recipe(models, tmp_path):
     ],
 )
 def test_an_entry_that_cannot_be_is_refused_with_its_key(models, tmp_path, layer, fault):
-    found = faults(tmp_path, [layer])
-    assert any(line.removeprefix("recipe: ").startswith(fault) for line in found), found
+    lines = faults(tmp_path, [layer])
+    assert any(line.removeprefix("recipe: ").startswith(fault) for line in lines), lines
+
+
+def test_an_embedding_and_a_head_of_other_lengths_are_refused(models, tmp_path):
+    save(tmp_path / "b", llama(1, layers=6, rows=10), config(6, vocab_size=10))
+    layers = [{"model": "b", "range": [0, 2]}, {"model": "base", "range": [2, 4]}]
+    assert faults(tmp_path, layers) == [
+        "lm_head.weight has 8 rows of base; model.embed_tokens.weight has 10 rows of b; take all of them from one, as "
+        "by the first rule {kinds: [embedding, tied, head], use: base}"
+    ]
+    rules = [{"kinds": ["embedding", "tied", "head"], "use": "b"}]
+    assert plan(recipe_of(tmp_path, layers, rules=rules)).config["vocab_size"] == 10
 
 
 def test_a_fault_names_the_line(models, tmp_path):
@@ -341,16 +352,16 @@ def test_a_fault_names_the_line(models, tmp_path):
 
 def test_an_entry_of_some_experts_needs_a_method_of_its_own(models, tmp_path):
     experts = {"b": "b", "c": "b"}
-    found = faults(tmp_path, [{"range": {"base": [0, 2], "b": [0, 2]}}], experts=experts, method="linear")
+    lines = faults(tmp_path, [{"range": {"base": [0, 2], "b": [0, 2]}}], experts=experts, method="linear")
     expected = "layers.0.range: names no blocks of c, which the recipe's method merges; add them, or a method"
-    assert found[0].endswith(expected)
+    assert lines[0].endswith(expected)
 
 
 @pytest.mark.parametrize("method", ["regmean_pp", "featcal", "distill"])
 def test_methods_behind_merged_blocks_are_refused(models, tmp_path, method):
     calibration = {"data": {"b": "b.jsonl"}}
-    found = faults(tmp_path, [{"range": [0, 2]}], method=method, calibration=calibration)
-    assert "behind the merged blocks, whose order `layers` change for each expert" in found[0]
+    lines = faults(tmp_path, [{"range": [0, 2]}], method=method, calibration=calibration)
+    assert "behind the merged blocks, whose order `layers` change for each expert" in lines[0]
 
 
 def test_gram_matrices_of_unlike_blocks_are_refused(models, tmp_path):
@@ -362,11 +373,11 @@ def test_gram_matrices_of_unlike_blocks_are_refused(models, tmp_path):
 def test_a_model_without_numbered_blocks_is_refused(models, tmp_path):
     outside = {name: values for name, values in models["b"].items() if ".layers." not in name}
     save(tmp_path / "b", outside, config(6))
-    found = faults(tmp_path, [{"model": "b", "range": [0, 2]}])
-    assert found[0].endswith("layers.0.range: b has no blocks model.layers.N, as base has")
+    lines = faults(tmp_path, [{"model": "b", "range": [0, 2]}])
+    assert lines[0].endswith("layers.0.range: b has no blocks model.layers.N, as base has")
     save(tmp_path / "a", outside, config(4))
-    found = faults(tmp_path, [{"model": "base", "range": [0, 2]}])
-    assert "base: config.json says that there are 4 blocks" in found[0]
+    lines = faults(tmp_path, [{"model": "base", "range": [0, 2]}])
+    assert "base: config.json says that there are 4 blocks" in lines[0]
 
 
 def test_without_layers_a_recipe_needs_experts(tmp_path):

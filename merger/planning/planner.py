@@ -31,7 +31,7 @@ from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
 from merger.planning.stage_binder import StageBinder
 from merger.planning.stage_notes import stage_notes
-from merger.planning.tables import describe_unpackable, source_faults, table_rows, vocabulary_tables
+from merger.planning.tables import describe_unpackable, row_faults, source_faults, table_rows, vocabulary_tables
 from merger.planning.tensor_faults import missing_faults, shape_faults
 from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
@@ -187,6 +187,7 @@ class _Planner:
         )
         self.faults += faults or source_faults(self.recipe, self.vocabulary)
         self.tables = table_rows(tables, self.vocabulary, drop=drop, multiple=multiple)
+        self.faults += [] if faults else row_faults(tables, self.tables)
 
     def kinds_of(self, name: str) -> TensorKinds:
         """The kinds of the first model that holds the tensor."""

@@ -53,6 +53,17 @@ def table_rows(
     return rows
 
 
+def row_faults(tables: Mapping[str, Table], rows: Mapping[str, TableRows]) -> list[str]:
+    """The fault of tables that are copied from models with different numbers of rows, so that no model could load."""
+    counts = {name: table_rows.count for name, table_rows in rows.items()}
+    if len(set(counts.values())) < 2 or not any(table.source for table in tables.values()):
+        return []
+    parts = [f"{name} has {counts[name]:,} rows of {tables[name].source or 'all models'}" for name in tables]
+    sources = [table.source for table in tables.values() if table.source is not None]
+    remedy = f"take all of them from one, as by the first rule {{kinds: [embedding, tied, head], use: {sources[0]}}}"
+    return [f"{'; '.join(parts)}; {remedy}"]
+
+
 def source_faults(recipe: Recipe, vocabulary: Vocabulary) -> list[str]:
     """The faults of the recipe's `tokens`: those that the output lacks, and sources without them."""
     faults = []
