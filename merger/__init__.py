@@ -19,6 +19,7 @@ from merger._version import VERSION
 if TYPE_CHECKING:
     from merger.engine.calibrate import calibrate
     from merger.engine.merge import Result, merge
+    from merger.engine.tensors import merge_tensors
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.evaluation import evaluate
     from merger.evaluation.search import search
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from merger.outputs.lora import LoraExtraction, extract_lora
     from merger.outputs.push import Pushed, push
     from merger.outputs.verify import DeepCheck, Verification, verify
-    from merger.pipeline.in_memory import merge_tensors
     from merger.planning.plan import Plan
     from merger.planning.planner import plan
     from merger.recipe.recipe import Recipe
@@ -63,7 +63,7 @@ _HOMES = {
     "is_done": "outputs.lock",
     "lock": "outputs.lock",
     "merge": "engine.merge",
-    "merge_tensors": "pipeline.in_memory",
+    "merge_tensors": "engine.tensors",
     "plan": "planning.planner",
     "push": "outputs.push",
     "search": "evaluation.search",

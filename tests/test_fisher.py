@@ -14,7 +14,7 @@ from transformers import GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Mi
 import merger
 from merger.errors import CheckpointError, RecipeError
 from merger.ops.arithmetic import uniforms
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.registry import checked
 
 EXPERTS = ("code", "wiki")
@@ -237,7 +237,7 @@ def in_memory(deltas, fisher, method="fisher", **parameters):
     base = {"w": torch.zeros(1, 2)}
     experts = {name: {"w": torch.tensor([delta])} for name, delta in zip("ab", deltas, strict=True)}
     inputs = {"w": {"fisher": Rows(torch.tensor(fisher)[:, None])}}
-    return merge_tensors(checked(method, parameters), base, experts, inputs=inputs)["w"].tolist()
+    return merge_stages(checked(method, parameters), base, experts, inputs=inputs)["w"].tolist()
 
 
 DELTAS = ((4.0, -3.0), (-2.0, -4.0))

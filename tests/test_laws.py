@@ -21,7 +21,7 @@ from tiny import Inputs, Rows, bits
 from merger.methods._spectral import runs, whole
 from merger.ops.questions import MatrixSums, Sum
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import ENTRIES, SCORES, checked, parameters
@@ -36,7 +36,7 @@ EXPERTS = "abcde"
 
 @dataclass(frozen=True)
 class Case:
-    """What `merge_tensors` is called with."""
+    """What `merge_stages` is called with."""
 
     stages: list[Any]
     base: dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ class Case:
     keywords: dict[str, Any] = field(default_factory=dict)
 
     def merged(self, **options):
-        return merge_tensors(self.stages, self.base, self.experts, **self.keywords, **options)
+        return merge_stages(self.stages, self.base, self.experts, **self.keywords, **options)
 
     def only(self, name):
         """The same merge of one of its tensors."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Inputs, merge, sparse, tensor
 
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.registry import checked
 
 K = [1, 2, 3, 5]
@@ -460,7 +460,7 @@ def test_opcm_oracle():
         for i, e in enumerate("abc")
     }
     kinds = {"layers.0.w": "linear", "layers.1.w": "linear", "norm": "vector"}
-    result = merge_tensors(checked("opcm", {}), base, expert_weights, kinds=kinds)
+    result = merge_stages(checked("opcm", {}), base, expert_weights, kinds=kinds)
     expected = slow_opcm([{n: w.double().numpy() for n, w in model.items()} for model in expert_weights.values()])
     for name in shapes:
         assert_close(result[name], expected[name])

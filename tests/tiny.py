@@ -3,7 +3,7 @@
 import torch
 
 import merger.methods  # noqa: F401 registers every method
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import checked
@@ -56,7 +56,7 @@ def merge(stages, deltas, *, base=None, place=None, inputs=None, kind=None, **op
     """The one tensor that comes of base + each expert's delta; ``deltas`` maps experts to task vectors."""
     deltas = {expert: tensor(delta) for expert, delta in deltas.items()}
     base = torch.zeros_like(next(iter(deltas.values()))) if base is None else tensor(base)
-    return merge_tensors(
+    return merge_stages(
         stages,
         {NAME: base},
         {expert: {NAME: base + delta} for expert, delta in deltas.items()},

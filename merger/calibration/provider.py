@@ -14,6 +14,8 @@ from merger.planning.plan import Part, Plan, TensorPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merger.calibration.statistics_files import StatisticsKey
+
 MergedTensors = Callable[[str], "Tensor | None"]
 """Returns a merged tensor by its name in the output; None while it is not merged."""
 
@@ -73,6 +75,9 @@ class Provider(Protocol):
 
     def slice_bytes(self, part: Part, experts: int) -> int:
         """Returns the bytes that its inputs take beside a slice of a matrix."""
+
+    def is_cached(self, key: StatisticsKey) -> bool:
+        """Whether an earlier run kept its inputs of an expert."""
 
     def origins(self, plan: Plan) -> Mapping[str, str | None]:
         """Returns the SHA-256 of the files that its inputs are made from, by name; None where it is not known."""

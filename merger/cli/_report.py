@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 import merger.methods  # noqa: F401 registers every method
+from merger.calibration.text_forecast import CACHED, TextForecast
 from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, written
@@ -57,7 +58,9 @@ def _copy_text(tensor: TensorPlan) -> str:
     return f"copy from {tensor.source}{scale}"
 
 
-def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange]) -> dict[str, Any]:
+def plan_json(
+    plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange], texts: Mapping[str, TextForecast]
+) -> dict[str, Any]:
     """The plan as one object."""
     keys = ("tensors", "shape", "dtype", "kind", "action")
     return {
@@ -69,12 +72,19 @@ def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChang
         "calibrated": bool(plan.inputs),
         "dropped": {label: dict(names) for label, names in plan.dropped.items() if names},
         "changes": {expert: asdict(change) for expert, change in changes.items()},
+        "texts": {expert: asdict(text) for expert, text in texts.items()},
         "notes": [*plan.notes, *sample_notes(changes)],
         **asdict(forecast),
     }
 
 
-def print_plan(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange], console: Console) -> None:
+def print_plan(
+    plan: Plan,
+    forecast: Forecast,
+    changes: Mapping[str, SampledChange],
+    texts: Mapping[str, TextForecast],
+    console: Console,
+) -> None:
     """Prints the plan as a table, the size of the experts' changes, and the cost of the merge."""
     table = _table("tensors", "count", "shape", "dtype", "kind", "action")
     for (name, shape, dtype, kind, fate), count in groups(plan).items():
@@ -85,6 +95,8 @@ def print_plan(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChan
     _print_changes(changes, console)
     for note in (*plan.notes, *sample_notes(changes)):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for line in _text_lines(texts):
+        console.print(line, markup=False, soft_wrap=True)
     gigabytes = 1e9
     console.print(
         f"reads {plan.bytes_read / gigabytes:.2f} GB"
@@ -125,6 +137,19 @@ def _dropped_lines(plan: Plan) -> Iterator[str]:
         yield from (
             f"dropped from {label}: {count} tensors: {reason}" for reason, count in counts.items() if count > LISTED
         )
+
+
+def _text_lines(texts: Mapping[str, TextForecast]) -> Iterable[str]:
+    """A line on the text of each expert whose model will run, and one on what that costs."""
+    for expert, text in texts.items():
+        files = ", ".join(text.sources)
+        amount = "a data set that a plan does not read"
+        if text.samples is not None:
+            amount = f"{text.samples:,} samples, {text.tokens:,} tokens"
+        yield f"text of {expert}: {files}: {amount}; statistics {text.statistics}"
+    tokens = [text.tokens or 0 for text in texts.values() if text.statistics != CACHED]
+    if sum(tokens):
+        yield f"calibration runs {sum(tokens):,} tokens in all, each text through its own model"
 
 
 def _print_changes(changes: Mapping[str, SampledChange], console: Console) -> None:

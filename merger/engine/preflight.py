@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merger.calibration.provider import cost
+from merger.calibration.text_forecast import TextForecast, forecast_texts
 from merger.checkpoint.output import unfinished_bytes
 from merger.checkpoint.placement import check_output
-from merger.engine.machine import Machine
+from merger.engine.machine import Machine, select_devices
 from merger.errors import ResourceError
+from merger.options import RunOptions
 from merger.planning.plan import Plan
 
 
@@ -62,3 +64,10 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     return Forecast(
         memory, _free_bytes(output), ranked, inputs.files, inputs.cached, machine.devices if device else None
     )
+
+
+def preview_texts(plan: Plan, options: RunOptions) -> dict[str, TextForecast]:
+    """Returns a forecast for the text of each expert whose model will run; loads torch only where there is one."""
+    if not plan.runs_models:
+        return {}
+    return forecast_texts(plan, replace(options, device=select_devices(options.device)[0]))

@@ -16,7 +16,6 @@ from merger.ops import kernels
 from merger.options import RunOptions
 from merger.planning.plan import Plan
 from merger.planning.planner import plan as make_plan
-from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe
 
 _SLOW = "merger was installed without its compiled loops, so this takes several times as long; a C compiler makes them"
@@ -87,7 +86,6 @@ def prepare(recipe: Recipe, options: RunOptions, output: Path | None = None, *, 
     """
     if output is not None:
         check_output(output, recipe.folders(), neighbours=recipe.surroundings(), force=force)
-    check_inputs(recipe)
     plan = make_plan(recipe, offline=options.offline, headers_only=False)
     try:
         if output is not None:

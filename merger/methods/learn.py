@@ -24,14 +24,15 @@ def _nothing_elsewhere(kind: str, **_: Any) -> list[Stage] | None:
     return None if has_matrix(kind) or kind == "vector" else []
 
 
-def _check(*, rate: Fraction, weight: list[Fraction], **_: Any) -> None:
+def check_steps(*, rate: Fraction, weight: list[Fraction], **_: Any) -> None:
+    """Refuses steps that learn nothing."""
     if rate <= 0:
         raise ValueError(f"rate is {float(rate):g}, but steps of no length learn nothing")
     if min(weight) < 0 or not any(weight):
         raise ValueError("weight: an expert cannot count less than nothing, nor all of them nothing")
 
 
-@filter_(exact=False, check=_check, elsewhere=_nothing_elsewhere)
+@filter_(exact=False, check=check_steps, elsewhere=_nothing_elsewhere)
 def learn(
     deltas: Tensor,
     base: Tensor,

@@ -108,7 +108,22 @@ def extract_lora(
         except BaseException:
             folder.abandon()
             raise
-    return LoraExtraction(str(output), **report)
+    adapter = LoraExtraction(str(output), **report)
+    if (omitted := adapter.whole_error**2) > 0.5:
+        options.notice(_omission(adapter, omitted))
+    return adapter
+
+
+def _omission(adapter: LoraExtraction, omitted: float) -> str:
+    """The remark on an adapter that omits most of the change: which part of it, and what keeps more."""
+    outside = sum(adapter.left_out.values())
+    remedy = (
+        "a higher rank keeps more" if outside <= omitted / 2 else "no rank keeps it; push or merge the model itself"
+    )
+    return (
+        f"the adapter omits {omitted:.0%} of the squared change, {outside:.0%} in tensors that are no matrix of a "
+        f"layer; {remedy}"
+    )
 
 
 def _write(

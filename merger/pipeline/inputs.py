@@ -87,6 +87,11 @@ def by_matrix_row(values: Tensor, rows: slice, features_are_rows: bool) -> Tenso
     return values[rows]
 
 
+def by_coefficient_row(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:
+    """Coefficients of each expert's elements [k r c], of its rows [k r 1] or of it all [k 1 1]: the slice's own."""
+    return values if values.shape[1] == 1 else values[:, rows]
+
+
 def by_expert(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:
     """A value for each expert, [k 1]: returns [k 1 1]."""
     return values.unsqueeze(-1)

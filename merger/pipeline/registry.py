@@ -15,6 +15,7 @@ What stands before the ``*`` is supplied by the runner, by name:
     token_share    [k r 1]  how often each row of an embedding is looked up, or None elsewhere
     fisher         [k r c]  the diagonal Fisher information of each expert's weights, or None where it has none
     learned        [r c]    the weights that were learned with the block, or None where they were not
+    coefficients   [k r c]  what was learned of each task vector's elements, or [k r 1], [k 1 1]; None likewise
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
 

@@ -22,6 +22,7 @@ from merger.pipeline.stages import natural
 from merger.planning.block_map import NO_ENTRY, block_map
 from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, number_layers
+from merger.planning.model_limits import encoder_decoder_limit
 from merger.planning.output_config import BlockSettings, with_size
 from merger.planning.output_names import Choices, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
@@ -35,6 +36,7 @@ from merger.planning.tables import describe_unpackable, row_faults, source_fault
 from merger.planning.tensor_faults import missing_faults, shape_faults
 from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
+from merger.recipe.calibration_faults import is_calibrated
 from merger.recipe.input_locations import check_inputs
 from merger.recipe.layers import Layer
 from merger.recipe.recipe import Recipe, as_recipe
@@ -49,10 +51,11 @@ def plan(recipe: Recipe | str | Path, *, offline: bool = False, headers_only: bo
     """Opens the inputs' headers and plans every tensor; writes nothing.
 
     ``recipe`` may be the path of its file. Without ``headers_only`` a Hub repository's weights are downloaded after the
-    plan succeeds. Raises CheckpointError for inputs that do not fit together, with all misfits of a kind at once.
+    plan succeeds. Raises CheckpointError for inputs that are not there, before any network, and for inputs that do not
+    fit together, with all misfits of a kind at once.
     """
     recipe = as_recipe(recipe)
-    check_inputs(recipe, with_texts=False)
+    check_inputs(recipe)
     draft = _plan(recipe, offline=offline, headers_only=True)
     checkpoints = [part for model in draft.models.values() for part in (model, model.adapter) if part is not None]
     if headers_only or all(info.file is not None for part in checkpoints for info in part.tensors.values()):
@@ -119,8 +122,9 @@ class _Planner:
         for label, kinds in stored.items():
             for name in self.blocks.unused(label, kinds):
                 self.output.drop(name, [label], NO_ENTRY)
-        self.faults = self.output.faults
-        self.notes = [remark for model in models.values() for remark in model.remarks]
+        notes, faults = encoder_decoder_limit(models["base"].config, needs_text=is_calibrated(recipe))
+        self.faults = [*faults, *self.output.faults]
+        self.notes = [*notes, *(remark for model in models.values() for remark in model.remarks)]
         self.notes += self.blocks.notes(recipe, stored)
         self.tokenizers = open_tokenizers({label: tokenizer_folder(model) for label, model in models.items()})
         self.tables: dict[str, TableRows] = {}  # the rows of the output's tensors with a row for each token

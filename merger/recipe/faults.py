@@ -21,6 +21,15 @@ _EXPECTED = {  # by pydantic's name of the error
     "bool_type": _SWITCH, "bool_parsing": _SWITCH,
 }  # fmt: skip
 _FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert": "a map by expert"}
+_ALIASES = {
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "double": "float64",
+}
+"""The names that other tools have for dtypes."""
 _LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
 
 
@@ -96,5 +105,5 @@ def _excerpt(value: Any) -> str:
 
 
 def _suggestion(value: Any, expected: list[str]) -> str:
-    suggestion = nearest(str(value), expected)
+    suggestion = nearest(_ALIASES.get(str(value), str(value)), expected)
     return f"; {suggestion}" if suggestion.startswith("did") else ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger.errors import nearest
 from merger.pipeline.stages import entries_of
+from merger.recipe.calibration_faults import inputs_of
 from merger.recipe.document import KeyPath
 from merger.recipe.layers import Layer
 
@@ -23,6 +24,7 @@ def layer_faults(recipe: Recipe) -> Iterator[Fault]:
         faults = _merge_faults(recipe, layer) if layer.model is None else _copy_faults(recipe, layer.model, layer)
         yield from ((("layers", i, *path), message) for path, message in faults)
     yield from _pack_faults(recipe)
+    yield from _lockstep_faults(recipe)
 
 
 def weights_of(node: Mapping[str, Any], weights: Mapping[str, Number]) -> Mapping[str, Number]:
@@ -88,3 +90,36 @@ def _pack_faults(recipe: Recipe) -> Iterator[Fault]:
         for name in sorted(entry.name for entry in entries if entry.packing is not None):
             message = f"{name} stores several experts, and `layers` make one model; take another method"
             yield (*path, "pipeline" if choice.pipeline else "method"), message
+
+
+def _lockstep_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yields the choices whose inputs are made block by block, where `layers` put the blocks in another order."""
+    for path, choice in recipe.choices().items() if recipe.layers else ():
+        inputs = inputs_of(choice.stages, recipe.experts_of(choice))
+        if behind := sorted(item.name for item in inputs if item.follows_merge):
+            yield (
+                (*path, "pipeline" if choice.pipeline else "method"),
+                f"takes {behind[0]} behind the merged blocks, whose order `layers` change for each expert; merge "
+                "without `layers` first, and put that output's blocks in order by a second recipe",
+            )
+    for i, layer in enumerate(recipe.layers):
+        names = _block_inputs(recipe, layer) if _has_unlike_ranges(recipe, layer) else []
+        if names:
+            yield (
+                ("layers", i, "range"),
+                f"takes blocks of other numbers from each expert, but {names[0]} is made for block n of all experts "
+                "together; write one range for the experts, or a method that takes no Gram matrices",
+            )
+
+
+def _has_unlike_ranges(recipe: Recipe, layer: Layer) -> bool:
+    """Whether an entry merges blocks that have other numbers in one expert than in another."""
+    numbers = {numbers for label, numbers in layer.ranges(("base", *recipe.experts)).items() if label != "base"}
+    return layer.model is None and len(numbers) > 1
+
+
+def _block_inputs(recipe: Recipe, layer: Layer) -> list[str]:
+    """The inputs of experts' own blocks that stages may take for the blocks of an entry."""
+    choices = [layer if layer.has_method else recipe, *recipe.rules]
+    inputs = {item for choice in choices for item in inputs_of(choice.stages, recipe.experts_of(choice))}
+    return sorted(item.name for item in inputs if item.granularity == "block" and not item.follows_merge)

@@ -14,11 +14,12 @@ import merger.methods  # noqa: F401 registers every method
 from merger._display import name_list
 from merger.errors import RecipeError
 from merger.pipeline.registry import written
-from merger.recipe.calibration_faults import calibration_faults, lockstep_faults
+from merger.recipe.calibration_faults import calibration_faults, is_calibrated
 from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.recipe.faults import translate_errors
 from merger.recipe.layer_faults import layer_faults, weights_of
 from merger.recipe.layers import Layer
+from merger.recipe.named_inputs import missing_inputs
 from merger.recipe.open_values import marks
 from merger.recipe.sections import (
     Calibration,
@@ -37,7 +38,7 @@ from merger.recipe.sections import (
     text_sources,
 )
 from merger.recipe.short_forms import experts_by_name, spell_out
-from merger.recipe.stages import stages_of
+from merger.recipe.stages import stages_of, written_choices
 from merger.recipe.vocabulary_faults import vocabulary_faults
 
 _Expert = Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)]
@@ -113,6 +114,14 @@ class Recipe(Choice):
         """``file:line: key.path: message``, for a key of the recipe as it was written."""
         return self._document.fault(path, message)
 
+    def missing_inputs(self, *, with_evaluation: bool = False) -> list[str]:
+        """Returns a fault for each input that its stages take and that is neither here nor on the Hub.
+
+        Held-out examples count ``with_evaluation``.
+        """
+        faults = missing_inputs(self._document, with_texts=is_calibrated(self), with_evaluation=with_evaluation)
+        return [self.fault(path, message) for path, message in faults]
+
     @property
     def named_tokenizer(self) -> str | None:
         """The tokenizer of the output that the recipe names: base, an expert or union."""
@@ -125,20 +134,30 @@ class Recipe(Choice):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Reads and checks a recipe; raises RecipeError with all faults at once, each with its line and key."""
+        """Reads and checks a recipe; raises RecipeError with all faults at once, each with its line and key.
+
+        With the faults of a recipe come its inputs that are not there. A recipe without faults may be made before its
+        inputs are; whatever opens them checks that they are there.
+        """
         return cls.of(overridden(read(Path(path)), overrides), overrides)
 
     @classmethod
     def of(cls, document: Document, overrides: Sequence[str] = ()) -> Recipe:
-        """Builds the recipe of a document to which ``overrides`` have been applied."""
-        return _build(document, overrides)
+        """Builds the recipe of a document to which ``overrides`` have been applied; raises as `load` does."""
+        document = spell_out(document)
+        recipe, faults = _parse(document)
+        if recipe is None or faults:
+            faults += missing_inputs(document, with_texts=_may_take_text(recipe))
+            raise RecipeError([document.fault(path, message) for path, message in _in_order(document, faults)])
+        recipe._document, recipe._overrides = document, tuple(overrides)
+        return recipe
 
     @classmethod
     def parse(cls, text: str | Mapping[str, Any], folder: str | Path = ".") -> Recipe:
         """Builds a recipe from YAML text or from a dictionary; relative paths start at ``folder``."""
         if isinstance(text, str):
-            return _build(parse(text, "recipe", Path(folder).resolve()), ())
-        return _build(Document("recipe", Path(folder).resolve(), dict(text)), ())
+            return cls.of(parse(text, "recipe", Path(folder).resolve()))
+        return cls.of(Document("recipe", Path(folder).resolve(), dict(text)))
 
     def folders(self) -> list[Path]:
         """Returns the folders of models and adapters that exist on this machine."""
@@ -229,10 +248,6 @@ def _spelled_choice(choice: Choice) -> dict[str, Any]:
 
 # --- building: every fault at once ----------------------------------------------------------------
 
-_UNDECIDED = (
-    "is left open for `merger search`, which writes a recipe with the best value; or give one with overrides=VALUES"
-)
-
 
 def search_of(document: Document) -> Search:
     """Parses the section ``search`` alone, of a recipe that still holds search marks."""
@@ -261,10 +276,16 @@ def overridden(document: Document, overrides: Iterable[str]) -> Document:
     return spell_out(document)
 
 
-def _build(document: Document, overrides: Sequence[str]) -> Recipe:
-    document = spell_out(document)
-    if open_values := list(marks(document.value)):
-        raise RecipeError([document.fault(path, _UNDECIDED) for path, _ in open_values])
+def recipe_faults(document: Document) -> list[tuple[KeyPath, str]]:
+    """Returns the faults of a document by key, in its order; whether its inputs are there is none of them."""
+    _, faults = _parse(spell_out(document))
+    return _in_order(document, faults)
+
+
+def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+    """Returns the recipe of a document, as far as there is one, and the document's faults."""
+    if open_values := [(path, _undecided(path)) for path, _ in marks(document.value)]:
+        return None, open_values
     raw = document.value
     faults: list[tuple[KeyPath, str]] = []
     if not raw.get("layers") and raw.get("experts", {}) == {}:
@@ -280,39 +301,39 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
     weights = {str(name): recipe.experts[name].weight if recipe else Fraction(1) for name in experts}
     stages = {
         path: stages_of(node, path, weights_of(node, weights), faults)
-        for path, node in _written_choices(raw)
+        for path, node in written_choices(raw)
         if isinstance(node, Mapping)
     }
     if recipe is not None:
         for path, choice in recipe.choices().items():
             choice._stages = tuple(stages.get(path, ()))
         faults += _conflicts(recipe) if recipe.experts or recipe.layers else []
-        recipe._document, recipe._overrides = document, tuple(overrides)
-    if faults or recipe is None:
-        ordered_faults = sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
-        raise RecipeError([document.fault(path, message) for path, message in ordered_faults])
-    return recipe
-
-
-def _written_choices(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
-    """Yields the parts of a document that must have a method, with their keys.
-
-    An entry of `layers` without one copies or takes the recipe's; with `layers` the recipe itself may have none.
-    """
-    if _has_method(raw) or not raw.get("layers"):
-        yield (), raw
-    for key in ("rules", "layers"):
-        entries = raw[key] if isinstance(raw.get(key), list) else []
-        yield from (((key, i), entry) for i, entry in enumerate(entries) if key == "rules" or _has_method(entry))
-
-
-def _has_method(node: Any) -> bool:
-    return isinstance(node, Mapping) and any(node.get(key) is not None for key in ("method", "pipeline", "parameters"))
+    return recipe, faults
 
 
 def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Returns the faults between the sections of a well-formed recipe."""
-    return [*layer_faults(recipe), *vocabulary_faults(recipe), *calibration_faults(recipe), *lockstep_faults(recipe)]
+    return [*layer_faults(recipe), *vocabulary_faults(recipe), *calibration_faults(recipe)]
+
+
+def _in_order(document: Document, faults: Iterable[tuple[KeyPath, str]]) -> list[tuple[KeyPath, str]]:
+    """Returns the faults in the order of their lines, each once."""
+    return sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
+
+
+def _undecided(path: KeyPath) -> str:
+    """Returns the fault of a value that is left open where a definite one is needed."""
+    key = ".".join(map(str, path))
+    return (
+        f"is left open for `merger search`, which writes a recipe with the best value; or give overrides='{key}=VALUE'"
+    )
+
+
+def _may_take_text(recipe: Recipe | None) -> bool:
+    """Whether some stage takes text, or cannot be told because of a fault."""
+    if recipe is None or is_calibrated(recipe):
+        return True
+    return any(not choice.stages for choice in recipe.choices().values() if choice.method or choice.pipeline)
 
 
 _SECTIONS: dict[str | int, Any] = {

@@ -44,6 +44,14 @@ def _location(text: str) -> str:
     return text
 
 
+def is_location(value: Any) -> bool:
+    """Whether a value is text that a folder or file could be named."""
+    try:
+        return isinstance(value, str) and bool(value) and bool(_location(value))
+    except ValueError:
+        return False
+
+
 Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
 
 

@@ -111,6 +111,10 @@ class Fisher:
         """The values of a slice, at most a matrix, in float32."""
         return 4 * experts * part.rows * part.columns
 
+    def is_cached(self, key: statistics_files.StatisticsKey) -> bool:
+        """Whether the expert's file is there."""
+        return _cached_file(key).is_file()
+
     def origins(self, plan: Plan) -> Mapping[str, str | None]:
         """The SHA-256 of texts, files of Fisher information and tokenizers."""
         return sources(plan)
@@ -125,7 +129,7 @@ class Fisher:
         for name in plan.recipe.experts:
             if name not in paths:
                 key, samples = expert_samples(plan, name, options)
-                paths[name] = cache_folder() / key.file_name().replace(".stats.", f".{HOLDS}.")
+                paths[name] = _cached_file(key)
                 if not paths[name].is_file():
                     _make(paths[name], plan.models[name], key, samples, options, hidden_memory)
         return {name: paths[name] for name in plan.recipe.experts}
@@ -138,6 +142,10 @@ class Fisher:
                 tensors = FORMAT.parse(file, path.stat().st_size, path)
             models[name] = Checkpoint(name, path.parent, tensors, {})
         return FisherSource(models)
+
+
+def _cached_file(key: statistics_files.StatisticsKey) -> Path:
+    return cache_folder() / key.file_name().replace(".stats.", f".{HOLDS}.")
 
 
 def _make(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -20,7 +21,7 @@ from merger.recipe.mergekit.settings import Settings, Slice, Source
 from merger.recipe.mergekit.slices import SliceEntries, layer_count, stay_in_place
 from merger.recipe.mergekit.table import METHODS, Method
 from merger.recipe.mergekit.vocabulary import Vocabulary
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import recipe_faults
 from merger.recipe.sections import DType
 
 _KEYS = {
@@ -101,11 +102,10 @@ class _Importer:
             "output": {"path": _PATH, **self._dtype(), **vocabulary.output_keys()},
         }
         self._raise_faults()
-        try:
-            Recipe.parse(recipe)
-        except RecipeError as error:
-            self.faults += [(("merge_method",), fault.removeprefix("recipe: ")) for fault in error.faults]
-            self._raise_faults()
+        document = Document("recipe", Path(), recipe)
+        faults = [document.fault(path, message).removeprefix("recipe: ") for path, message in recipe_faults(document)]
+        self.faults += [(("merge_method",), fault) for fault in faults]
+        self._raise_faults()
         layers = layer_count(slices)
         if layers is not None and not moves:
             self.notes.append(f"slices: the models must have just {layers} layers: merger merges all that there are.")
