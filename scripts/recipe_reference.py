@@ -11,6 +11,7 @@ from typing import Any
 from generated import rewrite
 
 from merger.recipe.json_schema import json_schema
+from merger.recipe.layers import Layer
 from merger.recipe.recipe import Recipe
 from merger.recipe.sections import Calibration, Evaluation, Expert, Output, Rule, Search, Section, TextSource, TokenRow
 from merger.recipe.trajectory import Trajectory
@@ -27,6 +28,10 @@ SECTIONS: dict[str, tuple[type[Section], str]] = {
     "`output`": (Output, "A path alone is `{path: PATH}`."),
     "Each of `tokens`": (TokenRow, "[Tokenizers](vocabulary.md) says where a row comes from otherwise."),
     "Each of `rules`": (Rule, "Give `tensors` or `kinds`, or both; and `use`, a method or a pipeline."),
+    "Each of `layers`": (
+        Layer,
+        "[Layers](layers.md) has examples. Give `model`, or a method, or leave it to the recipe's.",
+    ),
     "`calibration`": (Calibration, "[Calibration text](calibration.md) has an example of each key."),
     "A source of text": (
         TextSource,
@@ -41,6 +46,7 @@ REFERENCES = {
     "Search": "`search`",
     "Output": "an output",
     "Rule": "rules",
+    "Layer": "layers",
     "Source": "a model",
     "Expert": "an expert",
     "TextSource": "a source of text",

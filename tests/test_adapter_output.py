@@ -288,6 +288,10 @@ REFUSED = {
     "several experts": ({"method": "emr"}, r"method: makes more than one model, and an adapter holds one"),
     "merged blocks": ({"method": "regmean_pp", **WITH_TEXT}, r"method: looks behind merged blocks"),
     "a copy": ({"rules": [{"tensors": "q_proj", "use": "code"}]}, r"rules\.0\.use: an adapter holds changes"),
+    "other blocks": (
+        {"layers": [{"model": "base", "range": [0, 1]}]},
+        r"layers: an adapter keeps the blocks of the base",
+    ),
     "padded rows": ({"output": {**ADAPTER, "pad_rows_to": 64}}, r"output\.pad_rows_to: an adapter keeps the rows"),
     "an adapter below": (
         {"base": {"model": "base", "adapter": "code"}},

@@ -456,7 +456,7 @@ def test_a_rule_may_take_an_experts_extra_tensor(planned):
 
 
 def test_a_rule_cannot_take_a_tensor_from_who_lacks_it(planned):
-    with pytest.raises(CheckpointError, match=f"math: has no {UP}, which a rule takes from it"):
+    with pytest.raises(CheckpointError, match=f"math: has no {UP}, which rule 1 takes from it"):
         planned(LLAMA, LLAMA, without(UP), rules=[{"tensors": "up_proj", "use": "math"}])
 
 

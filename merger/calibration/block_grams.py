@@ -141,15 +141,13 @@ def together(
         for expert_moments, (_, moments) in zip(moments_by_expert.values(), next_blocks, strict=True):
             expert_moments.update(moments)
         complete_tensors = [
-            t
-            for t in waiting
-            if all(t.reads[name] in expert_moments for name, expert_moments in moments_by_expert.items())
+            t for t in waiting if all(t.reads[name] in moments_by_expert[name] for name in t.place.experts)
         ]
         yield complete_tensors, moments_by_expert
         for tensor in complete_tensors:
             waiting.remove(tensor)
             for name, expert_moments in moments_by_expert.items():
-                expert_moments.pop(tensor.reads[name] or "", None)
+                expert_moments.pop(tensor.reads.get(name) or "", None)
     yield waiting, {name: {} for name in moments_by_expert}
 
 

@@ -15,7 +15,7 @@ _AXES = {COLUMNS: "columns", ROWS: "rows", 0: "rows and columns"}
 def judged_tensors(plan: Plan, expert: str) -> dict[str, TensorPlan]:
     """The tensors that some stage judges by the inputs of a layer, by the expert's own names of them."""
     takers = (tensor for tensor in plan.tensors if tensor.inputs and tensor.is_layer and tensor.parts)
-    return {name: tensor for tensor in takers if (name := tensor.reads[expert]) is not None}
+    return {name: tensor for tensor in takers if (name := tensor.reads.get(expert)) is not None}
 
 
 def check_inputs(plan: Plan, expert: str, statistics: Mapping[str, Moments]) -> None:

@@ -157,7 +157,7 @@ def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: P
 def layers(plan: Plan, expert: str) -> list[str]:
     """Returns the names of the expert's tensors whose inputs a stage uses."""
     tensors = (t for t in plan.tensors if t.inputs and not t.lockstep)
-    names = (t.reads[expert] for t in tensors if t.is_layer)
+    names = (t.reads.get(expert) for t in tensors if t.is_layer)
     return sorted({name for name in names if name is not None})
 
 

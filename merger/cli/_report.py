@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, par
 from merger.pipeline.stages import expand
 from merger.planning.plan import Plan, TensorPlan
 from merger.planning.sample import SampledChange, sample_notes
+from merger.recipe.recipe import choice_name
 from merger.recipe.recommendations import RECOMMENDATIONS
 
 if TYPE_CHECKING:
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
 
 
 def method_names(plan: Plan) -> list[str]:
-    """The stages of the recipe's own method, then those of each rule, as the table of a plan names them."""
-    names = ["+".join(next(iter(written(stage))) for stage in choice.stages) for choice in plan.recipe.choices()]
-    return [f"{name} (rule {i})" if i else name for i, name in enumerate(names)]
+    """The stages of the recipe's own method, then those of its rules and layers, as the table of a plan names them."""
+    names = {
+        path: "+".join(next(iter(written(stage))) for stage in choice.stages)
+        for path, choice in plan.recipe.choices().items()
+    }
+    return [f"{name} ({choice_name(path)})" if path else name for path, name in names.items()]
 
 
 def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
@@ -52,11 +56,16 @@ def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
 def _action(tensor: TensorPlan, methods: Sequence[str]) -> str:
     """What happens to a tensor, in a few words."""
     if tensor.factors is None:
-        return methods[tensor.group] if tensor.stages else f"copy from {tensor.source}"
+        return methods[tensor.group] if tensor.stages else _copy_text(tensor)
     if not tensor.factors:
         return "not in the adapter" if tensor.stages else "as in the base"
     (rank, _), *_ = (info.shape for info in tensor.factors.values())
     return f"{methods[tensor.group]}, rank {rank}"
+
+
+def _copy_text(tensor: TensorPlan) -> str:
+    scale = "" if tensor.scale == 1 else f", times {tensor.scale:g}"
+    return f"copy from {tensor.source}{scale}"
 
 
 def plan_json(
@@ -91,9 +100,8 @@ def print_plan(
     for (name, shape, dtype, kind, fate), count in groups(plan).items():
         _row(table, name, count, shape, dtype, kind, fate)
     console.print(table)
-    for label, names in plan.dropped.items():
-        for name, reason in names.items():
-            console.print(f"dropped from {label}: {name}: {reason}", markup=False, soft_wrap=True)
+    for line in _dropped_lines(plan):
+        console.print(line, markup=False, soft_wrap=True)
     _print_changes(changes, console)
     for note in (*plan.notes, *sample_notes(changes)):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
@@ -122,6 +130,22 @@ def print_plan(
             f"in at most {forecast.kept_grams / gigabytes:.2f} GB",
             markup=False,
             soft_wrap=True,
+        )
+
+
+LISTED = 8
+"""The most tensors left out for one reason that are named one by one."""
+
+
+def _dropped_lines(plan: Plan) -> Iterator[str]:
+    """Yields the tensors of the inputs that are left out; many with one reason in one line."""
+    for label, names in plan.dropped.items():
+        counts = Counter(names.values())
+        yield from (
+            f"dropped from {label}: {name}: {reason}" for name, reason in names.items() if counts[reason] <= LISTED
+        )
+        yield from (
+            f"dropped from {label}: {count} tensors: {reason}" for reason, count in counts.items() if count > LISTED
         )
 
 

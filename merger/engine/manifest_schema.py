@@ -50,6 +50,7 @@ class _Recipe(_Part):
     parameters: dict[str, Any] | None = None
     pipeline: list[Any] | None = None
     rules: list[dict[str, Any]]
+    layers: list[dict[str, Any]] = Field(default_factory=list)
     missing: Literal["error", "zero"]
     extra_rows: Literal["keep", "drop"]
     calibration: dict[str, Any] | None
@@ -117,7 +118,7 @@ class _Manifest(_Part):
     shards: dict[str, str]
     files: dict[str, str]
     tensors: dict[str, _Tensor]
-    dropped: dict[str, list[str]]
+    dropped: dict[str, dict[str, str]]  # by model and tensor, the reason
     notes: list[str]
 
 
@@ -141,7 +142,8 @@ def _enumeration(places: list[str]) -> str:
 def _contradictions(manifest: _Manifest) -> Iterator[str]:
     """The parts that name an input, a tensor or a source which the rest of the manifest does not have."""
     recipe, inputs = manifest.recipe, manifest.inputs
-    if (recipe.method is None) == (recipe.pipeline is None):
+    methods = [method for method in (recipe.method, recipe.pipeline) if method is not None]
+    if len(methods) > 1 or not (methods or recipe.layers):
         yield "recipe.method"
     if {"base", *recipe.experts} != inputs.keys():
         yield "inputs"

@@ -110,7 +110,7 @@ class MergeSink(Sink):
             changed_labels |= {
                 label for label, name in stored_names.items() if not self._has(label, name, shape, rows, values)
             }
-            self._write(self.plan.written_names(tensor), start, _cast(values, dtype, tensor))
+            self._write(self.plan.written_names(tensor), start, _cast(_scaled(values, tensor.scale), dtype, tensor))
         if changed_labels:
             labels = ", ".join(sorted(changed_labels))
             self.notes.add(tensor, f"{tensor.name}: copied from {tensor.source}, but differs in {labels}")
@@ -199,6 +199,11 @@ def _rounded(slices: PartSlices, stored: Tensor, piece: Slice, delta: Tensor) ->
     except OverflowError:
         raise overflow(tensor, tensor.info.dtype) from None
     return part.row + (0 if part.transposed else piece.row), merged
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    """Copied values times a factor, in float32 or wider; the values as they are where it is 1."""
+    return values if scale == 1 else values.to(torch.promote_types(values.dtype, torch.float32)) * scale
 
 
 def _cast(values: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:

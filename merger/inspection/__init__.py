@@ -121,6 +121,9 @@ def inspect_merge(
     of_manifest = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=summary)
     if manifest.is_packed:
         return _with_notes(of_manifest, masks.describe(folder, manifest.content, experts), options)
+    if manifest.recipe.get("layers"):
+        reason = "its blocks have other numbers in its inputs (`layers`), so shares cannot be told from the weights"
+        return _with_notes(of_manifest, [reason], options)
     try:
         recipe = recipe_with_merge(manifest, folder, label, inputs)
         prepared = prepare(recipe, replace(options, offline=True))
@@ -154,7 +157,7 @@ def _inspection(
 ) -> Inspection:
     start = time.monotonic()
     plan = walk.plan
-    notes = [*remarks, *plan.notes]
+    notes = [*remarks, *walk.remarks, *plan.notes]
     for note in notes:
         walk.options.notice(note)
     walk.run(count_slice)

@@ -61,7 +61,7 @@ class TensorPlan:
     kind: str
     unit: str  # its transformer block, or itself
     place: Place
-    group: int  # 0: the recipe's own method; i + 1: rule i
+    group: int  # the number of the choice that it follows among the recipe's: 0 is its own method
     stages: tuple[Bound, ...]  # empty where it is copied
     source: str  # the model it is copied from, or base
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
@@ -71,12 +71,14 @@ class TensorPlan:
     row_maps: Mapping[str, RowMap] = field(default_factory=dict)  # of the models whose rows have other numbers, or gaps
     factors: Mapping[str, Info] | None = None  # by peft's names, in an adapter; empty where it keeps the base's tensor
     tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
+    scale: float = 1.0  # the factor of a copy
+    choice: str = "recipe"  # the words for its group: recipe, rule 2 or layers 1
 
-    def renamed(self, name: str) -> TensorPlan:
-        """The same operation on a tensor that all models store under another name."""
+    def renamed(self, name: str, reads: Mapping[str, str | None]) -> TensorPlan:
+        """The same operation on a tensor of another name, which the models store under the names ``reads``."""
         twin = copy(self)  # `replace` takes four times as long, and a mixture has tens of thousands
         parts = tuple(Part(name, *part[1:]) for part in self.parts)
-        vars(twin).update(name=name, reads=dict.fromkeys(self.reads, name), parts=parts)
+        vars(twin).update(name=name, reads=reads, parts=parts)
         return twin
 
     @property

@@ -30,9 +30,7 @@ def calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         return faults
     if calibration is None:
         return [_without_text(recipe), *faults]
-    streams = sorted(
-        {source.stream for source in _inputs(_stages(recipe), experts) if source.granularity == "block"}, reverse=True
-    )
+    streams = sorted({source.stream for source in _all_inputs(recipe) if source.granularity == "block"}, reverse=True)
     if len(streams) > 1:
         reason = "all text goes one way through the model"
         faults.append(((), f"inputs: {streams[0]} in one method and {streams[1]} in another; {reason}"))
@@ -51,10 +49,10 @@ def calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
 
 def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
     """Returns the fault of the first choice that needs text, for a recipe without text."""
-    places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
-    choices = zip(places, recipe.choices(), strict=True)
     place, choice = next(
-        (place, choice) for place, choice in choices if needs_text(choice.stages, list(recipe.experts))
+        (place, choice)
+        for place, choice in recipe.choices().items()
+        if needs_text(choice.stages, recipe.experts_of(choice))
     )
     files = ", ".join(f"{expert}: {expert}.jsonl" for expert in list(recipe.experts)[:3])
     return (
@@ -71,27 +69,31 @@ def follows_merge(recipe: Recipe) -> bool:
 def methods_behind_merge(recipe: Recipe) -> list[str]:
     """Returns the methods and stages, by their names in the recipe, that look at blocks behind the merged ones."""
     behind = [
-        stage for stage in _stages(recipe) if any(item.follows_merge for item in _inputs([stage], recipe.experts))
+        stage
+        for choice in recipe.choices().values()
+        for stage in choice.stages
+        if any(item.follows_merge for item in inputs_of([stage], recipe.experts_of(choice)))
     ]
     return [name for stage in behind for name in written(stage)]
 
 
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether a stage needs an input that is made from calibration text."""
-    return needs_text(_stages(recipe), list(recipe.experts))
+    return any(item.needs_text for item in _all_inputs(recipe))
 
 
 def needs_text(stages: Iterable[Stage], experts: Sequence[str]) -> bool:
     """Whether one of these stages needs an input that is made from calibration text."""
-    return any(item.needs_text for item in _inputs(stages, experts))
+    return any(item.needs_text for item in inputs_of(stages, experts))
 
 
-def _stages(recipe: Recipe) -> list[Stage]:
-    """Returns the stages of all choices of a recipe."""
-    return [stage for choice in recipe.choices() for stage in choice.stages]
+def _all_inputs(recipe: Recipe) -> set[StageInput]:
+    """Returns the inputs besides weights that the stages of all choices of a recipe need."""
+    choices = recipe.choices().values()
+    return {item for choice in choices for item in inputs_of(choice.stages, recipe.experts_of(choice))}
 
 
-def _inputs(stages: Iterable[Stage], experts: Iterable[str]) -> set[StageInput]:
+def inputs_of(stages: Iterable[Stage], experts: Iterable[str]) -> set[StageInput]:
     """Returns the inputs besides weights that stages need for a matrix."""
     return {item for bound in matrix_stages(stages, experts) for item in bound.inputs}
 

@@ -22,12 +22,13 @@ def output_faults(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("base", "adapter"), "an adapter is for a model alone; merge the base's adapter into it first"
     if recipe.output.pad_rows_to is not None:
         yield ("output", "pad_rows_to"), "an adapter keeps the rows of the base's vocabulary; leave it out"
+    if recipe.layers:
+        yield ("layers",), "an adapter keeps the blocks of the base; write `form: model`"
     for i, rule in enumerate(recipe.rules):
         if rule.use not in (None, "base"):
             yield ("rules", i, "use"), "an adapter holds changes and no copies; write `use: base`, or `form: model`"
-    places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
-    for place, choice in zip(places, recipe.choices(), strict=True):
-        bounds = matrix_stages(choice.stages, recipe.experts)
+    for place, choice in recipe.choices().items():
+        bounds = matrix_stages(choice.stages, recipe.experts_of(choice))
         key: KeyPath = (*place, "pipeline" if choice.pipeline else "method")
         if any(bound.entry.packing is not None for bound in bounds):
             yield key, "makes more than one model, and an adapter holds one; write `form: model`"

@@ -17,6 +17,8 @@ from merger.pipeline.registry import written
 from merger.recipe.calibration_faults import calibration_faults, is_calibrated
 from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.recipe.faults import translate_errors
+from merger.recipe.layer_faults import layer_faults, weights_of
+from merger.recipe.layers import Layer
 from merger.recipe.named_inputs import missing_inputs
 from merger.recipe.open_values import marks
 from merger.recipe.output_faults import output_faults
@@ -37,12 +39,12 @@ from merger.recipe.sections import (
     text_sources,
 )
 from merger.recipe.short_forms import experts_by_name, spell_out
-from merger.recipe.stages import stages_of
+from merger.recipe.stages import stages_of, written_choices
 from merger.recipe.trajectory import Trajectory, trajectory_faults
 from merger.recipe.vocabulary_faults import vocabulary_faults
 
 _Expert = Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)]
-_ExpertsByName = Annotated[dict[str, _Expert], Field(min_length=1)]
+_ExpertsByName = dict[str, _Expert]
 _ExpertList = Annotated[list[_Expert], Field(min_length=1)]
 
 
@@ -54,11 +56,17 @@ class Recipe(Choice):
     )
     experts: Annotated[
         dict[Annotated[str, AfterValidator(expert_name)], _Expert],
-        Field(min_length=1),
         BeforeValidator(experts_by_name, json_schema_input_type=_ExpertsByName | _ExpertList | Trajectory),
     ] = Field(
+        default_factory=dict,
         description="Its fine-tunes by name, in merging order; or a list, where folders give the names; or the "
-        "checkpoints of one run as {glob: PATTERN, weights: SCHEME}, which need no base."
+        "checkpoints of one run as {glob: PATTERN, weights: SCHEME}, which need no base. May be left out where "
+        "`layers` copy the base alone.",
+    )
+    layers: list[Layer] = Field(
+        default_factory=list,
+        description="The blocks of the output, where they are not those of the base one by one: ranges of the models' "
+        "blocks, copied or merged, in order.",
     )
     rules: list[Rule] = Field(
         default_factory=list, description="Other methods for some tensors; the first rule that matches wins."
@@ -94,8 +102,8 @@ class Recipe(Choice):
     _overrides: tuple[str, ...] = PrivateAttr(())
 
     def __repr__(self) -> str:
-        stages = [name for stage in self.stages for name in written(stage)]
-        experts = name_list(list(self.experts))
+        stages = [name for stage in self.stages for name in written(stage)] or ["layers"]
+        experts = name_list(list(self.experts) or ["base"])
         return f"Recipe({' + '.join(stages)} of {experts}; base {self.base.model}, output {self.output.path})"
 
     __str__ = __repr__
@@ -184,24 +192,38 @@ class Recipe(Choice):
 
         Keys of later versions are left out where they are absent, so that an older recipe has the same record.
         """
-        separate_keys = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
+        separate_keys = {"method", "parameters", "pipeline", "rules", "layers", "evaluation", "search"}
         separate_keys |= {key for key in ("tokenizer", "tokens") if not getattr(self, key)}
         sections = self.model_dump(mode="json", by_alias=True, exclude=separate_keys)
         absent_keys = [key for key in ("pad_rows_to", "rank") if getattr(self.output, key) is None]
         for key in (*absent_keys, *(["form"] if self.output.form == "model" else [])):
             del sections["output"][key]
         models = {key: sections.pop(key) for key in ("base", "experts")}
-        return {**models, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **sections}
+        layers = {"layers": [_spelled_layer(layer) for layer in self.layers]} if self.layers else {}
+        rules = [_spelled_rule(rule) for rule in self.rules]
+        return {**models, **_spelled_choice(self), **layers, "rules": rules, **sections}
 
     def as_model(self) -> Recipe:
         """The same merge with a model as its output, for what looks at the merge and not at its files."""
         output = self.output.model_copy(update={"form": "model", "rank": None})
         return self.model_copy(update={"output": output})
 
-    def choices(self) -> Iterator[Choice]:
-        """Yields the recipe's own choice, then the choice of each rule."""
-        yield self
-        yield from self.rules
+    def choices(self) -> dict[KeyPath, Choice]:
+        """Returns the recipe's own choice, then those of its rules and of `layers`, by key; in the order of groups."""
+        choices: dict[KeyPath, Choice] = {(): self}
+        choices.update({("rules", i): rule for i, rule in enumerate(self.rules)})
+        choices.update({("layers", i): layer for i, layer in enumerate(self.layers)})
+        return choices
+
+    def experts_of(self, choice: Choice) -> tuple[str, ...]:
+        """Returns the experts that a choice merges: all of them, but for an entry of `layers` that names some."""
+        ranges = choice.ranges(self.experts) if isinstance(choice, Layer) else self.experts
+        return tuple(name for name in self.experts if name in ranges)
+
+    @property
+    def has_method(self) -> bool:
+        """Whether the recipe has a method, which only one with `layers` may do without."""
+        return self.method is not None or self.pipeline is not None
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -214,7 +236,19 @@ def _spelled_rule(rule: Rule) -> dict[str, Any]:
     return entry if rule.use else {**entry, **_spelled_choice(rule)}
 
 
+def _spelled_layer(layer: Layer) -> dict[str, Any]:
+    entry = layer.model_dump(mode="json", include={"model", "range", "scale"}, exclude_none=True)
+    return {**entry, **_spelled_choice(layer)}
+
+
+def choice_name(path: KeyPath) -> str:
+    """Names a choice by its key, as the manifest does: recipe, rule 2 or layers 1."""
+    return "recipe" if not path else f"{'rule' if path[0] == 'rules' else path[0]} {int(path[1]) + 1}"
+
+
 def _spelled_choice(choice: Choice) -> dict[str, Any]:
+    if not choice.stages:
+        return {}
     if choice.pipeline is not None:
         return {"pipeline": [written(stage) for stage in choice.stages]}
     ((name, parameters),) = written(choice.stages[0]).items()
@@ -263,7 +297,10 @@ def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]
         return None, open_values
     if unmatched := trajectory_faults(document):
         return None, unmatched
+    raw = document.value
     faults: list[tuple[KeyPath, str]] = []
+    if not raw.get("layers") and raw.get("experts", {}) == {}:
+        faults.append((("experts",), "is {}, expected at least 1 of them" if "experts" in raw else "is missing"))
     recipe = None
     try:
         recipe = Recipe(**document.value)
@@ -271,17 +308,23 @@ def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]
         faults += translate_errors(error, _valid_fields, document.value)
     except TypeError:
         faults += [((str(key),), "is no text; quote it") for key in document.value if not isinstance(key, str)]
-    raw = document.value
     experts = raw["experts"] if isinstance(raw.get("experts"), dict) else {}
     weights = {str(name): recipe.experts[name].weight if recipe else Fraction(1) for name in experts}
-    rules = raw["rules"] if isinstance(raw.get("rules"), list) else []
-    places: list[tuple[KeyPath, Any]] = [((), raw), *((("rules", i), rule) for i, rule in enumerate(rules))]
-    stage_lists = [stages_of(node, path, weights, faults) for path, node in places if isinstance(node, Mapping)]
+    stages = {
+        path: stages_of(node, path, weights_of(node, weights), faults)
+        for path, node in written_choices(raw)
+        if isinstance(node, Mapping)
+    }
     if recipe is not None:
-        for choice, stages in zip(recipe.choices(), stage_lists, strict=True):
-            choice._stages = tuple(stages)
-        faults += [*vocabulary_faults(recipe), *output_faults(recipe), *calibration_faults(recipe)]
+        for path, choice in recipe.choices().items():
+            choice._stages = tuple(stages.get(path, ()))
+        faults += _conflicts(recipe) if recipe.experts or recipe.layers else []
     return recipe, faults
+
+
+def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    """Returns the faults between the sections of a well-formed recipe."""
+    return [*layer_faults(recipe), *vocabulary_faults(recipe), *output_faults(recipe), *calibration_faults(recipe)]
 
 
 def _in_order(document: Document, faults: Iterable[tuple[KeyPath, str]]) -> list[tuple[KeyPath, str]]:
@@ -301,7 +344,7 @@ def _may_take_text(recipe: Recipe | None) -> bool:
     """Whether some stage takes text, or cannot be told because of a fault."""
     if recipe is None or is_calibrated(recipe):
         return True
-    return any(not choice.stages for choice in recipe.choices() if choice.method or choice.pipeline)
+    return any(not choice.stages for choice in recipe.choices().values() if choice.method or choice.pipeline)
 
 
 _SECTIONS: dict[str | int, Any] = {
@@ -312,6 +355,7 @@ _SECTIONS: dict[str | int, Any] = {
     "evaluation": Evaluation,
     "search": Search,
     "rules": Rule,
+    "layers": Layer,
     "tokens": TokenRow,
 }
 

@@ -282,7 +282,8 @@ def unused_expert_name(location: str, used_names: Collection[str]) -> str:
     return stem if stem not in used_names else next(name for name in numbered if name not in used_names)
 
 
-def _pattern(text: str) -> str:
+def regular_expression(text: str) -> str:
+    """The text, unchanged; ValueError if it is not a regular expression."""
     try:
         re.compile(text)
     except re.error as error:
@@ -311,7 +312,7 @@ class Choice(Section):
 class Rule(Choice):
     """What happens to the tensors whose name or kind it matches; the first rule that matches wins."""
 
-    tensors: Annotated[str, AfterValidator(_pattern)] | None = Field(
+    tensors: Annotated[str, AfterValidator(regular_expression)] | None = Field(
         default=None, description="A regular expression that is found anywhere in a tensor's name."
     )
     kinds: list[Kind] | None = Field(default=None, description="Kinds of tensors that the rule is about.")
