@@ -19,6 +19,8 @@ from merger._version import VERSION
 if TYPE_CHECKING:
     from merger.engine.calibrate import calibrate
     from merger.engine.merge import Result, merge
+    from merger.engine.output_plan import plan
+    from merger.engine.tensors import merge_tensors
     from merger.errors import CheckpointError, MergerError, RecipeError, ResourceError, VerifyError
     from merger.evaluation import evaluate
     from merger.evaluation.search import search
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
     from merger.outputs.lora import LoraExtraction, extract_lora
     from merger.outputs.push import Pushed, push
     from merger.outputs.verify import DeepCheck, Verification, verify
-    from merger.pipeline.in_memory import merge_tensors
     from merger.planning.plan import Plan
-    from merger.planning.planner import plan
     from merger.recipe.recipe import Recipe
 
 __version__ = VERSION
@@ -63,8 +63,8 @@ _HOMES = {
     "is_done": "outputs.lock",
     "lock": "outputs.lock",
     "merge": "engine.merge",
-    "merge_tensors": "pipeline.in_memory",
-    "plan": "planning.planner",
+    "merge_tensors": "engine.tensors",
+    "plan": "engine.output_plan",
     "push": "outputs.push",
     "search": "evaluation.search",
     "verify": "outputs.verify",

@@ -8,6 +8,8 @@
     ├── ResourceError    4   not enough disk or memory
     └── VerifyError      5   an output is not what its manifest says
 
+A recipe that has faults of its own and names inputs that are not there is a RecipeError with all of them; inputs that
+are not there are a CheckpointError where the recipe is sound.
 What torch or the system raises under a command has a line and one of these codes too (merger/cli/_failures.py).
 Anything else that escapes is a defect of merger: it keeps its traceback, and the command ends in `DEFECT`.
 """

@@ -11,17 +11,27 @@ from typing import Any
 from generated import rewrite
 
 from merger.recipe.json_schema import json_schema
+from merger.recipe.layers import Layer
 from merger.recipe.recipe import Recipe
 from merger.recipe.sections import Calibration, Evaluation, Expert, Output, Rule, Search, Section, TextSource, TokenRow
+from merger.recipe.trajectory import Trajectory
 
 DOCS = Path(__file__).parents[1] / "docs" / "recipe-reference.md"
 BEGIN, END = "<!-- keys: written by scripts/recipe_reference.py -->\n", "<!-- end of keys -->\n"
 SECTIONS: dict[str, tuple[type[Section], str]] = {
     "The recipe": (Recipe, ""),
     "`base`, and each of `experts`": (Expert, "A location alone is `{model: LOCATION}`. The base has no weight."),
+    "`experts` of one run": (
+        Trajectory,
+        "Checkpoints of one training run, which need no base: without one it is the last of them.",
+    ),
     "`output`": (Output, "A path alone is `{path: PATH}`."),
     "Each of `tokens`": (TokenRow, "[Tokenizers](vocabulary.md) says where a row comes from otherwise."),
     "Each of `rules`": (Rule, "Give `tensors` or `kinds`, or both; and `use`, a method or a pipeline."),
+    "Each of `layers`": (
+        Layer,
+        "[Layers](layers.md) has examples. Give `model`, or a method, or leave it to the recipe's.",
+    ),
     "`calibration`": (Calibration, "[Calibration text](calibration.md) has an example of each key."),
     "A source of text": (
         TextSource,
@@ -36,10 +46,13 @@ REFERENCES = {
     "Search": "`search`",
     "Output": "an output",
     "Rule": "rules",
+    "Layer": "layers",
     "Source": "a model",
     "Expert": "an expert",
     "TextSource": "a source of text",
     "TokenRow": "its source",
+    "Trajectory": "a pattern of them",
+    "MovingAverage": "`{ema: SHARE}`",
 }
 
 

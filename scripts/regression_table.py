@@ -57,9 +57,10 @@ ROWS: dict[str, list[Row]] = {
         Row("task_arithmetic", "task_arithmetic"),
         Row("linear", "linear"),
     ],
-    "FeatCal: two experts, and fewer texts": [
+    "FeatCal: two experts, and fewer or more texts": [
         Row("code and french", "featcal", experts=("code", "french")),
         Row("5 texts", "featcal", samples=5),
+        Row("100 texts", "featcal", samples=100),
         Row("french and wordnet", "featcal", experts=("french", "wordnet")),
     ],
     "Learning block by block, 20 texts": [

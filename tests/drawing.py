@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import merger.methods  # noqa: F401 registers every method
 from merger.pipeline.parameters import (
     Number,
+    NumberOrAuto,
     Numbers,
     Share,
     ShareOrAuto,
@@ -17,7 +18,7 @@ from merger.pipeline.parameters import (
     Towards,
     is_order,
 )
-from merger.pipeline.registry import ENTRIES, SCORES, Anchor, Inner, Score, parameters
+from merger.pipeline.registry import ENTRIES, SCORES, Anchor, CoreInner, Inner, Score, parameters
 
 NUMBERS = st.sampled_from([0, 1, 2, -1, 0.3, "1/3", 1.2])
 SHARES = st.sampled_from([0, 1, 0.5, "1/3", 0.29, 0.2, "1/8"])
@@ -40,13 +41,15 @@ def values_of(annotation, default, experts):
         return st.just("auto") | st.just(str(Fraction(1, len(experts)))) | numbers(SHARES, experts)
     if annotation == ShareOrAuto:
         return st.just("auto") | SHARES | st.lists(SHARES, min_size=2, max_size=3)
-    if annotation in (Stretch, Towards):
-        words = ["fit"] if annotation == Stretch else ["fit", "mean", "sum"]
+    if annotation in (NumberOrAuto, Stretch, Towards):
+        words = {NumberOrAuto: ["auto"], Stretch: ["fit"], Towards: ["fit", "mean", "sum"]}[annotation]
         return st.sampled_from(words) | NUMBERS | st.lists(NUMBERS, min_size=2, max_size=3)
     if annotation == Anchor:
         return st.sampled_from(["mean", "ties", "wudi", "slerp" if len(experts) == 2 else "sce"])
     if annotation == Inner:
         return st.sampled_from(["ties", "mean", "dare_linear", "obim", "cabs", "iso_c"])
+    if annotation == CoreInner:
+        return st.sampled_from(["ties", "mean", "dare_linear", "cabs", "iso_c"])
     if annotation == Score:
         return st.sampled_from(sorted(SCORES))
     if is_order(annotation):

@@ -386,7 +386,7 @@ CHECKPOINTS = [  # all end in exit code 3
         "models/math/config.json: expected a JSON object"),
     ("no weights", gone(WEIGHTS), "models/code has no model.safetensors or pytorch_model.bin"),
     ("weights of another form", both(gone(WEIGHTS), file("models/code/model.gguf")),
-        "models/code has no model.safetensors or pytorch_model.bin, only model.gguf"),
+        "models/code holds model.gguf, weights in GGUF"),
     ("a pickle that runs code",
         both(gone(WEIGHTS), file("models/code/pytorch_model.bin", b"cposix\nsystem\n(S'touch pwned'\ntR.")),
         "models/code/pytorch_model.bin"),

@@ -10,7 +10,16 @@ import torch
 import transformers
 from checkpoints import load
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import merger
 from merger.calibration import Settings, batches, collect_all
@@ -43,7 +52,7 @@ def recipe(place, method="obim", *, output="out", dtype="bfloat16", shard_size=1
     content = {
         "base": "models/base",
         "experts": {task: f"models/{task}" for task in EXPERTS},
-        "method": method,
+        **({} if "pipeline" in options else {"method": method}),
         "calibration": calibration,
         "output": {"path": output, "dtype": dtype, "shard_size": shard_size},
         **options,
@@ -413,6 +422,82 @@ def test_own_and_merged_inputs_do_not_go_together(place):
         recipe(place, "regmean", rules=rules)
 
 
+def text_lines(ran):
+    assert ran.code == 0
+    return [line for line in ran.out.splitlines() if line.startswith(("text of", "calibration"))]
+
+
+def test_a_plan_tells_of_each_text_its_tokens_and_whether_statistics_are_there(merger, place, monkeypatch):
+    monkeypatch.setattr("merger.checkpoint.hashes.SETTLED", -1)  # hashes of files this new are not kept otherwise
+    path = place / "recipe.yaml"
+    path.write_text(json.dumps(recipe(place).spelled_out()))
+    cost = "calibration runs 806 tokens in all, each text through its own model"
+    lines = [
+        "text of upper: upper.jsonl: 12 samples, 250 tokens; statistics {}",
+        "text of shift: shift.jsonl: 12 samples, 238 tokens; statistics {}",
+        "text of double: double.jsonl: 12 samples, 318 tokens; statistics {}",
+    ]
+    before, during = ([line.format(f"made {time} the merge") for line in lines] for time in ("before", "during"))
+    assert text_lines(merger("plan", path)) == [*before, cost]
+    assert text_lines(merger("plan", path, "--set", "method=featcal", "--set", "parameters={}")) == [*during, cost]
+    assert merger("calibrate", path).code == 0
+    assert text_lines(merger("plan", path)) == [line.format("in the cache") for line in lines]
+    assert text_lines(merger("plan", path, "--set", "method=fisher", "--set", "parameters={}")) == [*before, cost]
+    assert text_lines(merger("plan", path, "--set", "method=linear", "--set", "parameters={}")) == []
+
+
+def test_a_plan_tells_the_faults_of_all_texts(merger, place):
+    path = place / "recipe.yaml"
+    path.write_text(json.dumps(recipe(place).spelled_out()))
+    (place / "upper.jsonl").write_text('{"txt": "a"}')
+    (place / "double.jsonl").write_text('{"text": ""}')
+    ran = merger("plan", path)
+    assert (ran.code, ran.err.splitlines()) == (
+        3,
+        [
+            f"error: {place}/upper.jsonl:1: needs a field messages, prompt or text; found txt",
+            "error: double.jsonl: has no text; all its records are empty",
+        ],
+    )
+
+
+def one_block_called_twice(place):
+    """Models of the recipe's names whose blocks share all weights, with the demo's tokenizer."""
+    config = AlbertConfig(
+        vocab_size=58, embedding_size=8, hidden_size=8, num_attention_heads=2, intermediate_size=16,
+        num_hidden_layers=2, architectures=["AlbertForMaskedLM"],
+    )  # fmt: skip
+    for seed, name in enumerate(("base", *EXPERTS)):
+        torch.manual_seed(seed)
+        AlbertForMaskedLM(config).save_pretrained(place / "models" / name)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "remedy"),
+    [
+        ("regmean", {"inputs": "merged"}, "give regmean the parameter inputs: own"),
+        ("regmean", {"inputs": "draft", "target": 0.5}, "give regmean the parameter inputs: own"),
+        ("featcal", {}, "take the method regmean in place of featcal"),
+        ("distill", {"anchor": "ties"}, "take the method regmean in place of distill"),
+    ],
+)
+def test_a_model_without_separate_blocks_is_told_what_to_write_in_place_of_the_method(
+    place, method, parameters, remedy
+):
+    one_block_called_twice(place)
+    with pytest.raises(CheckpointError) as refusal:
+        merger.merge(recipe(place, method, parameters=parameters))
+    assert str(refusal.value) == (
+        "upper: its blocks cannot be run one at a time (its blocks do not follow one another), so none can be merged "
+        f"before the next one runs, as {method} needs it; {remedy}"
+    )
+
+
+def test_what_a_model_without_separate_blocks_is_told_to_take_merges_it(place):
+    one_block_called_twice(place)
+    assert merger.merge(recipe(place, "regmean")).tensors["merged"] > 0
+
+
 @pytest.mark.parametrize(("method", "parameters"), [("regmean", {"inputs": "merged"}), ("featcal", {})])
 def test_before_anything_is_merged_an_inspection_shows_the_task_vectors_alone_and_says_so(place, method, parameters):
     rules = [{"tensors": "norm", "use": "base"}, {"tensors": "mlp", "method": "ties"}]
@@ -441,7 +526,7 @@ def with_blocks(weights, models):
 
 
 def distilled(place, start, steps, rate):
-    """The learned model as it is written, on whole models: a block's matrices behind all that is learned by then."""
+    """The learned model as it is written, on whole models: a block's parameters behind all that is learned by then."""
     models = []
     student, answers = with_blocks(start, models)
     teachers = [with_blocks(load(MODELS / task), models) for task in EXPERTS]
@@ -449,8 +534,8 @@ def distilled(place, start, steps, rate):
     for parameter in (parameter for model in models for parameter in model.parameters()):
         parameter.requires_grad_(False)
     for block, layer in enumerate(student.model.layers):
-        matrices = [parameter.requires_grad_(True) for parameter in layer.parameters() if parameter.dim() == 2]
-        optimizer = torch.optim.Adam(matrices, lr=rate)
+        parameters = [parameter.requires_grad_(True) for parameter in layer.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=rate)
         for step in range(steps):
             optimizer.zero_grad()
             for text, (teacher, targets) in zip(texts_by_expert, teachers, strict=True):
@@ -461,7 +546,7 @@ def distilled(place, start, steps, rate):
                 answer, target = answers[block][batch.mask], targets[block][batch.mask]
                 ((answer - target).square().sum() / target.square().sum()).backward()
             optimizer.step()
-        for parameter in matrices:
+        for parameter in parameters:
             parameter.requires_grad_(False)
     return student.state_dict()
 
@@ -476,7 +561,7 @@ def test_learning_block_by_block_is_that_on_whole_models(place):
     expected = distilled(place, start, 3, 1e-3)
     for name, values in merged.items():
         learned = expected[name] - start[name]
-        if "_proj" in name:
+        if ".layers." in name:
             assert learned.abs().max() > 1e-3, name
         assert (values - expected[name]).norm() <= 1e-4 * learned.norm(), name
 
@@ -509,12 +594,104 @@ def test_experts_that_transformers_packs_stay_at_the_anchor_and_a_note_says_so(p
     merger.merge(recipe(place, "mean", output="mean", dtype="float32"))
     learned, anchor = load(place / "out"), load(place / "mean")
     changed_names = {name for name, values in learned.items() if not torch.equal(values, anchor[name])}
-    assert {name.split(".")[3] for name in changed_names} == {"self_attn", "block_sparse_moe"}
+    norms = {"input_layernorm", "post_attention_layernorm"}
+    assert {name.split(".")[3] for name in changed_names} == {"self_attn", "block_sparse_moe", *norms}
     assert not any("experts" in name for name in changed_names)
     note = (
         "some layers of model.layers: transformers does not compute with them as they are stored; they are not learned"
     )
     assert result.notes.count(note) == 1
+
+
+def test_learning_may_follow_any_pipeline(place):
+    stages = [{"mean": {}}, {"learn": {"steps": 3, "rate": 1e-3}}]
+    merger.merge(recipe(place, "distill", parameters=LEARNED, dtype="float32"))
+    merger.merge(recipe(place, output="stages", dtype="float32", pipeline=stages))
+    assert weights(place) == weights(place, "stages")
+
+
+def test_biases_and_matrices_that_are_stored_transposed_learn_too(place):
+    for seed, name in enumerate(["base", *EXPERTS]):
+        torch.manual_seed(seed)
+        config = GPT2Config(vocab_size=58, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+        GPT2LMHeadModel(config).save_pretrained(place / "models" / name)
+    merger.merge(recipe(place, "distill", parameters=LEARNED, dtype="float32"))
+    merger.merge(recipe(place, "mean", output="mean", dtype="float32"))
+    learned, anchor = load(place / "out"), load(place / "mean")
+    largest = {name: float((values - anchor[name]).abs().max()) for name, values in learned.items()}
+    assert all(0.001 < change < 0.0031 for name, change in largest.items() if ".h." in name)
+    assert all(change == 0 for name, change in largest.items() if ".h." not in name)
+
+
+COEFFICIENTS = {"steps": 2, "rate": 0.02, "start": 0.25}
+
+
+def with_coefficients(place, per, steps, rate, start):
+    """The model of learned coefficients as it is written, on whole models and by autograd through their sums."""
+    models = []
+    base = load(MODELS / "base")
+    student, answers = with_blocks({name: values.float() for name, values in base.items()}, models)
+    experts = {task: load(MODELS / task) for task in EXPERTS}
+    teachers = [with_blocks(weights, models) for weights in experts.values()]
+    texts_by_expert = [batches(samples_of(place, task).tokens, 1024) for task in EXPERTS]
+    deltas = {n: torch.stack([e[n].float() - base[n].float() for e in experts.values()]) for n in base}
+    weights = {n: base[n].float() + start * deltas[n].sum(0) for n in base}
+    for block in range(len(student.model.layers)):
+        names = [name for name in base if name.startswith(f"model.layers.{block}.")]
+        coefficients = {n: torch.full(coefficient_shape(deltas[n], per), start, requires_grad=True) for n in names}
+        optimizer = torch.optim.Adam(coefficients.values(), lr=rate)
+        for step in range(steps):
+            optimizer.zero_grad()
+            for text, (teacher, targets) in zip(texts_by_expert, teachers, strict=True):
+                batch = text[step % len(text)]
+                inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
+                learned = {n: base[n].float() + (coefficients[n] * deltas[n]).sum(0) for n in names}
+                outputs = []
+                for model, found in ((teacher, targets), (student, answers)):
+                    found.clear()
+                    torch.func.functional_call(model, {} if model is teacher else weights | learned, (), inputs)
+                    outputs.append(found[block][batch.mask])
+                ((outputs[1] - outputs[0].detach()).square().sum() / outputs[0].detach().square().sum()).backward()
+            optimizer.step()
+        with torch.no_grad():
+            weights |= {n: base[n].float() + (coefficients[n] * deltas[n]).sum(0) for n in names}
+    return weights
+
+
+def coefficient_shape(deltas, per):
+    ones = {"element": 0, "row": 1, "matrix": deltas.dim() - 1}[per] if deltas.dim() > 2 else int(per != "element")
+    return (*deltas.shape[: deltas.dim() - ones], *[1] * ones)
+
+
+@pytest.mark.parametrize("per", ["element", "row", "matrix"])
+def test_coefficients_are_learned_block_by_block_as_on_whole_models(place, per):
+    merger.merge(recipe(place, "prodistill", parameters={**COEFFICIENTS, "per": per}, dtype="float32"))
+    expected, start = with_coefficients(place, per, 2, 0.02, 0.25), with_coefficients(place, per, 0, 0.02, 0.25)
+    for name, values in load(place / "out").items():
+        learned = expected[name] - start[name]
+        if ".layers." in name:
+            assert learned.norm() > 1e-3, name
+        assert (values - expected[name]).norm() <= 1e-4 * learned.norm() + 1e-6, name
+
+
+def test_coefficients_of_matrices_that_are_stored_transposed_are_those_of_output_neurons(place):
+    for seed, name in enumerate(["base", *EXPERTS]):
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=58, n_positions=64, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        GPT2LMHeadModel(config).save_pretrained(place / "models" / name)
+    merger.merge(recipe(place, "prodistill", parameters={**COEFFICIENTS, "per": "row"}, dtype="float32"))
+    base, merged = load(place / "models" / "base"), load(place / "out")
+    experts = [load(place / "models" / task) for task in EXPERTS]
+    name = "transformer.h.0.mlp.c_fc.weight"  # [in, out]
+    changes = torch.stack([expert[name] - base[name] for expert in experts])
+    for neuron in range(changes.shape[2]):  # three coefficients explain the weights of a neuron
+        solution = torch.linalg.lstsq(changes[:, :, neuron].T, (merged[name] - base[name])[:, neuron, None]).solution
+        assert torch.allclose(
+            changes[:, :, neuron].T @ solution, (merged[name] - base[name])[:, neuron, None], atol=1e-6
+        )
+        assert (solution - 0.25).abs().max() > 0.01
 
 
 def test_an_expert_of_weight_zero_teaches_nothing(place):

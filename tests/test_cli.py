@@ -101,10 +101,10 @@ def test_help_imports_nothing_heavy():
 # --- run ------------------------------------------------------------------------------------------
 
 
-def test_a_run_says_one_line_and_nothing_else_when_piped(merger, folder):
+def test_a_run_says_one_line_and_what_to_type_next_when_piped(merger, folder):
     ran = merger("run", "recipe.yaml")
     assert (ran.code, ran.err) == (0, "")
-    assert len(ran.out.splitlines()) == 1
+    assert len(ran.out.splitlines()) == 2
     assert ran.out.startswith(f"{folder}/out: 21 merged tensors; read ")
 
 
@@ -160,7 +160,7 @@ def test_the_json_of_an_unchanged_output_goes_to_stdout_beside_a_terminal(merger
 
 def test_on_a_terminal_a_bar_shows_bytes_rate_and_time_left(folder):
     display, output = on_a_terminal("-c", SLOW.replace("0.2", "0.02"))
-    assert len(output.splitlines()) == 1
+    assert len(output.splitlines()) == 2
     for sign in (rb"merging", rb"[\d.]+ kB of [\d.]+ kB, [\d.]+ k?B/s", rb"\d+%", rb"ETA", rb"\d:\d\d:\d\d"):
         assert re.search(sign, display)
 

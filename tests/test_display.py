@@ -96,7 +96,7 @@ def test_a_bar_stands_beside_its_number():
 def test_a_sentence_is_broken_between_words_but_not_within_a_figure():
     text = "out: 29 tensors; wrote 12 MB in 8.1 s, below by 3 % [0.1, 0.2] and :key: [b]x[/b]"
     for width in range(14, 60):
-        lines = printed(lambda console: print_text(text, console), width)  # noqa: B023 called at once
+        lines = printed(lambda console: print_text(text, console), width)
         assert max(map(len, lines)) <= width
         assert " ".join(lines) == text
         for figure in ("12 MB", "8.1 s", "3 %", "[0.1, 0.2]"):

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tiny import Inputs, inputs_of, kept, merge, sliced, sparse, tensor
+from tiny import Inputs, Rows, inputs_of, kept, merge, sliced, sparse, tensor
 
 from merger.methods.magprune import magprune
 from merger.methods.obm import obm
@@ -13,7 +13,7 @@ from merger.methods.regmean import regmean
 from merger.methods.rescale import rescale
 from merger.ops.arithmetic import uniforms
 from merger.ops.selection import select
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.parameters import Pinned, Place, order_of
 from merger.pipeline.registry import checked
 
@@ -150,7 +150,7 @@ def test_trimming_by_tensor_and_over_the_whole_model(golden, slice_elements, sco
     deltas = {name: tensor(delta) for name, delta in case["inputs"]["delta"].items()}
     zero = {name: torch.zeros(2, 2) for name in deltas}
     stages = [checked("top", {"density": 0.5, "scope": scope}), checked("sum", {})]
-    result = merge_tensors(stages, zero, {"a": deltas}, slice_elements=slice_elements // 2)
+    result = merge_stages(stages, zero, {"a": deltas}, slice_elements=slice_elements // 2)
     assert_masks({name: value != 0 for name, value in result.items()}, case["outputs"][scope])
 
 
@@ -183,7 +183,7 @@ def test_random_stream_decides_what_dare_keeps(golden):
     unit_values, zeros = {name: torch.ones(2, 4)}, {name: torch.zeros(2, 4)}
     stages = [checked("random", {"density": 0.5}), checked("sum", {})]
     for size in (8, 4):
-        result = merge_tensors(stages, zeros, {expert: unit_values}, seed=0, slice_elements=size)[name]
+        result = merge_stages(stages, zeros, {expert: unit_values}, seed=0, slice_elements=size)[name]
         assert (result != 0).flatten().tolist() == case["outputs"]["keep_at_drop_0.5"]
 
 
@@ -413,6 +413,17 @@ def test_a_short_last_block(golden, tail):
     stage = checked("bs", {**case["params"], "tail": tail})
     result = kept(stage, {"a": case["inputs"]["delta"]})["a"]
     assert result.tolist() == case["outputs"][f"tail_{tail}"]
+
+
+# --- weights from gradients -----------------------------------------------------------------------
+
+
+def test_fisher(golden, slice_elements):
+    case = golden["fisher"]
+    inputs, stage = case["inputs"], checked("fisher", {"normalize": False})
+    rows = {"fisher": Rows(stacked(inputs["fisher"]))}
+    result = merge(stage, inputs["deltas"], base=inputs["base"], inputs=rows, slice_elements=slice_elements)
+    assert_close(result, case["outputs"]["merged"])
 
 
 # --- regression -----------------------------------------------------------------------------------

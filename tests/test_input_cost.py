@@ -25,6 +25,7 @@ def planned(tmp_path):
         for name in ("base", "lm", "math"):
             save_headers(tmp_path / name, blocks(HIDDEN, INNER, 2) | vocabulary(ROWS, HIDDEN), config)
         content = {"base": "base", "experts": {"lm": "lm", "math": "math"}, "method": method, "output": {"path": "out"}}
+        (tmp_path / "text.jsonl").touch()
         text = {"data": "text.jsonl", "samples": samples, "max_tokens": 512}
         merge_plan = plan(Recipe.parse({**content, "calibration": text}, tmp_path))
         merge_plan.close()

@@ -16,12 +16,12 @@ from drawing import parameters_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pretended import CudaRounding, Pretence
-from tiny import Inputs, bits
+from tiny import Inputs, Rows, bits
 
 from merger.methods._spectral import runs, whole
 from merger.ops.questions import MatrixSums, Sum
 from merger.pipeline.flow import Slice, Subject, flow
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import ENTRIES, SCORES, checked, parameters
@@ -36,7 +36,7 @@ EXPERTS = "abcde"
 
 @dataclass(frozen=True)
 class Case:
-    """What `merge_tensors` is called with."""
+    """What `merge_stages` is called with."""
 
     stages: list[Any]
     base: dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ class Case:
     keywords: dict[str, Any] = field(default_factory=dict)
 
     def merged(self, **options):
-        return merge_tensors(self.stages, self.base, self.experts, **self.keywords, **options)
+        return merge_stages(self.stages, self.base, self.experts, **self.keywords, **options)
 
     def only(self, name):
         """The same merge of one of its tensors."""
@@ -113,13 +113,17 @@ def cases(draw, name, parameters=None, base=FEW[-1]):
 
 
 def _inputs(generator, kind, k, shape):
+    *rows, columns = shape or (1,)
+    fisher = Rows(drawn(generator, (k, math.prod(rows), columns), (0.0, 0.25, 1.0, 4.0)))
     if kind == "embedding":
-        return Inputs(token_share=drawn(generator, (k, math.prod(shape[:-1])), (0.0, 0.25, 0.5)))
+        share = drawn(generator, (k, math.prod(shape[:-1])), (0.0, 0.25, 0.5))
+        return Inputs(token_share=share, fisher=fisher)
     if kind in ("vector", "other"):
-        return Inputs()
+        return Inputs(fisher=fisher)
     return Inputs(
         second_moment=drawn(generator, (k, shape[-1]), (0.0, 0.25, 1.0, 4.0)),
         mean=drawn(generator, (k, shape[-1]), (-1.0, 0.0, 0.5)),
+        fisher=fisher,
     )
 
 

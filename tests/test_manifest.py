@@ -4,7 +4,8 @@ import copy
 import json
 
 import pytest
-from checkpoints import trio
+import torch
+from checkpoints import save, trio
 
 from merger.engine.manifest import Manifest
 from merger.engine.merge import merge
@@ -136,3 +137,14 @@ def test_every_command_that_reads_it_says_so(manifest, merger, damage, sentence)
         ran = merger(*command)
         assert ran.code == code, command
         assert f"merger.json: {sentence}; merge again\n" in ran.err, command
+
+
+def test_a_merge_that_left_a_tensor_out_is_read_again(tmp_path):
+    models = trio(tmp_path)
+    save(tmp_path / "math", {**models["math"], "model.extra.weight": torch.ones(2)})
+    rules = [{"tensors": "extra", "use": "base"}]
+    experts = {"code": "code", "math": "math"}
+    recipe = {"base": "base", "experts": experts, "method": "linear", "rules": rules, "output": "out"}
+    merge(Recipe.parse(recipe, tmp_path))
+    reason = "rule 1 keeps the base, which has none"
+    assert Manifest.read(tmp_path / "out").content["dropped"] == {"math": {"model.extra.weight": reason}}

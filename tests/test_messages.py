@@ -9,14 +9,19 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 import yaml
 from checkpoints import CONFIG, llama, save
 from markdown import ROOT
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
 
 from merger.cli._terminal import as_flags, program_name
 from merger.demo import demo
 from merger.engine.merge import merge
 from merger.errors import RecipeError
+from merger.evaluation.scores import Comparison, Estimate, Row, TaskSummary, objective_text
+from merger.evaluation.search import SearchResult
+from merger.evaluation.search.loop import Trial
 from merger.recipe.json_schema import json_schema
 from merger.recipe.recipe import Recipe
 
@@ -200,6 +205,56 @@ def test_an_argument_that_leads_nowhere_is_told_with_its_near_name(merger, folde
     assert errors(merger(*arguments), code) == lines
 
 
+@pytest.mark.parametrize("command", ["run", "plan", "inspect", "lock", "calibrate"])
+def test_keys_values_and_missing_inputs_of_a_recipe_are_told_together(merger, folder, command):
+    write(
+        "method: linear", "methd: linear\nseed: -1", "models/code", "models/cod", more=CALIBRATED.replace("h.j", ".j")
+    )
+    assert errors(merger(command, "recipe.yaml"), 2) == [
+        "recipe.yaml: expected a method or a pipeline, found none",
+        "recipe.yaml:3: experts.code: there is no folder models/cod; did you mean models/code?",
+        "recipe.yaml:5: methd: unknown key; did you mean 'method'?",
+        "recipe.yaml:6: seed: is -1, expected at least 0",
+        "recipe.yaml:11: calibration.data.french: there is no file data/frenc.jsonl; did you mean data/french.jsonl?",
+    ]
+
+
+def test_missing_inputs_are_told_with_a_fault_of_a_parameter_and_names_of_the_hub_are_not(merger, folder):
+    write("base: models/base", "base: org/base", "models/code", "{model: models/base, adapter: ./fr}",
+          "method: linear", "method: ties\nparameters: {density: 2}", more=CALIBRATED.replace("h.j", ".j"))  # fmt: skip
+    assert errors(merger("plan", "recipe.yaml"), 2) == [
+        "recipe.yaml:3: experts.code.adapter: there is no folder ./fr; this folder has data, held, models",
+        "recipe.yaml:6: parameters.density: is 2, expected at most 1",
+        "recipe.yaml:11: calibration.data.french: there is no file data/frenc.jsonl; did you mean data/french.jsonl?",
+    ]
+
+
+def test_a_location_that_is_none_is_told_once(merger, folder):
+    write("models/code", "''", "models/french", "f" * 300)
+    assert errors(merger("plan", "recipe.yaml"), 2) == [
+        "recipe.yaml:3: experts.code.model: is empty, expected text",
+        f"recipe.yaml:4: experts.french.model: is '{'f' * 80}', which no folder can be named",
+    ]
+
+
+def test_missing_inputs_are_told_with_values_that_are_left_open(merger, folder):
+    write("models/code", "models/cod", "method: linear", "method: ties\nparameters: {density: {search: [0.1, 0.2]}}")
+    assert errors(merger("plan", "recipe.yaml"), 2) == [
+        "recipe.yaml:3: experts.code: there is no folder models/cod; did you mean models/code?",
+        "recipe.yaml:6: parameters.density: is left open for `merger search`, which writes a recipe with the best "
+        "value; or give --set parameters.density=VALUE",
+    ]
+
+
+def test_a_recipe_in_python_tells_faults_and_missing_inputs_together(folder):
+    with pytest.raises(RecipeError) as refusal:
+        Recipe.parse({**yaml.safe_load(RECIPE), "base": "models/bse", "seed": "one"}, folder)
+    assert refusal.value.faults == [
+        "recipe: seed: is 'one', expected a whole number",
+        "recipe: base: there is no folder models/bse; did you mean models/base?",
+    ]
+
+
 # --- configurations of mergekit, and short forms ----------------------------------------------------
 
 MERGEKIT = """\
@@ -366,6 +421,88 @@ def test_another_type_with_the_same_tensors_is_no_fault(merger, folder):
     assert merger("plan", "recipe.yaml").code == 0
 
 
+@pytest.mark.parametrize("command", ["plan", "run", "inspect", "lock"])
+def test_gguf_is_told_with_what_to_merge_in_its_place(merger, folder, command):
+    for file in Path("models/code").iterdir():
+        file.unlink()
+    Path("models/code/code-Q4_K_M.gguf").write_bytes(b"GGUF")
+    assert errors(merger(command, "recipe.yaml"), 3) == [
+        "code: models/code holds code-Q4_K_M.gguf, weights in GGUF, which is made for inference and is not merged; "
+        "merge the safetensors folder that it was made from, and convert the result again"
+    ]
+    write("models/code", "models/code/code-Q4_K_M.gguf", "models/french", "models/frensh")
+    assert errors(merger(command, "recipe.yaml"), 3) == [
+        "recipe.yaml:3: experts.code: models/code/code-Q4_K_M.gguf: is a file in GGUF, which is made for inference and "
+        "is not merged; merge the safetensors folder that it was made from, and convert the result again",
+        "recipe.yaml:4: experts.french: there is no folder models/frensh; did you mean models/french?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "kind"),
+    [
+        ("config.json", {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
+        ("model_index.json", [], "model"),
+    ],
+)
+def test_a_model_of_diffusers_is_told_with_what_merges_its_tensors(merger, folder, file, content, kind):
+    Path("models/base/config.json").unlink()
+    Path("models/base/model.safetensors").rename("models/base/diffusion_pytorch_model.safetensors")
+    Path("models/base", file).write_text(json.dumps(content))
+    assert errors(merger("plan", "recipe.yaml"), 3) == [
+        f"base: models/base is a {kind} of diffusers, and merger merges models of transformers; in Python, "
+        "merger.merge_tensors merges the tensors of any safetensors files"
+    ]
+
+
+def encoder_decoder(kind):
+    """The models of the recipe as those of an architecture with an encoder and a decoder."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=64, d_model=8, d_ff=16, d_kv=4, num_layers=1, num_heads=2, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    for seed, name in enumerate(("base", "code", "french")):
+        torch.manual_seed(seed)
+        AutoModelForSeq2SeqLM.from_config(config).save_pretrained(f"models/{name}")
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_plan_tells_under_which_limits_an_encoder_with_a_decoder_is_merged(merger, folder, kind):
+    encoder_decoder(kind)
+    ran = merger("plan", "recipe.yaml")
+    sentence = (
+        f"note: base is {kind}, with an encoder and a decoder: methods without text merge it, "
+        "but calibration and merger eval do not run it"
+    )
+    assert (ran.code, ran.out.splitlines().count(sentence)) == (0, 1)
+    assert merger("run", "recipe.yaml").code == 0
+    models = [AutoModelForSeq2SeqLM.from_pretrained(name).state_dict() for name in ("models/code", "models/french")]
+    merged = AutoModelForSeq2SeqLM.from_pretrained("out").state_dict()
+    for name, values in merged.items():
+        torch.testing.assert_close(values, (models[0][name] + models[1][name]) / 2)
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "lock", "calibrate"])
+def test_a_method_that_needs_text_is_refused_for_an_encoder_with_a_decoder(merger, folder, command):
+    encoder_decoder("t5")
+    write("linear", "obim", more=CALIBRATED)
+    assert errors(merger(command, "recipe.yaml"), 3) == [
+        "base is t5, with an encoder and a decoder, which calibration does not run; take a method that needs no text, "
+        "such as wudi_svc (merger methods lists them)"
+    ]
+
+
+def test_names_of_dtypes_in_other_tools_are_told_with_the_near_one(merger, folder):
+    for name, near in {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}.items():
+        write("{path: out}", f"{{path: out, dtype: {name}}}")
+        assert errors(merger("plan", "recipe.yaml"), 2) == [
+            f"recipe.yaml:6: output.dtype: is '{name}', expected 'float64', 'float32', 'bfloat16' or 'float16'; "
+            f"did you mean '{near}'?"
+        ]
+
+
 # --- options, as Python and the command line write them ----------------------------------------------
 
 
@@ -425,8 +562,26 @@ def test_a_pack_says_at_the_end_of_a_run_what_loads_it(merger, folder):
     assert merger(*command.split()[1:]).code == 0
 
 
-def test_a_model_says_nothing_of_packs(merger, folder):
-    assert len(merger("run", "recipe.yaml").out.splitlines()) == 1
+def test_a_merge_ends_with_the_command_that_shows_what_each_expert_gave(merger, folder):
+    assert merger("run", "recipe.yaml").out.splitlines()[1:] == [
+        f"transformers loads it as it is; see what each expert gave: merger inspect {folder}/out"
+    ]
+    assert merger("inspect", f"{folder}/out").code == 0
+
+
+def test_a_merge_with_held_out_examples_ends_with_the_command_that_judges_it(merger, folder):
+    Path("recipe.yaml").rename("my recipe.yaml")
+    Path("my recipe.yaml").write_text(RECIPE + EVALUATED)
+    ran = merger("run", "my recipe.yaml", "--set", "output.dtype=bfloat16")
+    assert ran.out.splitlines()[1:] == [
+        "transformers loads it as it is; see what it kept of each expert: "
+        "merger eval 'my recipe.yaml' --set output.dtype=bfloat16"
+    ]
+
+
+def test_quiet_leaves_out_what_to_type_next(merger, folder):
+    write("linear", "emr")
+    assert len(merger("run", "recipe.yaml", "--quiet").out.splitlines()) == 1
 
 
 def test_the_program_is_typed_by_its_path_where_the_shell_does_not_find_it(tmp_path, monkeypatch):
@@ -499,3 +654,63 @@ def test_a_package_that_no_lock_names_is_told_with_the_near_one(merger, folder):
     assert errors(merger("run", "recipe.yaml", "--allow-versions", "torch"), 2) == [
         "--allow-versions: is about what --locked would refuse; say both"
     ]
+
+
+# --- adapters and searches ----------------------------------------------------------------------------
+
+
+def fine_tune(matrices, vectors):
+    """A LLaMA model in models/tuned whose matrices and norms differ from the base's by random values of these sizes."""
+    base = LlamaForCausalLM(LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    ))  # fmt: skip
+    base.save_pretrained("models/base")
+    torch.manual_seed(1)
+    for name, values in base.named_parameters():
+        size = vectors if values.dim() == 1 else matrices * ("embed" not in name)
+        values.data += size * torch.randn_like(values)
+    base.save_pretrained("models/tuned")
+
+
+def omission(merger, rank):
+    ran = merger("lora", "models/base", "models/tuned", "-o", "adapter", "--rank", rank, "--force")
+    assert ran.code == 0
+    return [line for line in ran.err.splitlines() if "omits" in line]
+
+
+def test_an_adapter_that_omits_most_of_the_change_is_told_with_a_remedy(merger, folder):
+    fine_tune(matrices=1, vectors=0)
+    assert omission(merger, 1) == [
+        "note: the adapter omits 78% of the squared change, 0% in tensors that are no matrix of a layer; "
+        "a higher rank keeps more"
+    ]
+    assert omission(merger, 16) == []
+    fine_tune(matrices=0.01, vectors=1)
+    assert omission(merger, 16) == [
+        "note: the adapter omits 100% of the squared change, 100% in tensors that are no matrix of a layer; "
+        "no rank keeps it; push or merge the model itself"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("loss", "1.2500"), ("prose", "1.2500"), ("quiz", "-1.2500"), ("kept", "-1.2500")]
+)
+def test_a_search_prints_a_loss_as_a_loss(name, text):
+    assert objective_text(name, -1.25, {"prose": "loss", "quiz": "accuracy"}) == text
+
+
+def test_a_comparison_and_a_search_are_short_in_a_notebook():
+    estimate = Estimate(0.5, 0.4, 0.6)
+    tasks = {"prose": TaskSummary("loss", 2, "0")}
+    row = Row("merged", "merge", "", {"prose": estimate}, estimate, {}, estimate, None, (), {})
+    comparison = Comparison(tasks, {}, (row,), "float32", {}, ())
+    assert repr(comparison) == "Comparison(merged on prose)"
+    assert comparison._repr_html_() == (
+        "<table><caption>Comparison</caption><tr><th>model</th><th>prose</th><th>kept</th></tr>"
+        "<tr><td>merged</td><td>0.5000</td><td>0.500</td></tr></table>"
+    )
+    trial = Trial("", 1, {}, -1.25, {"prose": 1.25}, 0.0, 0.0, None)
+    result = SearchResult("recipe.search", "loss", {"": (trial,)}, {"": trial}, comparison)
+    assert repr(result) == "SearchResult(1 trials; loss 1.2500 at best; recipe.search)"
+    assert result._repr_html_() == comparison._repr_html_()

@@ -11,7 +11,7 @@ from tiny import NAME, Inputs, bits, inputs_of, kept, merge, sparse, tensor
 
 from merger.methods.magprune import magprune
 from merger.ops.arithmetic import uniforms
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import checked
 from merger.pipeline.stages import bind, expand
@@ -207,7 +207,7 @@ def test_im_leaves_the_base_a_share_when_it_is_counted():
 
 def test_im_copies_the_bits_of_the_base_or_of_one_expert():
     base, experts = randn(40, 40, seed=1) * 1e4, {e: delta * 1e-3 for e, delta in deltas_of(3, 40, 40).items()}
-    merged = merge_tensors(checked("im", {"density": "0.3"}), {NAME: base}, {e: {NAME: w} for e, w in experts.items()})
+    merged = merge_stages(checked("im", {"density": "0.3"}), {NAME: base}, {e: {NAME: w} for e, w in experts.items()})
     sources = torch.stack([base, *experts.values()])
     assert (bits(sources) == bits(merged[NAME])).any(0).all()
 
@@ -215,7 +215,7 @@ def test_im_copies_the_bits_of_the_base_or_of_one_expert():
 @pytest.mark.parametrize("method", ["im", "ties_im", "obim"])
 def test_one_expert_with_all_of_the_density_comes_back_bit_for_bit(method):
     base, weights = randn(7, 9, seed=1) * 1e6, randn(7, 9)
-    merged = merge_tensors(checked(method, {"density": 1}), {NAME: base}, {"a": {NAME: weights}})
+    merged = merge_stages(checked(method, {"density": 1}), {NAME: base}, {"a": {NAME: weights}})
     assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
@@ -347,7 +347,7 @@ def test_ties_im_counts_over_the_whole_model():
     shapes = {"layers.2.w": (4, 5), "layers.10.w": (7,), "norm": (3, 3)}
     base = {name: torch.zeros(shape) for name, shape in shapes.items()}
     experts = {e: {name: randn(*shape, seed=i) for name, shape in shapes.items()} for i, e in enumerate("ab")}
-    merged = merge_tensors(checked("ties_im", {"density": {"a": 0.4, "b": "1/3"}}), base, experts)
+    merged = merge_stages(checked("ties_im", {"density": {"a": 0.4, "b": "1/3"}}), base, experts)
     for expert, share in (("a", Fraction(2, 5)), ("b", Fraction(1, 3))):
         assert sum(int((merged[n] == experts[expert][n]).sum()) for n in shapes) == math.floor(share * 36)
 
@@ -448,7 +448,7 @@ def test_cabs_adds_orthogonal_task_vectors():
 
 def test_cabs_of_one_expert_that_keeps_all_is_the_expert():
     base, weights = randn(4, 8, seed=1) * 1e6, randn(4, 8)
-    merged = merge_tensors(checked("cabs", {"n": 4, "m": 4}), {NAME: base}, {"a": {NAME: weights}})
+    merged = merge_stages(checked("cabs", {"n": 4, "m": 4}), {NAME: base}, {"a": {NAME: weights}})
     assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
@@ -494,7 +494,7 @@ def test_linear_does_not_care_for_the_order_of_models():
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_linear_returns_equal_models_bit_for_bit(k):
     base, weights = randn(6, 8, seed=1) * 1e3, randn(6, 8)
-    merged = merge_tensors(checked("linear", {}), {NAME: base}, {e: {NAME: weights} for e in NAMES[:k]})
+    merged = merge_stages(checked("linear", {}), {NAME: base}, {e: {NAME: weights} for e in NAMES[:k]})
     assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
@@ -549,7 +549,7 @@ def test_an_experts_own_weight_multiplies_that_of_the_method():
 
 def test_one_expert_alone_is_copied_by_task_arithmetic():
     base, weights = randn(6, 8, seed=1) * 1e6, randn(6, 8)
-    merged = merge_tensors(checked("task_arithmetic", {}), {NAME: base}, {"a": {NAME: weights}})
+    merged = merge_stages(checked("task_arithmetic", {}), {NAME: base}, {"a": {NAME: weights}})
     assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
@@ -561,7 +561,7 @@ def test_one_expert_alone_is_copied_by_task_arithmetic():
 def test_slerp_ends_at_the_experts_bit_for_bit(space, t, end):
     base, experts = randn(6, 8, seed=1) * 1e6, deltas_of(2, 6, 8)
     stage = checked("slerp", {"t": t, "space": space})
-    merged = merge_tensors(stage, {NAME: base}, {e: {NAME: w} for e, w in experts.items()})
+    merged = merge_stages(stage, {NAME: base}, {e: {NAME: w} for e, w in experts.items()})
     assert torch.equal(bits(merged[NAME]), bits(experts[end]))
 
 
@@ -581,9 +581,9 @@ def test_slerp_is_the_same_from_the_other_end():
 def test_slerp_returns_equal_weights_bit_for_bit(t):
     base, weights = randn(6, 8, seed=1), randn(6, 8)
     stage = checked("slerp", {"t": t, "space": "weights"})
-    untouched = merge_tensors(stage, {NAME: base}, {"a": {NAME: base}, "b": {NAME: base}})
+    untouched = merge_stages(stage, {NAME: base}, {"a": {NAME: base}, "b": {NAME: base}})
     assert torch.equal(bits(untouched[NAME]), bits(base))
-    merged = merge_tensors(stage, {NAME: base}, {"a": {NAME: weights}, "b": {NAME: weights}})
+    merged = merge_stages(stage, {NAME: base}, {"a": {NAME: weights}, "b": {NAME: weights}})
     assert_close(merged[NAME], weights, 1e-6)
 
 
@@ -599,7 +599,7 @@ def test_slerp_over_the_whole_model_uses_one_angle():
         "a": {"v": tensor([1, 0]), "w": tensor([0, 0])},
         "b": {"v": tensor([1, 0]), "w": tensor([0, 1])},
     }
-    merged = merge_tensors(checked("slerp", {"scope": "global"}), base, experts)
+    merged = merge_stages(checked("slerp", {"scope": "global"}), base, experts)
     angle = math.acos(1 / math.sqrt(2))
     share = math.sin(angle / 2) / math.sin(angle)
     assert_close(torch.cat([merged["v"], merged["w"]]), [2 * share, 0, 0, share])
@@ -658,9 +658,9 @@ def test_the_spherical_mean_returns_equal_weights_bit_for_bit(method, k):
     base, weights = randn(6, 8, seed=1), randn(6, 8)
     for space, start in (("delta", torch.zeros(6, 8)), ("weights", base)):
         experts = {e: {NAME: weights} for e in NAMES[:k]}
-        merged = merge_tensors(checked(method, {"space": space}), {NAME: start}, experts)
+        merged = merge_stages(checked(method, {"space": space}), {NAME: start}, experts)
         assert_close(merged[NAME], weights, 1e-6)
-    untouched = merge_tensors(checked(method, {"space": "weights"}), {NAME: base}, {e: {NAME: base} for e in "abc"})
+    untouched = merge_stages(checked(method, {"space": "weights"}), {NAME: base}, {e: {NAME: base} for e in "abc"})
     assert torch.equal(bits(untouched[NAME]), bits(base))
 
 
@@ -680,7 +680,7 @@ def test_the_spherical_mean_over_the_whole_model_uses_the_models_angles(method):
     base = {"v": torch.zeros(6, 3), "w": torch.zeros(6, 5)}
     deltas = deltas_of(3, 6, 8)
     expert_weights = {e: {"v": delta[:, :3], "w": delta[:, 3:]} for e, delta in deltas.items()}
-    merged = merge_tensors(checked(method, {"scope": "global"}), base, expert_weights)
+    merged = merge_stages(checked(method, {"scope": "global"}), base, expert_weights)
     assert_close(torch.cat([merged["v"], merged["w"]], 1), merge(checked(method, {}), deltas))
 
 
@@ -755,7 +755,7 @@ def test_nearswap_interpolates_by_t_over_the_distance():
 
 def test_nearswap_copies_what_is_near():
     base, weights = randn(6, 8, seed=1) * 1e4, randn(6, 8)
-    merged = merge_tensors(checked("nearswap", {"t": 1e6}), {NAME: base}, {"a": {NAME: weights}})
+    merged = merge_stages(checked("nearswap", {"t": 1e6}), {NAME: base}, {"a": {NAME: weights}})
     assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
@@ -790,7 +790,7 @@ def test_ram_plus_scales_what_an_expert_has_alone_by_how_much_it_shares(scope, b
         "a": {"v": tensor([2, 8]), "w": tensor([8, 8, 8])},
         "b": {"v": tensor([4, 0]), "w": tensor([0, 0, 0])},
     }
-    merged = merge_tensors(checked("ram", {"r": 0.5, "alpha": 1, "scope": scope}), base, experts)
+    merged = merge_stages(checked("ram", {"r": 0.5, "alpha": 1, "scope": scope}), base, experts)
     assert merged["v"].tolist() == [3, 8 * boosts[0]]
     assert merged["w"].tolist() == [8 * boosts[1]] * 3
 
@@ -835,7 +835,7 @@ def test_nothing_is_kept_at_density_zero_whatever_the_least():
 
 def test_ties_of_one_whole_expert_is_the_expert():
     base, weights = randn(6, 8, seed=1) * 1e6, randn(6, 8)
-    merged = merge_tensors(checked("ties", {"density": 1}), {NAME: base}, {"a": {NAME: weights}})
+    merged = merge_stages(checked("ties", {"density": 1}), {NAME: base}, {"a": {NAME: weights}})
     assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
@@ -872,7 +872,7 @@ def test_the_majority_may_be_that_of_the_tensor_or_of_the_model(scope, expected)
         "b": {"v": tensor([-1, -1, -1]), "w": tensor([1, -1])},
     }
     stage = checked("ties", {"density": 1, "zero_sign": "majority", "scope": scope})
-    assert merge_tensors(stage, base, experts)["w"][1:].tolist() == expected
+    assert merge_stages(stage, base, experts)["w"][1:].tolist() == expected
 
 
 def test_when_every_position_cancels_the_majority_is_nobody():
@@ -1014,7 +1014,7 @@ def test_pcb_may_balance_over_the_whole_model(variant):
     deltas = deltas_of(3, 8, 4)
     experts = {e: {"layers.2.w": delta[:3], "layers.10.w": delta[3:]} for e, delta in deltas.items()}
     parameters = {"density": 0.4, "variant": variant}
-    merged = merge_tensors(checked("pcb", {**parameters, "scope": "global"}), base, experts, slice_elements=4)
+    merged = merge_stages(checked("pcb", {**parameters, "scope": "global"}), base, experts, slice_elements=4)
     expected = merge(checked("pcb", {**parameters, "scope": "tensor"}), deltas)
     assert torch.equal(torch.cat([merged["layers.2.w"], merged["layers.10.w"]]), expected)
 
@@ -1042,9 +1042,9 @@ def test_metagpt_weighs_by_the_squared_norm():
 def test_metagpt_over_the_model_and_by_tensor():
     base = {"v": torch.zeros(1), "w": torch.zeros(1)}
     experts = {"a": {"v": tensor([1]), "w": tensor([2])}, "b": {"v": tensor([3]), "w": tensor([0])}}
-    by_model = merge_tensors(checked("metagpt", {}), base, experts)
+    by_model = merge_stages(checked("metagpt", {}), base, experts)
     assert_close(torch.cat([by_model["v"], by_model["w"]]), [(5 * 1 + 9 * 3) / 14, 5 * 2 / 14])
-    by_tensor = merge_tensors(checked("metagpt", {"scope": "tensor"}), base, experts)
+    by_tensor = merge_stages(checked("metagpt", {"scope": "tensor"}), base, experts)
     assert_close(torch.cat([by_tensor["v"], by_tensor["w"]]), [(1 * 1 + 9 * 3) / 10, 2])
 
 
@@ -1052,7 +1052,7 @@ def test_metagpt_over_the_model_and_by_tensor():
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_equal_experts_come_back_bit_for_bit(method, k):
     base, weights = randn(6, 8, seed=1), randn(6, 8)
-    merged = merge_tensors(checked(method, {}), {NAME: base}, {e: {NAME: weights} for e in NAMES[:k]})
+    merged = merge_stages(checked(method, {}), {NAME: base}, {e: {NAME: weights} for e in NAMES[:k]})
     assert torch.equal(bits(merged[NAME]), bits(weights))
 
 
@@ -1414,7 +1414,7 @@ def test_ties_im_oracle(drawn):
     base = {name: torch.zeros_like(values) for name, values in expert_weights["a"].items()}
     masks = claimed_in_turn([abs(vector) for vector in flat], [21, 21, 21], [2, 0, 1])
     stage = checked("ties_im", {"density": 0.3, "order": ["c", "a", "b"]})
-    merged = merge_tensors(stage, base, expert_weights, slice_elements=20)
+    merged = merge_stages(stage, base, expert_weights, slice_elements=20)
     merged_values = torch.cat([merged["layers.2.w"].flatten(), merged["layers.10.w"].flatten()])
     assert merged_values.tolist() == kept_only(flat, masks).sum(0).tolist()
 

@@ -65,10 +65,11 @@ def loudest(deltas: Tensor, *, sign: int = 1) -> Tensor:
     merged = []
     for sign in ("1", "-1"):
         run_cell(cell.replace("SIGN", sign), {"__name__": "__main__"})
-        loaded = merger.Recipe.load(recipe, ["method=loudest", "parameters={}"])
-        stages = loaded.stages
+        merger.Recipe.load(recipe, ["method=loudest", "parameters={}"])
         tensors = {"w": demo_tensor(1.0)}
-        merged.append(merger.merge_tensors(stages, {"w": demo_tensor(0.0)}, {"a": tensors, "b": tensors})["w"].item())
+        merged.append(
+            merger.merge_tensors("loudest", {"w": demo_tensor(0.0)}, {"a": tensors, "b": tensors})["w"].item()
+        )
     assert merged == [1.0, -1.0]
 
 

@@ -16,7 +16,7 @@ import merger.methods
 from merger.calibration import Settings
 from merger.calibration import samples as texts
 from merger.demo import tasks as demo_tasks
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.registry import checked
 
 TOKENIZER = Path(merger.__file__).parent / "demo" / "models" / "base"
@@ -176,7 +176,7 @@ def test_every_expert_is_merged_by_the_inputs_of_its_own_matrices(mixture, tmp_p
     for key, tensor in result.items():
         for expert, matrix in enumerate(tensor):
             base, *peers = (model[key][expert].T if axis == IN_OUT else model[key][expert] for model in models)
-            expected = merge_tensors(
+            expected = merge_stages(
                 stages,
                 {key: base},
                 {task: {key: peer} for task, peer in zip(EXPERTS, peers, strict=True)},

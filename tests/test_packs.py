@@ -21,7 +21,7 @@ from merger.methods.emr import emr
 from merger.methods.tall_masks import tall_masks
 from merger.outputs.extract import extract
 from merger.outputs.verify import DeepCheck, verify
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import Form, checked
 from merger.planning.packed import Packed, bits_of, mask_of
@@ -135,7 +135,7 @@ def test_emr_scales_by_the_whole_model_unless_told_otherwise():
     }
     factors = {}
     for scope in ("global", "tensor"):
-        for key, values in merge_tensors(checked("emr", {"scope": scope}), base, experts, expert="a").items():
+        for key, values in merge_stages(checked("emr", {"scope": scope}), base, experts, expert="a").items():
             unified = whole(emr, torch.stack([experts[name][key] for name in "ab"]))["unified"]
             factors[scope, key] = float((values / unified)[values != 0].mean())
     assert factors["global", "one"] == pytest.approx(factors["global", "two"])
@@ -272,7 +272,7 @@ def in_memory(folder, method, expert, **parameters):
     base = tensors.pop("base")
     kinds = {key: "embedding" if "embed" in key else "head" if "lm_head" in key else "linear" for key in base}
     kinds |= {key: "vector" for key, value in base.items() if value.dim() == 1}
-    return merge_tensors(checked(method, parameters), base, tensors, expert=expert, kinds=kinds)
+    return merge_stages(checked(method, parameters), base, tensors, expert=expert, kinds=kinds)
 
 
 @pytest.mark.parametrize("method", PACKS)

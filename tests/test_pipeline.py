@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import NAME, bits, merge, tensor
 
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import checked, entry_of
 from merger.pipeline.stages import bind, expand, natural, step_rows
@@ -18,7 +18,7 @@ def test_names_are_sorted_with_their_numbers_as_numbers():
 def test_equal_scores_of_two_tensors_go_to_the_one_that_sorts_first():
     base = {"layers.10.w": torch.zeros(2), "layers.2.w": torch.zeros(2)}
     experts = {"a": {name: torch.ones(2) for name in base}}
-    merged = merge_tensors(checked("ties", {"density": 0.5}), base, experts)
+    merged = merge_stages(checked("ties", {"density": 0.5}), base, experts)
     assert {name: values.tolist() for name, values in merged.items()} == {"layers.2.w": [1, 1], "layers.10.w": [0, 0]}
 
 
@@ -26,14 +26,14 @@ def test_equal_scores_of_two_tensors_go_to_the_one_that_sorts_first():
 def test_a_tensor_may_be_stored_in_any_order_of_axes(name):
     base, expert = torch.zeros(2, 3, 4).permute(2, 0, 1), torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)
     stage = checked(name, {"density": 1} if name == "ties" else {})
-    assert torch.equal(merge_tensors(stage, {"w": base}, {"a": {"w": expert}})["w"], expert)
+    assert torch.equal(merge_stages(stage, {"w": base}, {"a": {"w": expert}})["w"], expert)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 4)])
 def test_a_tensor_without_elements_stays_as_it_is(shape):
     base = {"empty": torch.zeros(shape), "w": torch.zeros(2)}
     experts = {"a": {"empty": torch.zeros(shape), "w": torch.ones(2)}}
-    merged = merge_tensors(checked("ties", {"density": 1}), base, experts)
+    merged = merge_stages(checked("ties", {"density": 1}), base, experts)
     assert merged["empty"].shape == shape
     assert merged["w"].tolist() == [1, 1]
 
@@ -44,7 +44,7 @@ def test_a_scalar_is_a_tensor_of_one():
 
 def test_half_precision_comes_back_as_float32():
     base, expert = torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1.5, dtype=torch.bfloat16)
-    merged = merge_tensors(checked("sum", {}), {"w": base}, {"a": {"w": expert}})["w"]
+    merged = merge_stages(checked("sum", {}), {"w": base}, {"a": {"w": expert}})["w"]
     assert merged.dtype == torch.float32
     assert merged.tolist() == [1.5] * 3
 
@@ -119,13 +119,13 @@ def far_from_base(request):
 
 def test_an_experts_weights_are_copied_bit_for_bit(far_from_base):
     base, experts, stage = far_from_base
-    merged = merge_tensors(stage, {"w": base}, {name: {"w": values} for name, values in experts.items()})["w"]
+    merged = merge_stages(stage, {"w": base}, {name: {"w": values} for name, values in experts.items()})["w"]
     assert torch.equal(bits(merged), bits(experts["a"]))
 
 
 def test_what_no_expert_changes_keeps_the_bits_of_the_base(far_from_base):
     base, experts, stage = far_from_base
-    merged = merge_tensors(stage, {"w": base}, {name: {"w": base} for name in experts})["w"]
+    merged = merge_stages(stage, {"w": base}, {name: {"w": base} for name in experts})["w"]
     assert torch.equal(bits(merged), bits(base))
 
 
@@ -135,5 +135,5 @@ def test_any_other_delta_is_added():
 
 def test_an_expert_with_a_net_factor_of_one_is_copied():
     base, experts = {NAME: tensor([1e8, 5.0])}, {"a": {NAME: tensor([3.3, 0.1])}}
-    merged = merge_tensors(checked("task_arithmetic", {"weight": 2, "lambda": 0.5}), base, experts)
+    merged = merge_stages(checked("task_arithmetic", {"weight": 2, "lambda": 0.5}), base, experts)
     assert torch.equal(merged[NAME], experts["a"][NAME])

@@ -456,7 +456,7 @@ def test_a_rule_may_take_an_experts_extra_tensor(planned):
 
 
 def test_a_rule_cannot_take_a_tensor_from_who_lacks_it(planned):
-    with pytest.raises(CheckpointError, match=f"math: has no {UP}, which a rule takes from it"):
+    with pytest.raises(CheckpointError, match=f"math: has no {UP}, which rule 1 takes from it"):
         planned(LLAMA, LLAMA, without(UP), rules=[{"tensors": "up_proj", "use": "math"}])
 
 
@@ -557,7 +557,12 @@ def test_the_papers_recipes_plan_on_models_of_the_papers_shapes(tmp_path, name):
     for label, tensors in zip(labels, PAPERS[name], strict=True):
         save_headers(tmp_path / label, tensors, {**CAUSAL, "tie_word_embeddings": HEAD not in tensors})
     content |= {"base": "base", "experts": {label: label for label in labels[1:]}}
-    merge_plan = plan(Recipe.parse(content, tmp_path))
+    recipe = Recipe.parse(content, tmp_path)
+    for sources in [] if recipe.calibration is None else map(recipe.calibration.sources, recipe.experts):
+        for text in sources:
+            (tmp_path / text.file).parent.mkdir(exist_ok=True)
+            (tmp_path / text.file).touch()
+    merge_plan = plan(recipe)
     merge_plan.close()
     assert {tensor.name for tensor in merge_plan.tensors} == set(PAPERS[name][0])
     assert bool(merge_plan.inputs) == any(method in name for method in ("obm", "obim", "featcal"))
@@ -605,6 +610,7 @@ def test_a_tensor_is_planned_after_its_like_as_it_would_be_by_itself(tmp_path, m
     shapes["model.layers.1.mlp.experts.1.w1.weight"] = ("F32", (4, 6))
     for label in ("base", "a", "b"):
         save_headers(tmp_path / label, {**shapes, EMBEDDING: (16, 6), HEAD: (16, 6), "model.norm.weight": (6,)})
+        (tmp_path / f"{label}.jsonl").touch()
     content = {
         "base": "base",
         "experts": {"a": "a", "b": {"model": "b", "weight": [1, 2]}},

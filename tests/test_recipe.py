@@ -414,7 +414,7 @@ def test_what_is_spelled_out_says_the_same(path):
     reparsed = Recipe.parse(content)
 
     assert reparsed.spelled_out() == content
-    for choice, reparsed_choice in zip(recipe.choices(), reparsed.choices(), strict=True):
+    for choice, reparsed_choice in zip(recipe.choices().values(), reparsed.choices().values(), strict=True):
         assert settled(choice, recipe.experts) == settled(reparsed_choice, recipe.experts)
 
 

@@ -23,7 +23,7 @@ from merger.engine.merge import merge
 from merger.errors import CheckpointError, RecipeError, ResourceError
 from merger.options import RunOptions
 from merger.outputs.verify import verify
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.registry import checked
 from merger.planning.planner import plan
 from merger.recipe.recipe import Recipe
@@ -123,7 +123,7 @@ def in_memory(models, method, parameters):
     merge_plan = plan(Recipe.parse({**recipe, "method": method, "parameters": parameters}, models.folder))
     merge_plan.close()
     base, *experts = ({n: t.float() for n, t in model.items()} for model in models.tensors.values())
-    return merge_tensors(
+    return merge_stages(
         checked(method, parameters),
         base,
         dict(zip(recipe["experts"], experts, strict=True)),
@@ -185,7 +185,7 @@ def test_a_conv1d_is_merged_by_its_output_neurons(tmp_path, pipeline):
     turned = {name: {"w": model["h.0.c_fc.weight"].T.contiguous()} for name, model in tensors.items()}
     base = turned.pop("base")
     stages = [(stage, {}) if isinstance(stage, str) else next(iter(stage.items())) for stage in pipeline]
-    assert same_bits(merged, merge_tensors([checked(*stage) for stage in stages], base, turned)["w"].T)
+    assert same_bits(merged, merge_stages([checked(*stage) for stage in stages], base, turned)["w"].T)
 
 
 @pytest.mark.parametrize("method", ["knots", "wudi"])
@@ -200,7 +200,7 @@ def test_a_conv1d_is_turned_for_methods_of_whole_matrices(tmp_path, method):
 
     turned = {name: {"w": model["h.0.c_fc.weight"].T.contiguous()} for name, model in tensors.items()}
     base = turned.pop("base")
-    torch.testing.assert_close(merged, merge_tensors(checked(method, {}), base, turned)["w"].T)
+    torch.testing.assert_close(merged, merge_stages(checked(method, {}), base, turned)["w"].T)
 
 
 def test_packed_experts_are_each_decomposed_as_a_matrix(tmp_path):
@@ -214,7 +214,7 @@ def test_packed_experts_are_each_decomposed_as_a_matrix(tmp_path):
 
     for e in range(3):
         base, code, math = ({"w": model[name][e]} for model in tensors.values())
-        assert same_bits(merged[e], merge_tensors(checked("tsv_m", {}), base, {"code": code, "math": math})["w"])
+        assert same_bits(merged[e], merge_stages(checked("tsv_m", {}), base, {"code": code, "math": math})["w"])
 
 
 def test_packed_experts_are_each_merged_as_a_matrix(tmp_path):
@@ -227,7 +227,7 @@ def test_packed_experts_are_each_merged_as_a_matrix(tmp_path):
 
     for e in range(3):
         base, code, math = ({"w": model[name][e]} for model in tensors.values())
-        assert same_bits(merged[e], merge_tensors(checked("ties", parameters), base, {"code": code, "math": math})["w"])
+        assert same_bits(merged[e], merge_stages(checked("ties", parameters), base, {"code": code, "math": math})["w"])
 
 
 def test_rules_are_carried_out(drawn):
@@ -261,7 +261,7 @@ def test_tensors_that_share_a_ranking_are_those_of_one_rule(drawn):
 
     for part in (lambda name: "layers" in name, lambda name: "layers" not in name):
         base, code, math = ({n: t for n, t in model.items() if part(n)} for model in drawn.tensors.values())
-        expected = merge_tensors(checked("ties", parameters), base, {"code": code, "math": math})
+        expected = merge_stages(checked("ties", parameters), base, {"code": code, "math": math})
         assert same_bits({name: merged[name] for name in expected}, expected)
 
 
@@ -593,7 +593,7 @@ def test_the_card_has_the_recipe_and_takes_no_folder_for_a_repository(drawn):
 
 def test_the_card_links_to_what_came_from_the_hub():
     hub = {"source": "org/base@main", "commit": "a" * 40}
-    text = manifest.card("merged", {"base": hub, "code": {"source": "models/code"}, "math": hub}, {}, {}, packed=False)
+    text = manifest.card("merged", {"base": hub, "code": {"source": "models/code"}, "math": hub}, {}, {}, "model")
     front = yaml.safe_load(text.split("---\n")[1])
     assert (front["base_model"], front["base_model_relation"]) == (["org/base"], "merge")
 

@@ -28,9 +28,10 @@ from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.recipe import Recipe
 
 EXPERTS = ("code", "math", "wiki")
-GRAM = ("distill", "featcal", "regmean", "regmean_pp", "sparsegpt")  # whose Gram matrices are on no file here
+UNKEPT = {"distill", "featcal", "fisher", "learn", "prodistill", "regmean", "regmean_pp", "sparsegpt", "ugm"}
+"""The methods whose inputs are in no file here."""
 SHARDS = 400
-ALL = [name for name in [*ENTRIES, *SCORES] if name not in GRAM]
+ALL = [name for name in [*ENTRIES, *SCORES] if name not in UNKEPT]
 
 
 def chosen(name):

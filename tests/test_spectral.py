@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Inputs, merge, sparse, tensor
 
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.registry import checked
 
 K = [1, 2, 3, 5]
@@ -460,7 +460,7 @@ def test_opcm_oracle():
         for i, e in enumerate("abc")
     }
     kinds = {"layers.0.w": "linear", "layers.1.w": "linear", "norm": "vector"}
-    result = merge_tensors(checked("opcm", {}), base, expert_weights, kinds=kinds)
+    result = merge_stages(checked("opcm", {}), base, expert_weights, kinds=kinds)
     expected = slow_opcm([{n: w.double().numpy() for n, w in model.items()} for model in expert_weights.values()])
     for name in shapes:
         assert_close(result[name], expected[name])
@@ -596,3 +596,95 @@ def test_an_expert_has_no_vote_in_directions_that_are_anothers_alone():
     hadamard = tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
     turned = {expert: hadamard @ delta for expert, delta in deltas.items()}  # whole numbers, so without rounding
     assert_close(merged("knots", turned), sum(turned.values()))
+
+
+# --- Core Space -----------------------------------------------------------------------------------
+
+
+def adapters_of(k, rows, columns, rank=2):
+    """The products of random factors, as adapters have them."""
+    return low_rank_deltas(k, rows, columns, rank=rank)
+
+
+def slow_core_space(deltas, merge_cores):
+    """By way of stacked factors: each is its task vector's singular vectors times the roots of its values."""
+    factors = [thin(delta) for delta in deltas]
+    ups, downs = (
+        [f[i] * numpy.sqrt(f[1]) if i == 0 else numpy.sqrt(f[1])[:, None] * f[2] for f in factors] for i in (0, 1)
+    )
+    left_vectors, _, _ = thin(numpy.concatenate(ups, 1))
+    _, _, right_vectors = thin(numpy.concatenate(downs, 0))
+    cores = [left_vectors.T @ up @ down @ right_vectors.T for up, down in zip(ups, downs, strict=True)]
+    return left_vectors @ merge_cores(numpy.stack(cores)) @ right_vectors
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (300, 20), (20, 300)])
+@pytest.mark.parametrize("density", [1, 0.5])
+@pytest.mark.parametrize("make", [adapters_of, deltas_of])
+def test_core_space_merges_the_core_matrices(make, density, shape):
+    deltas = make(3, *shape)
+    expected = slow_core_space(
+        [delta.double().numpy() for delta in deltas.values()], lambda cores: slow_ties(cores, density)
+    )
+    assert_close(merged("core_space", deltas, {"inner": {"ties": {"density": density}}}), expected)
+
+
+@pytest.mark.parametrize("make", [adapters_of, deltas_of])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", K)
+def test_core_space_around_a_sum_is_task_arithmetic(k, shape, make):
+    deltas = make(k, *shape)
+    weight = dict(zip(deltas, [1, 0.5, -2, 3, 1], strict=False))
+    result = merged("core_space", deltas, {"inner": {"task_arithmetic": {"lambda": 0.7, "weight": weight}}})
+    assert_close(result, merged("task_arithmetic", deltas, {"lambda": 0.7, "weight": weight}))
+
+
+def test_core_space_keeps_a_merge_of_adapters_within_their_ranks_together():
+    assert torch.linalg.matrix_rank(merged("core_space", adapters_of(3, 30, 40))) == 6
+
+
+@pytest.mark.parametrize("inner", ["ties", "iso_c", {"cabs": {"n": 1, "m": 2}}])
+def test_turning_outputs_and_inputs_turns_what_core_space_merges(inner):
+    deltas, left_vectors, right_vectors = adapters_of(3, 9, 6), orthogonal(9, 5), orthogonal(6, 7)
+    turned = {expert: left_vectors @ delta @ right_vectors for expert, delta in deltas.items()}
+    expected = left_vectors @ merged("core_space", deltas, {"inner": inner}) @ right_vectors
+    assert_close(merged("core_space", turned, {"inner": inner}), expected, 1e-4)
+
+
+def test_core_space_of_experts_that_changed_nothing_is_the_base():
+    base = randn(4, 5)
+    assert torch.equal(merged("core_space", dict.fromkeys("ab", torch.zeros(4, 5)), base=base), base)
+
+
+def test_core_space_can_run_a_method_with_random_draws():
+    deltas = adapters_of(2, 9, 7)
+    result = merged("core_space", deltas, {"inner": {"dare_linear": {"density": 0.5}}})
+    assert torch.linalg.matrix_rank(result) <= 4
+    assert not torch.allclose(result, merged("core_space", deltas, {"inner": "mean"}))
+
+
+def test_an_expert_has_no_vote_in_core_directions_that_are_anothers_alone():
+    deltas = adapters_of(2, 12, 300)
+    deltas["a"][:6], deltas["b"][6:] = 0, 0
+    deltas["a"][:, :150], deltas["b"][:, 150:] = 0, 0
+    assert_close(merged("core_space", deltas), sum(deltas.values()))
+
+
+@pytest.mark.parametrize("kind", ["vector", "embedding"])
+def test_core_space_leaves_tensors_without_a_matrix_to_its_inner_method(kind):
+    deltas = deltas_of(3, 6, 8)
+    inner = {"ties": {"density": 0.5, "scope": "tensor"}}
+    assert torch.equal(merged("core_space", deltas, {"inner": inner}, kind=kind), merged("ties", deltas, inner["ties"]))
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        ("linear", "inner: linear looks at the base's weights"),
+        ("obim", "inner: top looks at layer inputs, which are not among the directions"),
+        ({"ties": {"scope": "global"}}, "write scope: tensor"),
+    ],
+)
+def test_core_space_refuses_an_inner_method_that_cannot_run_there(inner, message):
+    with pytest.raises(ValueError, match=message):
+        merged("core_space", deltas_of(2, 3, 3), {"inner": inner})

@@ -188,11 +188,11 @@ def test_the_median_is_that_of_numpy(demo, merger, monkeypatch):
 
 
 def test_the_median_of_an_even_number_is_the_mean_of_the_middle_two(demo, merger):
-    from merger.pipeline.in_memory import merge_tensors
+    from merger.pipeline.in_memory import merge_stages
 
     base = {"w": load(demo / "models" / "base")["model.norm.weight"].float()}
     experts = {str(i): {"w": base["w"] + change} for i, change in enumerate((4, -3, 0, 1))}
-    change = merge_tensors(registry.checked("median", {}), base, experts)["w"] - base["w"]
+    change = merge_stages(registry.checked("median", {}), base, experts)["w"] - base["w"]
     numpy.testing.assert_allclose(change, 0.5, atol=1e-6)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 import merger.methods  # noqa: F401 registers every method
-from merger.pipeline.in_memory import merge_tensors
+from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices, run_tensors
 from merger.pipeline.registry import checked
@@ -18,7 +18,7 @@ def tensor(values):
 class Inputs(dict):
     """Inputs of stages for one matrix, as calibration makes them of its statistics."""
 
-    def __init__(self, second_moment=None, mean=None, gram=None, token_share=None):
+    def __init__(self, second_moment=None, mean=None, gram=None, token_share=None, fisher=None):
         self.second_moment, self.mean, self.gram = second_moment, mean, gram
         reached = None if second_moment is None else (second_moment != 0).any(1, keepdim=True)
         inputs = {
@@ -28,8 +28,19 @@ class Inputs(dict):
             "gram": gram,
             "merged_gram": gram,
             "token_share": token_share,
+            "fisher": fisher,
         }
         super().__init__({name: values for name, values in inputs.items() if values is not None})
+
+
+class Rows:
+    """An input of as many elements as the task vectors [k r c], in memory, read as a provider reads files."""
+
+    def __init__(self, values):
+        self._values = values
+
+    def read(self, rows):
+        return self._values[:, rows]
 
 
 def _ones_for_zeros(values):
@@ -45,7 +56,7 @@ def merge(stages, deltas, *, base=None, place=None, inputs=None, kind=None, **op
     """The one tensor that comes of base + each expert's delta; ``deltas`` maps experts to task vectors."""
     deltas = {expert: tensor(delta) for expert, delta in deltas.items()}
     base = torch.zeros_like(next(iter(deltas.values()))) if base is None else tensor(base)
-    return merge_tensors(
+    return merge_stages(
         stages,
         {NAME: base},
         {expert: {NAME: base + delta} for expert, delta in deltas.items()},

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from merger.calibration.moments import Moments
 from merger.calibration.samples import Batch, Samples, batches
 from merger.calibration.settings import Settings
-from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +46,8 @@ def collect(
     merged block, which is read when the caller asks for the next block; modules outside the blocks are read at the
     start. Blocks in ``finished_units`` only carry hidden states and are not yielded.
 
-    Raises CheckpointError where the model cannot be run, or an activation is not finite.
+    Raises CheckpointError where the model cannot be run, or an activation is not finite, and UnsupportedBlocks where
+    there are ``merged_weights`` but the model cannot be run one block at a time.
     """
     from merger.calibration.block_runner import UnsupportedBlocks, run_blocks, run_whole_model
     from merger.calibration.input_observer import InputObserver
@@ -69,12 +69,9 @@ def collect(
             yield unit, moments
         return
     except UnsupportedBlocks as error:
+        if merged_weights is not None:
+            raise
         reason = str(error)  # and let go of the error, whose frames hold the model
-    if merged_weights is not None:
-        raise CheckpointError(
-            f"{weights.label}: its blocks cannot be run one at a time ({reason}), so there are no merged ones before "
-            "the next; use regmean with inputs: own"
-        )
     notice_once(
         f"{weights.label}: its blocks cannot be run one at a time ({reason}), so each batch runs the whole model"
     )

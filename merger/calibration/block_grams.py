@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -16,9 +16,11 @@ from merger.calibration.moments import Moments, Statistics
 from merger.calibration.origins import fingerprint
 from merger.calibration.statistics import expert_blocks, expert_samples
 from merger.checkpoint.cache import cache_folder
+from merger.errors import CheckpointError
 from merger.options import RunOptions
 from merger.planning.plan import Plan, TensorPlan
 from merger.planning.row_map import Run
+from merger.recipe.calibration_faults import methods_behind_merge
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from merger.calibration.samples import Batch, Samples
     from merger.calibration.settings import Settings
     from merger.pipeline.inputs import Stream
+
+
+_Blocks = Generator[tuple[str, dict[str, Moments]], None, None]
+"""The moments of an expert's blocks, one after the other, each with the block's name."""
 
 
 class PartlyMergedModel:
@@ -103,20 +109,23 @@ def grams(
     memory = hidden_memory and hidden_memory // len(plan.recipe.experts)
     gram_folders = _gram_folders(plan, options) if waiting and stream == "own" else {}
     sample_sets = {name: expert_samples(plan, name, options) for name in experts if name not in gram_folders}
-    streams = []
-    for name in experts:
-        if name in gram_folders:
-            blocks = files.blocks(gram_folders[name], checkpoint=fingerprint(plan.models[name]))
-            streams.append(check_blocks(plan, name, blocks))
-        elif stream == "draft":
-            streams.append(_draft_blocks(plan, name, *sample_sets[name], options, memory, drafts))
-        else:
-            merged = PartlyMergedModel(plan, name, drafts.read_behind) if stream == "merged" else None
-            arguments = plan, name, *sample_sets[name], options, memory
-            streams.append(expert_blocks(*arguments, gram=True, merged_weights=merged))
-    for block in together(waiting, dict(zip(experts, streams, strict=True))):
-        drafts.clear()
-        yield block
+    arguments = {name: (plan, name, *sample_sets[name], options, memory) for name in sample_sets}
+    with ExitStack() as stack:  # where one expert's blocks fail, those of the others end too
+        streams: dict[str, _Blocks] = {}
+        for name in experts:
+            if name in gram_folders:
+                blocks = files.blocks(gram_folders[name], checkpoint=fingerprint(plan.models[name]))
+                streams[name] = check_blocks(plan, name, blocks)
+            elif stream == "draft":
+                streams[name] = _draft_blocks(*arguments[name], drafts)
+            elif stream == "merged":
+                streams[name] = _blocks_behind_merge(*arguments[name], drafts)
+            else:
+                streams[name] = expert_blocks(*arguments[name], gram=True)
+            stack.enter_context(closing(streams[name]))
+        for block in together(waiting, streams):
+            drafts.clear()
+            yield block
 
 
 def together(
@@ -132,16 +141,28 @@ def together(
         for expert_moments, (_, moments) in zip(moments_by_expert.values(), next_blocks, strict=True):
             expert_moments.update(moments)
         complete_tensors = [
-            t
-            for t in waiting
-            if all(t.reads[name] in expert_moments for name, expert_moments in moments_by_expert.items())
+            t for t in waiting if all(t.reads[name] in moments_by_expert[name] for name in t.place.experts)
         ]
         yield complete_tensors, moments_by_expert
         for tensor in complete_tensors:
             waiting.remove(tensor)
             for name, expert_moments in moments_by_expert.items():
-                expert_moments.pop(tensor.reads[name] or "", None)
+                expert_moments.pop(tensor.reads.get(name) or "", None)
     yield waiting, {name: {} for name in moments_by_expert}
+
+
+def _blocks_behind_merge(
+    plan: Plan,
+    name: str,
+    key: files.StatisticsKey,
+    samples: Samples,
+    options: RunOptions,
+    hidden_memory: int | None,
+    drafts: Drafts,
+) -> _Blocks:
+    merged = PartlyMergedModel(plan, name, drafts.read_behind)
+    with _separate_blocks(plan, name):
+        yield from expert_blocks(plan, name, key, samples, options, hidden_memory, gram=True, merged_weights=merged)
 
 
 def _draft_blocks(
@@ -152,11 +173,18 @@ def _draft_blocks(
     options: RunOptions,
     hidden_memory: int | None,
     drafts: Drafts,
-) -> Iterator[tuple[str, dict[str, Moments]]]:
+) -> _Blocks:
     with pair_with_expert(plan, name, batches(samples.tokens), key.settings, options, hidden_memory, drafts) as pair:
-        yield from check_blocks(plan, name, pair.blocks(partial(options.progress, f"calibrating {name}")))
+        yield from pair_blocks(plan, name, pair, options)
 
 
+def pair_blocks(plan: Plan, expert: str, pair: Pair, options: RunOptions) -> _Blocks:
+    """Yields the moments of an expert's pair block by block; raises as `pair_with_expert` does."""
+    with _separate_blocks(plan, expert):
+        yield from check_blocks(plan, expert, pair.blocks(partial(options.progress, f"calibrating {expert}")))
+
+
+@contextmanager
 def pair_with_expert(
     plan: Plan,
     name: str,
@@ -168,21 +196,40 @@ def pair_with_expert(
     *,
     gram: bool = True,
     dtype: torch.dtype | None = None,
-) -> AbstractContextManager[Pair]:
-    """The merge in progress and an expert, both on the expert's text; see `open_pair`."""
+) -> Iterator[Pair]:
+    """Opens the merge in progress and an expert, both on the expert's text, by `open_pair`.
+
+    Raises CheckpointError where blocks cannot be run one at a time, or an activation is not finite.
+    """
     from merger.calibration.paired_blocks import open_pair  # it imports torch
 
-    return open_pair(
-        plan.models[name],
-        PartlyMergedModel(plan, name, drafts.read),
-        PartlyMergedModel(plan, name, drafts.read_behind),
-        text,
-        settings,
-        options,
-        hidden_memory=hidden_memory,
-        gram=gram,
-        dtype=dtype,
-    )
+    draft, merged = (PartlyMergedModel(plan, name, read) for read in (drafts.read, drafts.read_behind))
+    arguments = plan.models[name], draft, merged, text, settings, options
+    with (
+        _separate_blocks(plan, name),
+        open_pair(*arguments, hidden_memory=hidden_memory, gram=gram, dtype=dtype) as pair,
+    ):
+        yield pair
+
+
+@contextmanager
+def _separate_blocks(plan: Plan, expert: str) -> Iterator[None]:
+    """Turns UnsupportedBlocks of an expert's model into a CheckpointError that says what to write in the recipe."""
+    from merger.calibration.block_runner import UnsupportedBlocks  # it imports torch
+
+    try:
+        yield
+    except UnsupportedBlocks as error:
+        method = methods_behind_merge(plan.recipe)[0]
+        remedy = (
+            "give regmean the parameter inputs: own"
+            if method == "regmean"
+            else f"take the method regmean in place of {method}"
+        )
+        raise CheckpointError(
+            f"{expert}: its blocks cannot be run one at a time ({error}), so none can be merged before the next one "
+            f"runs, as {method} needs it; {remedy}"
+        ) from None
 
 
 def _gram_folders(plan: Plan, options: RunOptions) -> dict[str, Path]:

@@ -184,7 +184,7 @@ class BlockRunner:
         if index != self._next:
             raise UnsupportedBlocks("its blocks do not follow one another")
         self._next += 1
-        hidden, arguments = _split_arguments(args, kwargs)
+        hidden, arguments = split_arguments(args, kwargs)
         if index < self._block:
             return self._stand_in(index, hidden)
         if index > self._block:
@@ -192,9 +192,10 @@ class BlockRunner:
                 self._expected_arguments = arguments
             self.hidden_states.put(self._batch, hidden)
             raise EndOfPass
-        if self._batch == 0 and not _equal_arguments(arguments, self._expected_arguments):
+        is_first_run = self._purpose != "learn"
+        if is_first_run and self._batch == 0 and not _equal_arguments(arguments, self._expected_arguments):
             raise UnsupportedBlocks("its blocks depend on one another by more than hidden states")
-        args, kwargs = _with_hidden_states(args, kwargs, self.hidden_states.get(self._batch, hidden.device))
+        args, kwargs = with_hidden_states(args, kwargs, self.hidden_states.get(self._batch, hidden.device))
         self._observer.on = self._purpose in ("observe", "both")
         output = self.compute(forward, *args, **kwargs)
         self._tuple_lengths[index] = _tuple_length(output)
@@ -213,7 +214,7 @@ class BlockRunner:
         return (hidden, *[None] * (length - 1)) if length else hidden
 
 
-def _split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
+def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
     """Splits a block's arguments into the hidden states and the leaves of all other arguments."""
     if args:
         return args[0], tree_leaves((args[1:], kwargs))
@@ -222,9 +223,10 @@ def _split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
     return kwargs["hidden_states"], tree_leaves({name: kwargs[name] for name in kwargs if name != "hidden_states"})
 
 
-def _with_hidden_states(
+def with_hidden_states(
     args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments with other hidden states."""
     return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 from merger.calibration.moments import Moments
 from merger.checkpoint.packed_experts import COLUMNS, ROWS
@@ -15,7 +15,7 @@ _AXES = {COLUMNS: "columns", ROWS: "rows", 0: "rows and columns"}
 def judged_tensors(plan: Plan, expert: str) -> dict[str, TensorPlan]:
     """The tensors that some stage judges by the inputs of a layer, by the expert's own names of them."""
     takers = (tensor for tensor in plan.tensors if tensor.inputs and tensor.is_layer and tensor.parts)
-    return {name: tensor for tensor in takers if (name := tensor.reads[expert]) is not None}
+    return {name: tensor for tensor in takers if (name := tensor.reads.get(expert)) is not None}
 
 
 def check_inputs(plan: Plan, expert: str, statistics: Mapping[str, Moments]) -> None:
@@ -27,8 +27,8 @@ def check_inputs(plan: Plan, expert: str, statistics: Mapping[str, Moments]) -> 
 
 def check_blocks(
     plan: Plan, expert: str, blocks: Iterator[tuple[str, dict[str, Moments]]]
-) -> Iterator[tuple[str, dict[str, Moments]]]:
-    """The same statistics, block by block, each checked as `check_inputs` does when it comes."""
+) -> Generator[tuple[str, dict[str, Moments]], None, None]:
+    """Yields the statistics block by block; checks those of a block as `check_inputs` does."""
     tensors = judged_tensors(plan, expert)
     for unit, statistics in blocks:
         for name in tensors.keys() & statistics.keys():

@@ -69,7 +69,7 @@ class MomentSource:
     def only(self, tensors: Sequence[TensorPlan]) -> MomentSource:
         """The statistics of these tensors alone."""
         statistics = {
-            expert: {name: moments[name] for tensor in tensors if (name := tensor.reads[expert] or "") in moments}
+            expert: {name: moments[name] for tensor in tensors if (name := tensor.reads.get(expert) or "") in moments}
             for expert, moments in self.statistics.items()
         }
         return MomentSource(statistics, self.gram, self.cross)

@@ -163,6 +163,17 @@ class ObservedModel:
 
         head.forward = forward
 
+    def restore_head(self) -> None:
+        """Puts the true head back for good, behind the true embedding, which it may be."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return
+        del head.forward
+        name = self._module_names[head]
+        self.loader.load(name, self.merged_weights, recurse=False)
+        if self._embedding is not None and self.loader.first_name(f"{name}.weight") == self._embedding:
+            self.loader.place(f"{name}.weight", self.model.get_parameter(self._embedding))
+
     # --- the embedding, which would otherwise stay in memory all the while ----------------------------
 
     def _input_embedding(self) -> str | None:

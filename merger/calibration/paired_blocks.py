@@ -23,7 +23,6 @@ from merger.calibration.block_runner import (
     HiddenStates,
     Progress,
     Results,
-    UnsupportedBlocks,
     batch_counter,
     check_blocks_are_separate,
     run_batch,
@@ -31,7 +30,6 @@ from merger.calibration.block_runner import (
 )
 from merger.calibration.input_observer import InputObserver, RowObserver
 from merger.calibration.observed_model import ObservedModel
-from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,8 +59,8 @@ def open_pair(
 
     ``draft`` has the blocks as they are observed, ``merged`` as hidden states pass through them once the caller asks
     for the next block. With ``gram`` inputs are multiplied with each other, and with the expert's. ``dtype`` is that
-    of the computation, by default the device's own for the checkpoint. Raises CheckpointError where blocks cannot be
-    run one at a time, or an activation is not finite.
+    of the computation, by default the device's own for the checkpoint. Raises UnsupportedBlocks where blocks cannot be
+    run one at a time, and CheckpointError where an activation is not finite.
     """
     notice = functools.cache(options.notice)
 
@@ -75,13 +73,7 @@ def open_pair(
     rows = teacher.observer if gram else None
     student = model(merged, functools.partial(InputObserver, gram=gram, teacher=rows))
     with tempfile.TemporaryDirectory(prefix="merger-") as folder:
-        try:
-            yield Pair(teacher, student, draft, merged, hidden_memory, Path(folder))
-        except UnsupportedBlocks as error:
-            raise CheckpointError(
-                f"{expert.label}: its blocks cannot be run one at a time ({error}), so there are no merged ones before "
-                "the next; use regmean with inputs: own"
-            ) from None
+        yield Pair(teacher, student, draft, merged, hidden_memory, Path(folder))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from merger.planning.plan import Part, Plan, TensorPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merger.calibration.statistics_files import StatisticsKey
+
 MergedTensors = Callable[[str], "Tensor | None"]
 """Returns a merged tensor by its name in the output; None while it is not merged."""
 
@@ -36,6 +38,7 @@ class Cost:
     merging: int = 0  # of host memory, while a block is merged
     hidden_states: int = 0  # of host memory or, where that is too little, of disk
     files: int = 0  # of disk, where the user asks to keep it
+    cached: int = 0  # of disk, in the cache
 
 
 class Source(Protocol):
@@ -72,6 +75,9 @@ class Provider(Protocol):
 
     def slice_bytes(self, part: Part, experts: int) -> int:
         """Returns the bytes that its inputs take beside a slice of a matrix."""
+
+    def is_cached(self, key: StatisticsKey) -> bool:
+        """Whether an earlier run kept its inputs of an expert."""
 
     def origins(self, plan: Plan) -> Mapping[str, str | None]:
         """Returns the SHA-256 of the files that its inputs are made from, by name; None where it is not known."""
@@ -140,6 +146,7 @@ def cost(plan: Plan) -> Cost:
         merging=max((item.merging for item in costs), default=0),
         hidden_states=max((item.hidden_states for item in costs), default=0),
         files=sum(item.files for item in costs),
+        cached=sum(item.cached for item in costs),
     )
 
 

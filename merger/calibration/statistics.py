@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +50,23 @@ def calibrate(plan: Plan, options: RunOptions, hidden_memory: int | None) -> dic
 
 def expert_samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.StatisticsKey, texts.Samples]:
     """Returns the key of an expert's statistics, and the samples of its own text in its own tokens."""
+    settings, samples = expert_text(plan, name, options)
+    return statistics_key(plan, name, settings, samples, options), samples
+
+
+def statistics_key(
+    plan: Plan, name: str, settings: Settings, samples: texts.Samples, options: RunOptions
+) -> files.StatisticsKey:
+    """Returns the key of the statistics of an expert on these samples; hashes its weights if nothing did before."""
+    model, forward = plan.models[name], ForwardPass.of(plan.models[name], options.device)
+    return files.StatisticsKey(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward)
+
+
+def expert_text(plan: Plan, name: str, options: RunOptions) -> tuple[Settings, texts.Samples]:
+    """Returns the settings of an expert's calibration, and the samples of its own text in its own tokens."""
     calibration = plan.recipe.calibration
     assert calibration is not None, "the recipe was checked for it"
-    model = plan.models[name]
-    folder = tokenizer_folder(model)
+    folder = tokenizer_folder(plan.models[name])
     tokenizer = texts.load_tokenizer(folder, name, trust_remote_code=options.trust_remote_code)
     settings = Settings(
         samples=calibration.samples_of(name),
@@ -63,9 +76,7 @@ def expert_samples(plan: Plan, name: str, options: RunOptions) -> tuple[files.St
         calib_text=calibration.calib_text,
         seed=plan.recipe.seed,
     )
-    samples = texts.load_samples(calibration.sources(name), plan.recipe.folder, tokenizer, settings)
-    forward = ForwardPass.of(model, options.device)
-    return files.StatisticsKey(fingerprint(model), samples.data, tokenizer_digest(model), settings, forward), samples
+    return settings, texts.load_samples(calibration.sources(name), plan.recipe.folder, tokenizer, settings)
 
 
 def _collect_statistics(
@@ -92,7 +103,7 @@ def expert_blocks(
     gram: bool = False,
     merged_weights: TensorSource | None = None,
     finished_units: Container[str] = (),
-) -> Iterator[tuple[str, dict[str, Moments]]]:
+) -> Generator[tuple[str, dict[str, Moments]], None, None]:
     """Yields the moments of an expert's inputs block by block; raises CheckpointError if a matrix has another shape."""
     blocks = collect(
         plan.models[name],
@@ -146,7 +157,7 @@ def keep_grams(plan: Plan, options: RunOptions, hidden_memory: int | None, to: P
 def layers(plan: Plan, expert: str) -> list[str]:
     """Returns the names of the expert's tensors whose inputs a stage uses."""
     tensors = (t for t in plan.tensors if t.inputs and not t.lockstep)
-    names = (t.reads[expert] for t in tensors if t.is_layer)
+    names = (t.reads.get(expert) for t in tensors if t.is_layer)
     return sorted({name for name in names if name is not None})
 
 

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,10 @@ FORMAT = 2  # since 2 the key has the forward pass, and the checkpoint its confi
 _FIELDS = ("count", "second_moment", "mean", "token_share")
 GRAMS = ".grams"
 _LAST = "outside.safetensors"
+_WRONG_CONTENT = {
+    None: "holds the Fisher information of weights, and statistics of inputs are needed",
+    "fisher": "holds statistics of inputs, and the Fisher information of weights is needed",
+}
 _METADATA = "merger.statistics"  # a single entry, since safetensors writes several in any order
 
 
@@ -90,14 +95,25 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any
     make_folder(path.parent)
     try:
         with replacing(path) as partial_file:
-            save_file(dict(tensors), partial_file, metadata={_METADATA: json.dumps(metadata, sort_keys=True)})
+            save_file(dict(tensors), partial_file, metadata=metadata_of(metadata))
     except SafetensorError as error:  # which does not say whether the disk is full
         raise ResourceError(f"{path}: cannot be written: {error}") from None
 
 
+def metadata_of(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a safetensors file with these fields, such as those of a key."""
+    return {_METADATA: json.dumps(fields, sort_keys=True)}
+
+
+def check_key(path: Path, **expected: Any) -> None:
+    """Raises CheckpointError where a part of a file's key is another one; only the header is read."""
+    with _open(path) as file:
+        _check(path, _fields(path, file), **expected)
+
+
 def copy(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Copies each expert's statistics file to NAME.stats.safetensors; RecipeError where other files are."""
-    copies = {name: folder / f"{name}.stats.safetensors" for name in paths}
+    """Copies each expert's file to NAME.stats.safetensors, or NAME.fisher.safetensors; RecipeError where others are."""
+    copies = {name: folder / f"{name}.{'.'.join(path.name.split('.')[-2:])}" for name, path in paths.items()}
     make_folder(folder)
     for target in copies.values():
         check_replaceable(target, is_ours=_is_statistics)
@@ -109,10 +125,10 @@ def copy(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
 
 def _is_statistics(path: Path) -> bool:
     try:
-        _read(path, False)
+        with _open(path) as file:
+            return bool(_fields(path, file))
     except CheckpointError:
         return False
-    return True
 
 
 def find(folder: Path, key: StatisticsKey) -> Path | None:
@@ -150,9 +166,7 @@ def _files(path: Path) -> list[Path]:
 def _moments(path: Path, gram: bool, **expected: Any) -> dict[str, Moments]:
     """Reads the moments of one file, with Gram matrices or without."""
     metadata, tensors = _read(path, gram)
-    for name, value in {"format": FORMAT, **expected}.items():
-        if metadata.get(name) != value:
-            raise CheckpointError(f"{path}: {_mismatch(name)}: its {name} is {metadata.get(name)}, expected {value}")
+    _check(path, metadata, holds=None, **expected)
     parts: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, tensor in tensors.items():
         layer, _, field = name.rpartition(".")
@@ -160,6 +174,16 @@ def _moments(path: Path, gram: bool, **expected: Any) -> dict[str, Moments]:
     twins = metadata.get("same", {})
     grams = {name: _symmetric_matrix(fields.pop("gram")) for name, fields in parts.items() if "gram" in fields}
     return {name: Moments(**fields, gram=grams.get(twins.get(name, name))) for name, fields in parts.items()}
+
+
+def _check(path: Path, metadata: Mapping[str, Any], **expected: Any) -> None:
+    """Raises CheckpointError where a part of a file's key is another one."""
+    for name, value in {"format": FORMAT, **expected}.items():
+        if metadata.get(name) == value:
+            continue
+        if name == "holds":
+            raise CheckpointError(f"{path}: {_WRONG_CONTENT[value]}")
+        raise CheckpointError(f"{path}: {_mismatch(name)}: its {name} is {metadata.get(name)}, expected {value}")
 
 
 # --- with Gram matrices ---------------------------------------------------------------------------
@@ -188,7 +212,8 @@ def finished_units(folder: Path, key: StatisticsKey) -> set[str]:
     """Returns the blocks that an earlier run finished; raises CheckpointError for a folder of another key."""
     units = set()
     for path in folder.glob("*.safetensors"):
-        metadata, _ = _read(path, False)
+        with _open(path) as file:
+            metadata = _fields(path, file)
         if {name: metadata.get(name) for name in key.fields()} != key.fields():
             raise CheckpointError(
                 f"{path}: was made from another model, data or settings; remove it, or write elsewhere"
@@ -235,19 +260,32 @@ def _symmetric_matrix(triangle: Tensor) -> Tensor:
 
 
 def _read(path: Path, gram: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with _open(path) as file:
+        fields = _fields(path, file)
+        names = [name for name in file.keys() if gram or not name.endswith(".gram")]  # noqa: SIM118 a file is no dict
+        return fields, {name: file.get_tensor(name) for name in names}
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if _METADATA not in metadata:
-                raise CheckpointError(f"{path}: is a safetensors file, but not one of statistics")
-            names = [name for name in file.keys() if gram or not name.endswith(".gram")]  # noqa: SIM118 a file is no dict
-            return json.loads(metadata[_METADATA]), {name: file.get_tensor(name) for name in names}
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such statistics file") from None
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: is not a statistics file: {error}") from None
+
+
+def _fields(path: Path, file: Any) -> dict[str, Any]:
+    """The fields that `metadata_of` wrote."""
+    metadata = file.metadata() or {}
+    if _METADATA not in metadata:
+        raise CheckpointError(f"{path}: is a safetensors file, but not one of statistics")
+    fields: dict[str, Any] = json.loads(metadata[_METADATA])
+    return fields
 
 
 def _mismatch(name: str) -> str:

@@ -68,6 +68,13 @@ class Adapted(Checkpoint):
         """Rows of scale·B·A where the model under the adapter is the base itself."""
         return self._change(name, start, stop) if name in self._on_base else None
 
+    def change_rank(self, name: str, base: Checkpoint, base_name: str) -> int | None:
+        """The adapter's rank where it changes a tensor of the base; see `Checkpoint`."""
+        rank = super().change_rank(name, base, base_name)
+        if rank is None or name in self.rows:
+            return None
+        return self.adapter.tensors[self.changes[name].down].shape[0] if name in self.changes else 0
+
     def equal(self, tensor: str, twin: str) -> bool | None:
         """Whether two tensors hold the same bits, or get the same change to the same bits."""
         stored = super().equal(tensor, twin)

@@ -1,4 +1,4 @@
-"""adapter_config.json: whether merger can add such an adapter, the scale of each module, and modules trained whole."""
+"""adapter_config.json: whether merger can add such an adapter, its scales and copies, and one for new factors."""
 
 from __future__ import annotations
 
@@ -98,3 +98,29 @@ def _last_part(name: str) -> str:
     """llama-2-7b of meta-llama/Llama-2-7b, of a path to it, and of its folder in the Hub's cache."""
     name = re.sub(r".*models--.*--(.+)/snapshots/.*", r"\1", name.partition("@")[0])
     return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def lora_config(base: str, ranks: Mapping[str, int], *, on_hub: bool, fan_in_fan_out: bool) -> dict[str, Any]:
+    """The config of an adapter for the model ``base``, given the rank of each module; every scale is 1.
+
+    ``on_hub`` says that the model is a repository of the Hub, perhaps with a revision behind an @, which peft has
+    under a key of its own; ``fan_in_fan_out`` says that the model stores its weights [in, out].
+    """
+    name, _, revision = base.partition("@") if on_hub else (base, "", "")
+    rank = max(ranks.values())
+    exceptions = {module: lower for module, lower in ranks.items() if lower != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        **({"revision": revision} if revision else {}),
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": exceptions,
+        "alpha_pattern": exceptions,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }

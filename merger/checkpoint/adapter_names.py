@@ -22,6 +22,11 @@ _ORIGINAL = re.compile(r"(.+?)\.(?:original_module|(?:token_adapter\.)?base_laye
 _NESTING = {"model", "language_model", "text_model", "vision_model"}
 
 
+def factor_names(module: str) -> tuple[str, str]:
+    """Returns peft's names of lora_A and lora_B of a module of the model in memory."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
 @dataclass(frozen=True)
 class Change:
     """The adapter's change of one weight: scale·B·A, or its transpose."""

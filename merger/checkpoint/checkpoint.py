@@ -110,6 +110,11 @@ class Checkpoint:
     def change_rows(self, name: str, start: int, stop: int) -> Tensor | None:
         """Returns the float32 change of rows of the base, for a model that stores a change; None for other models."""
 
+    def change_rank(self, name: str, base: Checkpoint, base_name: str) -> int | None:
+        """The largest rank of the difference of a tensor from one of ``base``; None where headers do not bound it."""
+        is_same = self.directory == base.directory and self.tensors[name] == base.tensors[base_name]
+        return 0 if is_same else None
+
     def _fill(self, file: Path, position: int, buffer: memoryview) -> None:
         try:
             with self._files.use(file) as descriptor:

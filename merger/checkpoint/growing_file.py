@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from merger.checkpoint.disk import disk_error
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 class GrowingFile:
     """Tensors one after another; the header, which stands before them and is known last, has ``room`` bytes."""
 
-    def __init__(self, path: Path, room: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, room: int, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.path, self._metadata = path, metadata
         self.tensors: dict[str, Info] = {}
         self._room = room
         self._end = 8 + room
@@ -35,7 +37,7 @@ class GrowingFile:
 
     def finish(self) -> None:
         """Writes the header; ResourceError if the disk fails."""
-        header, _ = encode_header(self.tensors, self._room)
+        header, _ = encode_header(self.tensors, self._room, self._metadata)
         self._write(0, header)
 
     def close(self) -> None:

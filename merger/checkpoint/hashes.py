@@ -30,20 +30,26 @@ def sha256(path: Path) -> str:
     The file is not read if the Hub's cache names its hash, nor if it was hashed before and its path, size, inode and
     times have not changed since, which is how version control detects an unchanged file.
     """
-    stored = path.resolve()
-    if stored.parent.name == "blobs" and _DIGEST.fullmatch(stored.name):
-        return stored.name
     try:
-        identity = _identity(stored)
-        recorded_hash = recall("sha256", identity)
-        if recorded_hash is not None and _DIGEST.fullmatch(recorded_hash):
+        if (recorded_hash := recorded_sha256(path)) is not None:
             return recorded_hash
+        stored = path.resolve()
+        identity = _identity(stored)
         file_hash = digest(stored)
         if _identity(stored) == identity and time.time() - stored.stat().st_ctime > SETTLED:
             remember("sha256", identity, file_hash)
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {system_reason(error)}") from None
     return file_hash
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The SHA-256 of a file as far as it is known without reading it; raises OSError for a file that is not there."""
+    stored = path.resolve()
+    if stored.parent.name == "blobs" and _DIGEST.fullmatch(stored.name):
+        return stored.name
+    recorded_hash = recall("sha256", _identity(stored))
+    return recorded_hash if recorded_hash is not None and _DIGEST.fullmatch(recorded_hash) else None
 
 
 RUN_ALIKE = frozenset({"_name_or_path", "transformers_version", "use_cache"})

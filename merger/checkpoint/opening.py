@@ -19,6 +19,7 @@ from merger.checkpoint.folder import (
     read_json,
     read_tensors,
 )
+from merger.checkpoint.foreign_models import foreign_model
 from merger.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
 from merger.errors import CheckpointError
 
@@ -39,6 +40,8 @@ def open_checkpoint(
     checkpoint of the comparison: an adapter on it differs from it by B·A exactly.
     """
     model_folder = _find(model, label, folder, offline)
+    if (kind := foreign_model(model_folder.names, model_folder.directory)) is not None:
+        raise CheckpointError(f"{label}: {model} {kind}")
     if adapter is None:
         _refuse_adapter(model_folder, model)
     config = read_json(model_folder, "config.json")

@@ -6,13 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from merger.checkpoint.files import json_bytes, write_bytes
 from merger.checkpoint.vocabulary_files import matching_files, read_content, read_object
 
+Form = Literal["model", "pack", "adapter"]
+"""The kind of an output: a model, several experts, or an adapter for the base."""
 SideFile = Path | Mapping[str, Any]
 """A file to copy, or the content of a JSON file to write."""
 
@@ -91,21 +93,27 @@ def extracted_card(title: str, base: str, expert: str, packed: str) -> str:
     )
 
 
-_PACKED = "It holds several experts and is no model by itself: `merger extract` writes one of them. "
+_FORMS: Mapping[Form, str] = {
+    "model": "",
+    "pack": "It holds several experts and is no model by itself: `merger extract` writes one of them. ",
+    "adapter": "It is a LoRA adapter for the base, which peft loads. ",
+}
 
 
 def card(
-    title: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any], tensors: Mapping[str, int], packed: bool
+    title: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any], tensors: Mapping[str, int], form: Form
 ) -> str:
-    """Returns README.md, the card of a merged model or of ``packed`` experts on the Hub."""
+    """Returns README.md, the card of a merged model, of several experts or of an adapter on the Hub."""
     # Only what came from the Hub has a name there: the path of a folder is refused, or taken for someone's repository.
-    models = dict.fromkeys(record["source"].partition("@")[0] for record in inputs.values() if "commit" in record)
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "merger"]}
-    front |= {"base_model": list(models), "base_model_relation": "merge"} if models else {}
+    sources = {"base": inputs["base"]} if form == "adapter" else inputs
+    models = dict.fromkeys(record["source"].partition("@")[0] for record in sources.values() if "commit" in record)
+    library, relation = ("peft", "adapter") if form == "adapter" else ("transformers", "merge")
+    front: dict[str, Any] = {"library_name": library, "tags": ["merge", "merger"]}
+    front |= {"base_model": list(models), "base_model_relation": relation} if models else {}
     counts = ", ".join(f"{count} {action}" for action, count in tensors.items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
-        f"Merged with `merger`. Tensors: {counts}. {_PACKED if packed else ''}"
+        f"Merged with `merger`. Tensors: {counts}. {_FORMS[form]}"
         "`merger.json` names every input and what happened to each tensor.\n\n"
         f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
     )

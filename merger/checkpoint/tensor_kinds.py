@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from merger.checkpoint.packed_experts import COLUMNS, ROWS, packed_experts
 from merger.checkpoint.tensor_info import Info
@@ -38,14 +38,7 @@ class TensorKinds:
     embedding: str | None  # the input embedding
     copies: Mapping[str, str]  # names that store another tensor once more, and the name of that tensor
     config: Mapping[str, Any]
-
-    @cached_property
-    def blocks(self) -> Mapping[str, int]:
-        """How many blocks each list of them has."""
-        blocks: dict[str, int] = {}
-        for match in filter(None, map(_BLOCK.match, self.tensors)):
-            blocks[match["list"]] = max(blocks.get(match["list"], 0), int(match["number"]) + 1)
-        return blocks
+    blocks: Mapping[str, int]  # the number of blocks of each list of them, as model.layers
 
     @cached_property
     def conv1d(self) -> frozenset[str]:
@@ -148,7 +141,33 @@ def tensor_kinds(tensors: Mapping[str, Info], config: Mapping[str, Any], equal: 
     copies = stored_copies(tensors, _with_row_per_token(outer_tensors, embedding), equal)
     if tied and head is not None and embedding is not None:
         copies[head] = embedding
-    return TensorKinds(tensors, tied, head, embedding, copies, config)
+    return TensorKinds(tensors, tied, head, embedding, copies, config, _count_blocks(tensors))
+
+
+def _count_blocks(names: Iterable[str]) -> dict[str, int]:
+    blocks: dict[str, int] = {}
+    for match in filter(None, map(_BLOCK.match, names)):
+        blocks[match["list"]] = max(blocks.get(match["list"], 0), int(match["number"]) + 1)
+    return blocks
+
+
+class BlockName(NamedTuple):
+    """The name of a tensor in a block: that of the list of blocks, the block's number, and the name in the block."""
+
+    stack: str
+    number: int
+    tensor: str
+
+    @property
+    def full(self) -> str:
+        """The tensor's name in the checkpoint."""
+        return f"{self.stack}.{self.number}.{self.tensor}"
+
+
+def block_name(name: str) -> BlockName | None:
+    """The parts of the name of a tensor in a block; None for a tensor outside the blocks."""
+    match = _BLOCK.match(name)
+    return BlockName(match["list"], int(match["number"]), name[match.end() :]) if match else None
 
 
 def block_of(name: str) -> int | None:
@@ -179,6 +198,16 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that is about the language model."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
+
+
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""The keys of config.json that may hold the number of the language model's blocks."""
+
+
+def block_count(config: Mapping[str, Any]) -> int | None:
+    """The number of the language model's blocks in a config; None where the config does not have it."""
+    inner = text_config(config)
+    return next((inner[key] for key in BLOCK_COUNTS if isinstance(inner.get(key), int)), None)
 
 
 def _input_embedding(tensors: Mapping[str, Info], config: Mapping[str, Any]) -> str | None:

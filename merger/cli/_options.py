@@ -38,7 +38,7 @@ RUN_FLAGS: dict[str, Any] = {
     "offline": Annotated[bool, typer.Option("--offline", help="Use only what the Hub cache has; open no connection.")],
     "trust_remote_code": Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="Let calibration run model code that a checkpoint brings along."),
+        typer.Option("--trust-remote-code", help="Let merger run model code that a checkpoint brings along."),
     ],
     "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no remarks.")],
 }

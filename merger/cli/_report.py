@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 import merger.methods  # noqa: F401 registers every method
+from merger.calibration.text_forecast import CACHED, TextForecast
 from merger.display import Cell, Column, Row, Table, text_row
 from merger.display.terminal import fits, print_table, print_text
 from merger.engine.preflight import Forecast
 from merger.errors import RecipeError, nearest
 from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, parameters, schema, stage_names, written
 from merger.pipeline.stages import expand
-from merger.planning.plan import Plan
+from merger.planning.plan import Plan, TensorPlan
 from merger.planning.sample import SampledChange, sample_notes
+from merger.recipe.recipe import choice_name
 from merger.recipe.recommendations import RECOMMENDATIONS
 
 if TYPE_CHECKING:
@@ -28,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def method_names(plan: Plan) -> list[str]:
-    """The stages of the recipe's own method, then those of each rule, as the table of a plan names them."""
-    names = [stage_names(choice.stages) for choice in plan.recipe.choices()]
-    return [f"{name} (rule {i})" if i else name for i, name in enumerate(names)]
+    """The stages of the recipe's own method, then those of its rules and layers, as the table of a plan names them."""
+    names = {path: stage_names(choice.stages) for path, choice in plan.recipe.choices().items()}
+    return [f"{name} ({choice_name(path)})" if path else name for path, name in names.items()]
 
 
 def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
@@ -43,14 +45,31 @@ def groups(plan: Plan) -> dict[tuple[str, str, str, str, str], int]:
                 "x".join(map(str, tensor.info.shape)) or "scalar",
                 tensor.info.dtype,
                 tensor.kind,
-                methods[tensor.group] if tensor.stages else f"copy from {tensor.source}",
+                _action(tensor, methods),
             )
             for tensor in plan.tensors
         )
     )
 
 
-def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange]) -> dict[str, Any]:
+def _action(tensor: TensorPlan, methods: Sequence[str]) -> str:
+    """What happens to a tensor, in a few words."""
+    if tensor.factors is None:
+        return methods[tensor.group] if tensor.stages else _copy_text(tensor)
+    if not tensor.factors:
+        return "not in the adapter" if tensor.stages else "as in the base"
+    (rank, _), *_ = (info.shape for info in tensor.factors.values())
+    return f"{methods[tensor.group]}, rank {rank}"
+
+
+def _copy_text(tensor: TensorPlan) -> str:
+    scale = "" if tensor.scale == 1 else f", times {tensor.scale:g}"
+    return f"copy from {tensor.source}{scale}"
+
+
+def plan_json(
+    plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange], texts: Mapping[str, TextForecast]
+) -> dict[str, Any]:
     """The plan as one object."""
     keys = ("tensors", "shape", "dtype", "kind", "action")
     return {
@@ -62,22 +81,28 @@ def plan_json(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChang
         "calibrated": bool(plan.inputs),
         "dropped": {label: dict(names) for label, names in plan.dropped.items() if names},
         "changes": {expert: asdict(change) for expert, change in changes.items()},
+        "texts": {expert: asdict(text) for expert, text in texts.items()},
         "notes": [*plan.notes, *sample_notes(changes)],
         **asdict(forecast),
     }
 
 
-def print_plan(plan: Plan, forecast: Forecast, changes: Mapping[str, SampledChange], console: Console) -> None:
+def print_plan(
+    plan: Plan,
+    forecast: Forecast,
+    changes: Mapping[str, SampledChange],
+    texts: Mapping[str, TextForecast],
+    console: Console,
+) -> None:
     """Prints the plan as a table, the size of the experts' changes, and the cost of the merge."""
     table = plan_table(plan)
     print_table(table if fits(table, console.width) else _by_block(table), console)
-    for label, names in plan.dropped.items():
-        for name, reason in names.items():
-            print_text(f"dropped from {label}: {name}: {reason}", console)
+    for line in _dropped_lines(plan):
+        print_text(line, console)
     _print_changes(changes, console)
     for note in (*plan.notes, *sample_notes(changes)):
         print_text(f"note: {note}", console)
-    for line in _cost(plan, forecast):
+    for line in (*_text_lines(texts), *_cost(plan, forecast)):
         print_text(line, console)
 
 
@@ -114,11 +139,45 @@ def _cost(plan: Plan, forecast: Forecast) -> Iterator[str]:
     )
     if forecast.devices is not None:
         yield f"slices are dealt out to {', '.join(forecast.devices)}"
+    if forecast.cached:
+        yield (
+            f"what backward passes find is as large as the experts in float32: {forecast.cached / gigabytes:.2f} GB in "
+            "the cache, unless calibration.stats names files of it"
+        )
     if forecast.kept_grams:
         yield (
             "Gram matrices are made and dropped block by block; merger calibrate --gram would keep them, "
             f"in at most {forecast.kept_grams / gigabytes:.2f} GB"
         )
+
+
+LISTED = 8
+"""The most tensors left out for one reason that are named one by one."""
+
+
+def _dropped_lines(plan: Plan) -> Iterator[str]:
+    """Yields the tensors of the inputs that are left out; many with one reason in one line."""
+    for label, names in plan.dropped.items():
+        counts = Counter(names.values())
+        yield from (
+            f"dropped from {label}: {name}: {reason}" for name, reason in names.items() if counts[reason] <= LISTED
+        )
+        yield from (
+            f"dropped from {label}: {count} tensors: {reason}" for reason, count in counts.items() if count > LISTED
+        )
+
+
+def _text_lines(texts: Mapping[str, TextForecast]) -> Iterable[str]:
+    """A line on the text of each expert whose model will run, and one on what that costs."""
+    for expert, text in texts.items():
+        files = ", ".join(text.sources)
+        amount = "a data set that a plan does not read"
+        if text.samples is not None:
+            amount = f"{text.samples:,} samples, {text.tokens:,} tokens"
+        yield f"text of {expert}: {files}: {amount}; statistics {text.statistics}"
+    tokens = [text.tokens or 0 for text in texts.values() if text.statistics != CACHED]
+    if sum(tokens):
+        yield f"calibration runs {sum(tokens):,} tokens in all, each text through its own model"
 
 
 def _print_changes(changes: Mapping[str, SampledChange], console: Console) -> None:
@@ -264,7 +323,7 @@ def _defaults(entry: Entry) -> dict[str, Any]:
 def _takes(annotation: Any) -> str:
     """A few words on what a recipe may write for a parameter."""
     from merger.pipeline import parameters as kinds
-    from merger.pipeline.registry import Anchor, Inner, Score
+    from merger.pipeline.registry import Anchor, CoreInner, Inner, Score
 
     descriptions = {
         kinds.Number: "a number, or a list over depth",
@@ -277,6 +336,7 @@ def _takes(annotation: Any) -> str:
         Score: f"a score: {', '.join(SCORES)}",
         Anchor: "a method, or {method: {parameter: value}}",
         Inner: "a method, or {method: {parameter: value}}",
+        CoreInner: "a method, or {method: {parameter: value}}",
     }
     for kind, words in descriptions.items():
         if annotation == kind:

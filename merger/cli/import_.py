@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from merger.cli._app import LEARN, command
 from merger.cli._options import new_file_faults
 from merger.cli._terminal import print_notes
 from merger.errors import RecipeError
-
-if TYPE_CHECKING:
-    from merger.recipe.mergekit import Imported
 
 
 @command(LEARN)
@@ -38,8 +35,8 @@ def import_(
         raise RecipeError(faults)
     start = Path.cwd() if output is None else output.resolve().parent
     # mergekit itself reads YAML 1.1, in which `no` is false
-    imported = import_mergekit(read(config, yaml.SafeLoader), partial(location_from, start))
-    _check_layers(config, imported, start)
+    document = read(config, yaml.SafeLoader)
+    imported = import_mergekit(document, partial(location_from, start), partial(_count_layers, start))
     print_notes(imported.notes)
     text = imported.written(config.name)
     if output is None:
@@ -48,19 +45,12 @@ def import_(
         replace_bytes(output, text.encode())
 
 
-def _check_layers(config: Path, imported: Imported, start: Path) -> None:
-    """Refuses slices that leave out the last layers, where the base is at hand to tell."""
-    from merger.recipe.mergekit import layers_of
+def _count_layers(start: Path, model: str) -> int | None:
+    """Returns the number of a model's layers; None for one of the Hub, or one that the plan will complain of."""
+    from merger.checkpoint.tensor_kinds import block_count
 
-    base = imported.recipe["base"]
-    model = base if isinstance(base, str) else base["model"]
-    file = start / model / "config.json"
     try:
-        layers = None if imported.layers is None else layers_of(json.loads(file.read_text()))
-    except (OSError, ValueError):  # a model of the Hub, or one that the plan will complain of
-        return
-    if layers not in (None, imported.layers):
-        raise RecipeError(
-            f"{config}: slices: have {imported.layers} layers, but {model} has {layers}; "
-            "leaving layers out has no equivalent"
-        )
+        config = json.loads((start / model / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return block_count(config) if isinstance(config, dict) else None

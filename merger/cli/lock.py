@@ -9,7 +9,7 @@ from merger.cli._options import AsJson, Overrides, RecipePath, RunFlags, load, r
 
 
 @command(MERGE)
-@run_flags("device", "offline")
+@run_flags("device", "offline", "trust_remote_code")
 def lock(recipe: RecipePath, flags: RunFlags = RunFlags(), overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Write down what a recipe comes to today, in recipe.lock beside it, for `merger run --locked`."""
     from merger.outputs.lock import lock as write

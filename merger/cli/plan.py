@@ -15,7 +15,7 @@ from merger.cli._terminal import make_console
 
 
 @command(MERGE)
-@run_flags("max_memory", "offline")
+@run_flags("max_memory", "offline", "trust_remote_code")
 def plan(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
@@ -27,19 +27,20 @@ def plan(
 ) -> None:
     """Say what a merge would do, from headers and a few rows of local weights: nothing is downloaded or written."""
     from merger.cli import _report as report
-    from merger.engine.preflight import preview
-    from merger.planning.planner import plan as make_plan
+    from merger.engine.output_plan import plan as make_plan
+    from merger.engine.preflight import preview, preview_texts
+    from merger.options import RunOptions
     from merger.planning.sample import sample_changes
-    from merger.recipe.input_locations import check_inputs
 
     loaded = load(recipe, overrides)
-    check_inputs(loaded)
-    merge_plan = make_plan(loaded, offline=flags.offline)
+    merge_plan = make_plan(loaded, offline=flags.offline, trust_remote_code=flags.trust_remote_code)
     gc.freeze()  # a plan of 45,000 tensors is a million objects that stay to the end: the collector need not see them
     output = loaded.folder / Path(loaded.output.path).expanduser()
     forecast = preview(merge_plan, output, flags.memory, device)
+    options = RunOptions(device or RunOptions.device, trust_remote_code=flags.trust_remote_code)
+    texts = preview_texts(merge_plan, options)
     changes = sample_changes(merge_plan)
     if as_json:
-        print(json.dumps(report.plan_json(merge_plan, forecast, changes)))
+        print(json.dumps(report.plan_json(merge_plan, forecast, changes, texts)))
     else:
-        report.print_plan(merge_plan, forecast, changes, make_console())
+        report.print_plan(merge_plan, forecast, changes, texts, make_console())

@@ -12,11 +12,12 @@ import typer
 
 from merger.cli._app import MERGE, command
 from merger.cli._options import RUN_FLAGS, AsJson, Overrides, RecipePath, RunFlags, load, run_flags
-from merger.cli._terminal import make_console
+from merger.cli._terminal import make_console, program_name
 from merger.display.terminal import print_text
 from merger.errors import RecipeError
 
 if TYPE_CHECKING:
+    from merger.engine.merge import Result
     from merger.options import RunOptions
     from merger.recipe.recipe import Recipe
 
@@ -59,8 +60,8 @@ def run(
         return
     console = make_console()
     print_text(result.summary, console)
-    if result.packed:
-        print_text(_unpacking(result.output, result.packed), console)
+    if not flags.quiet:
+        print_text(_next_step(result, loaded, recipe), console)
 
 
 def _compare(
@@ -74,10 +75,20 @@ def _compare(
     return waived, is_done(recipe, lock, options, trust_mtime=trust_mtime, allow_versions=packages)
 
 
-def _unpacking(output: str, experts: Sequence[str]) -> str:
-    """The sentence on an output that packs several experts: what loads it."""
-    command = shlex.join(["merger", "extract", output, experts[0], "-o", f"{output}-{experts[0]}"])
-    return f"it packs {', '.join(experts)}, which transformers does not load; write one that it does with: {command}"
+def _next_step(result: Result, recipe: Recipe, path: Path) -> str:
+    """The line after a merge: what loads the output, and the command to type next."""
+    output, program = result.output, program_name()
+    if result.packed:
+        name = result.packed[0]
+        command = shlex.join(["extract", output, name, "-o", f"{output}-{name}"])
+        experts = ", ".join(result.packed)
+        return f"it packs {experts}, which transformers does not load; write one that it does with: {program} {command}"
+    if recipe.evaluation is None:
+        question, command = "what each expert gave", shlex.join(["inspect", output])
+    else:
+        overrides = [argument for override in recipe.overrides for argument in ("--set", override)]
+        question, command = "what it kept of each expert", shlex.join(["eval", str(path), *overrides])
+    return f"transformers loads it as it is; see {question}: {program} {command}"
 
 
 _UNCHANGED = "is what the lock says, and whole; nothing to do"

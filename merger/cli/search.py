@@ -65,6 +65,6 @@ def search(
     count = sum(map(len, result.trials.values()))
     print_text(
         f"on examples that none of the {count} trials has seen; the best by search data, "
-        f"{result.objective} {result.winner.objective:.4f}, is {Path(result.folder) / 'best.yaml'}",
+        f"{result.objective} {result.objective_text(result.winner)}, is {Path(result.folder) / 'best.yaml'}",
         console,
     )

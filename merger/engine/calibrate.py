@@ -24,7 +24,7 @@ def calibrate(
     made in ``to`` itself, where an unfinished one is continued. Returns the file or folder of each expert, as
     ``calibration: {stats: ...}`` of a recipe takes them.
     """
-    with prepare(as_recipe(recipe), options) as prepared:
+    with prepare(as_recipe(recipe).as_model(), options) as prepared:
         if gram:
             _check_grams(prepared.plan)
             return keep_grams(prepared.plan, prepared.options, prepared.machine.hidden_memory, to)

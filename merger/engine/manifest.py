@@ -143,6 +143,11 @@ class Manifest:
         return any("packed" in record for record in self.tensors.values())
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether the output is an adapter for the base."""
+        return bool(self.recipe["output"].get("form") == "adapter")
+
+    @property
     def copied(self) -> dict[str, str]:
         """The model that each copied tensor comes from, by tensor."""
         return {name: record["copied from"] for name, record in self.tensors.items() if "copied from" in record}
@@ -235,9 +240,11 @@ def tensor_records(plan: Plan) -> dict[str, Any]:
 
 def _tensor_record(tensor: TensorPlan) -> dict[str, Any]:
     """Returns the manifest's record of one tensor."""
-    method = "recipe" if tensor.group == 0 else f"rule {tensor.group}"
     record: dict[str, Any] = {"kind": tensor.kind, "stored as": stored_as(tensor.info)}
-    record |= {"merged by": method} if tensor.stages else {"copied from": tensor.source}
+    record |= {"merged by": tensor.choice} if tensor.stages else {"copied from": tensor.source}
+    record |= {"scale": tensor.scale} if tensor.scale != 1 else {}
+    if tensor.factors is not None:
+        record["stored as"] = {name: stored_as(info) for name, info in tensor.factors.items()}
     if tensor.packed is not None:
         stored = {name: stored_as(info) for name, info in tensor.packed.infos.items()}
         record |= {"packed": tensor.packed.as_record(), "stored as": stored}
@@ -315,7 +322,7 @@ def versions(plan: Plan) -> dict[str, str]:
 
 def method_versions(recipe: Recipe) -> dict[str, str]:
     """The versions of the installed packages, other than merger, that the methods of a recipe come from."""
-    stages = [stage for choice in recipe.choices() for stage in choice.stages]
+    stages = [stage for choice in recipe.choices().values() for stage in choice.stages]
     packages = {entry.package for stage in stages for entry in entries_of(stage, tuple(recipe.experts))}
     return dict(sorted(package for package in packages if package is not None))
 

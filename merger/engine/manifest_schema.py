@@ -38,6 +38,7 @@ class _Output(_Part):
     dtype: str | None
     shard_size: Annotated[int, Field(ge=1)]
     tokenizer: str | None
+    form: Literal["model", "adapter"] = "model"
 
 
 class _Recipe(_Part):
@@ -49,6 +50,7 @@ class _Recipe(_Part):
     parameters: dict[str, Any] | None = None
     pipeline: list[Any] | None = None
     rules: list[dict[str, Any]]
+    layers: list[dict[str, Any]] = Field(default_factory=list)
     missing: Literal["error", "zero"]
     extra_rows: Literal["keep", "drop"]
     calibration: dict[str, Any] | None
@@ -116,7 +118,7 @@ class _Manifest(_Part):
     shards: dict[str, str]
     files: dict[str, str]
     tensors: dict[str, _Tensor]
-    dropped: dict[str, list[str]]
+    dropped: dict[str, dict[str, str]]  # by model and tensor, the reason
     notes: list[str]
 
 
@@ -140,7 +142,8 @@ def _enumeration(places: list[str]) -> str:
 def _contradictions(manifest: _Manifest) -> Iterator[str]:
     """The parts that name an input, a tensor or a source which the rest of the manifest does not have."""
     recipe, inputs = manifest.recipe, manifest.inputs
-    if (recipe.method is None) == (recipe.pipeline is None):
+    methods = [method for method in (recipe.method, recipe.pipeline) if method is not None]
+    if len(methods) > 1 or not (methods or recipe.layers):
         yield "recipe.method"
     if {"base", *recipe.experts} != inputs.keys():
         yield "inputs"
@@ -154,7 +157,7 @@ def _contradictions(manifest: _Manifest) -> Iterator[str]:
             yield f"tensors.{name}.copied from"
         elif tensor.tied_to is not None and tensor.tied_to not in manifest.tensors:
             yield f"tensors.{name}.tied to"
-        elif (tensor.packed is None) == _is_of_several(tensor):
+        elif recipe.output.form == "model" and (tensor.packed is None) == _is_of_several(tensor):
             yield f"tensors.{name}.packed"
 
 

@@ -18,6 +18,9 @@ bit of float sums over a tensor (slerp's angle, l1 and l2 norms), so it is a con
 """
 
 
+FEW = 8
+"""Experts up to which a slice has all its elements; with more it has fewer, so that memory does not grow with them."""
+
 HOLD = 128 << 20
 """Bytes of one tensor's slices that stay in memory between two questions, unless capped."""
 
@@ -149,4 +152,5 @@ def slice_rows(tensor: TensorPlan, part: Part) -> int:
     """Rows of one slice: all of them where a stage needs the whole matrix or another orientation."""
     if part.transposed:
         return max(1, part.rows)
-    return slice_height(part.rows, part.columns, tensor.stages, SLICE)
+    elements = SLICE * FEW // max(FEW, len(tensor.place.experts))
+    return slice_height(part.rows, part.columns, tensor.stages, elements)

@@ -19,13 +19,16 @@ from merger.calibration.statistics import statistics_keys
 from merger.checkpoint import side_files
 from merger.checkpoint.checkpoint import PACKED, SINGLE
 from merger.checkpoint.files import write_text
+from merger.checkpoint.folder import ADAPTER
 from merger.checkpoint.hashes import sha256
-from merger.checkpoint.layout import layout
+from merger.checkpoint.layout import Shard, layout
 from merger.checkpoint.writer import Writer
+from merger.engine.adapter_sink import AdapterSink
 from merger.engine.machine import peak_device_memory, peak_memory
 from merger.engine.manifest import Manifest, decisive
-from merger.engine.merge_sink import MergeSink, merge_schedule
+from merger.engine.merge_sink import ByteSink, MergeSink, merge_schedule
 from merger.engine.prepare import Prepared, prepare
+from merger.engine.schedule import Schedule
 from merger.errors import CheckpointError, RecipeError, UnreadableError
 from merger.options import Notice, RunOptions
 from merger.planning.plan import Plan
@@ -100,17 +103,16 @@ def merge(
         plan_notes = [*remarks, *plan.notes, *sample_notes(sample_changes(plan))]
         for note in plan_notes:
             options.notice(note)
-        infos = plan.stored
-        shards = layout(list(infos.items()), recipe.output.shard_size, PACKED if plan.packed else SINGLE)
+        infos, shards = plan.stored, _shards(plan)
         last = [name for tensor in plan.tensors if tensor.follows_blocks for name in plan.written_names(tensor)]
         writer = Writer(output, shards, infos, decisive_inputs(prepared, statistics), last=last)
         with _kept_for_the_next_run(writer, options.notice):
             writer.open(force=force, tell=partial(options.progress, "checking"))
             notes = [*plan_notes, *_earlier_notes(writer, len(shards), options.notice)]
             unfinished = writer.unfinished
-            schedule = merge_schedule(prepared, unfinished)
+            schedule = merge_schedule(prepared, unfinished | plan.left_out if unfinished else unfinished)
             with _hashed_inputs(plan) as hashes:
-                schedule.run(MergeSink(schedule, writer))
+                schedule.run(sink_of(schedule, writer))
                 notes = list(dict.fromkeys([*notes, *schedule.notes.all()]))
                 _write_side_files(prepared, writer, hashes, statistics, notes)
             writer.finish(force=force)
@@ -127,6 +129,20 @@ def merge(
         notes=notes,
         packed=list(recipe.experts) if plan.packed else [],
     )
+
+
+def sink_of(schedule: Schedule, output: ByteSink) -> MergeSink:
+    """The sink that writes a merge in the form of its output."""
+    is_adapter = schedule.plan.recipe.output.form == "adapter"
+    return AdapterSink(schedule, output) if is_adapter else MergeSink(schedule, output)
+
+
+def _shards(plan: Plan) -> list[Shard]:
+    """The files of the output's tensors; peft reads an adapter from one file."""
+    tensors, output = list(plan.stored.items()), plan.recipe.output
+    if output.form == "adapter":
+        return layout(tensors, plan.bytes_written, ADAPTER[0])
+    return layout(tensors, output.shard_size, PACKED if plan.packed else SINGLE)
 
 
 def decisive_inputs(prepared: Prepared, statistics: Mapping[str, str]) -> dict[str, str]:
@@ -194,12 +210,14 @@ def _write_side_files(
         notes=notes,
     )
     manifest.write(folder)
-    card = side_files.card(writer.path.name, manifest.inputs, manifest.recipe, _counts(plan), plan.packed)
+    form: side_files.Form = "pack" if plan.packed else plan.recipe.output.form
+    card = side_files.card(writer.path.name, manifest.inputs, manifest.recipe, _counts(plan), form)
     write_text(folder / "README.md", card)
 
 
 def _counts(plan: Plan) -> dict[str, int]:
     """How many tensors are merged, copied and dropped."""
-    counts = Counter("merged" if tensor.stages else "copied" for tensor in plan.tensors)
+    outputs = [tensor for tensor in plan.tensors if tensor.factors != {}]
+    counts = Counter("merged" if tensor.stages else "copied" for tensor in outputs)
     dropped = sum(len(names) for names in plan.dropped.values())
     return {"merged": counts["merged"], "copied": counts["copied"], "dropped": dropped}

@@ -59,7 +59,10 @@ class MemoryOutput:
 
 
 def merge_schedule(prepared: Prepared, names: Set[str]) -> Schedule:
-    """The schedule that makes the tensors ``names`` of the output, and those that are ranked together with them."""
+    """The schedule that makes the tensors ``names`` of the output, and those that are ranked together with them.
+
+    A tensor that an adapter leaves out is measured if ``names`` holds its name in the plan.
+    """
     plan = prepared.plan
     tensors = _needed(plan, names)
     total = replace(plan, tensors=tensors).bytes_read
@@ -67,7 +70,7 @@ def merge_schedule(prepared: Prepared, names: Set[str]) -> Schedule:
 
 
 def _needed(plan: Plan, names: Set[str]) -> tuple[TensorPlan, ...]:
-    makers = [tensor for tensor in plan.tensors if not names.isdisjoint(plan.written_names(tensor))]
+    makers = [tensor for tensor in plan.tensors if not names.isdisjoint([tensor.name, *plan.written_names(tensor)])]
     ranked_groups = {tensor.group for tensor in makers if tensor.ranked}
     needed = {tensor.name for tensor in makers}
     needed |= {tensor.name for tensor in plan.tensors if tensor.ranked and tensor.group in ranked_groups}
@@ -107,7 +110,7 @@ class MergeSink(Sink):
             changed_labels |= {
                 label for label, name in stored_names.items() if not self._has(label, name, shape, rows, values)
             }
-            self._write(self.plan.written_names(tensor), start, _cast(values, dtype, tensor))
+            self._write(self.plan.written_names(tensor), start, _cast(_scaled(values, tensor.scale), dtype, tensor))
         if changed_labels:
             labels = ", ".join(sorted(changed_labels))
             self.notes.add(tensor, f"{tensor.name}: copied from {tensor.source}, but differs in {labels}")
@@ -194,20 +197,25 @@ def _rounded(slices: PartSlices, stored: Tensor, piece: Slice, delta: Tensor) ->
     try:
         merged = rounded(tensor, part, stored, piece, delta)
     except OverflowError:
-        raise _overflow(tensor) from None
+        raise overflow(tensor, tensor.info.dtype) from None
     return part.row + (0 if part.transposed else piece.row), merged
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    """Copied values times a factor, in float32 or wider; the values as they are where it is 1."""
+    return values if scale == 1 else values.to(torch.promote_types(values.dtype, torch.float32)) * scale
 
 
 def _cast(values: Tensor, dtype: torch.dtype, tensor: TensorPlan) -> Tensor:
     """``values`` in another dtype; CheckpointError if a finite value becomes infinite."""
     cast = values.to(dtype)
     if dtype != values.dtype and not torch.equal(torch.isfinite(cast), torch.isfinite(values)):
-        raise _overflow(tensor)
+        raise overflow(tensor, tensor.info.dtype)
     return cast
 
 
-def _overflow(tensor: TensorPlan) -> CheckpointError:
+def overflow(tensor: TensorPlan, dtype: str) -> CheckpointError:
+    """The error of merged values that are too large for the dtype of the output."""
     return CheckpointError(
-        f"{tensor.name}: the merged values overflow {tensor.info.dtype}; lower lambda or the weights, "
-        "or set output.dtype: float32"
+        f"{tensor.name}: the merged values overflow {dtype}; lower lambda or the weights, or set output.dtype: float32"
     )

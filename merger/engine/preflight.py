@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merger.calibration.provider import cost
+from merger.calibration.text_forecast import TextForecast, forecast_texts
 from merger.checkpoint.output import unfinished_bytes
 from merger.checkpoint.placement import check_output
-from merger.engine.machine import Machine
+from merger.engine.machine import Machine, select_devices
 from merger.errors import ResourceError
+from merger.options import RunOptions
 from merger.planning.plan import Plan
 
 
@@ -44,6 +46,7 @@ class Forecast:
     disk_free: int
     passes_over_model: bool  # whether some stage ranks all tensors together, and so reads them again
     kept_grams: int  # bytes of disk that `merger calibrate --gram` would take at most
+    cached: int  # bytes of disk that inputs of stages take in the cache, where they are as large as weights
     devices: tuple[str, ...] | None  # None: nobody asked, and torch need not be loaded
 
 
@@ -58,4 +61,13 @@ def preview(plan: Plan, output: Path, max_memory: int | None, device: str | None
     memory += (
         inputs.hidden_states if machine.hidden_memory is None else min(machine.hidden_memory, inputs.hidden_states)
     )
-    return Forecast(memory, _free_bytes(output), ranked, inputs.files, machine.devices if device else None)
+    return Forecast(
+        memory, _free_bytes(output), ranked, inputs.files, inputs.cached, machine.devices if device else None
+    )
+
+
+def preview_texts(plan: Plan, options: RunOptions) -> dict[str, TextForecast]:
+    """Returns a forecast for the text of each expert whose model will run; loads torch only where there is one."""
+    if not plan.runs_models:
+        return {}
+    return forecast_texts(plan, replace(options, device=select_devices(options.device)[0]))

@@ -11,12 +11,11 @@ from types import TracebackType
 from merger.calibration.provider import Block, BlockProvider, ModelProvider, PartialMerge, Source, model_providers
 from merger.checkpoint.placement import check_output
 from merger.engine.machine import Machine
+from merger.engine.output_plan import plan as make_plan
 from merger.engine.preflight import check_disk, check_place
 from merger.ops import kernels
 from merger.options import RunOptions
 from merger.planning.plan import Plan
-from merger.planning.planner import plan as make_plan
-from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe
 
 _SLOW = "merger was installed without its compiled loops, so this takes several times as long; a C compiler makes them"
@@ -87,8 +86,7 @@ def prepare(recipe: Recipe, options: RunOptions, output: Path | None = None, *, 
     """
     if output is not None:
         check_output(output, recipe.folders(), neighbours=recipe.surroundings(), force=force)
-    check_inputs(recipe)
-    plan = make_plan(recipe, offline=options.offline, headers_only=False)
+    plan = make_plan(recipe, offline=options.offline, headers_only=False, trust_remote_code=options.trust_remote_code)
     try:
         if output is not None:
             check_place(plan, output, force=force)

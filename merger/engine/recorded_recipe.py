@@ -27,10 +27,12 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
         raise CheckpointError(missing_path(inputs, "folder", Path.is_dir))
     start = inputs or _start(manifest, folder)
     sources = {name: _source(name, record, start) for name, record in manifest.inputs.items()}
+    base, place = sources.pop("base"), str(folder.resolve())
+    merge = {**base, "adapter": place} if manifest.is_adapter else place
     return parse_recorded(
         {
-            "base": sources.pop("base"),
-            "experts": {**sources, label: str(folder.resolve())},
+            "base": base,
+            "experts": {**sources, label: merge},
             "method": "linear",
             "rules": [rule for rule in recipe["rules"] if "use" in rule],
             "missing": recipe["missing"],

@@ -45,6 +45,9 @@ class Sink:
     def end_tensor(self, tensor: TensorPlan) -> None:
         """Is called when all parts of a tensor have had their last pass."""
 
+    def end(self) -> None:
+        """Is called when all tensors have had their last pass."""
+
     def read(self, name: str) -> Tensor | None:
         """A merged tensor by its name in the output; None until it is complete, and where nothing is merged."""
 
@@ -75,6 +78,7 @@ class Schedule:
                 for tensors, sources in self._batches(sink):
                     reader = Reader(self.plan, self.machine, sources, self.notes.add)
                     self._run_batch(tensors, reader, sink, threads)
+                sink.end()
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise

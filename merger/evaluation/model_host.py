@@ -127,7 +127,7 @@ class ModelHost:
 
         The bytes are those that `merger run` writes. Raises what `merge` raises.
         """
-        with prepare(recipe, self.options) as prepared:
+        with prepare(recipe.as_model(), self.options) as prepared:
             plan = prepared.plan
             if plan.packed:
                 raise RecipeError(

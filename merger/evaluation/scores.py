@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from merger._display import html_table, name_list
 from merger.engine import manifest
 from merger.errors import RecipeError, nearest
 from merger.evaluation.harness import Metric, Score, Scores
@@ -68,7 +69,7 @@ class Row:
     lm_eval: dict[str, Score]  # by the name of a metric
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Models side by side on the same examples."""
 
@@ -78,6 +79,16 @@ class Comparison:
     dtype: str  # of the forward passes
     versions: dict[str, str]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Comparison({name_list([row.model for row in self.rows])} on {name_list([*self.tasks, *self.lm_eval])})"
+
+    def _repr_html_(self) -> str:
+        return html_table("Comparison", ("model", *self.tasks, "kept"), [self._cells(row) for row in self.rows])
+
+    def _cells(self, row: Row) -> list[str]:
+        values = [f"{row.tasks[name].value:.4f}" if name in row.tasks else "" for name in self.tasks]
+        return [row.model, *values, "" if row.kept is None else f"{row.kept.value:.3f}"]
 
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary for machines, as `json_schema` describes it."""
@@ -143,6 +154,15 @@ def objective(name: str, tasks: Sequence[Task], entries: Sequence[Entry]) -> flo
     if not shares:
         raise RecipeError(f"search.objective: {name}: no expert is better than the base on a task of its own name")
     return float(min(shares.values()) if name == "worst" else np.mean([*shares.values()]))
+
+
+def objective_text(name: str, value: float, measures: Mapping[str, str]) -> str:
+    """An objective for people: a loss as it is, and not as the negative by which it is ranked.
+
+    ``measures`` are those of the tasks by name.
+    """
+    is_loss = measures.get(name, name) == "loss"
+    return f"{-value if is_loss else value:.4f}"
 
 
 def check_objective(name: str, tasks: Sequence[Task]) -> None:

@@ -22,8 +22,9 @@ from merger.inspection.views import curves_of, pictures_of, views_of
 from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count_stages, count_task_vectors
 from merger.options import RunOptions
 from merger.planning.plan import Plan
+from merger.recipe.calibration_faults import follows_merge
 from merger.recipe.input_locations import check_models
-from merger.recipe.recipe import Recipe, as_recipe, follows_merge
+from merger.recipe.recipe import Recipe, as_recipe
 
 __all__ = [
     "Curve",
@@ -56,7 +57,7 @@ def inspect(
     against density. Where stages follow the merged blocks, the task vectors alone are compared. Raises a `MergerError`
     as `merge` does.
     """
-    recipe = as_recipe(recipe)
+    recipe = as_recipe(recipe).as_model()
     facts = facts_of_recipe(recipe)
     notes, count_slice = [], count_stages
     if follows_merge(recipe):
@@ -125,6 +126,9 @@ def inspect_merge(
     of_manifest = Inspection(FORMAT, "merge", base, experts, [], [], copied, [], made=summary, merge=facts)
     if manifest.is_packed:
         return _with_notes(of_manifest, masks.describe(folder, manifest.content, experts), options)
+    if manifest.recipe.get("layers"):
+        reason = "its blocks have other numbers in its inputs (`layers`), so shares cannot be told from the weights"
+        return _with_notes(of_manifest, [reason], options)
     try:
         recipe = recipe_with_merge(manifest, folder, label, inputs)
         prepared = prepare(recipe, replace(options, offline=True))
@@ -158,7 +162,7 @@ def _inspection(
 ) -> Inspection:
     start = time.monotonic()
     plan = walk.plan
-    notes = [*remarks, *plan.notes]
+    notes = [*remarks, *walk.remarks, *plan.notes]
     for note in notes:
         walk.options.notice(note)
     walk.run(count_slice)

@@ -34,7 +34,11 @@ class Walk(Sink):
     def __init__(self, prepared: Prepared, request: InspectionRequest) -> None:
         self.plan, self.options = prepared.plan, prepared.options
         self.request = request
-        tensors = [tensor for tensor in self.plan.tensors if tensor.stages]
+        experts = tuple(self.plan.recipe.experts)
+        merged = [tensor for tensor in self.plan.tensors if tensor.stages]
+        tensors = [tensor for tensor in merged if tensor.place.experts == experts]
+        left_out = len(merged) - len(tensors)
+        self.remarks = [f"{left_out} tensors that `layers` merge of some experts are left out"] if left_out else []
         self.work = [(tensor, part, PartCounts(tensor, part, request)) for tensor in tensors for part in tensor.parts]
         self._counts = {part.name: counts for _, part, counts in self.work}
         total = sum(self.plan.bytes_of(tensor, tensor.elements) for tensor in tensors)
@@ -114,7 +118,7 @@ def _inputs(stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def stage_views(tensor: TensorPlan) -> list[ViewKey]:
     """The view after each stage: the stage's own name, numbered where it comes again."""
     names = [stage.entry.name for stage in tensor.stages]
-    prefix = f"rule{tensor.group}." if tensor.group else ""
+    prefix = f"{tensor.choice.replace(' ', '')}." if tensor.group else ""
     views = []
     for i, name in enumerate(names):
         repeats = names[:i].count(name)

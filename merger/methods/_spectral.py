@@ -38,6 +38,23 @@ def averaged(kind: str, *, head: bool, weight: Any, lambda_: Any, **_: object) -
     return [stage(plain_mean, weight=weight), stage(scale, lambda_=lambda_)]
 
 
+TIES = {"ties": {"density": 1}}
+"""The method that merges in turned directions unless a recipe names another."""
+
+ROUNDING = 2.0**-24
+"""Share of a task vector's norm up to which a turned value is rounding: no expert has a vote by such a value."""
+
+
+def inner_alone(kind: str, *, head: bool, inner: Stage) -> list[Stage] | None:
+    """Tensors without a matrix get the method that merges matrices in turned directions, as it stands."""
+    return None if has_matrix(kind, head=head) else [inner]
+
+
+def negligible_as_zero(turned: Tensor, norms: Tensor) -> Tensor:
+    """Sets turned values to 0, in place, that are rounding beside ``norms`` of the task vectors that they are of."""
+    return turned.masked_fill_(turned.abs() <= ROUNDING * norms, 0)
+
+
 def untouched(kind: str, *, head: bool, **_: object) -> list[Stage] | None:
     """A sparsifier of matrices leaves other tensors as they are."""
     return None if has_matrix(kind, head=head) else []

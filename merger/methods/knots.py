@@ -6,22 +6,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.methods._spectral import has_matrix, whole
+from merger.methods._spectral import TIES, inner_alone, negligible_as_zero, whole
 from merger.ops.linalg import svd
 from merger.ops.questions import Flow
-from merger.pipeline.registry import Inner, Stage, merger
+from merger.pipeline.registry import Inner, merger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TIES = {"ties": {"density": 1}}
 
-
-def _inner_alone(kind: str, *, head: bool, inner: Stage) -> list[Stage] | None:
-    return None if has_matrix(kind, head=head) else [inner]
-
-
-@merger(exact=False, takes=whole, elsewhere=_inner_alone)
+@merger(exact=False, takes=whole, elsewhere=inner_alone)
 def knots(
     deltas: Tensor,
     inside: Callable[[Tensor], Flow[Tensor]],
@@ -40,7 +34,5 @@ def knots(
     if not left_vectors.shape[1]:
         return torch.zeros_like(deltas[0])
     turned = left_vectors.T @ exact
-    # an expert has nothing in another's directions, but rounding would give it a vote there
-    negligible = turned.abs() <= 2.0**-24 * exact.norm(dim=1, keepdim=True)
-    merged = yield from inside(turned.masked_fill_(negligible, 0).to(deltas))
+    merged = yield from inside(negligible_as_zero(turned, exact.norm(dim=1, keepdim=True)).to(deltas))
     return (left_vectors @ merged.double()).to(deltas)

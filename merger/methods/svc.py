@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from merger._lazy import torch
-from merger.methods._spectral import runs, untouched, weighted
+from merger.methods._spectral import ROUNDING, runs, untouched, weighted
 from merger.ops.linalg import gram, right_directions, svd
 from merger.ops.questions import Flow, MatrixSums, Size
 from merger.pipeline.parameters import Numbers, ShareOrAuto
@@ -19,9 +19,6 @@ from merger.pipeline.registry import filter_
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ROUNDING = 2.0**-24
-"""Share of a task vector's norm up to which what it has in an output direction is rounding."""
 
 
 @filter_(exact=False, takes=runs, elsewhere=untouched)

@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from merger.checkpoint.adapter_config import CONFIG
 from merger.checkpoint.checkpoint import PACKED, Checkpoint
-from merger.checkpoint.folder import MODEL, Folder, local_folder, read_json
+from merger.checkpoint.folder import ADAPTER, MODEL, Folder, local_folder, read_json
 from merger.checkpoint.formats import format_of
 from merger.checkpoint.near_paths import missing_path
+from merger.checkpoint.opening import is_adapter
 from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import TensorKinds, block_of, tensor_kinds, text_config
 from merger.checkpoint.tied_weights import tie_word
@@ -54,9 +56,10 @@ class Contents:
         return tensor_kinds(self.tensors, self.config)
 
     @property
-    def packed(self) -> bool:
-        """Whether the files hold several experts, and no model."""
-        return any(file.startswith(PACKED.removesuffix(".safetensors")) for file in self.headers)
+    def is_model(self) -> bool:
+        """Whether the files hold a model, and neither several experts nor an adapter."""
+        is_packed = any(file.startswith(PACKED.removesuffix(".safetensors")) for file in self.headers)
+        return not is_packed and not is_adapter(self.folder)
 
     def file_of(self, name: str) -> str:
         """The file that holds a tensor."""
@@ -71,7 +74,7 @@ def read_contents(directory: Path) -> Contents:
         raise CheckpointError(missing_path(directory, "folder", Path.is_dir))
     folder = local_folder(directory, "model")
     faults: list[Difference] = []
-    config = _read_object(folder, "config.json", faults)
+    config = _read_object(folder, CONFIG if is_adapter(folder) else "config.json", faults)
     headers: dict[str, Mapping[str, Info]] = {}
     for file in _weight_files(folder, faults):
         try:
@@ -100,8 +103,8 @@ def _read_header(path: Path) -> Mapping[str, Info]:
 
 
 def _weight_files(folder: Folder, faults: list[Difference]) -> list[str]:
-    """Returns the weight files that transformers or `extract` would load: a single file, or the files of an index."""
-    for name in (*MODEL, PACKED):
+    """Returns the weight files that are loaded of the folder: a single file, or the files of an index."""
+    for name in ADAPTER if is_adapter(folder) else (*MODEL, PACKED):
         if name in folder.names:
             return [name]
         if (index := f"{name}.index.json") in folder.names:
@@ -109,7 +112,8 @@ def _weight_files(folder: Folder, faults: list[Difference]) -> list[str]:
             missing = sorted({file for file in weight_map.values() if file not in folder.names})
             faults += [Difference(file, None, f"is missing, though {index} names it") for file in missing]
             return sorted(set(weight_map.values()) - set(missing))
-    faults.append(Difference(MODEL[0], None, f"is missing, and there is no {' or '.join(MODEL[1:])} nor an index"))
+    expected, *others = ADAPTER if is_adapter(folder) else MODEL
+    faults.append(Difference(expected, None, f"is missing, and there is no {' or '.join(others)} nor an index"))
     return []
 
 

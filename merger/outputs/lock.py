@@ -28,12 +28,11 @@ from merger.engine.manifest import (
     value_differences,
     versions,
 )
+from merger.engine.output_plan import plan
 from merger.errors import CheckpointError, MergerError, RecipeError, nearest, system_reason
 from merger.options import Progress, RunOptions
 from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
-from merger.planning.planner import plan
-from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe, as_recipe
 
 FORMAT = 2  # since 2 with the configs of all inputs, and with the kind of device where it decides the bytes
@@ -151,8 +150,8 @@ def _hashes_match(shards: Mapping[Path, str], tell: Progress) -> bool:
 
 def _lock_content(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Returns the parts of merger.json that are known before the merge; the device only if bytes depend on it."""
-    check_inputs(recipe)
-    with closing(plan(recipe, offline=options.offline)) as merge_plan:
+    merge_plan = plan(recipe, offline=options.offline, trust_remote_code=options.trust_remote_code)
+    with closing(merge_plan):
         device = select_devices(options.device)[0].partition(":")[0] if inexact(merge_plan) else None
         content = {
             "format": FORMAT,

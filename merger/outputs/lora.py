@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merger._lazy import torch
-from merger.checkpoint.adapter_config import CONFIG
+from merger.checkpoint.adapter_config import CONFIG, lora_config
+from merger.checkpoint.adapter_names import factor_names
 from merger.checkpoint.files import write_json
 from merger.checkpoint.folder import ADAPTER
 from merger.checkpoint.growing_file import GrowingFile
@@ -23,8 +24,10 @@ from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.output import Output
 from merger.checkpoint.placement import check_output
 from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds
+from merger.engine.linear_modules import linear_modules
 from merger.engine.machine import tuned
 from merger.errors import CheckpointError, RecipeError
+from merger.ops.factor_pair import FactorPair, factor_pair, squared_norm
 from merger.ops.linalg import Factors, strongest, svd
 from merger.options import Progress, RunOptions
 from merger.recipe.input_locations import check_models
@@ -65,11 +68,11 @@ class _Cut(NamedTuple):
 
     rank: int
     change: float
-    left_out: float
+    error: float
 
 
-Cutter = Callable[["Tensor"], tuple["Tensor", "Tensor", _Cut]]
-"""Cuts a change [out, in] to lora_A [r in] and lora_B [out r]."""
+Cutter = Callable[["Tensor"], FactorPair]
+"""Cuts a change [out, in] to lora_A and lora_B."""
 
 
 def extract_lora(
@@ -96,10 +99,13 @@ def extract_lora(
             for label, source in (("base", base), ("model", model))
         ]
         check_output(output, [checkpoint.directory for checkpoint in models], force=force)
-        modules = _modules(models[0], options.trust_remote_code)
+        modules = linear_modules(models[0], trust_remote_code=options.trust_remote_code)
         _check_alike(*models)
         factor = partial(strongest, rank=rank) if rank is not None else partial(_of_energy, share=float(energy or 0))
-        cut = partial(_cut, factor, rank or 1)
+
+        def cut(change: Tensor) -> FactorPair:
+            return factor_pair(change, factor(change), min_rank=rank or 1)
+
         folder = Output(output, {"base": base, "model": model, "adapter": f"rank {rank}, energy {energy}"})
         try:
             folder.open(force=force)
@@ -108,7 +114,22 @@ def extract_lora(
         except BaseException:
             folder.abandon()
             raise
-    return LoraExtraction(str(output), **report)
+    adapter = LoraExtraction(str(output), **report)
+    if (omitted := adapter.whole_error**2) > 0.5:
+        options.notice(_omission(adapter, omitted))
+    return adapter
+
+
+def _omission(adapter: LoraExtraction, omitted: float) -> str:
+    """The remark on an adapter that omits most of the change: which part of it, and what keeps more."""
+    outside = sum(adapter.left_out.values())
+    remedy = (
+        "a higher rank keeps more" if outside <= omitted / 2 else "no rank keeps it; push or merge the model itself"
+    )
+    return (
+        f"the adapter omits {omitted:.0%} of the squared change, {outside:.0%} in tensors that are no matrix of a "
+        f"layer; {remedy}"
+    )
 
 
 def _write(
@@ -119,29 +140,10 @@ def _write(
     with tuned(), closing(GrowingFile(folder / ADAPTER[0], _room(modules.values()))) as file:
         report = _extract(base, model, modules, file, cut, progress)
         file.finish()
-    ranks = {module: file.tensors[_factor_name(module, "A")].shape[0] for module in modules.values()}
-    write_json(folder / CONFIG, _config(source, ranks, _kinds(base)))
+    ranks = {module: file.tensors[factor_names(module)[0]].shape[0] for module in modules.values()}
+    on_hub, transposed = base.commit is not None, bool(_kinds(base).conv1d)
+    write_json(folder / CONFIG, lora_config(source, ranks, on_hub=on_hub, fan_in_fan_out=transposed))
     return {"parameters": sum(info.elements for info in file.tensors.values()), **report}
-
-
-def _modules(base: Checkpoint, trust_remote_code: bool) -> dict[str, str]:
-    """Returns the linear layers that an adapter can change: the module's name by the checkpoint's weight name."""
-    from merger.calibration.model import build
-    from merger.calibration.names import locate
-
-    model = build(base, trust_remote_code=trust_remote_code)
-    tied = model.get_output_embeddings() if _kinds(base).tied else None
-    groups = locate(model, base.tensors)
-    modules = {}
-    for name, module in model.named_modules():
-        group = groups.get(f"{name}.weight")
-        if type(module).__name__ in ("Linear", "Conv1D") and module is not tied and group is not None:
-            sources = [source for _, source in group.names]
-            if len(sources) == 1 and group.converter is None:
-                modules[sources[0]] = name
-    if not modules:
-        raise CheckpointError("base: has no linear layer that an adapter could change")
-    return modules
 
 
 def _kinds(base: Checkpoint) -> TensorKinds:
@@ -170,29 +172,29 @@ def _extract(
     """Writes every matrix's factors to the file, in parallel; returns their fields of a `LoraExtraction`."""
     kinds = _kinds(base)
     other_tensors = [name for name, info in base.tensors.items() if name not in modules and info.is_float]
-    other_changes = {name: _square(_change(base, model, name, kinds)) for name in other_tensors}
+    other_changes = {name: squared_norm(_change(base, model, name, kinds)) for name in other_tensors}
     layers: dict[str, list[_Cut]] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1, "merger-lora") as pool:
         cuts = pool.map(lambda name: cut(_change(base, model, name, kinds)), modules)
-        for count, (name, (down, up, norms)) in enumerate(zip(modules, cuts, strict=True), 1):
-            file.append(_factor_name(modules[name], "A"), down)
-            file.append(_factor_name(modules[name], "B"), up)
-            layers.setdefault(kinds.unit(name), []).append(norms)
+        for count, (name, pair) in enumerate(zip(modules, cuts, strict=True), 1):
+            for factor_name, factor in zip(factor_names(modules[name]), (pair.down, pair.up), strict=True):
+                file.append(factor_name, factor)
+            layers.setdefault(kinds.unit(name), []).append(_Cut(len(pair.down), pair.change, pair.error))
             progress("factoring", count, len(modules))
     matrices = [matrix for layer in layers.values() for matrix in layer]
-    changed, left_out = sum(matrix.change for matrix in matrices), sum(matrix.left_out for matrix in matrices)
+    changed, error = sum(matrix.change for matrix in matrices), sum(matrix.error for matrix in matrices)
     total = changed + sum(other_changes.values())
     return {
         "layers": {unit: _layer(layer) for unit, layer in layers.items()},
-        "error": _share(left_out, changed),
-        "whole_error": _share(left_out + sum(other_changes.values()), total),
+        "error": _share(error, changed),
+        "whole_error": _share(error + sum(other_changes.values()), total),
         "left_out": {name: square / total for name, square in other_changes.items() if square},
     }
 
 
 def _layer(matrices: Sequence[_Cut]) -> Layer:
     ranks = [matrix.rank for matrix in matrices]
-    error = _share(sum(matrix.left_out for matrix in matrices), sum(matrix.change for matrix in matrices))
+    error = _share(sum(matrix.error for matrix in matrices), sum(matrix.change for matrix in matrices))
     return Layer(len(matrices), (min(ranks), max(ranks)), error)
 
 
@@ -208,56 +210,12 @@ def _change(base: Checkpoint, model: Checkpoint, name: str, kinds: TensorKinds) 
     return change.T if kinds.kind(name) == "conv1d" else change
 
 
-def _cut(factor: Callable[[Tensor], Factors], min_rank: int, change: Tensor) -> tuple[Tensor, Tensor, _Cut]:
-    """Returns lora_A [r in] and lora_B [out r] as stored, of rank ``min_rank`` or more, with their norms."""
-    factors = factor(change)
-    root = factors.values.sqrt()
-    down, up = (factors.right * root).T.float().contiguous(), (factors.left * root).float().contiguous()
-    missing = min(min_rank, *change.shape) - len(root)
-    if missing > 0:  # it changed in fewer directions, or not at all
-        down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
-    return down, up, _Cut(len(down), _square(change), _square(change - up @ down))
-
-
-def _square(change: Tensor) -> float:
-    """The squared norm."""
-    return float(change.double().square().sum())
-
-
 def _of_energy(change: Tensor, share: float) -> Factors:
     factors = svd(change)
     energy = factors.values.square().cumsum(0)
     return factors.first(int((energy < share * energy[-1:] * (1 - 1e-12)).sum()) + 1)
 
 
-# --- the adapter's files ----------------------------------------------------------------------------
-
-
-def _factor_name(module: str, factor: str) -> str:
-    """Returns peft's name of lora_A or lora_B of a module."""
-    return f"base_model.model.{module}.lora_{factor}.weight"
-
-
 def _room(modules: Collection[str]) -> int:
     """Bytes that the header of the factors' file takes at most."""
     return 64 + sum(2 * (len(json.dumps(module)) + 140) for module in modules)
-
-
-def _config(base: str, ranks: Mapping[str, int], kinds: TensorKinds) -> dict[str, Any]:
-    """adapter_config.json as peft reads it: a scale of 1 for every layer, whatever its rank."""
-    rank = max(ranks.values())
-    exceptions = {module: lower for module, lower in ranks.items() if lower != rank}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": exceptions,
-        "alpha_pattern": exceptions,
-        "target_modules": sorted(ranks),
-        "fan_in_fan_out": bool(kinds.conv1d),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }

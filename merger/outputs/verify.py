@@ -20,7 +20,8 @@ from merger.checkpoint.hashes import digest, sha256
 from merger.checkpoint.side_files import is_inside
 from merger.checkpoint.tensor_info import ITEM_SIZE
 from merger.engine.manifest import RECORD, Manifest, inputs_of, portable, stored_as, value_differences, versions
-from merger.engine.merge_sink import MergeSink, merge_schedule
+from merger.engine.merge import sink_of
+from merger.engine.merge_sink import merge_schedule
 from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import parse_recorded, recipe_folder
 from merger.errors import CheckpointError, RecipeError, VerifyError, system_reason
@@ -73,7 +74,7 @@ def verify(directory: str | Path, options: RunOptions = RunOptions(), *, deep: D
     differences = [*contents.faults, *index_differences(contents)]
     hashes, values = _scan_files(contents, options.progress)
     differences += values
-    if not contents.packed:  # config and tokenizer do not describe packed tensors
+    if contents.is_model:  # config and tokenizer describe neither packed tensors nor an adapter's
         differences += [*config_differences(contents), *tokenizer_differences(contents)]
     manifest = _manifest(contents, differences)
     recomputed: tuple[str, ...] = ()
@@ -210,7 +211,7 @@ def _recompute(
         names = _sample_names(plan, deep)
         comparison = _Comparison(contents, plan, names)
         schedule = merge_schedule(prepared, comparison.places.keys())
-        schedule.run(MergeSink(schedule, comparison))
+        schedule.run(sink_of(schedule, comparison))
         statistics = origin(prepared.inputs.files)
     statistics_differences = value_differences(manifest.content["statistics"], statistics)
     differences = [

@@ -35,7 +35,7 @@ class Subject:
     first: int = 0  # its first element's position in the stored tensor (a slice of packed experts)
     transposed: bool = False  # stored [in, out] and oriented to [out, in] here
     features_are_rows: bool = False  # in-features run along the rows: it is stored, and seen, as [in, out]
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # of the whole matrix, by name
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # of the whole matrix, by name, as their cuts take them
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,16 @@ def _run_inner(stage: Bound, supplies: Mapping[str, Any], deltas: Tensor) -> Flo
 
 
 def _run_alone(stages: Sequence[Bound], supplies: Mapping[str, Any], deltas: Tensor) -> Tensor:
-    """Merges task vectors [k r' c], r' <= r, of a whole matrix: a density is a share of one of them. [r' c]"""
-    rows = deltas.shape[1]
+    """Merges task vectors [k r' c'] of a matrix in its directions, r' <= r and c' <= c, to one [r' c'].
+
+    A density is a share of the elements of one of them.
+    """
+    rows, columns = deltas.shape[1:]
     merged: list[Tensor] = []
 
     def uniform(purpose: str, *, double: bool = False) -> Tensor:
         draws: Tensor = supplies["uniform"](purpose, double=double)
-        return draws[:, :rows]
+        return draws[:, :rows, :columns]
 
     def carry(_: int) -> Flow[None]:
         merged.append((yield from _run_stages(stages, deltas, {**supplies, "originals": deltas, "uniform": uniform})))
@@ -114,7 +117,7 @@ def _supplies(part: Slice, subject: Subject) -> dict[str, Any]:
     """What a stage may ask for by name; the registry's docstring explains each."""
     rows = slice(part.row, part.row + part.base.shape[0])
     inputs = {
-        name: stage_input(name).cut(to_device(values, part.base.device), rows, subject.features_are_rows)
+        name: to_device(stage_input(name).cut(values, rows, subject.features_are_rows), part.base.device)
         for name, values in subject.inputs.items()
     }
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,13 @@ from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import EarlierSums, ModelTotals, OpenTotal, Sizes, run_slices, run_tensors
 from merger.pipeline.registry import Stage
-from merger.pipeline.stages import bind, expand, natural, rebuilt, slice_height
+from merger.pipeline.stages import Bound, bind, expand, natural, rebuilt, slice_height
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge_tensors(
+def merge_stages(
     stages: Stage | Sequence[Stage],
     base: Mapping[str, Tensor],
     experts: Mapping[str, Mapping[str, Tensor]],
@@ -41,44 +42,65 @@ def merge_tensors(
     pipeline = [stages] if isinstance(stages, partial) else stages
     names = sorted(base, key=natural)
     merged = {name: torch.empty(base[name].shape, device=base[name].device) for name in names}
-    model = sum(base[name].numel() for name in names)
+    model_size = sum(tensor.numel() for tensor in base.values())
 
     def visit(i: int, model_totals: ModelTotals, earlier_sums: EarlierSums) -> OpenTotal | None:
         name = names[i]
-        base_matrix = _matrix(base[name])
-        if not base_matrix.numel():
+        if not base[name].numel():
             return None
-        expert_matrices = torch.stack([_matrix(tensors[name]) for tensors in experts.values()])
-        kind = (kinds or {}).get(name, "linear" if base[name].dim() > 1 else "vector")
         place = (places or {}).get(name, Place(tuple(experts)))
+        kind = (kinds or {}).get(name, "linear" if base[name].dim() > 1 else "vector")
+        base_matrix = _matrix(base[name])
         height, width = base_matrix.shape
-        tensor_inputs = (inputs or {}).get(name, {})
         subject = Subject(
-            name, kind, place, height, width, seed=seed, features_are_rows=kind == "conv1d", inputs=tensor_inputs
+            name, kind, place, height, width, seed=seed,
+            features_are_rows=kind == "conv1d", inputs=(inputs or {}).get(name, {}),
+        )  # fmt: skip
+        merge = _TensorMerge(
+            subject,
+            bounds=[bind(s, place) for stage in pipeline for s in expand(stage, kind, place.experts)],
+            stored=torch.stack([base_matrix, *(_matrix(tensors[name]) for tensors in experts.values())]),
+            merged=_matrix(merged[name]),
+            packed_expert=place.experts.index(expert or place.experts[0]),
         )
-        bound = [bind(s, place) for stage in pipeline for s in expand(stage, kind, place.experts)]
-        rows = slice_height(height, width, bound, slice_elements)
-        firsts = range(0, base_matrix.shape[0], rows)
+        sizes = Sizes(base_matrix.numel(), model_size)
+        return merge.run(slice_elements, sizes, model_totals, earlier_sums)
 
-        def carry(j: int) -> Flow[None]:
-            part = slice(firsts[j], firsts[j] + rows)
-            stored = torch.cat([base_matrix[None, part], expert_matrices[:, part]])
-            piece = Slice(firsts[j], *kernels.for_stored(stored).difference(stored, _anything_goes))
-            result: Any = yield from flow(bound, piece, subject)
-            packed = bound[-1].entry.packing is not None
-            delta = rebuilt(bound[-1], result, place.experts.index(expert or place.experts[0])) if packed else result
-            _matrix(merged[name])[part] = restored(stored, piece.base, piece.deltas, delta, torch.float32)
+    run_tensors([0] * len(names), visit)
+    return merged
 
+
+@dataclass(frozen=True)
+class _TensorMerge:
+    """The merge of one tensor as a matrix."""
+
+    subject: Subject
+    bounds: Sequence[Bound]
+    stored: Tensor  # [1+k r c], the base and the experts
+    merged: Tensor  # [r c], the result
+    packed_expert: int  # whose tensor is rebuilt of a pack
+
+    def run(
+        self, slice_elements: int, sizes: Sizes, model_totals: ModelTotals, earlier_sums: EarlierSums
+    ) -> OpenTotal | None:
+        """Carries its slices as far as the totals over the model allow; see `run_slices`."""
+        _, height, width = self.stored.shape
+        rows = slice_height(height, width, self.bounds, slice_elements)
+        firsts = range(0, height, rows)
         return run_slices(
             len(firsts),
-            carry,
-            sizes=Sizes(base_matrix.numel(), model),
+            lambda j: self._carry(slice(firsts[j], firsts[j] + rows)),
+            sizes=sizes,
             model_totals=model_totals,
             earlier_sums=earlier_sums,
         )
 
-    run_tensors([0] * len(names), visit)
-    return merged
+    def _carry(self, rows: slice) -> Flow[None]:
+        stored, last = self.stored[:, rows].contiguous(), self.bounds[-1]
+        piece = Slice(rows.start, *kernels.for_stored(stored).difference(stored, _anything_goes))
+        result: Any = yield from flow(self.bounds, piece, self.subject)
+        delta = result if last.entry.packing is None else rebuilt(last, result, self.packed_expert)
+        self.merged[rows] = restored(stored, piece.base, piece.deltas, delta, torch.float32)
 
 
 def _anything_goes() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from merger.errors import nearest
 
@@ -27,9 +27,9 @@ Granularity = Literal["model", "block"]
 Stream = Literal["own", "merged", "draft"]
 """The models that an expert's text goes through: the expert; the expert's block behind the merged blocks; or the block
 as its stages draft it, behind the merged blocks, beside the expert."""
-Cut = Callable[["Tensor", slice, bool], "Tensor"]
-"""Takes an input of a whole matrix, the rows of a slice, and whether in-features run along these rows; returns the
-slice's part, in a shape that broadcasts with deltas [k r c]."""
+Cut = Callable[[Any, slice, bool], "Tensor"]
+"""Takes an input of a whole matrix, a tensor or what its provider reads slices from, the rows of a slice, and whether
+in-features run along these rows; returns the slice's part, in a shape that broadcasts with deltas [k r c]."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ def by_row(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:
 def by_matrix_row(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:
     """A value for each element, [r c]: returns the slice's rows."""
     return values[rows]
+
+
+def by_coefficient_row(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:
+    """Coefficients of each expert's elements [k r c], of its rows [k r 1] or of it all [k 1 1]: the slice's own."""
+    return values if values.shape[1] == 1 else values[:, rows]
 
 
 def by_expert(values: Tensor, rows: slice, features_are_rows: bool) -> Tensor:

@@ -104,6 +104,7 @@ def _by_expert(number: Any, *extra: Any) -> Any:
 
 if TYPE_CHECKING:  # a recipe may write more than a function receives, so checkers see neither
     Number: TypeAlias = Any
+    NumberOrAuto: TypeAlias = Any
     Share: TypeAlias = Any
     ShareOrAuto: TypeAlias = Any
     Numbers: TypeAlias = Any
@@ -114,6 +115,7 @@ if TYPE_CHECKING:  # a recipe may write more than a function receives, so checke
     Order: TypeAlias = Any
 else:
     Number = Annotated[_over_depth(Real), Varying()]
+    NumberOrAuto = Annotated[_over_depth(Real, _word("auto")), Varying()]
     Share = Annotated[_over_depth(Unit), Varying()]
     ShareOrAuto = Annotated[_over_depth(Unit, _word("auto")), Varying()]
     Numbers = Annotated[_by_expert(Real), EachExpert()]

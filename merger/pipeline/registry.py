@@ -6,14 +6,16 @@ What stands before the ``*`` is supplied by the runner, by name:
     originals      [k r c]  the task vectors before the first stage
     base           [r c]    the base weights, float32
     scores         [k r c]  the score named by the stage's own parameter ``score``
-    inside         a flow that merges task vectors [k r' c] of the same in-features by the method that a parameter names
+    inside         a flow that merges task vectors [k r' c'], in any directions, by the method that a parameter names
     uniform        draws: ``uniform(purpose, double=False)`` -> [k r c] in [0, 1), keyed by tensor and expert
     second_moment  [k 1 c]  E[x_j^2] of each expert's input to this matrix, or None where it has none
     mean_input     [k 1 c]  E[x_j], or None likewise
     gram           [k c c]  E[x x^T] likewise, made for this matrix and dropped after it
     reached        [k 1 1]  whether any token came to this matrix (its moments are all 1 where not), or None likewise
     token_share    [k r 1]  how often each row of an embedding is looked up, or None elsewhere
-    learned        [r c]    the weights that were learned of the block, or None where it was not
+    fisher         [k r c]  the diagonal Fisher information of each expert's weights, or None where it has none
+    learned        [r c]    the weights that were learned with the block, or None where they were not
+    coefficients   [k r c]  what was learned of each task vector's elements, or [k r 1], [k 1 1]; None likewise
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
 
@@ -237,7 +239,7 @@ def pack(*, forms: Callable[..., dict[str, Form]], unpack: Callable[..., Tensor]
 
 
 def filter_(**traits: Any) -> Callable[[F], F]:
-    """Registers a stage 1 -> 1 that keeps part of what was merged [r c], by the ``originals``."""
+    """Registers a stage 1 -> 1 that changes what was merged [r c], such as by the ``originals``."""
     return _register("filter", ENTRIES, **traits)
 
 
@@ -372,6 +374,7 @@ class Nested:
     """Marks a parameter that names a method which runs inside another."""
 
     turned: bool  # whether on a whole matrix of task vectors, in other directions than the base's
+    has_features: bool = True  # whether its columns are the matrix's in-features, of which statistics can be taken
 
 
 Inner = Annotated[
@@ -382,6 +385,14 @@ Inner = Annotated[
     Nested(turned=True),
 ]
 """A parameter that names a method, which merges task vectors that were turned to other directions."""
+CoreInner = Annotated[
+    Any,
+    BeforeValidator(_method),
+    PlainSerializer(written),
+    WithJsonSchema({"type": ["string", "object"]}),
+    Nested(turned=True, has_features=False),
+]
+"""A parameter that names a method, which merges task vectors that were turned on both sides."""
 Anchor = Annotated[
     Any,
     BeforeValidator(_method),

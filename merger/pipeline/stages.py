@@ -163,6 +163,11 @@ def _bind_nested(parameter: str, nested: Nested, method: Stage, place: Place) ->
                 f"{parameter}: {name} looks at the base's weights, which are not among the directions of the "
                 "task vectors; mean, sum or ties do not"
             )
+        if not nested.has_features and stage.inputs:
+            raise ValueError(
+                f"{parameter}: {name} looks at layer inputs, which are not among the directions of the task vectors; "
+                "mean, sum or ties do not"
+            )
         if stage.values.get("scope") == "global":
             raise ValueError(
                 f"{parameter}: scope: global ranks the whole model at once, but {name} sees one matrix here; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
@@ -26,16 +26,20 @@ _SIZES = (
 )  # fmt: skip
 
 
-def summarize_misfits(faults: Sequence[str], models: Mapping[str, Checkpoint]) -> list[str]:
+def summarize_misfits(
+    faults: Sequence[str], models: Mapping[str, Checkpoint], free_sizes: Container[str] = ()
+) -> list[str]:
     """The faults of a plan, with one line in place of all misfits of an expert of another architecture than the base.
 
+    ``free_sizes`` are keys of config.json in which an expert may differ.
     Faults that name no expert are left out where there is such an expert: they may follow from it.
     """
     labels = dict.fromkeys(fault.partition(": ")[0] for fault in faults)
     differences = {
         label: difference
         for label in models
-        if label in labels and (difference := _architecture_difference(models["base"].config, models[label].config))
+        if label in labels
+        and (difference := _architecture_difference(models["base"].config, models[label].config, free_sizes))
     }
     if not differences:
         return list(faults)
@@ -44,13 +48,15 @@ def summarize_misfits(faults: Sequence[str], models: Mapping[str, Checkpoint]) -
     return [*lines, *(fault for fault in faults if fault.partition(": ")[0] in experts)]
 
 
-def _architecture_difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+def _architecture_difference(
+    base: Mapping[str, Any], config: Mapping[str, Any], free_sizes: Container[str]
+) -> str | None:
     """How the architecture of a config differs from that of the base; None where type and sizes are the same."""
     kinds = config.get("model_type"), base.get("model_type")
     if kinds[0] != kinds[1]:
         return f"is {kinds[0] or 'without a model_type'}, base is {kinds[1] or 'without a model_type'}"
     sizes, base_sizes = text_config(config), text_config(base)
-    keys = [key for key in _SIZES if sizes.get(key) != base_sizes.get(key)]
+    keys = [key for key in _SIZES if key not in free_sizes and sizes.get(key) != base_sizes.get(key)]
     if not keys:
         return None
     return (

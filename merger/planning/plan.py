@@ -61,7 +61,7 @@ class TensorPlan:
     kind: str
     unit: str  # its transformer block, or itself
     place: Place
-    group: int  # 0: the recipe's own method; i + 1: rule i
+    group: int  # the number of the choice that it follows among the recipe's: 0 is its own method
     stages: tuple[Bound, ...]  # empty where it is copied
     source: str  # the model it is copied from, or base
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
@@ -69,13 +69,16 @@ class TensorPlan:
     parts: tuple[Part, ...] = ()
     extra: tuple[ExtraRows, ...] = ()
     row_maps: Mapping[str, RowMap] = field(default_factory=dict)  # of the models whose rows have other numbers, or gaps
+    factors: Mapping[str, Info] | None = None  # by peft's names, in an adapter; empty where it keeps the base's tensor
     tied_to: str | None = None  # the tensor that is stored once more under this name, and written with it
+    scale: float = 1.0  # the factor of a copy
+    choice: str = "recipe"  # the words for its group: recipe, rule 2 or layers 1
 
-    def renamed(self, name: str) -> TensorPlan:
-        """The same operation on a tensor that all models store under another name."""
+    def renamed(self, name: str, reads: Mapping[str, str | None]) -> TensorPlan:
+        """The same operation on a tensor of another name, which the models store under the names ``reads``."""
         twin = copy(self)  # `replace` takes four times as long, and a mixture has tens of thousands
         parts = tuple(Part(name, *part[1:]) for part in self.parts)
-        vars(twin).update(name=name, reads=dict.fromkeys(self.reads, name), parts=parts)
+        vars(twin).update(name=name, reads=reads, parts=parts)
         return twin
 
     @property
@@ -129,6 +132,8 @@ class TensorPlan:
     @property
     def stored(self) -> Mapping[str, Info]:
         """All that is written of it, by name."""
+        if self.factors is not None:
+            return self.factors
         if not self._is_packed:
             return {self.name: self.info}
         if self.tied_to is not None:  # it is rebuilt from that tensor's results
@@ -202,7 +207,8 @@ class Plan:
 
     def written_names(self, tensor: TensorPlan) -> list[str]:
         """The names under which a tensor is written: those of its results, or its own and those that repeat it."""
-        return [*tensor.stored, *([] if tensor.packed else self._repeated_names.get(tensor.name, ()))]
+        is_stored_once = tensor.packed is not None or tensor.factors is not None
+        return [*tensor.stored, *([] if is_stored_once else self._repeated_names.get(tensor.name, ()))]
 
     @cached_property
     def _repeated_names(self) -> Mapping[str, Sequence[str]]:
@@ -217,6 +223,11 @@ class Plan:
     def packed(self) -> bool:
         """Whether the output holds several experts, of which `extract` makes a model each."""
         return any(tensor.packed is not None for tensor in self.tensors)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The tensors that are merged and that an adapter does not hold, so that their change is only measured."""
+        return frozenset(tensor.name for tensor in self.tensors if tensor.stages and tensor.factors == {})
 
     @property
     def bytes_read(self) -> int:

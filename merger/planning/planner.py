@@ -14,28 +14,33 @@ from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.side_files import uncopied_notes
 from merger.checkpoint.tensor_info import ITEM_SIZE, SAFETENSORS_NAMES, Info
-from merger.checkpoint.tensor_kinds import TensorKinds, tensor_kinds
+from merger.checkpoint.tensor_kinds import BLOCK_COUNTS, TensorKinds, tensor_kinds
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
-from merger.errors import CheckpointError, RecipeError
-from merger.pipeline.parameters import Number, Place, resolve
-from merger.pipeline.registry import Stage, entry_of
-from merger.pipeline.stages import Bound, bind, expand, natural
+from merger.errors import CheckpointError
+from merger.pipeline.parameters import Place
+from merger.pipeline.stages import natural
+from merger.planning.block_map import NO_ENTRY, block_map
 from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
-from merger.planning.linear_order import describe_aliasing, linear_turns, number_layers
-from merger.planning.output_config import with_size
-from merger.planning.output_names import matching_rule, output_names
+from merger.planning.linear_order import describe_aliasing, number_layers
+from merger.planning.model_limits import encoder_decoder_limit
+from merger.planning.output_config import BlockSettings, with_size
+from merger.planning.output_names import Choices, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
 from merger.planning.plan import Plan, TensorPlan
 from merger.planning.shared_tensors import SharedTensors
 from merger.planning.side_files import plan_side_files
 from merger.planning.special_ids import special_ids, with_special_ids
+from merger.planning.stage_binder import StageBinder
 from merger.planning.stage_notes import stage_notes
-from merger.planning.tables import describe_unpackable, source_faults, table_rows, vocabulary_tables
+from merger.planning.tables import describe_unpackable, row_faults, source_faults, table_rows, vocabulary_tables
 from merger.planning.tensor_faults import missing_faults, shape_faults
 from merger.planning.tokenizer_choice import choose_tokenizer
 from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
+from merger.recipe.calibration_faults import is_calibrated
 from merger.recipe.input_locations import check_inputs
+from merger.recipe.layers import Layer
 from merger.recipe.recipe import Recipe, as_recipe
+from merger.recipe.sections import Rule
 
 _NO_DIGITS = str.maketrans("", "", "0123456789")
 FAULTS = 20
@@ -46,10 +51,11 @@ def plan(recipe: Recipe | str | Path, *, offline: bool = False, headers_only: bo
     """Opens the inputs' headers and plans every tensor; writes nothing.
 
     ``recipe`` may be the path of its file. Without ``headers_only`` a Hub repository's weights are downloaded after the
-    plan succeeds. Raises CheckpointError for inputs that do not fit together, with all misfits of a kind at once.
+    plan succeeds. Raises CheckpointError for inputs that are not there, before any network, and for inputs that do not
+    fit together, with all misfits of a kind at once.
     """
     recipe = as_recipe(recipe)
-    check_inputs(recipe, with_texts=False)
+    check_inputs(recipe)
     draft = _plan(recipe, offline=offline, headers_only=True)
     checkpoints = [part for model in draft.models.values() for part in (model, model.adapter) if part is not None]
     if headers_only or all(info.file is not None for part in checkpoints for info in part.tensors.values()):
@@ -107,19 +113,24 @@ class _Planner:
     def __init__(self, recipe: Recipe, models: dict[str, Checkpoint]) -> None:
         self.recipe = recipe
         self.models = models
-        self.kinds = {label: tensor_kinds(model.tensors, model.config, model.equal) for label, model in models.items()}
+        stored = {label: tensor_kinds(model.tensors, model.config, model.equal) for label, model in models.items()}
+        self.blocks = block_map(recipe, stored)
+        self.kinds = {label: self.blocks.arranged(label, kinds) for label, kinds in stored.items()}
         self.shared = SharedTensors(models, self.kinds)
-        self.output = output_names(recipe, self.kinds, self.shared)
-        self.faults = self.output.faults
-        self.notes = [remark for model in models.values() for remark in model.remarks]
+        self.choices = Choices(recipe, self.blocks)
+        self.output = output_names(self.choices, self.kinds, self.shared)
+        for label, kinds in stored.items():
+            for name in self.blocks.unused(label, kinds):
+                self.output.drop(name, [label], NO_ENTRY)
+        notes, faults = encoder_decoder_limit(models["base"].config, needs_text=is_calibrated(recipe))
+        self.faults = [*faults, *self.output.faults]
+        self.notes = [*notes, *(remark for model in models.values() for remark in model.remarks)]
+        self.notes += self.blocks.notes(recipe, stored)
         self.tokenizers = open_tokenizers({label: tokenizer_folder(model) for label, model in models.items()})
         self.tables: dict[str, TableRows] = {}  # the rows of the output's tensors with a row for each token
         self.vocabulary = Vocabulary("base")
         self.unoriented: dict[str, list[str]] = {}  # packed experts of which a stage must know more than shapes show
-        # a mixture of experts has tens of thousands of tensors, but only hundreds of places and bound stages
-        self.turns = [linear_turns(choice.stages, len(recipe.experts)) for choice in recipe.choices()]
-        self.places: dict[tuple[str, int], Place] = {}
-        self.bound: dict[tuple[int, str, str, int], tuple[Bound, ...]] = {}
+        self.stages = StageBinder(self.choices)
         self.examples: dict[Hashable, TensorPlan] = {}
 
     def plan(self) -> Plan:
@@ -128,19 +139,24 @@ class _Planner:
         own_head = self.shared.own_head(names)
         if own_head is not None:
             self.kinds = {label: kinds.untied() for label, kinds in self.kinds.items()}
-        numbers = number_layers(names, self.kinds_of) if max(self.turns) > 1 else {}
+        numbers = number_layers(names, self.kinds_of) if max(self.stages.turns) > 1 else {}
         self._choose_tokenizer(name for name in names if name not in originals)
         planned: dict[str, TensorPlan] = {}
         for name in names:
             if name not in originals and (tensor := self._planned(name, numbers.get(name, 0))) is not None:
                 planned[name] = tensor
         self.faults += [describe_unknown_axes(names, stage) for stage, names in self.unoriented.items()]
+        settings = BlockSettings(self.blocks.blocks, {label: model.config for label, model in self.models.items()})
+        base_config = settings.rewritten(self.shared.config(own_head))
+        self.faults += settings.faults
+        self.notes += settings.notes
         if self.faults:
-            raise CheckpointError("\n".join(_shorten(summarize_misfits(self.faults, self.models))))
+            free_sizes = BLOCK_COUNTS if self.recipe.layers else ()
+            raise CheckpointError("\n".join(_shorten(summarize_misfits(self.faults, self.models, free_sizes))))
         for name, original in originals.items():
             planned[name] = replace(planned[original], name=name, parts=(), extra=(), tied_to=original)
         tensors = [planned[name] for name in names]
-        config, tokenizer_label = self._config(tensors, own_head), self.vocabulary.tokenizer
+        config, tokenizer_label = self._config(base_config, tensors), self.vocabulary.tokenizer
         base, model, tokenizer = self.models["base"], self.models[tokenizer_label], self.tokenizers[tokenizer_label]
         return Plan(
             recipe=self.recipe,
@@ -164,7 +180,7 @@ class _Planner:
 
     def _choose_tokenizer(self, names: Iterable[str]) -> None:
         """Decides the tokens of the output's rows before any tensor is planned."""
-        tables = vocabulary_tables(self.recipe, names, self.kinds, self.shared)
+        tables = vocabulary_tables(self.choices, names, self.kinds, self.shared)
         drop, multiple = self.recipe.extra_rows == "drop", self.recipe.output.pad_rows_to or 1
         self.vocabulary, faults = choose_tokenizer(
             self.tokenizers,
@@ -175,6 +191,7 @@ class _Planner:
         )
         self.faults += faults or source_faults(self.recipe, self.vocabulary)
         self.tables = table_rows(tables, self.vocabulary, drop=drop, multiple=multiple)
+        self.faults += [] if faults else row_faults(tables, self.tables)
 
     def kinds_of(self, name: str) -> TensorKinds:
         """The kinds of the first model that holds the tensor."""
@@ -185,9 +202,10 @@ class _Planner:
 
     def _planned(self, name: str, number: int) -> TensorPlan | None:
         """The plan of a tensor, after that of its like: the same matrix of another expert of a mixture, for example."""
-        key = None if self.recipe.rules or number else self._likeness(name)
+        key = None if self.recipe.rules or number or self.blocks.copies(name) else self._likeness(name)
         if key in self.examples:
-            return self.examples[key].renamed(name)
+            example = self.examples[key]
+            return example.renamed(name, {label: self.blocks.stored_name(label, name) for label in example.reads})
         tensor = self._tensor(name, number)
         if key is not None and tensor is not None:
             self.examples[key] = tensor
@@ -207,12 +225,10 @@ class _Planner:
     def _tensor(self, name: str, number: int) -> TensorPlan | None:
         kinds = self.kinds_of(name)
         kind = kinds.kind(name)
-        rule = matching_rule(self.recipe, name, kinds)
-        source = rule.use if rule is not None and rule.use else "base"
-        copied = kind == "buffer" or (rule is not None and rule.use is not None)
-        reads = self.shared.stored_names(name)
-        if copied:
-            return self._copy(name, kind, source, reads)
+        choice = self.choices.of(name, kinds)
+        reads = self._reads(name, choice)
+        if kind == "buffer" or (choice is not None and choice.use is not None):
+            return self._copy(name, kind, choice, reads)
         if faults := missing_faults(name, reads, zero=self.recipe.missing == "zero"):
             self.faults += faults
             return None
@@ -223,10 +239,10 @@ class _Planner:
         shape = infos["base"].shape
         rows = self.tables.get(name) or TableRows.of(shape)
         self._note_rows(name, rows, infos)
-        group = 0 if rule is None else self.recipe.rules.index(rule) + 1
+        group = self.choices.group(choice)
         unit = kinds.unit(name)
-        place = self._place(name, unit, kinds, number % self.turns[group])
-        stages = self._stages(group, kind, unit, place)
+        place = self.stages.place(name, kinds, choice, number)
+        stages = self.stages.bound(choice, kind, unit, place)
         if stages[-1].entry.packing is not None and not rows.is_plain:
             self.faults.append(describe_unpackable(name, stages[-1].entry.name, rows))
             return None
@@ -247,28 +263,23 @@ class _Planner:
             parts=parts_of(name, kind, rows.merged_shape(shape), axis, stages),
             extra=rows.extra,
             row_maps=rows.row_maps,
+            choice=self.choices.name(choice),
         )
 
-    def _place(self, name: str, unit: str, kinds: TensorKinds, linear: int) -> Place:
-        """Where a tensor stands: the same object for all tensors of a block."""
-        if (unit, linear) not in self.places:
-            depth, experts = kinds.depth(name), self.recipe.experts
-            weights = tuple(resolve(Number, expert.weight, Place((), depth=depth)) for expert in experts.values())
-            self.places[unit, linear] = Place(tuple(experts), weights, depth, kinds.rotation(name), linear)
-        return self.places[unit, linear]
+    def _reads(self, name: str, choice: Rule | Layer | None) -> dict[str, str | None]:
+        """The stored tensors that stand for a tensor of the output in the models that have a part in it."""
+        stored = self.shared.stored_names(name)
+        labels = self.choices.models(name, choice)
+        names = {label: self.blocks.stored_name(label, name) for label in labels if stored[label] == name}
+        return {label: names.get(label, stored[label]) for label in labels}
 
-    def _stages(self, group: int, kind: str, unit: str, place: Place) -> tuple[Bound, ...]:
-        """The stages that the method of a group has for tensors of a kind in a block, bound once for all of them."""
-        key = group, kind, unit, place.linear
-        if key not in self.bound:
-            choice = self.recipe.rules[group - 1] if group else self.recipe
-            self.bound[key] = _bind(choice.stages, kind, place)
-        return self.bound[key]
-
-    def _copy(self, name: str, kind: str, source: str, reads: Mapping[str, str | None]) -> TensorPlan | None:
-        read = reads[source]
+    def _copy(
+        self, name: str, kind: str, choice: Rule | Layer | None, reads: Mapping[str, str | None]
+    ) -> TensorPlan | None:
+        source = "base" if choice is None or choice.use is None else choice.use
+        read = reads.get(source)
         if read is None:
-            self.faults.append(f"{source}: has no {name}, which a rule takes from it")
+            self.faults.append(f"{source}: has no {name}, which {self.choices.name(choice)} takes from it")
             return None
         info = self.models[source].tensors[read]
         rows = self.tables.get(name) or TableRows.of(info.shape)
@@ -291,7 +302,13 @@ class _Planner:
             item_bytes=sum(self._item_size(label, stored) for label, stored in needed.items() if stored),
             parts=parts_of(name, "copied", info.shape, COLUMNS, ()),
             extra=rows.extra,
+            scale=self._scale(name, info),
         )
+
+    def _scale(self, name: str, info: Info) -> float:
+        """The factor of a copied tensor; those outside the blocks, and those that hold no floats, have none."""
+        block = self.blocks.block(name)
+        return float(block.layer.scale_of(name, block.depth)) if block is not None and info.is_float else 1.0
 
     def _item_size(self, label: str, stored: str) -> int:
         return ITEM_SIZE[self.models[label].tensors[stored].dtype]
@@ -312,7 +329,8 @@ class _Planner:
 
     def _idle_rules(self, originals: Mapping[str, str]) -> Iterator[str]:
         """Notes on rules that match no tensor, or only further names of one that is merged under its first name."""
-        names = dict.fromkeys(name for kinds in self.kinds.values() for name in kinds.tensors)
+        all_names = dict.fromkeys(name for kinds in self.kinds.values() for name in kinds.tensors)
+        names = [name for name in all_names if not self.blocks.copies(name)]
         for number, rule in enumerate(self.recipe.rules, 1):
             matches = (name for name in names if rule.matches(name, self.kinds_of(name).kind(name)))
             if (name := next(matches, None)) is None:
@@ -322,27 +340,19 @@ class _Planner:
                 yield f"rule {number} has no effect: {name} is {of}, stored once more, and follows its rule"
 
     def _aliased_orders(self, names: Sequence[str]) -> list[str]:
-        turns = dict.fromkeys(turn for turn in self.turns if turn > 1)
+        turns = dict.fromkeys(turn for turn in self.stages.turns if turn > 1)
         return [note for turn in turns for note in describe_aliasing(names, self.kinds_of, turn)]
 
-    def _config(self, tensors: Iterable[TensorPlan], own_head: str | None) -> dict[str, Any]:
-        """Returns the base's config, adjusted to the tensors: dtype, tied head, rows of the vocabulary."""
+    def _config(self, config: Mapping[str, Any], tensors: Iterable[TensorPlan]) -> dict[str, Any]:
+        """Returns a config adjusted to the tensors: dtype, rows of the vocabulary, special tokens."""
         kinds, label = self.kinds["base"], self.vocabulary.tokenizer
         rows = next((tensor.info.shape[0] for tensor in tensors if tensor.name == kinds.embedding), None)
         if kinds.embedding is not None and rows == kinds.tensors[kinds.embedding].shape[0]:
             rows = None
-        config = with_size(self.shared.config(own_head), dtype=self.recipe.output.dtype, rows=rows)
+        config = with_size(config, dtype=self.recipe.output.dtype, rows=rows)
         if label == "base":
             return config
         return with_special_ids(config, special_ids(self.tokenizers[label], self.models[label].config))
-
-
-def _bind(stages: Sequence[Stage], kind: str, place: Place) -> tuple[Bound, ...]:
-    """Binds the stages of a method for tensors of a kind at a place; raises RecipeError if parameters conflict."""
-    try:
-        return tuple(bind(expansion, place) for stage in stages for expansion in expand(stage, kind, place.experts))
-    except ValueError as error:
-        raise RecipeError(f"{entry_of(stages[0].func).name}: {error}") from None
 
 
 def _shorten(faults: list[str]) -> list[str]:

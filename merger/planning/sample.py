@@ -51,7 +51,8 @@ def sample_changes(plan: Plan) -> dict[str, SampledChange]:
     The result is empty if the sample would be too small, or the base's weights are not on this machine.
     """
     local = [label for label, model in plan.models.items() if _is_local(model)]
-    tensors = [tensor for tensor in plan.tensors if tensor.stages and tensor.kind in _KINDS]
+    experts = tuple(plan.recipe.experts)
+    tensors = [t for t in plan.tensors if t.stages and t.kind in _KINDS and t.place.experts == experts]
     count = min(MATRICES, len(tensors))
     picks = [tensors[i * len(tensors) // count] for i in range(count)]
     sample = [tensor for tensor in picks if _is_comparable(plan, tensor, local)]

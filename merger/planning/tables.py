@@ -8,7 +8,7 @@ from merger.checkpoint.tensor_kinds import TensorKinds
 from merger.errors import nearest
 from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import expand
-from merger.planning.output_names import matching_rule
+from merger.planning.output_names import Choices
 from merger.planning.plan import ExtraRows
 from merger.planning.shared_tensors import SharedTensors
 from merger.planning.vocabulary import Table, TableRows, Vocabulary, round_up
@@ -16,7 +16,7 @@ from merger.recipe.recipe import Recipe
 
 
 def vocabulary_tables(
-    recipe: Recipe, names: Iterable[str], kinds: Mapping[str, TensorKinds], shared_tensors: SharedTensors
+    choices: Choices, names: Iterable[str], kinds: Mapping[str, TensorKinds], shared_tensors: SharedTensors
 ) -> dict[str, Table]:
     """Returns the output's tensors with a row for each token in all models, by name."""
     tables: dict[str, Table] = {}
@@ -24,12 +24,13 @@ def vocabulary_tables(
         holder = next(kind for kind in kinds.values() if name in kind.tensors)
         if not holder.has_vocabulary(name):
             continue
-        stored = {label: tensor for label in kinds if (tensor := shared_tensors.stored_name(label, name)) is not None}
+        choice, kind = choices.of(name, holder), holder.kind(name)
+        labels = choices.models(name, choice)
+        stored = {label: tensor for label in labels if (tensor := shared_tensors.stored_name(label, name)) is not None}
         if all(kinds[label].has_vocabulary(tensor) for label, tensor in stored.items()):
-            rule, kind = matching_rule(recipe, name, holder), holder.kind(name)
             rows = {label: kinds[label].tensors[tensor].shape[0] for label, tensor in stored.items()}
-            packed = _is_packed((recipe if rule is None else rule).stages, kind, list(recipe.experts))
-            tables[name] = Table(name, kind, rows, source=None if rule is None else rule.use, packed=packed)
+            packed = _is_packed((choices.recipe if choice is None else choice).stages, kind, labels[1:])
+            tables[name] = Table(name, kind, rows, source=None if choice is None else choice.use, packed=packed)
     return tables
 
 
@@ -50,6 +51,17 @@ def table_rows(
             alike[key] = vocabulary.table_rows(table.rows, drop=drop, multiple=multiple)
         rows[name] = alike[key]
     return rows
+
+
+def row_faults(tables: Mapping[str, Table], rows: Mapping[str, TableRows]) -> list[str]:
+    """The fault of tables that are copied from models with different numbers of rows, so that no model could load."""
+    counts = {name: table_rows.count for name, table_rows in rows.items()}
+    if len(set(counts.values())) < 2 or not any(table.source for table in tables.values()):
+        return []
+    parts = [f"{name} has {counts[name]:,} rows of {tables[name].source or 'all models'}" for name in tables]
+    sources = [table.source for table in tables.values() if table.source is not None]
+    remedy = f"take all of them from one, as by the first rule {{kinds: [embedding, tied, head], use: {sources[0]}}}"
+    return [f"{'; '.join(parts)}; {remedy}"]
 
 
 def source_faults(recipe: Recipe, vocabulary: Vocabulary) -> list[str]:

@@ -13,7 +13,20 @@ from merger.errors import nearest
 from merger.pipeline.parameters import WORDS
 from merger.recipe.document import KeyPath
 
-_TAGS = {"one", "by_depth", "by_expert", *WORDS, "pinned", "named", "listed", "location", "source", "list"}
+_TAGS = {
+    "one",
+    "by_depth",
+    "by_expert",
+    *WORDS,
+    "pinned",
+    "named",
+    "listed",
+    "location",
+    "source",
+    "list",
+    "scheme",
+    "average",
+}
 _MAPPING, _TEXT, _WHOLE, _SWITCH = "keys and values", "text", "a whole number", "true or false"
 _EXPECTED = {  # by pydantic's name of the error
     "dict_type": _MAPPING, "model_type": _MAPPING, "list_type": "a list", "string_type": _TEXT,
@@ -21,7 +34,21 @@ _EXPECTED = {  # by pydantic's name of the error
     "bool_type": _SWITCH, "bool_parsing": _SWITCH,
 }  # fmt: skip
 _FORMS = {"one": "a number", "by_depth": "a list of them over depth", "by_expert": "a map by expert"}
-_LIMITS = {"less_than_equal": ("le", "at most"), "greater_than_equal": ("ge", "at least")}
+_ALIASES = {
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "double": "float64",
+}
+"""The names that other tools have for dtypes."""
+_LIMITS = {
+    "less_than_equal": ("le", "at most"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "greater_than": ("gt", "more than"),
+}
 
 
 def translate_errors(
@@ -96,5 +123,5 @@ def _excerpt(value: Any) -> str:
 
 
 def _suggestion(value: Any, expected: list[str]) -> str:
-    suggestion = nearest(str(value), expected)
+    suggestion = nearest(_ALIASES.get(str(value), str(value)), expected)
     return f"; {suggestion}" if suggestion.startswith("did") else ""

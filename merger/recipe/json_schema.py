@@ -16,6 +16,10 @@ def json_schema() -> dict[str, Any]:
     recipe_schema = Recipe.model_json_schema()
     recipe_schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     recipe_schema["title"] = "merger recipe"
+    recipe_schema["anyOf"] = [
+        {"required": ["experts"], "properties": {"experts": {"minProperties": 1}}},
+        {"required": ["layers"], "properties": {"layers": {"minItems": 1}}},
+    ]
     definitions = recipe_schema.setdefault("$defs", {})
     for entry in (*ENTRIES.values(), *SCORES.values()):
         parameters = schema(entry).model_json_schema(ref_template="#/$defs/{model}")
@@ -50,7 +54,7 @@ def json_schema() -> dict[str, Any]:
         "description": "A stage's name, or {stage: {parameter: value}}.",
     }
     methods = sorted({**ENTRIES, **SCORES})
-    for holder in (recipe_schema, definitions["Rule"]):
+    for holder in (recipe_schema, definitions["Rule"], definitions["Layer"]):
         properties = holder["properties"]
         properties["method"] = _allow_mark({"enum": methods, "description": properties["method"]["description"]})
         properties["pipeline"] |= {"type": "array", "items": {"$ref": "#/$defs/stage"}}
@@ -62,7 +66,13 @@ def json_schema() -> dict[str, Any]:
             }
             for name in methods
         ]
+    recipe_schema["required"].remove("base")
+    recipe_schema["allOf"].append({"if": _IS_ONE_RUN, "else": {"required": ["base"]}})
     return recipe_schema
+
+
+_IS_ONE_RUN = {"properties": {"experts": {"type": "object", "required": ["glob"]}}}
+"""The schema of recipes whose experts are a pattern, which need no base."""
 
 
 _OPEN = {"$ref": "#/$defs/search mark"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from merger.checkpoint.foreign_models import GGUF, GGUF_REMEDY
 from merger.checkpoint.hub import is_repository
 from merger.checkpoint.near_paths import names_in, near_path
 from merger.recipe.sections import is_dataset
@@ -47,6 +48,8 @@ def location_fault(location: str, kind: InputKind, start: Path = Path(), *, leas
         return None
     if (start / path).is_dir():
         return f"{location}: is a folder, expected a file of text"
+    if path.suffix == GGUF and (start / path).is_file():
+        return f"{location}: is a file in GGUF, which is made for inference and is not merged; {GGUF_REMEDY}"
     if (start / path).exists():
         return f"{location}: is a file, expected the folder of a model"
     is_remote = kind.is_remote(location)

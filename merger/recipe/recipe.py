@@ -12,14 +12,16 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 import merger.methods  # noqa: F401 registers every method
 from merger._display import name_list
-from merger.errors import RecipeError, nearest
-from merger.pipeline.inputs import StageInput
-from merger.pipeline.parameters import Place
+from merger.errors import RecipeError
 from merger.pipeline.registry import written
-from merger.pipeline.stages import Bound, bind, expand
+from merger.recipe.calibration_faults import calibration_faults, is_calibrated
 from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
 from merger.recipe.faults import translate_errors
+from merger.recipe.layer_faults import layer_faults, weights_of
+from merger.recipe.layers import Layer
+from merger.recipe.named_inputs import missing_inputs
 from merger.recipe.open_values import marks
+from merger.recipe.output_faults import output_faults
 from merger.recipe.sections import (
     Calibration,
     Choice,
@@ -37,11 +39,12 @@ from merger.recipe.sections import (
     text_sources,
 )
 from merger.recipe.short_forms import experts_by_name, spell_out
-from merger.recipe.stages import stages_of
+from merger.recipe.stages import stages_of, written_choices
+from merger.recipe.trajectory import Trajectory, trajectory_faults
 from merger.recipe.vocabulary_faults import vocabulary_faults
 
 _Expert = Annotated[Expert, BeforeValidator(source_of, json_schema_input_type=str | Expert)]
-_ExpertsByName = Annotated[dict[str, _Expert], Field(min_length=1)]
+_ExpertsByName = dict[str, _Expert]
 _ExpertList = Annotated[list[_Expert], Field(min_length=1)]
 
 
@@ -53,9 +56,18 @@ class Recipe(Choice):
     )
     experts: Annotated[
         dict[Annotated[str, AfterValidator(expert_name)], _Expert],
-        Field(min_length=1),
-        BeforeValidator(experts_by_name, json_schema_input_type=_ExpertsByName | _ExpertList),
-    ] = Field(description="Its fine-tunes by name, in merging order; or a list, where folders give the names.")
+        BeforeValidator(experts_by_name, json_schema_input_type=_ExpertsByName | _ExpertList | Trajectory),
+    ] = Field(
+        default_factory=dict,
+        description="Its fine-tunes by name, in merging order; or a list, where folders give the names; or the "
+        "checkpoints of one run as {glob: PATTERN, weights: SCHEME}, which need no base. May be left out where "
+        "`layers` copy the base alone.",
+    )
+    layers: list[Layer] = Field(
+        default_factory=list,
+        description="The blocks of the output, where they are not those of the base one by one: ranges of the models' "
+        "blocks, copied or merged, in order.",
+    )
     rules: list[Rule] = Field(
         default_factory=list, description="Other methods for some tensors; the first rule that matches wins."
     )
@@ -90,8 +102,8 @@ class Recipe(Choice):
     _overrides: tuple[str, ...] = PrivateAttr(())
 
     def __repr__(self) -> str:
-        stages = [name for stage in self.stages for name in written(stage)]
-        experts = name_list(list(self.experts))
+        stages = [name for stage in self.stages for name in written(stage)] or ["layers"]
+        experts = name_list(list(self.experts) or ["base"])
         return f"Recipe({' + '.join(stages)} of {experts}; base {self.base.model}, output {self.output.path})"
 
     __str__ = __repr__
@@ -105,6 +117,14 @@ class Recipe(Choice):
         """``file:line: key.path: message``, for a key of the recipe as it was written."""
         return self._document.fault(path, message)
 
+    def missing_inputs(self, *, with_evaluation: bool = False) -> list[str]:
+        """Returns a fault for each input that its stages take and that is neither here nor on the Hub.
+
+        Held-out examples count ``with_evaluation``.
+        """
+        faults = missing_inputs(self._document, with_texts=is_calibrated(self), with_evaluation=with_evaluation)
+        return [self.fault(path, message) for path, message in faults]
+
     @property
     def named_tokenizer(self) -> str | None:
         """The tokenizer of the output that the recipe names: base, an expert or union."""
@@ -117,20 +137,30 @@ class Recipe(Choice):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Reads and checks a recipe; raises RecipeError with all faults at once, each with its line and key."""
+        """Reads and checks a recipe; raises RecipeError with all faults at once, each with its line and key.
+
+        With the faults of a recipe come its inputs that are not there. A recipe without faults may be made before its
+        inputs are; whatever opens them checks that they are there.
+        """
         return cls.of(overridden(read(Path(path)), overrides), overrides)
 
     @classmethod
     def of(cls, document: Document, overrides: Sequence[str] = ()) -> Recipe:
-        """Builds the recipe of a document to which ``overrides`` have been applied."""
-        return _build(document, overrides)
+        """Builds the recipe of a document to which ``overrides`` have been applied; raises as `load` does."""
+        document = spell_out(document)
+        recipe, faults = _parse(document)
+        if recipe is None or faults:
+            faults += missing_inputs(document, with_texts=_may_take_text(recipe))
+            raise RecipeError([document.fault(path, message) for path, message in _in_order(document, faults)])
+        recipe._document, recipe._overrides = document, tuple(overrides)
+        return recipe
 
     @classmethod
     def parse(cls, text: str | Mapping[str, Any], folder: str | Path = ".") -> Recipe:
         """Builds a recipe from YAML text or from a dictionary; relative paths start at ``folder``."""
         if isinstance(text, str):
-            return _build(parse(text, "recipe", Path(folder).resolve()), ())
-        return _build(Document("recipe", Path(folder).resolve(), dict(text)), ())
+            return cls.of(parse(text, "recipe", Path(folder).resolve()))
+        return cls.of(Document("recipe", Path(folder).resolve(), dict(text)))
 
     def folders(self) -> list[Path]:
         """Returns the folders of models and adapters that exist on this machine."""
@@ -162,18 +192,38 @@ class Recipe(Choice):
 
         Keys of later versions are left out where they are absent, so that an older recipe has the same record.
         """
-        separate_keys = {"method", "parameters", "pipeline", "rules", "evaluation", "search"}
+        separate_keys = {"method", "parameters", "pipeline", "rules", "layers", "evaluation", "search"}
         separate_keys |= {key for key in ("tokenizer", "tokens") if not getattr(self, key)}
         sections = self.model_dump(mode="json", by_alias=True, exclude=separate_keys)
-        if self.output.pad_rows_to is None:
-            del sections["output"]["pad_rows_to"]
+        absent_keys = [key for key in ("pad_rows_to", "rank") if getattr(self.output, key) is None]
+        for key in (*absent_keys, *(["form"] if self.output.form == "model" else [])):
+            del sections["output"][key]
         models = {key: sections.pop(key) for key in ("base", "experts")}
-        return {**models, **_spelled_choice(self), "rules": [_spelled_rule(rule) for rule in self.rules], **sections}
+        layers = {"layers": [_spelled_layer(layer) for layer in self.layers]} if self.layers else {}
+        rules = [_spelled_rule(rule) for rule in self.rules]
+        return {**models, **_spelled_choice(self), **layers, "rules": rules, **sections}
 
-    def choices(self) -> Iterator[Choice]:
-        """Yields the recipe's own choice, then the choice of each rule."""
-        yield self
-        yield from self.rules
+    def as_model(self) -> Recipe:
+        """The same merge with a model as its output, for what looks at the merge and not at its files."""
+        output = self.output.model_copy(update={"form": "model", "rank": None})
+        return self.model_copy(update={"output": output})
+
+    def choices(self) -> dict[KeyPath, Choice]:
+        """Returns the recipe's own choice, then those of its rules and of `layers`, by key; in the order of groups."""
+        choices: dict[KeyPath, Choice] = {(): self}
+        choices.update({("rules", i): rule for i, rule in enumerate(self.rules)})
+        choices.update({("layers", i): layer for i, layer in enumerate(self.layers)})
+        return choices
+
+    def experts_of(self, choice: Choice) -> tuple[str, ...]:
+        """Returns the experts that a choice merges: all of them, but for an entry of `layers` that names some."""
+        ranges = choice.ranges(self.experts) if isinstance(choice, Layer) else self.experts
+        return tuple(name for name in self.experts if name in ranges)
+
+    @property
+    def has_method(self) -> bool:
+        """Whether the recipe has a method, which only one with `layers` may do without."""
+        return self.method is not None or self.pipeline is not None
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -186,7 +236,19 @@ def _spelled_rule(rule: Rule) -> dict[str, Any]:
     return entry if rule.use else {**entry, **_spelled_choice(rule)}
 
 
+def _spelled_layer(layer: Layer) -> dict[str, Any]:
+    entry = layer.model_dump(mode="json", include={"model", "range", "scale"}, exclude_none=True)
+    return {**entry, **_spelled_choice(layer)}
+
+
+def choice_name(path: KeyPath) -> str:
+    """Names a choice by its key, as the manifest does: recipe, rule 2 or layers 1."""
+    return "recipe" if not path else f"{'rule' if path[0] == 'rules' else path[0]} {int(path[1]) + 1}"
+
+
 def _spelled_choice(choice: Choice) -> dict[str, Any]:
+    if not choice.stages:
+        return {}
     if choice.pipeline is not None:
         return {"pipeline": [written(stage) for stage in choice.stages]}
     ((name, parameters),) = written(choice.stages[0]).items()
@@ -194,10 +256,6 @@ def _spelled_choice(choice: Choice) -> dict[str, Any]:
 
 
 # --- building: every fault at once ----------------------------------------------------------------
-
-_UNDECIDED = (
-    "is left open for `merger search`, which writes a recipe with the best value; or give one with overrides=VALUES"
-)
 
 
 def search_of(document: Document) -> Search:
@@ -227,11 +285,22 @@ def overridden(document: Document, overrides: Iterable[str]) -> Document:
     return spell_out(document)
 
 
-def _build(document: Document, overrides: Sequence[str]) -> Recipe:
-    document = spell_out(document)
-    if open_values := list(marks(document.value)):
-        raise RecipeError([document.fault(path, _UNDECIDED) for path, _ in open_values])
+def recipe_faults(document: Document) -> list[tuple[KeyPath, str]]:
+    """Returns the faults of a document by key, in its order; whether its inputs are there is none of them."""
+    _, faults = _parse(spell_out(document))
+    return _in_order(document, faults)
+
+
+def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+    """Returns the recipe of a document, as far as there is one, and the document's faults."""
+    if open_values := [(path, _undecided(path)) for path, _ in marks(document.value)]:
+        return None, open_values
+    if unmatched := trajectory_faults(document):
+        return None, unmatched
+    raw = document.value
     faults: list[tuple[KeyPath, str]] = []
+    if not raw.get("layers") and raw.get("experts", {}) == {}:
+        faults.append((("experts",), "is {}, expected at least 1 of them" if "experts" in raw else "is missing"))
     recipe = None
     try:
         recipe = Recipe(**document.value)
@@ -239,99 +308,43 @@ def _build(document: Document, overrides: Sequence[str]) -> Recipe:
         faults += translate_errors(error, _valid_fields, document.value)
     except TypeError:
         faults += [((str(key),), "is no text; quote it") for key in document.value if not isinstance(key, str)]
-    raw = document.value
     experts = raw["experts"] if isinstance(raw.get("experts"), dict) else {}
     weights = {str(name): recipe.experts[name].weight if recipe else Fraction(1) for name in experts}
-    rules = raw["rules"] if isinstance(raw.get("rules"), list) else []
-    places: list[tuple[KeyPath, Any]] = [((), raw), *((("rules", i), rule) for i, rule in enumerate(rules))]
-    stage_lists = [stages_of(node, path, weights, faults) for path, node in places if isinstance(node, Mapping)]
+    stages = {
+        path: stages_of(node, path, weights_of(node, weights), faults)
+        for path, node in written_choices(raw)
+        if isinstance(node, Mapping)
+    }
     if recipe is not None:
-        for choice, stages in zip(recipe.choices(), stage_lists, strict=True):
-            choice._stages = tuple(stages)
-        faults += _conflicts(recipe)
-        recipe._document, recipe._overrides = document, tuple(overrides)
-    if faults or recipe is None:
-        ordered_faults = sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
-        raise RecipeError([document.fault(path, message) for path, message in ordered_faults])
-    return recipe
+        for path, choice in recipe.choices().items():
+            choice._stages = tuple(stages.get(path, ()))
+        faults += _conflicts(recipe) if recipe.experts or recipe.layers else []
+    return recipe, faults
 
 
 def _conflicts(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Returns the faults between the sections of a well-formed recipe."""
-    return [*vocabulary_faults(recipe), *_calibration_faults(recipe)]
+    return [*layer_faults(recipe), *vocabulary_faults(recipe), *output_faults(recipe), *calibration_faults(recipe)]
 
 
-def _calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
-    faults: list[tuple[KeyPath, str]] = []
-    experts, calibration = tuple(recipe.experts), recipe.calibration
-    if calibration is not None:
-        by_expert = {"data": calibration.data, "stats": calibration.stats, "samples": calibration.samples}
-        for key, value in by_expert.items():
-            for name in value if isinstance(value, dict) else ():
-                if name not in experts:
-                    faults.append((("calibration", key, name), f"there is no such expert; {nearest(name, experts)}"))
-    if not is_calibrated(recipe):
-        return faults
-    if calibration is None:
-        return [_without_text(recipe), *faults]
-    streams = sorted({source.stream for source in _inputs(recipe) if source.granularity == "block"}, reverse=True)
-    if len(streams) > 1:
-        reason = "all text goes one way through the model"
-        faults.append(((), f"inputs: {streams[0]} in one method and {streams[1]} in another; {reason}"))
-    with_data = (
-        set(calibration.data) if isinstance(calibration.data, dict) else set(experts if calibration.data else ())
-    )
-    from_text = follows_merge(recipe)
-    experts_without_text = [
-        name for name in experts if name not in (with_data if from_text else with_data | set(calibration.stats))
-    ]
-    if experts_without_text:
-        reason = "no data, as inputs behind merged blocks need it," if from_text else "no data and no stats"
-        faults.append((("calibration",), f"{reason} for {', '.join(experts_without_text)}"))
-    return faults
+def _in_order(document: Document, faults: Iterable[tuple[KeyPath, str]]) -> list[tuple[KeyPath, str]]:
+    """Returns the faults in the order of their lines, each once."""
+    return sorted(dict.fromkeys(faults), key=lambda fault: document.line(fault[0]))
 
 
-def _without_text(recipe: Recipe) -> tuple[KeyPath, str]:
-    """Returns the fault of the first choice that needs text, for a recipe without text."""
-    places: list[KeyPath] = [(), *(("rules", i) for i in range(len(recipe.rules)))]
-    choices = zip(places, recipe.choices(), strict=True)
-    place, choice = next(
-        (place, choice) for place, choice in choices if any(source.needs_text for source in _inputs(recipe, choice))
-    )
-    files = ", ".join(f"{expert}: {expert}.jsonl" for expert in list(recipe.experts)[:3])
+def _undecided(path: KeyPath) -> str:
+    """Returns the fault of a value that is left open where a definite one is needed."""
+    key = ".".join(map(str, path))
     return (
-        (*place, "pipeline" if choice.pipeline else "method"),
-        f"looks at layer inputs; add `calibration: {{data: {{{files}}}}}`, text of each expert (docs/calibration.md)",
+        f"is left open for `merger search`, which writes a recipe with the best value; or give overrides='{key}=VALUE'"
     )
 
 
-def follows_merge(recipe: Recipe) -> bool:
-    """Whether stages look at blocks behind the merged ones, so that nothing can be said before these are merged."""
-    return any(source.follows_merge for source in _inputs(recipe))
-
-
-def is_calibrated(recipe: Recipe) -> bool:
-    """Whether a stage needs an input that is made from calibration text."""
-    return any(source.needs_text for source in _inputs(recipe))
-
-
-def _inputs(recipe: Recipe, *choices: Choice) -> set[StageInput]:
-    """Returns the inputs besides weights that the stages of ``choices`` need, by default of all choices."""
-    return {source for bound in _bounds(recipe, *choices) for source in bound.inputs}
-
-
-def _bounds(recipe: Recipe, *choices: Choice) -> list[Bound]:
-    """Binds the stages of ``choices``, by default of all choices, for a matrix."""
-    place = Place(tuple(recipe.experts))
-    try:
-        return [
-            bind(expanded, place)
-            for choice in choices or recipe.choices()
-            for stage in choice.stages
-            for expanded in expand(stage, "linear", place.experts)
-        ]
-    except ValueError:  # is a fault already
-        return []
+def _may_take_text(recipe: Recipe | None) -> bool:
+    """Whether some stage takes text, or cannot be told because of a fault."""
+    if recipe is None or is_calibrated(recipe):
+        return True
+    return any(not choice.stages for choice in recipe.choices().values() if choice.method or choice.pipeline)
 
 
 _SECTIONS: dict[str | int, Any] = {
@@ -342,6 +355,7 @@ _SECTIONS: dict[str | int, Any] = {
     "evaluation": Evaluation,
     "search": Search,
     "rules": Rule,
+    "layers": Layer,
     "tokens": TokenRow,
 }
 

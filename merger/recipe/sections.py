@@ -44,6 +44,14 @@ def _location(text: str) -> str:
     return text
 
 
+def is_location(value: Any) -> bool:
+    """Whether a value is text that a folder or file could be named."""
+    try:
+        return isinstance(value, str) and bool(value) and bool(_location(value))
+    except ValueError:
+        return False
+
+
 Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
 
 
@@ -97,8 +105,16 @@ class Output(Section):
     """Where the merged checkpoint goes, and in what form."""
 
     path: Location = Field(description="The folder to write, relative to the recipe; it appears when it is complete.")
+    form: Literal["model", "adapter"] = Field(
+        "model", description="`model`, or `adapter`: a PEFT LoRA adapter that holds the changes of the linear layers."
+    )
+    rank: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Of an adapter's factors; left out, the sum of those of the experts, if all are adapters.",
+    )
     dtype: DType | None = Field(
-        default=None, description="How numbers are stored; left out, as each tensor of the base is."
+        default=None,
+        description="How numbers are stored; left out, as each tensor of the base is, and an adapter as float32.",
     )
     shard_size: Annotated[int, BeforeValidator(byte_size, json_schema_input_type=int | str), Field(ge=1)] = Field(
         5_000_000_000, description="The most bytes of a weight file: a number, or as in 5GB or 500MiB."
@@ -266,7 +282,8 @@ def unused_expert_name(location: str, used_names: Collection[str]) -> str:
     return stem if stem not in used_names else next(name for name in numbered if name not in used_names)
 
 
-def _pattern(text: str) -> str:
+def regular_expression(text: str) -> str:
+    """The text, unchanged; ValueError if it is not a regular expression."""
     try:
         re.compile(text)
     except re.error as error:
@@ -295,7 +312,7 @@ class Choice(Section):
 class Rule(Choice):
     """What happens to the tensors whose name or kind it matches; the first rule that matches wins."""
 
-    tensors: Annotated[str, AfterValidator(_pattern)] | None = Field(
+    tensors: Annotated[str, AfterValidator(regular_expression)] | None = Field(
         default=None, description="A regular expression that is found anywhere in a tensor's name."
     )
     kinds: list[Kind] | None = Field(default=None, description="Kinds of tensors that the rule is about.")

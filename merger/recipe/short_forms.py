@@ -1,4 +1,4 @@
-"""Short forms of a recipe: a list of experts, whose names are those of their folders, and an output that is a path."""
+"""Short forms of a recipe: experts in a list, or as a pattern of their folders, and an output that is a path."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from merger.errors import RecipeError
 from merger.recipe.document import Document, KeyPath
 from merger.recipe.foreign import foreign_fault
 from merger.recipe.sections import unused_expert_name
+from merger.recipe.trajectory import with_checkpoints
 
 
 def spell_out(document: Document) -> Document:
@@ -19,7 +20,7 @@ def spell_out(document: Document) -> Document:
     """
     if fault := foreign_fault(document.label, document.lines.keys()):
         raise RecipeError(fault)
-    return _with_output_path(_with_expert_names(document))
+    return _with_output_path(_with_expert_names(with_checkpoints(document)))
 
 
 def _with_expert_names(document: Document) -> Document:

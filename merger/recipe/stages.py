@@ -18,6 +18,22 @@ from merger.recipe.document import KeyPath
 from merger.recipe.faults import translate_errors
 
 
+def written_choices(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
+    """Yields the parts of a document that must have a method, with their keys.
+
+    An entry of `layers` without one copies or takes the recipe's; with `layers` the recipe itself may have none.
+    """
+    if _has_method(raw) or not raw.get("layers"):
+        yield (), raw
+    for key in ("rules", "layers"):
+        entries = raw[key] if isinstance(raw.get(key), list) else []
+        yield from (((key, i), entry) for i, entry in enumerate(entries) if key == "rules" or _has_method(entry))
+
+
+def _has_method(node: Any) -> bool:
+    return isinstance(node, Mapping) and any(node.get(key) is not None for key in ("method", "pipeline", "parameters"))
+
+
 def stages_of(
     node: Mapping[str, Any], path: KeyPath, experts: Mapping[str, Number], faults: list[tuple[KeyPath, str]]
 ) -> list[Stage]:

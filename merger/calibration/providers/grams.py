@@ -15,7 +15,9 @@ from merger.calibration.block_grams import grams
 from merger.calibration.moment_source import MomentSource
 from merger.calibration.origins import sources
 from merger.calibration.provider import Block, Cost, PartialMerge, register
+from merger.calibration.statistics_files import StatisticsKey, is_complete
 from merger.calibration.text_cost import hidden_state_bytes, largest_block_bytes
+from merger.checkpoint.cache import cache_folder
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput, Stream, uncut
 from merger.planning.plan import Part, Plan
@@ -52,6 +54,10 @@ class Grams:
     def slice_bytes(self, part: Part, experts: int) -> int:
         """The matrices of all experts in float32, and their sum and its factor in float64."""
         return (16 + 4 * experts * len(self.inputs)) * part.columns**2
+
+    def is_cached(self, key: StatisticsKey) -> bool:
+        """Whether `merger calibrate --gram` kept the expert's matrices; behind merged blocks none can be kept."""
+        return self._stream == "own" and is_complete(cache_folder() / key.folder_name())
 
     def origins(self, plan: Plan) -> Mapping[str, str | None]:
         """The SHA-256 of texts, statistics files and tokenizers."""

@@ -9,7 +9,9 @@ from merger.calibration.moment_source import MomentSource
 from merger.calibration.origins import sources
 from merger.calibration.provider import Cost, register
 from merger.calibration.statistics import calibrate, load_statistics
+from merger.calibration.statistics_files import StatisticsKey, find
 from merger.calibration.text_cost import hidden_state_bytes, largest_block_bytes
+from merger.checkpoint.cache import cache_folder
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput, by_expert, by_feature, by_row
 from merger.planning.plan import Part, Plan
@@ -33,6 +35,10 @@ class InputStatistics:
     def slice_bytes(self, part: Part, experts: int) -> int:
         """Nothing that counts: a few numbers for each column."""
         return 0
+
+    def is_cached(self, key: StatisticsKey) -> bool:
+        """Whether the expert's statistics file is there."""
+        return find(cache_folder(), key) is not None
 
     def origins(self, plan: Plan) -> Mapping[str, str | None]:
         """The SHA-256 of texts, statistics files and tokenizers."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from merger._lazy import torch
@@ -70,12 +71,14 @@ class Safetensors(Format):
 FORMAT = Safetensors()
 
 
-def encode_header(tensors: Mapping[str, Info], room: int | None = None) -> tuple[bytes, dict[str, int]]:
+def encode_header(
+    tensors: Mapping[str, Info], room: int | None = None, metadata: Mapping[str, str] = MappingProxyType({})
+) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file that holds the tensors in this order, and where each one's bytes begin.
 
     ``room`` is the number of bytes of the header's text, where it was set aside before the tensors were known.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position, starts = 0, {}
     for name, info in tensors.items():
         entries[name] = {

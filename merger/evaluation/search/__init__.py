@@ -15,7 +15,7 @@ from merger.checkpoint.files import make_folder
 from merger.errors import RecipeError
 from merger.evaluation import tasks
 from merger.evaluation.references import family_of
-from merger.evaluation.scores import Comparison, Entry, check_objective, compare, objective, versions
+from merger.evaluation.scores import Comparison, Entry, check_objective, compare, objective, objective_text, versions
 from merger.evaluation.search import results
 from merger.evaluation.search.loop import Trial, best_of, explore
 from merger.evaluation.search.record import Record
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["SearchResult", "search"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult:
     """The result of a search."""
 
@@ -50,6 +50,21 @@ class SearchResult:
         winner = best_of(list(self.best.values()))
         assert winner is not None
         return winner
+
+    def objective_text(self, trial: Trial) -> str:
+        """The objective of a trial that worked, for people."""
+        assert trial.objective is not None, "the trial worked"
+        measures = {name: task.measure for name, task in self.report.tasks.items()}
+        return objective_text(self.objective, trial.objective, measures)
+
+    def __repr__(self) -> str:
+        count = sum(map(len, self.trials.values()))
+        return (
+            f"SearchResult({count} trials; {self.objective} {self.objective_text(self.winner)} at best; {self.folder})"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary for machines."""
@@ -190,10 +205,11 @@ class _Search:
 
         strategy = STRATEGIES[self.settings.strategy](space, self.settings.seed)
         say, limit = self.model_host.options.notice, self.settings.trials
+        measures = {task.name: task.measure for task in self.split.search}
         so_far: list[Trial] = []
         for trial in explore(variant, space, strategy, limit, record, evaluate_point, say):
             so_far.append(trial)
-            say(results.line(trial, best_of(so_far), limit, self.settings.objective))
+            say(results.line(trial, best_of(so_far), limit, self.settings.objective, measures))
             self.model_host.options.progress(f"searching {variant}".rstrip(), trial.trial, limit or trial.trial)
             yield trial
 

@@ -13,6 +13,7 @@ import yaml
 from merger._version import MARK
 from merger.checkpoint.files import check_replaceable, replace_bytes
 from merger.evaluation import tables
+from merger.evaluation.scores import objective_text
 from merger.evaluation.search.loop import Trial
 from merger.evaluation.search.space import Space
 
@@ -34,15 +35,21 @@ def setting(point: Mapping[str, Any]) -> str:
     return json.dumps({name.removeprefix("parameters."): value for name, value in point.items()})
 
 
-def line(trial: Trial, best: Trial | None, trials: int | None, objective: str) -> str:
-    """One line that describes a trial: setting, objective, best objective so far, seconds."""
+def line(trial: Trial, best: Trial | None, trials: int | None, objective: str, measures: Mapping[str, str]) -> str:
+    """One line that describes a trial: setting, objective, best objective so far, seconds.
+
+    ``measures`` are those of the tasks by name.
+    """
     of = f" of {trials}" if trials else ""
     prefix = f"{trial.variant} " if trial.variant else ""
     if trial.objective is None:
         return f"{prefix}trial {trial.trial}{of}: {setting(trial.point)}: failed: {trial.failed}"
-    top = f", best so far {best.objective:.4f}" if best is not None else ""
+    value = objective_text(objective, trial.objective, measures)
+    top = ""
+    if best is not None and best.objective is not None:
+        top = f", best so far {objective_text(objective, best.objective, measures)}"
     return (
-        f"{prefix}trial {trial.trial}{of}: {setting(trial.point)}: {objective} {trial.objective:.4f}{top}; "
+        f"{prefix}trial {trial.trial}{of}: {setting(trial.point)}: {objective} {value}{top}; "
         f"merged in {trial.merge_seconds:.1f} s, judged in {trial.judge_seconds:.1f} s"
     )
 
@@ -50,7 +57,7 @@ def line(trial: Trial, best: Trial | None, trials: int | None, objective: str) -
 def write(result: SearchResult, folder: Path, space: Space, recipe: Path) -> None:
     """Writes best.yaml and report.md."""
     winner = result.winner
-    score = f"{result.objective} {winner.objective:.4f} on its search data"
+    score = f"{result.objective} {result.objective_text(winner)} on its search data"
     heading = f"# Found by `merger search {recipe.name}`, {MARK}: {score}.\n"
     value = space.document_at(winner.point).value
     text = yaml.safe_dump(_rebased(value, space.document.folder, folder.resolve()), sort_keys=False, allow_unicode=True)
@@ -75,7 +82,7 @@ def _page(result: SearchResult, recipe: Path) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for variant, trials in result.trials.items():
         best = result.best.get(variant)
-        best_cells = ["", ""] if best is None else [f"{best.objective:.4f}", f"`{setting(best.point)}`"]
+        best_cells = ["", ""] if best is None else [result.objective_text(best), f"`{setting(best.point)}`"]
         merging, judging = (_median([getattr(t, key) for t in trials]) for key in ("merge_seconds", "judge_seconds"))
         failed = sum(trial.objective is None for trial in trials)
         cells = [variant or recipe.stem, len(trials), failed, *best_cells, f"{merging:.1f}", f"{judging:.1f}"]

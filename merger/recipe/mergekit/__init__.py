@@ -7,29 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
-from merger.checkpoint.tensor_kinds import text_config
 from merger.errors import RecipeError, nearest
 from merger.recipe.document import Document, KeyPath
 from merger.recipe.foreign import is_mixture, mixture_fault, recipe_fault
+from merger.recipe.mergekit.choices import absence_parameter, recipe_choices
 from merger.recipe.mergekit.references import Faults, Reference, expert_names, reference
-from merger.recipe.mergekit.settings import (
-    CONV1D,
-    MOST_FILTERS,
-    Group,
-    Settings,
-    Slice,
-    Source,
-    choose_rules,
-    rule_condition,
-)
+from merger.recipe.mergekit.settings import Settings, Slice, Source
+from merger.recipe.mergekit.slices import SliceEntries, layer_count, stay_in_place
 from merger.recipe.mergekit.table import METHODS, Method
 from merger.recipe.mergekit.vocabulary import Vocabulary
-from merger.recipe.recipe import Recipe
+from merger.recipe.recipe import recipe_faults
 from merger.recipe.sections import DType
 
 _KEYS = {
@@ -46,7 +38,6 @@ class Imported:
 
     recipe: dict[str, Any]
     notes: tuple[str, ...]  # differences, and keys that neither tool reads
-    layers: int | None  # the number of layers in the slices
 
     def written(self, source: str) -> str:
         """Returns the recipe as YAML below its notes; ``source`` names the configuration."""
@@ -54,32 +45,35 @@ class Imported:
         return notes + yaml.safe_dump(self.recipe, sort_keys=False, default_flow_style=None, width=120)
 
 
-def import_mergekit(document: Document, place: Callable[[str], str] = str) -> Imported:
+def _unknown(model: str) -> None:
+    """The number of layers of a model that is not at hand."""
+
+
+def import_mergekit(
+    document: Document,
+    place: Callable[[str], str] = str,
+    count_layers: Callable[[str], int | None] = _unknown,
+) -> Imported:
     """Imports a mergekit configuration; raises RecipeError with all keys that have no equivalent and their lines.
 
-    ``place`` returns a model's path relative to the recipe.
+    ``place`` returns a model's path relative to the recipe, ``count_layers`` the number of layers of the model there,
+    or None where it is not at hand.
     """
     keys = document.lines.keys()
     if fault := mixture_fault(document.label) if is_mixture(keys) else recipe_fault(document.label, keys):
         raise RecipeError(fault)
-    return _Importer(document, place).import_recipe()
-
-
-def layers_of(config: Any) -> int | None:
-    """Returns the number of layers in a model's config.json."""
-    inner = text_config(config) if isinstance(config, Mapping) else {}
-    return next(
-        (inner[key] for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in inner), None
-    )
+    return _Importer(document, place, count_layers).import_recipe()
 
 
 class _Importer:
     """Collects the faults of a whole configuration before it raises."""
 
-    def __init__(self, document: Document, place: Callable[[str], str]) -> None:
+    def __init__(
+        self, document: Document, place: Callable[[str], str], count_layers: Callable[[str], int | None]
+    ) -> None:
         self.document = document
         self.config = document.value
-        self.place = place
+        self.place, self.count_layers = place, count_layers
         self.faults: Faults = []
         self.notes: list[str] = []
 
@@ -89,26 +83,43 @@ class _Importer:
         slices = self._slices()
         self._note_other_keys()
         start, experts = self._roles(method or METHODS["linear"], base, slices)
+        space = "weights" if start in experts else "delta"
+        moves = method is not None and self._moves_layers(method, start, slices)
+        if moves and method is METHODS["passthrough"]:  # copies need no second name for the base
+            experts = [model for model in experts if model != start]
         names = expert_names(experts)
         vocabulary = Vocabulary(self.config, {**names, start: "base"}, self.faults, self.notes)
+        choices: dict[str, Any] = {}
+        if method is not None and moves:
+            choices = SliceEntries(method, self._settings(method, slices), names, start, space).recipe_keys()
+        elif method is not None and names:
+            choices = recipe_choices(method, self._settings(method, slices), names, space)
         recipe = {
             "base": self._relocate(start),
-            "experts": {name: self._relocate(model) for model, name in names.items()},
-            **(self._choices(method, slices, names, delta=start not in experts) if method and names else {}),
+            **({"experts": {name: self._relocate(model) for model, name in names.items()}} if names else {}),
+            **choices,
             **vocabulary.recipe_keys(),
             "output": {"path": _PATH, **self._dtype(), **vocabulary.output_keys()},
         }
         self._raise_faults()
-        try:
-            Recipe.parse(recipe)
-        except RecipeError as error:
-            self.faults += [(("merge_method",), fault.removeprefix("recipe: ")) for fault in error.faults]
-            self._raise_faults()
-        counts = [part.layers for part in slices if part.layers is not None]
-        layers = sum(counts) if counts else None
-        if layers is not None:
+        document = Document("recipe", Path(), recipe)
+        faults = [document.fault(path, message).removeprefix("recipe: ") for path, message in recipe_faults(document)]
+        self.faults += [(("merge_method",), fault) for fault in faults]
+        self._raise_faults()
+        layers = layer_count(slices)
+        if layers is not None and not moves:
             self.notes.append(f"slices: the models must have just {layers} layers: merger merges all that there are.")
-        return Imported(recipe, tuple(dict.fromkeys(self.notes)), layers)
+        return Imported(recipe, tuple(dict.fromkeys(self.notes)))
+
+    def _moves_layers(self, method: Method, start: Reference, slices: list[Slice]) -> bool:
+        """Whether the layers of the output are not those of all models, one by one."""
+        layers = layer_count(slices)
+        if layers is None:
+            return False
+        models = [{source.model for source in part.sources} for part in slices]
+        are_alike = absence_parameter(method) is not None or all(others == models[0] for others in models)
+        is_complete = self.count_layers(self.place(start.model)) in (None, layers)
+        return not (are_alike and is_complete and stay_in_place(slices))
 
     def _raise_faults(self) -> None:
         if self.faults:
@@ -161,15 +172,13 @@ class _Importer:
             return []
         if keys == ["models"]:
             return [Slice((*path, "models"), tuple(self._sources(holder["models"], (*path, "models"))))]
-        slices, layers = [], 0
+        slices = []
         for i, entry in enumerate(self._list_entries(holder["slices"], (*path, "slices"))):
             slice_path: KeyPath = (*path, "slices", i)
             self._same_base(entry.get("base_model"), (*slice_path, "base_model"))
             self._note_ignored_keys(entry, {"sources", "base_model", "parameters"}, slice_path)
             sources = tuple(self._sources(entry.get("sources"), (*slice_path, "sources"), {"layer_range"}))
-            count = self._layers(sources, layers)
-            slices.append(Slice(slice_path, sources, entry.get("parameters"), count))
-            layers += count
+            slices.append(Slice(slice_path, sources, entry.get("parameters"), self._layers(sources)))
         return slices
 
     def _sources(self, entries: Any, path: KeyPath, extra_keys: set[str] = set()) -> Iterator[Source]:  # noqa: B006
@@ -189,22 +198,19 @@ class _Importer:
         self.faults.append((path, "expected a list of keys and values"))
         return []
 
-    def _layers(self, sources: tuple[Source, ...], begin: int) -> int:
-        """Returns the number of layers of a slice; a slice that does not begin at ``begin`` is a fault."""
-        end = begin + 1
-        for i, source in enumerate(sources):
+    def _layers(self, sources: tuple[Source, ...]) -> int:
+        """Returns the number of layers of a slice; sources with other numbers of them are a fault."""
+        counts: list[int] = []
+        for source in sources:
             place = (*source.path, "layer_range")
             match source.layers:
-                case [int(first), int(stop)] if first == begin < stop and (i == 0 or stop == end):
-                    end = stop
-                case [int(first), int(stop)] if i and stop - first != end - begin:
-                    self.faults.append((place, f"has {stop - first} layers, but {end - begin} in the same slice"))
-                case [int(first), int(stop)]:
-                    moved = f"layers {first} to {stop - 1} would not stay where they are"
-                    self.faults.append((place, f"has no equivalent: {moved} (expected a range from {begin} on)"))
+                case [int(first), int(stop)] if 0 <= first < stop:
+                    counts.append(stop - first)
+                    if counts[-1] != counts[0]:
+                        self.faults.append((place, f"has {counts[-1]} layers, but {counts[0]} in the same slice"))
                 case _:
                     self.faults.append((place, "expected the first layer and the one after the last, as in [0, 32]"))
-        return end - begin
+        return counts[0] if counts else 1
 
     def _same_base(self, value: Any, path: KeyPath) -> None:
         if value is not None and reference(value, path, self.faults) != self._base():
@@ -230,36 +236,17 @@ class _Importer:
 
     # --- parameters ---
 
-    def _choices(
-        self, method: Method, slices: list[Slice], names: Mapping[Reference, str], *, delta: bool
-    ) -> dict[str, Any]:
+    def _settings(self, method: Method, slices: list[Slice]) -> Settings:
+        """The parameters of the file; notes those that mergekit does not look at."""
         holder_path, holder = self._holder()
         general = {
             (*holder_path, "parameters"): holder.get("parameters"),
             ("parameters",): self.config.get("parameters"),
         }
         settings = Settings(slices, list(general.items()), self.faults)
-        used = {*method.merge_parameters, *method.model_parameters}
         for path, parameters in settings.parameter_maps():
-            self._note_ignored_keys(parameters, {*used, *method.idle}, path)
-        self._same_models(method, slices)
-        conditions = settings.conditions(used)
-        if len(conditions) > MOST_FILTERS + 2:
-            self.faults.append((("parameters",), f"more than {MOST_FILTERS} filters have no equivalent"))
-            return {}
-        main, rules = choose_rules(
-            conditions, partial(_choice, method, settings, names, "delta" if delta else "weights")
-        )
-        if not rules:
-            return main
-        return {**main, "rules": [{**rule_condition(group), **choice} for group, choice in rules]}
-
-    def _same_models(self, method: Method, slices: list[Slice]) -> None:
-        """Refuses slices of other models, unless the absent ones can be given a weight of 0."""
-        models = [{source.model for source in part.sources} for part in slices]
-        for part, slice_models in zip(slices, models, strict=True):
-            if _absence_parameter(method) is None and slice_models != models[0]:
-                self.faults.append(((*part.path, "sources"), "has no equivalent: other models than in the first slice"))
+            self._note_ignored_keys(parameters, {*method.parameters, *method.idle}, path)
+        return settings
 
     # --- what is left ---
 
@@ -283,40 +270,3 @@ class _Importer:
         for key in entries:
             if key not in valid_keys:
                 self.notes.append(f"{'.'.join(map(str, (*path, key)))}: mergekit does not look at it.")
-
-
-def _absence_parameter(method: Method) -> str | None:
-    """Returns the parameter whose value 0 excludes a model."""
-    return next((name for name in ("weight", "scale") if name in method.model_parameters), None)
-
-
-def _choice(
-    method: Method, settings: Settings, names: Mapping[Reference, str], space: str, group: Group
-) -> dict[str, Any]:
-    """The method and its parameters, or the pipeline, for the tensors of a group."""
-    values: dict[str, Any] = {"space": space, "stored_transposed": CONV1D in group}
-    for name, default in method.merge_parameters.items():
-        read = settings.switch if isinstance(default, bool) else settings.number
-        values[name] = read(name, default, group)
-    for name, default in method.model_parameters.items():
-        missing = 0 if name == _absence_parameter(method) else None
-        values[name] = {
-            expert: settings.number(name, default, group, model, missing) for model, expert in names.items()
-        }
-    try:
-        stages = [(name, parameters) for stage in method.stages(values) for name, parameters in stage.items()]
-    except ValueError as error:
-        settings.faults.append((("merge_method",), str(error)))
-        return {}
-    entries = [(name, {key: _collapse(value) for key, value in parameters.items()}) for name, parameters in stages]
-    if len(entries) > 1:
-        return {"pipeline": [{name: parameters} for name, parameters in entries]}
-    ((name, parameters),) = entries
-    return {"method": name, "parameters": parameters} if parameters else {"method": name}
-
-
-def _collapse(value: Any) -> Any:
-    """Replaces a map with equal values for all experts by that value."""
-    if isinstance(value, dict) and all(entry == value[next(iter(value))] for entry in value.values()):
-        return next(iter(value.values()))
-    return value

@@ -102,10 +102,14 @@ class Settings:
         if OUTSIDE in group:  # mergekit takes the first value for what comes before the blocks, and after them
             return _shorten([_first_item(values[0]), _first_item(values[-1])])
         if len(values) == 1:
-            return _shorten(values[0]) if isinstance(values[0], list) else values[0]
+            return _of_slice(values[0], self.slices[0])
         return _shorten(
             [item for part, value in zip(self.slices, values, strict=True) for item in _layer_values(value, part)]
         )
+
+    def slice_value(self, path: KeyPath, value: Any, part: Slice) -> Any:
+        """A number, or a list over the layers of one slice."""
+        return _of_slice(_map_items(value, partial(self._checked, path)), part)
 
     def switch(self, name: str, default: Any, group: Group) -> bool:
         """Returns the boolean value of a parameter for the tensors of a group."""
@@ -151,6 +155,11 @@ class Settings:
         return int(number) if number == int(number) else number
 
 
+def is_inside(text: str) -> bool:
+    """Whether only names of tensors in a block can match a filter."""
+    return _IN_BLOCKS.search(text) is not None
+
+
 def _has(parameters: Any, name: str) -> bool:
     return isinstance(parameters, Mapping) and name in parameters
 
@@ -176,6 +185,13 @@ def _first_item(value: Any) -> Any:
 
 def _shorten(values: list[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else values
+
+
+def _of_slice(value: Any, part: Slice) -> Any:
+    """A value for all layers of a slice, of which a single layer takes the last."""
+    if not isinstance(value, list) or not value:
+        return value
+    return value[-1] if part.layers == 1 else _shorten(value)
 
 
 def _layer_values(value: Any, part: Slice) -> Iterator[Any]:
@@ -222,7 +238,7 @@ def _is_possible(group: Group, conditions: Sequence[str]) -> bool:
     """
     texts = group - {OUTSIDE, CONV1D}
     contained = {condition for condition in conditions for text in texts if condition in text}
-    in_blocks = CONV1D in group or any(_IN_BLOCKS.search(text) for text in texts)
+    in_blocks = CONV1D in group or any(map(is_inside, texts))
     return contained <= texts and not (OUTSIDE in group and in_blocks)
 
 

@@ -28,6 +28,11 @@ class Method:
     idle: Sequence[str] = ()  # what changes nothing in the result
     remark: str = ""  # what is not the same, in a line
 
+    @property
+    def parameters(self) -> set[str]:
+        """The names of all parameters that mergekit looks at."""
+        return {*self.merge_parameters, *self.model_parameters}
+
 
 def share(value: Any) -> Any:
     """Clamps a density to 0 and 1; a list over depth stays as it is."""
