@@ -154,4 +154,4 @@ def _factor(deltas: Tensor, *, rank: int, dtype: str) -> FactorPair:
     return factor_pair(deltas, strongest(deltas, rank), min_rank=rank, dtype=getattr(torch, names[dtype]))
 
 
-_FACTORING = Entry("adapter", "filter", _factor, takes=lambda **_: "matrix", exact=False)
+_FACTORING = Entry("adapter", "pack", _factor, takes=lambda **_: "matrix", exact=False)

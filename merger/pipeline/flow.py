@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from merger.errors import naming
+from merger.errors import RecipeError, naming
 from merger.ops.arithmetic import uniforms
 from merger.ops.questions import Flow
 from merger.ops.transfer import stack_on_device, to_device
 from merger.pipeline.inputs import stage_input
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import Sizes, run_slices
-from merger.pipeline.registry import supplied
+from merger.pipeline.registry import Entry, supplied
 from merger.pipeline.stages import Bound
 
 if TYPE_CHECKING:
@@ -76,10 +76,27 @@ def _run_stages(
                 arguments = [inputs.get(supply, stage_supplies.get(supply)) for supply in supplied(step.entry.function)]
                 with naming(f"stage {step.entry.name}"):
                     result = step.entry.function(*arguments, **step.values)
-                    stage_supplies[name] = (yield from result) if inspect.isgenerator(result) else result
+                    result = (yield from result) if inspect.isgenerator(result) else result
+                _check_result(step.entry, result, deltas.shape)
+                stage_supplies[name] = result
         deltas = stage_supplies["deltas"]
         look(i, deltas)
     return deltas
+
+
+def _check_result(entry: Entry, result: Any, shape: Sequence[int]) -> None:
+    """Raises RecipeError where a stage makes no value for each weight of ``shape``, [k r c] or [r c] once merged.
+
+    Compiled loops read and write as many values as they are told.
+    """
+    expected = list(shape[1:] if entry.kind == "merger" else shape)
+    if entry.kind == "pack" or (hasattr(result, "dim") and list(result.shape) == expected):
+        return
+    found = list(result.shape) if hasattr(result, "dim") else f"a {type(result).__name__}"
+    code = entry.function.__code__
+    raise RecipeError(
+        f"stage {entry.name}: returns {found}, expected a tensor {expected} ({code.co_filename}:{code.co_firstlineno})"
+    )
 
 
 def _run_inner(stage: Bound, supplies: Mapping[str, Any], deltas: Tensor) -> Flow[Tensor]:

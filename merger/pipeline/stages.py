@@ -148,7 +148,10 @@ def bind(stage: Stage, place: Place) -> Bound:
             "so its scores of different tensors share no scale; write scope: tensor"
         )
     nested = nested_parameter(entry.function)
-    return Bound(entry, values, score, () if nested is None else _bind_nested(*nested, values.pop(nested[0]), place))
+    inner = () if nested is None else _bind_nested(*nested, values.pop(nested[0]), place)
+    bound = Bound(entry, values, score, inner)
+    _ = bound.arguments  # raises ValueError for a name before the `*` that nothing supplies
+    return bound
 
 
 def _bind_nested(parameter: str, nested: Nested, method: Stage, place: Place) -> tuple[Bound, ...]:
