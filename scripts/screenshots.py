@@ -71,7 +71,7 @@ SHOTS = (
     Shot("merger inspect recipe.yaml --html inspect.html", "inspect"),
     Shot("merger search search.yaml --html search.html"),
 )
-PAGES = {"page-demo": "demo.html", "page-eval": "eval.html", "page-inspect": "inspect.html", "page-search": "search.html"}
+PAGES = {f"page-{name}": f"{name}.html" for name in ("demo", "eval", "inspect", "search")}
 SEARCH = """base: models/base
 experts: {upper: models/upper, shift: models/shift, double: models/double}
 method: task_arithmetic
@@ -145,7 +145,8 @@ def page_picture(page: Path, file: Path, browser: str, profile: Path) -> None:
     from PIL import Image
 
     width, height = PAGE
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
+    command = [browser, *flags, f"--user-data-dir={profile}"]
     command += [f"--window-size={width},{height}", "--blink-settings=preferredColorScheme=1"]
     subprocess.run([*command, f"--screenshot={file}", page.as_uri()], check=True, capture_output=True)
     Image.open(file).convert("RGB").quantize(COLOURS).save(file, optimize=True)

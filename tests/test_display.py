@@ -151,7 +151,7 @@ def test_all_texts_of_a_page_are_escaped(text):
 
 
 def test_the_contents_of_a_page_lead_to_its_sections(text):
-    links = re.findall(r'<nav.*?</nav>', text)[0]
+    links = re.findall(r"<nav.*?</nav>", text)[0]
     anchors = re.findall(r'href="#([\w-]+)"', links)
     assert anchors == ["first-b", "second"]
     assert all(f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">' in text for anchor in anchors)

@@ -65,8 +65,8 @@ def test_layers_that_are_alike_are_not_named(tmp_path):
 def test_what_is_in_the_merge_is_a_share_of_each_input(tmp_path):
     write(tmp_path, code=[[4, 4, 0, 0, 0, 0, 0, 0]] * 2, math=[[0, 0, 4, 0, 0, 0, 0, 0]] * 2)
     assert findings(inspect(tmp_path, "task_arithmetic"))[2] == (
-        "Of all weights the merge takes the exact values of code 25.0 %, math 12.5 %, and of the base 62.5 %; 0.0 % are "
-        "at no single input's value."
+        "Of all weights the merge takes the exact values of code 25.0 %, math 12.5 %, and of the base 62.5 %; 0.0 % "
+        "are at no single input's value."
     )
 
 
