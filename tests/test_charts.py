@@ -1,12 +1,14 @@
 """Charts are drawn once: as SVG, and by matplotlib from the same drawing."""
 
 import xml.etree.ElementTree
+from dataclasses import replace
 
+import numpy
 import pytest
 
 from merger.charts import Bar, BarChart, CellMap, Heatmap, LineChart, Series, files, in_row
 from merger.charts.drawing import Cells, Path, Scale, Text
-from merger.charts.paint import DARK, LIGHT
+from merger.charts.paint import DARK, LIGHT, SERIES, ink_on, series_paint, strength
 from merger.charts.svg import adaptive, standalone, themed
 from merger.errors import RecipeError
 from merger.evaluation.plots import check_plot, trials_chart
@@ -56,8 +58,67 @@ def test_a_bar_ends_at_its_value_and_its_interval_around_it():
 
 def test_a_heatmap_has_its_numbers_and_leaves_out_what_has_none():
     drawing = HEAT.drawing()
-    assert texts(drawing).count("0.250") == 2  # in its cell and on the scale
-    assert next(shape for shape in drawing.shapes if isinstance(shape, Cells)).heats == [[None, 0.0], [1.0, None]]
+    assert texts(drawing).count("0.750") == 2  # in its cell and on the scale
+    cells = next(shape for shape in drawing.shapes if isinstance(shape, Cells))
+    assert cells.heats == [[None, pytest.approx(1 / 3)], [1.0, None]]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "span"), [((0.4, 0.5), (0, 0.5)), ((-0.2, 0.5), (-0.2, 0.5)), ((-0.2, -0.1), (-0.2, 0)), ((), (0, 0))]
+)
+def test_the_scale_of_a_heatmap_holds_0(numbers, span):
+    assert Heatmap("", "", ["a"], {f"{number}": {"a": number} for number in numbers}).span == span
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_numbers_on_a_heat_in_the_colour_of_an_expert_are_legible(palette):
+    for number in range(SERIES):
+        paint = series_paint(number)
+        for heat in (0.0, 0.5, 1.0):
+            ground = mixed(palette["low"], palette[paint], strength(heat, paint))
+            assert contrast(ground, linear(palette[ink_on(heat, paint)])) >= 4.5, (paint, heat)
+
+
+TO_CONES = numpy.array([[0.41222, 0.53633, 0.05145], [0.21190, 0.68070, 0.10740], [0.08830, 0.28172, 0.62998]])
+"""From linear light to the responses whose cube roots oklab mixes (https://bottosson.github.io/posts/oklab)."""
+
+
+def linear(colour):
+    """Red, green and blue light of #rrggbb."""
+    shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return numpy.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares])
+
+
+def mixed(low, high, share):
+    """The light of `color-mix(in oklab, high share, low)`."""
+    first, last = (numpy.cbrt(TO_CONES @ linear(colour)) for colour in (low, high))
+    return numpy.linalg.solve(TO_CONES, (first + (last - first) * share) ** 3)
+
+
+def contrast(ground, ink):
+    """The contrast of WCAG 2 between two colours."""
+    low, high = sorted(float(light @ [0.2126, 0.7152, 0.0722]) for light in (ground, ink))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("chart", "summary"),
+    [
+        (LINES, "a from 1 at 0 to 2 at 2."),
+        (BARS, "x: a 0.500, b -0.200; y: b -0.200."),
+        (HEAT, "From 0.250 (a, b) to 0.750 (b, a)."),
+        (MAP, "From 0.000 to 1.000."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_chart_has_its_figures_in_words(chart, summary):
+    assert chart.summary() == summary
+
+
+def test_the_colour_of_a_series_can_be_chosen():
+    chart = replace(BARS, numbers=[3, 1])
+    fills = {shape.fill for shape in chart.drawing().shapes if isinstance(shape, Path) and shape.fill != "paper"}
+    assert fills == {"series3", "series1", ""}
 
 
 def test_a_map_has_a_heat_for_each_value():

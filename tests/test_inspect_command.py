@@ -83,7 +83,7 @@ def test_the_worst_layer_comes_first(merger, folder):
 
 def test_tables_fit_80_columns(folder):
     inspection = library.inspect(library.Recipe.load("recipe.yaml"))
-    terminal = Console(width=80, record=True, file=io.StringIO())
+    terminal = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
     console.print_inspection(inspection, terminal)
     lines = terminal.export_text().splitlines()
     assert max(map(len, lines)) <= 80
@@ -103,7 +103,7 @@ def test_only_the_first_dozen_of_a_long_table_is_shown_unless_all_are_asked_for(
 
 def test_curves_are_a_table_and_ranks_a_column_that_fit_80_columns(merger, folder, monkeypatch):
     inspection = library.inspect(library.Recipe.load("recipe.yaml"), rank=True, curves=True)
-    terminal = Console(width=80, record=True, file=io.StringIO())
+    terminal = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
     console.print_inspection(inspection, terminal)
     lines = terminal.export_text().splitlines()
     assert max(map(len, lines)) <= 80

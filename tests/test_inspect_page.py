@@ -3,6 +3,7 @@
 import re
 import xml.etree.ElementTree
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +12,11 @@ from checkpoints import CONFIG, llama, save, trio
 
 import merger as library
 from merger import Recipe
+from merger.evaluation.plots import trials_chart
+from merger.inspection import Curve, Curves
+from merger.inspection.figures import colours, curve_charts
 from merger.inspection.html import page
+from merger.inspection.statistic import BY_PAIR, statistics
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -40,7 +45,7 @@ class Reader(HTMLParser):
 
 def charts(text):
     """The charts of a page as (title, root element), in their order."""
-    figures = re.findall(r"<figcaption>(.*?): .*?</figcaption>(<svg.*?</svg>)", text, re.DOTALL)
+    figures = re.findall(r"<figcaption><b>(.*?)</b>: .*?</figcaption><div [^>]*>(<svg.*?</svg>)", text, re.DOTALL)
     return [(title, xml.etree.ElementTree.fromstring(svg)) for title, svg in figures]
 
 
@@ -75,14 +80,15 @@ def test_a_page_needs_nothing_but_itself(inspection):
     text = page(inspection)
     read = Reader(text)
     assert not {"script", "link", "img", "iframe", "object"} & set(read.tags)
-    assert not {"src", "href"} & {name for name, _ in read.attributes}
+    assert not {"src"} & {name for name, _ in read.attributes}
+    assert all(value.startswith("#") for name, value in read.attributes if name == "href")
     assert "http" not in text
     assert "url(" not in text
 
 
 def test_a_page_has_a_section_for_every_view(inspection):
-    headings = re.findall("<h2>(.*?)</h2>", page(inspection))
-    assert headings == ["task_vectors", "top", "result"]
+    headings = re.findall("<h2[^>]*>(.*?)</h2>", page(inspection))
+    assert headings == ["task_vectors", "top", "result", "Against density"]  # the recipe's own stages before the sweep
 
 
 def test_a_heatmap_has_the_number_of_every_layer_and_projection(inspection):
@@ -130,14 +136,15 @@ def lines(chart):
 
 
 def test_a_curve_is_a_line_for_magnitude_and_a_dashed_one_for_random_masks_of_every_pair_and_expert(inspection):
-    (_, overlap), (_, uneven) = charts(page(inspection))[:2]
+    overlap, uneven = (chart for title, chart in charts(page(inspection)) if title.endswith("against density"))
     assert [dashes for dashes, _ in lines(overlap)] == ["7 5", None]
     assert [dashes for dashes, _ in lines(uneven)] == ["7 5", None, "7 5", None]
     assert all(len(points) == 11 for chart in (overlap, uneven) for _, points in lines(chart))
 
 
 def test_a_curve_goes_through_its_numbers(inspection):
-    points = lines(charts(page(inspection))[0][1])[1][1]
+    overlap = next(chart for title, chart in charts(page(inspection)) if title == "overlap against density")
+    points = lines(overlap)[1][1]
     height = points[0][1] - points[-1][1]
     expected = inspection.curves.whole.overlap["code"]["math"]
     assert height / 300 == pytest.approx(expected[-1] - expected[0], abs=1e-3)
@@ -160,7 +167,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     recipe = {"base": "base", "experts": {"code": "code"}, "method": "linear", "output": {"path": "out"}}
     text = page(library.inspect(Recipe.parse(recipe, tmp_path)))
     assert "&lt;b&gt;x" in text
-    assert "<b>" not in text
+    assert "<b>x" not in text
     Reader(text)
 
 
@@ -192,3 +199,42 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(merger
         2,
         f"error: --html {tmp_path}/no/page.html: expected a file in a folder that is there\n",
     )
+
+
+def test_an_expert_has_one_colour_in_tables_lines_heats_and_maps_and_pairs_have_others(inspection):
+    text = page(inspection)
+    for i, name in enumerate(("code", "math")):
+        assert f'background:var(--series{i})"></span>{name}</th>' in text
+        in_its_colour = [title for title, chart in charts(text) if f"var(--series{i}) 40.0%" in heats(chart)]
+        assert {name, f"at {name}"} <= set(in_its_colour)
+    numbers = colours(["code", "math", "wiki"])
+    assert list(numbers.values()) == list(range(6))
+    assert list(numbers)[3:] == ["code, math", "code, wiki", "math, wiki"]
+
+
+def heats(chart):
+    return " ".join(path.get("style", "") for path in chart.iter("path"))
+
+
+def test_the_colour_of_a_pair_does_not_depend_on_its_rank(inspection):
+    pairs = {"code": {"math": [0.1], "wiki": [0.9]}, "math": {"wiki": [0.5], "code": [0.1]}, "wiki": {}}
+    uneven = {name: [0.1] for name in pairs}
+    curve = Curve([0.5], pairs, pairs, uneven, uneven)
+    overlap = curve_charts(Curves(curve, {}))[0]
+    assert {line.name: line.number for line in overlap.series if line.name} == {
+        "code, wiki": 4,
+        "math, wiki": 5,
+        "code, math": 3,
+    }
+
+
+def test_every_column_of_a_view_is_explained_by_the_sentence_of_its_statistic(inspection):
+    text = page(inspection)
+    for entry in (entry for subject in ("experts", "merged") for entry in statistics(subject)):
+        shown = entry.view in (None, "task_vectors") and entry.request is None
+        if shown and entry.form is not BY_PAIR and entry.axis is None:
+            assert re.search(f'<th [^>]*title="[^"]*{re.escape(escape(entry.explanation))}', text), entry.name
+
+
+def test_the_title_of_a_chart_that_does_not_begin_at_0_says_so():
+    assert trials_chart({"a": [1.0, 2.0]}, "kept").caption.endswith("the scale does not begin at 0")

@@ -38,6 +38,15 @@ def test_the_namespace_shows_the_public_names():
 # --- texts ------------------------------------------------------------------------------------------
 
 
+def element(caption, headings, *rows):
+    """The HTML table of escaped texts, whose first column has the names of the rows."""
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{text}</td>" for text in texts)}</tr>' for name, *texts in rows
+    )
+    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def test_a_recipe_in_a_line(folder):
     text = "Recipe(ties of code, math; base base, output out)"
     recipe = merger.Recipe.load("recipe.yaml")
@@ -55,13 +64,13 @@ def test_a_plan_in_a_line_and_as_a_table(folder):
     plan = closed_plan("recipe.yaml")
     text = f"Plan(21 tensors, 21 of them merged; reads 4.85 kB, writes 1.62 kB; {plan.recipe!r})"
     assert repr(plan) == text
-    assert plan._repr_html_() == (
-        f"<table><caption>{text}</caption>"
-        "<tr><th>kind</th><th>tensors</th><th>merged</th><th>bytes</th></tr>"
-        "<tr><td>head</td><td>1</td><td>1</td><td>128 B</td></tr>"
-        "<tr><td>embedding</td><td>1</td><td>1</td><td>128 B</td></tr>"
-        "<tr><td>vector</td><td>5</td><td>5</td><td>80 B</td></tr>"
-        "<tr><td>linear</td><td>14</td><td>14</td><td>1.28 kB</td></tr></table>"
+    assert plan._repr_html_() == element(
+        text,
+        ("kind", "tensors", "merged", "bytes"),
+        ("head", "1", "1", "128 B"),
+        ("embedding", "1", "1", "128 B"),
+        ("vector", "5", "5", "80 B"),
+        ("linear", "14", "14", "1.28 kB"),
     )
 
 
@@ -69,21 +78,19 @@ def test_an_inspection_in_a_line_and_as_a_table(folder):
     inspection = merger.inspect("recipe.yaml")
     text = "Inspection(of a recipe: code, math against base; views: task_vectors, top, sign_elect, result)"
     assert repr(inspection) == text
-    assert inspection._repr_html_() == (
-        f"<table><caption>{text}</caption>"
-        "<tr><th>expert</th><th>norm</th><th>relative_size</th><th>density</th></tr>"
-        "<tr><td>code</td><td>30.176</td><td>1.531</td><td>1.000</td></tr>"
-        "<tr><td>math</td><td>28.400</td><td>1.441</td><td>1.000</td></tr></table>"
+    assert inspection._repr_html_() == element(
+        text,
+        ("expert", "norm", "relative_size", "density"),
+        ("code", "30.176", "1.531", "1.000"),
+        ("math", "28.400", "1.441", "1.000"),
     )
 
 
 def test_an_inspection_without_views_is_a_table_of_names():
     inspection = Inspection(1, "merge", "<base>", ["code"], [], [], {}, [])
     assert repr(inspection) == "Inspection(of a merge: code against <base>; views: none)"
-    assert inspection._repr_html_() == (
-        "<table><caption>Inspection(of a merge: code against &lt;base&gt;; views: none)</caption>"
-        "<tr><th>expert</th></tr><tr><td>code</td></tr></table>"
-    )
+    caption = "Inspection(of a merge: code against &lt;base&gt;; views: none)"
+    assert inspection._repr_html_() == element(caption, ("expert",), ("code",))
 
 
 def test_a_result_in_a_line_and_as_a_table(folder):
@@ -91,12 +98,16 @@ def test_a_result_in_a_line_and_as_a_table(folder):
     assert MEASURES.sub("#", repr(result)) == (
         f"Result({folder}/out: 21 merged tensors; read 14.5 kB, wrote 1.62 kB in # on cpu, peak memory #)"
     )
-    assert MEASURES.sub("#", result._repr_html_()) == (
-        "<table><caption>Result of a merge</caption><tr><th></th><th></th></tr>"
-        f"<tr><td>output</td><td>{folder}/out</td></tr><tr><td>tensors merged</td><td>21</td></tr>"
-        "<tr><td>read</td><td>14.5 kB</td></tr><tr><td>written</td><td>1.62 kB</td></tr>"
-        "<tr><td>time</td><td># on cpu</td></tr><tr><td>peak memory</td><td>#</td></tr>"
-        "<tr><td>note</td><td>a &lt; b</td></tr></table>"
+    assert MEASURES.sub("#", result._repr_html_()) == element(
+        "Result of a merge",
+        ("", ""),
+        ("output", f"{folder}/out"),
+        ("tensors merged", "21"),
+        ("read", "14.5 kB"),
+        ("written", "1.62 kB"),
+        ("time", "# on cpu"),
+        ("peak memory", "#"),
+        ("note", "a &lt; b"),
     )
 
 

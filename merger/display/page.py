@@ -39,8 +39,8 @@ thead th { vertical-align: bottom; border-bottom: 1px solid var(--rule); white-s
 thead th[title] { text-decoration: underline dotted var(--faint); text-underline-offset: 3px; cursor: help; }
 tr.end :is(th, td) { padding-bottom: .7rem; }
 tr.bold :is(th, td) { font-weight: 700; }
-.right { text-align: right; white-space: nowrap; }
-.left { text-align: left; white-space: nowrap; }
+td { white-space: nowrap; }
+.right { text-align: right; }
 .swatch { display: inline-block; width: .7em; height: .7em; margin-right: .45em; border-radius: 2px; }
 dt { font-weight: 500; }
 dd { margin: 0 0 .5rem 1rem; }
@@ -179,7 +179,11 @@ def html_table(table: Table) -> str:
 
 def _heading(column: Column) -> str:
     title = f' title="{escape(column.explanation)}"' if column.explanation else ""
-    return f'<th scope="col" class="{column.justify}"{title}>{escape(column.heading.strip())}</th>'
+    return f'<th scope="col"{_alignment(column)}{title}>{escape(column.heading.strip())}</th>'
+
+
+def _alignment(column: Column) -> str:
+    return ' class="right"' if column.justify == "right" else ""
 
 
 def _row(row: Row, columns: Sequence[Column]) -> str:
@@ -187,7 +191,7 @@ def _row(row: Row, columns: Sequence[Column]) -> str:
     classes = " ".join(name for name, has in (("bold", row.is_bold), ("end", row.ends_section)) if has)
     swatch = f'<span class="swatch" style="background:var(--{row.swatch})"></span>' if row.swatch else ""
     data = "".join(
-        f'<td class="{column.justify}">{escape(cell.text)}</td>'
+        f"<td{_alignment(column)}>{escape(cell.text)}</td>"
         for column, cell in zip(columns[1:], cells, strict=False)
     )
     mark = f' class="{classes}"' if classes else ""

@@ -18,6 +18,8 @@ def opening(inspection: Inspection) -> str:
         return f"{name_list(inspection.experts)} compared with its base {inspection.base}."
     rules = "" if not merge.rules else f", with {_count(merge.rules, 'rule')} for some tensors,"
     verb = "merged" if inspection.subject == "merge" else "would merge"
+    if not inspection.experts:
+        return f"{merge.method}{rules} {verb} {merge.inputs['base']} alone, into {merge.output}."
     experts = name_list([f"{name} ({merge.inputs[name]})" for name in inspection.experts])
     fine_tunes = "a fine-tune" if len(inspection.experts) == 1 else "fine-tunes"
     return f"{merge.method}{rules} {verb} {experts}, {fine_tunes} of {merge.inputs['base']}, into {merge.output}."
@@ -46,8 +48,9 @@ def _of_experts(inspection: Inspection) -> Iterator[str]:
     if view is None:
         return
     after = "" if view.name == "task_vectors" else f"After {view.name}, "
-    if len(inspection.experts) == 1:
-        yield _capital(f"{after}{_density(view, inspection.experts[0])}")
+    names = list(view.whole.density)
+    if len(names) < 2:
+        yield from (_capital(f"{after}{_density(view, name)}") for name in names)
         return
     yield _capital(f"{after}{_overlap(view)}")
     yield _capital(f"{after}{_conflict(view)}")

@@ -61,8 +61,9 @@ def expert_table(view: View, experts: Sequence[str]) -> Table:
         if entry.axis is None and entry.form is not BY_PAIR:
             value = getattr(view.whole, entry.name)
             numbers = {entry.row: value} if entry.form is NUMBER else value
-            column = columns.get(entry.label, Column(entry.label, entry.unit, {}, explanation=entry.explanation))
-            columns[entry.label] = replace(column, numbers={**column.numbers, **numbers})
+            column = columns.get(entry.label, Column(entry.label, entry.unit, {}))
+            explanation = f"{column.explanation} {entry.explanation}".strip()
+            columns[entry.label] = replace(column, numbers={**column.numbers, **numbers}, explanation=explanation)
     names = dict.fromkeys(name for column in columns.values() for name in column.numbers)
     inputs = [name for name in ("base", *experts) if name in names]
     return Table(view.name, [*inputs, *(name for name in names if name not in inputs)], list(columns.values()))
