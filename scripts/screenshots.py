@@ -33,7 +33,7 @@ LINES = 70
 """Lines of a picture; what follows is cut off, and the picture says so."""
 PAGE = (1000, 900)
 """Width and height of a page's picture."""
-COLOURS = 48
+COLOURS = 128
 """Colours of a page's picture, which keep it small."""
 FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
@@ -149,7 +149,7 @@ def page_picture(page: Path, file: Path, browser: str, profile: Path) -> None:
     command = [browser, *flags, f"--user-data-dir={profile}"]
     command += [f"--window-size={width},{height}", "--blink-settings=preferredColorScheme=1"]
     subprocess.run([*command, f"--screenshot={file}", page.as_uri()], check=True, capture_output=True)
-    Image.open(file).convert("RGB").quantize(COLOURS).save(file, optimize=True)
+    Image.open(file).convert("RGB").quantize(COLOURS, Image.Quantize.FASTOCTREE).save(file, optimize=True)
 
 
 def main() -> None:
