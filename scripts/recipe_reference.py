@@ -38,7 +38,7 @@ SECTIONS: dict[str, tuple[type[Section], str]] = {
         "In `calibration.data` and `evaluation.data`. A location alone is `{file: LOCATION}`.",
     ),
     "`evaluation`": (Evaluation, "[Did it work](evaluation.md) says what is measured."),
-    "`search`": (Search, "[Did it work](evaluation.md#search) says what the strategies do."),
+    "`search`": (Search, "[What would work better](search.md) says what the strategies do."),
 }
 REFERENCES = {
     "Calibration": "`calibration`",

@@ -29,8 +29,8 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 COLUMNS = 80
-LINES = 70
-"""Lines of a picture; what follows is cut off, and the picture says so."""
+FIRST, LAST = 40, 30
+"""Lines of a picture from the beginning and the end of a long output; it says how many it leaves out between them."""
 PAGE = (1000, 900)
 """Width and height of a page's picture."""
 COLOURS = 128
@@ -68,13 +68,18 @@ SHOTS = (
     Shot("merger plan featcal.yaml", "plan"),
     Shot("merger run featcal.yaml", "run"),
     Shot("merger eval recipe.yaml merged/featcal --html eval.html", "eval"),
-    Shot("merger inspect recipe.yaml --html inspect.html", "inspect"),
+    Shot("merger inspect ties.yaml --html inspect.html", "inspect"),
     Shot("merger search search.yaml --html search.html"),
 )
 PAGES = {f"page-{name}": f"{name}.html" for name in ("demo", "eval", "inspect", "search")}
-SEARCH = """base: models/base
+MODELS = """base: models/base
 experts: {upper: models/upper, shift: models/shift, double: models/double}
-method: task_arithmetic
+"""
+TIES = """method: ties
+parameters: {density: 0.3}
+output: {path: merged/ties}
+"""
+SEARCH = """method: task_arithmetic
 parameters: {lambda: {search: {low: 0.2, high: 1.0, step: 0.1}}}
 evaluation:
   data: {upper: held-out/upper.jsonl, shift: held-out/shift.jsonl, double: held-out/double.jsonl}
@@ -133,7 +138,8 @@ def picture(command: str, lines: list[str]) -> str:
     """The lines below the command as an SVG file."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
-    shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} lines more"]
+    left_out = len(lines) - FIRST - LAST
+    shown = lines if left_out <= 1 else [*lines[:FIRST], f"[{left_out} lines more]", "", *lines[-LAST:]]
     for line in shown:
         console.print(Text.from_ansi(line), soft_wrap=True)
     svg = console.export_svg(title="merger", code_format=FRAME, unique_id="merger")
@@ -161,7 +167,8 @@ def main() -> None:
         home = Path(temporary).resolve()
         for shot in SHOTS:
             output = terminal_output(shot.command, home / shot.folder).replace(str(home), "~")
-            (home / "demo" / "search.yaml").write_text(SEARCH, encoding="utf-8")
+            for name, text in (("ties", TIES), ("search", SEARCH)):  # beside the recipes of the demo, which comes first
+                (home / "demo" / f"{name}.yaml").write_text(MODELS + text, encoding="utf-8")
             if shot.name:
                 (PICTURES / f"{shot.name}.svg").write_text(picture(shot.command, screen(output)), encoding="utf-8")
         browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

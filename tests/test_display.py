@@ -108,6 +108,20 @@ def test_a_path_longer_than_the_line_stays_one_word():
     assert path in printed(lambda console: print_text(f"written to {path} at last", console), 40)
 
 
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (40, ["see what it kept: merger eval a.yaml"]),
+        (30, ["see what it kept:", "  merger eval a.yaml"]),
+        (10, ["see what", "it kept:", "  merger eval a.yaml"]),
+    ],
+)
+def test_a_command_at_the_end_of_a_sentence_is_never_broken(width, lines):
+    assert (
+        printed(lambda console: print_text("see what it kept:", console, command="merger eval a.yaml"), width) == lines
+    )
+
+
 def test_indented_lines_stay_indented():
     lines = printed(lambda console: print_text("  - top: " + "word " * 20, console), 40)
     assert all(line.startswith("  ") for line in lines)

@@ -40,7 +40,7 @@ def test_overlap_and_conflict_name_the_pair_the_share_what_chance_gives_and_the_
     )
     assert conflict == (
         "The experts conflict most in code and math: they pull 33.3 % of the weights that both change in opposite "
-        "directions; random signs would, 50 %. Most in model.layers.0 (33.3 %)."
+        "directions; random signs would pull 50 %. Most in model.layers.0 (33.3 %)."
     )
 
 
@@ -60,6 +60,18 @@ def test_experts_that_agree_do_not_conflict(tmp_path):
 def test_layers_that_are_alike_are_not_named(tmp_path):
     write(tmp_path, code=[[1, 2, 0, 0, 0, 0, 0, 0]] * 2, math=[[3, 0, 0, 0, 0, 0, 0, 0]] * 2)
     assert findings(inspect(tmp_path))[0].endswith("random positions would share 25.0 %.")
+
+
+def test_a_layer_of_a_few_weights_is_not_named(tmp_path):
+    sizes = {"model.layers.0.a.weight": 300, "model.layers.1.a.weight": 300, "model.norm.weight": 2}
+    for name, changed in {"base": 0, "code": 150, "math": 75}.items():
+        tensors = {tensor: torch.ones(size) for tensor, size in sizes.items()}
+        tensors["model.layers.0.a.weight"][:changed] += 1
+        tensors["model.layers.1.a.weight"][: changed // 3] += 1
+        tensors["model.norm.weight"] += changed
+        save(tmp_path / name, {tensor: weights.reshape(2, -1) for tensor, weights in tensors.items()}, CONFIG)
+    overlap, *_ = findings(inspect(tmp_path))
+    assert "norm" not in overlap
 
 
 def test_what_is_in_the_merge_is_a_share_of_each_input(tmp_path):

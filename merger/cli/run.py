@@ -61,7 +61,8 @@ def run(
     console = make_console()
     print_text(result.summary, console)
     if not flags.quiet:
-        print_text(_next_step(result, loaded, recipe), console)
+        sentence, command = _next_step(result, loaded, recipe)
+        print_text(sentence, console, command=command)
 
 
 def _compare(
@@ -75,20 +76,21 @@ def _compare(
     return waived, is_done(recipe, lock, options, trust_mtime=trust_mtime, allow_versions=packages)
 
 
-def _next_step(result: Result, recipe: Recipe, path: Path) -> str:
-    """The line after a merge: what loads the output, and the command to type next."""
+def _next_step(result: Result, recipe: Recipe, path: Path) -> tuple[str, str]:
+    """The line after a merge: a sentence on what loads the output, and the command to type next."""
     output, program = result.output, program_name()
     if result.packed:
         name = result.packed[0]
         command = shlex.join(["extract", output, name, "-o", f"{output}-{name}"])
         experts = ", ".join(result.packed)
-        return f"it packs {experts}, which transformers does not load; write one that it does with: {program} {command}"
+        sentence = f"it packs {experts}, which transformers does not load; write one that it does with:"
+        return sentence, f"{program} {command}"
     if recipe.evaluation is None:
         question, command = "what each expert gave", shlex.join(["inspect", output])
     else:
         overrides = [argument for override in recipe.overrides for argument in ("--set", override)]
         question, command = "what it kept of each expert", shlex.join(["eval", str(path), *overrides])
-    return f"transformers loads it as it is; see {question}: {program} {command}"
+    return f"transformers loads it as it is; see {question}:", f"{program} {command}"
 
 
 _UNCHANGED = "is what the lock says, and whole; nothing to do"

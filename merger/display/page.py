@@ -191,8 +191,7 @@ def _row(row: Row, columns: Sequence[Column]) -> str:
     classes = " ".join(name for name, has in (("bold", row.is_bold), ("end", row.ends_section)) if has)
     swatch = f'<span class="swatch" style="background:var(--{row.swatch})"></span>' if row.swatch else ""
     data = "".join(
-        f"<td{_alignment(column)}>{escape(cell.text)}</td>"
-        for column, cell in zip(columns[1:], cells, strict=False)
+        f"<td{_alignment(column)}>{escape(cell.text)}</td>" for column, cell in zip(columns[1:], cells, strict=False)
     )
     mark = f' class="{classes}"' if classes else ""
     return f'<tr{mark}><th scope="row">{swatch}{escape(first.text)}</th>{data}</tr>'

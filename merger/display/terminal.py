@@ -24,12 +24,18 @@ NO_BREAK = "\0"
 """Stands for a space at which no line ends."""
 
 
-def print_text(text: str, console: Console) -> None:
+def print_text(text: str, console: Console, *, command: str = "") -> None:
     """Prints a sentence; a terminal breaks it between words, other outputs get one line.
 
-    A word longer than the line, such as a path, is left to the terminal, so that it can be copied.
+    A word longer than the line, such as a path, is left to the terminal, so that it can be copied; and so is the
+    ``command`` that ends the sentence, which begins a line of its own where it would be broken.
     """
-    for line in _lines(text, console.width) if console.is_terminal else [text]:
+    lines = _lines(text, console.width) if console.is_terminal else [text]
+    if command and (not console.is_terminal or len(f"{lines[-1]} {command}") <= console.width):
+        lines[-1] += f" {command}"
+    elif command:
+        lines.append(f"  {command}")
+    for line in lines:
         console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 

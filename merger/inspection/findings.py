@@ -92,7 +92,7 @@ def _conflict(view: View) -> str:
     where = _extreme(view.layers, lambda values: values.sign_conflict[a][b], max)
     return (
         f"the experts conflict most in {a} and {b}: they pull {percent(rates[a][b])} of the weights that both change "
-        f"in opposite directions; random signs would, 50 %{_most(where)}."
+        f"in opposite directions; random signs would pull 50 %{_most(where)}."
     )
 
 
@@ -101,8 +101,12 @@ def _most(where: str) -> str:
 
 
 def _extreme(layers: Layers, value: Callable[[Facts | Merged], float], choose: Callable[..., str]) -> str:
-    """The layer with the greatest or least share and that share; nothing where all layers have the same."""
-    shares = {name: value(values) for name, values in layers.items()}
+    """The layer with the greatest or least share and that share; nothing where all layers have the same.
+
+    Layers with less than a hundredth of the largest one's weights do not count: a norm by itself says little.
+    """
+    limit = max(values.elements for values in layers.values()) / 100
+    shares = {name: value(values) for name, values in layers.items() if values.elements >= limit}
     if len({percent(share) for share in shares.values()}) < 2:
         return ""
     name = choose(shares, key=lambda layer: shares[layer])
