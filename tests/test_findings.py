@@ -9,6 +9,7 @@ from merger import Recipe
 from merger.inspection.findings import findings, opening
 from merger.inspection.html import page
 
+BLOCKS = {**CONFIG, "num_hidden_layers": 2}
 BASE = [1.0, 2, 3, 4, 5, 6, 7, 8]
 NAMES = ("model.layers.0.a.weight", "model.layers.1.a.weight")
 
@@ -17,7 +18,7 @@ def write(folder, **changes):
     """Writes the base and experts that add these changes to the eight weights of each of two layers."""
     for name, layers in {"base": [[0] * 8] * 2, **changes}.items():
         rows = [torch.tensor(BASE) + torch.tensor(layer, dtype=torch.float32) for layer in layers]
-        save(folder / name, {tensor: row.reshape(2, 4) for tensor, row in zip(NAMES, rows, strict=True)}, CONFIG)
+        save(folder / name, {tensor: row.reshape(2, 4) for tensor, row in zip(NAMES, rows, strict=True)}, BLOCKS)
 
 
 def inspect(folder, method="linear", **settings):
@@ -147,3 +148,17 @@ def test_a_method_that_looks_behind_merged_blocks_is_named_though_its_stages_are
     }
     facts = facts_of_recipe(Recipe.parse(recipe))
     assert (facts.method, facts.inputs) == (method, {"base": "base", "code": "lora"})
+
+
+@pytest.mark.parametrize("experts", [{}, {"b": "code"}])
+def test_a_recipe_of_layers_alone_has_an_opening_and_no_sentences_on_what_is_not_compared(tmp_path, experts):
+    write(tmp_path, code=[[4] * 8] * 2)
+    layers = [{"model": "base", "range": [0, 2]}, {"model": "b" if experts else "base", "range": [0, 2]}]
+    recipe = {"base": "base", "experts": experts, "layers": layers, "output": {"path": "out"}}
+    library.merge(Recipe.parse(recipe, tmp_path))
+    inspection = library.inspect_merge(tmp_path / "out")
+    merged = "b (code), a fine-tune of base" if experts else "base alone"
+    assert opening(inspection) == f"layers merged {merged}, into {tmp_path / 'out'}."
+    assert findings(inspection) == []
+    if experts:
+        assert opening(library.inspect(Recipe.parse(recipe, tmp_path))).startswith("layers would merge b (code)")

@@ -18,15 +18,13 @@ def facts_of_recipe(recipe: Recipe) -> MergeFacts:
     """The facts of a recipe, with the locations that it writes."""
     sources = {"base": recipe.base, **recipe.experts}
     inputs = {label: source.adapter or source.model for label, source in sources.items()}
-    choices = len(recipe.rules) + len(recipe.layers)
-    return MergeFacts(stage_names(recipe.stages) or LAYERS, choices, inputs, str(recipe.output.path))
+    return MergeFacts(stage_names(recipe.stages) or LAYERS, len(recipe.rules), inputs, str(recipe.output.path))
 
 
 def facts_of_manifest(manifest: Manifest, folder: Path) -> MergeFacts:
     """The facts of the finished merge in a folder."""
     inputs = {label: record.get("adapter source", record["source"]) for label, record in manifest.inputs.items()}
-    choices = len(manifest.recipe["rules"]) + len(manifest.recipe.get("layers", ()))
-    return MergeFacts(_method(manifest.recipe), choices, inputs, str(folder))
+    return MergeFacts(_method(manifest.recipe), len(manifest.recipe["rules"]), inputs, str(folder))
 
 
 def _method(recipe: dict[str, Any]) -> str:

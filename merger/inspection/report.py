@@ -130,7 +130,7 @@ class MergeFacts:
     method: str
     """The method, or the stages of the pipeline with + between them."""
     rules: int
-    """The number of rules, and of entries of `layers`, that treat some tensors in another way."""
+    """The number of rules that treat some tensors in another way."""
     inputs: dict[str, str]
     """The location of the base and of each expert, by label."""
     output: str
