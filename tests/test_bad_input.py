@@ -278,7 +278,7 @@ RECIPES = [  # all end in exit code 2
     ("a list", recipe("- a\n"), "recipe.yaml: expected keys and values (base:, experts:, ...), not list"),
     ("no file", gone("recipe.yaml"), "recipe.yaml: there is no such file"),
     ("a folder", both(gone("recipe.yaml"), lambda: os.mkdir("recipe.yaml")),
-        "recipe.yaml: cannot be read: Is a directory"),
+        "recipe.yaml: is a folder, expected a recipe; merger inspect and merger verify look at models"),
     ("bytes that are no text", file("recipe.yaml", b"\xff\xfe\x00"),
         "recipe.yaml: cannot be read: it is not UTF-8 text"),
     ("a zero byte in the text", file("recipe.yaml", b"a: \0"), "recipe.yaml: not valid YAML: unacceptable character"),

@@ -129,7 +129,9 @@ def test_a_recipe_elsewhere_has_paths_from_there(merger, folder):
     assert recipe["base"] == f"{folder}/models/base"
     assert recipe["experts"] == {"code": "../models/code", "french": "../models/french"}
     assert recipe["calibration"]["data"] == {"code": "../data/code.jsonl", "french": f"{folder}/data/french.jsonl"}
-    assert merger("plan", "recipes/new.yaml").code == 0
+    assert len(Recipe.load("recipes/new.yaml").folders()) == 3
+    told = merger("plan", "recipes/new.yaml")  # looks at the texts by the paths, and misses a tokenizer alone
+    assert (told.code, "has no tokenizer" in told.err, "data" in told.err) == (3, True, False)
 
 
 def test_a_path_whose_parent_is_a_link_leads_to_the_same_folder(merger, folder):

@@ -109,6 +109,8 @@ _UNLIKE = (  # 010 is 8 to one and 10 to the other, 1:30 is 90 and text
 
 def read(path: Path, loader: type[yaml.SafeLoader] = RecipeLoader) -> Document:
     """Reads a YAML file: no tags that build objects, no duplicate keys, bounded anchors."""
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder, expected a recipe; merger inspect and merger verify look at models")
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
