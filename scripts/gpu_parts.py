@@ -182,7 +182,8 @@ def _compared(folder: Path, name: str, device: str) -> tuple[str, str]:
     """Whether a function writes the same bytes on CPU and device."""
     from merger.engine.merge import merge
     from merger.options import RunOptions
-    from merger.recipe.recipe import Recipe, follows_merge
+    from merger.recipe.calibration_faults import follows_merge
+    from merger.recipe.recipe import Recipe
 
     recipe = Recipe.parse({**_recipe_of(name), "calibration": TEXT}, folder)
     if not follows_merge(recipe):  # else no file can hold what its stages look at

@@ -179,11 +179,12 @@ def test_the_page_is_well_formed_and_has_bars_samples_and_commands():
     shown = few_scores(80)
     page = Page(report.page(shown, ["merger plan 'a & b/featcal.yaml'", "merger run x"]))
     assert page.texts["h1"] == [report.TITLE]
-    assert page.texts["p"][:2] == shown.findings()
+    assert page.texts["li"][:2] == [line.replace(" %", "\u00a0%") for line in shown.findings()]
     assert page.texts["pre"] == ["merger plan 'a & b/featcal.yaml'\nmerger run x"]
     assert {*TASKS, "base", "linear (average)", "obim"} <= set(page.texts["text"])
     for sample in shown.samples:
-        assert {sample.prompt.strip(), sample.answer, sample.base, sample.best} <= set(page.texts["td"])
+        assert sample.prompt.strip() in page.texts["th"]
+        assert {sample.answer, sample.base, sample.best} <= set(page.texts["td"])
 
 
 def test_the_command_writes_the_page_and_ends_with_commands_that_can_be_typed(merger, tmp_path, monkeypatch):
