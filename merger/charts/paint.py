@@ -47,7 +47,7 @@ HEAT = "high"
 DEEP = 0.6
 """The share of the strongest heat from which on the ink on it is `on-high`, the more legible there."""
 
-TINT = 0.3
+TINT = 0.4
 """How much of a series' colour is in the strongest heat of a chart in it: ink stays legible on all of that chart."""
 
 
