@@ -371,7 +371,7 @@ CHECKPOINTS = [  # all end in exit code 3
         "code: has extra, which the base lacks; leave it out with a rule {tensors: '^extra$', use: base}"),
     ("a rule that takes what is not there",
         both(tensors("code", Q=None), added("rules: [{tensors: q_proj, use: code}]")),
-        f"code: has no {Q}, which a rule takes from it"),
+        f"code: has no {Q}, which rule 1 takes from it"),
     ("whole numbers for floats", tensors("code", Q=torch.ones(4, 4, dtype=torch.int32)),
         f"code: is quantised ({Q} is I32); merge the 16- or 32-bit"),
     ("fp8", tensors("math", Q=torch.ones(4, 4).to(torch.float8_e4m3fn)),
