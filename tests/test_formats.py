@@ -107,4 +107,4 @@ def test_an_index_that_names_files_of_no_format_is_refused(merger, tmp_path, mon
     (tmp_path / "code" / "model.safetensors.index.json").write_text(json.dumps(index))
     ran = merger("plan", "recipe.yaml")
     assert ran.code == 3
-    assert "names 'weights.gguf', expected files that end in .safetensors or .bin" in ran.err
+    assert "code holds weights.gguf, weights in GGUF, which is made for inference and is not merged" in ran.err

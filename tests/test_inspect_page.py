@@ -205,7 +205,7 @@ def test_an_expert_has_one_colour_in_tables_lines_heats_and_maps_and_pairs_have_
     text = page(inspection)
     for i, name in enumerate(("code", "math")):
         assert f'background:var(--series{i})"></span>{name}</th>' in text
-        in_its_colour = [title for title, chart in charts(text) if f"var(--series{i}) 40.0%" in heats(chart)]
+        in_its_colour = [title for title, chart in charts(text) if f"var(--series{i}) 30.0%" in heats(chart)]
         assert {name, f"at {name}"} <= set(in_its_colour)
     numbers = colours(["code", "math", "wiki"])
     assert list(numbers.values()) == list(range(6))

@@ -15,6 +15,7 @@ import merger.engine.memory
 from merger import Recipe, merge
 from merger.calibration import provider
 from merger.calibration.provider import Cost, register
+from merger.errors import RecipeError
 from merger.ops.arithmetic import summed
 from merger.pipeline.inputs import INPUTS, StageInput, by_row
 from merger.pipeline.registry import ENTRIES, supplied
@@ -117,7 +118,7 @@ def test_an_input_that_nothing_supplies_is_named_with_the_nearest(tmp_path, aged
 
     register_merger()(lost)
     try:
-        with pytest.raises(ValueError, match=r"nothing supplies 'agee'.*did you mean 'age'"):
+        with pytest.raises(RecipeError, match=r"nothing supplies 'agee'.*did you mean 'age'"):
             Recipe.parse(
                 {"base": "b", "experts": {"code": "c"}, "pipeline": ["lost"], "output": {"path": "out"}}, tmp_path
             )

@@ -316,6 +316,7 @@ def inputs(family, name):
         "calibration": {"stats": {"a": "unread"}},
         "output": {"path": "out"},
     }
+    (family.folder / "unread").touch()
     planned = plan(Recipe.parse(document, family.folder))
     planned.close()
     tensor = next(tensor for tensor in planned.tensors if tensor.name == name)

@@ -113,7 +113,8 @@ def check_key(path: Path, **expected: Any) -> None:
 
 def copy(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     """Copies each expert's file to NAME.stats.safetensors, or NAME.fisher.safetensors; RecipeError where others are."""
-    copies = {name: folder / f"{name}.{'.'.join(path.name.split('.')[-2:])}" for name, path in paths.items()}
+    kinds = {name: "fisher" if ".fisher." in path.name else "stats" for name, path in paths.items()}
+    copies = {name: folder / f"{name}.{kind}.safetensors" for name, kind in kinds.items()}
     make_folder(folder)
     for target in copies.values():
         check_replaceable(target, is_ours=_is_statistics)
