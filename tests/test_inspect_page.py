@@ -12,6 +12,7 @@ from checkpoints import CONFIG, llama, save, trio
 
 import merger as library
 from merger import Recipe
+from merger.charts.paint import series_paint, strength
 from merger.evaluation.plots import trials_chart
 from merger.inspection import Curve, Curves
 from merger.inspection.figures import colours, curve_charts
@@ -205,11 +206,16 @@ def test_an_expert_has_one_colour_in_tables_lines_heats_and_maps_and_pairs_have_
     text = page(inspection)
     for i, name in enumerate(("code", "math")):
         assert f'background:var(--series{i})"></span>{name}</th>' in text
-        in_its_colour = [title for title, chart in charts(text) if f"var(--series{i}) 30.0%" in heats(chart)]
+        in_its_colour = [title for title, chart in charts(text) if full_heat(i) in heats(chart)]
         assert {name, f"at {name}"} <= set(in_its_colour)
     numbers = colours(["code", "math", "wiki"])
     assert list(numbers.values()) == list(range(6))
     assert list(numbers)[3:] == ["code, math", "code, wiki", "math, wiki"]
+
+
+def full_heat(number):
+    """The strongest heat in the colour of an expert."""
+    return f"var(--{series_paint(number)}) {strength(1, series_paint(number)):.1%}"
 
 
 def heats(chart):
