@@ -167,7 +167,7 @@ def _known_version(monkeypatch):
 def test_figures_of_the_harness_stand_beside_the_others_with_its_standard_error():
     quiz = Task("t", "choices", (Example("p", ("a", "b")), Example("q", ("a", "b"))))
     comparison = compare([quiz], entries({"t": Outcome(torch.ones(2).numpy(), torch.ones(2).numpy())}), "float32")
-    assert headings(comparison)[-3:] == ["quiz acc", "prose word_perplexity", "odd length (first)"]
+    assert list(headings(comparison))[-3:] == ["quiz acc", "prose word_perplexity", "odd length (first)"]
     assert cells(comparison, comparison.rows[-1])[-3:] == ["0.6000 ± 0.0700", "25.0000", "3.0000"]
     assert "examples: 2 of t, 50 of quiz, 7 of prose, 7 of odd; forward passes in float32" in legend(comparison)
 
@@ -182,7 +182,7 @@ def test_the_ideal_is_the_better_expert_where_the_harness_says_what_is_better():
 def test_the_harness_alone_leaves_no_mean_and_no_share():
     comparison = compare([], entries({}), "float32")
     assert (comparison.rows[-1].mean, comparison.rows[-1].kept, comparison.notes) == (None, None, ())
-    assert headings(comparison) == list(comparison.lm_eval)
+    assert list(headings(comparison)) == list(comparison.lm_eval)
 
 
 # --- faults ---------------------------------------------------------------------------------------
