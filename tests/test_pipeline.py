@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny import NAME, bits, merge, tensor
 
+from merger._order import natural
 from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import checked, entry_of
-from merger.pipeline.stages import bind, expand, natural, step_rows
+from merger.pipeline.stages import bind, expand, step_rows
 
 
 def test_names_are_sorted_with_their_numbers_as_numbers():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import accelerate
 import transformers
 from torch import nn
 
+from merger.checkpoint.model_class import model_constructor
 from merger.checkpoint.tensor_kinds import tensor_kinds
 from merger.errors import CheckpointError, checkpoint_faults
 
@@ -30,7 +30,7 @@ def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
         part.tie_word_embeddings = _ties_head(weights, getattr(part, "tie_word_embeddings", False))
     with checkpoint_faults(f"{weights.label}: transformers cannot build the model of its config.json"):
         with accelerate.init_empty_weights(include_buffers=False):
-            model = _constructor(config, weights.label, trust_remote_code)()
+            model = model_constructor(config, weights.label, trust_remote_code=trust_remote_code)()
         model.tie_weights()
     return model.eval()
 
@@ -39,22 +39,6 @@ def _ties_head(weights: Checkpoint, word: bool) -> bool:
     """Whether the checkpoint's head is its embedding, or the config's ``word`` where it stores neither or no head."""
     kinds = tensor_kinds(weights.tensors, weights.config, weights.equal)
     return kinds.tied or (word and (kinds.head is None or kinds.embedding is None))
-
-
-def _constructor(config: Any, label: str, trust_remote_code: bool) -> Callable[[], Any]:
-    """Returns the constructor of the model: its own class, or trusted remote code."""
-    remote = getattr(config, "auto_map", None) or {}
-    if not (trust_remote_code and remote):
-        for name in config.architectures or ():
-            if hasattr(transformers, name):
-                return lambda: getattr(transformers, name)(config)
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
-        if type(config) in auto._model_mapping or (trust_remote_code and auto.__name__ in remote):
-            return lambda: auto.from_config(config, trust_remote_code=trust_remote_code)
-    raise CheckpointError(
-        f"{label}: transformers {transformers.__version__} has no {' or '.join(config.architectures or ['model'])} "
-        f"for {config.model_type}; if its code is in the repository and you trust it, allow remote code"
-    )
 
 
 def block_list(model: nn.Module) -> str | None:

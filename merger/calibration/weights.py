@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from merger.calibration.moments import InputSums, Moments, stack_moments
-from merger.calibration.names import WeightGroup, locate
+from merger.checkpoint.parameter_names import WeightGroup, locate
 from merger.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Loader:
     def __init__(self, model: Any, weights: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         self._weights = weights
-        self._groups = locate(model, weights.tensors)
+        self._groups = locate(model, weights.tensors, weights.original_names)
         self._meta_parameters = dict(model.named_parameters(remove_duplicate=False))
         aliases: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self._meta_parameters.items():
@@ -57,7 +56,8 @@ class Loader:
                 raise CheckpointError(f"{self._weights.label}: {name} is not in the checkpoint, but its model needs it")
         groups = {id(group): group for group in map(self._group, names) if group is not None}
         for group in groups.values():
-            for target, tensor in self._convert(group, source).items():
+            tensors = {name: source.read(name) for _, name in group.names}
+            for target, tensor in group.convert(tensors, self.model).items():
                 for name in self._aliases.get(target, [target]):
                     if name in names:
                         self._place_tensor(name, tensor)
@@ -104,17 +104,6 @@ class Loader:
     def _group(self, name: str) -> WeightGroup | None:
         """Returns the tensors that make a parameter; tied parameters share the group that is stored for any of them."""
         return next((self._groups[alias] for alias in self._aliases.get(name, [name]) if alias in self._groups), None)
-
-    def _convert(self, group: WeightGroup, source: TensorSource) -> dict[str, Tensor]:
-        tensors = {name: source.read(name) for _, name in group.names}
-        if group.converter is None:
-            return {group.target: next(iter(tensors.values()))}
-        converter = copy.deepcopy(group.converter)
-        for pattern, names in group.sources.items():
-            for name in names:
-                converter.add_tensor(group.target, name, pattern, tensors.pop(name))
-        parameters = converter.convert(group.target, model=self.model, config=self.model.config)
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in parameters.items()}
 
     def _place_tensor(self, name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")

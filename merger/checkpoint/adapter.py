@@ -36,7 +36,15 @@ class Adapted(Checkpoint):
     def __init__(self, model: Checkpoint, adapter: Checkpoint, base: Checkpoint | None = None) -> None:
         check_config(adapter)
         match = _match(model, adapter)
-        super().__init__(model.label, model.directory, match.tensors, model.config, commit=model.commit)
+        super().__init__(
+            model.label,
+            model.directory,
+            match.tensors,
+            model.config,
+            commit=model.commit,
+            original_names=model.original_names,
+        )
+        self.is_rearranged = model.is_rearranged
         self.adapter = adapter
         self.changes, self.rows = match.changes, match.rows
         # Where the model is the base itself, the difference from it is the change, not (W + BA) - W.

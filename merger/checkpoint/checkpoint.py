@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
@@ -33,6 +33,7 @@ class Checkpoint:
 
     adapter: Checkpoint | None = None  # what sits on top of it, as far as it has files and a commit
     remarks: tuple[str, ...] = ()  # what a user should know of how it was opened
+    is_rearranged = False  # whether tensors have the names and packings of the base, and not those of the files
 
     def __init__(
         self,
@@ -42,18 +43,20 @@ class Checkpoint:
         config: Mapping[str, Any],
         *,
         commit: str | None = None,
+        original_names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.label = label  # how messages name it: base, or the expert's name
         self.directory = directory
         self.tensors = dict(tensors)
         self.config = dict(config)
         self.commit = commit  # of the Hub repository it came from
+        self.original_names = original_names  # by which transformers knows tensors that a recipe renames
         self._files = OpenFiles(os.O_RDONLY)
 
     @property
     def files(self) -> list[Path]:
         """The weight files, in order of name."""
-        return sorted({info.file for info in self.tensors.values() if info.file is not None})
+        return sorted({file for info in self.tensors.values() for file in info.files})
 
     def read(self, name: str) -> Tensor:
         """A whole tensor in its shape, in the dtype of `read_rows`."""
@@ -75,11 +78,27 @@ class Checkpoint:
         self._read_stored(rows, self.tensors[name], start, stop)
 
     def _read_stored(self, rows: Tensor, info: Info, start: int, stop: int) -> None:
-        """Reads rows of a tensor as the file's format stores them."""
+        """Reads rows of a tensor as the file's format stores them, or from the places of its pieces."""
+        if info.pieces:
+            self._read_pieces(rows, info, start, stop)
+            return
         assert info.file is not None, "only a plan is made from headers alone"
         format_ = format_of(info.file.name)
         assert format_ is not None, "no other file is a weight file"
         format_.read_into(rows, info, start, stop, partial(self._fill, info.file))
+
+    def _read_pieces(self, rows: Tensor, info: Info, start: int, stop: int) -> None:
+        """Reads rows of a tensor that is made of rows of others, all of one width."""
+        width = info.pieces[0].tensor.matrix[1]
+        units = rows.view(-1, width)
+        first, last = (row * info.matrix[1] // width for row in (start, stop))
+        position = 0
+        for tensor, begin, end in info.pieces:
+            low, high = max(first, position), min(last, position + end - begin)
+            if low < high:
+                shift = begin - position
+                self._read_stored(units[low - first : high - first], tensor, low + shift, high + shift)
+            position += end - begin
 
     def equal(self, tensor: str, twin: str) -> bool | None:
         """Whether two tensors hold the same bits; None where only their headers are at hand. torch is not needed."""
@@ -97,7 +116,7 @@ class Checkpoint:
 
     def _stored_bytes(self, info: Info, start: int, stop: int) -> bytes | bytearray:
         """Rows of a tensor as they are stored, in row order."""
-        if info.strides is not None:
+        if not info.is_plain:
             rows = torch.empty(stop - start, info.matrix[1], dtype=torch_dtype(info))
             self._read_stored(rows, info, start, stop)
             return rows.view(torch.uint8).numpy().tobytes()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from merger.checkpoint import hub
 from merger.checkpoint.adapter import Adapted
 from merger.checkpoint.adapter_config import CONFIG, other_base
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.conversions import as_stored_by
 from merger.checkpoint.folder import (
     ADAPTER,
     MODEL,
@@ -21,6 +23,7 @@ from merger.checkpoint.folder import (
 )
 from merger.checkpoint.foreign_models import foreign_model
 from merger.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
+from merger.checkpoint.renaming import new_names
 from merger.errors import CheckpointError
 
 
@@ -33,11 +36,13 @@ def open_checkpoint(
     offline: bool = False,
     headers_only: bool = False,
     base: Checkpoint | None = None,
+    rename: Mapping[str, str] = MappingProxyType({}),
 ) -> Checkpoint:
     """Opens the checkpoint ``model`` (with ``adapter`` on top), relative to ``folder`` if it is a path.
 
     With ``headers_only``, for a plan, only configs and headers of a Hub repository are fetched. ``base`` is the
-    checkpoint of the comparison: an adapter on it differs from it by B·A exactly.
+    checkpoint of the comparison: tensors that it stores under other names are read by its names, and an adapter on it
+    differs from it by B·A exactly. ``rename`` has other names for the model's tensors, as `new_names` applies them.
     """
     model_folder = _find(model, label, folder, offline)
     if (kind := foreign_model(model_folder.names, model_folder.directory)) is not None:
@@ -51,7 +56,18 @@ def open_checkpoint(
         model_folder = hub.download(model_folder, weights.files)
     tensors = read_tensors(model_folder, weights)
     refuse_quantised_tensors(label, tensors)
-    checkpoint = Checkpoint(label, model_folder.directory, tensors, config, commit=model_folder.commit)
+    names = new_names(label, tensors, rename)
+    tensors = {names[name]: info for name, info in tensors.items()}
+    arranged = tensors if base is None else as_stored_by(base, tensors)
+    checkpoint = Checkpoint(
+        label,
+        model_folder.directory,
+        arranged,
+        config,
+        commit=model_folder.commit,
+        original_names={new: name for name, new in names.items() if new != name},
+    )
+    checkpoint.is_rearranged = arranged.keys() != tensors.keys()
     if adapter is None:
         return checkpoint
     adapted = Adapted(checkpoint, _open_adapter(adapter, label, folder, offline, headers_only), base)

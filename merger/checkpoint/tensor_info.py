@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Info(NamedTuple):
     file: Path | None = None
     offset: int = 0  # of its first byte in the file
     strides: tuple[int, ...] | None = None  # between its elements, where a pickle stores it out of row order
+    pieces: tuple[Piece, ...] = ()  # rows of stored tensors that it is made of; its place is then that of the first
 
     @property
     def elements(self) -> int:
@@ -49,9 +51,28 @@ class Info(NamedTuple):
         return self.dtype in FLOATS
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its numbers lie in one place of a file, one after another in row order."""
+        return self.strides is None and not self.pieces
+
+    @property
+    def files(self) -> Iterator[Path]:
+        """The files that hold it; none where only its header is at hand."""
+        parts = (piece.tensor for piece in self.pieces) if self.pieces else (self,)
+        return (part.file for part in parts if part.file is not None)
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """Its rows and columns, as `rows_and_columns` counts them."""
         return rows_and_columns(self.shape)
+
+
+class Piece(NamedTuple):
+    """Rows of a stored tensor, as a part of a tensor whose parts are stored apart."""
+
+    tensor: Info
+    start: int
+    stop: int
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:

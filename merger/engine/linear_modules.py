@@ -10,12 +10,12 @@ from merger.errors import CheckpointError
 def linear_modules(base: Checkpoint, *, trust_remote_code: bool) -> dict[str, str]:
     """Returns the linear layers that an adapter can change: the module's name by the checkpoint's weight name."""
     from merger.calibration.model import build
-    from merger.calibration.names import locate
+    from merger.checkpoint.parameter_names import locate
 
     model = build(base, trust_remote_code=trust_remote_code)
     is_tied = tensor_kinds(base.tensors, base.config, base.equal).tied
     tied = model.get_output_embeddings() if is_tied else None
-    groups = locate(model, base.tensors)
+    groups = locate(model, base.tensors, base.original_names)
     modules = {}
     for name, module in model.named_modules():
         group = groups.get(f"{name}.weight")

@@ -26,7 +26,7 @@ def recipe_with_merge(manifest: Manifest, folder: Path, label: str, inputs: Path
     if inputs is not None and not inputs.is_dir():
         raise CheckpointError(missing_path(inputs, "folder", Path.is_dir))
     start = inputs or _start(manifest, folder)
-    sources = {name: _source(name, record, start) for name, record in manifest.inputs.items()}
+    sources = {name: _source(name, manifest, start) for name in manifest.inputs}
     base, place = sources.pop("base"), str(folder.resolve())
     merge = {**base, "adapter": place} if manifest.is_adapter else place
     return parse_recorded(
@@ -52,13 +52,9 @@ def parse_recorded(recipe: Mapping[str, Any], folder: Path, start: Path = Path()
     return Recipe.of(Document(f"{folder / RECORD}: recipe", start.resolve(), dict(recipe)))
 
 
-def base_source(manifest: Manifest, folder: Path, base: str | None) -> dict[str, str]:
+def base_source(manifest: Manifest, folder: Path, base: str | None) -> dict[str, Any]:
     """A merge's base as a recipe names it: where it was when ``folder`` was written, or ``base`` in its place."""
-    record = manifest.inputs["base"]
-    start = _start(manifest, folder)
-    if base is None:
-        return _source("base", record, start)
-    return {**_source("base", {**record, "source": str(start), "commit": None}, start), "model": base}
+    return _source("base", manifest, _start(manifest, folder), base)
 
 
 def recipe_folder(folder: Path, output: str) -> Path | None:
@@ -74,9 +70,13 @@ def _start(manifest: Manifest, folder: Path) -> Path:
     return recipe_folder(folder, str(manifest.recipe["output"]["path"])) or folder.resolve().parent
 
 
-def _source(label: str, record: Mapping[str, Any], start: Path) -> dict[str, str]:
-    """An input as a recipe names it."""
-    source = {"model": _place(label, record["source"], record.get("commit"), start)}
+def _source(label: str, manifest: Manifest, start: Path, model: str | None = None) -> dict[str, Any]:
+    """An input as a recipe names it, with its place, or ``model`` in its place."""
+    record = manifest.inputs[label]
+    source: dict[str, Any] = {"model": model or _place(label, record["source"], record.get("commit"), start)}
+    section = manifest.recipe["base"] if label == "base" else manifest.recipe["experts"][label]
+    if "rename" in section:
+        source["rename"] = section["rename"]
     if "adapter" in record:
         source["adapter"] = _place(label, record["adapter source"], record["adapter"].get("commit"), start)
     return source

@@ -112,7 +112,14 @@ def _base(folder: Path, manifest: Manifest, path: str | None, offline: bool) -> 
     if path is not None:
         check_models({"base": path})
     source = base_source(manifest, folder, path)
-    model = open_checkpoint(source["model"], source.get("adapter"), label="base", folder=Path.cwd(), offline=offline)
+    model = open_checkpoint(
+        source["model"],
+        source.get("adapter"),
+        label="base",
+        folder=Path.cwd(),
+        offline=offline,
+        rename=source.get("rename", {}),
+    )
     if (fault := changed_file(manifest, "base", model)) is not None:
         model.close()
         raise CheckpointError(f"{fault}, and no expert can be rebuilt on another; base=MODEL says where it is")

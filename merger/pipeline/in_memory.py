@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
+from merger._order import natural
 from merger.ops import kernels
 from merger.ops.questions import Flow
 from merger.ops.rounding import restored
@@ -16,7 +17,7 @@ from merger.pipeline.flow import Slice, Subject, flow
 from merger.pipeline.parameters import Place
 from merger.pipeline.passes import EarlierSums, ModelTotals, OpenTotal, Sizes, run_slices, run_tensors
 from merger.pipeline.registry import Stage
-from merger.pipeline.stages import Bound, bind, expand, natural, rebuilt, slice_height
+from merger.pipeline.stages import Bound, bind, expand, rebuilt, slice_height
 
 if TYPE_CHECKING:
     from torch import Tensor

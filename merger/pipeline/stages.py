@@ -8,7 +8,6 @@ in memory from where they stopped, the others from the start, with the answers s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -199,13 +198,3 @@ def step_rows(columns: int, stages: Sequence[Bound], elements: int) -> int:
     align = math.lcm(*(stage.align for stage in stages))
     unit = align // math.gcd(align, columns)
     return max(1, elements // (columns * unit)) * unit
-
-
-# --- in memory ------------------------------------------------------------------------------------
-
-
-def natural(name: str) -> list[Any]:
-    """Sorts names with their numbers as numbers: layers.2 before layers.10."""
-    parts: list[Any] = re.split(r"(\d+)", name)  # text and digits in turn, so numbers only meet numbers
-    parts[1::2] = map(int, parts[1::2])
-    return parts

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.tensor_kinds import text_config
 from merger.checkpoint.tokenizers import Tokenizer, splitting_differences
+from merger.planning.proposed_rename import has_most_names, proposed_rename, written
+from merger.planning.towers import is_multimodal
+from merger.recipe.sections import Source
 
 _NOISE = {
     "_name_or_path",
@@ -27,25 +31,53 @@ _SIZES = (
 
 
 def summarize_misfits(
-    faults: Sequence[str], models: Mapping[str, Checkpoint], free_sizes: Container[str] = ()
+    faults: Sequence[str],
+    models: Mapping[str, Checkpoint],
+    free_sizes: Container[str] = (),
+    sources: Mapping[str, Source] = MappingProxyType({}),
 ) -> list[str]:
-    """The faults of a plan, with one line in place of all misfits of an expert of another architecture than the base.
+    """The faults of a plan, with one line in place of all misfits of an expert that is not a fine-tune of the base.
 
-    ``free_sizes`` are keys of config.json in which an expert may differ.
+    The line says which `rename` would make it one, or else how its architecture differs. ``free_sizes`` are keys of
+    config.json in which an expert may differ; ``sources`` are the experts as the recipe writes them.
     Faults that name no expert are left out where there is such an expert: they may follow from it.
     """
     labels = dict.fromkeys(fault.partition(": ")[0] for fault in faults)
-    differences = {
-        label: difference
-        for label in models
+    lines = {
+        label: line
+        for label, model in models.items()
         if label in labels
-        and (difference := _architecture_difference(models["base"].config, models[label].config, free_sizes))
+        and (line := _other_names(model, models["base"], sources) or _other_architecture(model, models, free_sizes))
     }
-    if not differences:
+    if not lines:
         return list(faults)
-    lines = [f"{label} {text}; experts are fine-tunes of the base" for label, text in differences.items()]
-    experts = models.keys() - differences.keys()
-    return [*lines, *(fault for fault in faults if fault.partition(": ")[0] in experts)]
+    experts = models.keys() - lines.keys()
+    return [*lines.values(), *(fault for fault in faults if fault.partition(": ")[0] in experts)]
+
+
+def _other_names(model: Checkpoint, base: Checkpoint, sources: Mapping[str, Source]) -> str | None:
+    """The fault of an expert that has the base's tensors under other names, with the entry of a recipe that says so."""
+    source = sources.get(model.label)
+    rename = None if source is None else proposed_rename(model.tensors, base.tensors)
+    if source is None or not rename:
+        return None
+    entry = source.model_copy(update={"rename": {**source.rename, **rename}})
+    return f"{model.label}: names its tensors otherwise than the base; write {model.label}: {_entry(entry)}"
+
+
+def _entry(source: Source) -> str:
+    """An input as one line of YAML."""
+    keys = source.model_dump(mode="json", exclude={"rename"}, exclude_defaults=True)
+    return f"{{{', '.join(f'{key}: {value}' for key, value in keys.items())}, rename: {written(source.rename)}}}"
+
+
+def _other_architecture(model: Checkpoint, models: Mapping[str, Checkpoint], free_sizes: Container[str]) -> str | None:
+    """The fault of an expert of another architecture, unless a recipe has given its tensors the base's names."""
+    base = models["base"]
+    difference = _architecture_difference(base.config, model.config, free_sizes)
+    if difference is None or (model.original_names and has_most_names(model.tensors, base.tensors)):
+        return None
+    return f"{model.label} {difference}; experts are fine-tunes of the base"
 
 
 def _architecture_difference(
@@ -67,12 +99,15 @@ def _architecture_difference(
 
 def config_differences(models: Mapping[str, Checkpoint]) -> Iterator[str]:
     """Notes on settings of config.json in which an expert differs from the base."""
-    base = models["base"]
     for label, model in list(models.items())[1:]:
+        config: Mapping[str, Any] = model.config
+        base: Mapping[str, Any] = models["base"].config
+        if is_multimodal(config) != is_multimodal(base):
+            config, base = text_config(config), text_config(base)
         changed = [
-            f"{key} {base.config.get(key)!r} -> {model.config.get(key)!r}"
-            for key in sorted((set(base.config) | set(model.config)) - _NOISE)
-            if base.config.get(key) != model.config.get(key)
+            f"{key} {base.get(key)!r} -> {config.get(key)!r}"
+            for key in sorted((set(base) | set(config)) - _NOISE)
+            if base.get(key) != config.get(key)
         ]
         if changed:
             yield f"{label}: config differs from the base: {'; '.join(changed)[:300]}"

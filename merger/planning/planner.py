@@ -9,16 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merger._order import natural
 from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.packed_experts import COLUMNS
+from merger.checkpoint.renaming import RenameError
 from merger.checkpoint.side_files import uncopied_notes
 from merger.checkpoint.tensor_info import ITEM_SIZE, SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import BLOCK_COUNTS, TensorKinds, tensor_kinds
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError
 from merger.pipeline.parameters import Place
-from merger.pipeline.stages import natural
 from merger.planning.block_map import NO_ENTRY, block_map
 from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, number_layers
@@ -35,6 +36,7 @@ from merger.planning.stage_notes import stage_notes
 from merger.planning.tables import describe_unpackable, row_faults, source_faults, table_rows, vocabulary_tables
 from merger.planning.tensor_faults import missing_faults, shape_faults
 from merger.planning.tokenizer_choice import choose_tokenizer
+from merger.planning.towers import tower_notes, tower_tensors
 from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
 from merger.recipe.calibration_faults import is_calibrated
 from merger.recipe.input_locations import check_inputs
@@ -95,15 +97,21 @@ def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[st
     """Opens the base and the experts, in recipe order."""
     models: dict[str, Checkpoint] = {}
     for label, source in {"base": recipe.base, **recipe.experts}.items():
-        models[label] = open_checkpoint(
-            source.model,
-            source.adapter,
-            label=label,
-            folder=recipe.folder,
-            offline=offline,
-            headers_only=headers_only,
-            base=models.get("base"),
-        )
+        try:
+            models[label] = open_checkpoint(
+                source.model,
+                source.adapter,
+                label=label,
+                folder=recipe.folder,
+                offline=offline,
+                headers_only=headers_only,
+                base=models.get("base"),
+                rename=source.rename,
+            )
+        except RenameError as error:
+            place = ("base",) if label == "base" else ("experts", label)
+            entry = () if error.pattern is None else (error.pattern,)
+            raise CheckpointError(recipe.fault((*place, "rename", *entry), error.reason)) from None
     return models
 
 
@@ -126,6 +134,8 @@ class _Planner:
         self.faults = [*faults, *self.output.faults]
         self.notes = [*notes, *(remark for model in models.values() for remark in model.remarks)]
         self.notes += self.blocks.notes(recipe, stored)
+        self.towers = tower_tensors(self.kinds)
+        self.notes += tower_notes(self.towers)
         self.tokenizers = open_tokenizers({label: tokenizer_folder(model) for label, model in models.items()})
         self.tables: dict[str, TableRows] = {}  # the rows of the output's tensors with a row for each token
         self.vocabulary = Vocabulary("base")
@@ -152,7 +162,8 @@ class _Planner:
         self.notes += settings.notes
         if self.faults:
             free_sizes = BLOCK_COUNTS if self.recipe.layers else ()
-            raise CheckpointError("\n".join(_shorten(summarize_misfits(self.faults, self.models, free_sizes))))
+            faults = summarize_misfits(self.faults, self.models, free_sizes, self.recipe.experts)
+            raise CheckpointError("\n".join(_shorten(faults)))
         for name, original in originals.items():
             planned[name] = replace(planned[original], name=name, parts=(), extra=(), tied_to=original)
         tensors = [planned[name] for name in names]
@@ -227,6 +238,8 @@ class _Planner:
         kind = kinds.kind(name)
         choice = self.choices.of(name, kinds)
         reads = self._reads(name, choice)
+        if name in self.towers and (choice is None or choice.use is None):
+            return self._copy(name, kind, None, {"base": reads["base"]})
         if kind == "buffer" or (choice is not None and choice.use is not None):
             return self._copy(name, kind, choice, reads)
         if faults := missing_faults(name, reads, zero=self.recipe.missing == "zero"):

@@ -94,7 +94,7 @@ def _is_comparable(plan: Plan, tensor: TensorPlan, labels: Sequence[str]) -> boo
     if None in names or any(row_map.moves_rows for row_map in tensor.row_maps.values()):
         return False
     infos = [plan.models[label].tensors[name or ""] for label, name in zip(labels, names, strict=True)]
-    return all(info.is_float and info.strides is None and info.shape == infos[0].shape for info in infos)
+    return all(info.is_float and info.is_plain and info.shape == infos[0].shape for info in infos)
 
 
 def _change(

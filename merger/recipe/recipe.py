@@ -199,6 +199,9 @@ class Recipe(Choice):
         for key in (*absent_keys, *(["form"] if self.output.form == "model" else [])):
             del sections["output"][key]
         models = {key: sections.pop(key) for key in ("base", "experts")}
+        for source in (models["base"], *models["experts"].values()):
+            if not source["rename"]:
+                del source["rename"]
         layers = {"layers": [_spelled_layer(layer) for layer in self.layers]} if self.layers else {}
         rules = [_spelled_rule(rule) for rule in self.rules]
         return {**models, **_spelled_choice(self), **layers, "rules": rules, **sections}

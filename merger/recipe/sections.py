@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from merger.checkpoint.renaming import check_rename
 from merger.pipeline.parameters import Number
 from merger.pipeline.registry import Stage
 
@@ -61,6 +62,11 @@ class Source(Section):
     model: Location = Field(description="A folder, or a repository of the Hub as org/name or org/name@revision.")
     adapter: Location | None = Field(
         default=None, description="A PEFT LoRA adapter on top of the model: a folder or repository."
+    )
+    rename: Annotated[dict[str, str], AfterValidator(check_rename)] = Field(
+        default_factory=dict,
+        description="Other names for the model's tensors: regular expressions and what replaces their matches, as in "
+        "{'^model\\.': model.language_model.}.",
     )
 
 

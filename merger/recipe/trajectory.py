@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError
 
+from merger._order import natural
 from merger.checkpoint.near_paths import names_in
 from merger.errors import nearest
-from merger.pipeline.stages import natural
 from merger.recipe.document import Document, KeyPath
 from merger.recipe.faults import translate_errors
 from merger.recipe.sections import Section, unused_expert_name

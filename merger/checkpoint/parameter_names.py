@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from merger.pipeline.stages import natural
+from merger._order import natural
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Renamed = tuple[str, str | None]
 """A parameter's name, and the pattern by which a converter of transformers found the tensor, if one did."""
@@ -33,6 +38,20 @@ class WeightGroup:
         turns = [step for step in steps if type(step).__name__ == "Transpose"]
         return any(not getattr(turn, "check_dims", False) or tuple(stored) != tuple(loaded) for turn in turns)
 
+    def convert(self, tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Returns the parameters that transformers makes of the group's tensors, by name.
+
+        Takes the tensors out of ``tensors``, so that each can be freed as soon as the converter has used it.
+        """
+        if self.converter is None:
+            return {self.target: next(iter(tensors.values()))}
+        converter = copy.deepcopy(self.converter)
+        for pattern, names in self.sources.items():
+            for name in names:
+                converter.add_tensor(self.target, name, pattern, tensors.pop(name))
+        parameters = converter.convert(self.target, model=model, config=model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in parameters.items()}
+
     @property
     def targets(self) -> list[str]:
         """All parameters that it makes."""
@@ -42,13 +61,18 @@ class WeightGroup:
         return [self.target, *(self.target.replace(first_pattern, pattern) for pattern in patterns)]
 
 
-def locate(model: Any, names: Iterable[str]) -> dict[str, WeightGroup]:
-    """Returns the checkpoint tensors that make each parameter and stored buffer of a model."""
+def locate(
+    model: Any, names: Iterable[str], original_names: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, WeightGroup]:
+    """Returns the checkpoint tensors that make each parameter and stored buffer of a model.
+
+    ``original_names`` are those by which transformers knows tensors that have other ``names`` here.
+    """
     parameters = model.state_dict()
     rename, converters = _transformers_5(model, parameters) or (_transformers_4(model, parameters), {})
     names_by_target: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(names, key=natural):
-        target, pattern = rename(name)
+        target, pattern = rename(original_names.get(name, name))
         if target in parameters:
             names_by_target[target][pattern].append(name)
     groups = [
