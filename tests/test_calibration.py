@@ -264,6 +264,7 @@ class Recorded:
     def __init__(self, checkpoint):
         self.label, self.directory, self.tensors = checkpoint.label, checkpoint.directory, checkpoint.tensors
         self.config, self.equal = checkpoint.config, checkpoint.equal
+        self.original_names = checkpoint.original_names
         self.reads = []
         self._read = checkpoint.read
 
