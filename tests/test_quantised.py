@@ -1,4 +1,4 @@
-"""Codes and scales are refused as inputs, whatever wrote them; buffers of integers are not."""
+"""Codes that are not decoded are refused as inputs, whatever wrote them; buffers of integers are not."""
 
 import inspect
 
@@ -16,7 +16,6 @@ NORM = {"model.norm.weight": (8,)}
 CODES = {
     "GPTQ": ({f"{UP}.qweight": ("I32", (1, 8)), f"{UP}.scales": (1, 8)}, f"it has {UP}.qweight"),
     "GPTQ, of which only the order is left": ({f"{UP}.g_idx": ("I32", (8,))}, f"it has {UP}.g_idx"),
-    "bitsandbytes, 8 bits": ({f"{UP}.weight": ("I8", (8, 8)), f"{UP}.SCB": (8,)}, f"it has {UP}.SCB"),
     "bitsandbytes, 8 bits, by its codes": ({f"{UP}.weight": ("I8", (8, 8))}, f"{UP}.weight is I8"),
     "bitsandbytes, 4 bits": (
         {f"{UP}.weight": ("U8", (32, 1)), f"{UP}.weight.absmax": (1,)}, f"it has {UP}.weight.absmax"
@@ -32,16 +31,7 @@ CODES = {
         "it has model.layers.0.mlp._up_proj_weight_qdata",
     ),
     "codes and scales": ({f"{UP}.weight": ("I8", (8, 8)), f"{UP}.scales": (8,)}, f"{UP}.weight is I8"),
-    "MXFP4": (
-        {f"{EXPERTS}.gate_up_proj_blocks": ("U8", (2, 8, 1, 16)), f"{EXPERTS}.gate_up_proj_scales": ("U8", (2, 8, 1))},
-        f"{EXPERTS}.gate_up_proj_blocks is U8",
-    ),
     "packed experts in 8 bits": ({f"{EXPERTS}.down_proj": ("I8", (2, 8, 8))}, f"{EXPERTS}.down_proj is I8"),
-    "FP8": ({f"{UP}.weight": ("F8_E4M3", (8, 8))}, f"{UP}.weight is F8_E4M3"),
-    "FP8, of which only scales are left": ({f"{UP}.weight_scale_inv": (1, 1)}, f"it has {UP}.weight_scale_inv"),
-    "packed experts in FP8": (
-        {f"{EXPERTS}.down_proj_scale_inv": (2, 1, 1)}, f"it has {EXPERTS}.down_proj_scale_inv"
-    ),
     "compressed-tensors": (
         {f"{UP}.weight_packed": ("I32", (8, 1)), f"{UP}.weight_scale": (8, 1)}, f"it has {UP}.weight_packed"
     ),

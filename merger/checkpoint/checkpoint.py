@@ -58,6 +58,11 @@ class Checkpoint:
         """The weight files, in order of name."""
         return sorted({file for info in self.tensors.values() for file in info.files})
 
+    @property
+    def is_decoded(self) -> bool:
+        """Whether codes are stored in place of some tensors."""
+        return any(info.code is not None for info in self.tensors.values())
+
     def read(self, name: str) -> Tensor:
         """A whole tensor in its shape, in the dtype of `read_rows`."""
         info = self.tensors[name]
@@ -78,14 +83,23 @@ class Checkpoint:
         self._read_stored(rows, self.tensors[name], start, stop)
 
     def _read_stored(self, rows: Tensor, info: Info, start: int, stop: int) -> None:
-        """Reads rows of a tensor as the file's format stores them, or from the places of its pieces."""
+        """Reads rows of a tensor as the file's format stores them, from the places of its pieces, or from its codes."""
         if info.pieces:
             self._read_pieces(rows, info, start, stop)
+            return
+        if info.code is not None:
+            info.code.read_into(rows, start, stop, self._stored_rows)
             return
         assert info.file is not None, "only a plan is made from headers alone"
         format_ = format_of(info.file.name)
         assert format_ is not None, "no other file is a weight file"
         format_.read_into(rows, info, start, stop, partial(self._fill, info.file))
+
+    def _stored_rows(self, info: Info, start: int, stop: int) -> Tensor:
+        """Rows of a stored tensor in its dtype, [rows, columns]."""
+        rows = torch.empty(stop - start, info.matrix[1], dtype=torch_dtype(info))
+        self._read_stored(rows, info, start, stop)
+        return rows
 
     def _read_pieces(self, rows: Tensor, info: Info, start: int, stop: int) -> None:
         """Reads rows of a tensor that is made of rows of others, all of one width."""
@@ -117,8 +131,7 @@ class Checkpoint:
     def _stored_bytes(self, info: Info, start: int, stop: int) -> bytes | bytearray:
         """Rows of a tensor as they are stored, in row order."""
         if not info.is_plain:
-            rows = torch.empty(stop - start, info.matrix[1], dtype=torch_dtype(info))
-            self._read_stored(rows, info, start, stop)
+            rows = self._stored_rows(info, start, stop)
             return rows.view(torch.uint8).numpy().tobytes()
         assert info.file is not None, "only a plan is made from headers alone"
         width = info.matrix[1] * ITEM_SIZE[info.dtype]

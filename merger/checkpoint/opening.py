@@ -11,6 +11,7 @@ from merger.checkpoint import hub
 from merger.checkpoint.adapter import Adapted
 from merger.checkpoint.adapter_config import CONFIG, other_base
 from merger.checkpoint.checkpoint import Checkpoint
+from merger.checkpoint.codes import decode
 from merger.checkpoint.conversions import as_stored_by
 from merger.checkpoint.folder import (
     ADAPTER,
@@ -22,7 +23,7 @@ from merger.checkpoint.folder import (
     read_tensors,
 )
 from merger.checkpoint.foreign_models import foreign_model
-from merger.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
+from merger.checkpoint.quantised import QUANTISATION_KEYS, refuse_quantised_config, refuse_quantised_tensors
 from merger.checkpoint.renaming import new_names
 from merger.errors import CheckpointError
 
@@ -50,11 +51,13 @@ def open_checkpoint(
     if adapter is None:
         _refuse_adapter(model_folder, model)
     config = read_json(model_folder, "config.json")
-    refuse_quantised_config(label, model_folder.source, config)
     weights = find_weights(model_folder, MODEL)
     if not headers_only:
         model_folder = hub.download(model_folder, weights.files)
     tensors = read_tensors(model_folder, weights)
+    tensors, remarks = decode(label, tensors, config)
+    if not remarks:
+        refuse_quantised_config(label, model_folder.source, config)
     refuse_quantised_tensors(label, tensors)
     names = new_names(label, tensors, rename)
     tensors = {names[name]: info for name, info in tensors.items()}
@@ -63,15 +66,16 @@ def open_checkpoint(
         label,
         model_folder.directory,
         arranged,
-        config,
+        {key: value for key, value in config.items() if key not in QUANTISATION_KEYS},
         commit=model_folder.commit,
         original_names={new: name for name, new in names.items() if new != name},
     )
+    checkpoint.remarks = remarks
     checkpoint.is_rearranged = arranged.keys() != tensors.keys()
     if adapter is None:
         return checkpoint
     adapted = Adapted(checkpoint, _open_adapter(adapter, label, folder, offline, headers_only), base)
-    adapted.remarks = tuple(_remarks(adapted, model, adapter))
+    adapted.remarks = (*remarks, *_remarks(adapted, model, adapter))
     return adapted
 
 

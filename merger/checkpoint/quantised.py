@@ -1,4 +1,4 @@
-"""Refusing quantised checkpoints: their numbers are codes, and the mean of two codes stands for nothing.
+"""Refusing codes that `merger.checkpoint.codes` does not decode: the mean of two codes stands for nothing.
 
 What is stored decides, not what config.json says: many tools write codes and scales and no `quantization_config`.
 """
@@ -11,6 +11,9 @@ from typing import Any
 
 from merger.checkpoint.tensor_info import Info
 from merger.errors import CheckpointError
+
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+"""The keys of config.json that describe how weights are quantised."""
 
 _SMALL = ("I8", "U8", "I16", "U16")
 _INTEGERS = (*_SMALL, "I32", "U32", "I64", "U64")
@@ -33,7 +36,7 @@ _DEQUANTISE = {  # how transformers loads such a checkpoint with weights in plac
 
 def refuse_quantised_config(label: str, source: str, config: Mapping[str, Any]) -> None:
     """Raises CheckpointError if the config declares quantisation."""
-    section = config.get("quantization_config") or config.get("compression_config")
+    section = next((section for key in QUANTISATION_KEYS if (section := config.get(key))), None)
     if section:
         method = str(section.get("quant_method", "")) if isinstance(section, dict) else ""
         raise _refusal(

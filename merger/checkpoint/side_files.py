@@ -100,10 +100,29 @@ _FORMS: Mapping[Form, str] = {
 }
 
 
+_QUANTISE = """The base was quantised, and this model is not. Tools that quantise it again, each for its runtime:
+
+- llm-compressor: `python -c "from llmcompressor import model_free_ptq; model_free_ptq('FOLDER', 'FOLDER-quantised', \
+scheme='FP8_BLOCK', ignore=['lm_head'])"`
+- llama.cpp: `python convert_hf_to_gguf.py FOLDER --outtype q8_0`
+- MLX: `mlx_lm.convert --hf-path FOLDER -q`
+
+"""
+
+
 def card(
-    title: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any], tensors: Mapping[str, int], form: Form
+    title: str,
+    inputs: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    tensors: Mapping[str, int],
+    form: Form,
+    *,
+    was_quantised: bool = False,
 ) -> str:
-    """Returns README.md, the card of a merged model, of several experts or of an adapter on the Hub."""
+    """Returns README.md, the card of a merged model, of several experts or of an adapter on the Hub.
+
+    It says how a model is quantised again whose base ``was_quantised``.
+    """
     # Only what came from the Hub has a name there: the path of a folder is refused, or taken for someone's repository.
     sources = {"base": inputs["base"]} if form == "adapter" else inputs
     models = dict.fromkeys(record["source"].partition("@")[0] for record in sources.values() if "commit" in record)
@@ -115,5 +134,6 @@ def card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
         f"Merged with `merger`. Tensors: {counts}. {_FORMS[form]}"
         "`merger.json` names every input and what happened to each tensor.\n\n"
+        f"{_QUANTISE.replace('FOLDER', title) if was_quantised and form == 'model' else ''}"
         f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```\n"
     )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from merger._lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    ReadRows = Callable[["Info", int, int], Tensor]
 
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
@@ -17,7 +23,9 @@ ITEM_SIZE = {
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TORCH_NAMES = FLOATS | {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
@@ -34,6 +42,7 @@ class Info(NamedTuple):
     offset: int = 0  # of its first byte in the file
     strides: tuple[int, ...] | None = None  # between its elements, where a pickle stores it out of row order
     pieces: tuple[Piece, ...] = ()  # rows of stored tensors that it is made of; its place is then that of the first
+    code: Code | None = None  # how it is decoded, where codes are stored in place of its numbers
 
     @property
     def elements(self) -> int:
@@ -46,6 +55,13 @@ class Info(NamedTuple):
         return self.elements * ITEM_SIZE[self.dtype]
 
     @property
+    def stored_size(self) -> float:
+        """The bytes of a stored number, of those of codes and scales the mean."""
+        if self.code is None:
+            return ITEM_SIZE[self.dtype]
+        return sum(part.nbytes for part in self.code.parts) / max(1, self.elements)
+
+    @property
     def is_float(self) -> bool:
         """Whether it holds numbers that can be merged."""
         return self.dtype in FLOATS
@@ -53,18 +69,33 @@ class Info(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether its numbers lie in one place of a file, one after another in row order."""
-        return self.strides is None and not self.pieces
+        return self.strides is None and not self.pieces and self.code is None
 
     @property
     def files(self) -> Iterator[Path]:
         """The files that hold it; none where only its header is at hand."""
-        parts = (piece.tensor for piece in self.pieces) if self.pieces else (self,)
-        return (part.file for part in parts if part.file is not None)
+        parts = [piece.tensor for piece in self.pieces] or ([] if self.code is None else list(self.code.parts))
+        if not parts:
+            return iter(() if self.file is None else (self.file,))
+        return (file for part in parts for file in part.files)
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Its rows and columns, as `rows_and_columns` counts them."""
         return rows_and_columns(self.shape)
+
+
+class Code(ABC):
+    """The way from stored codes, and scales beside them, to the float32 numbers of a weight."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Info, ...]:
+        """The stored tensors that the weight is made of."""
+
+    @abstractmethod
+    def read_into(self, rows: Tensor, start: int, stop: int, read: ReadRows) -> None:
+        """Reads rows ``start`` to ``stop`` of the weight into ``rows`` [r c]; ``read`` is for the stored tensors."""
 
 
 class Piece(NamedTuple):

@@ -211,7 +211,9 @@ def _write_side_files(
     )
     manifest.write(folder)
     form: side_files.Form = "pack" if plan.packed else plan.recipe.output.form
-    card = side_files.card(writer.path.name, manifest.inputs, manifest.recipe, _counts(plan), form)
+    card = side_files.card(
+        writer.path.name, manifest.inputs, manifest.recipe, _counts(plan), form, was_quantised=plan.base.is_decoded
+    )
     write_text(folder / "README.md", card)
 
 

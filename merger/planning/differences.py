@@ -56,10 +56,16 @@ def summarize_misfits(
 
 
 def _other_names(model: Checkpoint, base: Checkpoint, sources: Mapping[str, Source]) -> str | None:
-    """The fault of an expert that has the base's tensors under other names, with the entry of a recipe that says so."""
+    """The fault of an expert that has the base's tensors under other names, with the entry of a recipe that says so.
+
+    None for an expert of another type, unless one of the two is a language model with towers beside it.
+    """
     source = sources.get(model.label)
-    rename = None if source is None else proposed_rename(model.tensors, base.tensors)
-    if source is None or not rename:
+    is_same_type = model.config.get("model_type") == base.config.get("model_type")
+    if source is None or not (is_same_type or is_multimodal(model.config) != is_multimodal(base.config)):
+        return None
+    rename = proposed_rename(model.tensors, base.tensors)
+    if not rename:
         return None
     entry = source.model_copy(update={"rename": {**source.rename, **rename}})
     return f"{model.label}: names its tensors otherwise than the base; write {model.label}: {_entry(entry)}"

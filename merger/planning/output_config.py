@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from merger.checkpoint.tensor_info import FLOATS
 from merger.checkpoint.tensor_kinds import BLOCK_COUNTS, block_count, text_config
 from merger.planning.block_map import OutputBlock
 
@@ -50,6 +51,13 @@ def with_size(config: Mapping[str, Any], *, dtype: str | None, rows: int | None)
     if inner is not sized:
         sized["text_config"] = inner
     return sized
+
+
+def config_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype of floats in which config.json says that a model is meant to run; None where it does not say."""
+    parts = (config, text_config(config))
+    dtypes = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in dtypes if dtype in FLOATS.values()), None)
 
 
 # --- blocks in another order ----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.forward_order import LAYERS
 from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.side_files import SideFile
-from merger.checkpoint.tensor_info import ITEM_SIZE, Info
+from merger.checkpoint.tensor_info import Info
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.stages import Bound
@@ -65,7 +65,7 @@ class TensorPlan:
     stages: tuple[Bound, ...]  # empty where it is copied
     source: str  # the model it is copied from, or base
     reads: Mapping[str, str | None]  # per model: the tensor that stands for it, None for a zero delta
-    item_bytes: int  # of one element, in all models that are read for it
+    item_bytes: float  # of one element, in all models that are read for it; the mean where codes are stored
     parts: tuple[Part, ...] = ()
     extra: tuple[ExtraRows, ...] = ()
     row_maps: Mapping[str, RowMap] = field(default_factory=dict)  # of the models whose rows have other numbers, or gaps
@@ -239,13 +239,13 @@ class Plan:
 
     def bytes_of(self, tensor: TensorPlan, elements: int) -> int:
         """Bytes that so many elements of a tensor take in all models that are read for it."""
-        return elements * tensor.item_bytes
+        return round(elements * tensor.item_bytes)
 
     def bytes_of_rows(self, tensor: TensorPlan, rows: ExtraRows) -> int:
         """Returns the bytes of rows that only some models have."""
         infos = (self.models[label].tensors[tensor.reads[label] or tensor.name] for label in rows.models)
         elements = (rows.stop - rows.start) * tensor.info.elements // tensor.info.shape[0]
-        return sum(elements * ITEM_SIZE[info.dtype] for info in infos)
+        return sum(round(elements * info.stored_size) for info in infos)
 
     @cached_property
     def inputs(self) -> frozenset[StageInput]:

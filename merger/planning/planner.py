@@ -15,7 +15,7 @@ from merger.checkpoint.opening import open_checkpoint
 from merger.checkpoint.packed_experts import COLUMNS
 from merger.checkpoint.renaming import RenameError
 from merger.checkpoint.side_files import uncopied_notes
-from merger.checkpoint.tensor_info import ITEM_SIZE, SAFETENSORS_NAMES, Info
+from merger.checkpoint.tensor_info import SAFETENSORS_NAMES, Info
 from merger.checkpoint.tensor_kinds import BLOCK_COUNTS, TensorKinds, tensor_kinds
 from merger.checkpoint.tokenizers import open_tokenizers, tokenizer_folder
 from merger.errors import CheckpointError
@@ -24,7 +24,7 @@ from merger.planning.block_map import NO_ENTRY, block_map
 from merger.planning.differences import config_differences, summarize_misfits, tokenizer_differences
 from merger.planning.linear_order import describe_aliasing, number_layers
 from merger.planning.model_limits import encoder_decoder_limit
-from merger.planning.output_config import BlockSettings, with_size
+from merger.planning.output_config import BlockSettings, config_dtype, with_size
 from merger.planning.output_names import Choices, output_names
 from merger.planning.parts import describe_unknown_axes, needs_input_axis, parts_of
 from merger.planning.plan import Plan, TensorPlan
@@ -272,7 +272,7 @@ class _Planner:
             stages=stages,
             source="base",
             reads=reads,
-            item_bytes=sum(ITEM_SIZE[info.dtype] for info in infos.values()),
+            item_bytes=sum(info.stored_size for info in infos.values()),
             parts=parts_of(name, kind, rows.merged_shape(shape), axis, stages),
             extra=rows.extra,
             row_maps=rows.row_maps,
@@ -323,12 +323,12 @@ class _Planner:
         block = self.blocks.block(name)
         return float(block.layer.scale_of(name, block.depth)) if block is not None and info.is_float else 1.0
 
-    def _item_size(self, label: str, stored: str) -> int:
-        return ITEM_SIZE[self.models[label].tensors[stored].dtype]
+    def _item_size(self, label: str, stored: str) -> float:
+        return self.models[label].tensors[stored].stored_size
 
     def _output_dtype(self, info: Info) -> str:
         """The dtype in which a tensor of an input is written."""
-        dtype = self.recipe.output.dtype
+        dtype = self.recipe.output.dtype or (None if info.code is None else config_dtype(self.models["base"].config))
         return SAFETENSORS_NAMES[dtype] if dtype and info.is_float else info.dtype
 
     def _note_rows(self, name: str, rows: TableRows, infos: Mapping[str, Info]) -> None:
