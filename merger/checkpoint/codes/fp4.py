@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from merger._lazy import torch
-from merger.checkpoint.codes.interface import Found, Grid, ScaledCodes, as_float32, first_scale
+from merger.checkpoint.codes.interface import DECODED, Found, Grid, ScaledCodes, as_float32, first_scale
 from merger.checkpoint.tensor_info import Code, Info
 
 if TYPE_CHECKING:
@@ -95,20 +95,25 @@ class _Transposed(Code):
         while start < stop:
             expert, first = divmod(start, height)
             count = min(stop - start, height - first)
-            rows[:count] = self._columns(expert, first, first + count, read).T
+            self._read_columns(rows[:count].T, expert, first, read)
             rows, start = rows[count:], start + count
 
-    def _columns(self, expert: int, first: int, last: int, read: ReadRows) -> Tensor:
-        """Columns ``first`` to ``last`` of the codes of an expert, as float32 numbers [out, columns]."""
-        _, height, blocks, size = self.codes.shape
+    def _read_columns(self, columns: Tensor, expert: int, first: int, read: ReadRows) -> None:
+        """Reads columns of an expert's codes from ``first`` on into ``columns`` [out, c], few blocks at a time."""
+        height, blocks = self.codes.shape[1:3]
         codes, scales = (
             read(info._replace(shape=(prod(info.shape[:2]), width)), expert * height, (expert + 1) * height)
-            for info, width in ((self.codes, blocks * size), (self.scale, blocks))
+            for info, width in ((self.codes, blocks * _BLOCK // 2), (self.scale, blocks))
         )
-        start, stop = first // _BLOCK, -(-last // _BLOCK)
-        numbers = _numbers(codes[:, start * size : stop * size]).view(height, stop - start, _BLOCK)
-        numbers *= as_float32(scales[:, start:stop]).unsqueeze(2)
-        return numbers.flatten(1)[:, first - start * _BLOCK : last - start * _BLOCK]
+        last = first + columns.shape[1]
+        step = max(1, DECODED // (height * _BLOCK))
+        for block in range(first // _BLOCK, -(-last // _BLOCK), step):
+            end = min(block + step, blocks)
+            numbers = _numbers(codes[:, block * _BLOCK // 2 : end * _BLOCK // 2]).view(height, end - block, _BLOCK)
+            numbers *= as_float32(scales[:, block:end]).unsqueeze(2)
+            begin, finish = max(first, block * _BLOCK), min(last, end * _BLOCK)
+            shift = block * _BLOCK
+            columns[:, begin - first : finish - first] = numbers.flatten(1)[:, begin - shift : finish - shift]
 
 
 def _numbers(codes: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from merger.checkpoint.tensor_info import ReadRows
 
+DECODED = 1 << 20
+"""Numbers that are decoded at a time: 4 MiB of float32, and as much again of scales."""
+
 Found = tuple[dict[str, Info], set[str]]
 """Weights by name, and the names of the stored tensors that they are made of."""
 
@@ -86,14 +89,15 @@ class ScaledCodes(Code):
         return (self.codes, *self.scale.parts, *(() if self.zero_point is None else self.zero_point.parts))
 
     def read_into(self, rows: Tensor, start: int, stop: int, read: ReadRows) -> None:
-        """Reads rows ``start`` to ``stop`` of the weight."""
-        if start == stop:
-            return
-        values = self.values(read(self.codes, start, stop))
-        if self.zero_point is not None:
-            values -= self.zero_point.read(start, stop, self.shape, read)
-        values *= self.scale.read(start, stop, self.shape, read)
-        rows.copy_(values.view(rows.shape))
+        """Reads rows ``start`` to ``stop`` of the weight, of which few are decoded at a time to save memory."""
+        step = max(1, DECODED // max(1, self.shape[-1]))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            values = self.values(read(self.codes, first, last))
+            if self.zero_point is not None:
+                values -= self.zero_point.read(first, last, self.shape, read)
+            values *= self.scale.read(first, last, self.shape, read)
+            rows[first - start : last - start] = values
 
     def values(self, codes: Tensor) -> Tensor:
         """The float32 numbers that rows of codes stand for: [r c]."""
