@@ -156,3 +156,13 @@ def test_an_objective_that_is_no_number_is_told_with_its_step(place):  # noqa: F
 def test_steps_of_no_length_are_refused(place):  # noqa: F811
     with pytest.raises(RecipeError, match="rate is 0, but steps of no length learn nothing"):
         recipe(place, "adamerging", parameters={"rate": 0})
+
+
+@pytest.mark.parametrize("stage", ["adamerging", "prodistill"])
+@pytest.mark.parametrize("first", [{"top": {"density": 0.5}}, {"scale": {"lambda": 0.5}}])
+def test_no_stage_may_change_the_task_vectors_that_coefficients_are_learned_of(place, stage, first):  # noqa: F811
+    message = f"{stage}: its coefficients are learned of whole task vectors, so no stage can come before it"
+    with pytest.raises(RecipeError) as refused:
+        recipe(place, None, pipeline=[first, stage])
+    assert message in str(refused.value)
+    recipe(place, None, pipeline=[stage, {"scale": {"lambda": 0.5}}])

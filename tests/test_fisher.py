@@ -57,7 +57,7 @@ def recipe(place, method="fisher", *, calibration=None, **options):
     content = {
         "base": "base",
         "experts": {name: name for name in EXPERTS},
-        "method": method,
+        **({} if method is None else {"method": method}),
         "calibration": calibration or {"data": {name: f"{name}.jsonl" for name in EXPERTS}},
         "output": {"path": "out"},
         **options,

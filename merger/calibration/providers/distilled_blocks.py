@@ -64,7 +64,7 @@ class DistilledBlocks:
 
     inputs = (
         StageInput("learned", "block", by_matrix_row, stream="draft"),
-        StageInput("coefficients", "block", by_coefficient_row, stream="draft"),
+        StageInput("coefficients", "block", by_coefficient_row, stream="draft", of_task_vectors=True),
     )
     supplies = frozenset({"learned", "coefficients", *_DRAFTS.supplies})
 
