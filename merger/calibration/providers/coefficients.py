@@ -57,7 +57,7 @@ class CoefficientSource:
 class Coefficients:
     """A number for each expert and tensor, learned before the merge."""
 
-    inputs = (StageInput(INPUT, "model", by_expert, of_task_vectors=True),)
+    inputs = (StageInput(INPUT, "model", by_expert, needs_gradients=True, of_task_vectors=True),)
     supplies = frozenset({INPUT})
 
     def cost(self, plan: Plan) -> Cost:
