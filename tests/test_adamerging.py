@@ -1,9 +1,12 @@
 """Coefficients that are learned through the whole model, against a model that holds all of it at once."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from checkpoints import load
+from safetensors.torch import save_file
 from test_fisher import EXPERTS, LLAMA, SIZES, TEXTS, VOCABULARY, load_file, place, recipe, write_models  # noqa: F401
 from transformers import GPT2Config, LlamaConfig
 
@@ -166,3 +169,36 @@ def test_no_stage_may_change_the_task_vectors_that_coefficients_are_learned_of(p
         recipe(place, None, pipeline=[first, stage])
     assert message in str(refused.value)
     recipe(place, None, pipeline=[stage, {"scale": {"lambda": 0.5}}])
+
+
+def test_layers_in_another_order_are_refused(place):  # noqa: F811
+    layers = [{"model": "code", "range": [0, 2]}, {"model": "wiki", "range": [0, 2]}]
+    with pytest.raises(RecipeError, match="takes model_coefficients behind the merged blocks"):
+        recipe(place, "adamerging", layers=layers)
+
+
+def test_what_an_expert_lacks_stays_at_the_start(place):  # noqa: F811
+    write_models(place)
+    weights = load(place / "code")
+    name = "model.layers.0.input_layernorm.weight"
+    lone = {f"{name}.of_base": torch.ones(3)}
+    save_file(load(place / "base") | lone, place / "base" / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, place / "code" / "model.safetensors", metadata={"format": "pt"})
+    merger.merge(recipe(place, "adamerging", parameters=SETTINGS, missing="zero"))
+    assert torch.equal(load(place / "out")[f"{name}.of_base"], torch.ones(3))
+
+
+def test_a_table_with_more_rows_in_an_expert_stays_at_the_start(place):  # noqa: F811
+    write_models(place)
+    base, code, wiki = (load(place / name) for name in ("base", *EXPERTS))
+    name = "model.embed_tokens.weight"
+    longer = code | {name: torch.cat([code[name], torch.ones(2, 8)])}
+    save_file(longer, place / "code" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((place / "code" / "config.json").read_text())
+    (place / "code" / "config.json").write_text(json.dumps({**config, "vocab_size": 8}))
+    head = "lm_head.weight"
+    longer[head] = torch.cat([code[head], torch.ones(2, 8)])
+    save_file(longer, place / "code" / "model.safetensors", metadata={"format": "pt"})
+    merger.merge(recipe(place, "adamerging", parameters=SETTINGS, extra_rows="drop"))
+    expected = base[name] + 0.3 * (code[name] - base[name]) + 0.3 * (wiki[name] - base[name])
+    torch.testing.assert_close(load(place / "out")[name], expected)

@@ -39,8 +39,8 @@ class CoefficientSource:
     values: Mapping[str, Mapping[str, Tensor]]
 
     def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
-        """The experts' coefficients [k 1] of a tensor; none where it takes none."""
-        if not takes_coefficients(tensor):
+        """The experts' coefficients [k 1] of a tensor; none where it takes none, or none were learned."""
+        if not takes_coefficients(tensor) or any(tensor.name not in values for values in self.values.values()):
             return {}
         return {INPUT: torch.stack([self.values[expert][tensor.name] for expert in tensor.place.experts])}
 
@@ -106,8 +106,8 @@ class Coefficients:
 
 
 def _learners(plan: Plan) -> list[TensorPlan]:
-    """The tensors that take coefficients; CheckpointError where their rows are other tokens in some expert."""
-    tensors = [tensor for tensor in plan.tensors if takes_coefficients(tensor)]
+    """The tensors that are learned; CheckpointError where their rows are other tokens in some expert."""
+    tensors = [tensor for tensor in plan.tensors if takes_coefficients(tensor) and _is_in_all(plan, tensor)]
     aligned = next((tensor.name for tensor in tensors if any(tensor.row_maps.values())), None)
     if aligned:
         raise CheckpointError(
@@ -115,6 +115,13 @@ def _learners(plan: Plan) -> list[TensorPlan]:
             "same; use a method that needs no gradients, such as featcal"
         )
     return tensors
+
+
+def _is_in_all(plan: Plan, tensor: TensorPlan) -> bool:
+    """Whether all models have a tensor in one shape; coefficients of others stay at their start."""
+    labels = ("base", *tensor.place.experts)
+    stored = [plan.models[label].tensors.get(tensor.reads[label] or "") for label in labels]
+    return len({None if info is None else info.shape for info in stored} | {tensor.info.shape}) == 1
 
 
 def _learned(plan: Plan, options: RunOptions, hidden_memory: int | None) -> Mapping[str, Path]:
