@@ -34,9 +34,14 @@ def saved(request, tmp_path_factory):
             model.save_pretrained(folder / f"{label}.{names}", save_original_format=names == "old")
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(TOKENIZER / file, folder / f"{label}.{names}")
+    write_text(folder)
+    return request.param, folder
+
+
+def write_text(folder):
+    """Text for calibration."""
     lines = (json.dumps({"text": prompt + answer}) for prompt, answer in demo_tasks.examples("upper", "calibration", 4))
     (folder / "text.jsonl").write_text("\n".join(lines))
-    return request.param, folder
 
 
 def merged(folder, base, a, b, **options):
@@ -259,3 +264,45 @@ def test_a_language_model_merges_onto_a_vision_language_model(tmp_path, names):
             assert same_bits(out[name], tensor)
     name = "layers.0.mlp.up_proj.weight"
     assert same_bits(out[prefix + name], text[f"model.{name}"])  # the mean of one expert
+
+
+@pytest.mark.parametrize("names", ["old", "new"])
+def test_obim_ranks_a_language_model_alike_alone_and_within_a_vision_language_base(tmp_path, names):
+    whole = thirty.build("llava", 0)
+    alone = text_model(0)
+    alone.model.load_state_dict(whole.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(whole.lm_head.state_dict())
+    whole.save_pretrained(tmp_path / "base", save_original_format=names == "old")
+    alone.save_pretrained(tmp_path / "alone")
+    for seed, label in ((1, "a"), (2, "b")):
+        text_model(seed).save_pretrained(tmp_path / label)
+    for label in ("base", "alone", "a", "b"):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TOKENIZER / file, tmp_path / label)
+    write_text(tmp_path)
+    prefix = {"old": "language_model.model.", "new": "model.language_model."}[names]
+    rename = {"rename": {r"^model\.": prefix}}
+
+    within, apart = (
+        calibrated(tmp_path, base, {label: {"model": label, **extra} for label in ("a", "b")})
+        for base, extra in (("base", rename), ("alone", {}))
+    )
+
+    for name, tensor in apart.items():
+        counterpart = name.replace("model.", prefix, 1) if name.startswith("model.") else name
+        if counterpart not in within:
+            counterpart = f"language_model.{name}"
+        assert same_bits(within[counterpart], tensor), name
+
+
+def calibrated(folder, base, experts):
+    """The tensors of an obim merge."""
+    content = {
+        "base": base,
+        "experts": experts,
+        "method": "obim",
+        "calibration": {"data": "text.jsonl", "samples": 4},
+        "output": {"path": f"out-{base}"},
+    }
+    merger.merge(Recipe.parse(content, folder))
+    return load(folder / f"out-{base}")

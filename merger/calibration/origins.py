@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def fingerprint(model: Checkpoint) -> str:
     """The SHA-256 of a checkpoint's weight files with their names, and of the config keys of the forward pass."""
     lines = [*sorted(f"{file.name} {sha256(file)}\n" for file in model.files), f"config {config_digest(model)}\n"]
-    if model.is_rearranged or model.original_names:  # statistics have the names by which tensors are read
+    if model.is_rearranged:  # statistics have the names by which tensors are read
         lines += [f"tensor {name}\n" for name in sorted(model.tensors)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

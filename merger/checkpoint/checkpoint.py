@@ -33,7 +33,7 @@ class Checkpoint:
 
     adapter: Checkpoint | None = None  # what sits on top of it, as far as it has files and a commit
     remarks: tuple[str, ...] = ()  # what a user should know of how it was opened
-    is_rearranged = False  # whether tensors have the names and packings of the base, and not those of the files
+    is_rearranged = False  # whether some tensors have other names or packings than in the files
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Checkpoint:
         self.tensors = dict(tensors)
         self.config = dict(config)
         self.commit = commit  # of the Hub repository it came from
-        self.original_names = original_names  # by which transformers knows tensors that a recipe renames
+        self.original_names = original_names  # in the files, of tensors that have other names here
         self._files = OpenFiles(os.O_RDONLY)
 
     @property

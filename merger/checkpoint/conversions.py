@@ -49,7 +49,8 @@ def as_stored_by(base: Checkpoint, tensors: Mapping[str, Info]) -> dict[str, Inf
     groups = locate(model, tensors)
     arranged: dict[str, Info] = {}
     used: Counter[str] = Counter()  # elements, by stored tensor
-    for base_group in {id(group): group for group in locate(model, base.tensors).values()}.values():
+    base_groups = locate(model, base.tensors, base.original_names).values()
+    for base_group in {id(group): group for group in base_groups}.values():
         spans = _spans_by_name(base_group, base.tensors, groups, tensors, model)
         for name in spans.keys() - tensors.keys():
             if (info := _assembled(spans[name], tensors, base.tensors[name])) is not None:

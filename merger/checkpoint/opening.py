@@ -25,6 +25,7 @@ from merger.checkpoint.folder import (
 from merger.checkpoint.foreign_models import foreign_model
 from merger.checkpoint.quantised import QUANTISATION_KEYS, refuse_quantised_config, refuse_quantised_tensors
 from merger.checkpoint.renaming import new_names
+from merger.checkpoint.tensor_info import Info
 from merger.errors import CheckpointError
 
 
@@ -60,15 +61,15 @@ def open_checkpoint(
         refuse_quantised_config(label, model_folder.source, config)
     refuse_quantised_tensors(label, tensors)
     names = new_names(label, tensors, rename)
-    tensors = {names[name]: info for name, info in tensors.items()}
-    arranged = tensors if base is None else as_stored_by(base, tensors)
+    renamed = {names[name]: info for name, info in tensors.items()}
+    arranged = renamed if base is None else as_stored_by(base, renamed)
     checkpoint = Checkpoint(
         label,
         model_folder.directory,
         arranged,
         {key: value for key, value in config.items() if key not in QUANTISATION_KEYS},
         commit=model_folder.commit,
-        original_names={new: name for name, new in names.items() if new != name},
+        original_names=_original_names(arranged, tensors),
     )
     checkpoint.remarks = remarks
     checkpoint.is_rearranged = arranged.keys() != tensors.keys()
@@ -77,6 +78,14 @@ def open_checkpoint(
     adapted = Adapted(checkpoint, _open_adapter(adapter, label, folder, offline, headers_only), base)
     adapted.remarks = (*remarks, *_remarks(adapted, model, adapter))
     return adapted
+
+
+def _original_names(tensors: Mapping[str, Info], stored: Mapping[str, Info]) -> dict[str, str]:
+    """The names in the files of tensors that have other names, as far as these are stored as they are read."""
+    if tensors.keys() == stored.keys():
+        return {}
+    names = {info: name for name, info in stored.items()}
+    return {name: names[info] for name, info in tensors.items() if name not in stored and info in names}
 
 
 def _remarks(adapted: Adapted, model: str, adapter: str) -> Iterator[str]:

@@ -94,10 +94,12 @@ def extract_lora(
         raise RecipeError("give either a rank or an energy")
     check_models({"base": base, "model": model})
     with ExitStack() as stack:
-        models = [
-            stack.enter_context(open_checkpoint(source, None, label=label, folder=Path(), offline=options.offline))
-            for label, source in (("base", base), ("model", model))
-        ]
+        models: list[Checkpoint] = []
+        for label, source in (("base", base), ("model", model)):
+            checkpoint = open_checkpoint(
+                source, None, label=label, folder=Path(), offline=options.offline, base=next(iter(models), None)
+            )
+            models.append(stack.enter_context(checkpoint))
         check_output(output, [checkpoint.directory for checkpoint in models], force=force)
         modules = linear_modules(models[0], trust_remote_code=options.trust_remote_code)
         _check_alike(*models)
