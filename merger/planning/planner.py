@@ -39,6 +39,7 @@ from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
 from merger.recipe.calibration_faults import is_calibrated
 from merger.recipe.input_locations import check_inputs
 from merger.recipe.layers import Layer
+from merger.recipe.places import element_name
 from merger.recipe.recipe import Recipe, as_recipe
 from merger.recipe.sections import Rule
 
@@ -331,13 +332,14 @@ class _Planner:
         """Notes on rules that match no tensor, or only further names of one that is merged under its first name."""
         all_names = dict.fromkeys(name for kinds in self.kinds.values() for name in kinds.tensors)
         names = [name for name in all_names if not self.blocks.copies(name)]
-        for number, rule in enumerate(self.recipe.rules, 1):
+        for i, rule in enumerate(self.recipe.rules):
+            rule_name = element_name("rules", i, rule.model_dump())
             matches = (name for name in names if rule.matches(name, self.kinds_of(name).kind(name)))
             if (name := next(matches, None)) is None:
-                yield f"rule {number} ({rule.tensors or rule.kinds}) matches no tensor"
+                yield f"{rule_name} matches no tensor"
             elif name in originals and all(name in originals for name in matches):
                 of = originals[name]
-                yield f"rule {number} has no effect: {name} is {of}, stored once more, and follows its rule"
+                yield f"{rule_name} has no effect: {name} is {of}, stored once more, and follows its rule"
 
     def _aliased_orders(self, names: Sequence[str]) -> list[str]:
         turns = dict.fromkeys(turn for turn in self.stages.turns if turn > 1)
