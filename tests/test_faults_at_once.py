@@ -122,3 +122,16 @@ def test_a_rule_is_named_alike_in_faults_and_in_notes(merger, folder):
     assert refusal(merger, text.replace("conv1d], use: base", "conv1d], use: bse")) == [
         "recipe.yaml:4: rule 2 (kinds: expert3d, conv1d): use: there is no expert 'bse'; did you mean 'base'?"
     ]
+
+
+def test_all_inputs_that_cannot_be_opened_are_told_together(merger, folder):
+    (folder / "models/code/config.json").write_text("{")
+    (folder / "models/french/model.safetensors").write_bytes(b"")
+    Path("recipe.yaml").write_text(
+        "base: models/base\nexperts: [models/code, models/french]\nmethod: linear\noutput: out\n"
+    )
+    ran = merger("plan", "recipe.yaml")
+    assert ran.code == 3
+    code, french = ran.err.splitlines()
+    assert code.startswith("error: code: ")
+    assert french.startswith(f"error: {folder}/models/french/model.safetensors: ")

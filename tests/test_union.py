@@ -326,6 +326,12 @@ def test_keys_that_contradict_each_other_are_faults_of_the_recipe(clash):
     ]
 
 
+def test_a_token_without_a_near_one_is_told_with_their_number(clash):
+    (fault,) = clash.refusal(tokenizer="union", tokens={"qqqqqqq": {"from": "a"}}).splitlines()
+    expected = "recipe: tokens.qqqqqqq: is no token of the output, which has the tokens of all models, "
+    assert re.fullmatch(rf"{re.escape(expected)}\d+ in number", fault)
+
+
 def test_tokens_that_the_output_or_a_source_lacks_are_named(clash):
     tokens = {"<tol>": {"from": "a"}, "<tool>": {"from": "b"}}
     assert clash.refusal(tokenizer="union", tokens=tokens).splitlines() == [

@@ -93,19 +93,29 @@ def _collector_paused() -> Iterator[None]:
 
 
 def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[str, Checkpoint]:
-    """Opens the base and the experts, in recipe order."""
+    """Opens the base and the experts, in recipe order; raises CheckpointError with all that cannot be opened."""
     models: dict[str, Checkpoint] = {}
+    errors: list[CheckpointError] = []
     for label, source in {"base": recipe.base, **recipe.experts}.items():
-        models[label] = open_checkpoint(
-            source.model,
-            source.adapter,
-            label=label,
-            folder=recipe.folder,
-            offline=offline,
-            headers_only=headers_only,
-            base=models.get("base"),
-        )
-    return models
+        try:
+            models[label] = open_checkpoint(
+                source.model,
+                source.adapter,
+                label=label,
+                folder=recipe.folder,
+                offline=offline,
+                headers_only=headers_only,
+                base=models.get("base"),
+            )
+        except CheckpointError as error:
+            errors.append(error)
+    if not errors:
+        return models
+    for model in models.values():
+        model.close()
+    if len(errors) == 1:
+        raise errors[0]
+    raise CheckpointError("\n".join(dict.fromkeys(map(str, errors))))
 
 
 class _Planner:
@@ -324,7 +334,7 @@ class _Planner:
         if name in self.tables:
             if self.recipe.extra_rows == "drop" and rows.merged < max(info.shape[0] for info in infos.values()):
                 self.notes.append(f"{name}: rows from {rows.merged} on are dropped (extra_rows: drop)")
-            self.notes += describe_rows(name, rows.extra)
+            self.notes += describe_rows(name, rows.extra, self.vocabulary.meaning)
 
     # --- the whole ---
 
