@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from merger._notebook import notebook_bar
 from merger.errors import RecipeError
 
 Progress = Callable[[str, int, int], None]
@@ -31,7 +32,7 @@ class RunOptions:
     max_memory: int | None = None  # bytes of host memory; None: no limit
     offline: bool = False  # only the Hub's cache is used
     trust_remote_code: bool = False  # calibration may run code that comes with a checkpoint
-    progress: Progress = ignore
+    progress: Progress = field(default_factory=lambda: notebook_bar() or ignore)  # a bar in a notebook
     notice: Notice = ignore
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Tokens matched as strings: unions of vocabularies, tokenizers with other ids, rows from a model of one's choice."""
 
 import json
+import re
 import shutil
 
 import pytest
