@@ -31,13 +31,16 @@ def tables() -> str:
     for kind, heading in HEADINGS.items():
         entries = sorted(entries_by_kind[kind], key=lambda entry: entry["name"])
         rows = [row(entry) for entry in entries if entry["package"] is None]
-        parts.append("\n".join([f"## {heading}", "", "| name | what it does | parameters |", "|---|---|---|", *rows]))
+        parts.append(
+            "\n".join([f"## {heading}", "", "| name | needs | what it does | parameters |", "|---|---|---|---|", *rows])
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def row(entry: dict[str, Any]) -> str:
     parameters = (f"`{name}: {yaml_text(facts['default'])}`" for name, facts in entry["parameters"].items())
-    return f"| `{entry['name']}` | {entry['summary'].replace('|', chr(92) + '|')} | {', '.join(parameters)} |"
+    needs = ", ".join(entry["needs"])
+    return f"| `{entry['name']}` | {needs} | {entry['summary'].replace('|', chr(92) + '|')} | {', '.join(parameters)} |"
 
 
 def yaml_text(default: Any) -> str:

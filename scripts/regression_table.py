@@ -32,7 +32,8 @@ import merger
 
 Losses = dict[str, list[tuple[float, int]]]
 """By domain: the summed cross-entropy and the tokens of each text."""
-WITHOUT_TEXT = ("linear", "task_arithmetic", "wudi", "wudi_svc")
+WITHOUT_TEXT = ("linear", "task_arithmetic", "wudi", "wudi_svc", "fr", "awd", "doge")
+LOSS = {"objective": "loss", "steps": 30, "rate": 0.03}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,19 @@ ROWS: dict[str, list[Row]] = {
     "Learning block by block, 20 texts": [
         Row("distill, anchor: featcal", "distill", {"anchor": "featcal"}),
         Row("distill, steps: 90", "distill", {"steps": 90}),
+        Row("prodistill", "prodistill"),
+        Row("prodistill, per: row", "prodistill", {"per": "row"}),
+    ],
+    "Gradients through the whole model, 20 texts": [
+        Row("fisher", "fisher"),
+        Row("ugm", "ugm"),
+        Row("adamerging", "adamerging"),
+        Row("adamerging, objective: loss, steps: 30, rate: 0.03", "adamerging", LOSS),
+    ],
+    "More from the weights alone": [
+        Row("fr", "fr"),
+        Row("awd, lambda: 0.4", "awd", {"lambda": 0.4}),
+        Row("doge", "doge"),
     ],
     "FeatCal: one part at a time, 5 texts": [
         Row("target: 0", "featcal", {"target": 0}, samples=5),

@@ -72,10 +72,6 @@ def parameters_of(name, experts):
     annotations |= parameters(ENTRIES[name if name in ENTRIES else "top"].function)
     if name in SCORES:
         del annotations["score"]
-    return st.fixed_dictionaries(
-        {},
-        optional={
-            key.rstrip("_"): values_of(annotation, default, experts)
-            for key, (annotation, default) in annotations.items()
-        },
-    )
+    values = {key.rstrip("_"): values_of(*details, experts) for key, details in annotations.items()}
+    steps = {"steps": st.integers(1, 4)} if values.pop("steps", None) is not None else {}  # all of them take long
+    return st.fixed_dictionaries(steps, optional=values)

@@ -348,6 +348,28 @@ def test_methods_in_json_are_one_object_by_kind(merger):
     assert {"linear", "sum"} <= {entry["name"] for entry in content["merger"]}
 
 
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("ties", []),
+        ("obim", ["text"]),
+        ("obm", ["text"]),
+        ("slerp", []),
+        ("featcal", ["text"]),
+        ("distill", ["text", "gradients"]),
+        ("fisher", ["text", "gradients"]),
+        ("adamerging", ["text", "gradients"]),
+        ("learn", ["text", "gradients"]),
+        ("doge", []),
+    ],
+)
+def test_methods_say_what_they_need_beside_the_weights(merger, name, needs):
+    assert json.loads(merger("methods", name, "--json").out)["needs"] == needs
+    assert ("needs: " + ", ".join(needs) in merger("methods", name).out.splitlines()) == bool(needs)
+    row = next(line for line in merger("methods").out.splitlines() if line.strip().startswith(f"{name} "))
+    assert re.split(r"  +", row.strip())[1] == (", ".join(needs) or {**SCORES, **ENTRIES}[name].summary)
+
+
 def test_an_unknown_method_offers_the_near_one(merger):
     ran = merger("methods", "tise")
     assert (ran.code, ran.out) == (2, "")

@@ -320,7 +320,7 @@ def test_the_index_of_methods_names_every_page_and_method():
     index = text("docs/methods/README.md")
     table = index[: index.index("`merger methods NAME`")]
     index_names = set(re.findall(r"`([\w*]+)`", table))
-    assert set(re.findall(r"\]\((\w+\.md)\)", table)) == {path.name for path in METHOD_PAGES} | {"parameters.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", table)) == {path.name for path in METHOD_PAGES} | {"parameters.md"}
     patterns = [re.compile(name.replace("*", r"\w*")) for name in index_names]
     assert [name for name in {**ENTRIES, **SCORES} if not any(pattern.fullmatch(name) for pattern in patterns)] == []
 

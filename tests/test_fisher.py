@@ -57,7 +57,7 @@ def recipe(place, method="fisher", *, calibration=None, **options):
     content = {
         "base": "base",
         "experts": {name: name for name in EXPERTS},
-        "method": method,
+        **({} if method is None else {"method": method}),
         "calibration": calibration or {"data": {name: f"{name}.jsonl" for name in EXPERTS}},
         "output": {"path": "out"},
         **options,
@@ -166,7 +166,7 @@ def test_gradients_are_made_once(place, monkeypatch):
 
 def test_a_run_that_is_killed_among_the_gradients_leaves_nothing_and_starts_again(place, monkeypatch):
     write_models(place)
-    from merger.calibration.fisher import _Backward
+    from merger.calibration.backward_passes import BackwardPasses
 
     class Killed(BaseException):
         pass
@@ -175,7 +175,7 @@ def test_a_run_that_is_killed_among_the_gradients_leaves_nothing_and_starts_agai
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Backward, "outside", killed)
+        patch.setattr(BackwardPasses, "outside", killed)
         with pytest.raises(Killed):
             merger.merge(recipe(place))
     assert list((place / "cache").rglob("*.safetensors")) == []
@@ -202,7 +202,7 @@ def test_a_model_that_predicts_no_tokens_is_told(place):
     for name in ("base", *EXPERTS):
         config = json.loads((place / name / "config.json").read_text())
         (place / name / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
-    message = "code: predicts no tokens, and the Fisher information is that of tokens"
+    message = "code: predicts no tokens, so there are no gradients of them"
     with pytest.raises(CheckpointError, match=message):
         merger.merge(recipe(place))
     assert not (place / "out").exists()
@@ -213,10 +213,14 @@ def test_files_of_another_kind_are_told_apart(place):
     fisher_files(place)
     statistics = merger.calibrate(recipe(place, "obim"), to=place / "inputs")
     stats = {name: str(path) for name, path in statistics.items()}
-    with pytest.raises(CheckpointError, match="holds statistics of inputs, and the Fisher information of weights is"):
+    with pytest.raises(
+        CheckpointError, match="holds statistics of inputs, and what is needed is the Fisher information of"
+    ):
         merger.merge(recipe(place, calibration={"stats": stats}))
     stats = {name: f"fisher/{name}.fisher.safetensors" for name in EXPERTS}
-    with pytest.raises(CheckpointError, match="holds the Fisher information of weights, and statistics of inputs are"):
+    with pytest.raises(
+        CheckpointError, match="holds the Fisher information of weights, and what is needed is statistics of"
+    ):
         merger.merge(recipe(place, "obim", calibration={"stats": stats}))
 
 

@@ -296,8 +296,8 @@ HOMOGENEOUS = {
     "sce": {"even_below": 0},
     "wudi": {"ridge": "relative"},  # an absolute one has the unit of squared weights
 }
-# A tanh of raw products, a divergence of softmaxes, and a distance in the weights' own unit.
-NEVER_HOMOGENEOUS = ["pcb_official", "arcee_fusion", "nearswap"]
+# A tanh of raw products, a divergence of softmaxes, a distance in the weights' own unit, and steps of a fixed length.
+NEVER_HOMOGENEOUS = ["pcb_official", "arcee_fusion", "nearswap", "disentangle", "awd", "doge"]
 
 
 @pytest.mark.parametrize("name", [n for n in [*ENTRIES, *SCORES] if n not in NEVER_HOMOGENEOUS])

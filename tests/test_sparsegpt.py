@@ -12,7 +12,7 @@ from tiny import Inputs, merge, tensor
 
 import merger
 from merger.demo import tasks as demo_tasks
-from merger.methods.sparsegpt import BLOCK
+from merger.methods._thinning import BLOCK
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import checked
 from merger.pipeline.stages import bind
@@ -159,3 +159,51 @@ def test_it_runs_block_by_block_on_a_real_model(tmp_path, monkeypatch):
     name = "model.layers.1.mlp.up_proj.weight"
     changed = merged[name] != base[name].float()
     assert int(changed.sum()) == changed.numel() // 4
+
+
+# --- tailor ---------------------------------------------------------------------------------------
+
+
+def tailored(deltas, base, xs, density=0.25):
+    stages = [checked("tailor", {"density": density}), checked("sum", {})]
+    return merge(stages, deltas, base=base, inputs=inputs_of(*xs)) - base
+
+
+def slow_tailor(delta, base, gram, density):
+    """As `slowly`, of one block of columns, by the score of Model Tailor."""
+    delta, base, columns = delta.double().clone(), base.double(), delta.shape[1]
+    h = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(columns)
+    inverse = [torch.linalg.inv(h[j:, j:]) for j in range(columns)]
+    saliency = torch.stack([(base + delta)[:, j] ** 2 / inverse[j][0, 0] for j in range(columns)], 1)
+
+    def z(values):
+        return (values - values.mean(1, keepdim=True)) / values.std(1, correction=0, keepdim=True)
+
+    scores = (z(delta.abs()) + z(saliency)) / 2
+    stays = torch.zeros(delta.numel(), dtype=torch.bool)
+    stays[scores.flatten().argsort(descending=True)[: int(density * delta.numel())]] = True
+    for j, column in zip(range(columns), stays.view_as(delta).T, strict=True):
+        error = delta[:, j].masked_fill(column, 0) / inverse[j][0, 0]
+        delta[:, j:] -= torch.outer(error, inverse[j][0])
+        delta[:, j].masked_fill_(~column, 0)
+    return delta.float()
+
+
+def test_tailor_keeps_by_change_and_weight_and_makes_up_for_the_rest():
+    delta, base, x = randn(6, 20), 3 * randn(6, 20, seed=5), correlated(20, seed=3)
+    expected = slow_tailor(delta, base, inputs_of(x).gram[0], Fraction(1, 4))
+    torch.testing.assert_close(tailored({"a": delta}, base, [x]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_model_tailor_adds_the_patches():
+    deltas, base = {"a": randn(6, 20), "b": randn(6, 20, seed=1)}, randn(6, 20, seed=5)
+    xs = [correlated(20, seed=3), correlated(20, seed=4)]
+    patches = [tailored({expert: delta}, base, [x]) for (expert, delta), x in zip(deltas.items(), xs, strict=True)]
+    stage = checked("model_tailor", {"density": 0.25, "lambda": 0.5})
+    result = merge(stage, deltas, base=base, inputs=inputs_of(*xs)) - base
+    torch.testing.assert_close(result, 0.5 * sum(patches), rtol=0, atol=1e-5)
+
+
+def test_tailor_without_inputs_keeps_the_largest_changes():
+    stages = [checked("tailor", {"density": 0.5}), checked("sum", {})]
+    assert torch.equal(merge(stages, {"a": [[4.0, -3, 1, 0]]}), tensor([[4, -3, 0, 0]]))

@@ -399,6 +399,35 @@ def test_svc_calibrates_the_anchor_of_a_regression():
     assert_close(anchored, merged("wudi_svc", deltas))
 
 
+# --- subspace boosting ----------------------------------------------------------------------------
+
+
+def boosted(deltas, beta, **options):
+    return merge([checked("sum", {}), checked("subspace_boost", {"beta": beta})], deltas, **options)
+
+
+@pytest.mark.parametrize("beta", [0, 0.01, 0.3, 0.8, 1])
+@pytest.mark.parametrize("shape", [(9, 12), (12, 9)])
+def test_subspace_boost_raises_what_follows_the_share(shape, beta):
+    deltas = deltas_of(3, *shape)
+    left_vectors, values, right_vectors = thin(sum(deltas.values()).double().numpy())
+    floor = values[min(numpy.searchsorted(values.cumsum(), beta * values.sum()), len(values) - 1)]
+    assert_close(boosted(deltas, beta), left_vectors * numpy.maximum(values, floor) @ right_vectors)
+
+
+def test_subspace_boost_leaves_empty_what_the_merge_has_no_direction_in():
+    assert_close(
+        boosted({"a": torch.diag(torch.tensor([5.0, 3, 1, 0]))}, 0.6), torch.diag(torch.tensor([5.0, 3, 3, 0]))
+    )
+    assert not boosted({"a": torch.zeros(3, 4)}, 0.5).any()
+
+
+@pytest.mark.parametrize("kind", ["vector", "embedding", "tied", "head", "other"])
+def test_subspace_boost_leaves_tensors_without_a_matrix_as_they_were_merged(kind):
+    deltas = deltas_of(3, 6, 8)
+    assert torch.equal(boosted(deltas, 0, kind=kind), merged("sum", deltas, kind=kind))
+
+
 # --- rank truncation ------------------------------------------------------------------------------
 
 

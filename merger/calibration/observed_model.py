@@ -19,7 +19,7 @@ from merger.errors import CheckpointError
 from merger.ops.precision import full_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -66,6 +66,7 @@ class ObservedModel:
         self._check_tokens()
         self._skip_head()
         self._load_outer_modules()
+        self._wait_for_outer_lists()
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -133,15 +134,28 @@ class ObservedModel:
 
     # --- what is outside the blocks -----------------------------------------------------------------
 
-    def _load_outer_modules(self) -> None:
-        """Loads all but blocks and head. Other lists of layers, such as an image tower's, wait for their first call."""
+    def _outer_modules(self) -> Iterator[tuple[str, nn.Module, str | None]]:
+        """All modules with their names, and the list of layers that each is in, if any."""
         lists = outer_lists(self.model)
         for name, module in self.model.named_modules():
-            outer_list = next((list_name for list_name in lists if f"{name}.".startswith(f"{list_name}.")), None)
+            yield name, module, next((item for item in lists if f"{name}.".startswith(f"{item}.")), None)
+
+    def _load_outer_modules(self) -> None:
+        """Loads all but blocks and head, and other lists of layers."""
+        for name, module, outer_list in self._outer_modules():
             if outer_list is None and module is not self.model.get_output_embeddings():
                 self.loader.load(name, self.merged_weights, recurse=False)
-            elif outer_list is not None and outer_list != self._block_list:
+
+    def _wait_for_outer_lists(self) -> None:
+        """Lets other lists of layers, such as an image tower's, be loaded at their first call."""
+        for name, module, outer_list in self._outer_modules():
+            if outer_list is not None and outer_list != self._block_list:
                 module.register_forward_pre_hook(functools.partial(self._enter, set(), name))
+
+    def reload_outer_modules(self) -> None:
+        """Loads what is outside the blocks again, with the head, where the merged weights have changed."""
+        self._load_outer_modules()
+        self._load_head()
 
     def _enter(self, entered: set[str], name: str, *_: Any) -> None:
         if name not in entered:
@@ -166,9 +180,14 @@ class ObservedModel:
     def restore_head(self) -> None:
         """Puts the true head back for good, behind the true embedding, which it may be."""
         head = self.model.get_output_embeddings()
+        if head is not None and "forward" in vars(head):
+            del head.forward
+            self._load_head()
+
+    def _load_head(self) -> None:
+        head = self.model.get_output_embeddings()
         if head is None:
             return
-        del head.forward
         name = self._module_names[head]
         self.loader.load(name, self.merged_weights, recurse=False)
         if self._embedding is not None and self.loader.first_name(f"{name}.weight") == self._embedding:

@@ -34,10 +34,12 @@ FORMAT = 2  # since 2 the key has the forward pass, and the checkpoint its confi
 _FIELDS = ("count", "second_moment", "mean", "token_share")
 GRAMS = ".grams"
 _LAST = "outside.safetensors"
-_WRONG_CONTENT = {
-    None: "holds the Fisher information of weights, and statistics of inputs are needed",
-    "fisher": "holds statistics of inputs, and the Fisher information of weights is needed",
+_CONTENTS = {
+    None: "statistics of inputs",
+    "fisher": "the Fisher information of weights",
+    "coefficients": "coefficients that were learned",
 }
+"""What a file holds, by its own word for it, which is also how its name ends."""
 _METADATA = "merger.statistics"  # a single entry, since safetensors writes several in any order
 
 
@@ -75,7 +77,7 @@ class StatisticsKey:
 
 def save(path: Path, moments: Mapping[str, Moments], key: StatisticsKey) -> None:
     """Writes a statistics file atomically."""
-    _write(path, _small_tensors(moments), key.fields())
+    write(path, _small_tensors(moments), key.fields())
 
 
 def _small_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
@@ -88,7 +90,8 @@ def _small_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
     }
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes tensors, and the fields of a key, as one file, atomically."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -112,8 +115,11 @@ def check_key(path: Path, **expected: Any) -> None:
 
 
 def copy(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Copies each expert's file to NAME.stats.safetensors, or NAME.fisher.safetensors; RecipeError where others are."""
-    kinds = {name: "fisher" if ".fisher." in path.name else "stats" for name, path in paths.items()}
+    """Copies each expert's file to NAME.stats.safetensors, or by what it holds; RecipeError where others are."""
+    kinds = {
+        name: next((word for word in _CONTENTS if word and f".{word}." in path.name), "stats")
+        for name, path in paths.items()
+    }
     copies = {name: folder / f"{name}.{kind}.safetensors" for name, kind in kinds.items()}
     make_folder(folder)
     for target in copies.values():
@@ -136,6 +142,11 @@ def find(folder: Path, key: StatisticsKey) -> Path | None:
     """The file in a folder that holds the statistics of this key."""
     path = folder / key.file_name()
     return path if path.is_file() else None
+
+
+def load_values(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a file as they are."""
+    return _read(path, True)[1]
 
 
 def load_file(path: Path, *, layers: Iterable[str] = (), **expected: Any) -> dict[str, Moments]:
@@ -183,7 +194,8 @@ def _check(path: Path, metadata: Mapping[str, Any], **expected: Any) -> None:
         if metadata.get(name) == value:
             continue
         if name == "holds":
-            raise CheckpointError(f"{path}: {_WRONG_CONTENT[value]}")
+            content, need = (_CONTENTS.get(word, "something else") for word in (metadata.get("holds"), value))
+            raise CheckpointError(f"{path}: holds {content}, and what is needed is {need}")
         raise CheckpointError(f"{path}: {_mismatch(name)}: its {name} is {metadata.get(name)}, expected {value}")
 
 
@@ -206,7 +218,7 @@ def save_block(folder: Path, number: int, unit: str, moments: Mapping[str, Momen
             twins[name] = twin
     triangles = {f"{name}.gram": _upper_triangle(gram) for name, gram in grams.items()}
     path = folder / (f"{number:05}.safetensors" if unit else _LAST)
-    _write(path, {**_small_tensors(moments), **triangles}, {**key.fields(), "unit": unit, "same": twins})
+    write(path, {**_small_tensors(moments), **triangles}, {**key.fields(), "unit": unit, "same": twins})
 
 
 def finished_units(folder: Path, key: StatisticsKey) -> set[str]:

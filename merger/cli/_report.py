@@ -21,6 +21,7 @@ from merger.pipeline.registry import ENTRIES, SCORES, Entry, Stage, checked, par
 from merger.pipeline.stages import expand
 from merger.planning.plan import Plan, TensorPlan
 from merger.planning.sample import SampledChange, sample_notes
+from merger.recipe.calibration_faults import inputs_of
 from merger.recipe.recipe import choice_name
 from merger.recipe.recommendations import RECOMMENDATIONS
 
@@ -207,8 +208,9 @@ def print_methods(name: str | None, console: Console) -> None:
     if name is None:
         _print_recommendations(console)
         for kind, entries in _by_kind():
-            columns = [Column(f"{kind}s"), Column("what it does", is_prose=True)]
-            print_table(Table(columns, [text_row(entry.name, entry.summary) for entry in entries]), console)
+            columns = [Column(f"{kind}s"), Column("needs"), Column("what it does", is_prose=True)]
+            rows = [text_row(entry.name, ", ".join(_needs(entry)), entry.summary) for entry in entries]
+            print_table(Table(columns, rows), console)
         return
     entry = _find(name)
     console.print(f"[bold]{entry.name}[/] ({entry.kind})")
@@ -218,6 +220,8 @@ def print_methods(name: str | None, console: Console) -> None:
         print_text(f"paper: {entry.paper}", console)
     if entry.package:
         print_text(f"package: {entry.package}", console)
+    if needs := _needs(entry):
+        print_text(f"needs: {', '.join(needs)}", console)
     expansion = _expansion(entry)
     if expansion:
         console.print("\nexpands to:")
@@ -284,9 +288,24 @@ def _described(entry: Entry) -> dict[str, Any]:
         "start_here": [asdict(advice) for advice in RECOMMENDATIONS if advice.method == entry.name],
         "paper": entry.paper,
         "package": None if entry.package is None else str(entry.package),
+        "needs": _needs(entry),
         "parameters": _parameters(entry),
         "expands_to": [written(stage) for stage in _expansion(entry)],
     }
+
+
+def _needs(entry: Entry) -> list[str]:
+    """What an entry needs for a matrix beside the weights, by its defaults: text of each expert, and gradients."""
+    try:
+        stage = checked(entry.name, {})
+    except ValidationError:  # a parameter has no default
+        return []
+    inputs = inputs_of([stage], ("a", "b", "c")[: entry.experts])
+    words = {
+        "text": any(item.needs_text for item in inputs),
+        "gradients": any(item.needs_gradients for item in inputs),
+    }
+    return [word for word, is_needed in words.items() if is_needed]
 
 
 def _expansion(entry: Entry) -> list[Stage]:

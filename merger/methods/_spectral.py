@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from merger._lazy import torch
 from merger.methods.plain_mean import plain_mean
 from merger.methods.scale import scale
+from merger.methods.sum import sum_
 from merger.ops.arithmetic import column
 from merger.pipeline.registry import Stage, Takes, stage
 
@@ -36,6 +37,11 @@ def averaged(kind: str, *, head: bool, weight: Any, lambda_: Any, **_: object) -
     if has_matrix(kind, head=head):
         return None
     return [stage(plain_mean, weight=weight), stage(scale, lambda_=lambda_)]
+
+
+def left_at_base(kind: str, *, head: bool, **_: object) -> list[Stage] | None:
+    """Tensors without a matrix are not merged."""
+    return None if has_matrix(kind, head=head) else [stage(sum_), stage(scale, lambda_=0)]
 
 
 TIES = {"ties": {"density": 1}}

@@ -41,6 +41,8 @@ class StageInput:
     cut: Cut
     needs_text: bool = True  # whether it is made from the recipe's calibration text
     stream: Stream = "own"  # the models that text goes through
+    needs_gradients: bool = False  # whether backward passes make it
+    of_task_vectors: bool = False  # whether it was learned of them as they are before the first stage
 
     @property
     def follows_merge(self) -> bool:

@@ -89,7 +89,7 @@ def _lockstep_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yields the choices whose inputs are made block by block, where `layers` put the blocks in another order."""
     for path, choice in recipe.choices().items() if recipe.layers else ():
         inputs = inputs_of(choice.stages, recipe.experts_of(choice))
-        if behind := sorted(item.name for item in inputs if item.follows_merge):
+        if behind := sorted(item.name for item in inputs if item.follows_merge or item.of_task_vectors):
             yield (
                 (*path, "pipeline" if choice.pipeline else "method"),
                 f"takes {behind[0]} behind the merged blocks, whose order `layers` change for each expert; merge "

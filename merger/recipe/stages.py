@@ -158,6 +158,11 @@ def _sequence_faults(
                 for b in bounds
                 if b.entry.experts not in (None, len(experts))
             ]
+            messages += [
+                f"{b.entry.name}: its coefficients are learned of whole task vectors, so no stage can come before it"
+                for b in bounds[1:]
+                if any(item.of_task_vectors for item in b.inputs)
+            ]
             by_block = [f"{b.entry.name} takes {s.name}" for b in bounds for s in b.inputs if s.granularity == "block"]
             if by_block and any(s.keywords.get("scope") == "global" for s in expanded):
                 messages.append(f"scope: global ranks the whole model at once, but {by_block[0]}, made block by block")

@@ -63,8 +63,10 @@ class DistilledBlocks:
     """All experts advance through their blocks together; a block is merged as soon as its weights are learned."""
 
     inputs = (
-        StageInput("learned", "block", by_matrix_row, stream="draft"),
-        StageInput("coefficients", "block", by_coefficient_row, stream="draft"),
+        StageInput("learned", "block", by_matrix_row, stream="draft", needs_gradients=True),
+        StageInput(
+            "coefficients", "block", by_coefficient_row, stream="draft", needs_gradients=True, of_task_vectors=True
+        ),
     )
     supplies = frozenset({"learned", "coefficients", *_DRAFTS.supplies})
 

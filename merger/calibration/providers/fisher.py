@@ -95,7 +95,7 @@ class FisherSource:
 class Fisher:
     """A file an expert, as large as the expert in float32."""
 
-    inputs = (StageInput("fisher", "model", _by_stored_row),)
+    inputs = (StageInput("fisher", "model", _by_stored_row, needs_gradients=True),)
     supplies = frozenset({"fisher"})
 
     def cost(self, plan: Plan) -> Cost:
