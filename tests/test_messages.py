@@ -142,8 +142,9 @@ def test_a_file_in_place_of_a_folder_is_told(merger, folder):
 def test_a_name_without_a_near_folder_is_taken_for_a_repository(merger, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write("models/code", "org/code", "models/french", "gpt2")
-    (line,) = errors(merger("plan", "recipe.yaml", "--offline"), 3)
-    assert line.startswith("code: org/code is neither a folder nor in the Hub cache")
+    code, french = errors(merger("plan", "recipe.yaml", "--offline"), 3)
+    assert code.startswith("code: org/code is neither a folder nor in the Hub cache")
+    assert french.startswith("french: gpt2 is neither a folder nor in the Hub cache")
 
 
 def test_a_repository_in_the_cache_is_none_of_the_folders_near_it(merger, folder, monkeypatch):

@@ -184,7 +184,8 @@ def check_names(annotation: Any, value: Any, experts: Sequence[str]) -> None:
     The value need not be validated: of one that is neither a map by expert nor a list of experts, nothing is said.
     """
     is_by_expert = any(isinstance(mark, EachExpert) for mark in getattr(annotation, "__metadata__", ()))
-    if (is_by_expert and isinstance(value, Mapping)) or (is_order(annotation) and isinstance(value, list)):
+    names_experts = (is_by_expert and isinstance(value, Mapping)) or (is_order(annotation) and isinstance(value, list))
+    if names_experts and all(isinstance(name, str) for name in value):
         _same_names(value, experts, complete=True)
 
 
