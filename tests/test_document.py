@@ -147,7 +147,10 @@ def test_a_list_of_names_that_are_numbers_says_to_quote_them():
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("rules: [{tensors: norm, use: 1}]", "recipe.yaml:7: rule 1 (tensors: norm): use: is 1, expected text; put it in quotes"),
+        (
+            "rules: [{tensors: norm, use: 1}]",
+            "recipe.yaml:7: rule 1 (tensors: norm): use: is 1, expected text; put it in quotes",
+        ),
         ("rules: [{tensors: 7, use: b}]", "recipe.yaml:7: rule 1: tensors: is 7, expected text; put it in quotes"),
         ("search: {objective: 1.5}", "recipe.yaml:7: search.objective: is 1.5, expected text; put it in quotes"),
         (
