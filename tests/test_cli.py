@@ -129,7 +129,7 @@ def test_remarks_go_to_stderr_whole_unless_quiet(merger, folder):
     ran = merger("run", "recipe.yaml", *extra)
     quiet = merger("run", "recipe.yaml", "--force", "--quiet", *extra)
 
-    assert ran.err == f"note: rule 1 ({pattern}) matches no tensor\n"
+    assert ran.err == f"note: rule 1 (tensors: {pattern}) matches no tensor\n"
     assert (quiet.code, quiet.err) == (0, "")
 
 

@@ -141,14 +141,17 @@ def test_all_of_them_are_told_at_once():
 
 def test_a_list_of_names_that_are_numbers_says_to_quote_them():
     text = RECIPE.format(name="1").replace("linear", "im") + "parameters:\n  order: [1, b]\n"
-    assert fault_of(text) == ["recipe.yaml:8: parameters.order.0: is 1, expected text; put it in quotes"]
+    assert fault_of(text) == ["recipe.yaml:8: parameters.order 1: is 1, expected text; put it in quotes"]
 
 
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("rules: [{tensors: norm, use: 1}]", "recipe.yaml:7: rules.0.use: is 1, expected text; put it in quotes"),
-        ("rules: [{tensors: 7, use: b}]", "recipe.yaml:7: rules.0.tensors: is 7, expected text; put it in quotes"),
+        (
+            "rules: [{tensors: norm, use: 1}]",
+            "recipe.yaml:7: rule 1 (tensors: norm): use: is 1, expected text; put it in quotes",
+        ),
+        ("rules: [{tensors: 7, use: b}]", "recipe.yaml:7: rule 1: tensors: is 7, expected text; put it in quotes"),
         ("search: {objective: 1.5}", "recipe.yaml:7: search.objective: is 1.5, expected text; put it in quotes"),
         (
             "calibration: {data: true}",

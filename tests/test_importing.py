@@ -257,7 +257,7 @@ def test_what_mergekit_does_not_look_at_is_noted():
     text = config("linear", "name: mine\nparameters: {densty: 0.5}", models="{a: {weight: 1, t: 1}}", base="")
     assert imported(text).notes == tuple(
         f"{key}: mergekit does not look at it."
-        for key in ("name", "models.0.parameters.t", "parameters.densty")
+        for key in ("name", "model 1: parameters.t", "parameters.densty")
     )  # fmt: skip
 
 
@@ -427,7 +427,7 @@ slices:
 def test_a_factor_of_the_embedding_has_no_equivalent():
     text = FRANKENMERGE.replace("layer_range: [0, 3]", "layer_range: [0, 3], parameters: {scale: 0.5}")
     assert faults(text) == [
-        "m.yml:3: slices.0.sources.0.parameters.scale: has no equivalent: it scales embedding and head too; name "
+        "m.yml:3: slice 1: source 1: parameters.scale: has no equivalent: it scales embedding and head too; name "
         "layers by a filter, as mlp"
     ]
 
@@ -505,7 +505,8 @@ tokenizer: {source: union, pad_to_multiple_of: 0}
 """
     assert faults(text) == [
         "m.yml:1: merge_method: 'breadcrums' has no equivalent; did you mean 'breadcrumbs'?",
-        "m.yml:4: models.0.model: is 'a+b+c', expected a model or model+adapter",
+        "m.yml:4: model 1: model: is 'a+b+c', expected a model or model+adapter",
+        "m.yml:6: model 2: parameters: expected parameters, as in {weight: 0.5}",
         "m.yml:7: dtype: 'int8' has no equivalent; choose from bfloat16, float16, float32, float64",
         "m.yml:8: chat_template: has no equivalent: the tokenizer keeps its own; leave it out, and put another beside "
         "the output",
@@ -516,14 +517,14 @@ tokenizer: {source: union, pad_to_multiple_of: 0}
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        (config("linear", models="{a: {}}", base=""), "m.yml:3: models.0: weight is missing, which the method needs"),
+        (config("linear", models="{a: {}}", base=""), "m.yml:3: model 1: weight is missing, which the method needs"),
         (
             config("linear", models="{a: {weight: [{filter: mlp, value: 1}]}}", base=""),
-            "m.yml:3: models.0.parameters.weight: says nothing of tensors that none of its filters names",
+            "m.yml:3: model 1: parameters.weight: says nothing of tensors that none of its filters names",
         ),
         (
             config("linear", models="{a: {weight: much}}", base=""),
-            "m.yml:3: models.0.parameters.weight: is much, expected a number, a list of them, or {filter, value} pairs",
+            "m.yml:3: model 1: parameters.weight: is much, expected a number, a list of them, or {filter, value} pairs",
         ),
         (config("linear", "parameters: 3", base=""), "m.yml:6: parameters: expected parameters, as in {weight: 0.5}"),
         (
@@ -543,12 +544,12 @@ tokenizer: {source: union, pad_to_multiple_of: 0}
         ("merge_method: linear\nmodels: a", "m.yml:2: models: expected a list of keys and values"),
         (
             "merge_method: linear\nmodels: [{model: a}, {model: a}]\nparameters: {weight: 1}",
-            "m.yml:2: models.1.model: stands here a second time",
+            "m.yml:2: model 2: model: stands here a second time",
         ),
         (config("linear", "tokenizer_source: c", base=""), "m.yml:6: tokenizer_source: 'c' is none of the models"),
         (
             "merge_method: linear\nmodels:\n  - model: {model: a, override_architecture: X}",
-            "m.yml:3: models.0.model.override_architecture: has no equivalent",
+            "m.yml:3: model 1: model.override_architecture: has no equivalent",
         ),
         ("merge_method: linear\n---\nmodels: []", "m.yml:2: holds several documents"),
         (config("slerp", "parameters: {t: 1.5}", ONE), "m.yml:1: merge_method: parameters.t: is 1.5, expected at most"),
@@ -565,13 +566,13 @@ def test_a_configuration_that_cannot_be_said_is_refused_with_the_place(text, fau
 @pytest.mark.parametrize("layer_range", ["all", [3, 3], [4, 2], [-1, 2]])
 def test_a_range_of_no_layers_is_refused(layer_range):
     text = f"merge_method: passthrough\nslices:\n  - sources: [{{model: a, layer_range: {layer_range}}}]\n"
-    expected = "m.yml:3: slices.0.sources.0.layer_range: expected the first layer and the one after the last"
+    expected = "m.yml:3: slice 1: source 1: layer_range: expected the first layer and the one after the last"
     assert faults(text)[0].startswith(expected)
 
 
 def test_slices_without_the_base_of_the_merge_have_no_equivalent():
     text = SLICED.replace("merge_method: linear", "merge_method: karcher")
-    expected = "m.yml:8: slices.1.sources: has no equivalent: names no layers of base, the base of the merge"
+    expected = "m.yml:8: slice 2: sources: has no equivalent: names no layers of base, the base of the merge"
     assert faults(text) == [expected]
 
 
@@ -662,3 +663,44 @@ def test_slices_that_leave_out_layers_become_an_entry_of_layers_where_the_model_
     (folder / "m.yml").write_text(text)
     ran = merger("import", "m.yml")
     assert yaml.safe_load(ran.out)["layers"] == [{"model": "base", "range": [0, 2]}]
+
+
+def test_misspelt_keys_come_with_all_other_faults(merger, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.yml").write_text("""\
+merge_method: tiess
+base_modle: base
+models:
+  - model: a
+    paramaters: {weight: 0.5}
+  - model: b
+    parameters: {wieght: 0.5, densty: 0.5}
+parameters: {normalise: true}
+tokenizer:
+  sorce: union
+  tokens: {<pad>: {source: a, forse: true}}
+dtype: flaot16
+""")
+    ran = merger("import", "m.yml")
+    assert (ran.code, ran.err.splitlines()) == (
+        2,
+        [
+            "error: m.yml:1: merge_method: 'tiess' has no equivalent; did you mean 'ties'?",
+            "error: m.yml:2: base_modle: mergekit does not look at it; did you mean 'base_model'?",
+            "error: m.yml:5: model 1: paramaters: mergekit does not look at it; did you mean 'parameters'?",
+            "error: m.yml:7: model 2: parameters.wieght: mergekit does not look at it; did you mean 'weight'?",
+            "error: m.yml:7: model 2: parameters.densty: mergekit does not look at it; did you mean 'density'?",
+            "error: m.yml:8: parameters.normalise: mergekit does not look at it; did you mean 'normalize'?",
+            "error: m.yml:10: tokenizer.sorce: mergekit does not look at it; did you mean 'source'?",
+            "error: m.yml:11: tokenizer.tokens.<pad>.forse: mergekit does not look at it; did you mean 'force'?",
+            "error: m.yml:12: dtype: 'flaot16' has no equivalent; did you mean 'float16'?",
+        ],
+    )
+
+
+def test_a_misspelt_key_alone_is_a_note_since_mergekit_ignores_it(merger, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.yml").write_text("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1, wieght: 2}}]\n")
+    ran = merger("import", "m.yml")
+    note = "note: model 1: parameters.wieght: mergekit does not look at it; did you mean 'weight'?\n"
+    assert (ran.code, ran.err) == (0, note)

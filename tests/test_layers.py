@@ -300,31 +300,31 @@ def test_a_recipe_written_out_is_the_same_recipe(models, tmp_path):
 @pytest.mark.parametrize(
     ("layer", "fault"),
     [
-        ({"model": "c", "range": [0, 2]}, "layers.0.model: there is no expert 'c'; choose from b, base"),
-        ({"model": "b"}, "layers.0.range: is missing"),
-        ({"model": "b", "range": [2, 2]}, "layers.0.range: is [2, 2], expected the first block and the one after"),
-        ({"model": "b", "range": [4, 2]}, "layers.0.range: is [4, 2], expected the first block and the one after"),
-        ({"model": "b", "range": [-1, 2]}, "layers.0.range: is [-1, 2], expected the first block and the one after"),
-        ({"model": "b", "range": [0, 7]}, "layers.0.range: [0, 7] ends behind block 5, the last one of b; write at"),
+        ({"model": "c", "range": [0, 2]}, "layers 1: model: there is no expert 'c'; choose from b, base"),
+        ({"model": "b"}, "layers 1: range: is missing"),
+        ({"model": "b", "range": [2, 2]}, "layers 1: range: is [2, 2], expected the first block and the one after"),
+        ({"model": "b", "range": [4, 2]}, "layers 1: range: is [4, 2], expected the first block and the one after"),
+        ({"model": "b", "range": [-1, 2]}, "layers 1: range: is [-1, 2], expected the first block and the one after"),
+        ({"model": "b", "range": [0, 7]}, "layers 1: range: [0, 7] ends behind block 5, the last one of b; write at"),
         (
             {"range": {"base": [0, 5], "b": [0, 5]}, "method": "ties"},
-            "layers.0.range.base: [0, 5] ends behind block 3, the last one of base; write at most 4",
+            "layers 1: range.base: [0, 5] ends behind block 3, the last one of base; write at most 4",
         ),
         (
             {"range": {"base": [0, 3], "b": [0, 2]}, "method": "ties"},
-            "layers.0.range.b: is 2 long, but the range of base is 3 long; expected equal lengths",
+            "layers 1: range.b: is 2 long, but the range of base is 3 long; expected equal lengths",
         ),
-        ({"range": {"b": [0, 3]}, "method": "ties"}, "layers.0.range: names no blocks of base, where task vectors"),
-        ({"range": {"base": [0, 3]}, "method": "ties"}, "layers.0.range: names no expert; add blocks of b, or write"),
-        ({"range": {"base": [0, 3], "d": [0, 3]}, "method": "ties"}, "layers.0.range.d: there is no expert 'd'"),
-        ({"range": [0, 2]}, "layers.0: expected a `model` to copy or a method to merge by, since the recipe has no"),
-        ({"range": [0, 2], "model": "b", "method": "ties"}, "layers.0.method: merges, but `model` copies the blocks"),
-        ({"range": {"b": [0, 2]}, "model": "b"}, "layers.0.range: expected one range, as in [0, 24], since the"),
-        ({"range": [0, 2], "scale": 2, "method": "ties"}, "layers.0.scale: is about copies; add the `model` that is"),
-        ({"range": [0, 2], "model": "b", "scale": {"(": 1}}, "layers.0.scale: is not a regular expression"),
-        ({"range": [0, 2], "method": "slerp"}, "layers.0.method: slerp merges exactly 2 experts, not 1"),
-        ({"range": [0, 2], "method": "emr"}, "layers.0.method: emr stores several experts, and `layers` make one"),
-        ({"range": [0, 2], "ranges": 1, "model": "b"}, "layers.0.ranges: unknown key; did you mean 'range'?"),
+        ({"range": {"b": [0, 3]}, "method": "ties"}, "layers 1: range: names no blocks of base, where task vectors"),
+        ({"range": {"base": [0, 3]}, "method": "ties"}, "layers 1: range: names no expert; add blocks of b, or write"),
+        ({"range": {"base": [0, 3], "d": [0, 3]}, "method": "ties"}, "layers 1: range.d: there is no expert 'd'"),
+        ({"range": [0, 2]}, "layers 1: expected a `model` to copy or a method to merge by, since the recipe has no"),
+        ({"range": [0, 2], "model": "b", "method": "ties"}, "layers 1: method: merges, but `model` copies the blocks"),
+        ({"range": {"b": [0, 2]}, "model": "b"}, "layers 1: range: expected one range, as in [0, 24], since the"),
+        ({"range": [0, 2], "scale": 2, "method": "ties"}, "layers 1: scale: is about copies; add the `model` that is"),
+        ({"range": [0, 2], "model": "b", "scale": {"(": 1}}, "layers 1: scale: is not a regular expression"),
+        ({"range": [0, 2], "method": "slerp"}, "layers 1: method: slerp merges exactly 2 experts, not 1"),
+        ({"range": [0, 2], "method": "emr"}, "layers 1: method: emr stores several experts, and `layers` make one"),
+        ({"range": [0, 2], "ranges": 1, "model": "b"}, "layers 1: ranges: unknown key; did you mean 'range'?"),
     ],
 )
 def test_an_entry_that_cannot_be_is_refused_with_its_key(models, tmp_path, layer, fault):
@@ -346,14 +346,14 @@ def test_an_embedding_and_a_head_of_other_lengths_are_refused(models, tmp_path):
 def test_a_fault_names_the_line(models, tmp_path):
     layers = "layers:\n  - {model: base, range: [0, 4]}\n  - {model: b, range: [4, 9]}\n"
     text = f"base: a\nexperts: {{b: b}}\n{layers}output: out\n"
-    with pytest.raises(CheckpointError, match=r"^recipe:5: layers.1.range: \[4, 9\] ends behind block 5"):
+    with pytest.raises(CheckpointError, match=r"^recipe:5: layers 2: range: \[4, 9\] ends behind block 5"):
         plan(Recipe.parse(text, tmp_path))
 
 
 def test_an_entry_of_some_experts_needs_a_method_of_its_own(models, tmp_path):
     experts = {"b": "b", "c": "b"}
     lines = faults(tmp_path, [{"range": {"base": [0, 2], "b": [0, 2]}}], experts=experts, method="linear")
-    expected = "layers.0.range: names no blocks of c, which the recipe's method merges; add them, or a method"
+    expected = "layers 1: range: names no blocks of c, which the recipe's method merges; add them, or a method"
     assert lines[0].endswith(expected)
 
 
@@ -374,7 +374,7 @@ def test_a_model_without_numbered_blocks_is_refused(models, tmp_path):
     outside = {name: values for name, values in models["b"].items() if ".layers." not in name}
     save(tmp_path / "b", outside, config(6))
     lines = faults(tmp_path, [{"model": "b", "range": [0, 2]}])
-    assert lines[0].endswith("layers.0.range: b has no blocks model.layers.N, as base has")
+    assert lines[0].endswith("layers 1: range: b has no blocks model.layers.N, as base has")
     save(tmp_path / "a", outside, config(4))
     lines = faults(tmp_path, [{"model": "base", "range": [0, 2]}])
     assert "base: config.json says that there are 4 blocks" in lines[0]

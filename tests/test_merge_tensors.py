@@ -53,7 +53,7 @@ def test_a_pack_is_rebuilt_for_an_expert():
             EXPERTS,
             {},
             [
-                "merge_tensors: pipeline.1: ties is a method; a pipeline is made of stages (`merger methods ties` "
+                "merge_tensors: stage 2: ties is a method; a pipeline is made of stages (`merger methods ties` "
                 "shows which)"
             ],
         ),

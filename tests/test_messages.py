@@ -102,8 +102,8 @@ def test_judging_tells_of_misspelt_models_and_held_out_files_together(merger, fo
     assert errors(merger(command, "recipe.yaml"), 3) == [
         MODELS_MISSING[0],
         "recipe.yaml:3: experts.code: there is no folder models/cod; did you mean models/code?",
-        "recipe.yaml:10: evaluation.data.french.0: there is no file held/frensh.jsonl; did you mean held/french.jsonl?",
-        "recipe.yaml:10: evaluation.data.french.1.file: there is no file held/moar.txt; did you mean held/more.txt?",
+        "recipe.yaml:10: evaluation.data.french 1: there is no file held/frensh.jsonl; did you mean held/french.jsonl?",
+        "recipe.yaml:10: evaluation.data.french 2: file: there is no file held/moar.txt; did you mean held/more.txt?",
     ]
 
 
@@ -142,8 +142,9 @@ def test_a_file_in_place_of_a_folder_is_told(merger, folder):
 def test_a_name_without_a_near_folder_is_taken_for_a_repository(merger, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write("models/code", "org/code", "models/french", "gpt2")
-    (line,) = errors(merger("plan", "recipe.yaml", "--offline"), 3)
-    assert line.startswith("code: org/code is neither a folder nor in the Hub cache")
+    code, french = errors(merger("plan", "recipe.yaml", "--offline"), 3)
+    assert code.startswith("code: org/code is neither a folder nor in the Hub cache")
+    assert french.startswith("french: gpt2 is neither a folder nor in the Hub cache")
 
 
 def test_a_repository_in_the_cache_is_none_of_the_folders_near_it(merger, folder, monkeypatch):
@@ -509,7 +510,7 @@ def test_names_of_dtypes_in_other_tools_are_told_with_the_near_one(merger, folde
 def test_an_occupied_output_names_the_option_as_it_is_typed(merger, folder):
     Path("out").mkdir()
     Path("out/note.txt").write_text("mine")
-    sentence = "output.path: {}/out is there already; choose another folder, or replace it with {}"
+    sentence = "recipe.yaml:6: output.path: {}/out is there already; choose another folder, or replace it with {}"
     with pytest.raises(RecipeError) as refusal:
         merge(Recipe.load("recipe.yaml"))
     assert str(refusal.value) == sentence.format(folder, "force=True")
@@ -615,7 +616,8 @@ def test_a_damaged_record_of_a_locked_output_is_told_with_what_to_type(merger, f
         [
             "note: " + str(folder / "out/merger.json") + ": cannot be read: Expecting property name enclosed in double "
             "quotes: line 1 column 2 (char 1), so the output is not taken for finished",
-            f"error: output.path: {folder}/out is there already; choose another folder, or replace it with --force",
+            f"error: recipe.yaml:6: output.path: {folder}/out is there already; choose another folder, or replace it "
+            "with --force",
         ],
     )
 

@@ -243,9 +243,8 @@ def test_the_first_rule_that_matches_wins_and_the_rest_takes_the_recipes_method(
 
 
 def test_a_rule_that_matches_nothing_is_noted(planned):
-    assert (
-        "rule 1 (rotary) matches no tensor" in planned(LLAMA, LLAMA, rules=[{"tensors": "rotary", "use": "base"}]).notes
-    )
+    merge_plan = planned(LLAMA, LLAMA, rules=[{"tensors": "rotary", "use": "base"}])
+    assert "rule 1 (tensors: rotary) matches no tensor" in merge_plan.notes
 
 
 def test_only_what_is_copied_from_is_read(planned):
@@ -306,7 +305,9 @@ def test_a_rule_for_a_stored_tied_head_alone_has_no_effect_and_is_noted(planned,
     merge_plan = planned(base, DOUBLED, rules=[{"tensors": "^lm_head", "use": "lm"}])
     assert (HEAD in by_name(merge_plan)) is (base is DOUBLED)
     assert by_name(merge_plan)[EMBEDDING].stages != ()
-    assert merge_plan.notes == (f"rule 1 has no effect: {HEAD} is {EMBEDDING}, stored once more, and follows its rule",)
+    assert merge_plan.notes == (
+        f"rule 1 (tensors: ^lm_head) has no effect: {HEAD} is {EMBEDDING}, stored once more, and follows its rule",
+    )
 
 
 def test_a_rule_that_names_a_tied_table_by_both_its_names_is_that_of_the_table(planned):

@@ -1,6 +1,7 @@
 """Tokens matched as strings: unions of vocabularies, tokenizers with other ids, rows from a model of one's choice."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -324,6 +325,12 @@ def test_keys_that_contradict_each_other_are_faults_of_the_recipe(clash):
         "recipe: tokens.<tool>.from: is missing",
         "recipe: tokens.<tool>.form: unknown key; did you mean 'from'?",
     ]
+
+
+def test_a_token_without_a_near_one_is_told_with_their_number(clash):
+    (fault,) = clash.refusal(tokenizer="union", tokens={"qqqqqqq": {"from": "a"}}).splitlines()
+    expected = "recipe: tokens.qqqqqqq: is no token of the output, which has the tokens of all models, "
+    assert re.fullmatch(rf"{re.escape(expected)}\d+ in number", fault)
 
 
 def test_tokens_that_the_output_or_a_source_lacks_are_named(clash):

@@ -147,7 +147,7 @@ def test_a_token_added_in_padding_comes_from_the_expert_that_has_it(padded):
     for name in (EMBEDDING, HEAD):
         assert same_bits(merged[name][12:14], padded.tensors["a"][name][12:14])
     assert [token["content"] for token in padded.output("tokenizer.json")["added_tokens"]] == ["<tool>", "</tool>"]
-    assert f"{EMBEDDING}: rows 12 to 13 are those of a" in padded.output("merger.json")["notes"]
+    assert f"{EMBEDDING}: rows 12 to 13 ('<tool>', '</tool>') are those of a" in padded.output("merger.json")["notes"]
     assert padded.output("merger.json")["tensors"][EMBEDDING]["rows"] == {"12 to 13": ["a"]}
 
 

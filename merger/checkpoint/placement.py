@@ -21,7 +21,15 @@ def partial_of(path: Path) -> Path:
 
 
 def check_output(path: Path, inputs: Iterable[Path], *, neighbours: Iterable[Path] = (), force: bool) -> None:
-    """Refuses an output that is occupied, or that would touch an input; symbolic links are followed first.
+    """Raises RecipeError for an output that is occupied, or that would touch an input; see `output_fault`."""
+    if fault := output_fault(path, inputs, neighbours=neighbours, force=force):
+        raise RecipeError(f"output.path: {fault}")
+
+
+def output_fault(
+    path: Path, inputs: Iterable[Path], *, neighbours: Iterable[Path] = (), force: bool = False
+) -> str | None:
+    """Says why no output can go to ``path``; None where one can. Symbolic links are followed first.
 
     An output must not lie in a folder of ``inputs`` nor replace it. ``neighbours`` are files and folders that an output
     may lie in or next to, but must not replace. No folder can replace a mount point.
@@ -31,20 +39,19 @@ def check_output(path: Path, inputs: Iterable[Path], *, neighbours: Iterable[Pat
         for folder in inputs:
             directory = folder.resolve()
             if real == directory or directory in real.parents or real in directory.parents:
-                raise RecipeError(f"output.path: {path} is, holds or lies in the input {folder}; choose another folder")
+                return f"{path} is, holds or lies in the input {folder}; choose another folder"
         for neighbour in neighbours:
             if real in (neighbour.resolve(), *neighbour.resolve().parents):
-                raise RecipeError(f"output.path: {path} is or holds {neighbour}; choose another folder")
+                return f"{path} is or holds {neighbour}; choose another folder"
         if is_occupied(path) and not force:
-            raise RecipeError(occupied(path))
+            return occupied(path)
         if is_mount_point(path):
-            raise RecipeError(
-                f"output.path: {path} is a mount point, which no folder can take the place of; "
-                f"write to a folder in it, such as {path / 'model'}"
-            )
+            inside = path / "model"
+            return f"{path} is a mount point, which no folder can take the place of; write to a folder in it: {inside}"
     except (OSError, RuntimeError) as error:  # names too long, links in a circle
         reason = system_reason(error) if isinstance(error, OSError) else str(error)
-        raise RecipeError(f"output.path: {path}: cannot be used: {reason}") from None
+        return f"{path}: cannot be used: {reason}"
+    return None
 
 
 def is_occupied(path: Path) -> bool:
@@ -55,8 +62,8 @@ def is_occupied(path: Path) -> bool:
 
 
 def occupied(path: Path) -> str:
-    """The message for an output that is there already."""
-    return f"output.path: {path} is there already; choose another folder, or replace it with force=True"
+    """The fault of an output that is there already."""
+    return f"{path} is there already; choose another folder, or replace it with force=True"
 
 
 def is_mount_point(path: Path) -> bool:
@@ -90,7 +97,7 @@ def take_place(folder: Path, path: Path, spare: Path, *, force: bool) -> None:
             os.rename(folder, path)  # over an empty folder too
             undo = partial(os.rename, path, folder)
         elif not force:
-            raise RecipeError(occupied(path))
+            raise RecipeError(f"output.path: {occupied(path)}")
         elif _exchange(folder, path):
             undo = partial(_exchange, folder, path)
         else:

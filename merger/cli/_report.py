@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 import merger.methods  # noqa: F401 registers every method
 from merger.calibration.text_forecast import CACHED, TextForecast
+from merger.cli._parameter_words import takes
 from merger.display import Cell, Column, Row, Table, text_row
 from merger.display.terminal import fits, print_table, print_text
 from merger.engine.preflight import Forecast
@@ -325,7 +326,7 @@ def _parameters(entry: Entry) -> dict[str, dict[str, str]]:
         default = defaults[key]
         described[key] = {
             "default": next(iter(default)) if isinstance(default, dict) else default,
-            "takes": _takes(annotation),
+            "takes": takes(annotation),
         }
     return described
 
@@ -337,37 +338,6 @@ def _defaults(entry: Entry) -> dict[str, Any]:
     except ValidationError:
         defaults = {name.rstrip("_"): default for name, (_, default) in parameters(entry.function).items()}
         return {name: "(none)" if default is ... else str(default) for name, default in defaults.items()}
-
-
-def _takes(annotation: Any) -> str:
-    """A few words on what a recipe may write for a parameter."""
-    from merger.pipeline import parameters as kinds
-    from merger.pipeline.registry import Anchor, CoreInner, Inner, Score
-
-    descriptions = {
-        kinds.Number: "a number, or a list over depth",
-        kinds.Share: "a share in [0, 1], or a list over depth",
-        kinds.Numbers: "a number, a list over depth, or a map by expert",
-        kinds.Shares: "a share in [0, 1], a list over depth, or a map by expert",
-        kinds.SharesOrAuto: "auto, a share, a list over depth, or a map by expert",
-        kinds.Stretch: "fit, a number, or a list over depth",
-        kinds.Towards: "mean, sum, fit, a number, or a list over depth",
-        Score: f"a score: {', '.join(SCORES)}",
-        Anchor: "a method, or {method: {parameter: value}}",
-        Inner: "a method, or {method: {parameter: value}}",
-        CoreInner: "a method, or {method: {parameter: value}}",
-    }
-    for kind, words in descriptions.items():
-        if annotation == kind:
-            return words
-    if kinds.is_order(annotation):
-        return "rotation, listed, a list of experts, {first: x} or {last: x}"
-    choices = getattr(annotation, "__args__", ())
-    if annotation is bool:
-        return "true or false"
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return " | ".join(choices)
-    return "a whole number"
 
 
 def _one_line(stage: Stage) -> str:

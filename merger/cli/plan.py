@@ -28,14 +28,15 @@ def plan(
     """Say what a merge would do, from headers and a few rows of local weights: nothing is downloaded or written."""
     from merger.cli import _report as report
     from merger.engine.output_plan import plan as make_plan
-    from merger.engine.preflight import preview, preview_texts
+    from merger.engine.preflight import check_locations, preview, preview_texts
     from merger.options import RunOptions
     from merger.planning.sample import sample_changes
 
     loaded = load(recipe, overrides)
+    output = loaded.folder / Path(loaded.output.path).expanduser()
+    check_locations(loaded, output, force=True)  # an occupied output is a matter of a flag
     merge_plan = make_plan(loaded, offline=flags.offline, trust_remote_code=flags.trust_remote_code)
     gc.freeze()  # a plan of 45,000 tensors is a million objects that stay to the end: the collector need not see them
-    output = loaded.folder / Path(loaded.output.path).expanduser()
     forecast = preview(merge_plan, output, flags.memory, device)
     options = RunOptions(device or RunOptions.device, trust_remote_code=flags.trust_remote_code)
     texts = preview_texts(merge_plan, options)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merger.calibration.provider import cost
 from merger.calibration.text_forecast import TextForecast, forecast_texts
 from merger.checkpoint.output import unfinished_bytes
-from merger.checkpoint.placement import check_output
+from merger.checkpoint.placement import output_fault
 from merger.engine.machine import Machine, select_devices
-from merger.errors import ResourceError
+from merger.errors import RecipeError, ResourceError
 from merger.options import RunOptions
 from merger.planning.plan import Plan
+from merger.recipe.recipe import Recipe
+
+
+def check_locations(recipe: Recipe, output: Path, *, force: bool) -> None:
+    """Raises RecipeError for an output that has no place, with all inputs that are not there; opens no input."""
+    _refuse_place(recipe, output, recipe.folders(), force=force, faults=recipe.missing_inputs())
 
 
 def check_place(plan: Plan, output: Path, *, force: bool) -> None:
@@ -22,7 +29,14 @@ def check_place(plan: Plan, output: Path, *, force: bool) -> None:
     inputs = [
         checkpoint.directory for model in models for checkpoint in (model, model.adapter) if checkpoint is not None
     ]
-    check_output(output, inputs, neighbours=plan.recipe.surroundings(), force=force)
+    _refuse_place(plan.recipe, output, inputs, force=force)
+
+
+def _refuse_place(
+    recipe: Recipe, output: Path, inputs: Iterable[Path], *, force: bool, faults: Sequence[str] = ()
+) -> None:
+    if fault := output_fault(output, inputs, neighbours=recipe.surroundings(), force=force):
+        raise RecipeError([*faults, recipe.fault(("output", "path"), fault)])
 
 
 def check_disk(plan: Plan, output: Path) -> None:

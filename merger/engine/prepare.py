@@ -9,12 +9,11 @@ from pathlib import Path
 from types import TracebackType
 
 from merger.calibration.provider import Block, BlockProvider, ModelProvider, PartialMerge, Source, model_providers
-from merger.checkpoint.placement import check_output
 from merger.engine.machine import Machine
 from merger.engine.output_plan import plan as make_plan
-from merger.engine.preflight import check_disk, check_place
+from merger.engine.preflight import check_disk, check_locations, check_place
 from merger.ops import kernels
-from merger.options import RunOptions
+from merger.options import RunOptions, check_options
 from merger.planning.plan import Plan
 from merger.recipe.recipe import Recipe
 
@@ -84,8 +83,9 @@ def prepare(recipe: Recipe, options: RunOptions, output: Path | None = None, *, 
     The place and the disk of ``output`` are checked where one is to be written, its place before any download.
     Raises a `MergerError` for whatever the user can mend.
     """
+    check_options(options)
     if output is not None:
-        check_output(output, recipe.folders(), neighbours=recipe.surroundings(), force=force)
+        check_locations(recipe, output, force=force)
     plan = make_plan(recipe, offline=options.offline, headers_only=False, trust_remote_code=options.trust_remote_code)
     try:
         if output is not None:

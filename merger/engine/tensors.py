@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merger.engine.tensor_arguments import check_arguments, unfit_values
 from merger.errors import CheckpointError, RecipeError, nearest
 from merger.pipeline.in_memory import merge_stages
 from merger.pipeline.registry import Stage
@@ -45,13 +46,16 @@ def merge_tensors(
     or more axes is `linear` if not given. ``layer_inputs`` are by tensor, for methods that look at them:
     ``second_moment`` [k 1 c] and the like. Where a method makes a pack, ``expert`` is whose tensors are rebuilt of it.
 
-    Raises RecipeError with all faults of the method and its parameters, CheckpointError with all tensors that do not
-    fit the base.
+    Raises RecipeError with all arguments of another type or with all faults of the method and its parameters, and
+    CheckpointError with all tensors that do not fit the base or hold NaN or infinity.
     """
+    check_arguments(method, base, experts, kinds=kinds, layer_inputs=layer_inputs, seed=seed)
     stages = _checked_stages(method, parameters, list(experts), has_inputs=bool(layer_inputs))
     if expert is not None and expert not in experts:
         raise RecipeError(f"expert={expert!r}: there is no such expert; {nearest(expert, experts)}")
-    if misfits := [fault for name, tensors in experts.items() for fault in _misfits(name, tensors, base)]:
+    misfits = [fault for name, tensors in experts.items() for fault in _misfits(name, tensors, base)]
+    misfits += [fault for label, tensors in {"base": base, **experts}.items() for fault in unfit_values(label, tensors)]
+    if misfits:
         raise CheckpointError("\n".join(misfits))
     return merge_stages(stages, base, experts, kinds=kinds, inputs=layer_inputs, seed=seed, expert=expert)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import RecipeError
-from merger.options import RunOptions
+from merger.options import RunOptions, check_options, path_argument
 from merger.recipe.input_locations import check_inputs
 from merger.recipe.recipe import Recipe, as_recipe
 from merger.recipe.sections import Evaluation
@@ -51,6 +51,9 @@ def evaluate(
     from merger.evaluation.references import family_of
     from merger.evaluation.scores import compare
 
+    check_options(options)
+    if not isinstance(subjects, Mapping):
+        raise RecipeError(f"subjects: expected recipes or folders by name, not {type(subjects).__name__}")
     merges = {label: _recipe_or_folder(subject) for label, subject in subjects.items()}
     family = family_of(merges, settings.inputs)
     section = _section(family, settings)
@@ -69,7 +72,8 @@ def evaluate(
 
 def _recipe_or_folder(subject: Recipe | str | Path) -> Recipe | Path:
     """The folder that a path names, or else the recipe."""
-    return Path(subject) if not isinstance(subject, Recipe) and Path(subject).is_dir() else as_recipe(subject)
+    path = None if isinstance(subject, Recipe) else path_argument("subjects", subject)
+    return path if path is not None and path.is_dir() else as_recipe(subject)
 
 
 def _section(family: Recipe, settings: EvaluationSettings) -> Evaluation:

@@ -20,7 +20,7 @@ from merger.inspection.report import FORMAT, Curve, Curves, Facts, Inspection, M
 from merger.inspection.request import InspectionRequest
 from merger.inspection.views import curves_of, pictures_of, views_of
 from merger.inspection.walk import CountSlice, Walk, count_finished_merge, count_stages, count_task_vectors
-from merger.options import RunOptions
+from merger.options import RunOptions, check_options, path_argument
 from merger.planning.plan import Plan
 from merger.recipe.calibration_faults import follows_merge
 from merger.recipe.input_locations import check_models
@@ -114,7 +114,8 @@ def inspect_merge(
     an input is missing or differs from the one that was merged, the inspection has the manifest's facts and the reason
     alone. Nothing is downloaded: inputs from the Hub are read from its cache.
     """
-    folder = Path(folder)
+    check_options(options)
+    folder = path_argument("folder", folder)
     if folder.is_dir() and not (folder / RECORD).is_file():
         raise CheckpointError(f"{folder}: holds no {RECORD}, so it is no merge; give base=MODEL for a fine-tune")
     select_devices(options.device)  # refuses a wrong device, which below would pass for a missing input

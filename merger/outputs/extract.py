@@ -29,7 +29,7 @@ from merger.engine.memory import SLICE
 from merger.engine.recorded_recipe import base_source, changed_file
 from merger.errors import CheckpointError, RecipeError, checkpoint_faults, nearest
 from merger.ops.rounding import restored
-from merger.options import Progress, RunOptions
+from merger.options import Progress, RunOptions, check_options, path_argument
 from merger.pipeline.registry import ENTRIES
 from merger.planning.packed import Packed, as_columns, mask_of, open_packed
 from merger.recipe.input_locations import check_models
@@ -67,7 +67,8 @@ def extract(
     the merge. Raises a `MergerError` for every fault that the user can mend.
     """
     began = time.monotonic()
-    source, target = Path(folder), Path(output)
+    check_options(options)
+    source, target = path_argument("folder", folder), path_argument("output", output)
     manifest = _manifest(source, expert)
     with (
         closing(open_packed(source)) as packed,

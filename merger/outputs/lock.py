@@ -30,7 +30,7 @@ from merger.engine.manifest import (
 )
 from merger.engine.output_plan import plan
 from merger.errors import CheckpointError, MergerError, RecipeError, nearest, system_reason
-from merger.options import Progress, RunOptions
+from merger.options import Progress, RunOptions, check_options, path_argument
 from merger.outputs.verify import whole_merge
 from merger.planning.plan import Plan
 from merger.recipe.recipe import Recipe, as_recipe
@@ -45,7 +45,8 @@ def lock(recipe: Recipe | str | Path, path: str | Path, options: RunOptions = Ru
     ``recipe`` may be the path of its file, here and below. Only configs and headers of a Hub repository are fetched. An
     existing file is replaced only if it is a lock.
     """
-    target = Path(path)
+    check_options(options)
+    target = path_argument("path", path)
     check_replaceable(target, is_ours=_is_lock)
     content = _lock_content(as_recipe(recipe), options)
     replace_bytes(target, json_bytes(content))

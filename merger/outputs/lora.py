@@ -29,7 +29,7 @@ from merger.engine.machine import tuned
 from merger.errors import CheckpointError, RecipeError
 from merger.ops.factor_pair import FactorPair, factor_pair, squared_norm
 from merger.ops.linalg import Factors, strongest, svd
-from merger.options import Progress, RunOptions
+from merger.options import Progress, RunOptions, check_options, path_argument
 from merger.recipe.input_locations import check_models
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def extract_lora(
     """
     if (rank is None) == (energy is None):
         raise RecipeError("give either a rank or an energy")
+    check_options(options)
+    output = path_argument("output", output)
     check_models({"base": base, "model": model})
     with ExitStack() as stack:
         models: list[Checkpoint] = []

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from merger.checkpoint.formats import SUFFIXES
 from merger.checkpoint.hub import connection_errors, is_repository, quiet_when_piped
 from merger.errors import RecipeError, ResourceError, VerifyError, system_reason
-from merger.options import RunOptions
+from merger.options import RunOptions, check_options, path_argument
 from merger.outputs.verify import whole_merge
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def push(
     """
     from huggingface_hub import HfApi, constants
 
-    folder = Path(directory)
+    check_options(options)
+    folder = path_argument("directory", directory)
     manifest = whole_merge(folder)
     if "/" not in repository or "@" in repository or not is_repository(repository):
         raise RecipeError(f"{repository}: is no name of a repository; give it as org/name")

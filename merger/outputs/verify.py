@@ -25,7 +25,7 @@ from merger.engine.merge_sink import merge_schedule
 from merger.engine.prepare import prepare
 from merger.engine.recorded_recipe import parse_recorded, recipe_folder
 from merger.errors import CheckpointError, RecipeError, VerifyError, system_reason
-from merger.options import Notice, Progress, RunOptions
+from merger.options import Notice, Progress, RunOptions, check_options, path_argument
 from merger.outputs.consistency import (
     Contents,
     Difference,
@@ -70,7 +70,8 @@ def verify(directory: str | Path, options: RunOptions = RunOptions(), *, deep: D
     With ``deep`` a sample of tensors is merged again from the inputs and compared bit for bit; the device auto is then
     the kind of device of the merge. Raises a `MergerError` only if the folder or the inputs of the check are missing.
     """
-    contents = read_contents(Path(directory))
+    check_options(options)
+    contents = read_contents(path_argument("directory", directory))
     differences = [*contents.faults, *index_differences(contents)]
     hashes, values = _scan_files(contents, options.progress)
     differences += values

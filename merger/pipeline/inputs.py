@@ -6,7 +6,7 @@ here and makes it (`merger.calibration.providers`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,11 +61,15 @@ def declare(*inputs: StageInput) -> None:
         INPUTS[stage_input.name] = stage_input
 
 
+def declared_inputs() -> Mapping[str, StageInput]:
+    """All declared inputs, by name, with those that come with merger."""
+    import_module(PROVIDERS)
+    return INPUTS
+
+
 def stage_input(name: str) -> StageInput:
     """Returns a declared input; raises ValueError with the nearest name if there is none."""
-    if name not in INPUTS:
-        import_module(PROVIDERS)
-    if name not in INPUTS:
+    if name not in INPUTS and name not in declared_inputs():
         suggestion = nearest(name, [*SLICE_SUPPLIES, *INPUTS])
         raise ValueError(f"nothing supplies {name!r}, which stands before the * of a stage; {suggestion}")
     return INPUTS[name]

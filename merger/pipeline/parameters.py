@@ -33,6 +33,8 @@ _WRITTEN = re.compile(r"[+-]?(\d{1,30}/\d{1,30}|(\d{1,30}\.?\d{0,30}|\.\d{1,30})
 
 def _exact(value: Any) -> Fraction:
     """The number as written: an int, a float's shortest decimal, or text such as '1/3'."""
+    if value is None:
+        raise ValueError("is empty, expected a number")
     if isinstance(value, bool) or not isinstance(value, int | float | str | Fraction):
         raise ValueError(f"expected a number, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -174,6 +176,17 @@ def resolve(annotation: Any, value: Any, place: Place) -> Any:
     if is_order(annotation) and value is not None:
         return order_of(value, place)
     return value
+
+
+def check_names(annotation: Any, value: Any, experts: Sequence[str]) -> None:
+    """Raises ValueError for a parameter that names an unknown expert or omits one.
+
+    The value need not be validated: of one that is neither a map by expert nor a list of experts, nothing is said.
+    """
+    is_by_expert = any(isinstance(mark, EachExpert) for mark in getattr(annotation, "__metadata__", ()))
+    names_experts = (is_by_expert and isinstance(value, Mapping)) or (is_order(annotation) and isinstance(value, list))
+    if names_experts and all(isinstance(name, str) for name in value):
+        _same_names(value, experts, complete=True)
 
 
 def _same_names(names: Iterable[str], experts: Sequence[str], *, complete: bool) -> None:

@@ -315,6 +315,17 @@ def parameter_names(name: str) -> set[str]:
     return _names(SCORES[name]) | _names(ENTRIES["top"]) - {"score"}
 
 
+def annotations_of(name: str) -> dict[str, Any]:
+    """The types of all parameters that the stage, method or score ``name`` takes in a recipe, by name."""
+    entries = [ENTRIES[name]] if name in ENTRIES else [ENTRIES["top"], SCORES[name]]
+    annotations = {
+        parameter.rstrip("_"): annotation
+        for entry in entries
+        for parameter, (annotation, _) in parameters(entry.function).items()
+    }
+    return {key: annotations[key] for key in parameter_names(name)}
+
+
 def _bound(entry: Entry, parameters: Mapping[str, Any]) -> Stage:
     model = schema(entry)(**parameters)
     return partial(entry.function, **{field: getattr(model, field) for field in type(model).model_fields})

@@ -41,6 +41,7 @@ from merger.planning.vocabulary import TableRows, Vocabulary, describe_rows
 from merger.recipe.calibration_faults import is_calibrated
 from merger.recipe.input_locations import check_inputs
 from merger.recipe.layers import Layer
+from merger.recipe.places import element_name
 from merger.recipe.recipe import Recipe, as_recipe
 from merger.recipe.sections import Rule
 
@@ -94,8 +95,9 @@ def _collector_paused() -> Iterator[None]:
 
 
 def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[str, Checkpoint]:
-    """Opens the base and the experts, in recipe order."""
+    """Opens the base and the experts, in recipe order; raises CheckpointError with all that cannot be opened."""
     models: dict[str, Checkpoint] = {}
+    errors: list[CheckpointError] = []
     for label, source in {"base": recipe.base, **recipe.experts}.items():
         try:
             models[label] = open_checkpoint(
@@ -111,8 +113,16 @@ def open_models(recipe: Recipe, *, offline: bool, headers_only: bool) -> dict[st
         except RenameError as error:
             place = ("base",) if label == "base" else ("experts", label)
             entry = () if error.pattern is None else (error.pattern,)
-            raise CheckpointError(recipe.fault((*place, "rename", *entry), error.reason)) from None
-    return models
+            errors.append(CheckpointError(recipe.fault((*place, "rename", *entry), error.reason)))
+        except CheckpointError as error:
+            errors.append(error)
+    if not errors:
+        return models
+    for model in models.values():
+        model.close()
+    if len(errors) == 1:
+        raise errors[0]
+    raise CheckpointError("\n".join(dict.fromkeys(map(str, errors))))
 
 
 class _Planner:
@@ -336,7 +346,7 @@ class _Planner:
         if name in self.tables:
             if self.recipe.extra_rows == "drop" and rows.merged < max(info.shape[0] for info in infos.values()):
                 self.notes.append(f"{name}: rows from {rows.merged} on are dropped (extra_rows: drop)")
-            self.notes += describe_rows(name, rows.extra)
+            self.notes += describe_rows(name, rows.extra, self.vocabulary.meaning)
 
     # --- the whole ---
 
@@ -344,13 +354,14 @@ class _Planner:
         """Notes on rules that match no tensor, or only further names of one that is merged under its first name."""
         all_names = dict.fromkeys(name for kinds in self.kinds.values() for name in kinds.tensors)
         names = [name for name in all_names if not self.blocks.copies(name)]
-        for number, rule in enumerate(self.recipe.rules, 1):
+        for i, rule in enumerate(self.recipe.rules):
+            rule_name = element_name("rules", i, rule.model_dump())
             matches = (name for name in names if rule.matches(name, self.kinds_of(name).kind(name)))
             if (name := next(matches, None)) is None:
-                yield f"rule {number} ({rule.tensors or rule.kinds}) matches no tensor"
+                yield f"{rule_name} matches no tensor"
             elif name in originals and all(name in originals for name in matches):
                 of = originals[name]
-                yield f"rule {number} has no effect: {name} is {of}, stored once more, and follows its rule"
+                yield f"{rule_name} has no effect: {name} is {of}, stored once more, and follows its rule"
 
     def _aliased_orders(self, names: Sequence[str]) -> list[str]:
         turns = dict.fromkeys(turn for turn in self.stages.turns if turn > 1)

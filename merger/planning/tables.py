@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 from merger.checkpoint.tensor_kinds import TensorKinds
-from merger.errors import nearest
 from merger.pipeline.registry import Stage, entry_of
 from merger.pipeline.stages import expand
 from merger.planning.output_names import Choices
@@ -67,11 +67,13 @@ def row_faults(tables: Mapping[str, Table], rows: Mapping[str, TableRows]) -> li
 def source_faults(recipe: Recipe, vocabulary: Vocabulary) -> list[str]:
     """The faults of the recipe's `tokens`: those that the output lacks, and sources without them."""
     faults = []
-    names = sorted(set(vocabulary.meaning.values()))
+    names = set(vocabulary.meaning.values())
     for token, row in recipe.tokens.items():
         holders = [label for label, tokens in vocabulary.tokens.items() if token in tokens.values()]
         if token not in names:
-            message = f"is no token of the output, which has the tokens of {vocabulary.label}; {nearest(token, names)}"
+            near = get_close_matches(token, sorted(names), n=1)
+            suggestion = f"; did you mean {near[0]!r}?" if near else f", {len(names):,} in number"
+            message = f"is no token of the output, which has the tokens of {vocabulary.label}{suggestion}"
             faults.append(recipe.fault(("tokens", token), message))
         elif row.source not in ("mean", "zero", *holders):
             message = f"{row.source} has no row for {token!r}; take it from {' or '.join(holders) or 'zero'}"

@@ -176,13 +176,26 @@ def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def describe_rows(name: str, extra: Iterable[ExtraRows]) -> list[str]:
-    """Notes on rows that are not merged, one for each set of models that they come from."""
+def describe_rows(name: str, extra: Iterable[ExtraRows], tokens: Mapping[int, str]) -> list[str]:
+    """Notes on rows that are not merged, one for each set of models that they come from, with the first tokens."""
     ranges: dict[str, list[ExtraRows]] = {}
     for rows in extra:
         source = f"those of {' and '.join(rows.models)}" if rows.models else "zero"
         ranges.setdefault(source, []).append(rows)
-    return [f"{name}: {_describe_ranges(runs)} are {source}" for source, runs in ranges.items()]
+    return [
+        f"{name}: {_describe_ranges(runs)}{_describe_tokens(runs, tokens)} are {source}"
+        for source, runs in ranges.items()
+    ]
+
+
+_TOKENS_SHOWN = 5
+
+
+def _describe_tokens(ranges: Sequence[ExtraRows], tokens: Mapping[int, str]) -> str:
+    """The tokens of some rows, in parentheses; nothing where no tokenizer names them."""
+    names = [repr(tokens[i]) for rows in ranges for i in range(rows.start, rows.stop) if i in tokens]
+    remainder = f" and {len(names) - _TOKENS_SHOWN:,} more" if len(names) > _TOKENS_SHOWN else ""
+    return f" ({', '.join(names[:_TOKENS_SHOWN])}{remainder})" if names else ""
 
 
 def _describe_ranges(ranges: Sequence[ExtraRows]) -> str:

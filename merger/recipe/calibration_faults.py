@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from merger.errors import nearest
 from merger.pipeline.inputs import StageInput
 from merger.pipeline.parameters import Place
 from merger.pipeline.registry import Stage, written
@@ -20,16 +19,10 @@ def calibration_faults(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Returns the faults between the section calibration of a well-formed recipe, its experts and its stages."""
     faults: list[tuple[KeyPath, str]] = []
     experts, calibration = tuple(recipe.experts), recipe.calibration
-    if calibration is not None:
-        by_expert = {"data": calibration.data, "stats": calibration.stats, "samples": calibration.samples}
-        for key, value in by_expert.items():
-            for name in value if isinstance(value, dict) else ():
-                if name not in experts:
-                    faults.append((("calibration", key, name), f"there is no such expert; {nearest(name, experts)}"))
     if not is_calibrated(recipe):
         return faults
     if calibration is None:
-        return [_without_text(recipe), *faults]
+        return [_without_text(recipe)]
     streams = sorted({source.stream for source in _all_inputs(recipe) if source.granularity == "block"}, reverse=True)
     if len(streams) > 1:
         reason = "all text goes one way through the model"

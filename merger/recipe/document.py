@@ -13,8 +13,8 @@ import yaml
 from merger.checkpoint.near_paths import missing_path
 from merger.errors import RecipeError, system_reason
 from merger.recipe.foreign import foreign_fault
-
-KeyPath = tuple[str | int, ...]
+from merger.recipe.places import KeyPath as KeyPath
+from merger.recipe.places import place_name
 
 # A recipe is a page; these bounds only keep a hostile one from filling the memory through anchors.
 MAX_BYTES = 1 << 20
@@ -35,9 +35,9 @@ class Document:
     lines: Mapping[KeyPath, int] = field(default_factory=dict)
 
     def fault(self, path: KeyPath, message: str) -> str:
-        """``file:line: key.path: message``, with the line of the nearest key that is in the file."""
+        """``file:line: place: message``, with the line of the nearest key that is in the file."""
         line = self.line(path)
-        return _fault(f"{self.label}:{line}" if line else self.label, path, message)
+        return _fault(f"{self.label}:{line}" if line else self.label, place_name(path, self.value), message)
 
     def line(self, path: KeyPath) -> int:
         """Returns the line of a key, or of its nearest parent in the file; 0 if there is none."""
@@ -48,8 +48,7 @@ class Document:
         return Document(self.label, self.folder, _set(self.value, path, value), self.lines)
 
 
-def _fault(place: str, path: KeyPath, message: str) -> str:
-    key = ".".join(map(str, path))
+def _fault(place: str, key: str, message: str) -> str:
     return f"{place}: {key}: {message}" if key else f"{place}: {message}"
 
 
@@ -137,7 +136,7 @@ def parse(text: str, label: str, folder: Path, loader: type[yaml.SafeLoader] = R
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from None
     if index.faults:
         foreign = foreign_fault(label, index.lines) if loader is RecipeLoader else None
-        faults = [_fault(f"{label}:{line}", path, message) for line, path, message in index.faults]
+        faults = [_fault(f"{label}:{line}", place_name(path, {}), message) for line, path, message in index.faults]
         raise RecipeError(foreign or faults)
     value = {} if value is None else value
     if not isinstance(value, dict):
@@ -152,7 +151,7 @@ def value_of(text: str, label: str) -> Any:
     except (yaml.YAMLError, ValueError):
         return text
     if index.faults:
-        raise RecipeError([_fault(label, path, message) for _, path, message in index.faults])
+        raise RecipeError([_fault(label, place_name(path, {}), message) for _, path, message in index.faults])
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from fractions import Fraction
 from typing import Any
 
@@ -52,17 +53,28 @@ _LIMITS = {
 
 
 def translate_errors(
-    error: ValidationError, keys: Callable[[KeyPath], Iterable[str]], value: Any
+    error: ValidationError,
+    keys: Callable[[KeyPath], Iterable[str]],
+    value: Any,
+    nested_keys: Iterable[KeyPath] = (),
 ) -> Iterator[tuple[KeyPath, str]]:
     """Yields each error's key path in the validated ``value``, and one sentence.
 
-    ``keys`` returns the valid keys at a path.
+    ``keys`` returns the valid keys at a path. ``nested_keys`` are keys of sections, which are offered for an unknown
+    key beside these sections.
     """
     sentences: dict[KeyPath, str] = {}
     unquoted: set[KeyPath] = set()
+    limited: set[KeyPath] = set()
     for detail in error.errors(include_url=False):
         path = _path(detail["loc"], value, last_is_a_key=detail["type"] == "extra_forbidden")
+        if path in limited:  # the value has the type of a branch of a union, beyond its limit
+            continue
+        if detail["type"] in _LIMITS:
+            limited.add(path)
         sentence = _sentence(dict(detail), path, keys)
+        if detail["type"] == "extra_forbidden" and len(path) == 1:
+            sentence = _nested_suggestion(str(path[0]), keys(()), nested_keys) or sentence
         prefix = sentences.get(path, "").partition(", expected ")[0]
         if prefix and sentence.startswith(f"{prefix}, expected "):  # the branches of a union
             sentence = sentence.replace(f"{prefix}, expected", f"{sentences[path]} or", 1)
@@ -114,6 +126,17 @@ def _sentence(detail: dict[str, Any], path: KeyPath, keys: Callable[[KeyPath], I
     if path[-1:] == ("shard_size",):
         return f"{state}, expected a size such as 5GB, 500MiB or a number of bytes"
     return f"{state}, expected {_EXPECTED[kind]}" if kind in _EXPECTED else f"{state}: {detail['msg']}"
+
+
+def _nested_suggestion(name: str, valid_keys: Iterable[str], nested_keys: Iterable[KeyPath]) -> str | None:
+    """The fault of an unknown key that is one of a section's; None where a key beside it is as near."""
+    paths = list(nested_keys)
+    if nearest(name, valid_keys).startswith("did") or not paths:
+        return None
+    last_keys = {str(path[-1]) for path in paths}
+    key = name if name in last_keys else next(iter(get_close_matches(name, sorted(last_keys), n=1)), None)
+    places = [".".join(map(str, path)) for path in paths if path[-1] == key]
+    return f"unknown key; did you mean {' or '.join(map(repr, places))}?" if places else None
 
 
 def _excerpt(value: Any) -> str:

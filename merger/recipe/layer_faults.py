@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.errors import nearest
 from merger.pipeline.stages import entries_of
 from merger.recipe.calibration_faults import inputs_of
 from merger.recipe.document import KeyPath
@@ -36,9 +35,6 @@ def weights_of(node: Mapping[str, Any], weights: Mapping[str, Number]) -> Mappin
 
 
 def _copy_faults(recipe: Recipe, model: str, layer: Layer) -> Iterator[Fault]:
-    models = ["base", *recipe.experts]
-    if model not in models:
-        yield ("model",), f"there is no expert {model!r}; {nearest(model, models)}"
     if isinstance(layer.range, Mapping):
         yield ("range",), f"expected one range, as in [0, 24], since the blocks of {model} alone are copied"
     if layer.has_method:
@@ -60,11 +56,8 @@ def _merge_faults(recipe: Recipe, layer: Layer) -> Iterator[Fault]:
 
 
 def _range_faults(recipe: Recipe, layer: Layer, ranges: Mapping[str, list[int]]) -> Iterator[Fault]:
-    """Yields the faults of ranges by model: unknown models, absent ones, unequal lengths."""
+    """Yields the faults of ranges by model: absent models, unequal lengths."""
     models = ["base", *recipe.experts]
-    for label in ranges:
-        if label not in models:
-            yield ("range", label), f"there is no expert {label!r}; {nearest(label, models)}"
     absent = [label for label in models if label not in ranges]
     if "base" in absent:
         yield ("range",), "names no blocks of base, where task vectors start; add them, as in {base: [0, 8], ...}"

@@ -1,6 +1,6 @@
-"""The inputs that a recipe names, and those of them that are not where it says; read from the document itself.
+"""The inputs that a recipe names, those that are not where it says, and those that its output would replace.
 
-A document with other faults names inputs too, so that all of its faults are told at once.
+All is read from the document itself: one with other faults names inputs too, so that all of its faults come at once.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from merger.checkpoint.hub import is_cached
+from merger.checkpoint.placement import output_fault
 from merger.recipe.document import Document, KeyPath
-from merger.recipe.locations import FOLDER, STATISTICS, TEXT_FILE, InputKind, location_fault
+from merger.recipe.locations import FOLDER, STATISTICS, TEXT_FILE, InputKind, location_fault, location_path
 from merger.recipe.sections import is_location
 from merger.recipe.trajectory import is_trajectory
 
@@ -40,11 +41,18 @@ def input_fault(location: str, kind: InputKind, start: Path) -> str | None:
     return None if is_known else fault
 
 
+def place_faults(document: Document) -> Iterator[tuple[KeyPath, str]]:
+    """Yields the fault of an output that would replace an input, or lie in one; what is no location is passed over."""
+    output = dict(_entries(document.value.get("output"))).get("path")
+    if is_location(output):
+        inputs = [document.folder / location_path(name) for _, name, _ in _models(document.value) if is_location(name)]
+        path, folders = document.folder / location_path(output), [folder for folder in inputs if folder.exists()]
+        if fault := output_fault(path, folders, force=True):
+            yield ("output", "path"), fault
+
+
 def _inputs(recipe: dict[str, Any], with_texts: bool, with_evaluation: bool) -> Iterator[_Input]:
-    yield from _model_inputs(("base",), recipe.get("base"))
-    experts = recipe.get("experts")
-    for name, expert in [] if is_trajectory(experts) else _entries(experts):
-        yield from _model_inputs(("experts", name), expert)
+    yield from _models(recipe)
     calibration = dict(_entries(recipe.get("calibration"))) if with_texts else {}
     yield from _text_inputs(("calibration", "data"), calibration.get("data"))
     for name, location in _entries(calibration.get("stats")):
@@ -52,6 +60,13 @@ def _inputs(recipe: dict[str, Any], with_texts: bool, with_evaluation: bool) -> 
             yield ("calibration", "stats", name), location, STATISTICS
     evaluation = dict(_entries(recipe.get("evaluation"))) if with_evaluation else {}
     yield from _text_inputs(("evaluation", "data"), evaluation.get("data"))
+
+
+def _models(recipe: dict[str, Any]) -> Iterator[_Input]:
+    yield from _model_inputs(("base",), recipe.get("base"))
+    experts = recipe.get("experts")
+    for name, expert in [] if is_trajectory(experts) else _entries(experts):
+        yield from _model_inputs(("experts", name), expert)
 
 
 def _entries(value: Any) -> list[tuple[Any, Any]]:

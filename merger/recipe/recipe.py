@@ -13,13 +13,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 import merger.methods  # noqa: F401 registers every method
 from merger._display import name_list
 from merger.errors import RecipeError
-from merger.pipeline.registry import written
+from merger.options import path_argument
+from merger.pipeline.registry import ENTRIES, SCORES, parameter_names, written
 from merger.recipe.calibration_faults import calibration_faults, is_calibrated
 from merger.recipe.document import Document, KeyPath, key_path, parse, read, value_of
+from merger.recipe.expert_references import reference_faults
 from merger.recipe.faults import translate_errors
 from merger.recipe.layer_faults import layer_faults, weights_of
 from merger.recipe.layers import Layer
-from merger.recipe.named_inputs import missing_inputs
+from merger.recipe.named_inputs import missing_inputs, place_faults
 from merger.recipe.open_values import marks
 from merger.recipe.output_faults import output_faults
 from merger.recipe.sections import (
@@ -114,7 +116,7 @@ class Recipe(Choice):
         return self._document.folder
 
     def fault(self, path: KeyPath, message: str) -> str:
-        """``file:line: key.path: message``, for a key of the recipe as it was written."""
+        """``file:line: place: message``, for a key of the recipe as it was written."""
         return self._document.fault(path, message)
 
     def missing_inputs(self, *, with_evaluation: bool = False) -> list[str]:
@@ -142,7 +144,11 @@ class Recipe(Choice):
         With the faults of a recipe come its inputs that are not there. A recipe without faults may be made before its
         inputs are; whatever opens them checks that they are there.
         """
-        return cls.of(overridden(read(Path(path)), overrides), overrides)
+        file = path_argument("path", path)
+        if isinstance(overrides, str | Mapping):
+            expected = "expected a list of texts, as in ['parameters.density=0.3']"
+            raise RecipeError(f"overrides: {expected}, not {type(overrides).__name__}")
+        return cls.of(overridden(read(file), overrides), overrides)
 
     @classmethod
     def of(cls, document: Document, overrides: Sequence[str] = ()) -> Recipe:
@@ -151,6 +157,7 @@ class Recipe(Choice):
         recipe, faults = _parse(document)
         if recipe is None or faults:
             faults += missing_inputs(document, with_texts=_may_take_text(recipe))
+            faults += place_faults(document)
             raise RecipeError([document.fault(path, message) for path, message in _in_order(document, faults)])
         recipe._document, recipe._overrides = document, tuple(overrides)
         return recipe
@@ -160,6 +167,9 @@ class Recipe(Choice):
         """Builds a recipe from YAML text or from a dictionary; relative paths start at ``folder``."""
         if isinstance(text, str):
             return cls.of(parse(text, "recipe", Path(folder).resolve()))
+        if not isinstance(text, Mapping):
+            expected = "expected YAML text, or a dictionary with base, experts, method and output"
+            raise RecipeError(f"recipe: {expected}, not {type(text).__name__}")
         return cls.of(Document("recipe", Path(folder).resolve(), dict(text)))
 
     def folders(self) -> list[Path]:
@@ -230,8 +240,8 @@ class Recipe(Choice):
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
-    """Returns a recipe unchanged, or reads the file that a path names."""
-    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    """Returns a recipe unchanged, or reads the file that a path names; RecipeError for anything else."""
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(path_argument("recipe", recipe))
 
 
 def _spelled_rule(rule: Rule) -> dict[str, Any]:
@@ -284,7 +294,8 @@ def overridden(document: Document, overrides: Iterable[str]) -> Document:
         try:
             document = document.changed(path, value_of(value, f"overrides='{key}'"))
         except KeyError as missing:
-            raise RecipeError(f"overrides='{override}': there is no {missing.args[0]} in the list") from None
+            reason = f"there is no {missing.args[0]} in the list, which is counted from 0"
+            raise RecipeError(f"overrides='{override}': {reason}") from None
     return spell_out(document)
 
 
@@ -308,7 +319,7 @@ def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]
     try:
         recipe = Recipe(**document.value)
     except ValidationError as error:
-        faults += translate_errors(error, _valid_fields, document.value)
+        faults += translate_errors(error, _valid_fields, document.value, _nested_keys(raw))
     except TypeError:
         faults += [((str(key),), "is no text; quote it") for key in document.value if not isinstance(key, str)]
     experts = raw["experts"] if isinstance(raw.get("experts"), dict) else {}
@@ -318,6 +329,7 @@ def _parse(document: Document) -> tuple[Recipe | None, list[tuple[KeyPath, str]]
         for path, node in written_choices(raw)
         if isinstance(node, Mapping)
     }
+    faults += reference_faults(raw)
     if recipe is not None:
         for path, choice in recipe.choices().items():
             choice._stages = tuple(stages.get(path, ()))
@@ -368,6 +380,16 @@ def _valid_fields(path: KeyPath) -> set[str]:
     is_text = len(path) > 2 and path[1] == "data" and path[0] in ("calibration", "evaluation")
     section = TextSource if is_text else _SECTIONS.get(path[0], Recipe) if path else Recipe
     return {field.alias or name for name, field in section.model_fields.items()}
+
+
+def _nested_keys(raw: Mapping[str, Any]) -> list[KeyPath]:
+    """Returns the keys of the method's parameters and of the sections that are one each."""
+    name = raw.get("method")
+    is_method = isinstance(name, str) and (name in ENTRIES or name in SCORES)
+    keys: list[KeyPath] = [("parameters", key) for key in sorted(parameter_names(str(name)) if is_method else ())]
+    for section in ("output", "calibration", "evaluation", "search"):
+        keys += [(section, key) for key in sorted(_valid_fields((section,)))]
+    return keys
 
 
 # --- for editors ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import (
     AfterValidator,
@@ -45,7 +45,7 @@ def _location(text: str) -> str:
     return text
 
 
-def is_location(value: Any) -> bool:
+def is_location(value: Any) -> TypeGuard[str]:
     """Whether a value is text that a folder or file could be named."""
     try:
         return isinstance(value, str) and bool(value) and bool(_location(value))
@@ -297,6 +297,9 @@ def regular_expression(text: str) -> str:
     return text
 
 
+_MAY_BE_EMPTY = ("parameters", "rules", "layers", "tokens")
+
+
 class Choice(Section):
     """A method with its parameters, or a pipeline of stages."""
 
@@ -308,6 +311,14 @@ class Choice(Section):
         default=None, description="Stages in order: names, or {stage: {parameter: value}}."
     )
     _stages: tuple[Stage, ...] = PrivateAttr(())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_keys(cls, value: Any) -> Any:
+        """Leaves out keys without a value, as in ``parameters:`` with nothing below, where that means their default."""
+        if not isinstance(value, Mapping):
+            return value
+        return {key: node for key, node in value.items() if node is not None or key not in _MAY_BE_EMPTY}
 
     @property
     def stages(self) -> tuple[Stage, ...]:

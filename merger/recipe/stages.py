@@ -11,8 +11,17 @@ from pydantic import ValidationError
 
 import merger.methods  # noqa: F401 registers every method
 from merger.errors import nearest
-from merger.pipeline.parameters import Number, Pinned, Place, resolve
-from merger.pipeline.registry import ENTRIES, SCORES, Stage, checked, nested_parameter, parameter_names, parameters
+from merger.pipeline.parameters import Number, Pinned, Place, check_names, resolve
+from merger.pipeline.registry import (
+    ENTRIES,
+    SCORES,
+    Stage,
+    annotations_of,
+    checked,
+    nested_parameter,
+    parameter_names,
+    parameters,
+)
 from merger.pipeline.stages import bind, expand
 from merger.recipe.document import KeyPath
 from merger.recipe.faults import translate_errors
@@ -59,10 +68,9 @@ def stages_of(
         try:
             stages.append(checked(name, arguments))
         except ValidationError as error:
-            faults += [
-                ((*place, *inner), message)
-                for inner, message in translate_errors(error, partial(_valid_keys, name, arguments), arguments)
-            ]
+            parameter_faults = list(translate_errors(error, partial(_valid_keys, name, arguments), arguments))
+            parameter_faults += [((key,), message) for key, message in _name_faults(name, arguments, experts)]
+            faults += [((*place, *inner), message) for inner, message in parameter_faults]
             continue
         faults += [((*place, key), message) for key, message in _expert_faults(stages[-1], experts)]
     if len(faults) == fault_count and experts and (stages or isinstance(node.get("pipeline"), list)):
@@ -78,6 +86,18 @@ def _expert_faults(stage: Stage, experts: Iterable[str]) -> Iterator[tuple[str, 
                 resolve(annotation, stage.keywords[name], Place(tuple(experts)))
         except ValueError as error:
             yield name.rstrip("_"), str(error)
+
+
+def _name_faults(
+    stage_name: str, arguments: Mapping[str, Any], experts: Mapping[str, Number]
+) -> Iterator[tuple[str, str]]:
+    """Yields the written parameters that name an unknown expert or omit one, each with the fault."""
+    annotations = annotations_of(stage_name)
+    for key in arguments.keys() & annotations.keys():
+        try:
+            check_names(annotations[key], arguments[key], list(experts))
+        except ValueError as error:
+            yield key, str(error)
 
 
 def stage_table() -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from merger.errors import nearest
 from merger.recipe.document import KeyPath
-from merger.recipe.sections import ROW_SOURCES, UNION
+from merger.recipe.sections import UNION
 
 if TYPE_CHECKING:
     from merger.recipe.recipe import Recipe
@@ -16,21 +15,15 @@ if TYPE_CHECKING:
 def vocabulary_faults(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """The faults of the recipe's tokenizer and rows of tokens that need no model to be seen, with their keys."""
     path: KeyPath = ("output", "tokenizer") if recipe.tokenizer is None else ("tokenizer",)
-    name, experts = recipe.named_tokenizer, list(recipe.experts)
+    name = recipe.named_tokenizer
     if None not in (recipe.tokenizer, recipe.output.tokenizer):
         yield (
             ("output", "tokenizer"),
             "is the older place of `tokenizer`, which is there too; leave it out",
         )
-    if name not in (None, "base", UNION, *experts):
-        yield path, f"there is no expert {name!r}; {nearest(str(name), ['base', UNION, *experts])}"
-    if name == UNION and UNION in experts:
+    if name == UNION and UNION in recipe.experts:
         yield path, "means the tokens of all models; give the expert `union` another name"
     if name == UNION and recipe.extra_rows == "drop":
         yield ("extra_rows",), "drop leaves out tokens that not all models have, which `tokenizer: union` keeps"
     if recipe.tokens and name is None:
         yield ("tokens",), "needs a tokenizer that has these tokens; add `tokenizer: base`, an expert or `union`"
-    for token, row in recipe.tokens.items():
-        if row.source not in (*ROW_SOURCES, *experts):
-            suggestion = nearest(row.source, [*ROW_SOURCES, *experts])
-            yield ("tokens", token, "from"), f"there is no expert {row.source!r}; {suggestion}"

@@ -21,7 +21,7 @@ from merger.evaluation.search.loop import Trial, best_of, explore
 from merger.evaluation.search.record import Record
 from merger.evaluation.search.space import Point, Space, example, spaces
 from merger.evaluation.search.strategies import ENDLESS, STRATEGIES
-from merger.options import RunOptions
+from merger.options import RunOptions, check_options, path_argument
 from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.document import Document, read
 from merger.recipe.input_locations import check_inputs
@@ -87,7 +87,8 @@ def search(
     """
     from merger.evaluation.model_host import ModelHost
 
-    path = Path(path)
+    check_options(options)
+    path = path_argument("path", path)
     document = overridden(read(path), overrides)
     settings = search_of(document)
     variants = spaces(document, settings.variants, overrides)

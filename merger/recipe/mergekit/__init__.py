@@ -21,6 +21,7 @@ from merger.recipe.mergekit.settings import Settings, Slice, Source
 from merger.recipe.mergekit.slices import SliceEntries, layer_count, stay_in_place
 from merger.recipe.mergekit.table import METHODS, Method
 from merger.recipe.mergekit.vocabulary import Vocabulary
+from merger.recipe.places import place_name
 from merger.recipe.recipe import recipe_faults
 from merger.recipe.sections import DType
 
@@ -76,6 +77,7 @@ class _Importer:
         self.place, self.count_layers = place, count_layers
         self.faults: Faults = []
         self.notes: list[str] = []
+        self.misspelt: Faults = []  # keys that mergekit ignores, near one that it reads: told with faults, or as notes
 
     def import_recipe(self) -> Imported:
         method = self._method()
@@ -89,11 +91,14 @@ class _Importer:
             experts = [model for model in experts if model != start]
         names = expert_names(experts)
         vocabulary = Vocabulary(self.config, {**names, start: "base"}, self.faults, self.notes)
+        for path, entries, valid_keys in vocabulary.sections():
+            self._note_ignored_keys(entries, valid_keys, path)
+        settings = self._settings(method, slices)
         choices: dict[str, Any] = {}
         if method is not None and moves:
-            choices = SliceEntries(method, self._settings(method, slices), names, start, space).recipe_keys()
+            choices = SliceEntries(method, settings, names, start, space).recipe_keys()
         elif method is not None and names:
-            choices = recipe_choices(method, self._settings(method, slices), names, space)
+            choices = recipe_choices(method, settings, names, space)
         recipe = {
             "base": self._relocate(start),
             **({"experts": {name: self._relocate(model) for model, name in names.items()}} if names else {}),
@@ -107,7 +112,7 @@ class _Importer:
         self.faults += [(("merge_method",), fault) for fault in faults]
         self._raise_faults()
         layers = layer_count(slices)
-        if layers is not None and not moves:
+        if layers is not None and not moves and self._layer_counts([start, *experts]) != {layers}:
             self.notes.append(f"slices: the models must have just {layers} layers: merger merges all that there are.")
         return Imported(recipe, tuple(dict.fromkeys(self.notes)))
 
@@ -121,9 +126,14 @@ class _Importer:
         is_complete = self.count_layers(self.place(start.model)) in (None, layers)
         return not (are_alike and is_complete and stay_in_place(slices))
 
+    def _layer_counts(self, models: list[Reference]) -> set[int | None]:
+        return {self.count_layers(self.place(model.model)) for model in models}
+
     def _raise_faults(self) -> None:
         if self.faults:
-            faults = sorted(dict.fromkeys(self.faults), key=lambda fault: self.document.line(fault[0]))
+            faults = sorted(
+                dict.fromkeys([*self.faults, *self.misspelt]), key=lambda fault: self.document.line(fault[0])
+            )
             raise RecipeError([self.document.fault(path, message) for path, message in faults])
 
     # --- models ---
@@ -236,16 +246,18 @@ class _Importer:
 
     # --- parameters ---
 
-    def _settings(self, method: Method, slices: list[Slice]) -> Settings:
-        """The parameters of the file; notes those that mergekit does not look at."""
+    def _settings(self, method: Method | None, slices: list[Slice]) -> Settings:
+        """The parameters of the file; notes those that mergekit does not look at, in any method if there is none."""
         holder_path, holder = self._holder()
         general = {
             (*holder_path, "parameters"): holder.get("parameters"),
             ("parameters",): self.config.get("parameters"),
         }
         settings = Settings(slices, list(general.items()), self.faults)
+        methods = METHODS.values() if method is None else [method]
+        valid_keys = {name for entry in methods for name in (*entry.parameters, *entry.idle)}
         for path, parameters in settings.parameter_maps():
-            self._note_ignored_keys(parameters, {*method.parameters, *method.idle}, path)
+            self._note_ignored_keys(parameters, valid_keys, path)
         return settings
 
     # --- what is left ---
@@ -268,5 +280,12 @@ class _Importer:
 
     def _note_ignored_keys(self, entries: Mapping[str, Any], valid_keys: set[str], path: KeyPath) -> None:
         for key in entries:
-            if key not in valid_keys:
-                self.notes.append(f"{'.'.join(map(str, (*path, key)))}: mergekit does not look at it.")
+            if key in valid_keys:
+                continue
+            suggestion = nearest(str(key), valid_keys)
+            message = "mergekit does not look at it"
+            if suggestion.startswith("did"):
+                message = f"{message}; {suggestion}"
+                self.misspelt.append(((*path, key), message))
+            end = "" if message.endswith("?") else "."
+            self.notes.append(f"{place_name((*path, key), self.config)}: {message}{end}")

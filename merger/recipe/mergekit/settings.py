@@ -73,7 +73,7 @@ class Settings:
             for s in part.sources
             for path, parameters in self.scopes(part, s.model)
         }
-        for path, parameters in scopes.items():
+        for path, parameters in (scopes | dict(self.general)).items():
             if isinstance(parameters, Mapping):
                 yield path, parameters
             elif parameters is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from merger.recipe.document import KeyPath
 from merger.recipe.mergekit.references import Faults, Reference, reference
+from merger.recipe.places import place_name
 from merger.recipe.sections import UNION
 
 
@@ -25,6 +26,14 @@ class Vocabulary:
         self._section: Mapping[str, Any] = section if isinstance(section, Mapping) else {}
         if self._source is None and isinstance(section, Mapping):
             self._source, self._path = section.get("source", UNION), ("tokenizer", "source")
+
+    def sections(self) -> Iterator[tuple[KeyPath, Mapping[str, Any], set[str]]]:
+        """Yields the mappings of the section `tokenizer`, with their paths and the keys that mergekit reads."""
+        yield ("tokenizer",), self._section, {"source", "tokens", "pad_to_multiple_of"}
+        tokens = self._section.get("tokens")
+        for token, settings in tokens.items() if isinstance(tokens, Mapping) else ():
+            if isinstance(settings, Mapping):
+                yield ("tokenizer", "tokens", str(token)), settings, {"source", "force"}
 
     def recipe_keys(self) -> dict[str, Any]:
         """The recipe's keys `tokenizer` and `tokens`."""
@@ -61,7 +70,7 @@ class Vocabulary:
                 name = self._row_source(token, settings["source"], (*path, "source"))
                 if not settings.get("force"):
                     self._notes.append(
-                        f"{'.'.join(map(str, path))}: without force, mergekit merges the rows of all models that have "
+                        f"{place_name(path, {})}: without force, mergekit merges the rows of all models that have "
                         f"the token; here its row is that of {name}."
                     )
                 yield str(token), {"from": name}
