@@ -11,7 +11,13 @@ from test_fisher import EXPERTS, LLAMA, SIZES, TEXTS, VOCABULARY, load_file, pla
 from transformers import GPT2Config, LlamaConfig
 
 import merger
+from merger.calibration import Settings
+from merger.calibration import batches as split_into_batches
+from merger.calibration.merging_coefficients import _useful
+from merger.engine.prepare import prepare
 from merger.errors import CheckpointError, RecipeError
+from merger.evaluation.shared_inputs import InputCache, SharedInputs
+from merger.options import RunOptions
 
 SETTINGS = {"steps": 3, "rate": 0.05}
 CONFIGS = {
@@ -38,15 +44,18 @@ def objective_of(logits, ids, mask, objective):
     return torch.nn.functional.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
 
 
-def whole_model_coefficients(folder, *, objective, per, steps, rate, start=0.3, clamp=True):
-    """Adam on the coefficients of all parameters of one model, by torch's own functional call."""
+def whole_model_coefficients(folder, *, objective, per, steps, rate, start=0.3, clamp=True, batches=None, of_base=()):
+    """Adam on the coefficients of all parameters of one model but those ``of_base``, by torch's own functional call."""
+    batches = batches or {name: [batch_of(texts)] for name, texts in TEXTS.items()}
     base, *experts = (transformers.AutoModelForCausalLM.from_pretrained(folder / name) for name in ("base", *EXPERTS))
     names = [name for name, _ in base.named_parameters()]
     deltas = {name: [expert.get_parameter(name) - base.get_parameter(name) for expert in experts] for name in names}
     deltas = {name: torch.stack(values).detach() for name, values in deltas.items()}
     values = torch.full((len(experts), len(names) if per == "tensor" else 1), start, requires_grad=True)
     optimizer = torch.optim.Adam([values], lr=rate)
-    for _ in range(steps):
+    for name in of_base:
+        deltas[name] *= 0
+    for step in range(steps):
         optimizer.zero_grad()
         with torch.enable_grad():
             weights = {
@@ -55,8 +64,8 @@ def whole_model_coefficients(folder, *, objective, per, steps, rate, start=0.3, 
                 for i, name in enumerate(names)
             }
             loss = 0
-            for texts in TEXTS.values():
-                ids, mask = batch_of(texts)
+            for expert_batches in batches.values():
+                ids, mask = expert_batches[step % len(expert_batches)]
                 arguments = {"input_ids": ids, "attention_mask": mask.long()}
                 logits = torch.func.functional_call(base, weights, (), arguments).logits
                 loss = loss + objective_of(logits, ids, mask, objective)
@@ -188,7 +197,7 @@ def test_what_an_expert_lacks_stays_at_the_start(place):  # noqa: F811
     assert torch.equal(load(place / "out")[f"{name}.of_base"], torch.ones(3))
 
 
-def test_a_table_with_more_rows_in_an_expert_stays_at_the_start(place):  # noqa: F811
+def test_a_table_with_more_rows_in_an_expert_is_learned_by_the_rows_of_the_base(place):  # noqa: F811
     write_models(place)
     base, code, wiki = (load(place / name) for name in ("base", *EXPERTS))
     name = "model.embed_tokens.weight"
@@ -200,5 +209,111 @@ def test_a_table_with_more_rows_in_an_expert_stays_at_the_start(place):  # noqa:
     longer[head] = torch.cat([code[head], torch.ones(2, 8)])
     save_file(longer, place / "code" / "model.safetensors", metadata={"format": "pt"})
     merger.merge(recipe(place, "adamerging", parameters=SETTINGS, extra_rows="drop"))
-    expected = base[name] + 0.3 * (code[name] - base[name]) + 0.3 * (wiki[name] - base[name])
-    torch.testing.assert_close(load(place / "out")[name], expected)
+    learned = {
+        expert: load_file(path)[name]
+        for expert, path in coefficient_files(place, parameters=SETTINGS, extra_rows="drop").items()
+    }
+    assert all(float(abs(values - 0.3)) > 0.01 for values in learned.values())
+    changes = learned["code"] * (code[name] - base[name]) + learned["wiki"] * (wiki[name] - base[name])
+    torch.testing.assert_close(load(place / "out")[name], base[name] + changes)
+
+
+def test_each_step_takes_another_batch_of_another_shape(place, monkeypatch):  # noqa: F811
+    write_models(place)
+    monkeypatch.setattr("merger.calibration.merging_coefficients.BATCH", 6)
+    settings = {"steps": 4, "rate": 0.05, "per": "tensor", "objective": "entropy"}
+    batches = {}
+    for name, texts in TEXTS.items():
+        tokens = [[VOCABULARY[letter] for letter in text] for text in texts]
+        useful = _useful(name, split_into_batches(tokens, 6), Settings(), 0)
+        batches[name] = [(batch.ids, batch.mask) for batch in useful]
+    assert len({ids.shape for ids, _ in batches["code"]}) > 1
+    learned = {name: load_file(path) for name, path in coefficient_files(place, parameters=settings).items()}
+    for tensor, values in whole_model_coefficients(place, **settings, batches=batches).items():
+        found = torch.cat([learned[name][tensor] for name in EXPERTS])
+        torch.testing.assert_close(found, values, rtol=0, atol=1e-4)
+
+
+def test_what_rules_copy_is_copied_while_the_rest_is_learned(place):  # noqa: F811
+    write_models(place)
+    settings = {**SETTINGS, "per": "tensor", "objective": "entropy"}
+    rules = [{"kinds": ["embedding", "head"], "use": "base"}]
+    learned = {
+        name: load_file(path) for name, path in coefficient_files(place, parameters=settings, rules=rules).items()
+    }
+    of_base = ["model.embed_tokens.weight", "lm_head.weight"]
+    expected = whole_model_coefficients(place, **settings, of_base=of_base)
+    assert learned["code"].keys() == expected.keys() - set(of_base)
+    for tensor in learned["code"]:
+        found = torch.cat([learned[name][tensor] for name in EXPERTS])
+        torch.testing.assert_close(found, expected[tensor], rtol=0, atol=1e-4)
+
+
+def test_another_method_for_some_tensors_is_refused(place):  # noqa: F811
+    write_models(place)
+    rules = [{"kinds": ["head"], "method": "linear"}]
+    message = "lm_head.weight: is merged by another method, but coefficients are learned through the whole merged model"
+    with pytest.raises(RecipeError, match=message):
+        merger.merge(recipe(place, "adamerging", parameters=SETTINGS, rules=rules))
+
+
+def test_experts_in_another_order_have_their_own_coefficients(place):  # noqa: F811
+    write_models(place)
+    settings = {**SETTINGS, "objective": "loss"}
+    first = {name: load_file(path) for name, path in coefficient_files(place, parameters=settings).items()}
+    turned = recipe(place, "adamerging", parameters=settings, experts={name: name for name in reversed(EXPERTS)})
+    second = {name: load_file(path) for name, path in merger.calibrate(turned, to=place / "turned").items()}
+    for name in EXPERTS:
+        for tensor, values in first[name].items():
+            torch.testing.assert_close(second[name][tensor], values, rtol=0, atol=1e-4)
+
+
+def test_merges_in_memory_take_the_coefficients_of_their_own_settings(place):  # noqa: F811
+    write_models(place)
+    caches = InputCache()
+    files = []
+    for steps in (1, 2):
+        with prepare(recipe(place, "adamerging", parameters={"steps": steps}), RunOptions()) as prepared:
+            shared = SharedInputs(prepared.plan, prepared.options, None, caches)
+            files.append(dict(shared.files))
+    assert files[0] != files[1]
+
+
+def test_files_for_another_base_or_from_another_run_are_refused(place):  # noqa: F811
+    write_models(place)
+    files = coefficient_files(place, parameters=SETTINGS)
+    longer = merger.calibrate(recipe(place, "adamerging", parameters={**SETTINGS, "steps": 4}), to=place / "longer")
+    mixture = {"code": str(files["code"]), "wiki": str(longer["wiki"])}
+    with pytest.raises(CheckpointError, match="was made from other data or settings: its learned is"):
+        merger.merge(recipe(place, "adamerging", calibration={"stats": mixture}))
+    with pytest.raises(CheckpointError, match="its base is"):
+        merger.merge(
+            recipe(
+                place,
+                "adamerging",
+                base="wiki",
+                calibration={"stats": {name: str(path) for name, path in files.items()}},
+            )
+        )
+
+
+def test_one_start_for_each_depth_needs_a_coefficient_for_each_tensor(place):  # noqa: F811
+    write_models(place)
+    with pytest.raises(RecipeError, match="start: varies, but with per: model an expert has one coefficient"):
+        merger.merge(recipe(place, "adamerging", parameters={"per": "model", "start": [0.2, 0.4], "steps": 1}))
+    merger.calibrate(recipe(place, "adamerging", parameters={"start": [0.2, 0.4], "steps": 1}))
+
+
+def test_texts_of_which_no_token_counts_are_told_before_learning(place):  # noqa: F811
+    write_models(place)
+    calibration = {"data": {name: f"{name}.jsonl" for name in EXPERTS}, "skip_first_tokens": 50}
+    with pytest.raises(CheckpointError, match="code: no token of its text counts that comes after another one"):
+        merger.merge(recipe(place, "adamerging", parameters=SETTINGS, calibration=calibration))
+
+
+@pytest.mark.parametrize(
+    ("method", "anchor"), [("distill", "adamerging"), ("distill", "fisher"), ("regmean", "fisher")]
+)
+def test_what_is_made_for_the_whole_model_is_no_anchor_of_what_is_made_block_by_block(place, method, anchor):  # noqa: F811
+    with pytest.raises(RecipeError, match=r"takes .*, made for the whole model before the merge, but .* takes"):
+        recipe(place, method, parameters={"anchor": anchor})

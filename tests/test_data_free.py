@@ -144,12 +144,12 @@ def test_fr_weighs_by_the_task_vectors_and_not_by_what_passed():
 # --- doge -----------------------------------------------------------------------------------------
 
 
-def slow_doge(deltas, eta, shared, density, steps, rate):
+def slow_doge(deltas, eta, span, density, steps, rate):
     vectors = torch.stack(list(deltas.values()))
     count, full = len(vectors), min(vectors.shape[1:])
     factors = [eta / delta.norm() for delta in vectors]
     left_vectors = [torch.linalg.svd(delta, full_matrices=False)[0][:, : full // count] for delta in vectors]
-    together = torch.linalg.svd(torch.cat(left_vectors, 1), full_matrices=False)[0][:, : int(full * shared)]
+    together = torch.linalg.svd(torch.cat(left_vectors, 1), full_matrices=False)[0][:, : int(full * span)]
     projector = together @ together.T
     change = torch.zeros_like(vectors[0], requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=rate)
@@ -171,7 +171,7 @@ def slow_doge(deltas, eta, shared, density, steps, rate):
 @pytest.mark.parametrize("k", [2, 3])
 def test_doge_is_adam_on_the_projected_gradient(k):
     deltas = deltas_of(k, 12, 14)
-    settings = {"eta": 0.5, "shared": 0.25, "density": 0.5, "steps": 30, "rate": 0.01}
+    settings = {"eta": 0.5, "span": 0.25, "density": 0.5, "steps": 30, "rate": 0.01}
     expected = slow_doge(deltas, **settings)
     torch.testing.assert_close(merge(checked("doge", settings), deltas), expected, rtol=0, atol=2e-4)
     assert float((expected - slow_doge(deltas, **{**settings, "steps": 0})).abs().max()) > 0.01

@@ -9,7 +9,7 @@ import transformers
 from checkpoints import load
 from safetensors import safe_open
 from tiny import Rows
-from transformers import GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
+from transformers import GemmaConfig, GPT2Config, GPTNeoXConfig, GraniteMoeConfig, LlamaConfig, MixtralConfig
 
 import merger
 from merger.errors import CheckpointError, RecipeError
@@ -183,12 +183,17 @@ def test_a_run_that_is_killed_among_the_gradients_leaves_nothing_and_starts_agai
     assert len(list((place / "cache").rglob("*.fisher.safetensors"))) == 2
 
 
-def test_experts_that_transformers_packs_get_the_mean_and_a_note_says_so(place):
-    config = MixtralConfig(**SIZES, intermediate_size=16, num_key_value_heads=1, num_local_experts=2)
-    write_models(place, config)
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (MixtralConfig, "model.layers.0.block_sparse_moe.experts.0.w1.weight"),
+        (GraniteMoeConfig, "model.layers.0.block_sparse_moe.input_linear.weight"),  # stored as it is packed
+    ],
+)
+def test_experts_that_are_packed_get_the_mean_and_a_note_says_so(place, config, name):
+    write_models(place, config(**SIZES, intermediate_size=16, num_key_value_heads=1, num_local_experts=2))
     result = merger.merge(recipe(place))
     merged, experts = load(place / "out"), [load(place / name) for name in EXPERTS]
-    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
     torch.testing.assert_close(merged[name], (experts[0][name] + experts[1][name]) / 2)
     note = (
         "some tensors of model.layers: transformers does not compute with them as they are stored; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from operator import call
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ A parameter that the batch did not reach has none."""
 class BackwardPasses:
     """The passes over one model: forward, from the last hidden states back to the first, and outside the blocks.
 
-    All run on the batches of the indices in ``numbers``, by default all. Weights are the model's ``merged_weights``.
+    All run on the batches of the indices in ``numbers``, by default all. Hidden states are kept until the next forward
+    pass. Weights are the model's ``merged_weights``.
     Raises UnsupportedBlocks where blocks cannot be run one at a time, and CheckpointError where the model predicts no
     tokens.
     """
@@ -67,6 +69,8 @@ class BackwardPasses:
     def carry_forward(self) -> None:
         """Keeps the hidden states before each block, and those behind the last one."""
         model, runner = self.model, self._runner
+        for states in (*self._states, self._gradients):
+            states.clear()
         runner.hidden_states = self._states[0]
         for number in self.numbers:
             run_batch(model, runner, EMBEDDING, number, model.batches[number], "both")
@@ -106,6 +110,7 @@ class BackwardPasses:
             run_batch(model, runner, block, number, model.batches[number], "learn")
             _hand_on(parameters, sink)
             self._count_batch()
+        runner.compute = call
         model.loader.drop(name)
 
     def _compute(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

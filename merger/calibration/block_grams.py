@@ -42,21 +42,21 @@ class PartlyMergedModel:
 
     def __init__(self, plan: Plan, expert: str, merged: MergedTensors) -> None:
         self._model, self._merged = plan.models[expert], merged
-        self._tensors = {
-            own_name: tensor for tensor in plan.tensors if (own_name := tensor.reads.get(expert)) is not None
-        }
+        originals = {tensor.name: tensor for tensor in plan.tensors if tensor.tied_to is None}
+        stored = {name: tensor for tensor in originals.values() if (name := tensor.reads.get(expert)) is not None}
+        self._tensors = originals | stored  # a copy of another model's tensor is not read of the expert
         self._expert = expert
 
     def read(self, name: str) -> Tensor:
         """Returns a whole tensor in the expert's own shape and by its own token ids.
 
-        Rows of tokens that the output lacks stay the expert's.
+        Tensors and rows of tokens that the output lacks stay the expert's.
         """
         tensor = self._tensors.get(name)
-        merged = self._merged(name if tensor is None else tensor.name)
-        if merged is None:
+        merged = None if tensor is None else self._merged(tensor.name)
+        if tensor is None or merged is None:
             return self._model.read(name)
-        row_map = None if tensor is None else tensor.row_maps.get(self._expert)
+        row_map = tensor.row_maps.get(self._expert)
         if merged.shape == self._model.tensors[name].shape and row_map is None:
             return merged
         values = self._model.read(name).to(merged.dtype, copy=True)

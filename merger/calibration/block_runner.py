@@ -256,12 +256,18 @@ class HiddenStates:
     """
 
     def __init__(self, hidden_memory: int | None, folder: Path) -> None:
-        self._free_bytes, self._folder = hidden_memory, folder
+        self._hidden_memory = self._free_bytes = hidden_memory
+        self._folder = folder
         self._buffers: dict[int, Tensor] = {}
 
     def get(self, batch: int, device: torch.device) -> Tensor:
         """Returns the hidden states of a batch on the device of the next block."""
         return to_device(self._buffers[batch], device)
+
+    def clear(self) -> None:
+        """Drops the hidden states of all batches."""
+        self._buffers.clear()
+        self._free_bytes = self._hidden_memory
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Copies the hidden states of a batch to their place.

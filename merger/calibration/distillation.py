@@ -20,7 +20,7 @@ from merger.calibration.block_grams import Drafts, pair_blocks, pair_with_expert
 from merger.calibration.learned_values import COEFFICIENTS, WEIGHTS, LearnedCoefficients, LearnedWeights
 from merger.calibration.moment_source import MomentSource
 from merger.calibration.statistics import expert_samples
-from merger.errors import CheckpointError
+from merger.errors import CheckpointError, RecipeError
 from merger.options import RunOptions
 from merger.planning.plan import Plan, TensorPlan
 
@@ -42,13 +42,13 @@ class Schedule:
 
     steps: int
     rate: float
-    weights: Sequence[float]  # by expert
+    weights: tuple[float, ...]  # by expert
 
     @classmethod
     def of(cls, tensor: TensorPlan) -> Schedule:
         """The schedule of a tensor's block."""
         values: Mapping[str, Any] = next(stage.values for stage in tensor.stages if _LEARNED & stage.arguments.keys())
-        return cls(values["steps"], float(values["rate"]), list(map(float, values["weight"])))
+        return cls(values["steps"], float(values["rate"]), tuple(map(float, values["weight"])))
 
 
 def distilled(
@@ -95,8 +95,9 @@ def _take_block(vectors: list[TensorPlan], units: Collection[str]) -> list[Tenso
 
 
 def _learns(tensor: TensorPlan) -> bool:
-    """Whether a tensor of a block takes what is learned."""
-    return not tensor.follows_blocks and any(item.name in _LEARNED for item in tensor.inputs)
+    """Whether a tensor of a block takes what is learned; packed experts are not learned."""
+    takes = any(item.name in _LEARNED for item in tensor.inputs)
+    return takes and not tensor.follows_blocks and len(tensor.parts) == 1
 
 
 def _is_plain(tensor: TensorPlan, pairs: Mapping[str, Pair]) -> bool:
@@ -122,7 +123,13 @@ def _learn(
     """Takes the steps of a block, on the weights that all experts' models share."""
     for expert, pair in pairs.items():
         pair.share({tensor.reads[expert] or "": learned[tensor.name].weights for tensor in tensors})
-    schedule, first = Schedule.of(tensors[0]), next(iter(pairs.values()))
+    schedules, first = {Schedule.of(tensor) for tensor in tensors}, next(iter(pairs.values()))
+    if len(schedules) > 1:
+        raise RecipeError(
+            f"{tensors[0].unit}: its tensors are learned together, so all rules for them must give the same steps, "
+            "rate and weight"
+        )
+    (schedule,) = schedules
     block, blocks = first.block, len(first.student.block_names)
     optimizer = torch.optim.Adam([item.values for item in learned.values()], lr=schedule.rate)
     for step in range(schedule.steps):

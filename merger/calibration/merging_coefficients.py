@@ -39,14 +39,19 @@ BATCH = 1024
 
 
 class Composition:
-    """The merged model as it is with the coefficients of now: base + sum of c_k delta_k, by the output's names."""
+    """The merged model as it is with the coefficients of now, by the output's names.
+
+    A tensor with coefficients is base + sum of c_k delta_k, any other the copy that the plan says.
+    """
 
     def __init__(self, plan: Plan, tensors: Sequence[TensorPlan], descent: Descent) -> None:
         self._plan, self._tensors = plan, {tensor.name: tensor for tensor in tensors}
+        self._copies = {tensor.name: tensor for tensor in plan.tensors if not tensor.stages and tensor.parts}
         self._columns = {name: number for number, name in enumerate(self._tensors)}
         starts = torch.tensor([start(tensor) for tensor in tensors])
         starts = starts if descent.per == "tensor" else starts[:1]
         self.values = nn.Parameter(starts.repeat(len(plan.recipe.experts), 1))
+        self.learned: set[str] = set()  # the tensors that some gradient came to
         self.clear_gradient()
 
     def __contains__(self, name: str | None) -> bool:
@@ -62,33 +67,38 @@ class Composition:
         return self.values.detach()[:, self._columns[name] % self.values.shape[1]]
 
     def read(self, name: str) -> Tensor | None:
-        """The merged tensor, float32; None for one that has no coefficients."""
+        """A tensor of the merged model; None for one that the output does not have."""
+        if name in self._copies:
+            source = self._copies[name].source
+            return self._plan.models[source].read(self._copies[name].reads[source] or "")
         if name not in self._tensors:
             return None
-        base, deltas = self._weights(name)
+        merged, deltas = self._weights(name)
         for coefficient, delta in zip(self.of(name).tolist(), deltas, strict=True):
-            base += coefficient * delta
-        return base
+            merged[: len(delta)] += coefficient * delta
+        return merged
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
-        """Adds the gradient of a tensor to that of its coefficients."""
+        """Adds the gradient of a tensor, as some expert has it, to that of its coefficients."""
+        self.learned.add(name)
         _, deltas = self._weights(name)
-        flat = gradient.detach().float().cpu().flatten()
+        rows = gradient.detach().float().cpu()
         assert self.values.grad is not None, "a step was begun"
         column = self.values.grad[:, self._columns[name] % self.values.shape[1]]
-        column += torch.stack([delta.flatten() @ flat for delta in deltas])
+        column += torch.stack([(delta[: len(rows)] * rows[: len(delta)]).sum() for delta in deltas])
 
     def _weights(self, name: str) -> tuple[Tensor, Iterator[Tensor]]:
-        """The base's tensor, and the experts' task vectors, one after the other."""
+        """A copy of the base's tensor, and the task vectors one after the other, of the rows that both models have."""
         tensor = self._tensors[name]
+        base = self._plan.base.read(tensor.reads["base"] or "").float()
+        return base.clone(), (self._delta(base, expert, tensor.reads[expert]) for expert in tensor.place.experts)
 
-        def read(label: str) -> Tensor:
-            stored = tensor.reads[label]
-            assert stored is not None, "only tensors that all models have are learned"
-            return self._plan.models[label].read(stored).float()
-
-        base = read("base")
-        return base.clone(), (read(expert) - base for expert in tensor.place.experts)
+    def _delta(self, base: Tensor, expert: str, name: str | None) -> Tensor:
+        if name is None:
+            return torch.zeros_like(base)
+        weights = self._plan.models[expert].read(name).float()
+        count = min(len(base), len(weights))
+        return weights[:count] - base[:count]
 
 
 def learn_coefficients(
@@ -101,6 +111,7 @@ def learn_coefficients(
 ) -> dict[str, dict[str, Tensor]]:
     """Learns the coefficients of these tensors on the experts' ``texts``; returns them by expert and output name.
 
+    Those of tensors that transformers computes with otherwise than they are stored are left out.
     Raises CheckpointError where blocks of a model cannot be run one at a time, or the objective is no number.
     """
     composition = Composition(plan, tensors, descent)
@@ -111,7 +122,8 @@ def learn_coefficients(
         for name, (settings, batches) in texts.items():
             (Path(folder) / name).mkdir()
             objective = functools.partial(_OBJECTIVES[descent.objective], settings)
-            arguments = settings, batches, objective, options, memory, Path(folder) / name
+            useful = _useful(name, batches, settings, plan.recipe.seed)
+            arguments = settings, useful, objective, options, memory, Path(folder) / name
             with _separate_blocks(name):
                 learners[name] = _Learner(plan, name, composition, *arguments)
         for step in range(descent.steps):
@@ -128,11 +140,23 @@ def learn_coefficients(
                 composition.values.data.clamp_(0, 1)
             options.progress("learning coefficients", step + 1, descent.steps)
     experts = list(plan.recipe.experts)
-    by_name = {tensor.name: composition.of(tensor.name) for tensor in tensors}
+    by_name = {tensor.name: composition.of(tensor.name) for tensor in tensors if tensor.name in composition.learned}
     return {
         expert: {name: values[k : k + 1].clone() for name, values in by_name.items()}
         for k, expert in enumerate(experts)
     }
+
+
+def _useful(expert: str, batches: Sequence[Batch], settings: Settings, seed: int) -> list[Batch]:
+    """The batches in which a token counts that comes after another one, in an order of their own."""
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+    useful = [batches[i] for i in order if batches[i].counted_tokens(settings.skip_first_tokens)[:, 1:].any()]
+    if not useful:
+        raise CheckpointError(
+            f"{expert}: no token of its text counts that comes after another one; give longer texts, or a smaller "
+            "skip_first_tokens"
+        )
+    return useful
 
 
 class _Learner:
@@ -151,7 +175,8 @@ class _Learner:
         folder: Path,
     ) -> None:
         self._composition = composition
-        self._outputs = {stored: tensor.name for tensor in plan.tensors if (stored := tensor.reads.get(expert))}
+        originals = (tensor for tensor in plan.tensors if tensor.tied_to is None)
+        self._outputs = {stored: tensor.name for tensor in originals if (stored := tensor.reads.get(expert))}
         merged = PartlyMergedModel(plan, expert, composition.read)
         arguments = batches, settings, options.device, torch.float32, options.trust_remote_code
         observer = functools.partial(InputObserver, gram=False)

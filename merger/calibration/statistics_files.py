@@ -144,6 +144,12 @@ def find(folder: Path, key: StatisticsKey) -> Path | None:
     return path if path.is_file() else None
 
 
+def load_key(path: Path) -> dict[str, Any]:
+    """Reads the key of a file; CheckpointError where it is no such file."""
+    with _open(path) as file:
+        return _fields(path, file)
+
+
 def load_values(path: Path) -> dict[str, Tensor]:
     """Reads the tensors of a file as they are."""
     return _read(path, True)[1]

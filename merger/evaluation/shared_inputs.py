@@ -33,7 +33,12 @@ class SharedInputs(StageInputs):
     cache: InputCache
 
     def find(self, provider: ModelProvider) -> Mapping[str, Path]:
-        """The files of a provider, looked for once for all merges of the same experts and text."""
+        """The files of a provider, looked for once for all merges of the same experts and text.
+
+        What is learned depends on the stage that learns it too, and has a cache of its own.
+        """
+        if any(stage_input.of_task_vectors for stage_input in provider.inputs):
+            return super().find(provider)
         key = _key(self.plan, provider)
         if key not in self.cache.files:
             self.cache.files[key] = super().find(provider)

@@ -42,7 +42,7 @@ def disentangle(
 def _products(deltas: Tensor) -> Tensor:
     """The inner products of the task vectors, float64 [k k]."""
     vectors = deltas.double().flatten(1)
-    return torch.stack([torch.stack([(first * second).sum() for second in vectors]) for first in vectors])
+    return torch.stack([torch.stack([(vector * other_vector).sum() for other_vector in vectors]) for vector in vectors])
 
 
 def _shares(products: Tensor, *, alpha: float, rate: float, steps: int) -> Tensor:
@@ -55,13 +55,13 @@ def _shares(products: Tensor, *, alpha: float, rate: float, steps: int) -> Tenso
     exists = squares > len(squares) * 2.0**-40 * squares[-1].clamp(min=0)
     lengths = squares.where(exists, 0).sqrt()
     vectors, redundant = axes * lengths, torch.zeros_like(lengths)
-    least, lowest = float("inf"), redundant
+    lowest, best = float("inf"), redundant
     for _ in range(steps + 1):
         loss, gradient = _loss_and_gradient(vectors, redundant, alpha)
-        if loss < least:
-            least, lowest = loss, redundant
+        if loss < lowest:
+            lowest, best = loss, redundant
         redundant = redundant - rate * gradient
-    shares: Tensor = axes @ torch.where(exists, lowest / lengths, 0)
+    shares: Tensor = axes @ torch.where(exists, best / lengths, 0)
     return shares
 
 

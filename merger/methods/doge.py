@@ -33,7 +33,7 @@ def doge(
     deltas: Tensor,
     *,
     eta: Number = 0.07,
-    shared: Share = "1/6",
+    span: Share = "1/6",
     density: Shares = 0.3,
     steps: Annotated[int, Field(ge=0, le=100_000)] = 400,
     rate: Number = 1e-4,
@@ -43,37 +43,38 @@ def doge(
     """Adds task vectors of equal norm, and to each the same change, which lowers what they interfere with each other.
 
     A task vector counts `eta` over its norm. `steps` steps of Adam at `rate` look for the change, outside of the
-    `shared` strongest output directions of all experts together, where they are not to be disturbed. Of each task
+    `span` strongest output directions of all experts together, where they are not to be disturbed. Of each task
     vector the `density` largest positions are taken, ranked over the whole model or by `scope`. What is no matrix (and
     the head, tied or not, without `head`) stays at the base.
     """
     norms = torch.linalg.matrix_norm(deltas.double())
     factors = torch.where(norms > 0, float(eta) / norms.where(norms > 0, 1), 0).to(deltas).view(-1, 1, 1)
     masks = yield from select(deltas.abs(), density, scope=scope)
-    change = _change(deltas, factors, float(shared), steps, float(rate)) if steps else torch.zeros_like(deltas[0])
+    change = _change(deltas, factors, float(span), steps, float(rate)) if steps else torch.zeros_like(deltas[0])
     return summed(keep((deltas + change) * factors, masks))
 
 
-def _change(deltas: Tensor, factors: Tensor, shared: float, steps: int, rate: float) -> Tensor:
+def _change(deltas: Tensor, factors: Tensor, span: float, steps: int, rate: float) -> Tensor:
     """The change [r c] that all experts get: lower is the sum of <delta_j, delta_j - merged>^2 over rows and experts.
 
     ``factors`` [k 1 1] are what a task vector counts; ``merged`` is the sum of task vector plus change by these.
     """
-    span, total = _span(deltas, shared), float(factors.sum())
-    rest = (deltas * (deltas - summed(deltas * factors))).sum(2, keepdim=True)  # <delta_j, delta_j - merged> at first
+    directions, total = _directions(deltas, span), float(factors.sum())
+    interference = (deltas * (deltas - summed(deltas * factors))).sum(
+        2, keepdim=True
+    )  # <delta_j, delta_j - merged> at first
     change = torch.zeros_like(deltas[0])
     optimizer = torch.optim.Adam([change], lr=rate)
     for _ in range(steps):
-        products = rest - total * (deltas * change).sum(2, keepdim=True)
+        products = interference - total * (deltas * change).sum(2, keepdim=True)
         gradient = summed(deltas * products).mul_(-2 * total)
-        change.grad = gradient - span @ (span.T @ gradient)
+        change.grad = gradient - directions @ (directions.T @ gradient)
         optimizer.step()
     return change
 
 
-def _span(deltas: Tensor, shared: float) -> Tensor:
-    """The ``shared`` strongest output directions [r s] of the experts' strongest 1/K together."""
+def _directions(deltas: Tensor, span: float) -> Tensor:
+    """The ``span`` strongest output directions [r s] of the experts' strongest 1/K together."""
     full = min(deltas.shape[1:])
     parts = [svd(delta, rank=full // len(deltas)) for delta in deltas]
-    together = side_by_side(parts).left
-    return svd(together, rank=int(full * shared)).left.to(deltas)
+    return svd(side_by_side(parts).left, rank=int(full * span)).left.to(deltas)

@@ -164,6 +164,13 @@ def _sequence_faults(
                 if any(item.of_task_vectors for item in b.inputs)
             ]
             by_block = [f"{b.entry.name} takes {s.name}" for b in bounds for s in b.inputs if s.granularity == "block"]
+            messages += [
+                f"{b.entry.name} takes {item.name}, made for the whole model before the merge, but {by_block[0]}, made "
+                "block by block during it; take one of them"
+                for b in bounds
+                for item in b.inputs
+                if by_block and item.needs_gradients and item.granularity == "model"
+            ]
             if by_block and any(s.keywords.get("scope") == "global" for s in expanded):
                 messages.append(f"scope: global ranks the whole model at once, but {by_block[0]}, made block by block")
             messages += [

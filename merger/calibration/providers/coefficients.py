@@ -39,8 +39,14 @@ class CoefficientSource:
     values: Mapping[str, Mapping[str, Tensor]]
 
     def of_part(self, tensor: TensorPlan, part: Part, note: Callable[[str], None]) -> Mapping[str, Tensor]:
-        """The experts' coefficients [k 1] of a tensor; none where it takes none, or none were learned."""
-        if not takes_coefficients(tensor) or any(tensor.name not in values for values in self.values.values()):
+        """The experts' coefficients [k 1] of a tensor; none, and a note, where none were learned."""
+        if not takes_coefficients(tensor):
+            return {}
+        if any(tensor.name not in self.values[expert] for expert in tensor.place.experts):
+            label = tensor.name if tensor.unit == tensor.name else f"some tensors of {tensor.unit.rpartition('.')[0]}"
+            note(
+                f"{label}: transformers does not compute with them as they are stored; their coefficients stay at start"
+            )
             return {}
         return {INPUT: torch.stack([self.values[expert][tensor.name] for expert in tensor.place.experts])}
 
@@ -91,23 +97,29 @@ class Coefficients:
                 raise RecipeError(f"calibration.stats: has no {', '.join(missing)}; {reason}")
             return _learned(plan, options, hidden_memory)
         paths = {name: plan.recipe.folder / Path(calibration.stats[name]).expanduser() for name in experts}
+        common = {"holds": HOLDS, "base": fingerprint(plan.base)}
         for name, path in paths.items():
-            statistics_files.check_key(path, holds=HOLDS, checkpoint=fingerprint(plan.models[name]))
+            statistics_files.check_key(path, **common, checkpoint=fingerprint(plan.models[name]))
+            common["learned"] = statistics_files.load_key(paths[experts[0]])["learned"]
         return paths
 
     def open(self, plan: Plan, files: Mapping[str, Path]) -> CoefficientSource:
-        """Reads the files; CheckpointError where one lacks a tensor."""
-        values = {name: statistics_files.load_values(path) for name, path in files.items()}
-        for tensor in _learners(plan):
-            for expert in tensor.place.experts:
-                if tensor.name not in values[expert]:
-                    raise CheckpointError(f"{files[expert]}: has no coefficient of {tensor.name}; learn them again")
-        return CoefficientSource(values)
+        """Reads the files."""
+        return CoefficientSource({name: statistics_files.load_values(path) for name, path in files.items()})
 
 
 def _learners(plan: Plan) -> list[TensorPlan]:
-    """The tensors that are learned; CheckpointError where their rows are other tokens in some expert."""
-    tensors = [tensor for tensor in plan.tensors if takes_coefficients(tensor) and _is_in_all(plan, tensor)]
+    """The tensors that take coefficients.
+
+    CheckpointError where their rows are other tokens in some expert, RecipeError where another method merges others.
+    """
+    merged = [tensor for tensor in plan.tensors if tensor.stages and tensor.parts]
+    tensors = [tensor for tensor in merged if takes_coefficients(tensor)]
+    if other := next((tensor.name for tensor in merged if not takes_coefficients(tensor)), None):
+        raise RecipeError(
+            f"{other}: is merged by another method, but coefficients are learned through the whole merged model; "
+            "copy it by `use: base`, or leave it to the method that learns"
+        )
     aligned = next((tensor.name for tensor in tensors if any(tensor.row_maps.values())), None)
     if aligned:
         raise CheckpointError(
@@ -115,13 +127,6 @@ def _learners(plan: Plan) -> list[TensorPlan]:
             "same; use a method that needs no gradients, such as featcal"
         )
     return tensors
-
-
-def _is_in_all(plan: Plan, tensor: TensorPlan) -> bool:
-    """Whether all models have a tensor in one shape; coefficients of others stay at their start."""
-    labels = ("base", *tensor.place.experts)
-    stored = [plan.models[label].tensors.get(tensor.reads[label] or "") for label in labels]
-    return len({None if info is None else info.shape for info in stored} | {tensor.info.shape}) == 1
 
 
 def _learned(plan: Plan, options: RunOptions, hidden_memory: int | None) -> Mapping[str, Path]:
@@ -134,16 +139,21 @@ def _learned(plan: Plan, options: RunOptions, hidden_memory: int | None) -> Mapp
         raise RecipeError(
             "coefficients are learned together, so all rules must give the same steps, rate and objective"
         )
+    descent = descents.pop()
+    if descent.per == "model" and len({start(tensor) for tensor in tensors}) > 1:
+        raise RecipeError("start: varies, but with per: model an expert has one coefficient for all tensors")
     texts = {name: expert_samples(plan, name, options) for name in plan.recipe.experts}
-    descent, fields = descents.pop(), {name: key.fields() for name, (key, _) in texts.items()}
-    decisive = [fingerprint(plan.base), fields, asdict(descent), {tensor.name: start(tensor) for tensor in tensors}]
+    base, fields = fingerprint(plan.base), {name: key.fields() for name, (key, _) in texts.items()}
+    decisive = [base, list(fields.items()), asdict(descent), {tensor.name: start(tensor) for tensor in tensors}]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
     paths = {name: cache_folder() / f"{digest}.{number}.{HOLDS}.safetensors" for number, name in enumerate(texts)}
     if not all(path.is_file() for path in paths.values()):
         options.notice(f"learning {len(tensors)} coefficients of each expert in {descent.steps} steps")
         inputs = {name: (key.settings, batches(samples.tokens, BATCH)) for name, (key, samples) in texts.items()}
         for name, values in learn_coefficients(plan, tensors, descent, inputs, options, hidden_memory).items():
-            statistics_files.write(paths[name], values, {**fields[name], "holds": HOLDS, "learned": digest})
+            statistics_files.write(
+                paths[name], values, {**fields[name], "holds": HOLDS, "base": base, "learned": digest}
+            )
     return paths
 
 

@@ -76,7 +76,7 @@ class FisherSource:
         if not any(item.name == "fisher" for item in tensor.inputs):
             return {}
         models = [self.models[name] for name in tensor.place.experts]
-        if all(tensor.reads[model.label] in model.tensors for model in models):
+        if len(tensor.parts) == 1 and all(tensor.reads[model.label] in model.tensors for model in models):
             return {"fisher": _Rows(models, tensor, part)}
         label = tensor.name if tensor.unit == tensor.name else f"some tensors of {tensor.unit.rpartition('.')[0]}"
         note(f"{label}: transformers does not compute with them as they are stored; they are merged by their mean")
