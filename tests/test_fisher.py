@@ -310,3 +310,17 @@ def test_the_plan_tells_what_the_cache_will_take(place):
         "calibration.stats names files of it"
     )
     assert message in told.output
+
+
+@pytest.mark.parametrize("per", ["element", "row", "matrix"])
+def test_packed_experts_keep_the_start_of_coefficients_that_blocks_learn(place, per):
+    write_models(place, GraniteMoeConfig(**SIZES, intermediate_size=16, num_key_value_heads=1, num_local_experts=2))
+    result = merger.merge(recipe(place, "prodistill", parameters={"steps": 2, "per": per}))
+    base, merged, experts = load(place / "base"), load(place / "out"), [load(place / name) for name in EXPERTS]
+    packed, attention = (
+        f"model.layers.0.{name}.weight" for name in ("block_sparse_moe.input_linear", "self_attn.q_proj")
+    )
+    at_start = {name: base[name] + 0.3 * sum(expert[name] - base[name] for expert in experts) for name in base}
+    torch.testing.assert_close(merged[packed], at_start[packed], rtol=0, atol=1e-6)
+    assert float((merged[attention] - at_start[attention]).abs().max()) > 1e-3
+    assert any("they are not learned" in note for note in result.notes)
