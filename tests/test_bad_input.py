@@ -376,7 +376,7 @@ CHECKPOINTS = [  # all end in exit code 3
     ("whole numbers for floats", tensors("code", Q=torch.ones(4, 4, dtype=torch.int32)),
         f"code: is quantised ({Q} is I32); merge the 16- or 32-bit"),
     ("fp8", tensors("math", Q=torch.ones(4, 4).to(torch.float8_e4m3fn)),
-        f"math: is quantised ({Q} is F8_E4M3); merge the 16- or 32-bit"),
+        f"math: {Q} is F8_E4M3 and has no scale"),
     ("GPTQ by its config", tensors("code", {**CONFIG, "quantization_config": {"quant_method": "gptq"}}),
         "code: is quantised (config.json names quantization_config gptq); merge the 16- or 32-bit"),
     ("GPTQ by its tensors", tensors("code", **{"a.qweight": torch.ones(2, 2, dtype=torch.int32)}),

@@ -90,5 +90,5 @@ def test_a_parameter_without_a_default_is_listed_and_asked_for(package):
     listed = run(package, "methods", "good")
     planned = run(package, "plan", "recipe.yaml", "--set", "method=good")
     assert (listed.returncode, listed.stderr) == (0, "")
-    assert listed.stdout.split()[-5:-3] == ["x", "(none)"]
+    assert listed.stdout.split()[-4:] == ["x", "(none)", "a", "number"]
     assert (planned.returncode, planned.stderr) == (2, "error: recipe.yaml: parameters.x: is missing\n")

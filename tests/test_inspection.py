@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import merger.engine.machine
 import merger.inspection
 from merger import Recipe, inspect, inspect_merge, inspect_model, merge
+from merger._order import natural
 from merger.errors import RecipeError
 from merger.inspection.counters import ExpertSlice, MatrixShape, MergedSlice
 from merger.inspection.counters.merged import MergedCounter, count_endings
@@ -308,7 +309,7 @@ def test_a_stage_that_comes_twice_is_numbered_and_a_rules_own_is_named_for_it(re
 
 def test_a_ranking_of_the_whole_model_is_counted_once(models, recipe):
     facts = inspect(recipe("ties", {"density": 0.25})).view("top").whole
-    names = sorted(models["base"], key=lambda name: merger.pipeline.stages.natural(name))
+    names = sorted(models["base"], key=lambda name: natural(name))
     flat = [np.concatenate([deltas(models, name)[k].ravel() for name in names]) for k in range(3)]
     agree(facts, [[largest(vector, 0.25)] for vector in flat])
 

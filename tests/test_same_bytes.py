@@ -28,7 +28,10 @@ from merger.pipeline.registry import ENTRIES, SCORES
 from merger.recipe.recipe import Recipe
 
 EXPERTS = ("code", "math", "wiki")
-UNKEPT = {"distill", "featcal", "fisher", "learn", "prodistill", "regmean", "regmean_pp", "sparsegpt", "ugm"}
+UNKEPT = {
+    *("adamerging", "distill", "featcal", "fisher", "learn", "model_tailor", "prodistill", "regmean", "regmean_pp"),
+    *("sparsegpt", "tailor", "ugm"),
+}
 """The methods whose inputs are in no file here."""
 SHARDS = 400
 ALL = [name for name in [*ENTRIES, *SCORES] if name not in UNKEPT]
