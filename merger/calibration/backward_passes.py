@@ -7,7 +7,8 @@ block is run once more for them. So one block's weights and gradients are in mem
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import call
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from merger.calibration.block_runner import (
     EMBEDDING,
     BlockRunner,
     HiddenStates,
+    UnsupportedBlocks,
     check_blocks_are_separate,
     run_batch,
     split_arguments,
@@ -172,6 +174,18 @@ class BackwardPasses:
             raise CheckpointError(f"{model.label}: predicts no tokens, so there are no gradients of them")
         logits: Tensor = output.logits
         return logits
+
+
+@contextmanager
+def separate_blocks(label: str, consequence: str) -> Iterator[None]:
+    """Turns UnsupportedBlocks of a model into a CheckpointError, with what cannot be had then."""
+    try:
+        yield
+    except UnsupportedBlocks as error:
+        raise CheckpointError(
+            f"{label}: its blocks cannot be run one at a time ({error}), so {consequence}; "
+            "use a method that needs no gradients, such as regmean"
+        ) from None
 
 
 def _with_gradients(parameters: Any) -> dict[str, nn.Parameter]:

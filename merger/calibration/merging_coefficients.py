@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from merger.calibration.backward_passes import BackwardPasses, Objective
+from merger.calibration.backward_passes import BackwardPasses, Objective, separate_blocks
 from merger.calibration.block_grams import PartlyMergedModel
-from merger.calibration.block_runner import UnsupportedBlocks
 from merger.calibration.descent import Descent, start
 from merger.calibration.input_observer import InputObserver
 from merger.calibration.observed_model import ObservedModel
@@ -124,12 +122,12 @@ def learn_coefficients(
             objective = functools.partial(_OBJECTIVES[descent.objective], settings)
             useful = _useful(name, batches, settings, plan.recipe.seed)
             arguments = settings, useful, objective, options, memory, Path(folder) / name
-            with _separate_blocks(name):
+            with separate_blocks(name, "no coefficients can be learned"):
                 learners[name] = _Learner(plan, name, composition, *arguments)
         for step in range(descent.steps):
             composition.clear_gradient()
             for name, learner in learners.items():
-                with _separate_blocks(name):
+                with separate_blocks(name, "no coefficients can be learned"):
                     value = learner.add_gradient(step)
                 if not isfinite(value):
                     raise CheckpointError(
@@ -221,14 +219,3 @@ def next_token_loss(settings: Settings, number: int, logits: Tensor, batch: Batc
 
 
 _OBJECTIVES = {"entropy": entropy, "loss": next_token_loss}
-
-
-@contextmanager
-def _separate_blocks(expert: str) -> Iterator[None]:
-    try:
-        yield
-    except UnsupportedBlocks as error:
-        raise CheckpointError(
-            f"{expert}: its blocks cannot be run one at a time ({error}), so no coefficients can be learned; "
-            "use a method that needs no gradients, such as regmean"
-        ) from None

@@ -24,7 +24,7 @@ def build(weights: Checkpoint, *, trust_remote_code: bool) -> Any:
         raise CheckpointError(
             f"{weights.label}: {config.model_type} has an encoder and a decoder, and is not supported"
         )
-    config._experts_implementation = "eager"  # one product per expert, as the watch needs it (transformers 5)
+    config._experts_implementation = "eager"  # one product per expert, as the input observer needs it (transformers 5)
     for part in (config, config.get_text_config()):
         part.use_cache = False
         part.tie_word_embeddings = _ties_head(weights, getattr(part, "tie_word_embeddings", False))

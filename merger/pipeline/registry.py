@@ -16,6 +16,8 @@ What stands before the ``*`` is supplied by the runner, by name:
     fisher         [k r c]  the diagonal Fisher information of each expert's weights, or None where it has none
     learned        [r c]    the weights that were learned with the block, or None where they were not
     coefficients   [k r c]  what was learned of each task vector's elements, or [k r 1], [k 1 1]; None likewise
+    model_coefficients, merged_gram, draft_gram and cross_moment are inputs too, which `inputs` of a decorator gives to
+                            arguments of other names (adamerging.py, regmean.py)
     kind           str      linear, conv1d, head, tied, embedding, vector, expert3d or other
     experts        tuple    the experts' names
 

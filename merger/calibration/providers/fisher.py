@@ -22,7 +22,6 @@ from merger.checkpoint.checkpoint import Checkpoint
 from merger.checkpoint.files import make_folder, replacing
 from merger.checkpoint.formats.safetensors import FORMAT
 from merger.checkpoint.growing_file import GrowingFile
-from merger.errors import CheckpointError
 from merger.options import RunOptions
 from merger.pipeline.inputs import StageInput
 from merger.planning.plan import Part, Plan, TensorPlan
@@ -157,7 +156,7 @@ def _make(
     hidden_memory: int | None,
 ) -> None:
     """Writes an expert's file, tensor by tensor as blocks are done."""
-    from merger.calibration.block_runner import UnsupportedBlocks  # they import torch
+    from merger.calibration.backward_passes import separate_blocks  # they import torch
     from merger.calibration.fisher import fisher_blocks
     from merger.calibration.samples import pad_samples
 
@@ -170,15 +169,11 @@ def _make(
         metadata = statistics_files.metadata_of({**key.fields(), "holds": HOLDS})
         file = GrowingFile(new, 200 * len(model.tensors) + 4096, metadata)
         try:
-            for tensors in fisher_blocks(model, batches, key.settings, options, hidden_memory, progress):
-                for name, values in tensors.items():
-                    file.append(name, values)
+            with separate_blocks(model.label, "there is no Fisher information of its weights"):
+                for tensors in fisher_blocks(model, batches, key.settings, options, hidden_memory, progress):
+                    for name, values in tensors.items():
+                        file.append(name, values)
             file.finish()
-        except UnsupportedBlocks as error:
-            raise CheckpointError(
-                f"{model.label}: its blocks cannot be run one at a time ({error}), so there is no Fisher information "
-                "of its weights; use a method that needs no gradients, such as regmean"
-            ) from None
         finally:
             file.close()
 
